@@ -1,0 +1,1 @@
+"""Attention kernels, one folder per op. Nothing here imports jaxlab."""

@@ -1,0 +1,25 @@
+"""Native Sparse Attention: compression, choice of blocks, selection and window, and the three as one
+attention."""
+
+from kernels_pallas.nsa.api import (
+    Implementation,
+    NsaBranches,
+    compressed_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from kernels_pallas.nsa.compression import compress_blocks, num_compressed
+
+__all__ = [
+    "Implementation",
+    "NsaBranches",
+    "compress_blocks",
+    "compressed_attention",
+    "nsa_attention",
+    "num_compressed",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+]

@@ -1,0 +1,224 @@
+"""Attention over keys at regularly spaced positions, in tiles, skipping the tiles that no query of a chunk
+sees.
+
+One piece of code serves two branches of Native Sparse Attention: compressed keys (a key per block, standing
+at the position of the block's last token, no lower end) and the sliding window (a key per token, the last w
+of them). Forward and backward keep one tile of scores at a time, so memory is linear in the number of queries
+and of keys.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels_pallas.nsa.tiling import (
+    Places,
+    accumulator,
+    ceil_div,
+    chunk_places,
+    finite,
+    from_chunks,
+    pad_axis,
+    query_chunk,
+    tile_elements,
+    to_chunks,
+)
+
+KEY_TILE = 256
+
+
+class Band(NamedTuple):
+    """Key i stands at i * stride + offset and is seen from there on, for `window` positions (None: for
+    ever)."""
+
+    stride: int
+    offset: int
+    window: int | None
+    scale: float
+
+
+class Tiles(NamedTuple):
+    """Static sizes: queries per chunk, keys per tile, keys in all (padding not counted)."""
+
+    queries: int
+    keys: int
+    num_keys: int
+
+
+def _tiles(q: Array, num_keys: int) -> Tiles:
+    batch, length, kv_heads, groups, _ = q.shape
+    keys = min(KEY_TILE, ceil_div(num_keys, 8) * 8)
+    return Tiles(
+        query_chunk(length, batch * kv_heads * groups * keys, budget=tile_elements()), keys, num_keys
+    )
+
+
+def _tile_range(band: Band, tiles: Tiles, positions: Array) -> tuple[Array, Array]:
+    """First tile and one past the last tile that hold a key which some query of the chunk sees."""
+    last = (jnp.max(positions) - band.offset) // band.stride
+    end = jnp.clip(last + 1, 0, tiles.num_keys)
+    if band.window is None:
+        start = jnp.zeros_like(end)
+    else:
+        oldest = jnp.min(positions) - band.window + 1
+        start = jnp.clip(-((band.offset - oldest) // band.stride), 0, tiles.num_keys)
+    return start // tiles.keys, -((-end) // tiles.keys)
+
+
+def _visible(band: Band, tiles: Tiles, here: Places, key_segments: Array | None, tile: Array) -> Array:
+    """Mask [B, 1, T, 1, keys] of one chunk of queries against one tile of keys."""
+    index = tile * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)
+    age = here.q_positions[:, :, None] - (index * band.stride + band.offset)[None, None, :]
+    mask = (age >= 0) & (index < tiles.num_keys)[None, None, :]
+    if band.window is not None:
+        mask &= age < band.window
+    if here.q_segments is not None and key_segments is not None:
+        segments = lax.dynamic_slice_in_dim(key_segments, tile * tiles.keys, tiles.keys, axis=1)
+        mask &= (here.q_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    return mask[:, None, :, None, :]
+
+
+def _heads_first(x: Array) -> Array:
+    """[B, T, Hkv, ...] -> [B, Hkv, T, ...]."""
+    return jnp.moveaxis(x, 2, 1)
+
+
+def _tile(x: Array, tile: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, tile * size, size, axis=2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def banded_attention(
+    band: Band,
+    q: Float[Array, "B T Hkv G Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    places: Places,
+) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
+    """Softmax attention of each query over the keys that its band shows it.
+
+    Returns the output in the dtype of q and the log-sum-exp in float32; a query that sees nothing gets
+    exactly 0 and -inf. Reverse mode only; the positions and segments have no gradient.
+    """
+    return _forward(band, q, k, v, places)
+
+
+def _forward(band: Band, q: Array, k: Array, v: Array, places: Places) -> tuple[Array, Array]:
+    length, dtype = q.shape[1], accumulator(q.dtype)
+    tiles = _tiles(q, k.shape[1])
+    keys, values, key_segments = _padded(tiles, k, v, places)
+
+    def one_chunk(chunk: tuple[Array, Places]) -> tuple[Array, Array]:
+        q_chunk, here = chunk
+        q_chunk = _heads_first(q_chunk)
+
+        def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = state
+            scores = jnp.einsum(
+                "bhtgd,bhsd->bhtgs", q_chunk, _tile(keys, tile, tiles.keys), preferred_element_type=dtype
+            )
+            mask = _visible(band, tiles, here, key_segments, tile)
+            scores = jnp.where(mask, scores * band.scale, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - finite(new_top)[..., None])
+            fade = jnp.exp(top - finite(new_top))
+            added = jnp.einsum(
+                "bhtgs,bhsd->bhtgd",
+                weights.astype(v.dtype),
+                _tile(values, tile, tiles.keys),
+                preferred_element_type=dtype,
+            )
+            return new_top, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + added
+
+        rows = q_chunk.shape[:-1]
+        state = (
+            jnp.full(rows, -jnp.inf, dtype),
+            jnp.zeros(rows, dtype),
+            jnp.zeros((*rows, v.shape[-1]), dtype),
+        )
+        start, end = _tile_range(band, tiles, here.q_positions)
+        top, total, out = lax.fori_loop(start, end, one_tile, state)
+        seen = total > 0
+        total = jnp.where(seen, total, jnp.ones_like(total))
+        lse = jnp.where(seen, finite(top) + jnp.log(total), -jnp.inf)
+        return _heads_first((out / total[..., None]).astype(q.dtype)), _heads_first(lse)
+
+    out, lse = lax.map(one_chunk, (to_chunks(q, tiles.queries), chunk_places(places, tiles.queries)))
+    return from_chunks(out, length), from_chunks(lse, length)
+
+
+def _padded(tiles: Tiles, k: Array, v: Array, places: Places) -> tuple[Array, Array, Array | None]:
+    segments = places.key_segments
+    return (
+        pad_axis(_heads_first(k), 2, tiles.keys),
+        pad_axis(_heads_first(v), 2, tiles.keys),
+        None if segments is None else pad_axis(segments, 1, tiles.keys),
+    )
+
+
+def _forward_saving(
+    band: Band, q: Array, k: Array, v: Array, places: Places
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    out, lse = _forward(band, q, k, v, places)
+    return (out, lse), (q, k, v, places, out, lse)
+
+
+def _backward(
+    band: Band, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, places, out, lse = saved
+    d_out, d_lse = cotangents
+    length, dtype = q.shape[1], accumulator(q.dtype)
+    tiles = _tiles(q, k.shape[1])
+    keys, values, key_segments = _padded(tiles, k, v, places)
+    # d softmax: the mean of d_out . v under the softmax is d_out . out; a cotangent of the log-sum-exp adds
+    # to it.
+    d_lse = jnp.where(lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
+    shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
+
+    def one_chunk(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+        q_chunk, d_chunk, lse_chunk, shift_chunk = map(_heads_first, chunk[:-1])
+        here: Places = chunk[-1]
+        floor = finite(lse_chunk)[..., None]
+
+        def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = state
+            k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
+            scores = jnp.einsum("bhtgd,bhsd->bhtgs", q_chunk, k_tile, preferred_element_type=dtype)
+            mask = _visible(band, tiles, here, key_segments, tile)
+            weights = jnp.exp(jnp.where(mask, scores * band.scale, -jnp.inf) - floor)
+            d_weights = jnp.einsum("bhtgd,bhsd->bhtgs", d_chunk, v_tile, preferred_element_type=dtype)
+            d_scores = (weights * (d_weights - shift_chunk[..., None]) * band.scale).astype(q.dtype)
+            dq += jnp.einsum("bhtgs,bhsd->bhtgd", d_scores, k_tile, preferred_element_type=dtype)
+            dk_tile = jnp.einsum("bhtgs,bhtgd->bhsd", d_scores, q_chunk, preferred_element_type=dtype)
+            dv_tile = jnp.einsum(
+                "bhtgs,bhtgd->bhsd", weights.astype(v.dtype), d_chunk, preferred_element_type=dtype
+            )
+            return dq, _add_tile(dk, dk_tile, tile), _add_tile(dv, dv_tile, tile)
+
+        start, end = _tile_range(band, tiles, here.q_positions)
+        dq, dk, dv = lax.fori_loop(start, end, one_tile, (jnp.zeros(q_chunk.shape, dtype), *sums))
+        return (dk, dv), _heads_first(dq.astype(q.dtype))
+
+    sums = (jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype))
+    chunks = tuple(to_chunks(x, tiles.queries) for x in (q, d_out, lse, shift))
+    (dk, dv), dq = lax.scan(one_chunk, sums, (*chunks, chunk_places(places, tiles.queries)))
+    size = tiles.num_keys
+    return (
+        from_chunks(dq, length),
+        _heads_first(dk[:, :, :size]).astype(k.dtype),
+        _heads_first(dv[:, :, :size]).astype(v.dtype),
+        None,
+    )
+
+
+def _add_tile(sums: Array, tile_sum: Array, tile: Array) -> Array:
+    size = tile_sum.shape[2]
+    return lax.dynamic_update_slice_in_dim(sums, _tile(sums, tile, size) + tile_sum, tile * size, axis=2)
+
+
+banded_attention.defvjp(_forward_saving, _backward)

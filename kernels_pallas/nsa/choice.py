@@ -1,0 +1,151 @@
+"""Choice of the selection blocks: importance of each block to a GQA group, and the best n with the forced
+ones.
+
+Scores exist for one chunk of queries at a time; nothing of size T x M or T x N is kept.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.nsa.tiling import (
+    Places,
+    accumulator,
+    ceil_div,
+    chunk_places,
+    finite,
+    from_chunks,
+    overlap,
+    pad_axis,
+    query_chunk,
+    tile_elements,
+    to_chunks,
+)
+
+KEY_TILE = 256
+
+
+class Grid(NamedTuple):
+    """Static sizes of the choice; `kv_len` tokens give ceil(kv_len / block_size) selection blocks."""
+
+    block_len: int
+    stride: int
+    block_size: int
+    num_blocks: int
+    num_init: int
+    num_local: int
+    kv_len: int
+    scale: float
+
+    @property
+    def candidates(self) -> int:
+        return ceil_div(self.kv_len, self.block_size)
+
+
+def choose(
+    grid: Grid,
+    q: Float[Array, "B T Hkv G Dk"],
+    k_cmp: Float[Array, "B M Hkv Dk"],
+    lse: Float[Array, "B T Hkv G"],
+    places: Places,
+    block_segments: Int[Array, "B M"] | None,
+) -> Int[Array, "B Hkv T n"]:
+    """Indices of the chosen blocks in ascending order, then -1. `places.key_segments` are those of the
+    tokens."""
+    batch, length, kv_heads, groups, _ = q.shape
+    blocks = k_cmp.shape[1]
+    # Tiles of compressed keys start where a selection block starts, so every tile maps onto blocks in the
+    # same way.
+    unit = grid.block_size // np.gcd(grid.stride, grid.block_size)
+    tile_keys = int(unit * max(1, min(KEY_TILE, blocks) // unit))
+    spread = _spread(grid, tile_keys)
+    tile_blocks = tile_keys * grid.stride // grid.block_size
+    padded_blocks = ceil_div(blocks, tile_keys) * tile_blocks + spread.shape[1]
+    padded_blocks = max(padded_blocks, grid.candidates, grid.num_blocks)
+    if blocks == 0:  # nothing to score, but the loop below needs a tile to be written for
+        k_cmp = jnp.zeros((batch, tile_keys, kv_heads, q.shape[-1]), k_cmp.dtype)
+    keys = pad_axis(jnp.moveaxis(k_cmp, 2, 1), 2, tile_keys)
+    if block_segments is not None:
+        block_segments = pad_axis(block_segments, 1, tile_keys)
+    dtype = accumulator(q.dtype)
+    chunk = query_chunk(
+        length, batch * kv_heads * max(groups * tile_keys, padded_blocks), budget=tile_elements()
+    )
+
+    def one_chunk(inputs: tuple[Array, Array, Places, tuple[Array, Array]]) -> Array:
+        q_chunk, lse_chunk, here, limits = inputs
+        q_chunk, floor = jnp.moveaxis(q_chunk, 2, 1), jnp.moveaxis(lse_chunk, 2, 1)
+
+        def one_tile(tile: Array, importance: Array) -> Array:
+            index = tile * tile_keys + jnp.arange(tile_keys, dtype=jnp.int32)
+            ends = index * grid.stride + grid.block_len - 1
+            mask = ends[None, None, :] <= here.q_positions[:, :, None]
+            mask &= (index < blocks)[None, None, :]
+            if block_segments is not None and here.q_segments is not None:
+                segments = lax.dynamic_slice_in_dim(block_segments, tile * tile_keys, tile_keys, axis=1)
+                mask &= (here.q_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+            k_tile = lax.dynamic_slice_in_dim(keys, tile * tile_keys, tile_keys, axis=2)
+            scores = jnp.einsum("bhtgd,bhsd->bhtgs", q_chunk, k_tile, preferred_element_type=dtype)
+            scores = jnp.where(mask[:, None, :, None, :], scores * grid.scale, -jnp.inf)
+            shares = jnp.sum(jnp.exp(scores - finite(floor)[..., None]), axis=3)
+            added = jnp.einsum("bhts,sn->bhtn", shares, jnp.asarray(spread, dtype))
+            start = tile * tile_blocks
+            here_now = lax.dynamic_slice_in_dim(importance, start, spread.shape[1], axis=3)
+            return lax.dynamic_update_slice_in_dim(importance, here_now + added, start, axis=3)
+
+        last = (jnp.max(here.q_positions) - grid.block_len + 1) // grid.stride
+        tiles = -(-jnp.clip(last + 1, 0, blocks) // tile_keys)
+        importance = jnp.zeros((batch, kv_heads, q_chunk.shape[2], padded_blocks), dtype)
+        importance = lax.fori_loop(jnp.zeros_like(tiles), tiles, one_tile, importance)
+        return jnp.moveaxis(_best(grid, importance, limits), 1, 2)
+
+    chunked = (to_chunks(q, chunk), to_chunks(lse, chunk), chunk_places(places, chunk))
+    first, newest = _limits(grid, places)
+    limits = (to_chunks(first, chunk, fill=None), to_chunks(newest, chunk, fill=None))
+    return jnp.moveaxis(from_chunks(lax.map(one_chunk, (*chunked, limits)), length), 1, 2)
+
+
+def _spread(grid: Grid, tile_keys: int) -> np.ndarray:
+    """Eq. 9 in overlap form: [tile_keys, blocks], tokens that a compressed block shares with a selection
+    block, counted in strides (for 32/16/64: 1, 2, 2, 2, 1)."""
+    blocks = ceil_div((tile_keys - 1) * grid.stride + grid.block_len, grid.block_size)
+    shared = [
+        [
+            overlap(i * grid.stride, grid.block_len, j * grid.block_size, grid.block_size) / grid.stride
+            for j in range(blocks)
+        ]
+        for i in range(tile_keys)
+    ]
+    return np.asarray(shared)
+
+
+def _limits(grid: Grid, places: Places) -> tuple[Array, Array]:
+    """First and newest candidate block of each query: those of its segment's first token and of its own
+    position."""
+    newest = places.q_positions // grid.block_size
+    if places.q_segments is None or places.key_segments is None:
+        return jnp.zeros_like(newest), newest
+    segments = places.key_segments
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
+    changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = lax.cummax(jnp.where(changed, index, jnp.zeros_like(index)), axis=1)
+    first = jnp.take_along_axis(starts, places.q_positions, axis=1) // grid.block_size
+    # A padding query chooses nothing.
+    return first, jnp.where(places.q_segments == 0, first - 1, newest)
+
+
+def _best(grid: Grid, importance: Array, limits: tuple[Array, Array]) -> Array:
+    """[B, Hkv, T, n] from importances [B, Hkv, T, blocks] and first / newest candidate [B, T]."""
+    first, newest = (x[:, None, :, None] for x in limits)
+    index = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None, :]
+    forced = (index < first + grid.num_init) | (index > newest - grid.num_local)
+    importance = jnp.where(forced, jnp.inf, importance)
+    importance = jnp.where((index >= first) & (index <= newest), importance, -1.0)
+    # top_k puts the lower index first among equals, which is the rule for ties.
+    best, chosen = lax.top_k(importance, grid.num_blocks)
+    missing = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
+    chosen = jnp.sort(jnp.where(best >= 0, chosen.astype(jnp.int32), missing), axis=-1)
+    return jnp.where(chosen == missing, -1, chosen)
