@@ -1,0 +1,128 @@
+"""The command line: `run.py TASK ...`. Exit status 0 done, 2 the user's mistake in one line, 1 anything else."""
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlab import config as configs
+from jaxlab import runs, sweeps, tasks, yaml_text
+from jaxlab.command_words import from_mapping, is_option, take_option
+from jaxlab.errors import COMMAND_LINE, UserError
+from jaxlab.schema import fields_of
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Options of every task that takes a config."""
+
+    print_config: bool = False
+    """print the resolved config, run nothing"""
+    check: bool = False
+    """make all checks and estimate the memory, load and run nothing"""
+    overwrite: bool = False
+    """do a finished run anew"""
+    outputs: str = "outputs"
+    """the folder that run folders go to"""
+    sweep: tuple[str, ...] = ()
+    """one run for each value of a list, for each combination of several lists"""
+    sweep_mode: Literal["product", "zip"] = "product"
+    """combine several lists, or walk through them side by side"""
+    print_commands: bool = False
+    """print the command of every point of a sweep, run nothing"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command line `words` (sys.argv without the program if None) and returns the exit status."""
+    try:
+        _main(list(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command takes the run up again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _main(words: list[str]) -> None:
+    if words and words[0] in ("--help", "-h"):
+        from jaxlab import cli_help
+
+        print(cli_help.task_list())
+        return
+    if not words or is_option(words[0]):
+        raise UserError(f"which task? {', '.join(tasks.names())}; run.py --help tells more")
+    task = tasks.find(words.pop(0))
+    if "--help" in words or "-h" in words:
+        from jaxlab import cli_help
+
+        cli_help.print_task(task, RunOptions)
+    elif task.takes == "arguments":
+        arguments = configs.load(task.schema(), None, words)
+        task.load().run(arguments)
+    else:
+        _run_config_task(task, words)
+
+
+def _run_config_task(task: tasks.Task, words: list[str]) -> None:
+    options, words = _take_options(words)
+    if not words or is_option(words[0]):
+        raise UserError(
+            f"{task.name} takes a config first: run.py {task.name} CONFIG.yaml [--field.sub value ...]"
+        )
+    path, *words = words
+    schema = task.schema()
+    clash = fields_of(schema).keys() & fields_of(RunOptions).keys()
+    if clash:
+        raise TypeError(f"{task.module}.Config has fields named as options of every task: {sorted(clash)}")
+    points = sweeps.points(schema, options.sweep, options.sweep_mode)
+    # Every point is validated before the first one runs.
+    loaded = [configs.load(schema, path, [*words, *from_mapping(schema, point)]) for point in points]
+    commands = [runs.command_line(task.name, path, *words, *from_mapping(schema, point)) for point in points]
+    if options.print_config:
+        print("---\n".join(map(configs.dump, loaded)), end="")
+    elif options.print_commands:
+        kept = ["--overwrite"] * options.overwrite + [f"--outputs={options.outputs}"] * (
+            options.outputs != "outputs"
+        )
+        for command in commands:
+            print(" ".join([command, *map(shlex.quote, kept)]))
+    elif options.check:
+        for config in loaded:
+            report = task.load().check(config) if hasattr(task.load(), "check") else {"config": "valid"}
+            print(yaml_text.dump(configs.to_plain(report)), end="")
+    else:
+        todo = [
+            sweeps.Point(point, config, command)
+            for point, config, command in zip(points, loaded, commands, strict=True)
+        ]
+        name = Path(path).stem
+        if options.sweep:
+            sweeps.run(task, name, todo, outputs=Path(options.outputs), overwrite=options.overwrite)
+        else:
+            result = runs.run_config(
+                task, loaded[0], name, commands[0], outputs=options.outputs, overwrite=options.overwrite
+            )
+            print(sweeps.summary(result.results))
+
+
+def _take_options(words: list[str]) -> tuple[RunOptions, list[str]]:
+    """The options of every task, and the words that are left for the task."""
+    taken: list[tuple[tuple[str, ...], Any]] = []
+    rest: list[str] = []
+    queue = list(words)
+    while queue:
+        name = queue[0][2:].partition("=")[0].replace("-", "_")
+        if is_option(queue[0]) and name in fields_of(RunOptions):
+            taken.append(take_option(RunOptions, queue))
+        else:
+            rest.append(queue.pop(0))
+    return configs.build(RunOptions, {keys[0]: value for keys, value in taken}, COMMAND_LINE), rest

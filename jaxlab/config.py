@@ -1,0 +1,260 @@
+"""The one config system: frozen dataclasses, filled from a YAML file and from the command line.
+
+A file and the command line are merged into one tree of plain values, and the tree passes one validation, `build`. Every
+mistake is a ConfigError of one line that names the place (file and line, or the command line), the key and the remedy.
+
+A config is a frozen dataclass. Its fields hold int, float, bool, str, Literal, None, other configs, `tuple[...]` and
+`dict[str, ...]` of these, and unions of them. A string under a field is its line of help. A field whose key is a Python
+keyword carries a trailing underscore (`lambda_` is the key `lambda`). `__post_init__` raises ConfigError for values that
+do not fit together.
+"""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jaxlab import command_words, yaml_text
+from jaxlab.errors import COMMAND_LINE, ConfigError
+from jaxlab.schema import ABSENT, choices, describe, fields_of, is_config, leaves, members, suggestion
+from jaxlab.yaml_text import Keys
+
+Origins = dict[Keys, str]
+"""Where values came from, by the keys that lead to them: `file:line`, or the command line."""
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Words of a command line (`["--model.num_layers", "4"]`), or values by dotted key (`{"model.num_layers": 4}`)."""
+
+
+def load[T](cls: type[T], path: str | os.PathLike[str] | None, overrides: Overrides = ()) -> T:
+    """The config in a YAML file with `overrides` on top.
+
+    Args:
+      cls: a config class.
+      path: the file, or None for defaults and overrides alone.
+      overrides: words of a command line, or values by dotted key.
+
+    Raises: ConfigError.
+    """
+    source = Source.of_file(path) if path is not None else Source()
+    source.override(cls, overrides)
+    return source.build(cls)
+
+
+def replace[T](config: T, overrides: Overrides) -> T:
+    """A config like `config` with `overrides` on top. Raises ConfigError."""
+    source = Source(to_dict(config), {})
+    source.override(type(config), overrides)
+    return source.build(type(config))
+
+
+def build[T](cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
+    """The config of class `cls` that `tree`, nested mappings of plain values, describes; errors name `where`.
+
+    Raises: ConfigError for unknown and missing keys, wrong types, and what `__post_init__` refuses.
+    """
+    return Source(tree, {(): where}).build(cls)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain values of a config by key, as they stand in a file."""
+    return {key: to_plain(getattr(config, field.name)) for key, field in fields_of(type(config)).items()}
+
+
+def to_plain(value: Any) -> Any:
+    """`value` with configs and mappings as dicts, and tuples as lists."""
+    if is_config(type(value)):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    return value
+
+
+def dump(config: Any) -> str:
+    """The whole config as YAML; loading it gives an equal config."""
+    return yaml_text.dump(to_dict(config))
+
+
+class Source:
+    """A tree of plain values on its way to a config, and where each value came from."""
+
+    def __init__(self, tree: Mapping[str, Any] | None = None, origins: Origins | None = None) -> None:
+        self.tree: dict[str, Any] = dict(tree or {})
+        self.origins: Origins = {(): COMMAND_LINE} if origins is None else origins
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> "Source":
+        """What a YAML file holds. Raises ConfigError if that is not a mapping."""
+        where = os.fspath(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError("not a text file in UTF-8", where=where) from None
+        except OSError as error:
+            hint = suggestion(where, (str(sibling) for sibling in Path(path).parent.glob("*.yaml")))
+            raise ConfigError(f"cannot be read: {error.strerror}{hint}", where=where) from None
+        value, lines = yaml_text.parse(text, where)
+        if not isinstance(value, dict | None):
+            raise ConfigError(f"expected lines of `key: value`, found {_shown(value)}", where=where)
+        origins = {keys: f"{where}:{line}" for keys, line in lines.items()}
+        return cls(value, {**origins, (): where})
+
+    def override(self, cls: type, overrides: Overrides) -> None:
+        """Puts values of the command line, or of a program, over those that are there."""
+        if isinstance(overrides, Mapping):
+            items = [(command_words.resolve(cls, dotted)[0], value) for dotted, value in overrides.items()]
+        else:
+            items = command_words.parse(cls, overrides)
+        for keys, value in items:
+            try:
+                _put(self.tree, keys, value)
+            except ConfigError as error:
+                raise error.at(self._where(error.key)) from None
+            self.origins = {
+                known: place for known, place in self.origins.items() if known[: len(keys)] != keys
+            }
+            self.origins[keys] = COMMAND_LINE
+
+    def build[T](self, cls: type[T]) -> T:
+        """The validated config. Raises ConfigError, with the place of the value that it is about."""
+        try:
+            return typing.cast(T, _Builder(cls).config(cls, self.tree, (), ABSENT))
+        except ConfigError as error:
+            raise error.at(self._where(error.key)) from None
+
+    def _where(self, key: str) -> str:
+        places = {".".join(map(str, keys)): place for keys, place in self.origins.items()}
+        while key and key not in places:
+            key = key.rpartition(".")[0]
+        return places.get(key, "")
+
+
+def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Sets one value; groups on the way are made, and a group given as a whole is merged into what is there."""
+    *groups, last = keys
+    for depth, key in enumerate(groups):
+        inner = tree.get(key)
+        if not isinstance(inner, Mapping | None):
+            raise ConfigError(
+                f"expected a group of values, found {_shown(inner)}", ".".join(groups[: depth + 1])
+            )
+        tree[key] = tree = dict(inner or {})
+    if isinstance(value, Mapping) and isinstance(tree.get(last), Mapping):
+        for key, item in value.items():
+            _put(tree, (last, key), item)
+    else:
+        tree[last] = value
+
+
+class _Builder:
+    """Validation: turns plain values into instances of types, or says in one line why that cannot be."""
+
+    def __init__(self, root: type) -> None:
+        self.root = root
+
+    def config(self, cls: type, tree: Any, keys: Keys, default: Any) -> Any:
+        if tree is None:  # a group with all its lines commented out
+            tree = {}
+        if not isinstance(tree, Mapping):
+            _wrong(cls, tree, keys)
+        fields = fields_of(cls)
+        for key in tree:
+            if key not in fields:
+                raise ConfigError(self.unknown(str(key), cls), _dotted((*keys, str(key))))
+        values = {}
+        for key, field in fields.items():
+            inherited = getattr(default, field.name) if isinstance(default, cls) else field.default
+            if key in tree:
+                values[field.name] = self.convert(field.type, tree[key], (*keys, key), inherited)
+            elif inherited is not ABSENT:
+                values[field.name] = inherited
+            elif is_config(field.type):  # its own fields may all have defaults, and say so if not
+                values[field.name] = self.config(field.type, {}, (*keys, key), ABSENT)
+            else:
+                raise ConfigError(f"missing; give it as {describe(field.type)}", _dotted((*keys, key)))
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise error.inside(keys) from None
+
+    def convert(self, kind: Any, value: Any, keys: Keys, default: Any = ABSENT) -> Any:
+        """`value` as the type `kind`: lists become tuples, ints become floats where needed, nothing else bends."""
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if len(members(kind)) > 1:
+            return self.union(kind, value, keys, default)
+        if is_config(kind):
+            return value if isinstance(value, kind) else self.config(kind, value, keys, default)
+        if origin is Literal:
+            for choice in arguments:
+                if type(choice) is type(value) and choice == value:
+                    return value
+        elif origin is tuple:
+            return self.sequence(kind, value, keys)
+        elif origin is dict:
+            if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+                return {key: self.convert(arguments[1], item, (*keys, key)) for key, item in value.items()}
+        elif type(value) is kind:
+            return value
+        elif kind is float and type(value) is int and abs(value) < 1 << 1023:
+            return float(value)
+        _wrong(kind, value, keys)
+
+    def sequence(self, kind: Any, value: Any, keys: Keys) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple):
+            _wrong(kind, value, keys)
+        kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise ConfigError(f"needs {len(kinds)} values, found {len(value)}", _dotted(keys))
+        pairs = enumerate(zip(kinds, value, strict=True))
+        return tuple(self.convert(kind, item, (*keys, index)) for index, (kind, item) in pairs)
+
+    def union(self, kind: Any, value: Any, keys: Keys, default: Any) -> Any:
+        inner: ConfigError | None = None
+        # An int is an int before it is a float, and null is null before it is an empty group.
+        order = {types.NoneType: 0, float: 2}
+        for member in sorted(members(kind), key=lambda member: order.get(member, 1)):
+            try:
+                return self.convert(member, value, keys, default)
+            except ConfigError as error:
+                # A mistake inside a list or a group tells more than "none of these types".
+                if len(error.key) > max(len(_dotted(keys)), len(inner.key) if inner else 0):
+                    inner = error
+        if inner is not None:
+            raise inner
+        _wrong(kind, value, keys)
+
+    def unknown(self, key: str, cls: type) -> str:
+        known = fields_of(cls)
+        elsewhere = (dotted for dotted in leaves(self.root) if key in (dotted, dotted.rpartition(".")[2]))
+        hint = suggestion(key, known) or "".join(f"; did you mean {dotted}?" for dotted in [*elsewhere][:1])
+        return "unknown key" + (hint or f"; known here: {_abridged(known)}")
+
+
+def _abridged(words: Iterable[str]) -> str:
+    words = list(words)
+    return ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
+
+
+def _wrong(kind: Any, value: Any, keys: Keys) -> NoReturn:
+    hint = suggestion(value, map(str, choices(kind))) if isinstance(value, str) else ""
+    if str in members(kind) and isinstance(value, int | float):
+        hint = "; put it in quotes if it is a word"
+    raise ConfigError(f"expected {describe(kind)}, found {_shown(value)}{hint}", _dotted(keys))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = repr(value) if dataclasses.is_dataclass(value) else yaml_text.dump_line(to_plain(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(map(str, keys))

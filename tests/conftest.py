@@ -1,0 +1,31 @@
+"""Every test runs under the same strict rules, on four CPU devices, with jaxtyping's annotations checked."""
+
+import os
+import re
+
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports the packages: each function with shapes in its signature is then checked by beartype.
+install_import_hook(["jaxlab", "kernels_pallas"], "beartype.beartype")
+
+hypothesis.settings.register_profile("jaxlab", deadline=None)
+hypothesis.settings.load_profile("jaxlab")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wants_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
+    if not wants_gpu:
+        # A CUDA plugin without a GPU logs an error at start; the suite does not look for one unless it is asked to.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    flag = "--xla_force_host_platform_device_count"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=4".strip()
+
+    import jax
+
+    if not wants_gpu:
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
