@@ -1,0 +1,1 @@
+"""Measures on logits, and the tasks that evaluate and generate."""

@@ -1,0 +1,96 @@
+"""Task `generate`: stream text from a model."""
+
+import codecs
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+from PIL import Image, UnidentifiedImageError
+from tokenizers import Tokenizer
+
+from jaxlab.checkpoints.native import load_model
+from jaxlab.checkpoints.reference import model_folder
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig, stream
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Stream text from a model."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A model folder, a run folder, or the config of a finished train run."""
+    prompt: str
+    """The text to go on from."""
+    image: str | None = None
+    """An image file for a vision-language model; it stands before the prompt."""
+    max_new_tokens: int = 200
+    """Most tokens to make."""
+    temperature: float = 0.0
+    """0: always the most likely token; higher: sampled."""
+    seed: int = 0
+    """Of sampling."""
+    stop: str = ""
+    """Stop after this token (a word of the model's tokenizer, or one byte)."""
+
+
+def run(arguments: Arguments) -> None:
+    config, params, tokenizer = load_model(model_folder(arguments.model))
+    tokens = encode(arguments.prompt, tokenizer)
+    batch = {}
+    if arguments.image is not None:
+        if not config.has_vision:
+            raise UserError(f"{arguments.model}: a language model without vision cannot read {arguments.image}")
+        batch["images"] = read_image(arguments.image, config)[None, None]
+        missing = config.vision.num_patches - tokens.count(config.vision.image_token)
+        tokens = [config.vision.image_token] * missing + tokens
+    batch["tokens"] = np.asarray([tokens], np.int32)
+    budget = min(arguments.max_new_tokens, config.max_length - len(tokens))
+    if not tokens or budget < 1:
+        raise UserError(f"--prompt holds {len(tokens)} tokens; the model takes 1 to {config.max_length - 1}")
+    stop = encode(arguments.stop, tokenizer)
+    if len(stop) > 1:
+        raise UserError(f"--stop {arguments.stop!r} is {len(stop)} tokens; give one")
+
+    decode = _decoder(tokenizer)
+    for token in stream(
+        params, batch, config, max_new_tokens=budget, temperature=arguments.temperature,
+        key=jax.random.key(arguments.seed),
+    ):  # fmt: skip
+        sys.stdout.write(decode(int(token[0])))
+        sys.stdout.flush()
+        if stop and int(token[0]) == stop[0]:
+            break
+    sys.stdout.write("\n")
+
+
+def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of `text`: its bytes where the model has no tokenizer."""
+    return list(text.encode()) if tokenizer is None else tokenizer.encode(text).ids
+
+
+def _decoder(tokenizer: Tokenizer | None):
+    """A function from one token to the text that it adds."""
+    if tokenizer is None:
+        incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: incremental.decode(bytes([token])) if token < 256 else f"<{token}>"
+    return lambda token: f" {tokenizer.id_to_token(token) or f'<{token}>'}"
+
+
+def read_image(path: str, config: ModelConfig) -> np.ndarray:
+    """float32 [height, width, channels] in [0, 1], resized to what the model takes."""
+    vision = config.vision
+    if vision.channels not in (1, 3):
+        raise UserError(f"the model takes {vision.channels} channels; image files have 1 or 3")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such image file")
+    try:
+        image = Image.open(path).convert("L" if vision.channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: not an image that Pillow reads ({error})") from error
+    pixels = np.asarray(image.resize((vision.image_size,) * 2, Image.Resampling.BOX), np.float32) / 255
+    return pixels.reshape(vision.image_size, vision.image_size, vision.channels)

@@ -1,0 +1,169 @@
+"""Attention of one layer: projections, positions, the cache, and the kinds full, sliding and nsa."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.models.config import ModelConfig
+from jaxlab.models.layers import rotate
+from jaxlab.models.modules import Params
+from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
+from kernels_pallas.nsa import compress_blocks, nsa_attention
+
+
+class Where(NamedTuple):
+    """Where the tokens of a batch stand: what every layer's attention needs to know of them."""
+
+    positions: Int[Array, "B T"]
+    """Position within the sequence, for rotary and learned positions."""
+    segment_ids: Int[Array, "B T"] | None = None
+    """Packed sequences; 0 is padding. None: one sequence a row, no padding."""
+    rows: Int[Array, "B T"] | None = None
+    """With a cache: the row of the cache that each token takes."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far, one row a position; NSA keeps those of its three branches.
+
+    NSA's keys are kept un-rotated, since its compressed blocks are built from un-rotated keys.
+    """
+
+    key: Float[Array, "L B ..."]
+    value: Float[Array, "L B ..."]
+    length: Int[Array, " B"]
+    """Tokens held, for each sequence."""
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype."""
+    branch = (3,) if config.attention == "nsa" else ()
+    shape = (config.num_layers, batch_size, *branch, length, config.kv_heads)
+    dtype = jnp.dtype(config.compute_dtype)
+    return Cache(
+        jnp.zeros((*shape, config.key_dim), dtype),
+        jnp.zeros((*shape, config.value_dim), dtype),
+        jnp.zeros((batch_size,), jnp.int32),
+    )
+
+
+def attention(
+    params: Params,
+    x: Float[Array, "B T D"],
+    where: Where,
+    config: ModelConfig,
+    *,
+    causal: bool = True,
+    probe: Probe | None = None,
+    cache: tuple[Array, Array] | None = None,
+) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Int[Array, "B Hkv T n"] | None]:
+    """Attention of one layer on its normed input -> (output, the layer's cache with these tokens in it, the blocks
+    that NSA chose).
+
+    `probe` is the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
+    """
+    q = _project(params, "query", x, "btd,dhk->bthk")
+    if config.attention == "nsa":
+        k = _project(params, "key", x, "btd,cdhk->bcthk")
+        v = _project(params, "value", x, "btd,cdhk->bcthk")
+    else:
+        k = _project(params, "key", x, "btd,dhk->bthk")
+        v = _project(params, "value", x, "btd,dhk->bthk")
+        if config.position == "rotary":
+            k = rotate(k, where.positions, config.rope_theta)
+    if config.position == "rotary":
+        q = rotate(q, where.positions, config.rope_theta)
+
+    if cache is not None:
+        cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
+    if config.attention == "nsa":
+        out, chosen = _nsa(params, x, q, k, v, where, config, probe, cached=cache is not None)
+    else:
+        out, chosen = _dense(q, k, v, where, config, causal, probe, cached=cache is not None), None
+    y = jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype))
+    if config.attention_bias:
+        y = y + params["output_bias"].astype(x.dtype)[None, None]
+    return y, cache, chosen
+
+
+def _project(params: Params, name: str, x: Array, equation: str) -> Array:
+    y = jnp.einsum(equation, x, params[name].astype(x.dtype))
+    if f"{name}_bias" not in params:
+        return y
+    bias = params[f"{name}_bias"].astype(x.dtype)
+    # [H, K] -> [1, 1, H, K]; with NSA's branches [3, H, K] -> [1, 3, 1, H, K]
+    return y + (bias[None, None] if bias.ndim == 2 else bias[None, :, None])
+
+
+def _write(cached: Array, new: Array, rows: Int[Array, "B T"] | None) -> Array:
+    """`cached` [B, ..., S, H, K] with row `rows[b, t]` replaced by token t of `new`; rows past the end are dropped."""
+    put = lambda c, n, r: c.at[..., r, :, :].set(n.astype(c.dtype), mode="drop")  # noqa: E731
+    return jax.vmap(put)(cached, new, rows)
+
+
+def _dense(q, k, v, where: Where, config: ModelConfig, causal: bool, probe: Probe | None, cached: bool) -> Array:
+    window = config.window if config.attention == "sliding" else None
+    if probe is not None:
+        return probed_attention(q, k, v, probe, segment_ids=where.segment_ids, window=window)
+    kwargs: dict[str, Any] = {"implementation": config.attention_implementation}
+    if not cached and where.segment_ids is None:
+        kwargs |= {"is_causal": causal, "local_window_size": None if window is None else (window - 1, 0)}
+    else:
+        kwargs["mask"] = _mask(where, k.shape[1], window, causal, cached)[:, None]
+    with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
+        return jax.nn.dot_product_attention(q, k, v, **kwargs)
+
+
+def _mask(where: Where, source_len: int, window: int | None, causal: bool, cached: bool) -> Bool[Array, "B T S"]:
+    batch, target_len = where.positions.shape
+    targets = where.rows if cached else jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
+    assert targets is not None
+    behind = targets[:, :, None] - jnp.arange(source_len)[None, None]
+    mask = behind >= 0 if causal else jnp.ones_like(behind, dtype=bool)
+    if window is not None:
+        mask &= behind < window
+    if where.segment_ids is not None and not cached:
+        mask &= where.segment_ids[:, :, None] == where.segment_ids[:, None, :]
+    return mask
+
+
+def _nsa(
+    params, x, q, k, v, where: Where, config: ModelConfig, probe: Probe | None, cached: bool
+) -> tuple[Array, Array | None]:
+    """Three branches with their own keys and values; compressed keys take the rotary position of their block's first
+    token, and are built from un-rotated keys."""
+    n = config.nsa
+    compress = lambda name, y: compress_blocks(  # noqa: E731
+        y, _cast(params[name], y.dtype), block_len=n.block_len, stride=n.stride
+    )
+    k_cmp, v_cmp = compress("compress_key", k[:, 0]), compress("compress_value", v[:, 0])
+    k_slc, k_win = k[:, 1], k[:, 2]
+    if config.position == "rotary":
+        # In a cache row s holds position s; without one the batch says which position stands where.
+        rows = jnp.arange(k_slc.shape[1], dtype=jnp.int32)[None]
+        positions = jnp.broadcast_to(rows, k_slc.shape[:2]) if cached else where.positions
+        starts = positions[:, : k_cmp.shape[1] * n.stride : n.stride]
+        k_cmp = rotate(k_cmp, starts, config.rope_theta)
+        k_slc, k_win = rotate(k_slc, positions, config.rope_theta), rotate(k_win, positions, config.rope_theta)
+    operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], _gates(params["gate"], x))
+    sizes: dict[str, Any] = {
+        "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
+        "num_init": n.num_init, "num_local": n.num_local, "window": n.window,
+    }  # fmt: skip
+    if probe is not None:
+        return probed_nsa_attention(*operands, probe, segment_ids=where.segment_ids, **sizes), None
+    segment_ids = None if cached else where.segment_ids
+    out, branches = nsa_attention(*operands, segment_ids=segment_ids, q_positions=where.rows, **sizes)
+    return out, branches.indices
+
+
+def _gates(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:
+    if "hidden" in params:
+        x = jax.nn.silu(x @ params["hidden"].astype(x.dtype))
+    logits = jnp.einsum("btd,dhc->bthc", x, params["output"].astype(x.dtype))
+    return jax.nn.sigmoid(logits + params["bias"].astype(x.dtype)[None, None])
+
+
+def _cast(params: Params, dtype) -> Params:
+    return jax.tree.map(lambda p: p.astype(dtype), params)

@@ -1,0 +1,213 @@
+"""Which parameters a model has: NNX modules as descriptions, split at once into plain dicts.
+
+A module here only holds `nnx.Param(initial value, axes=logical axis names)`; the arithmetic is in decoder.py,
+attention.py and vision.py. `init_params`, `abstract_params` and `logical_axes` all derive from these classes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key
+
+from jaxlab.models.config import ModelConfig
+
+Params = dict[str, Any]
+"""A nested dict of arrays."""
+
+BRANCHES = 3
+"""NSA's branches, in the order compression, selection, window."""
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+
+class Norm(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        self.scale = nnx.Param(jnp.ones((config.width,), jnp.float32), axes=("embed",))
+        if config.norm == "layer":
+            self.bias = zeros((config.width,), ("embed",))
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, residual_scale: float):
+        c, std = config, config.initializer_range
+        branch: tuple[int, ...] = (BRANCHES,) if c.attention == "nsa" else ()
+        branch_axes: tuple[str, ...] = ("branch",) if c.attention == "nsa" else ()
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        self.query = normal(rngs, (c.width, c.num_heads, c.key_dim), ("embed", "heads", "head_dim"), std)
+        self.key = normal(rngs, (*branch, c.width, c.kv_heads, c.key_dim), (*branch_axes, *kv_axes), std)
+        self.value = normal(rngs, (*branch, c.width, c.kv_heads, c.value_dim), (*branch_axes, *kv_axes), std)
+        self.output = normal(
+            rngs, (c.num_heads, c.value_dim, c.width), ("heads", "head_dim", "embed"), std * residual_scale
+        )
+        if c.attention_bias:
+            self.query_bias = zeros((c.num_heads, c.key_dim), ("heads", "head_dim"))
+            self.key_bias = zeros((*branch, c.kv_heads, c.key_dim), (*branch_axes, "kv_heads", "head_dim"))
+            self.value_bias = zeros((*branch, c.kv_heads, c.value_dim), (*branch_axes, "kv_heads", "head_dim"))
+            self.output_bias = zeros((c.width,), ("embed",))
+        if c.attention == "nsa":
+            self.compress_key = Compressor(c, c.key_dim, rngs)
+            self.compress_value = Compressor(c, c.value_dim, rngs)
+            self.gate = Gate(c, rngs)
+
+
+class Compressor(nnx.Module):
+    """NSA's phi: an MLP over a block's keys or values with an intra-block position embedding (sec. 3.3.1)."""
+
+    def __init__(self, config: ModelConfig, dim: int, rngs: nnx.Rngs):
+        length, hidden = config.nsa.block_len, config.nsa.compress_width
+        self.position = normal(rngs, (length, dim), ("block", "head_dim"), config.initializer_range)
+        self.hidden = normal(
+            rngs, (length, dim, hidden), ("block", "head_dim", "compress"), (length * dim) ** -0.5
+        )
+        self.hidden_bias = zeros((hidden,), ("compress",))
+        self.output = normal(rngs, (hidden, dim), ("compress", "head_dim"), hidden**-0.5)
+        self.output_bias = zeros((dim,), ("head_dim",))
+
+
+class Gate(nnx.Module):
+    """NSA's gates: an MLP of the layer input, a sigmoid per query head and branch (eq. 5)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c, width = config, config.width
+        if c.nsa.gate_width:
+            self.hidden = normal(rngs, (c.width, c.nsa.gate_width), ("embed", "gate"), c.initializer_range)
+            width = c.nsa.gate_width
+        self.output = normal(
+            rngs, (width, c.num_heads, BRANCHES), ("gate", "heads", "branch"), c.initializer_range
+        )
+        self.bias = zeros((c.num_heads, BRANCHES), ("heads", "branch"))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, residual_scale: float):
+        c, std = config, config.initializer_range
+        if c.mlp == "gated":
+            self.gate = normal(rngs, (c.width, c.mlp_width), ("embed", "mlp"), std)
+        self.up = normal(rngs, (c.width, c.mlp_width), ("embed", "mlp"), std)
+        self.down = normal(rngs, (c.mlp_width, c.width), ("mlp", "embed"), std * residual_scale)
+        if c.mlp_bias:
+            if c.mlp == "gated":
+                self.gate_bias = zeros((c.mlp_width,), ("mlp",))
+            self.up_bias = zeros((c.mlp_width,), ("mlp",))
+            self.down_bias = zeros((c.width,), ("embed",))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        residual_scale = (2 * config.num_layers) ** -0.5
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config, rngs, residual_scale)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config, rngs, residual_scale)
+
+
+class Edges(nnx.Module):
+    """What stands around the layers of a decoder."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c, std = config, config.initializer_range
+        self.embedding = nnx.Dict(table=normal(rngs, (c.vocab_size, c.width), ("vocab", "embed"), std))
+        if c.position == "learned":
+            self.position = nnx.Dict(table=normal(rngs, (c.max_length, c.width), ("position", "embed"), std))
+        self.final_norm = Norm(c)
+        if not c.tie_embeddings:
+            self.head = nnx.Dict(table=normal(rngs, (c.width, c.vocab_size), ("embed", "vocab"), std))
+
+
+class VisionEdges(nnx.Module):
+    """What stands around the layers of the vision transformer."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        v, std = config.vision, config.initializer_range
+        pixels = v.patch_size**2 * v.channels
+        self.patch = nnx.Dict(
+            table=normal(rngs, (pixels, v.width), ("pixels", "embed"), pixels**-0.5), bias=zeros((v.width,), ("embed",))
+        )
+        self.position = nnx.Dict(table=normal(rngs, (v.num_patches, v.width), ("position", "embed"), std))
+        self.final_norm = Norm(config.tower)
+
+
+class Projector(nnx.Module):
+    """Two-layer GELU MLP from the vision width to the decoder's (as in LLaVA-1.5)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        v, d = config.vision.width, config.width
+        self.hidden = normal(rngs, (v, d), ("embed", "mlp"), v**-0.5)
+        self.hidden_bias = zeros((d,), ("mlp",))
+        self.output = normal(rngs, (d, d), ("mlp", "embed"), d**-0.5)
+        self.output_bias = zeros((d,), ("embed",))
+
+
+def _values(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def _axes(make) -> Params:
+    state = nnx.state(nnx.eval_shape(make), nnx.Param)
+    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(lambda p: Axes(p.axes), state, is_leaf=is_param))
+
+
+class Axes(tuple):
+    """Logical axis names of one parameter; a leaf of the tree, since tuples are nodes only by their exact type."""
+
+
+def _stack(config: ModelConfig, key: Key[Array, ""]) -> Params:
+    return jax.vmap(lambda k: _values(Layer(config, nnx.Rngs(params=k))))(jax.random.split(key, config.num_layers))
+
+
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
+    """Initial float32 parameters of `config`: a nested dict, the layers stacked on a leading axis L.
+
+    Jit it with `out_shardings` to make each shard where it will live.
+    """
+    edges, layers, vision_edges, vision_layers, projector = jax.random.split(key, 5)
+    params = {**_values(Edges(config, nnx.Rngs(params=edges))), "layers": _stack(config, layers)}
+    if config.has_vision:
+        params["vision"] = {
+            **_values(VisionEdges(config, nnx.Rngs(params=vision_edges))),
+            "layers": _stack(config.tower, vision_layers),
+        }
+        params["projector"] = _values(Projector(config, nnx.Rngs(params=projector)))
+    return params
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of `init_params` without making a number."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """Logical axis names of every parameter, in the tree of `init_params`."""
+    rngs = lambda: nnx.Rngs(params=0)  # noqa: E731
+    stacked = lambda c: jax.tree.map(lambda a: Axes(("layers", *a)), _axes(lambda: Layer(c, rngs())))  # noqa: E731
+    axes = {**_axes(lambda: Edges(config, rngs())), "layers": stacked(config)}
+    if config.has_vision:
+        axes["vision"] = {**_axes(lambda: VisionEdges(config, rngs())), "layers": stacked(config.tower)}
+        axes["projector"] = _axes(lambda: Projector(config, rngs()))
+    return axes
+
+
+def count_params(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def cast_floats(params: Params, dtype) -> Params:
+    """`params` with every floating leaf cast to `dtype`."""
+    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    return jax.tree.map(cast, params)
+
+
+def language_model(params: Params) -> Params:
+    """The language model of a VLM: its tree without `vision` and `projector`."""
+    return {name: tree for name, tree in params.items() if name not in ("vision", "projector")}
+
+

@@ -1,0 +1,1 @@
+"""One trainer: language models, vision-language models and experts are configs of it."""
