@@ -19,8 +19,8 @@ from jaxtyping import Array
 MASKED = -1e30  # stands for minus infinity, without the NaN of inf - inf in rows that see nothing
 RELEASED_LOGIT = -10000.0  # the logit of a blocked edge in the released code
 ELEMENTS = 1 << 21  # wanted size of one temporary
-ROWS = 128  # most rows in a block
-GROUPS = 8  # most groups; each is compiled once
+ROWS = 256  # most rows in a block
+GROUPS = 4  # most groups; each is compiled once
 
 
 @dataclasses.dataclass(frozen=True)
