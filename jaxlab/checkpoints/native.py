@@ -22,7 +22,12 @@ CONFIG, PARAMS, TOKENIZER = "config.yaml", "params", "tokenizer.json"
 
 
 def save_model(
-    path: str | Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None = None, *, overwrite: bool = False
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a model folder: aside first, then renamed, so that `path` is always whole or absent.
 
@@ -72,7 +77,9 @@ def load_model(
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             shardings = jax.tree.map(lambda _: here, expected)
         target = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding), stored, shardings
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding),
+            stored,
+            shardings,
         )
         return config, checkpointer.restore(path / PARAMS, target), tokenizer
 
@@ -95,11 +102,15 @@ def stored_shapes(path: Path) -> Params:
 
 def check_same_tree(stored: Params, expected: Params, path: Path) -> None:
     """Raise one line that names what is missing, unexpected or of another shape."""
-    flat = lambda tree: {jax.tree_util.keystr(k, simple=True, separator="."): v.shape for k, v in _leaves(tree)}  # noqa: E731
+    flat = lambda tree: {
+        jax.tree_util.keystr(k, simple=True, separator="."): v.shape for k, v in _leaves(tree)
+    }  # noqa: E731
     have, want = flat(stored), flat(expected)
     problems = [f"lacks {name}" for name in want if name not in have]
     problems += [f"has an unexpected {name}" for name in have if name not in want]
-    problems += [f"{n} is {have[n]}, its config says {want[n]}" for n in want if n in have and have[n] != want[n]]
+    problems += [
+        f"{n} is {have[n]}, its config says {want[n]}" for n in want if n in have and have[n] != want[n]
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: {'; '.join(problems[:3])}{more}")

@@ -17,7 +17,9 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     if path.suffix in (".yaml", ".yml"):
         return _trained(path, Path(outputs))
     if not path.is_dir():
-        raise UserError(f"{reference}: no such model: a model folder, a run folder or the config of a train run")
+        raise UserError(
+            f"{reference}: no such model: a model folder, a run folder or the config of a train run"
+        )
     return path / "model" if (path / "model").is_dir() else path
 
 

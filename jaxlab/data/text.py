@@ -39,7 +39,9 @@ class TextSource:
 
     def __init__(self, config: TextConfig):
         self.config = config
-        self.training, self.held_out, self.identity = read_files(config.path, config.pattern, config.holdout_every)
+        self.training, self.held_out, self.identity = read_files(
+            config.path, config.pattern, config.holdout_every
+        )
         for name, tokens in (("training", self.training), ("held-out", self.held_out)):
             if len(tokens) <= config.sequence_length:
                 raise UserError(
@@ -90,7 +92,9 @@ def read_files(path: str, pattern: str, holdout_every: int) -> tuple[np.ndarray,
         held_out = texts[holdout_every - 1 :: holdout_every]
         training = [t for i, t in enumerate(texts) if i % holdout_every != holdout_every - 1]
     if not training or not held_out:
-        raise UserError(f"{root}: {len(texts)} text files match {pattern}; at least {holdout_every} are needed, or one")
+        raise UserError(
+            f"{root}: {len(texts)} text files match {pattern}; at least {holdout_every} are needed, or one"
+        )
     join = lambda parts: np.frombuffer(bytes([SEPARATOR]).join(parts), np.uint8)  # noqa: E731
     training_bytes, held_out_bytes = join(training), join(held_out)
     digest = hashlib.sha256(training_bytes.tobytes() + held_out_bytes.tobytes()).hexdigest()

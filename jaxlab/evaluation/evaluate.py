@@ -63,7 +63,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     losses, counts, matches = [], [], []
     batches = list(source.held_out_batches(config.batch_size, config.batches, config.split))
     if not batches:
-        raise UserError(f"the {config.split} split holds no full batch of {config.batch_size}; lower batch_size")
+        raise UserError(
+            f"the {config.split} split holds no full batch of {config.batch_size}; lower batch_size"
+        )
     for batch in tqdm(batches, desc=f"evaluate {run.name}", unit="batch"):
         loss, count, match = measure(params, batch)
         losses.append(np.asarray(loss, np.float64))

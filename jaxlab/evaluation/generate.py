@@ -44,7 +44,9 @@ def run(arguments: Arguments) -> None:
     batch = {}
     if arguments.image is not None:
         if not config.has_vision:
-            raise UserError(f"{arguments.model}: a language model without vision cannot read {arguments.image}")
+            raise UserError(
+                f"{arguments.model}: a language model without vision cannot read {arguments.image}"
+            )
         batch["images"] = read_image(arguments.image, config)[None, None]
         missing = config.vision.num_patches - tokens.count(config.vision.image_token)
         tokens = [config.vision.image_token] * missing + tokens

@@ -7,7 +7,9 @@ from jaxtyping import Array, Bool, Float
 from jaxlab.models import Batch
 
 
-def target_losses(logits: Float[Array, "B T V"], batch: Batch) -> tuple[Float[Array, "B T-1"], Bool[Array, "B T-1"]]:
+def target_losses(
+    logits: Float[Array, "B T V"], batch: Batch
+) -> tuple[Float[Array, "B T-1"], Bool[Array, "B T-1"]]:
     """Cross-entropy (nats) of tokens 1 ... T-1 given those before, and which of them are targets.
 
     A target is a token where `loss_mask` is set (everywhere, if the batch has none) and that follows a token of its

@@ -102,7 +102,9 @@ def _write(cached: Array, new: Array, rows: Int[Array, "B T"] | None) -> Array:
     return jax.vmap(put)(cached, new, rows)
 
 
-def _dense(q, k, v, where: Where, config: ModelConfig, causal: bool, probe: Probe | None, cached: bool) -> Array:
+def _dense(
+    q, k, v, where: Where, config: ModelConfig, causal: bool, probe: Probe | None, cached: bool
+) -> Array:
     window = config.window if config.attention == "sliding" else None
     if probe is not None:
         return probed_attention(q, k, v, probe, segment_ids=where.segment_ids, window=window)
@@ -115,7 +117,9 @@ def _dense(q, k, v, where: Where, config: ModelConfig, causal: bool, probe: Prob
         return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
 
-def _mask(where: Where, source_len: int, window: int | None, causal: bool, cached: bool) -> Bool[Array, "B T S"]:
+def _mask(
+    where: Where, source_len: int, window: int | None, causal: bool, cached: bool
+) -> Bool[Array, "B T S"]:
     batch, target_len = where.positions.shape
     targets = where.rows if cached else jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
     assert targets is not None
@@ -145,7 +149,10 @@ def _nsa(
         positions = jnp.broadcast_to(rows, k_slc.shape[:2]) if cached else where.positions
         starts = positions[:, : k_cmp.shape[1] * n.stride : n.stride]
         k_cmp = rotate(k_cmp, starts, config.rope_theta)
-        k_slc, k_win = rotate(k_slc, positions, config.rope_theta), rotate(k_win, positions, config.rope_theta)
+        k_slc, k_win = (
+            rotate(k_slc, positions, config.rope_theta),
+            rotate(k_win, positions, config.rope_theta),
+        )
     operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], _gates(params["gate"], x))
     sizes: dict[str, Any] = {
         "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,

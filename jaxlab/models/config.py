@@ -75,10 +75,13 @@ class VisionConfig:
             return
         if self.image_size % self.patch_size:
             raise ConfigError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}", key="patch_size"
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}",
+                key="patch_size",
             )
         if self.width % self.num_heads:
-            raise ConfigError(f"width {self.width} is not divisible by num_heads {self.num_heads}", key="num_heads")
+            raise ConfigError(
+                f"width {self.width} is not divisible by num_heads {self.num_heads}", key="num_heads"
+            )
 
     @property
     def num_patches(self) -> int:
@@ -157,15 +160,20 @@ class ModelConfig:
             )
         if self.head_dim is None and self.width % self.num_heads:
             raise ConfigError(
-                f"width {self.width} is not divisible by num_heads {self.num_heads}; give head_dim", key="num_heads"
+                f"width {self.width} is not divisible by num_heads {self.num_heads}; give head_dim",
+                key="num_heads",
             )
         if self.position == "rotary" and self.key_dim % 2:
             raise ConfigError(f"rotary positions need an even head_dim, not {self.key_dim}", key="head_dim")
         if self.attention_implementation == "cudnn":
             if self.compute_dtype != "bfloat16":
-                raise ConfigError("cudnn attention needs compute_dtype bfloat16", key="attention_implementation")
+                raise ConfigError(
+                    "cudnn attention needs compute_dtype bfloat16", key="attention_implementation"
+                )
             if self.key_dim != self.value_dim:
-                raise ConfigError("cudnn attention needs value_head_dim = head_dim", key="attention_implementation")
+                raise ConfigError(
+                    "cudnn attention needs value_head_dim = head_dim", key="attention_implementation"
+                )
         if self.has_vision and not 0 <= self.vision.image_token < self.vocab_size:
             raise ConfigError(
                 f"image_token {self.vision.image_token} is outside the vocabulary of {self.vocab_size}",

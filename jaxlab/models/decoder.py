@@ -20,7 +20,12 @@ images float32[B, n_images, height, width, channels]."""
 
 
 def forward(
-    params: Params, batch: Batch, config: ModelConfig, *, probe: Probe | None = None, cache: Cache | None = None
+    params: Params,
+    batch: Batch,
+    config: ModelConfig,
+    *,
+    probe: Probe | None = None,
+    cache: Cache | None = None,
 ) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
     """Next-token logits of a batch.
 

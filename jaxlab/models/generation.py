@@ -69,7 +69,9 @@ def generate(
     a sequence's first `stop_token` is `stop_token`."""
     made: list[np.ndarray] = []
     stopped = np.zeros(batch["tokens"].shape[0], bool)
-    for token in stream(params, batch, config, max_new_tokens=max_new_tokens, temperature=temperature, key=key):
+    for token in stream(
+        params, batch, config, max_new_tokens=max_new_tokens, temperature=temperature, key=key
+    ):
         if stop_token is not None:
             token = np.where(stopped, stop_token, token).astype(np.int32)
             stopped |= token == stop_token
@@ -85,7 +87,11 @@ def _step(
 ) -> tuple[Int[Array, " B"], Cache]:
     logits, intermediates = forward(params, batch, config, cache=cache)
     cache = intermediates["cache"]
-    last = jnp.sum(batch["segment_ids"] != 0, axis=1) - 1 if "segment_ids" in batch else -jnp.ones_like(cache.length)
+    last = (
+        jnp.sum(batch["segment_ids"] != 0, axis=1) - 1
+        if "segment_ids" in batch
+        else -jnp.ones_like(cache.length)
+    )
     logits = jnp.take_along_axis(logits, last[:, None, None] % logits.shape[1], axis=1)[:, 0]
     return sample(logits, key, temperature), cache
 

@@ -27,7 +27,9 @@ def norm(params: Params, x: Float[Array, "B T D"], config: ModelConfig) -> Float
     return y.astype(x.dtype)
 
 
-def rotate(x: Float[Array, "B T H Dk"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H Dk"]:
+def rotate(
+    x: Float[Array, "B T H Dk"], positions: Int[Array, "B T"], theta: float
+) -> Float[Array, "B T H Dk"]:
     """Rotary positions on pairs (i, i + Dk/2), the layout of Llama's Hugging Face checkpoints; angles in float32."""
     half = x.shape[-1] // 2
     wavelengths = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
@@ -46,5 +48,9 @@ def mlp(params: Params, x: Float[Array, "B T D"], config: ModelConfig) -> Float[
         return y + params[f"{name}_bias"].astype(y.dtype)[None, None] if config.mlp_bias else y
 
     activation = ACTIVATIONS[config.activation]
-    hidden = activation(linear("gate", x)) * linear("up", x) if config.mlp == "gated" else activation(linear("up", x))
+    hidden = (
+        activation(linear("gate", x)) * linear("up", x)
+        if config.mlp == "gated"
+        else activation(linear("up", x))
+    )
     return linear("down", hidden)

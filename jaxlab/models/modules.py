@@ -50,7 +50,9 @@ class Attention(nnx.Module):
         if c.attention_bias:
             self.query_bias = zeros((c.num_heads, c.key_dim), ("heads", "head_dim"))
             self.key_bias = zeros((*branch, c.kv_heads, c.key_dim), (*branch_axes, "kv_heads", "head_dim"))
-            self.value_bias = zeros((*branch, c.kv_heads, c.value_dim), (*branch_axes, "kv_heads", "head_dim"))
+            self.value_bias = zeros(
+                (*branch, c.kv_heads, c.value_dim), (*branch_axes, "kv_heads", "head_dim")
+            )
             self.output_bias = zeros((c.width,), ("embed",))
         if c.attention == "nsa":
             self.compress_key = Compressor(c, c.key_dim, rngs)
@@ -129,7 +131,8 @@ class VisionEdges(nnx.Module):
         v, std = config.vision, config.initializer_range
         pixels = v.patch_size**2 * v.channels
         self.patch = nnx.Dict(
-            table=normal(rngs, (pixels, v.width), ("pixels", "embed"), pixels**-0.5), bias=zeros((v.width,), ("embed",))
+            table=normal(rngs, (pixels, v.width), ("pixels", "embed"), pixels**-0.5),
+            bias=zeros((v.width,), ("embed",)),
         )
         self.position = nnx.Dict(table=normal(rngs, (v.num_patches, v.width), ("position", "embed"), std))
         self.final_norm = Norm(config.tower)
@@ -161,7 +164,9 @@ class Axes(tuple):
 
 
 def _stack(config: ModelConfig, key: Key[Array, ""]) -> Params:
-    return jax.vmap(lambda k: _values(Layer(config, nnx.Rngs(params=k))))(jax.random.split(key, config.num_layers))
+    return jax.vmap(lambda k: _values(Layer(config, nnx.Rngs(params=k))))(
+        jax.random.split(key, config.num_layers)
+    )
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
@@ -209,5 +214,3 @@ def cast_floats(params: Params, dtype) -> Params:
 def language_model(params: Params) -> Params:
     """The language model of a VLM: its tree without `vision` and `projector`."""
     return {name: tree for name, tree in params.items() if name not in ("vision", "projector")}
-
-

@@ -18,7 +18,9 @@ def encode_images(
     vision, v = params["vision"], config.vision
     batch, count = images.shape[:2]
     if images.shape[2:] != (v.image_size, v.image_size, v.channels):
-        raise ValueError(f"images are {images.shape[2:]}, the model takes {v.image_size, v.image_size, v.channels}")
+        raise ValueError(
+            f"images are {images.shape[2:]}, the model takes {v.image_size, v.image_size, v.channels}"
+        )
     side, size = v.image_size // v.patch_size, v.patch_size
     x = images.reshape(batch * count, side, size, side, size, v.channels).swapaxes(2, 3)
     x = x.reshape(batch * count, side * side, size * size * v.channels).astype(config.compute_dtype)

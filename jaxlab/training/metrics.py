@@ -58,4 +58,6 @@ def peak_flops() -> tuple[float, str]:
         seconds.append(time.perf_counter() - start)
     # Host devices share the same cores, so the count of devices does not multiply what was measured.
     devices = 1 if device.platform == "cpu" else jax.device_count()
-    return devices * 2 * side**3 / min(seconds), f"measured float32 matmul of side {side} on {device.device_kind}"
+    return devices * 2 * side**3 / min(
+        seconds
+    ), f"measured float32 matmul of side {side} on {device.device_kind}"

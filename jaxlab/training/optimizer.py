@@ -56,7 +56,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.schedule == "constant":
         rest = optax.constant_schedule(config.learning_rate)
     elif config.schedule == "linear":
-        rest = optax.linear_schedule(config.learning_rate, config.final_fraction * config.learning_rate, decay_steps)
+        rest = optax.linear_schedule(
+            config.learning_rate, config.final_fraction * config.learning_rate, decay_steps
+        )
     else:
         rest = optax.cosine_decay_schedule(config.learning_rate, decay_steps, config.final_fraction)
     if warmup == 0:
@@ -89,4 +91,6 @@ def _decayed(model: ModelConfig) -> Params:
 
 def _is_language(model: ModelConfig) -> Params:
     axes = logical_axes(model)
-    return {name: jax.tree.map(lambda _, n=name: n not in ("vision", "projector"), t) for name, t in axes.items()}
+    return {
+        name: jax.tree.map(lambda _, n=name: n not in ("vision", "projector"), t) for name, t in axes.items()
+    }

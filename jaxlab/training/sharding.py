@@ -40,7 +40,9 @@ class MeshConfig:
     def __post_init__(self):
         for name in ("data", "fsdp"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise ConfigError(f"must be at least 1, or -1 for the rest, is {getattr(self, name)}", key=name)
+                raise ConfigError(
+                    f"must be at least 1, or -1 for the rest, is {getattr(self, name)}", key=name
+                )
         if self.data == -1 and self.fsdp == -1:
             raise ConfigError("only one axis can take the rest (-1)", key="fsdp")
 
@@ -57,7 +59,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     sizes = {axis: max(1, len(devices) // named) if n == -1 else n for axis, n in sizes.items()}
     total = int(np.prod(list(sizes.values())))
     if total > len(devices) or (total < len(devices) and -1 in (config.data, config.fsdp)):
-        raise UserError(f"mesh {sizes} needs {total} devices, {len(devices)} are here; set mesh.data and mesh.fsdp")
+        raise UserError(
+            f"mesh {sizes} needs {total} devices, {len(devices)} are here; set mesh.data and mesh.fsdp"
+        )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total]
     )

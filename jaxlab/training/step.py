@@ -28,7 +28,11 @@ def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[A
 
 
 def train_step(
-    state: State, batch: Batch, config: ModelConfig, optimizer: optax.GradientTransformation, accumulation: int = 1
+    state: State,
+    batch: Batch,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
 ) -> tuple[State, dict[str, Any]]:
     """The state after one update on `batch`, and loss and gradient norm.
 

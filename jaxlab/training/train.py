@@ -56,15 +56,26 @@ class Config:
     """Steps between checkpoints, from which a killed run goes on."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         if self.batch_size % self.accumulation:
             raise ConfigError(
-                f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}", key="accumulation"
+                f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
+                key="accumulation",
             )
         if self.data.kind == "digits" and self.data.digits.has_images and not self.model.has_vision:
-            raise ConfigError("digits with images need a model with vision; set model.vision.num_layers", key="model")
+            raise ConfigError(
+                "digits with images need a model with vision; set model.vision.num_layers", key="model"
+            )
         if self.data.kind == "text" and self.data.text.sequence_length > self.model.max_length:
             raise ConfigError(
                 f"sequences of {self.data.text.sequence_length} exceed model.max_length {self.model.max_length}",
@@ -99,7 +110,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     )
     start = checkpoints.latest_step() or 0
     if start:
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+        )
         state = checkpoints.restore(start, args=ocp.args.StandardRestore(target))
         print(f"resuming at step {start} of {config.steps}")
     run.rewind(start)
@@ -136,7 +149,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             if done % config.log_every == 0 or done == config.steps:
                 values = {name: float(value) for name, value in metrics.items()}
                 if not np.isfinite(values["loss"]):
-                    raise UserError(f"the loss is {values['loss']} at step {done}; lower optimizer.learning_rate")
+                    raise UserError(
+                        f"the loss is {values['loss']} at step {done}; lower optimizer.learning_rate"
+                    )
                 speed: dict[str, float] = {}
                 if window_steps:
                     seconds.append((time.perf_counter() - window_start) / window_steps)
@@ -155,7 +170,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     checkpoints.wait_until_finished()
     checkpoints.close()
 
-    final = {split: _evaluate(evaluate, state.params, source, config, place, split) for split in ("validation", "test")}
+    final = {
+        split: _evaluate(evaluate, state.params, source, config, place, split)
+        for split in ("validation", "test")
+    }
     run.log(step=config.steps, **final["validation"])
     save_model(run.path / "model", config.model, state.params, source.tokenizer(), overwrite=True)
     median = float(np.median(seconds)) if seconds else None
@@ -211,7 +229,9 @@ def _load_initial(config: Config, shardings: Params) -> Params:
     return params
 
 
-def _evaluate(evaluate, params: Params, source: Source, config: Config, place, split: str) -> dict[str, float]:
+def _evaluate(
+    evaluate, params: Params, source: Source, config: Config, place, split: str
+) -> dict[str, float]:
     """Loss, perplexity and exact match over at most `eval_batches` batches of a held-out split."""
     sums: dict[str, float] = {}
     for batch in source.held_out_batches(config.batch_size, config.eval_batches, split):
