@@ -1,4 +1,4 @@
-"""The command line: `run.py TASK ...`. Exit status 0 done, 2 the user's mistake in one line, 1 anything else."""
+"""The command line, `run.py TASK ...`: exit 0 done, 2 the user's mistake in one line, 1 anything else."""
 
 import dataclasses
 import os
@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from jaxlab import config as configs
 from jaxlab import runs, sweeps, tasks, yaml_text
-from jaxlab.command_words import from_mapping, is_option, take_option
-from jaxlab.errors import COMMAND_LINE, UserError
-from jaxlab.schema import fields_of
+from jaxlab.command_words import from_mapping, is_option, resolve, take_option
+from jaxlab.errors import COMMAND_LINE, ConfigError, UserError
+from jaxlab.schema import fields_of, leaves, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,7 @@ def _main(words: list[str]) -> None:
 
         cli_help.print_task(task, RunOptions)
     elif task.takes == "arguments":
-        arguments = configs.load(task.schema(), None, words)
-        task.load().run(arguments)
+        task.load().run(configs.load(task.schema(), None, words))
     else:
         _run_config_task(task, words)
 
@@ -83,9 +82,12 @@ def _run_config_task(task: tasks.Task, words: list[str]) -> None:
     clash = fields_of(schema).keys() & fields_of(RunOptions).keys()
     if clash:
         raise TypeError(f"{task.module}.Config has fields named as options of every task: {sorted(clash)}")
+    _check_names(schema, words)
     points = sweeps.points(schema, options.sweep, options.sweep_mode)
     # Every point is validated before the first one runs.
-    loaded = [configs.load(schema, path, [*words, *from_mapping(schema, point)]) for point in points]
+    loaded: list[Any] = [
+        configs.load(schema, path, [*words, *from_mapping(schema, point)]) for point in points
+    ]
     commands = [runs.command_line(task.name, path, *words, *from_mapping(schema, point)) for point in points]
     if options.print_config:
         print("---\n".join(map(configs.dump, loaded)), end="")
@@ -126,3 +128,19 @@ def _take_options(words: list[str]) -> tuple[RunOptions, list[str]]:
         else:
             rest.append(queue.pop(0))
     return configs.build(RunOptions, {keys[0]: value for keys, value in taken}, COMMAND_LINE), rest
+
+
+def _check_names(schema: type, words: list[str]) -> None:
+    """Answers a misspelt option of every task, which the config's own fields cannot explain."""
+    for word in filter(is_option, words):
+        name = word[2:].partition("=")[0]
+        try:
+            resolve(schema, name)
+        except ConfigError:
+            hint = suggestion(name.replace("-", "_"), [*leaves(schema), *fields_of(RunOptions)])
+            for option in fields_of(RunOptions):
+                if hint == f"; did you mean {option}?":
+                    raise ConfigError(
+                        f"unknown option; did you mean --{option.replace('_', '-')}?", name, COMMAND_LINE
+                    ) from None
+            raise

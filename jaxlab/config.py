@@ -1,12 +1,13 @@
 """The one config system: frozen dataclasses, filled from a YAML file and from the command line.
 
-A file and the command line are merged into one tree of plain values, and the tree passes one validation, `build`. Every
-mistake is a ConfigError of one line that names the place (file and line, or the command line), the key and the remedy.
+A file and the command line are merged into one tree of plain values, and the tree passes one validation,
+`build`. Every mistake is a ConfigError of one line that names the place (file and line, or the command line),
+the key and the remedy.
 
-A config is a frozen dataclass. Its fields hold int, float, bool, str, Literal, None, other configs, `tuple[...]` and
-`dict[str, ...]` of these, and unions of them. A string under a field is its line of help. A field whose key is a Python
-keyword carries a trailing underscore (`lambda_` is the key `lambda`). `__post_init__` raises ConfigError for values that
-do not fit together.
+A config is a frozen dataclass. Its fields hold int, float, bool, str, Literal, None, other configs,
+`tuple[...]` and `dict[str, ...]` of these, and unions of them. A string under a field is its line of help. A
+field whose key is a Python keyword carries a trailing underscore (`lambda_` is the key `lambda`).
+`__post_init__` raises ConfigError for values that do not fit together.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ Origins = dict[Keys, str]
 """Where values came from, by the keys that lead to them: `file:line`, or the command line."""
 
 Overrides = Sequence[str] | Mapping[str, Any]
-"""Words of a command line (`["--model.num_layers", "4"]`), or values by dotted key (`{"model.num_layers": 4}`)."""
+"""Words of a command line, `["--model.depth", "4"]`, or values by dotted key, `{"model.depth": 4}`."""
 
 
 def load[T](cls: type[T], path: str | os.PathLike[str] | None, overrides: Overrides = ()) -> T:
@@ -135,7 +136,7 @@ class Source:
 
 
 def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
-    """Sets one value; groups on the way are made, and a group given as a whole is merged into what is there."""
+    """Sets one value; groups on the way are made, and a whole group is merged into what is there."""
     *groups, last = keys
     for depth, key in enumerate(groups):
         inner = tree.get(key)
@@ -183,7 +184,7 @@ class _Builder:
             raise error.inside(keys) from None
 
     def convert(self, kind: Any, value: Any, keys: Keys, default: Any = ABSENT) -> Any:
-        """`value` as the type `kind`: lists become tuples, ints become floats where needed, nothing else bends."""
+        """`value` as the type `kind`: lists become tuples, ints floats where needed, nothing else bends."""
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if len(members(kind)) > 1:
             return self.union(kind, value, keys, default)
@@ -232,8 +233,11 @@ class _Builder:
 
     def unknown(self, key: str, cls: type) -> str:
         known = fields_of(cls)
-        elsewhere = (dotted for dotted in leaves(self.root) if key in (dotted, dotted.rpartition(".")[2]))
-        hint = suggestion(key, known) or "".join(f"; did you mean {dotted}?" for dotted in [*elsewhere][:1])
+        group, _, last = key.rpartition(".")
+        if group and key in leaves(self.root):
+            return f"unknown key; write {last} below {group.replace('.', ' below ')}, indented"
+        elsewhere = [dotted for dotted in leaves(self.root) if dotted.rpartition(".")[2] == key]
+        hint = suggestion(key, known) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
         return "unknown key" + (hint or f"; known here: {_abridged(known)}")
 
 

@@ -7,17 +7,18 @@ COMMAND_LINE = "command line"
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message is folded into one line."""
+    """A mistake that the user can mend; the message is folded into one line that every terminal can show."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 class ConfigError(UserError):
     """A value in a config that is wrong by itself or beside another one.
 
-    `__post_init__` of a config raises it with the name of its own field as `key`; the loader adds the path to that
-    config and the place (file and line, or the command line) from which the value came.
+    `__post_init__` of a config raises it with the name of its own field as `key`; the loader adds the path to
+    that config and the place (file and line, or the command line) from which the value came.
     """
 
     def __init__(self, message: str, key: str = "", where: str = "") -> None:

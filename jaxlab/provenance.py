@@ -17,7 +17,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tok
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """The state of the code: the package version and, in a git checkout, the commit and what is changed since."""
+    """The state of the code: package version and, in a git checkout, the commit and what is changed since."""
 
     version: str
     commit: str
@@ -32,12 +32,16 @@ class Code:
 
 @functools.cache
 def code() -> Code:
-    """The code that this process runs, as it was when first asked for.
+    """The code that this process runs, as it was when first asked for."""
+    return code_in(Path(jaxlab.__file__).parent.parent)
 
-    Only what computes counts as changed: run.py, jaxlab/ and kernels_pallas/. A config is part of a run's identity by
-    its values, and pages of documentation change no result.
+
+def code_in(root: Path) -> Code:
+    """The state of the code in a checkout, or of an installed package.
+
+    Only what computes counts as changed: run.py, jaxlab/ and kernels_pallas/. A config is part of a run's
+    identity by its values, and pages of documentation change no result.
     """
-    root = Path(jaxlab.__file__).parent.parent
     if not (root / ".git").exists() or not (root / "run.py").exists():
         return Code(jaxlab.__version__, "", "")
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")

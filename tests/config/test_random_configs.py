@@ -1,0 +1,156 @@
+"""Thousands of random configs: each is a valid config, or a ConfigError of one line. Nothing else may happen."""
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxlab import config as configs
+from jaxlab import yaml_text
+from jaxlab.command_words import from_mapping
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.schema import fields_of, is_config, leaves, members
+from tests.config.examples import Attention, Example
+
+MANY = settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+SCALARS: dict[Any, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.integers(),
+    float: st.floats(allow_nan=False),
+    str: st.text() | st.sampled_from(["null", "None", "~", "true", "no", "1", "1e-3", ".inf", "[1]", "--x", "#", ": "]),
+    types.NoneType: st.none(),
+}
+
+
+def values_of(kind: Any) -> st.SearchStrategy[Any]:
+    """Plain values that a field of type `kind` takes."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if len(members(kind)) > 1:
+        return st.one_of([values_of(member) for member in members(kind)])
+    if kind is Attention:  # the one class here whose fields depend on each other
+        groups = st.tuples(st.integers(1, 8), st.integers(1, 8)).map(
+            lambda pair: {"num_heads": pair[0] * pair[1], "num_kv_heads": pair[1]}
+        )
+        return st.builds(lambda a, b: a | b, groups, st.fixed_dictionaries({"kind": st.sampled_from(["full", "nsa"])}))
+    if is_config(kind):
+        fields = {key: values_of(field.type) for key, field in fields_of(kind).items()}
+        optional = {key: fields.pop(key) for key in ("layers", "note", "weights", "dropout") if key in fields}
+        return st.fixed_dictionaries(fields, optional=optional)
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return st.lists(values_of(arguments[0]), max_size=3)
+    if origin is tuple:
+        return st.tuples(*map(values_of, arguments)).map(list)
+    if origin is dict:
+        return st.dictionaries(SCALARS[str], values_of(arguments[1]), max_size=3)
+    return SCALARS[kind]
+
+
+TREES = values_of(Example)
+JUNK = st.recursive(
+    st.one_of(*SCALARS.values()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("random") / "x.yaml"
+
+
+def load_or_one_line(path: Path, words: list[str] = []) -> Example | None:  # noqa: B006 (never written to)
+    try:
+        config = configs.load(Example, path, words)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        assert str(error).isprintable()
+        assert str(path) in str(error) or "command line" in str(error)
+        return None
+    assert configs.build(Example, configs.to_dict(config)) == config
+    return config
+
+
+@MANY
+@given(tree=TREES)
+def test_valid_configs_survive_the_round_trip(tree: dict[str, Any], path: Path) -> None:
+    config = configs.build(Example, tree)
+    path.write_text(configs.dump(config), encoding="utf-8")
+    assert configs.load(Example, path) == config
+
+
+@MANY
+@given(tree=TREES)
+def test_valid_configs_survive_the_command_line(tree: dict[str, Any]) -> None:
+    config = configs.build(Example, tree)
+    values = configs.to_dict(config)
+    try:
+        words = from_mapping(Example, values)
+    except UserError as error:  # a word such as null where None is allowed too
+        assert "cannot be given on a command line" in str(error)
+        return
+    assert configs.load(Example, None, words) == config
+
+
+@MANY
+@given(tree=TREES, data=st.data())
+def test_mutated_configs_are_answered(tree: dict[str, Any], data: st.DataObject, path: Path) -> None:
+    groups = [tree] + [value for value in (tree["model"], tree["model"]["attention"]) if isinstance(value, dict)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        group = data.draw(st.sampled_from(groups))
+        key = data.draw(st.sampled_from(sorted(group)) if group else st.text(max_size=3))
+        match data.draw(st.sampled_from(["replace", "rename", "remove"])):
+            case "replace":
+                group[key] = data.draw(JUNK)
+            case "rename":
+                group[key + data.draw(st.text(min_size=1, max_size=2))] = group.pop(key, None)
+            case "remove":
+                group.pop(key, None)
+    path.write_text(yaml_text.dump(tree), encoding="utf-8")
+    load_or_one_line(path)
+
+
+@MANY
+@given(tree=JUNK)
+def test_junk_values_are_answered(tree: Any, path: Path) -> None:
+    path.write_text(yaml_text.dump(tree), encoding="utf-8")
+    load_or_one_line(path)
+
+
+@MANY
+@given(raw=st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_junk_files_are_answered(raw: bytes, path: Path) -> None:
+    path.write_bytes(raw)
+    load_or_one_line(path)
+
+
+@MANY
+@given(tree=TREES, data=st.data())
+def test_damaged_files_are_answered(tree: dict[str, Any], data: st.DataObject, path: Path) -> None:
+    text = configs.dump(configs.build(Example, tree))
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text)))
+        stop = min(len(text), start + data.draw(st.integers(0, 8)))
+        text = text[:start] + data.draw(st.text(alphabet=":-[]{}#&*!|>'\"%@` \n\t,?ab0.~", max_size=4)) + text[stop:]
+    path.write_text(text, encoding="utf-8")
+    load_or_one_line(path)
+
+
+@MANY
+@given(
+    words=st.lists(
+        st.sampled_from([f"--{key}" for key in leaves(Example)] + ["--model", "--weights.x", "--", "--=", "-1", "["])
+        | st.text(max_size=6)
+        | JUNK.map(yaml_text.dump_line),
+        max_size=6,
+    )
+)
+def test_junk_words_are_answered(words: list[str], path: Path) -> None:
+    path.write_text("steps: 1\n", encoding="utf-8")
+    load_or_one_line(path, words)
