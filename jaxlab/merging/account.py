@@ -1,0 +1,93 @@
+"""What became of every tensor of every input: merged, copied or refused, and the digest of what was saved."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlab.checkpoints.names import host_tensors
+
+Action = Literal["merged", "copied", "refused"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One tensor, by its name in a Hugging Face checkpoint."""
+
+    name: str
+    pattern: str
+    """The name with {i} for the layer."""
+    action: Action
+    """refused: a tensor of an input that went nowhere."""
+    models: tuple[str, ...]
+    """The inputs that it came from."""
+    reason: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    sha256: str = ""
+    """Of its bytes in Hugging Face's shape, row-major; empty until `with_hashes`."""
+
+    def filled(self, identity: dict[str, Any]) -> "Line":
+        """The line with shape, dtype and digest."""
+        return dataclasses.replace(self, **identity)
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """The lines of a merge."""
+
+    lines: tuple[Line, ...]
+
+    def with_hashes(self, params: Mapping[str, Any]) -> "Account":
+        """The account with shape, dtype and digest of every tensor in the result `params`.
+
+        Raises ValueError if the result has a tensor that the account does not know, or lacks one that it
+        does.
+        """
+        seen = {name: _identity(value) for name, value in host_tensors(params)}
+        known = {line.name for line in self.lines if line.action != "refused"}
+        if known != set(seen):
+            raise ValueError(f"unaccounted: {sorted(known ^ set(seen))[:3]}")
+        lines = (line if line.action == "refused" else line.filled(seen[line.name]) for line in self.lines)
+        return Account(tuple(lines))
+
+    def differences(self, params: Mapping[str, Any]) -> list[str]:
+        """Names of the tensors of `params` whose digest, shape or dtype is not the account's; missing ones
+        too.
+        """
+        have = {name: _identity(value) for name, value in host_tensors(params)}
+        want = {
+            line.name: {"shape": line.shape, "dtype": line.dtype, "sha256": line.sha256}
+            for line in self.lines
+            if line.action != "refused"
+        }
+        return sorted(name for name in have | want if have.get(name) != want.get(name))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(line) for line in self.lines]
+
+    @classmethod
+    def from_json(cls, lines: list[dict[str, Any]]) -> "Account":
+        tuples = ("shape", "models")
+        return cls(tuple(Line(**line | {key: tuple(line[key]) for key in tuples}) for line in lines))
+
+    def table(self) -> str:
+        """A short table: how many tensors of each kind went which way."""
+        groups: dict[tuple[str, str, str, str], int] = collections.Counter()
+        for line in self.lines:
+            groups[(line.action, line.pattern, "+".join(line.models), line.reason)] += 1
+        rows = [(action, str(n), *rest) for (action, *rest), n in groups.items()]
+        rows.insert(0, ("action", "tensors", "name", "from", "reason"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        return "\n".join("  ".join(map(str.ljust, row, [*widths, 0])) for row in rows)
+
+
+def _identity(value: np.ndarray) -> dict[str, Any]:
+    return {
+        "shape": value.shape,
+        "dtype": value.dtype.name,
+        "sha256": hashlib.sha256(value.tobytes()).hexdigest(),
+    }

@@ -1,0 +1,154 @@
+"""Which tensors of a VLM, an expert and their base an injection merges, and which it copies or refuses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxlab.checkpoints.names import EMBEDDING, HEAD, Entry, entries, leaf_at
+from jaxlab.errors import UserError
+from jaxlab.merging.account import Account, Action, Line
+
+Embeddings = Literal["vlm", "merge_common_rows", "merge"]
+ROLES = ("vlm", "expert", "base")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What happens to the tensors of one leaf of the VLM."""
+
+    entry: Entry
+    action: Action
+    models: tuple[str, ...]
+    """The inputs whose tensors of this name go into it."""
+    reason: str
+    rows: int | None = None
+    """Merge only the first rows of the table; the others stay the VLM's. None: all."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision for every tensor of every input; hashable."""
+
+    pieces: tuple[Piece, ...]
+    refused: tuple[Line, ...]
+
+    @property
+    def merged(self) -> tuple[Entry, ...]:
+        """The leaves that are merged, at least in part."""
+        return tuple(piece.entry for piece in self.pieces if piece.action == "merged")
+
+    @property
+    def num_layers(self) -> int:
+        """Of the language model."""
+        return 1 + max((i for entry in self.merged for i in entry.layers if i is not None), default=-1)
+
+    def account(self) -> Account:
+        """The account, without digests."""
+        lines = [
+            Line(name, p.entry.pattern, p.action, p.models, p.reason)
+            for p in self.pieces
+            for name in p.entry.names
+        ]
+        return Account((*lines, *self.refused))
+
+
+def plan_injection(
+    vlm: Mapping[str, Any],
+    expert: Mapping[str, Any],
+    base: Mapping[str, Any],
+    *,
+    embeddings: Embeddings = "vlm",
+    common_rows: int | None = None,
+) -> Plan:
+    """Decides from names and shapes alone.
+
+    Args:
+      embeddings: vlm: embedding and head stay the VLM's. merge: they are merged as far as all three have
+        rows. merge_common_rows: as far as their tokenizers agree, too, which `common_rows` says. The other
+        rows stay the VLM's.
+
+    Raises:
+      UserError: language models that differ in more than the rows of their tables; the message names the
+        tensors.
+    """
+    if embeddings not in ("vlm", "merge_common_rows", "merge"):
+        raise UserError(f"embeddings is vlm, merge_common_rows or merge, not {embeddings!r}")
+    inputs = {"vlm": vlm, "expert": expert, "base": base}
+    known = {role: {entry.pattern: entry for entry in entries(params)} for role, params in inputs.items()}
+    pieces, problems = [], []
+    for entry in known["vlm"].values():
+        if not entry.is_language:
+            pieces.append(Piece(entry, "copied", ("vlm",), "not part of the language model"))
+            continue
+        # A model without a head of its own has its embedding there.
+        tied = tuple(role for role in ROLES if entry.pattern == HEAD and HEAD not in known[role])
+        found = {role: known[role].get(EMBEDDING if role in tied else entry.pattern) for role in ROLES}
+        shapes = {role: _shape(inputs[role], e) for role, e in found.items() if e is not None}
+        if len(shapes) < len(ROLES):
+            problems += [f"the {role} has no {entry.pattern}" for role in ROLES if role not in shapes]
+            continue
+        is_table = entry.pattern in (EMBEDDING, HEAD)
+        if len({shape[1:] if is_table else shape for shape in shapes.values()}) > 1:
+            sizes = ", ".join(f"{list(shape)} in the {role}" for role, shape in shapes.items())
+            problems.append(f"{entry.pattern} is {sizes}")
+        elif is_table:
+            pieces.append(_table(entry, [s[0] for s in shapes.values()], embeddings, common_rows, tied))
+        else:
+            pieces.append(Piece(entry, "merged", ROLES, "language model"))
+    taken = {(role, piece.entry.pattern) for piece in pieces for role in piece.models}
+    left = [(role, e) for role in ROLES for e in known[role].values() if (role, e.pattern) not in taken]
+    tables = {piece.entry.pattern: piece.reason for piece in pieces if piece.action == "copied"}
+    refused: list[Line] = []
+    for role, entry in left:
+        if not entry.is_language:
+            refused += _refusal(role, entry, "not part of the language model")
+        elif entry.pattern in tables:
+            refused += _refusal(role, entry, tables[entry.pattern])
+        elif entry.pattern == HEAD and HEAD not in known["vlm"]:
+            refused += _refusal(role, entry, "the VLM's head is its embedding")
+        elif entry.pattern not in known["vlm"]:
+            problems.append(f"only the {role} has {entry.pattern}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"the language models cannot be merged: {'; '.join(problems[:3])}{more}")
+    plan = Plan(tuple(pieces), tuple(refused))
+    _check_complete(plan, {role: [e for e in known[role].values()] for role in ROLES})
+    return plan
+
+
+def _shape(params: Mapping[str, Any], entry: Entry) -> tuple[int, ...]:
+    """Of one leaf of ours; a table's rows and columns in Hugging Face's order."""
+    shape = tuple(leaf_at(params, entry.path).shape)
+    return shape[::-1] if entry.pattern == HEAD else shape
+
+
+def _table(
+    entry: Entry, rows: list[int], embeddings: Embeddings, common_rows: int | None, tied: tuple[str, ...]
+) -> Piece:
+    shared = min(rows)
+    if embeddings == "merge_common_rows" and common_rows is not None:
+        shared = min(shared, common_rows)
+    if embeddings == "vlm":
+        return Piece(entry, "copied", ("vlm",), "embeddings: vlm")
+    if shared == 0:
+        return Piece(entry, "copied", ("vlm",), f"embeddings: {embeddings}, and no row is common")
+    reason = f"embeddings: {embeddings}"
+    reason += "".join(f", the {role}'s is its embedding" for role in tied)
+    models = tuple(role for role in ROLES if role not in tied)
+    if shared == rows[0]:
+        return Piece(entry, "merged", models, reason)
+    return Piece(entry, "merged", models, f"{reason}, rows from {shared} on the VLM's", rows=shared)
+
+
+def _refusal(role: str, entry: Entry, reason: str) -> list[Line]:
+    return [Line(name, entry.pattern, "refused", (role,), reason) for name in entry.names]
+
+
+def _check_complete(plan: Plan, inputs: Mapping[str, list[Entry]]) -> None:
+    """Raises ValueError unless every tensor of every input is merged, copied or refused exactly once."""
+    lines = plan.account().lines
+    for role, known in inputs.items():
+        names = sorted(name for entry in known for name in entry.names)
+        counted = sorted(line.name for line in lines if role in line.models)
+        if names != counted:
+            raise ValueError(f"unaccounted tensors of the {role}: {sorted(set(names) ^ set(counted))[:3]}")

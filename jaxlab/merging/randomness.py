@@ -1,0 +1,66 @@
+"""Random masks that belong to a tensor's name.
+
+An element's bits are a hash of (seed, tensor name, which model, index of the element), with no state: the
+same on every device, in any order, in any chunks. Integer multiplications and shifts only, several times
+cheaper than threefry.
+"""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt32
+
+from jaxlab.errors import UserError
+
+MAX_ELEMENTS = 2**31 - 1
+
+
+def tensor_key(seed: int, name: str) -> np.ndarray:
+    """The key of a tensor, uint32[2]: the first eight bytes of the SHA-256 of seed and name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return np.frombuffer(digest[:8], dtype="<u4").astype(np.uint32)
+
+
+def key_words(key: Array | np.ndarray) -> UInt32[Array, "2"]:
+    """Two words out of what `tensor_key`, `jax.random.key` or `jax.random.PRNGKey` gave."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    words = jnp.asarray(key)
+    if words.dtype != jnp.uint32 or words.ndim != 1 or words.shape[0] < 2:
+        raise UserError(
+            f"a key is jaxlab.merging.tensor_key(seed, name) or a JAX key, not {words.dtype}{words.shape}"
+        )
+    return words[:2]
+
+
+def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    # A bijection in which every input bit moves every output bit (Wellons' "lowbias32" constants).
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def random_bits(
+    key: UInt32[Array, "2"], size: int, *, stream: int = 0, offset: int = 0
+) -> UInt32[Array, " {size}"]:
+    """Bits of `size` elements of a tensor from `offset` on (row-major); `stream` tells models apart."""
+    if offset + size > MAX_ELEMENTS:
+        raise UserError(
+            f"a tensor of {offset + size} elements has more than the {MAX_ELEMENTS} that a mask can count"
+        )
+    salt = jnp.uint32((stream + 1) * 0x9E3779B9 % 2**32)
+    first, second = _mix(key[0] + salt), _mix(key[1] ^ salt)
+    index = jnp.arange(offset, offset + size, dtype=jnp.uint32)
+    return _mix(_mix(index ^ first) + second)
+
+
+def keep_mask(
+    key: UInt32[Array, "2"], shape: tuple[int, ...], density: Float[Array, ""], *, stream: int = 0
+) -> Bool[Array, "..."]:
+    """True with probability `density` (float32, may be traced), independently for each element."""
+    bits = random_bits(key, int(np.prod(shape, dtype=np.int64)), stream=stream)
+    # 24 bits are exact in float32: 0 <= uniform < 1, so density 0 keeps nothing and 1 everything.
+    uniform = (bits >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
+    return (uniform < density).reshape(shape)
