@@ -1,0 +1,279 @@
+"""Task `icl`: how a model answers few-shot prompts. Flows by layer, blocking of label words, and a prompt to
+look at."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxlab.checkpoints.native import load_model, load_model_config, model_identity
+from jaxlab.checkpoints.reference import model_folder
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.icl import blocking as block
+from jaxlab.icl.flows import NsaEdges, Reduction, flow_memory, flow_shares, flows, saliency_maps
+from jaxlab.icl.prompts import Prompts, PromptsConfig, PromptSource, make_prompts, token_texts
+from jaxlab.models import ModelConfig, Params
+from jaxlab.runs import Run
+
+PICTURE_TOKENS = 512
+"""Longest prompt whose maps go into results.json."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Analyse how a model answers few-shot prompts."""
+
+    model: str = ""
+    """A model folder, a run folder, or the config of a finished train run."""
+    data: PromptsConfig = PromptsConfig()
+    """Where the prompts come from."""
+    split: Literal["validation", "test"] = "test"
+    """Which prompts."""
+    analyses: tuple[Literal["flows", "blocking", "figure1"], ...] = ("flows", "blocking", "figure1")
+    """flows: S_wp, S_pq, S_ww by layer; blocking: of label words and of random words; figure1: the maps of
+    one prompt."""
+    examples: int = 128
+    """Prompts for each seed."""
+    seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
+    """Seeds of the prompts and of the random words; means and deviations are over them."""
+    batch_size: int = 32
+    """Prompts in a batch."""
+    mode: Literal["paper", "released_code"] = "paper"
+    """How blocking is done: A = 0 after the softmax, or logits of -10000 before it."""
+    reduction: Reduction = "abs_of_sum"
+    """Over heads: the absolute value of the sum, or the sum of the absolute values."""
+    nsa_edges: NsaEdges = "token"
+    """Flow from a compressed block of native sparse attention: in equal parts, or whole, to its tokens."""
+    blocked_layers: tuple[int, ...] = (5,)
+    """Blocking is done in the first, and in the last, so many layers; each number is a setting of its own."""
+    top_words: int = 5
+    """Word loyalty compares so many of the most likely next words."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("which model? give a folder or the config of a train run", key="model")
+        for name in ("examples", "batch_size", "top_words"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        for name in ("analyses", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError("must not be empty", key=name)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds must differ, they are {list(self.seeds)}", key="seeds")
+        if "blocking" in self.analyses and not self.blocked_layers:
+            raise ConfigError("give the numbers of layers to block", key="blocked_layers")
+        if any(n < 1 for n in self.blocked_layers):
+            raise ConfigError(f"must be at least 1, are {list(self.blocked_layers)}", key="blocked_layers")
+
+
+def inputs(config: Config) -> dict[str, str]:
+    """What the run depends on besides its config."""
+    return {
+        "model": model_identity(model_folder(config.model)),
+        "data": make_prompts(config.data, config.split).identity,
+    }
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Everything that can be checked, and the memory of the flows, without reading a parameter."""
+    model = load_model_config(model_folder(config.model))
+    source = make_prompts(config.data, config.split)
+    _check_fits(config, model, source)
+    parameters, temporary = flow_memory(
+        model, config.batch_size, source.length, source.num_labels, source.roles
+    )
+    return {
+        "prompts": config.examples * len(config.seeds),
+        "tokens": source.length,
+        "parameter_bytes_per_device": parameters,
+        "temporary_bytes_per_device": temporary,
+    }
+
+
+def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> None:
+    if max(config.blocked_layers, default=0) > model.num_layers and "blocking" in config.analyses:
+        raise UserError(
+            f"blocked_layers: the model has {model.num_layers} layers, not {max(config.blocked_layers)}"
+        )
+    if source.length > model.max_length and model.position == "learned":
+        raise UserError(f"data: prompts of {source.length} tokens exceed the model's {model.max_length}")
+    if config.top_words > model.vocab_size:
+        raise UserError(f"top_words: the vocabulary has {model.vocab_size} words, not {config.top_words}")
+    if "figure1" in config.analyses and source.length > PICTURE_TOKENS:
+        raise UserError(
+            f"analyses: figure1 draws prompts of at most {PICTURE_TOKENS} tokens, these have {source.length}"
+        )
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    """Means over all prompts, deviations over the means of the seeds."""
+    model, params, tokenizer = load_model(model_folder(config.model))
+    source = make_prompts(config.data, config.split)
+    _check_fits(config, model, source)
+    answers = _Answers(config, model, params, source)
+    flow = _Flows(config, model, params, source) if "flows" in config.analyses else None
+    passes = -(-config.examples // config.batch_size) * len(config.seeds)
+    with tqdm(total=passes, desc=f"icl {run.name}", unit="batch") as progress:
+        for seed in config.seeds:
+            rng = np.random.default_rng((seed, 1))
+            for prompts in source.batches(seed, config.examples, config.batch_size):
+                answers.add(seed, prompts, rng)
+                if flow is not None:
+                    flow.add(seed, prompts)
+                progress.update()
+    results: dict[str, Any] = {
+        "layers": model.num_layers,
+        "tokens": source.length,
+        "labels": source.num_labels,
+        "chance": 1.0 / source.num_labels,
+        "examples": config.examples * len(config.seeds),
+        "seeds": list(config.seeds),
+        "mode": config.mode,
+        **answers.results(),
+    }
+    if flow is not None:
+        results["flows"] = flow.results()
+    if "figure1" in config.analyses:
+        results["figure1"] = _picture(config, model, params, source, tokenizer)
+    return results
+
+
+class _Answers:
+    """Answers with and without blocking: one program, in which the first setting blocks nothing."""
+
+    def __init__(self, config: Config, model: ModelConfig, params: Params, source: PromptSource) -> None:
+        self.config, self.model, self.params, self.roles = config, model, params, source.roles
+        self.settings = block.settings(config.blocked_layers) if "blocking" in config.analyses else []
+        layers = [np.zeros(model.num_layers, bool), *(s.layer_mask(model.num_layers) for s in self.settings)]
+        self.layers = jnp.asarray(np.stack(layers))
+        self.by_seed: dict[int, list[np.ndarray]] = {seed: [] for seed in config.seeds}
+        self.seconds = 0.0
+
+    def add(self, seed: int, prompts: Prompts, rng: np.random.Generator) -> None:
+        started = time.perf_counter()
+        label_words = np.isin(prompts.classes, self.roles.labels)
+        special = (-1, self.roles.query, self.roles.sink)
+        others = ~label_words & ~np.isin(prompts.classes, [c for c in special if c is not None])
+        others[:, 0] = False  # nothing flows to the first token anyway
+        words = {"label": label_words, "random": block.random_words(rng, label_words, others)}
+        chosen = np.stack([np.zeros_like(label_words), *(words[s.words] for s in self.settings)])
+        batch = {name: jnp.asarray(value) for name, value in prompts.batch.items()}
+        positions = jnp.asarray(prompts.positions)
+        logits = np.asarray(
+            block.blocked_logits(
+                self.params, batch, positions, self.layers, jnp.asarray(chosen), self.model, self.config.mode
+            )
+        )
+        predicted = block.label_predictions(logits, prompts.label_tokens)
+        top = self.config.top_words
+        measures = [
+            predicted == prompts.labels,
+            predicted == predicted[0],
+            np.stack([block.word_loyalty(x, logits[0], top) for x in logits]),
+        ]
+        self.by_seed[seed].append(np.stack(measures).astype(np.float64))
+        self.seconds += time.perf_counter() - started
+
+    def results(self) -> dict[str, Any]:
+        seeds = np.stack([np.concatenate(parts, axis=2).mean(2) for parts in self.by_seed.values()])
+        mean, deviation = seeds.mean(0), _deviation(seeds)
+        found: dict[str, Any] = {"accuracy": mean[0, 0], "accuracy_std": deviation[0, 0]}
+        if self.settings:
+            found["blocking"] = {"top_words": self.config.top_words, "seconds": self.seconds, "table": []}
+        for at, setting in enumerate(self.settings, start=1):
+            row: dict[str, Any] = {"words": setting.words, "where": setting.where, "layers": setting.layers}
+            for number, name in enumerate(("accuracy", "label_loyalty", "word_loyalty")):
+                row |= {name: mean[number, at], f"{name}_std": deviation[number, at]}
+            found["blocking"]["table"].append(row)
+        return found
+
+
+class _Flows:
+    """S_wp, S_pq, S_ww of every prompt."""
+
+    def __init__(self, config: Config, model: ModelConfig, params: Params, source: PromptSource) -> None:
+        self.config, self.model, self.params, self.roles = config, model, params, source.roles
+        self.by_seed: dict[int, list[dict[str, np.ndarray]]] = {seed: [] for seed in config.seeds}
+        self.edges = np.zeros((model.num_layers, self.roles.classes, self.roles.classes))
+        self.seconds = 0.0
+
+    def add(self, seed: int, prompts: Prompts) -> None:
+        started = time.perf_counter()
+        sums, counts = flows(
+            self.params, prompts.batch, self.model, prompts.classes, prompts.targets,
+            reduction=self.config.reduction, nsa_edges=self.config.nsa_edges, num_classes=self.roles.classes,
+        )  # fmt: skip
+        self.by_seed[seed].append(flow_shares(sums, counts, self.roles)[0])
+        self.edges += np.asarray(counts, np.float64).sum(0)
+        self.seconds += time.perf_counter() - started
+
+    def results(self) -> dict[str, Any]:
+        sets = self.roles.edge_sets()
+        each = {n: [np.concatenate([p[n] for p in parts]) for parts in self.by_seed.values()] for n in sets}
+        seeds = {name: np.stack([values.mean(0) for values in each[name]]) for name in sets}
+        total = seeds["wp"] + seeds["pq"] + seeds["ww"]
+        total = np.where(total > 0.0, total, 1.0)
+        shares = {name: seeds[name] / total for name in ("wp", "pq", "ww")}
+        prompts = self.config.examples * len(self.config.seeds)
+        return {
+            "reduction": self.config.reduction,
+            "mean": {name: values.mean(0) for name, values in seeds.items()},
+            "mean_std_over_prompts": {name: np.concatenate(values).std(0) for name, values in each.items()},
+            "share": {name: values.mean(0) for name, values in shares.items()},
+            "share_std": {name: _deviation(values) for name, values in shares.items()},
+            "edges_per_prompt": {
+                name: self.edges[:, edges].sum(-1) / prompts for name, edges in sets.items()
+            },
+            "seconds": self.seconds,
+        }
+
+
+def _deviation(by_seed: np.ndarray) -> np.ndarray:
+    """Standard deviation of a sample along the first axis; 0 for one seed, which has none to tell."""
+    return by_seed.std(0, ddof=1) if len(by_seed) > 1 else np.zeros_like(by_seed[0])
+
+
+def _picture(
+    config: Config, model: ModelConfig, params: Params, source: PromptSource, tokenizer: Any
+) -> dict[str, Any]:
+    """The maps of the first prompt that the model answers rightly; of the very first, if it answers none."""
+    started = time.perf_counter()
+    fallback = None
+    for example in _one_by_one(source.batches(config.seeds[0], config.examples, config.batch_size)):
+        batch = {name: jnp.asarray(value) for name, value in example.batch.items()}
+        nothing = jnp.zeros((1, model.num_layers), bool), jnp.zeros((1, *example.classes.shape), bool)
+        logits = block.blocked_logits(
+            params, batch, jnp.asarray(example.positions), *nothing, model, config.mode
+        )
+        predicted = int(block.label_predictions(np.asarray(logits), example.label_tokens)[0, 0])
+        fallback = fallback or (example, predicted)
+        if predicted == example.labels[0]:
+            chosen = example, predicted
+            break
+    else:
+        assert fallback is not None
+        chosen = fallback
+    example, predicted = chosen
+    maps = np.asarray(saliency_maps(params, example.batch, model, example.targets))[0]
+    names = token_texts(example.label_tokens[0], tokenizer)
+    return {
+        "tokens": token_texts(example.batch["tokens"][0], tokenizer),
+        "labels": np.flatnonzero(np.isin(example.classes[0], source.roles.labels)),
+        "query": int(example.positions[0]),
+        "answer": names[int(example.labels[0])],
+        "prediction": names[predicted],
+        # Row i holds the flows from the tokens 0 ... i - 1.
+        "maps": [[[float(f"{x:.3g}") for x in row[:i]] for i, row in enumerate(layer)] for layer in maps],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _one_by_one(batches: Iterator[Prompts]) -> Iterator[Prompts]:
+    for prompts in batches:
+        for i in range(len(prompts.labels)):
+            yield jax.tree.map(lambda x, at=i: x[at : at + 1], prompts)

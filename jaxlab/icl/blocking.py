@@ -1,0 +1,91 @@
+"""Blocking: nothing flows to the label words in the first or in the last layers, and what the answers then
+are.
+
+Source: Wang et al. 2023 (arXiv 2305.14160), section 2.2 and figure 4. What is blocked where is data, so one
+compiled program serves every setting.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.icl.flows import target_logits
+from jaxlab.models import Batch, ModelConfig, Params, Probe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is blocked in which layers."""
+
+    words: Literal["label", "random"]
+    where: Literal["first", "last"]
+    layers: int
+
+    def layer_mask(self, num_layers: int) -> Bool[np.ndarray, " L"]:
+        layer = np.arange(num_layers)
+        return layer < self.layers if self.where == "first" else layer >= num_layers - self.layers
+
+
+def settings(layers: Iterable[int]) -> list[Setting]:
+    """Label words and random words, in the first and in the last layers, for each number of layers."""
+    return [
+        Setting(words, where, n)
+        for n in layers
+        for where in ("first", "last")
+        for words in ("label", "random")
+    ]
+
+
+def random_words(
+    rng: np.random.Generator, label_words: Bool[np.ndarray, "B T"], others: Bool[np.ndarray, "B T"]
+) -> Bool[np.ndarray, "B T"]:
+    """The control: in each row as many of the `others` as there are label words (all of them, if they are
+    fewer)."""
+    order = np.argsort(np.where(others, rng.random(others.shape), 2.0), axis=1)
+    rank = np.argsort(order, axis=1)
+    return (rank < label_words.sum(1, keepdims=True)) & others
+
+
+@functools.partial(jax.jit, static_argnames=("config", "blocking"))
+def blocked_logits(
+    params: Params,
+    batch: Batch,
+    positions: Int[Array | np.ndarray, " B"],
+    layers: Bool[Array | np.ndarray, "E L"],
+    words: Bool[Array | np.ndarray, "E B T"],
+    config: ModelConfig,
+    blocking: Literal["paper", "released_code"] = "paper",
+) -> Float[Array, "E B V"]:
+    """Logits at `positions`, for each of E settings: nothing flows to `words` in `layers`, but from
+    themselves.
+
+    `paper`: A(p, i) = 0 for i < p after the softmax. `released_code`: their logits are -10000 before it. A
+    setting without layers or words is the model as it is.
+    """
+
+    def one(setting):
+        layer, word = setting
+        probe = Probe(blocked=layer[:, None, None] & word[None], blocking=blocking)
+        return target_logits(params, batch, config, positions, probe)
+
+    return jax.lax.map(one, (layers, words))
+
+
+def label_predictions(logits: np.ndarray, label_tokens: Int[np.ndarray, "B C"]) -> Int[np.ndarray, "*E B"]:
+    """The most likely of the label words [*E, B], as an index, from logits [*E, B, V]."""
+    names = np.broadcast_to(label_tokens, (*logits.shape[:-1], label_tokens.shape[-1]))
+    return np.argmax(np.take_along_axis(logits, names, axis=-1), axis=-1)
+
+
+def word_loyalty(
+    logits: Float[np.ndarray, "B V"], reference: Float[np.ndarray, "B V"], top: int = 5
+) -> np.ndarray:
+    """Jaccard similarity [B] of the `top` most likely next words with those of the reference."""
+    best, kept = (np.argpartition(-x, top - 1, axis=1)[:, :top] for x in (logits, reference))
+    common = (best[:, :, None] == kept[:, None, :]).any(2).sum(1)
+    return common / (2 * top - common)
