@@ -68,7 +68,7 @@ def blocked_logits(
     setting without layers or words is the model as it is.
     """
 
-    def one(setting):
+    def one(setting: tuple[Array, Array]) -> Array:
         layer, word = setting
         probe = Probe(blocked=layer[:, None, None] & word[None], blocking=blocking)
         return target_logits(params, batch, config, positions, probe)

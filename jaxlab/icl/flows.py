@@ -105,11 +105,15 @@ def flow_shares(
 
 
 def target_logits(
-    params: Params, batch: Batch, config: ModelConfig, positions: Int[Array, " B"], probe: Probe | None = None
+    params: Params,
+    batch: Batch,
+    config: ModelConfig,
+    positions: Int[Array | np.ndarray, " B"],
+    probe: Probe | None = None,
 ) -> Float[Array, "B V"]:
     """The logits at one position of each sequence."""
     logits, _ = forward(params, batch, config, probe=probe)
-    return jnp.take_along_axis(logits, positions[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(logits, jnp.asarray(positions)[:, None, None], axis=1)[:, 0]
 
 
 def _loss(params: Params, batch: Batch, config: ModelConfig, targets: Any, kind: Loss, probe: Probe) -> Array:
@@ -124,10 +128,12 @@ def _loss(params: Params, batch: Batch, config: ModelConfig, targets: Any, kind:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _flows(params, batch, classes, targets, config: ModelConfig, options: _Options) -> tuple[Array, Array]:
+def _flows(
+    params: Params, batch: Batch, classes: Array, targets: Any, config: ModelConfig, options: _Options
+) -> tuple[Array, Array]:
     pairs = (config.num_layers, classes.shape[0], options.num_classes, options.num_classes)
 
-    def loss(taps):
+    def loss(taps: tuple[Array, Array]) -> Array:
         probe = Probe(*taps, classes=classes, reduction=options.reduction, nsa_edges=options.nsa_edges)
         return _loss(params, batch, _frugal(config), targets, options.loss, probe)
 
@@ -136,10 +142,10 @@ def _flows(params, batch, classes, targets, config: ModelConfig, options: _Optio
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _maps(params, batch, targets, config: ModelConfig, options: _Options) -> Array:
+def _maps(params: Params, batch: Batch, targets: Any, config: ModelConfig, options: _Options) -> Array:
     batch_size, tokens = batch["tokens"].shape
 
-    def loss(tap):
+    def loss(tap: Array) -> Array:
         return _loss(params, batch, _frugal(config), targets, options.loss, Probe(map_tap=tap))
 
     signed = jax.grad(loss)(jnp.zeros((config.num_layers, batch_size, tokens, tokens), jnp.float32))
@@ -162,7 +168,9 @@ def flow_memory(
     options = _Options("labels", num_classes=roles.classes)
     compiled = _flows.lower(params, {"tokens": sequences}, sequences, targets, config, options).compile()
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
-    return size, int(compiled.memory_analysis().temp_size_in_bytes)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return size, int(memory.temp_size_in_bytes)
 
 
 def _frugal(config: ModelConfig) -> ModelConfig:

@@ -124,19 +124,13 @@ def probed_nsa_attention(
     compressed block that holds an earlier token. The choice of blocks is that of the unblocked scores, and no
     gradient flows through it.
     """
-    sizes = {"block_len": block_len, "stride": stride, "scale": scale, "segment_ids": segment_ids}
-    _, lse = compressed_attention(q, k_cmp, v_cmp, **sizes)
-    chosen = select_blocks(
-        q,
-        k_cmp,
-        lse,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        num_init=num_init,
-        num_local=num_local,
-        kv_len=q.shape[1],
-        **sizes,
+    _, lse = compressed_attention(
+        q, k_cmp, v_cmp, block_len=block_len, stride=stride, scale=scale, segment_ids=segment_ids
     )
+    chosen = select_blocks(
+        q, k_cmp, lse, block_len=block_len, stride=stride, block_size=block_size, num_blocks=num_blocks,
+        num_init=num_init, num_local=num_local, scale=scale, segment_ids=segment_ids, kv_len=q.shape[1],
+    )  # fmt: skip
     branches = (
         Branch(length=block_len, stride=stride, whole=probe.nsa_edges == "block"),
         Branch(chosen_block=block_size),
@@ -149,7 +143,17 @@ def probed_nsa_attention(
     return jnp.einsum("bthdc,bthc->bthd", jnp.stack(outs, axis=-1), gates.astype(q.dtype))
 
 
-def _probed(q, pairs, branches, probe: Probe, *, chosen=None, segment_ids, scale, rows) -> tuple[Array, ...]:
+def _probed(
+    q: Array,
+    pairs: tuple[tuple[Array, Array], ...],
+    branches: tuple[Branch, ...],
+    probe: Probe,
+    *,
+    segment_ids: Array | None,
+    scale: float | None,
+    rows: int | None,
+    chosen: Array | None = None,
+) -> tuple[Array, ...]:
     """One output for each branch and its (keys, values)."""
     if q.shape[2] % pairs[0][0].shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {pairs[0][0].shape[2]} key/value heads")

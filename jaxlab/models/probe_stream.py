@@ -10,6 +10,7 @@ computed.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,6 +22,10 @@ RELEASED_LOGIT = -10000.0  # the logit of a blocked edge in the released code
 ELEMENTS = 1 << 21  # wanted size of one temporary
 ROWS = 256  # most rows in a block
 GROUPS = 4  # most groups; each is compiled once
+
+
+Range = tuple[int, int]
+Rows = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +45,17 @@ class Branch:
     def by_token(self) -> bool:
         return self.length == self.stride == 1
 
-    def keys(self, low: int, high: int, count: int) -> tuple[int, int]:
+    def keys(self, low: int, high: int, count: int) -> Range:
         """The range of key numbers, of `count`, that stand for tokens in [low, high)."""
         if self.by_token:
             return low, high
         return 0, min(count, max(0, (high - self.length) // self.stride + 1))
 
-    def to_tokens(self, x: Array, at: tuple[int, int], low: int, high: int, *, divide: bool) -> Array:
+    def to_tokens(self, x: Array, at: Range, low: int, high: int, *, divide: bool) -> Array:
         """[..., keys in the range `at`] -> [..., tokens low..high]."""
         if self.by_token:
             return x
-        start = jnp.arange(*at, dtype=jnp.int32)[:, None] * self.stride
+        start = jnp.arange(at[0], at[1], dtype=jnp.int32)[:, None] * self.stride
         token = jnp.arange(low, high, dtype=jnp.int32)[None, :]
         spread = ((start <= token) & (token < start + self.length)).astype(jnp.float32)
         return x @ (spread / self.length if divide else spread)
@@ -111,7 +116,9 @@ class _Stream:
             "chosen": chosen,
         }
 
-    def groups(self, keys: list[Array], values: list[Array]):
+    def groups(
+        self, keys: list[Array], values: list[Array]
+    ) -> Iterator[tuple[slice, int, int, Any, Any, Any]]:
         """Yields (slice of blocks, first token, end token, ranges of keys, keys, values) of each group."""
         per_group = math.ceil(self.blocks / GROUPS)
         windows = [b.window for b in self.branches if b.window is not None]
@@ -130,9 +137,9 @@ def _by_head(xs: tuple[Array, ...]) -> list[Array]:
     return [x.astype(jnp.float32).transpose(2, 0, 1, 3) for x in xs]
 
 
-def _visible(branch: Branch, at, rows, chosen, segment_ids):
+def _visible(branch: Branch, at: Range, rows: Rows, chosen: Array | None, segment_ids: Array | None) -> Array:
     """bool[B or 1, rows, S]: which keys of a range each row sees."""
-    start = jnp.arange(*at, dtype=jnp.int32) * branch.stride
+    start = jnp.arange(at[0], at[1], dtype=jnp.int32) * branch.stride
     end = start + (branch.length - 1)
     row = rows["row"][:, None]
     seen = end[None, :] <= row
@@ -144,26 +151,37 @@ def _visible(branch: Branch, at, rows, chosen, segment_ids):
         seen = seen & (mine != 0)
         seen &= (segment_ids[:, start][:, None] == mine) & (segment_ids[:, end][:, None] == mine)
     if branch.chosen_block is not None:
+        assert chosen is not None
         blocks = jnp.arange(-(-at[1] // branch.chosen_block), dtype=jnp.int32)
         listed = jnp.any(chosen[..., None] == blocks[None, None, None], axis=-2)
         seen = seen & jnp.take(listed, start // branch.chosen_block, axis=-1)
     return seen
 
 
-def _logits(spec: Spec, blocking: str, branch: Branch, at, rows, q, k, chosen, segment_ids):
+def _logits(
+    spec: Spec,
+    blocking: str,
+    branch: Branch,
+    at: Range,
+    rows: Rows,
+    q: Array,
+    k: Array,
+    chosen: Array | None,
+    segment_ids: Array | None,
+) -> tuple[Array, Array, Array | None]:
     """(logits [B, H / Hkv, rows, S], seen, allowed: False on the edges that blocking cuts, or None)."""
     seen = _visible(branch, at, rows, chosen, segment_ids)
     scores = jnp.einsum("bgrd,bsd->bgrs", q, k) * spec.scale
     allowed = None
     if rows["blocked"] is not None:
-        start = jnp.arange(*at, dtype=jnp.int32) * branch.stride
+        start = jnp.arange(at[0], at[1], dtype=jnp.int32) * branch.stride
         allowed = ~(rows["blocked"][:, :, None] & (start[None, :] < rows["row"][:, None])[None])
         if blocking == "released_code":
             scores = jnp.where(allowed[:, None], scores, RELEASED_LOGIT)
     return jnp.where(seen[:, None], scores, MASKED), seen, allowed
 
 
-def _acting(blocking: str, weights, allowed):
+def _acting(blocking: str, weights: Array, allowed: Array | None) -> Array:
     """The attention that acts: the softmax, without the edges that blocking in the paper's sense cuts."""
     if allowed is None or blocking == "released_code":
         return weights
@@ -171,20 +189,36 @@ def _acting(blocking: str, weights, allowed):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def stream_attention(spec: Spec, q, keys, values, chosen, segment_ids, probe):
+def stream_attention(
+    spec: Spec,
+    q: Array,
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    chosen: Array | None,
+    segment_ids: Array | None,
+    probe: Any,
+) -> tuple[Array, ...]:
     """One output [B, T, H, Dv] per branch, from q [B, T, H, Dk] and a tuple of keys and of values [B, S, Hkv,
     D]."""
     return _forward(spec, q, keys, values, chosen, segment_ids, probe)[0]
 
 
-def _forward(spec: Spec, q, keys, values, chosen, segment_ids, probe):
+def _forward(
+    spec: Spec,
+    q: Array,
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    chosen: Array | None,
+    segment_ids: Array | None,
+    probe: Any,
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     stream = _Stream(spec, q, keys)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     parts = []
     for blocks, _, _, at, ks, vs in stream.groups(_by_head(keys), _by_head(values)):
 
-        def block(_, rows, at=at, ks=ks, vs=vs):
-            def head(_, one):
+        def block(_: None, rows: Rows, at: Any = at, ks: Any = ks, vs: Any = vs) -> Any:
+            def head(_: None, one: Rows) -> Any:
                 outs, norms = [], []
                 for branch, where, k, v in zip(spec.branches, at, one["k"], one["v"], strict=True):
                     scores, seen, allowed = _logits(
@@ -208,7 +242,17 @@ def _forward(spec: Spec, q, keys, values, chosen, segment_ids, probe):
     return outs, (q, keys, values, chosen, segment_ids, probe, norms)
 
 
-def _head_gradients(spec: Spec, blocking: str, at, low: int, high: int, rows, one, segment_ids, edges):
+def _head_gradients(
+    spec: Spec,
+    blocking: str,
+    at: list[Range],
+    low: int,
+    high: int,
+    rows: Rows,
+    one: Rows,
+    segment_ids: Array | None,
+    edges: Array | None,
+) -> tuple[Array, Array | None, Array, list[Array], list[Array]]:
     """One key/value head of one block of rows -> (flow per query head, edges seen so far, d_q, d_keys,
     d_values)."""
     flow = jnp.zeros((*one["q"].shape[:3], high - low), jnp.float32)
@@ -232,14 +276,14 @@ def _head_gradients(spec: Spec, blocking: str, at, low: int, high: int, rows, on
     return flow, edges, d_q, d_ks, d_vs
 
 
-def _backward(spec: Spec, saved, cotangents):
+def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
     q, keys, values, chosen, segment_ids, probe, norms = saved
     stream = _Stream(spec, q, keys)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     inputs |= {"norm": norms, "d_out": [stream.cut_heads(c) for c in cotangents]}
     taps = {"flow": probe.class_tap, "count": probe.count_tap}
     taps = {name: tap for name, tap in taps.items() if tap is not None}
-    one_hot = None
+    one_hot: Any = None
     for tap in taps.values():
         one_hot = jax.nn.one_hot(probe.classes, tap.shape[-1], dtype=jnp.float32)
         inputs["one_hot"] = stream.cut(one_hot)
@@ -248,8 +292,16 @@ def _backward(spec: Spec, saved, cotangents):
     parts = []
     for blocks, low, high, at, ks, vs in stream.groups(keys_by_head, values_by_head):
 
-        def block(totals, rows, low=low, high=high, at=at, ks=ks, vs=vs):
-            def head(carry, one):
+        def block(
+            totals: Any,
+            rows: Rows,
+            low: int = low,
+            high: int = high,
+            at: Any = at,
+            ks: Any = ks,
+            vs: Any = vs,
+        ) -> Any:
+            def head(carry: Any, one: Rows) -> Any:
                 signed, absolute, edges = carry
                 flow, edges, *gradients = _head_gradients(
                     spec, probe.blocking, at, low, high, rows, one, segment_ids, edges
@@ -270,13 +322,11 @@ def _backward(spec: Spec, saved, cotangents):
                 both = zip(totals[name], news, at, strict=True)
                 totals = totals | {name: [old.at[:, :, slice(*r)].add(new) for old, new, r in both]}
             before = jnp.arange(low, high, dtype=jnp.int32)[None, :] < rows["row"][:, None]
-            for name, what in (("flow", jnp.abs(signed) if absolute is None else absolute), ("count", edges)):
-                if name in taps:
-                    what = jnp.where(before[None], what.astype(jnp.float32), 0.0)
-                    by_class = jnp.einsum("brs,bsk->brk", what, one_hot[:, low:high])
-                    totals = totals | {
-                        name: totals[name] + jnp.einsum("brc,brk->bck", rows["one_hot"], by_class)
-                    }
+            whats: Any = {"flow": jnp.abs(signed) if absolute is None else absolute, "count": edges}
+            for name in taps:
+                what = jnp.where(before[None], whats[name].astype(jnp.float32), 0.0)
+                by_class = jnp.einsum("brs,bsk->brk", what, one_hot[:, low:high])
+                totals = totals | {name: totals[name] + jnp.einsum("brc,brk->bck", rows["one_hot"], by_class)}
             if probe.map_tap is None:
                 return totals, (d_q, None)
             return totals, (d_q, jnp.pad(signed, [(0, 0), (0, 0), (low, stream.tokens - high)]))
