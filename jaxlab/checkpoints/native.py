@@ -1,6 +1,6 @@
 """A model of ours on disk: a folder with config.yaml (the ModelConfig), params/ (Orbax) and tokenizer.json.
 
-Without tokenizer.json the model reads bytes.
+Without tokenizer.json the model reads bytes. Whatever is wrong with a folder is a UserError of one line.
 """
 
 import hashlib
@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -54,13 +56,13 @@ def save_model(
 
 
 def load_model(
-    path: str | Path, *, shardings: Params | None = None, dtype=None
+    path: str | Path, *, shardings: Params | None = None, dtype: jax.typing.DTypeLike | None = None
 ) -> tuple[ModelConfig, Params, Tokenizer | None]:
     """Read a model folder.
 
     Args:
-      shardings: a tree like the parameters (or a prefix of it) of `jax.sharding.Sharding`: each tensor is read
-        straight to where it will live. None: the default device.
+      shardings: a tree like the parameters of `jax.sharding.Sharding`: each tensor is read straight to where
+        it will live. None: the default device.
       dtype: read the tensors in this dtype instead of the one they are stored in.
 
     Raises:
@@ -68,56 +70,83 @@ def load_model(
     """
     path = Path(path).absolute()
     config = load_model_config(path)
-    tokenizer = Tokenizer.from_file(str(path / TOKENIZER)) if (path / TOKENIZER).exists() else None
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = stored_shapes(path)
-        expected = abstract_params(config)
-        check_same_tree(stored, expected, path)
-        if shardings is None:
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shardings = jax.tree.map(lambda _: here, expected)
-        target = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding),
-            stored,
-            shardings,
-        )
-        return config, checkpointer.restore(path / PARAMS, target), tokenizer
+    tokenizer = load_tokenizer(path)
+    stored, expected = stored_shapes(path), abstract_params(config)
+    check_same_tree(stored, expected, path)
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, expected)
+    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=where)  # noqa: E731
+    with _damage(path), ocp.StandardCheckpointer() as checkpointer:
+        return config, checkpointer.restore(path / PARAMS, jax.tree.map(place, stored, shardings)), tokenizer
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
+    """The config of a model folder.
+
+    Raises:
+      UserError: not a model folder, or one with a link that leads out of it.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such model folder")
     if not (path / CONFIG).is_file() or not (path / PARAMS).is_dir():
         raise UserError(f"{path}: not a model folder of ours: it needs {CONFIG} and {PARAMS}/")
+    root = path.resolve()
+    for file in path.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise UserError(f"{file}: leads out of the model folder; put the file itself there")
     return load(ModelConfig, path / CONFIG, [])
 
 
-def stored_shapes(path: Path) -> Params:
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of a model folder; None: the model reads bytes."""
+    file = Path(path) / TOKENIZER
+    if not file.exists():
+        return None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{file}: not a tokenizer ({error})") from error
+
+
+def stored_shapes(path: str | Path) -> Params:
     """Shapes and dtypes of the parameters on disk, from metadata alone."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path.absolute() / PARAMS).item_metadata
-    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(metadata))
+    path = Path(path).absolute()
+    with _damage(path), ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path / PARAMS).item_metadata
+        if metadata is None:
+            raise FileNotFoundError("it holds no metadata")
+        return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(metadata))
 
 
-def check_same_tree(stored: Params, expected: Params, path: Path) -> None:
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What Orbax raises on files that are missing, cut off or changed, as one line for the user."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / PARAMS}: the parameters cannot be read: {error}"[:400]) from error
+
+
+def check_same_tree(
+    stored: Params, expected: Params, path: str | Path, expected_by: str = "its config"
+) -> None:
     """Raise one line that names what is missing, unexpected or of another shape."""
-    flat = lambda tree: {
-        jax.tree_util.keystr(k, simple=True, separator="."): v.shape for k, v in _leaves(tree)
-    }  # noqa: E731
-    have, want = flat(stored), flat(expected)
+    have, want = _shapes(stored), _shapes(expected)
     problems = [f"lacks {name}" for name in want if name not in have]
     problems += [f"has an unexpected {name}" for name in have if name not in want]
     problems += [
-        f"{n} is {have[n]}, its config says {want[n]}" for n in want if n in have and have[n] != want[n]
+        f"{n} is {have[n]}, {expected_by} says {want[n]}" for n in want if have.get(n, want[n]) != want[n]
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: {'; '.join(problems[:3])}{more}")
 
 
-def _leaves(tree: Params):
-    return jax.tree_util.tree_leaves_with_path(tree)
+def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 
 
 def model_identity(path: str | Path) -> str:
@@ -127,5 +156,6 @@ def model_identity(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(json.dumps(str(file.relative_to(path))).encode())
-        digest.update(file.read_bytes())
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

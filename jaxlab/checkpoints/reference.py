@@ -1,4 +1,4 @@
-"""What a config may name as a model: a model folder, a run folder, or the config of a train run that is done."""
+"""What may be named as a model: a model folder, a run folder, or the config of a train run that is done."""
 
 from pathlib import Path
 

@@ -1,8 +1,9 @@
-"""One config for every source of batches, and the one place that turns it into a source."""
+"""One config for every source of batches, how a source is made of it, and whether it fits a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -10,8 +11,8 @@ from tokenizers import Tokenizer
 from jaxlab.data.digits import DigitsConfig, DigitsSource
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.text import TextConfig, TextSource
-
-Split = Literal["train", "validation", "test"]
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class DataConfig:
     """Used where kind is episodes."""
 
 
+@runtime_checkable
 class Source(Protocol):
-    """Batches as `jaxlab.models.forward` takes them, with loss_mask bool[B, T]: True where a token is a target."""
+    """Batches as `jaxlab.models.forward` takes them, with loss_mask bool[B, T]: True on targets."""
 
     identity: str
     """Changes when the data changes."""
@@ -38,8 +40,10 @@ class Source(Protocol):
         """The training batch of a step; a pure function of its arguments."""
         ...
 
-    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[dict]:
-        """At most `count` batches of a held-out split, always the same ones."""
+    def held_out_batches(
+        self, batch_size: int, count: int, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """At most `count` full batches of a held-out split, always the same ones."""
         ...
 
     def tokenizer(self) -> Tokenizer | None:
@@ -53,3 +57,60 @@ def make_source(config: DataConfig) -> Source:
     if config.kind == "digits":
         return DigitsSource(config.digits)
     return EpisodesSource(config.episodes)
+
+
+def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
+    """The first batch of a held-out split.
+
+    Raises:
+      UserError: the split is too small for one.
+    """
+    for batch in source.held_out_batches(batch_size, 1, split):
+        return batch
+    raise UserError(
+        f"the {split} split of the data holds no full batch of {batch_size}; lower batch_size or give "
+        "more data"
+    )
+
+
+def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
+    """Raises UserError if `batch` is not for `model`: a gather past the end of a table would say nothing."""
+    tokens = batch["tokens"]
+    if tokens.shape[1] > model.max_length:
+        raise UserError(
+            f"sequences of {tokens.shape[1]} tokens exceed the model's max_length {model.max_length}; "
+            "raise model.max_length or shorten the data"
+        )
+    if tokens.max() >= model.vocab_size:
+        raise UserError(
+            f"the data holds token {tokens.max()}, the model's vocab_size is {model.vocab_size}; "
+            "raise model.vocab_size or take other data"
+        )
+    if "images" in batch:
+        vision = model.vision
+        size = (vision.image_size, vision.image_size, vision.channels)
+        if not model.has_vision:
+            raise UserError("the data holds images and the model has no vision; set model.vision.num_layers")
+        if batch["images"].shape[2:] != size:
+            raise UserError(
+                f"the data holds images of {batch['images'].shape[2:]}, the model takes {size}; "
+                "set model.vision.image_size and channels"
+            )
+
+
+def check_same_words(model: Tokenizer | None, source: Tokenizer | None, path: str | Path) -> None:
+    """Raises UserError if a word that the model at `path` knows is another one, or none, in the data."""
+    if model is None or source is None:
+        if model is not source:
+            kinds = ["words" if tokenizer else "bytes" for tokenizer in (model, source)]
+            raise UserError(
+                f"{path}: the model reads {kinds[0]}, the data holds {kinds[1]}; change data.kind"
+            )
+        return
+    theirs = source.get_vocab()
+    for word, token in model.get_vocab().items():
+        if theirs.get(word) != token:
+            raise UserError(
+                f"{path}: {word!r} is token {token} of the model and {theirs.get(word)} of the data; "
+                "take the data of the kind that it was trained on"
+            )

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,9 @@ class TextConfig:
     holdout_every: int = 20
     """Every how many-th file, in order of names, is held out of training."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        if not self.pattern or Path(self.pattern).is_absolute():
+            raise ConfigError("must be a pattern relative to the folder, such as **/*.py", key="pattern")
         if self.sequence_length < 2:
             raise ConfigError("must be at least 2", key="sequence_length")
         if self.holdout_every < 2:
@@ -39,11 +42,11 @@ class TextSource:
 
     def __init__(self, config: TextConfig):
         self.config = config
-        self.training, self.held_out, self.identity = read_files(
-            config.path, config.pattern, config.holdout_every
-        )
-        for name, tokens in (("training", self.training), ("held-out", self.held_out)):
-            if len(tokens) <= config.sequence_length:
+        self.training, held_out, self.identity = read_text(config)
+        half = len(held_out) // 2
+        self.held_out = {"validation": held_out[:half], "test": held_out[half:]}
+        for name, tokens in {"training": self.training, **self.held_out}.items():
+            if len(tokens) < config.sequence_length:
                 raise UserError(
                     f"{config.path}: {len(tokens)} bytes of {name} text cannot fill a sequence of "
                     f"{config.sequence_length}; lower data.text.sequence_length or give more text"
@@ -52,14 +55,14 @@ class TextSource:
     def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
         length = self.config.sequence_length
         rng = np.random.default_rng((seed, step))
-        starts = rng.integers(0, len(self.training) - length, size=batch_size)
+        starts = rng.integers(0, len(self.training) - length + 1, size=batch_size)
         return self._crops(self.training, starts)
 
-    def held_out_batches(self, batch_size: int, count: int, split: str = "validation"):
-        """At most `count` full batches of held-out text; `test` takes the second half of it, `validation` the first."""
-        length = self.config.sequence_length
-        half = len(self.held_out) // 2
-        tokens = self.held_out[half:] if split == "test" else self.held_out[:half]
+    def held_out_batches(
+        self, batch_size: int, count: int, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """At most `count` full batches of held-out text: `validation` its first half, `test` its second."""
+        length, tokens = self.config.sequence_length, self.held_out[split]
         for i in range(min(count, (len(tokens) // length) // batch_size)):
             yield self._crops(tokens, (i * batch_size + np.arange(batch_size)) * length)
 
@@ -73,17 +76,36 @@ class TextSource:
         return {"tokens": crops, "loss_mask": mask}
 
 
-@functools.cache
-def read_files(path: str, pattern: str, holdout_every: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """(training bytes, held-out bytes, digest of both) of the files under `path`."""
-    root = Path(sysconfig.get_paths()["stdlib"]) if path == "stdlib" else Path(path)
+def read_text(config: TextConfig) -> tuple[np.ndarray, np.ndarray, str]:
+    """(training bytes, held-out bytes, digest of both) of the files that `config` names.
+
+    Raises:
+      UserError: nothing there, or too few files.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if config.path == "stdlib" else Path(config.path)
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; set data.text.path")
-    files = [root] if root.is_file() else sorted(p for p in root.glob(pattern) if p.is_file())
-    if path == "stdlib":  # packages installed beside it and its test suite differ from machine to machine
-        skipped = ("site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__")
-        files = [f for f in files if not set(skipped) & set(f.relative_to(root).parts)]
-    texts = [f.read_bytes() for f in files]
+    files = [root] if root.is_file() else sorted(p for p in root.glob(config.pattern) if p.is_file())
+    if config.path == "stdlib":  # packages installed beside it and its tests differ from machine to machine
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+        files = [f for f in files if not skipped & set(f.relative_to(root).parts)]
+    try:
+        stamped = tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+        training, held_out, digest = _read(stamped, config.holdout_every)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; set data.text.path") from error
+    if not len(training) or not len(held_out):
+        raise UserError(
+            f"{root}: {len(files)} files match {config.pattern}; at least {config.holdout_every} of text are "
+            "needed, or one; set data.text.path, pattern or holdout_every"
+        )
+    return training, held_out, digest
+
+
+@functools.cache
+def _read(files: tuple[tuple[Path, int, int], ...], holdout_every: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """The bytes of files, each with its time of change and its size, so that a changed file is read again."""
+    texts = [file.read_bytes() for file, _, _ in files]
     texts = [t for t in texts if t and SEPARATOR not in t]
     if len(texts) == 1:  # one file: its end is held out
         cut = len(texts[0]) * (holdout_every - 1) // holdout_every
@@ -91,11 +113,8 @@ def read_files(path: str, pattern: str, holdout_every: int) -> tuple[np.ndarray,
     else:
         held_out = texts[holdout_every - 1 :: holdout_every]
         training = [t for i, t in enumerate(texts) if i % holdout_every != holdout_every - 1]
-    if not training or not held_out:
-        raise UserError(
-            f"{root}: {len(texts)} text files match {pattern}; at least {holdout_every} are needed, or one"
-        )
-    join = lambda parts: np.frombuffer(bytes([SEPARATOR]).join(parts), np.uint8)  # noqa: E731
-    training_bytes, held_out_bytes = join(training), join(held_out)
-    digest = hashlib.sha256(training_bytes.tobytes() + held_out_bytes.tobytes()).hexdigest()
-    return training_bytes, held_out_bytes, digest
+    joined = [bytes([SEPARATOR]).join(part) for part in (training, held_out)]
+    digest = hashlib.sha256(f"{len(joined[0])} ".encode())
+    for part in joined:
+        digest.update(part)
+    return np.frombuffer(joined[0], np.uint8), np.frombuffer(joined[1], np.uint8), digest.hexdigest()

@@ -1,21 +1,33 @@
 """Task `evaluate`: loss by position and exact match of a model on held-out data."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from jaxlab.checkpoints.native import load_model, model_identity
+from jaxlab.checkpoints.native import (
+    check_same_tree,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    model_identity,
+    stored_shapes,
+)
 from jaxlab.checkpoints.reference import model_folder
-from jaxlab.data.source import DataConfig, make_source
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.data.source import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
+from jaxlab.errors import ConfigError
+from jaxlab.evaluation import chosen_blocks
 from jaxlab.evaluation.measures import exact_match, target_losses
-from jaxlab.models import Batch, Params, forward
+from jaxlab.models import Batch, ModelConfig, Params, abstract_params, count_params, forward
 from jaxlab.runs import Run
+from jaxlab.training.memory import bytes_per_device, compiled_memory
+from jaxlab.training.metrics import attended_tokens
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class Config:
     """A model folder, a run folder, or the config of a finished train run."""
     data: DataConfig = DataConfig()
     """What it is measured on."""
-    split: str = "test"
-    """validation or test."""
+    split: Literal["validation", "test"] = "test"
+    """Which held-out split."""
     batch_size: int = 32
     """Sequences in a batch."""
     batches: int = 16
@@ -35,11 +47,9 @@ class Config:
     position_buckets: int = 16
     """Into how many equal ranges of positions the loss is split."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("which model? give a folder or the config of a train run", key="model")
-        if self.split not in ("validation", "test"):
-            raise ConfigError(f"must be validation or test, is {self.split}", key="split")
         for name in ("batch_size", "batches", "position_buckets"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
@@ -50,42 +60,84 @@ def inputs(config: Config) -> dict[str, str]:
     return {"model": model_identity(model_folder(config.model)), "data": make_source(config.data).identity}
 
 
+def check(config: Config) -> dict[str, Any]:
+    """What `--check` reports: whether model and data fit, and the memory of a batch; no parameter is read."""
+    folder, model, _, batch = _prepare(config)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+    params = jax.tree.map(place, stored_shapes(folder))
+    check_same_tree(params, abstract_params(model), folder)
+    memory = compiled_memory(_measure, params, jax.tree.map(place, batch), model)
+    return {
+        "parameters": count_params(params),
+        "bytes_per_device": {"parameters": bytes_per_device(params), **memory},
+    }
+
+
 def run(config: Config, run: Run) -> dict[str, Any]:
-    model, params, _ = load_model(model_folder(config.model))
-    source = make_source(config.data)
-
-    @jax.jit
-    def measure(params: Params, batch: Batch) -> tuple[Array, Array, Array]:
-        logits, _ = forward(params, batch, model)
-        losses, mask = target_losses(logits, batch)
-        return jnp.sum(losses * mask, axis=0), jnp.sum(mask, axis=0), exact_match(logits, batch)
-
+    folder, model, source, first = _prepare(config)
+    _, params, _ = load_model(folder)
     losses, counts, matches = [], [], []
-    batches = list(source.held_out_batches(config.batch_size, config.batches, config.split))
-    if not batches:
-        raise UserError(
-            f"the {config.split} split holds no full batch of {config.batch_size}; lower batch_size"
-        )
-    for batch in tqdm(batches, desc=f"evaluate {run.name}", unit="batch"):
-        loss, count, match = measure(params, batch)
+    for batch in tqdm(
+        source.held_out_batches(config.batch_size, config.batches, config.split),
+        desc=f"evaluate {run.name}",
+        unit="batch",
+    ):
+        loss, count, match = _measure(params, batch, model)
         losses.append(np.asarray(loss, np.float64))
         counts.append(np.asarray(count))
         matches.append(np.asarray(match))
     loss, count = np.sum(losses, axis=0), np.sum(counts, axis=0)
     mean = loss.sum() / max(count.sum(), 1)
-    by_position = []
-    for part in np.array_split(np.arange(len(loss)), min(config.position_buckets, len(loss))):
-        targets = int(count[part].sum())
-        by_position.append({
-            "first": int(part[0]) + 1, "last": int(part[-1]) + 1, "targets": targets,
-            "loss": float(loss[part].sum() / targets) if targets else None,
-        })  # fmt: skip
-    return {
+    results = {
         "loss": float(mean),
         "perplexity": float(np.exp(mean)),
         "bits_per_token": float(mean / np.log(2)),
         "exact_match": float(np.mean(np.concatenate(matches))),
         "sequences": int(sum(len(m) for m in matches)),
         "targets": int(count.sum()),
-        "by_position": by_position,
+        "by_position": by_position(loss, count, config.position_buckets),
     }
+    if model.attention == "nsa":
+        sequence = {name: value[:1] for name, value in first.items()}
+        blocks = np.asarray(_chosen(params, sequence, model))[:, 0]
+        attended = attended_tokens(model, blocks.shape[2])
+        results["nsa"] = {"attended_tokens": attended, **chosen_blocks.describe(blocks, model.nsa)}
+    return results
+
+
+def by_position(
+    loss: Float[np.ndarray, " T-1"], count: Int[np.ndarray, " T-1"], buckets: int
+) -> list[dict[str, Any]]:
+    """Mean loss in ranges of positions from summed losses of the tokens at positions 1 ... T-1."""
+    ranges = []
+    for part in np.array_split(np.arange(len(loss)), min(buckets, len(loss))):
+        targets = int(count[part].sum())
+        mean = float(loss[part].sum() / targets) if targets else None
+        ranges.append(
+            {"first": int(part[0]) + 1, "last": int(part[-1]) + 1, "targets": targets, "loss": mean}
+        )
+    return ranges
+
+
+def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.ndarray]]:
+    """The model's folder and config, the data and its first batch; UserError if they do not fit together."""
+    folder = model_folder(config.model)
+    model, source = load_model_config(folder), make_source(config.data)
+    batch = first_held_out(source, config.batch_size, config.split)
+    check_fits(batch, model)
+    check_same_words(load_tokenizer(folder), source.tokenizer(), folder)
+    return folder, model, source, batch
+
+
+@partial(jax.jit, static_argnames="model")
+def _measure(params: Params, batch: Batch, model: ModelConfig) -> tuple[Array, Array, Array]:
+    """Summed losses and numbers of targets at positions 1 ... T-1, and which rows are right."""
+    logits, _ = forward(params, batch, model)
+    losses, mask = target_losses(logits, batch)
+    return jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0), exact_match(logits, batch)
+
+
+@partial(jax.jit, static_argnames="model")
+def _chosen(params: Params, batch: Batch, model: ModelConfig) -> Int[Array, "L B Hkv T n"]:
+    return forward(params, batch, model)[1]["chosen_blocks"]

@@ -2,6 +2,7 @@
 
 import codecs
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +10,12 @@ from typing import Annotated
 import jax
 import numpy as np
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.native import load_model
 from jaxlab.checkpoints.reference import model_folder
-from jaxlab.errors import UserError
+from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, stream
 
 
@@ -37,11 +38,17 @@ class Arguments:
     stop: str = ""
     """Stop after this token (a word of the model's tokenizer, or one byte)."""
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"must be at least 1, is {self.max_new_tokens}", key="max_new_tokens")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"must be finite and not negative, is {self.temperature}", key="temperature")
+
 
 def run(arguments: Arguments) -> None:
     config, params, tokenizer = load_model(model_folder(arguments.model))
     tokens = encode(arguments.prompt, tokenizer)
-    batch = {}
+    batch: dict[str, np.ndarray] = {}
     if arguments.image is not None:
         if not config.has_vision:
             raise UserError(
@@ -75,7 +82,7 @@ def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
     return list(text.encode()) if tokenizer is None else tokenizer.encode(text).ids
 
 
-def _decoder(tokenizer: Tokenizer | None):
+def _decoder(tokenizer: Tokenizer | None) -> Callable[[int], str]:
     """A function from one token to the text that it adds."""
     if tokenizer is None:
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -92,7 +99,7 @@ def read_image(path: str, config: ModelConfig) -> np.ndarray:
         raise UserError(f"{path}: no such image file")
     try:
         image = Image.open(path).convert("L" if vision.channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not an image that Pillow reads ({error})") from error
     pixels = np.asarray(image.resize((vision.image_size,) * 2, Image.Resampling.BOX), np.float32) / 255
     return pixels.reshape(vision.image_size, vision.image_size, vision.channels)

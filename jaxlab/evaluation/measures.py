@@ -12,8 +12,8 @@ def target_losses(
 ) -> tuple[Float[Array, "B T-1"], Bool[Array, "B T-1"]]:
     """Cross-entropy (nats) of tokens 1 ... T-1 given those before, and which of them are targets.
 
-    A target is a token where `loss_mask` is set (everywhere, if the batch has none) and that follows a token of its
-    own segment; padding (segment 0) is never one.
+    A target is a token where `loss_mask` is set (everywhere, if the batch has none) and that follows a token
+    of its own segment; padding (segment 0) is never one.
     """
     tokens = batch["tokens"]
     log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
@@ -32,8 +32,10 @@ def target_mask(batch: Batch) -> Bool[Array, "B T-1"]:
 
 
 def exact_match(logits: Float[Array, "B T V"], batch: Batch) -> Bool[Array, " B"]:
-    """Whether every target is the most likely token: what greedy decoding would have answered, since a wrong token
-    stays wrong whatever follows it. A row without targets does not match."""
+    """Whether every target of a row is the most likely token; a row without targets does not match.
+
+    So greedy decoding would have answered right: a wrong token stays wrong whatever follows it.
+    """
     mask = target_mask(batch)
     right = jnp.argmax(logits[:, :-1], axis=-1) == batch["tokens"][:, 1:]
     return jnp.all(right | ~mask, axis=1) & jnp.any(mask, axis=1)

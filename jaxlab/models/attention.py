@@ -58,10 +58,10 @@ def attention(
     probe: Probe | None = None,
     cache: tuple[Array, Array] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Int[Array, "B Hkv T n"] | None]:
-    """Attention of one layer on its normed input -> (output, the layer's cache with these tokens in it, the blocks
-    that NSA chose).
+    """Attention of one layer on its normed input.
 
-    `probe` is the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
+    Returns the output, the layer's cache with these tokens in it, and the blocks that NSA chose. `probe` is
+    the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
     """
     q = _project(params, "query", x, "btd,dhk->bthk")
     if config.attention == "nsa":
@@ -97,13 +97,20 @@ def _project(params: Params, name: str, x: Array, equation: str) -> Array:
 
 
 def _write(cached: Array, new: Array, rows: Int[Array, "B T"] | None) -> Array:
-    """`cached` [B, ..., S, H, K] with row `rows[b, t]` replaced by token t of `new`; rows past the end are dropped."""
+    """`cached` [B, ..., S, H, K] with row `rows[b, t]` replaced by token t of `new`; none past the end."""
     put = lambda c, n, r: c.at[..., r, :, :].set(n.astype(c.dtype), mode="drop")  # noqa: E731
     return jax.vmap(put)(cached, new, rows)
 
 
 def _dense(
-    q, k, v, where: Where, config: ModelConfig, causal: bool, probe: Probe | None, cached: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    where: Where,
+    config: ModelConfig,
+    causal: bool,
+    probe: Probe | None,
+    cached: bool,
 ) -> Array:
     window = config.window if config.attention == "sliding" else None
     if probe is not None:
@@ -133,10 +140,20 @@ def _mask(
 
 
 def _nsa(
-    params, x, q, k, v, where: Where, config: ModelConfig, probe: Probe | None, cached: bool
+    params: Params,
+    x: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    where: Where,
+    config: ModelConfig,
+    probe: Probe | None,
+    cached: bool,
 ) -> tuple[Array, Array | None]:
-    """Three branches with their own keys and values; compressed keys take the rotary position of their block's first
-    token, and are built from un-rotated keys."""
+    """Three branches with their own keys and values.
+
+    Compressed keys are built from un-rotated keys and take the rotary position of their block's first token.
+    """
     n = config.nsa
     compress = lambda name, y: compress_blocks(  # noqa: E731
         y, _cast(params[name], y.dtype), block_len=n.block_len, stride=n.stride
@@ -149,10 +166,8 @@ def _nsa(
         positions = jnp.broadcast_to(rows, k_slc.shape[:2]) if cached else where.positions
         starts = positions[:, : k_cmp.shape[1] * n.stride : n.stride]
         k_cmp = rotate(k_cmp, starts, config.rope_theta)
-        k_slc, k_win = (
-            rotate(k_slc, positions, config.rope_theta),
-            rotate(k_win, positions, config.rope_theta),
-        )
+        k_slc = rotate(k_slc, positions, config.rope_theta)
+        k_win = rotate(k_win, positions, config.rope_theta)
     operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], _gates(params["gate"], x))
     sizes: dict[str, Any] = {
         "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
@@ -172,5 +187,5 @@ def _gates(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:
     return jax.nn.sigmoid(logits + params["bias"].astype(x.dtype)[None, None])
 
 
-def _cast(params: Params, dtype) -> Params:
+def _cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype), params)

@@ -30,7 +30,7 @@ class NSAConfig:
     gate_width: int = 0
     """Hidden width of the gate MLP; 0 makes it one linear layer."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("block_len", "stride", "block_size", "num_blocks", "window", "compress_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
@@ -70,7 +70,12 @@ class VisionConfig:
     image_token: int = 0
     """Token id that stands in the text where a patch goes."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        if self.num_layers < 0:
+            raise ConfigError(f"must not be negative, is {self.num_layers}", key="num_layers")
+        for name in ("image_size", "patch_size", "channels", "width", "num_heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         if self.num_layers == 0:
             return
         if self.image_size % self.patch_size:
@@ -145,13 +150,20 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 L) more."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_length", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         for name in ("num_kv_heads", "head_dim", "value_head_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"must be positive and finite, is {getattr(self, name)}", key=name)
+        if not 0 <= self.initializer_range < float("inf"):
+            raise ConfigError(
+                f"must be finite and not negative, is {self.initializer_range}", key="initializer_range"
+            )
         if self.num_heads % self.kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot be split over {self.kv_heads} key/value heads; "
@@ -203,7 +215,7 @@ class ModelConfig:
 
     @property
     def tower(self) -> "ModelConfig":
-        """The vision transformer in the decoder's terms (a pre-norm ViT: LayerNorm, plain GELU MLP, biases)."""
+        """The vision transformer in the decoder's terms: a pre-norm ViT with LayerNorm, GELU and biases."""
         v = self.vision
         return ModelConfig(
             vocab_size=1, width=v.width, num_layers=v.num_layers, num_heads=v.num_heads, mlp="plain",

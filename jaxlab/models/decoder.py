@@ -29,13 +29,21 @@ def forward(
 ) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
     """Next-token logits of a batch.
 
-    With a `cache`, the tokens continue what it holds (segment_ids then mark padding at the right end only), and the
-    intermediates carry the cache with them in it. With a `probe`, attention is tapped or edited (see probe.py).
+    With a `cache`, the tokens continue what it holds (segment_ids then mark padding at the right end only),
+    and the intermediates carry the cache with them in it. With a `probe`, attention is tapped or edited (see
+    probe.py).
 
     Returns:
-      float32 logits and the named intermediates: "hidden" [B, T, D] after the last norm, "cache" where one was
-      given, "chosen_blocks" int32[L, B, Hkv, T, n] with NSA. Those that are not used cost nothing under jit.
+      float32 logits and the named intermediates: "hidden" [B, T, D] after the last norm, "cache" where one
+      was given, "chosen_blocks" int32[L, B, Hkv, T, n] with NSA. Unused ones cost nothing under jit.
+
+    Raises:
+      ValueError: images for a model without vision, or a probe together with a cache.
     """
+    if "images" in batch and not config.has_vision:
+        raise ValueError("the batch holds images, the model has no vision")
+    if probe is not None and cache is not None:
+        raise ValueError("a probe reads whole sequences; it cannot be used with a cache")
     tokens = batch["tokens"]
     where = _where(batch, cache)
     x = params["embedding"]["table"].astype(config.compute_dtype)[tokens]

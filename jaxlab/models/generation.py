@@ -27,18 +27,27 @@ def stream(
 
     Args:
       batch: the prompts as `forward` takes them; prompts of different lengths are padded at the right, with
-        segment_ids 1 on tokens and 0 on padding.
-      temperature: 0 takes the most likely token (the lowest id on a tie); otherwise logits are divided by it and
-        sampled with `key`.
+        segment_ids 1 on tokens and 0 on padding, and go on where each one ends.
+      temperature: 0 takes the most likely token (the lowest id on a tie); otherwise logits are divided by it
+        and sampled with `key`.
 
     Raises:
-      ValueError: sampling without a key, an empty prompt, or more tokens than config.max_length.
+      ValueError: sampling without a key, a negative temperature, an empty prompt, one that is packed or
+        padded at the left, or more tokens than config.max_length.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, is {temperature}")
     if temperature > 0 and key is None:
         raise ValueError("sampling (temperature > 0) needs a key")
     batch_size, prompt_len = batch["tokens"].shape
     if prompt_len == 0:
         raise ValueError("the prompt is empty")
+    if "segment_ids" in batch:
+        segments = np.asarray(batch["segment_ids"])
+        if (segments[:, 0] != 1).any() or (segments[:, 1:] > segments[:, :-1]).any() or (segments < 0).any():
+            raise ValueError(
+                "segment_ids of prompts must be 1 on their tokens, then 0 on padding at the right"
+            )
     if prompt_len + max_new_tokens > config.max_length:
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"
@@ -65,8 +74,10 @@ def generate(
     key: Key[Array, ""] | None = None,
     stop_token: int | None = None,
 ) -> Int[np.ndarray, "B new"]:
-    """The tokens of `stream`, collected; ends early when every sequence has made `stop_token`, and everything after
-    a sequence's first `stop_token` is `stop_token`."""
+    """The tokens of `stream`, collected.
+
+    After its first `stop_token` a sequence holds nothing else; when every sequence has made one, it ends.
+    """
     made: list[np.ndarray] = []
     stopped = np.zeros(batch["tokens"].shape[0], bool)
     for token in stream(
@@ -86,14 +97,9 @@ def _step(
     params: Params, batch: Batch, cache: Cache, key: Key[Array, ""], config: ModelConfig, temperature: float
 ) -> tuple[Int[Array, " B"], Cache]:
     logits, intermediates = forward(params, batch, config, cache=cache)
-    cache = intermediates["cache"]
-    last = (
-        jnp.sum(batch["segment_ids"] != 0, axis=1) - 1
-        if "segment_ids" in batch
-        else -jnp.ones_like(cache.length)
-    )
-    logits = jnp.take_along_axis(logits, last[:, None, None] % logits.shape[1], axis=1)[:, 0]
-    return sample(logits, key, temperature), cache
+    read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
+    logits = jnp.take_along_axis(logits, read[:, None, None] - 1, axis=1)[:, 0]
+    return sample(logits, key, temperature), intermediates["cache"]
 
 
 def sample(logits: Float[Array, "B V"], key: Key[Array, ""], temperature: float) -> Int[Array, " B"]:

@@ -30,7 +30,10 @@ def norm(params: Params, x: Float[Array, "B T D"], config: ModelConfig) -> Float
 def rotate(
     x: Float[Array, "B T H Dk"], positions: Int[Array, "B T"], theta: float
 ) -> Float[Array, "B T H Dk"]:
-    """Rotary positions on pairs (i, i + Dk/2), the layout of Llama's Hugging Face checkpoints; angles in float32."""
+    """Rotary positions on pairs (i, i + Dk/2), the layout of Llama's Hugging Face checkpoints.
+
+    Angles and the rotation are float32; the result has the dtype of `x`.
+    """
     half = x.shape[-1] // 2
     wavelengths = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) / wavelengths[None, None, None]
@@ -48,9 +51,6 @@ def mlp(params: Params, x: Float[Array, "B T D"], config: ModelConfig) -> Float[
         return y + params[f"{name}_bias"].astype(y.dtype)[None, None] if config.mlp_bias else y
 
     activation = ACTIVATIONS[config.activation]
-    hidden = (
-        activation(linear("gate", x)) * linear("up", x)
-        if config.mlp == "gated"
-        else activation(linear("up", x))
-    )
+    hidden = linear("up", x)
+    hidden = activation(linear("gate", x)) * hidden if config.mlp == "gated" else activation(hidden)
     return linear("down", hidden)

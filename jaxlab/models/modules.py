@@ -4,6 +4,7 @@ A module here only holds `nnx.Param(initial value, axes=logical axis names)`; th
 attention.py and vision.py. `init_params`, `abstract_params` and `logical_axes` all derive from these classes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -153,14 +154,14 @@ def _values(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def _axes(make) -> Params:
+def _axes(make: Callable[[], nnx.Module]) -> Params:
     state = nnx.state(nnx.eval_shape(make), nnx.Param)
     is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(lambda p: Axes(p.axes), state, is_leaf=is_param))
 
 
 class Axes(tuple):
-    """Logical axis names of one parameter; a leaf of the tree, since tuples are nodes only by their exact type."""
+    """Logical axis names of one parameter: a leaf, since only exact tuples are nodes of a tree."""
 
 
 def _stack(config: ModelConfig, key: Key[Array, ""]) -> Params:
@@ -205,7 +206,7 @@ def count_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def cast_floats(params: Params, dtype) -> Params:
+def cast_floats(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     """`params` with every floating leaf cast to `dtype`."""
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
     return jax.tree.map(cast, params)

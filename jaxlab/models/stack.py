@@ -1,5 +1,7 @@
 """The layers of a decoder or of a vision transformer, scanned."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -20,10 +22,10 @@ def stack(
     probe: Probe | None = None,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Int[Array, "L B Hkv T n"] | None]:
-    """All layers, scanned -> (hidden states, the layers' caches, the blocks that NSA chose); None where not apt."""
+    """All layers, scanned: hidden states, and where they apply the layers' caches and NSA's chosen blocks."""
     layer_probes, shared_probe = (None, None) if probe is None else probe.split()
 
-    def layer(x, per_layer):
+    def layer(x: Array, per_layer: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
         p, layer_probe, layer_cache = per_layer
         if layer_probe is not None:
             layer_probe = layer_probe.join(shared_probe)
@@ -35,7 +37,7 @@ def stack(
         return x + mlp(p["mlp"], norm(p["mlp_norm"], x, config), config), (layer_cache, chosen)
 
     if config.remat == "layer":
-        layer = jax.checkpoint(layer)
+        layer = jax.checkpoint(layer, prevent_cse=False)  # the scan already keeps the two passes apart
     caches = None if cache is None else (cache.key, cache.value)
     x, (caches, chosen) = jax.lax.scan(layer, x, (params, layer_probes, caches))
     return x, caches, chosen

@@ -14,7 +14,7 @@ from jaxlab.models.stack import stack
 def encode_images(
     params: Params, images: Float[Array, "B n height width channels"], config: ModelConfig
 ) -> Float[Array, "B P D"]:
-    """Image tokens of each row's images in order, in the decoder's width; P = n_images * patches per image."""
+    """Image tokens in the decoder's width, each row's images in order; P = n_images * patches per image."""
     vision, v = params["vision"], config.vision
     batch, count = images.shape[:2]
     if images.shape[2:] != (v.image_size, v.image_size, v.channels):
@@ -38,7 +38,7 @@ def encode_images(
 def place_images(
     x: Float[Array, "B T D"], tokens: Int[Array, "B T"], patches: Float[Array, "B P D"], image_token: int
 ) -> Float[Array, "B T D"]:
-    """The k-th placeholder of a row becomes its k-th image token; placeholders beyond P keep their embedding."""
+    """The k-th placeholder of a row becomes its k-th image token; those beyond P keep their embedding."""
     is_image = tokens == image_token
     index = jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1
     taken = jnp.take_along_axis(patches, jnp.clip(index, 0, patches.shape[1] - 1)[:, :, None], axis=1)

@@ -1,6 +1,7 @@
-"""Counting: floating-point operations of a model, and what the device could do."""
+"""Counting: floating-point operations of a model, what the devices could do, and the speed of steps."""
 
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,41 +13,46 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def attended_tokens(config: ModelConfig, length: int) -> float:
-    """Keys that a query reads, averaged over the positions of a sequence; for NSA the sum over its branches."""
-    dense = (length + 1) / 2
+    """Keys that a query reads, averaged over the positions of a sequence.
+
+    For NSA the sum over its branches, compressed keys included, with as many selection blocks as it may
+    choose, the query's own among them.
+    """
     within = lambda w: sum(min(t + 1, w) for t in range(length)) / length  # noqa: E731
     if config.attention == "full":
-        return dense
+        return within(length)
     if config.attention == "sliding":
         return within(config.window)
     n = config.nsa
-    visible = lambda t: max(0, (t + 1 - n.block_len) // n.stride + 1)  # noqa: E731
-    compressed = sum(visible(t) for t in range(length)) / length
-    selected = sum(min((t // n.block_size) * n.block_size, (n.num_blocks - 1) * n.block_size) + t % n.block_size + 1
-                   for t in range(length)) / length  # fmt: skip
+    compressed = sum(max(0, (t + 1 - n.block_len) // n.stride + 1) for t in range(length)) / length
+    before = lambda t: min(t // n.block_size, n.num_blocks - 1) * n.block_size  # noqa: E731
+    selected = sum(before(t) + t % n.block_size + 1 for t in range(length)) / length
     return compressed + selected + within(n.window)
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """6 per matmul parameter and 6 per attended key and channel (forward 2, backward 4); gathers are not counted.
-
-    The embedding lookup costs nothing, the head costs its matmul, tied or not.
+    """6 for each parameter of the layers and the head, and for each attended key and channel: forward 2,
+    backward 4. The head counts tied or not, the embedding's lookup does not. NSA's compression is applied to
+    every block and key/value head, not to every token. Vision is not counted.
     """
-    params = abstract_params(config.language)
-    matmul = count_params(params["layers"]) + config.vocab_size * config.width
+    layers = abstract_params(config.language)["layers"]
+    matmul = float(count_params(layers) + config.vocab_size * config.width)
+    if config.attention == "nsa":
+        compression = sum(count_params(layers["attention"][f"compress_{name}"]) for name in ("key", "value"))
+        matmul += compression * (config.kv_heads / config.nsa.stride - 1.0)
     attention = config.num_layers * config.num_heads * (config.key_dim + config.value_dim)
     return 6.0 * (matmul + attention * attended_tokens(config, length))
 
 
-def peak_flops() -> tuple[float, str]:
-    """FLOP/s of all devices together, and where the figure is from.
+def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
+    """FLOP/s of `devices` together, and where the figure is from.
 
     A device that is not in the table is measured with a float32 matmul of side 1024, best of five.
     """
-    device = jax.devices()[0]
+    kind = devices[0].device_kind
     for name, flops in PEAK_FLOPS.items():
-        if name in device.device_kind:
-            return flops * jax.device_count(), f"data sheet of {name}, bf16"
+        if name in kind:
+            return flops * len(devices), f"data sheet of {name}, bf16"
     side = 1024
     x = jax.random.normal(jax.random.key(0), (side, side), jnp.float32)
     matmul = jax.jit(lambda a: a @ a)
@@ -57,7 +63,28 @@ def peak_flops() -> tuple[float, str]:
         matmul(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     # Host devices share the same cores, so the count of devices does not multiply what was measured.
-    devices = 1 if device.platform == "cpu" else jax.device_count()
-    return devices * 2 * side**3 / min(
-        seconds
-    ), f"measured float32 matmul of side {side} on {device.device_kind}"
+    count = 1 if devices[0].platform == "cpu" else len(devices)
+    return count * 2 * side**3 / min(seconds), f"measured float32 matmul of side {side} on {kind}"
+
+
+class Stopwatch:
+    """Seconds per step over stretches of steps in which nothing else happens."""
+
+    def __init__(self) -> None:
+        self.stretches: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new stretch; steps since the last reading are not measured."""
+        self._since, self._steps = time.perf_counter(), 0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> float | None:
+        """Seconds per step of the stretch that ends here, None if it is empty; begins the next one."""
+        if not self._steps:
+            return None
+        self.stretches.append((time.perf_counter() - self._since) / self._steps)
+        self.restart()
+        return self.stretches[-1]

@@ -1,7 +1,7 @@
 """The optimizer as a config: AdamW with warm-up, decay and clipping, from optax."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
@@ -33,9 +33,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     language_scale: float = 1.0
-    """Learning rate of a VLM's language model over that of its vision tower and projector."""
+    """Learning rate of a VLM's language model over that of its vision tower and projector; 0 freezes it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"must be positive, is {getattr(self, name)}", key=name)
@@ -50,9 +50,13 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step."""
+    """Learning rate as a function of the updates made before, 0 to steps - 1.
+
+    0 at the first update, the peak after `warmup_steps`, and `final_fraction` of the peak at the last one. A
+    warm-up that is longer than the training ends at its last update.
+    """
     warmup = min(config.warmup_steps, max(steps - 1, 0))
-    decay_steps = max(steps - warmup, 1)
+    decay_steps = max(steps - 1 - warmup, 1)
     if config.schedule == "constant":
         rest = optax.constant_schedule(config.learning_rate)
     elif config.schedule == "linear":
@@ -79,9 +83,9 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
 
 
 def _decayed(model: ModelConfig) -> Params:
-    """Matrices decay: tensors of two axes or more besides the stacking ones, unless they are positions or biases."""
+    """Matrices decay: two axes or more besides the stacking ones, unless they are positions or biases."""
 
-    def decays(path, axes) -> bool:
+    def decays(path: tuple[Any, ...], axes: tuple[str, ...]) -> bool:
         name = str(path[-1].key)
         size = len([a for a in axes if a not in ("layers", "branch")])
         return size >= 2 and not name.endswith("bias") and "position" not in axes and name != "position"

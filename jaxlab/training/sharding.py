@@ -1,13 +1,14 @@
 """The mesh, and the one table from logical axis names to mesh axes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, Params, abstract_params, logical_axes
+from jaxlab.models import Batch, ModelConfig, Params, abstract_params, logical_axes
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -37,7 +38,7 @@ class MeshConfig:
     fsdp: int = 1
     """Devices that see different examples and split the parameters and the optimizer's state."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("data", "fsdp"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ConfigError(
@@ -91,20 +92,26 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
       UserError: a dimension is not divisible by the mesh axis that splits it.
     """
 
-    def place(path, shape, axes):
+    def place(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
         spec = partition_spec(axes)
         for size, axis, name in zip(shape.shape, spec, axes, strict=True):
             parts = mesh.shape[axis] if isinstance(axis, str) else 1
             if size % parts:
                 raise UserError(
-                    f"{jax.tree_util.keystr(path, simple=True, separator='.')}: its {name} axis of {size} cannot be "
-                    f"split over {parts} devices of mesh axis {axis}; change mesh.{axis} or the size"
+                    f"{jax.tree_util.keystr(path, simple=True, separator='.')}: its {name} axis of {size} "
+                    f"cannot be split over {parts} devices of mesh axis {axis}; change mesh.{axis} or the "
+                    "size"
                 )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract_params(config), logical_axes(config))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples split over every device."""
-    return NamedSharding(mesh, partition_spec(("batch",)))
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Examples split over every device; whole on each one where their number does not allow it."""
+    return NamedSharding(mesh, PartitionSpec() if rows % mesh.size else partition_spec(("batch",)))
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """`batch` on the devices of `mesh`."""
+    return jax.device_put(batch, batch_sharding(mesh, len(batch["tokens"])))

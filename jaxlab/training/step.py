@@ -24,7 +24,7 @@ def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[A
     """Summed cross-entropy (nats) of the targets, and their number."""
     logits, _ = forward(params, batch, config)
     losses, mask = target_losses(logits, batch)
-    return jnp.sum(losses * mask), jnp.sum(mask, dtype=jnp.float32)
+    return jnp.sum(losses, where=mask), jnp.sum(mask, dtype=jnp.float32)
 
 
 def train_step(
@@ -36,15 +36,15 @@ def train_step(
 ) -> tuple[State, dict[str, Any]]:
     """The state after one update on `batch`, and loss and gradient norm.
 
-    With `accumulation` > 1 the batch is read in so many parts, one after the other; the gradient is that of the mean
-    loss over all targets of the whole batch, whatever their spread over the parts.
+    With `accumulation` > 1 the batch is read in so many parts, one after the other; the gradient is that of
+    the mean loss over all targets of the whole batch, whatever their spread over the parts.
     """
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
     if accumulation == 1:
         (total, count), grads = gradient(state.params, batch, config)
     else:
 
-        def add(carry, part):
+        def add(carry: tuple[Any, ...], part: Batch) -> tuple[tuple[Any, ...], None]:
             (part_total, part_count), part_grads = gradient(state.params, part, config)
             total, count, grads = carry
             return (total + part_total, count + part_count, jax.tree.map(jnp.add, grads, part_grads)), None
@@ -57,9 +57,10 @@ def train_step(
 
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer steps
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     new = State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
-    return new, {"loss": total / count, "gradient_norm": optax.global_norm(grads)}
+    return new, {"loss": total / count, "gradient_norm": optax.tree.norm(grads)}
 
 
 def evaluate_step(params: Params, batch: Batch, config: ModelConfig) -> dict[str, Array]:
@@ -67,7 +68,7 @@ def evaluate_step(params: Params, batch: Batch, config: ModelConfig) -> dict[str
     logits, _ = forward(params, batch, config)
     losses, mask = target_losses(logits, batch)
     return {
-        "loss": jnp.sum(losses * mask),
+        "loss": jnp.sum(losses, where=mask),
         "targets": jnp.sum(mask, dtype=jnp.float32),
         "matches": jnp.sum(exact_match(logits, batch), dtype=jnp.float32),
         "rows": jnp.float32(mask.shape[0]),

@@ -1,25 +1,29 @@
 """Task `train`: language models, vision-language models and fine-tuned experts. Reads top to bottom."""
 
 import functools
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.checkpoints.native import load_model, model_identity, save_model
+from jaxlab.checkpoints.native import model_identity, save_model
 from jaxlab.checkpoints.reference import model_folder
-from jaxlab.data.source import DataConfig, Source, make_source
+from jaxlab.data.source import DataConfig, Source, check_fits, first_held_out, make_source
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, Params, abstract_params, count_params, init_params
+from jaxlab.models import Batch, ModelConfig, Params, count_params
 from jaxlab.runs import Run
-from jaxlab.training.metrics import attended_tokens, peak_flops, train_flops_per_token
+from jaxlab.training.memory import bytes_per_device, compiled_memory
+from jaxlab.training.metrics import Stopwatch, attended_tokens, peak_flops, train_flops_per_token
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxlab.training.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from jaxlab.training.sharding import MeshConfig, batch_sharding, make_mesh, place_batch
+from jaxlab.training.state import abstract_state, find_initial, init_state, state_shardings
 from jaxlab.training.step import State, evaluate_step, train_step
 
 
@@ -36,8 +40,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     """How devices are arranged."""
     init_from: str | None = None
-    """Start from this model: a model folder, a run folder, or the config of a finished train run. Parts that it lacks
-    (a vision tower, a projector) start from random parameters."""
+    """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
+    tower and a projector that it lacks start from random parameters."""
     steps: int = 1000
     """Updates."""
     batch_size: int = 32
@@ -55,16 +59,9 @@ class Config:
     checkpoint_every: int = 500
     """Steps between checkpoints, from which a killed run goes on."""
 
-    def __post_init__(self):
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "eval_every",
-            "eval_batches",
-            "checkpoint_every",
-        ):
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
+        for name in (*counts, "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         if self.batch_size % self.accumulation:
@@ -76,9 +73,15 @@ class Config:
             raise ConfigError(
                 "digits with images need a model with vision; set model.vision.num_layers", key="model"
             )
+        if self.seed < 0:
+            raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
+        if self.optimizer.language_scale != 1 and not self.model.has_vision:
+            raise ConfigError(
+                "is for a model with vision; set optimizer.learning_rate", key="optimizer.language_scale"
+            )
         if self.data.kind == "text" and self.data.text.sequence_length > self.model.max_length:
             raise ConfigError(
-                f"sequences of {self.data.text.sequence_length} exceed model.max_length {self.model.max_length}",
+                f"{self.model.max_length} does not hold sequences of {self.data.text.sequence_length}",
                 key="model.max_length",
             )
 
@@ -91,155 +94,156 @@ def inputs(config: Config) -> dict[str, str]:
     return identities
 
 
+def check(config: Config) -> dict[str, Any]:
+    """What `--check` reports: every check that a run makes first, and the memory of a step on each device.
+
+    The step is compiled for shapes alone: no parameter is read or made.
+    """
+    setup = prepare(config)
+    state = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
+    rows = batch_sharding(setup.mesh, config.batch_size)
+    batch = jax.tree.map(lambda x: _place(x, rows), setup.batch)
+    return {
+        "parameters": count_params(state.params),
+        "tokens_per_step": int(setup.batch["tokens"].size),
+        "devices": dict(setup.mesh.shape),
+        "bytes_per_device": {
+            "parameters": bytes_per_device(state.params),
+            "optimizer": bytes_per_device(state.optimizer),
+            **compiled_memory(setup.update, state, batch),
+        },
+    }
+
+
 def run(config: Config, run: Run) -> dict[str, Any]:
-    mesh = make_mesh(config.mesh)
-    if config.batch_size // config.accumulation % mesh.size:
-        raise UserError(
-            f"a part of {config.batch_size // config.accumulation} sequences cannot be split over {mesh.size} devices; "
-            "change batch_size, accumulation or mesh"
-        )
-    source = make_source(config.data)
-    optimizer = make_optimizer(config.optimizer, config.model, config.steps)
+    setup = prepare(config)
+    source, model = setup.source, config.model
     schedule = make_schedule(config.optimizer, config.steps)
 
-    # State: made or read where it will live, then replaced by the newest checkpoint if there is one.
-    shardings = state_shardings(config, optimizer, mesh)
-    state = init_state(config, optimizer, shardings)
+    # State: made or read where it will live, or the newest checkpoint of this run.
     checkpoints = ocp.CheckpointManager(
         (run.path / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
     )
     start = checkpoints.latest_step() or 0
     if start:
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-        )
+        target = jax.tree.map(_place, abstract_state(model, setup.optimizer), setup.shardings)
         state = checkpoints.restore(start, args=ocp.args.StandardRestore(target))
         print(f"resuming at step {start} of {config.steps}")
-    run.rewind(start)
+    else:
+        state = init_state(model, setup.optimizer, config.seed, setup.shardings, setup.initial)
+    run.rewind(start + 1)  # metrics are numbered by the steps done: those of step `start` stay
 
-    # Two compiled functions.
-    place = functools.partial(jax.device_put, device=batch_sharding(mesh))
-    update = jax.jit(
-        functools.partial(
-            train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    evaluate = jax.jit(functools.partial(evaluate_step, config=config.model))
-
-    tokens = place(source.batch(config.seed, start, config.batch_size))
-    length = tokens["tokens"].shape[1]
-    flops = train_flops_per_token(config.model, length) * config.batch_size * length
-    peak, peak_source = peak_flops()
-    seconds: list[float] = []
-    evaluations: list[dict[str, float]] = []
+    batch_size, length = setup.batch["tokens"].shape
+    tokens = batch_size * length
+    flops = train_flops_per_token(model, length) * tokens
+    peak, peak_source = peak_flops(list(setup.mesh.devices.flat))
+    watch = Stopwatch()
     with tqdm(total=config.steps, initial=start, desc=f"train {run.name}", unit="step") as bar:
-        compiled = False
-        window_start, window_steps = time.perf_counter(), 0
-        for step in range(start, config.steps):
-            batch = place(source.batch(config.seed, step, config.batch_size))
-            state, metrics = update(state, batch)
+        for done in range(start + 1, config.steps + 1):
+            batch = place_batch(source.batch(config.seed, done - 1, config.batch_size), setup.mesh)
+            state, metrics = setup.update(state, batch)
             bar.update()
-            window_steps += 1
-            done = step + 1
-            if not compiled:  # the first step compiles: it is not part of any speed
+            watch.step()
+            if done == start + 1:  # the first step compiles: it is not part of any speed
                 jax.block_until_ready(state)
-                compiled, window_start, window_steps = True, time.perf_counter(), 0
+                watch.restart()
             if done % config.log_every == 0 or done == config.steps:
                 values = {name: float(value) for name, value in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise UserError(
                         f"the loss is {values['loss']} at step {done}; lower optimizer.learning_rate"
                     )
-                speed: dict[str, float] = {}
-                if window_steps:
-                    seconds.append((time.perf_counter() - window_start) / window_steps)
-                    speed = {"tokens_per_second": config.batch_size * length / seconds[-1],
-                             "mfu": flops / seconds[-1] / peak}  # fmt: skip
-                run.log(step=done, learning_rate=float(schedule(step)), **values, **speed)
+                values["learning_rate"] = float(schedule(done - 1))
+                seconds = watch.read()
+                if seconds is not None:
+                    values |= {"tokens_per_second": tokens / seconds, "mfu": flops / seconds / peak}
+                run.log(step=done, **values)
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
-                window_start, window_steps = time.perf_counter(), 0
-            if done % config.eval_every == 0 and done < config.steps:
-                evaluations.append(_evaluate(evaluate, state.params, source, config, place, "validation"))
-                run.log(step=done, **evaluations[-1])
-                window_start, window_steps = time.perf_counter(), 0
-            if done % config.checkpoint_every == 0 and done < config.steps:
+            if done < config.steps and done % config.eval_every == 0:
+                run.log(step=done, **_evaluate(setup, state.params, config, "validation"))
+                watch.restart()
+            if done < config.steps and done % config.checkpoint_every == 0:
                 checkpoints.save(done, args=ocp.args.StandardSave(state))
-                window_start, window_steps = time.perf_counter(), 0
-    checkpoints.wait_until_finished()
+                watch.restart()
     checkpoints.close()
 
-    final = {
-        split: _evaluate(evaluate, state.params, source, config, place, split)
-        for split in ("validation", "test")
-    }
-    run.log(step=config.steps, **final["validation"])
-    save_model(run.path / "model", config.model, state.params, source.tokenizer(), overwrite=True)
-    median = float(np.median(seconds)) if seconds else None
+    held_out = {split: _evaluate(setup, state.params, config, split) for split in ("validation", "test")}
+    run.log(step=config.steps, **held_out["validation"])
+    save_model(run.path / "model", model, state.params, source.tokenizer(), overwrite=True)
+    median = float(np.median(watch.stretches)) if watch.stretches else None
     return {
         "model": "model",
         "parameters": count_params(state.params),
         "steps": config.steps,
-        "tokens_per_step": config.batch_size * length,
-        **final,
+        "tokens_per_step": tokens,
+        **held_out,
         "seconds_per_step": median,
-        "tokens_per_second": None if median is None else config.batch_size * length / median,
+        "tokens_per_second": None if median is None else tokens / median,
         "mfu": None if median is None else flops / median / peak,
         "mfu_of": peak_source,
-        "attended_tokens": attended_tokens(config.model, length),
+        "attended_tokens": attended_tokens(model, length),
     }
 
 
-def state_shardings(config: Config, optimizer, mesh) -> State:
-    """Where each part of the state lives: the optimizer's moments like their parameters, scalars everywhere."""
-    params = param_shardings(config.model, mesh)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    moments = jax.eval_shape(optimizer.init, abstract_params(config.model))
-    like_params = jax.tree.structure(params)
-    is_params = lambda node: jax.tree.structure(node) == like_params  # noqa: E731
-    optimizer_shardings = jax.tree.map(
-        lambda node: params if is_params(node) else everywhere, moments, is_leaf=is_params
-    )
-    return State(everywhere, params, optimizer_shardings)  # type: ignore[arg-type]
+class Setup(NamedTuple):
+    """What is known before there are parameters."""
+
+    mesh: Mesh
+    source: Source
+    batch: dict[str, np.ndarray]
+    """The first one, for its shapes."""
+    initial: Path | None
+    """The folder of the model that training starts from."""
+    optimizer: optax.GradientTransformation
+    shardings: State
+    update: Callable[[State, Batch], tuple[State, dict[str, Any]]]
+    """One training step, jitted; it takes over its state's memory."""
+    evaluate: Callable[[Params, Batch], dict[str, Any]]
+    """Sums over a held-out batch, jitted."""
 
 
-def init_state(config: Config, optimizer, shardings: State) -> State:
-    """The state at step 0: random parameters, under those of `init_from` where it has them."""
+def prepare(config: Config) -> Setup:
+    """Every check that needs no parameters, and the two jitted functions.
 
-    def make(key, loaded: Params) -> State:
-        params = init_params(config.model, key)
-        params = {**params, **loaded}
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    loaded: Params = {}
-    if config.init_from is not None:
-        loaded = _load_initial(config, shardings.params)
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed), loaded)
-
-
-def _load_initial(config: Config, shardings: Params) -> Params:
-    assert config.init_from is not None
-    folder = model_folder(config.init_from)
-    from jaxlab.checkpoints.native import load_model_config
-
-    theirs = load_model_config(folder)
-    has = abstract_params(theirs)
-    _, params, _ = load_model(folder, shardings={name: shardings[name] for name in has}, dtype=jnp.float32)
-    return params
-
-
-def _evaluate(
-    evaluate, params: Params, source: Source, config: Config, place, split: str
-) -> dict[str, float]:
-    """Loss, perplexity and exact match over at most `eval_batches` batches of a held-out split."""
-    sums: dict[str, float] = {}
-    for batch in source.held_out_batches(config.batch_size, config.eval_batches, split):
-        for name, value in evaluate(params, place(batch)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    if not sums:
+    Raises:
+      UserError: mesh, data, model and initial model do not fit together.
+    """
+    mesh = make_mesh(config.mesh)
+    part = config.batch_size // config.accumulation
+    if part % mesh.size:
         raise UserError(
-            f"the {split} split holds no full batch of {config.batch_size}; lower batch_size or give more data"
+            f"a part of {part} sequences cannot be split over {mesh.size} devices; "
+            "change batch_size, accumulation or mesh"
         )
-    loss = sums["loss"] / max(sums["targets"], 1.0)
-    return {"eval_loss": loss, "eval_exact_match": sums["matches"] / sums["rows"]}
+    source = make_source(config.data)
+    batch = source.batch(config.seed, 0, config.batch_size)
+    for seen in (
+        batch,
+        *(first_held_out(source, config.batch_size, split) for split in ("validation", "test")),
+    ):
+        check_fits(seen, config.model)
+    initial = None if config.init_from is None else find_initial(config.init_from, config.model, source)
+    optimizer = make_optimizer(config.optimizer, config.model, config.steps)
+    shardings = state_shardings(config.model, optimizer, mesh)
+    step = functools.partial(
+        train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
+    )
+    update = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    evaluate = jax.jit(functools.partial(evaluate_step, config=config.model))
+    return Setup(mesh, source, batch, initial, optimizer, shardings, update, evaluate)
+
+
+def _place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _evaluate(setup: Setup, params: Params, config: Config, split: str) -> dict[str, float]:
+    """Loss and exact match over at most `eval_batches` batches of a held-out split."""
+    sums: dict[str, float] = {}
+    for batch in setup.source.held_out_batches(config.batch_size, config.eval_batches, split):
+        for name, value in setup.evaluate(params, place_batch(batch, setup.mesh)).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {
+        "eval_loss": sums["loss"] / max(sums["targets"], 1.0),
+        "eval_exact_match": sums["matches"] / sums["rows"],
+    }
