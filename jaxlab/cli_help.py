@@ -1,8 +1,8 @@
 """The pages that `--help` prints: the list of tasks, and every field of one task as tyro renders it."""
 
 import ast
-import functools
 import inspect
+import itertools
 import textwrap
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from tyro.constructors import (
 
 from jaxlab import tasks, yaml_text
 from jaxlab.config import to_plain
-from jaxlab.schema import ABSENT, Field, describe, fields_of, is_config
+from jaxlab.schema import ABSENT, POSITIONAL, Field, describe, fields_of, is_config, is_list
 
 
 def task_list() -> str:
@@ -32,7 +32,7 @@ def task_list() -> str:
             "tasks:",
             *lines,
             "",
-            "`run.py TASK --help` shows every field of a task. Configs are in configs/, results go to outputs/.",
+            "`run.py TASK --help` shows the fields of a task. Configs are in configs/, runs in outputs/.",
         ]
     )
 
@@ -44,33 +44,35 @@ def print_task(task: tasks.Task, run_options: type) -> None:
     if is_config:
         lines += ["CONFIG is a YAML file; it comes first, and options override it.", ""]
     lines += [
-        "Values are YAML: 3, 1e-3, true, null, word, '[1, 2]'. A list may also be given as words: --field 1 2.",
+        "Values are YAML: 3, 1e-3, true, null, word, '[1, 2]'. A list may also be words: --field 1 2.",
         "A true|false field given without a value is true. Both --a_b and --a-b are understood.",
     ]
     if is_config:
-        docs = field_docs(run_options)
-        lines += ["", "options of every config task:"]
-        lines += [
-            f"  --{field.key.replace('_', '-')}{_argument(field.type, field.key)}  {docs[field.name]}"
-            for field in fields_of(run_options).values()
-        ]
+        lines += ["", "options of every task that takes a config:", *_option_lines(run_options)]
     prog = f"run.py {task.name}" + (" CONFIG.yaml" if is_config else "")
-    tyro.cli(
-        task.schema(),
-        prog=prog,
-        description="\n".join(lines),
-        args=["--help"],
-        use_underscores=True,
-        registry=_registry(),
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    try:
+        tyro.cli(
+            task.schema(),
+            prog=prog,
+            description="\n".join(lines),
+            args=["--help"],
+            use_underscores=True,
+            registry=_registry(),
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except SystemExit as exit_:
+        if exit_.code:
+            raise
 
 
-def _argument(kind: Any, key: str) -> str:
-    return "" if kind is bool else " key=[a,b] ..." if key == "sweep" else f" {describe(kind).upper()}"
+def _option_lines(run_options: type) -> list[str]:
+    values = {"outputs": " DIR", "sweep": " KEY=[A,B] ...", "sweep_mode": " product|zip"}
+    docs = field_docs(run_options)
+    options = {name: f"--{name.replace('_', '-')}{values.get(name, '')}" for name in fields_of(run_options)}
+    width = max(map(len, options.values()))
+    return [f"  {option:<{width}}  {docs[name]}" for name, option in options.items()]
 
 
-@functools.cache
 def _registry() -> ConstructorRegistry:
     """How tyro is to show configs: our keys, our words for types, our way of writing values."""
     registry = ConstructorRegistry()
@@ -97,17 +99,19 @@ def _registry() -> ConstructorRegistry:
 
 
 def _annotated(kind: Any, key: str, positional: bool) -> Any:
-    named = Annotated[kind, tyro.conf.arg(name=key)]
+    # Positional[...] itself would be an expression of types, and these are known only now.
+    extras: list[Any] = [tyro.conf.arg(name=key), *(POSITIONAL if positional else ())]
     if not is_config(kind):
-        named = Annotated[named, _value(kind)]
-    return tyro.conf.Positional[named] if positional else named
+        metavar = key.upper() + " ..." * is_list(kind) if positional else describe(kind)
+        extras.append(_value(metavar))
+    return Annotated[(kind, *extras)]
 
 
-def _value(kind: Any) -> PrimitiveConstructorSpec[Any]:
+def _value(metavar: str) -> PrimitiveConstructorSpec[Any]:
     """A value as one word; tyro only shows it here, command_words and config read it."""
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=describe(kind),
+        metavar=metavar,
         instance_from_str=lambda words: words[0],
         is_instance=lambda value: True,
         str_from_instance=lambda value: [yaml_text.dump_line(to_plain(value))],
@@ -119,7 +123,6 @@ def _default(parent: Any, field: Field) -> Any:
     return MISSING_NONPROP if default is ABSENT else default
 
 
-@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a class, by field name; base classes included."""
     docs: dict[str, str] = {}
@@ -130,7 +133,7 @@ def field_docs(cls: type) -> dict[str, str]:
             continue
         body = ast.parse(source).body[0]
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, text in zip(statements, statements[1:], strict=False):
+        for field, text in itertools.pairwise(statements):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)

@@ -1,17 +1,19 @@
 """Words of a command line as plain values by key: `--model.num_layers 4`, `--betas 0.9 0.99`, `--remat`.
 
 - `--a.b VALUE` and `--a.b=VALUE` set one field; `-` and `_` are one in a key.
-- A value is YAML on one line, except where a str is wanted: there it is the text itself.
+- A value is YAML on one line. Where only a str is wanted it is the text itself; where a str is one of several
+  types, text that is nothing else is itself, and quotes make a word of `'1'` or `'null'`.
 - A list is one YAML list or several words. A true|false field given without a value is true.
 - Words before the options, and those that no option takes, fill the positional fields in order.
 """
 
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlab import yaml_text
-from jaxlab.errors import COMMAND_LINE, ConfigError, UserError
+from jaxlab.errors import COMMAND_LINE, ConfigError
 from jaxlab.schema import choices, describe, fields_of, is_config, is_list, leaves, members, suggestion
 
 Path = tuple[str, ...]
@@ -43,7 +45,7 @@ def parse(cls: type, words: Sequence[str]) -> list[tuple[Path, Any]]:
 
 
 def take_option(cls: type, queue: list[str]) -> tuple[Path, Any]:
-    """Takes the option at the head of `queue`, with the words that are its value, and returns its key and value."""
+    """Takes the option at the head of `queue` with the words of its value; returns its key and value."""
     dotted, equals, text = queue.pop(0)[2:].partition("=")
     path, kind = resolve(cls, dotted)
     following = next((index for index, word in enumerate(queue) if is_option(word)), len(queue))
@@ -101,7 +103,7 @@ def from_words(kind: Any, words: Sequence[str]) -> Any:
 
 
 def _from_word(kind: Any, word: str) -> Any:
-    if word in choices(kind):
+    if kind is str or word in choices(kind):
         return word
     try:
         value = yaml_text.parse(word, "")[0]
@@ -109,8 +111,11 @@ def _from_word(kind: Any, word: str) -> Any:
         return word  # validation will say what was expected instead
     if str not in members(kind):
         return value
-    other = word and not isinstance(value, str) and any(_is_value(member, value) for member in members(kind))
-    return value if other else word
+    if value is None:
+        return None if yaml_text.is_null(word) and types.NoneType in members(kind) else word
+    if isinstance(value, str):
+        return value if word[0] in "'\"" else word
+    return value if any(_is_value(member, value) for member in members(kind)) else word
 
 
 def _is_value(kind: Any, value: Any) -> bool:
@@ -123,13 +128,17 @@ def _is_value(kind: Any, value: Any) -> bool:
 
 
 def from_mapping(cls: type, values: Mapping[str, Any]) -> list[str]:
-    """The words that set values by dotted key. Raises UserError for a value that has no such word."""
-    return [f"--{dotted}={_to_word(resolve(cls, dotted)[1], value)}" for dotted, value in values.items()]
+    """The words that set plain values by dotted key. Raises ConfigError for a value that has no such word."""
+    words = []
+    for dotted, value in values.items():
+        kind, line = resolve(cls, dotted)[1], yaml_text.dump_line(value)
+        # Read back as the same value, type by type: 1, 1.0 and true are equal in Python.
+        fitting = [word for word in (value, line) if isinstance(word, str) and _line(kind, word) == line]
+        if not fitting:
+            raise ConfigError(f"expected {describe(kind)}, found {line}", dotted, COMMAND_LINE)
+        words.append(f"--{dotted}={fitting[0]}")
+    return words
 
 
-def _to_word(kind: Any, value: Any) -> str:
-    line = yaml_text.dump_line(value)
-    for word in (value, line):
-        if isinstance(word, str) and yaml_text.dump_line(from_words(kind, [word])) == line:
-            return word
-    raise UserError(f"{line} cannot be given on a command line; write it into a config file")
+def _line(kind: Any, word: str) -> str:
+    return yaml_text.dump_line(from_words(kind, [word]))

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes `data` to `path`; a reader, or a run killed midway, sees the old file or the new one, never a part."""
+    """Writes `data` to `path`; whatever happens, there is the old file or the new one, never a part."""
     path = Path(path)
     raw = data.encode() if isinstance(data, str) else data
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

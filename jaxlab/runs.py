@@ -1,13 +1,14 @@
 """Run folders: what a task leaves behind, when it is taken up again and when it is not done twice.
 
-A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config, the identities of
-its inputs, the package version and, in a git checkout, the commit; with uncommitted changes of the code it covers these
-too. So a folder belongs to one state of the code:
+A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config, the
+identities of its inputs, the package version and, in a git checkout, the commit; with uncommitted changes of
+the code it covers these too. So a folder belongs to one state of the code:
 
-- With results.json in it the run is done; `execute` returns its results, unless `overwrite` is asked for or the code has
-  uncommitted changes. From changed code nothing finished is reused: the run is done anew.
-- Without results.json the run was interrupted, by the same code on the same config. The folder is kept, so that a task
-  which writes checkpoints continues from its own. This holds for changed code too: the hash says it is the same change.
+- With results.json in it the run is done; `execute` returns its results, unless `overwrite` is asked for or
+  the code has uncommitted changes. From changed code nothing finished is reused: the run is done anew.
+- Without results.json the run was interrupted, by the same code on the same config. The folder is kept, so
+  that a task which writes checkpoints continues from its own. This holds for changed code too: the hash says
+  it is the same change.
 - A lock keeps two processes from writing one folder; it goes with the process, however that ends.
 """
 
@@ -51,7 +52,8 @@ class Run:
     def rewind(self, step: int) -> None:
         """Declares that the run continues at `step`: metrics of that step and later ones are dropped.
 
-        A task that resumes from a checkpoint calls this before it logs; otherwise the first `log` starts a new file.
+        A task that resumes from a checkpoint calls this before it logs; otherwise the first `log` starts a
+        new file.
         """
         kept = [record for record in read_metrics(self.path) if record["step"] < step]
         write_atomic(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -112,7 +114,8 @@ def execute(
     overwrite: bool = False,
     name: str | None = None,
 ) -> RunResult:
-    """Runs a config task, or returns the results of the same run if it is done: the road that the command line takes.
+    """Runs a config task, or returns the results of the same run if it is done: the road that the command
+    line takes.
 
     Args:
       task_name: a task that takes a config.
@@ -196,7 +199,7 @@ def command_line(task_name: str, *words: str) -> str:
 
 
 def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> str:
-    """The folder name of a run: the config's name and eight digits of the hash of all that decides its results."""
+    """The folder name of a run: the config's name and a short hash of all that decides its results."""
     code = provenance.code()
     identity = [task_name, configs.to_dict(config), inputs, code.version, code.commit, code.changes]
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True)

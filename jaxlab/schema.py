@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import keyword
 import types
 import typing
@@ -16,8 +15,10 @@ from jaxlab import yaml_text
 ABSENT: Any = object()
 """Stands for a default where there is none; None is a default."""
 
+POSITIONAL: tuple[Any, ...] = typing.get_args(tyro.conf.Positional[int])[1:]
+"""What `tyro.conf.Positional[...]` adds to the type of a field that is given without its name."""
+
 _SCALARS: tuple[type, ...] = (bool, int, float, str, types.NoneType)
-_POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,17 @@ class Field:
     positional: bool
 
 
-@functools.cache
 def fields_of(cls: type) -> dict[str, Field]:
-    """The fields of a config class by key. Raises TypeError for a class or a type that configs cannot hold."""
+    """The fields of a config class by key. Raises TypeError for a class or type that configs cannot hold."""
+    if cls not in _FIELDS:
+        _FIELDS[cls] = _read_fields(cls)
+    return _FIELDS[cls]
+
+
+_FIELDS: dict[type, dict[str, Field]] = {}
+
+
+def _read_fields(cls: type) -> dict[str, Field]:
     if not is_config(cls) or not vars(cls)["__dataclass_params__"].frozen:
         raise TypeError(f"{cls} is not a frozen dataclass")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -46,7 +55,7 @@ def fields_of(cls: type) -> dict[str, Field]:
         hint, positional = hints[field.name], False
         if typing.get_origin(hint) is Annotated:
             hint, *extras = typing.get_args(hint)
-            positional = any(extra in _POSITIONAL for extra in extras)
+            positional = any(extra in POSITIONAL for extra in extras)
         _check_type(hint, f"{cls.__name__}.{field.name}")
         default = ABSENT
         if field.default is not dataclasses.MISSING:
@@ -94,7 +103,7 @@ def choices(kind: Any) -> tuple[Any, ...]:
 
 
 def describe(kind: Any) -> str:
-    """A type in words short enough for an error message and for the help: `int`, `full|nsa`, `[float, ...]`."""
+    """A type in words short enough for a message and for the help: `int`, `full|nsa`, `[float, ...]`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(members(kind)) > 1:
         return "|".join(describe(member) for member in members(kind))

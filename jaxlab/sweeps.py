@@ -1,4 +1,4 @@
-"""Sweeps: one run for every combination of listed values, one after the other, and a table of what they gave."""
+"""Sweeps: one run for every combination of listed values, in turn, and a table of what they gave."""
 
 import dataclasses
 import hashlib
@@ -27,16 +27,14 @@ class Point:
 
 
 def points(schema: type, sweep: Sequence[str], mode: str) -> list[Values]:
-    """The points of `key=[a,b] ...`: the product of the lists, or with `mode="zip"` their first values, their second
-    ones, and so on. Without a list there is one point that sets nothing. Raises ConfigError.
+    """The points of `key=[a,b] ...`: the product of the lists, or with `mode="zip"` their first values, their
+    second ones, and so on. Without a list there is one point that sets nothing. Raises ConfigError.
     """
     axes: dict[str, list[Any]] = {}
     for word in sweep:
         dotted, equals, text = word.partition("=")
-        values = (
-            yaml_text.parse(text, "")[0] if equals and text.startswith("[") and text.endswith("]") else None
-        )
-        if not isinstance(values, list) or not values:
+        values = _listed(text) if equals else []
+        if not values:
             raise ConfigError(
                 f"expected key=[a,b], found {word!r}; quote a list with spaces", "sweep", COMMAND_LINE
             )
@@ -52,6 +50,14 @@ def points(schema: type, sweep: Sequence[str], mode: str) -> list[Values]:
     if len(set(lengths.values())) > 1:
         raise ConfigError(f"zip needs lists of one length, found {lengths}", "sweep_mode", COMMAND_LINE)
     return [dict(zip(axes, row, strict=True)) for row in zip(*axes.values(), strict=True)] or [{}]
+
+
+def _listed(text: str) -> list[Any]:
+    try:
+        values = yaml_text.parse(text, "")[0]
+    except ConfigError:
+        return []
+    return values if isinstance(values, list) else []
 
 
 def run(task: tasks.Task, name: str, todo: Sequence[Point], *, outputs: Path, overwrite: bool) -> Path:
@@ -81,10 +87,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     head = [*rows[0]["values"], *scalars, "run"]
     body = [
         [
-            *(_cell(value) for value in row["values"].values()),
+            *map(_cell, row["values"].values()),
             *(_cell(row["results"].get(key)) for key in scalars),
+            row["run"],
         ]
-        + [row["run"]]
         for row in rows
     ]
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]

@@ -1,8 +1,9 @@
 """The tasks that `run.py` knows, by name. A task is a module; it is imported only when it is asked for.
 
-A config task has `Config` (a frozen dataclass) and `run(config, run) -> dict`, and may have `check(config) -> dict` for
-`--check` and `inputs(config) -> dict[str, str]`, the identities of the checkpoints it reads. A command task has
-`Arguments` (a frozen dataclass) and `run(arguments) -> None`. docs/tasks.md tells how to add one.
+A config task has `Config` (a frozen dataclass) and `run(config, run) -> dict`, and may have `check(config) ->
+dict` for `--check` and `inputs(config) -> dict[str, str]`, the identities of the checkpoints it reads. A
+command task has `Arguments` (a frozen dataclass) and `run(arguments) -> None`. docs/tasks.md tells how to add
+one.
 """
 
 import dataclasses

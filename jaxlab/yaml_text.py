@@ -1,8 +1,8 @@
 """The YAML dialect of every file here: YAML 1.2's scalars, nothing that surprises.
 
-`1e-3` is a number and `no` is a word; only `true`/`True` and `false`/`False` are booleans; `null`, `~`, `None` and nothing
-at all are null. Duplicate keys, anchors, tags and several documents are errors. What `dump` writes, `parse` reads back
-exactly.
+`1e-3` is a number and `no` is a word; only `true`/`True` and `false`/`False` are booleans; `null`, `~`,
+`None` and nothing at all are null. Duplicate keys, anchors, tags and several documents are errors. What
+`dump` writes, `parse` reads back exactly.
 """
 
 import math
@@ -84,6 +84,11 @@ def dump_line(value: Any) -> str:
         [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30, default_flow_style=True
     )
     return text.strip()[1:-1]
+
+
+def is_null(text: str) -> bool:
+    """Whether a word is one of those that mean null; nothing at all is not a word."""
+    return bool(text and _NULL.match(text))
 
 
 def parse(text: str, where: str) -> tuple[Any, dict[Keys, int]]:

@@ -7,7 +7,8 @@ import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-# Before anything imports the packages: each function with shapes in its signature is then checked by beartype.
+# Before anything imports the packages: each function with shapes in its signature is then checked by
+# beartype.
 install_import_hook(["jaxlab", "kernels_pallas"], "beartype.beartype")
 
 hypothesis.settings.register_profile("jaxlab", deadline=None)
@@ -17,7 +18,8 @@ hypothesis.settings.load_profile("jaxlab")
 def pytest_configure(config: pytest.Config) -> None:
     wants_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
     if not wants_gpu:
-        # A CUDA plugin without a GPU logs an error at start; the suite does not look for one unless it is asked to.
+        # A CUDA plugin without a GPU logs an error at start; the suite does not look for one unless it is
+        # asked to.
         os.environ["JAX_PLATFORMS"] = "cpu"
     flag = "--xla_force_host_platform_device_count"
     if flag not in os.environ.get("XLA_FLAGS", ""):

@@ -18,7 +18,8 @@ class Attention:
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"{self.num_heads} heads cannot be shared by {self.num_kv_heads} key/value heads", key="num_heads"
+                f"{self.num_heads} heads cannot be shared by {self.num_kv_heads} key/value heads",
+                key="num_heads",
             )
 
 
