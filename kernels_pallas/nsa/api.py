@@ -23,7 +23,7 @@ Common to all functions:
   differentiation of first order only.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -244,9 +244,9 @@ def nsa_attention(
             f"every {stride}, but k_cmp has {k_cmp.shape[1]}"
         )
     q_cmp = q if q_cmp is None else q_cmp
-    blocks = {"block_len": block_len, "stride": stride}
+    blocks: dict[str, Any] = {"block_len": block_len, "stride": stride}
     # Positions, segments and scale are the same for each branch.
-    common = {
+    common: dict[str, Any] = {
         "scale": scale,
         "segment_ids": segment_ids,
         "q_positions": q_positions,

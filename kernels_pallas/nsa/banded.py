@@ -91,6 +91,17 @@ def _tile(x: Array, tile: Array, size: int) -> Array:
     return lax.dynamic_slice_in_dim(x, tile * size, size, axis=2)
 
 
+class _Saved(NamedTuple):
+    """What the backward pass needs; nothing of size queries times keys."""
+
+    q: Array
+    k: Array
+    v: Array
+    places: Places
+    out: Array
+    lse: Array
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def banded_attention(
     band: Band,
@@ -162,14 +173,12 @@ def _padded(tiles: Tiles, k: Array, v: Array, places: Places) -> tuple[Array, Ar
 
 def _forward_saving(
     band: Band, q: Array, k: Array, v: Array, places: Places
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+) -> tuple[tuple[Array, Array], _Saved]:
     out, lse = _forward(band, q, k, v, places)
-    return (out, lse), (q, k, v, places, out, lse)
+    return (out, lse), _Saved(q, k, v, places, out, lse)
 
 
-def _backward(
-    band: Band, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, Array, None]:
+def _backward(band: Band, saved: _Saved, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
     q, k, v, places, out, lse = saved
     d_out, d_lse = cotangents
     length, dtype = q.shape[1], accumulator(q.dtype)
@@ -180,9 +189,11 @@ def _backward(
     d_lse = jnp.where(lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
     shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
 
-    def one_chunk(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        q_chunk, d_chunk, lse_chunk, shift_chunk = map(_heads_first, chunk[:-1])
-        here: Places = chunk[-1]
+    def one_chunk(
+        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Places]
+    ) -> tuple[tuple[Array, Array], Array]:
+        q_chunk, d_chunk, lse_chunk, shift_chunk = map(_heads_first, chunk[0])
+        here = chunk[1]
         floor = finite(lse_chunk)[..., None]
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -194,9 +205,9 @@ def _backward(
             d_weights = jnp.einsum("bhtgd,bhsd->bhtgs", d_chunk, v_tile, preferred_element_type=dtype)
             d_scores = (weights * (d_weights - shift_chunk[..., None]) * band.scale).astype(q.dtype)
             dq += jnp.einsum("bhtgs,bhsd->bhtgd", d_scores, k_tile, preferred_element_type=dtype)
-            dk_tile = jnp.einsum("bhtgs,bhtgd->bhsd", d_scores, q_chunk, preferred_element_type=dtype)
+            dk_tile = jnp.einsum("bhtgd,bhtgs->bhds", q_chunk, d_scores, preferred_element_type=dtype)
             dv_tile = jnp.einsum(
-                "bhtgs,bhtgd->bhsd", weights.astype(v.dtype), d_chunk, preferred_element_type=dtype
+                "bhtgd,bhtgs->bhds", d_chunk, weights.astype(v.dtype), preferred_element_type=dtype
             )
             return dq, _add_tile(dk, dk_tile, tile), _add_tile(dv, dv_tile, tile)
 
@@ -204,21 +215,27 @@ def _backward(
         dq, dk, dv = lax.fori_loop(start, end, one_tile, (jnp.zeros(q_chunk.shape, dtype), *sums))
         return (dk, dv), _heads_first(dq.astype(q.dtype))
 
-    sums = (jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype))
+    # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the far larger scores.
+    sums = (_transposed_zeros(keys, dtype), _transposed_zeros(values, dtype))
     chunks = tuple(to_chunks(x, tiles.queries) for x in (q, d_out, lse, shift))
-    (dk, dv), dq = lax.scan(one_chunk, sums, (*chunks, chunk_places(places, tiles.queries)))
-    size = tiles.num_keys
-    return (
-        from_chunks(dq, length),
-        _heads_first(dk[:, :, :size]).astype(k.dtype),
-        _heads_first(dv[:, :, :size]).astype(v.dtype),
-        None,
-    )
+    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, chunk_places(places, tiles.queries)))
+    return from_chunks(dq, length), _tokens_first(dk, k), _tokens_first(dv, v), None
+
+
+def _transposed_zeros(x: Array, dtype: jnp.dtype) -> Array:
+    batch, kv_heads, length, dim = x.shape
+    return jnp.zeros((batch, kv_heads, dim, length), dtype)
 
 
 def _add_tile(sums: Array, tile_sum: Array, tile: Array) -> Array:
-    size = tile_sum.shape[2]
-    return lax.dynamic_update_slice_in_dim(sums, _tile(sums, tile, size) + tile_sum, tile * size, axis=2)
+    size = tile_sum.shape[3]
+    old = lax.dynamic_slice_in_dim(sums, tile * size, size, axis=3)
+    return lax.dynamic_update_slice_in_dim(sums, old + tile_sum, tile * size, axis=3)
+
+
+def _tokens_first(sums: Float[Array, "B Hkv D S"], like: Array) -> Array:
+    """[B, S, Hkv, D] without padding, in the dtype of `like`."""
+    return jnp.transpose(sums[..., : like.shape[1]], (0, 3, 1, 2)).astype(like.dtype)
 
 
 banded_attention.defvjp(_forward_saving, _backward)

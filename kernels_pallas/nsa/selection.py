@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -65,6 +66,7 @@ def _sizes(q: Array, v: Array, block: Block, blocks: int, chosen: int) -> Sizes:
     rows = batch * kv_heads
     width = max(dim, v.shape[-1])
     queries = query_chunk(length, rows * chosen * groups * width, budget=PARTIAL_ELEMENTS)
+    queries = min(queries, max(1, np.iinfo(np.int32).max // ((blocks + 1) * chosen)))
     per_block = ceil_div(queries * chosen, blocks)
     pairs = power_of_two_at_most(min(max(per_block // 2, 128 // groups, 1), max(1, 512 // groups)))
     pairs = min(pairs, power_of_two_at_most(queries))
@@ -80,7 +82,9 @@ def _plan(sizes: Sizes, indices: Int[Array, "B Hkv T n"], blocks: int) -> Plan:
     valid = (indices >= 0) & (indices < blocks)
     block = jnp.where(valid, indices, blocks).reshape(*rows, pairs)
     number = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32)[None, None], block.shape)
-    sorted_block, order = lax.sort((block, number), dimension=2, is_stable=True, num_keys=1)
+    # One integer for block and pair: `_sizes` keeps it below 2^31.
+    packed = lax.sort(block * pairs + number, dimension=2, is_stable=False)
+    sorted_block, order = packed // pairs, packed % pairs
     start = _first_at_least(sorted_block, jnp.arange(blocks + 1, dtype=jnp.int32))
     start, count = start[..., :-1], start[..., 1:] - start[..., :-1]
     block_tiles = _ceil_div(count, sizes.pairs)
@@ -97,11 +101,20 @@ def _plan(sizes: Sizes, indices: Int[Array, "B Hkv T n"], blocks: int) -> Plan:
     source = jnp.where(tile_valid, lane + take_rows(start, tile_block)[..., None], 0)
 
     # Place p of the sorted list is moved on by the lanes that pad the tiles of the blocks before.
-    _, place = lax.sort((order, number), dimension=2, num_keys=1)
-    place = place + take_rows(tiles_start * sizes.pairs - start, jnp.minimum(block, blocks - 1))
+    place = _inverse(order) + take_rows(tiles_start * sizes.pairs - start, jnp.minimum(block, blocks - 1))
     place = jnp.where(valid, place.reshape(indices.shape), 0)
     steps = _ceil_div(jnp.max(tiles_end[..., -1]), sizes.step)
     return Plan(steps, tile_block, take_rows(order, source) // chosen, tile_valid, place, valid)
+
+
+def _inverse(order: Int[Array, "B Hkv E"]) -> Int[Array, "B Hkv E"]:
+    """Inverse of a permutation: no index occurs twice, so the scatter is deterministic."""
+
+    def invert(row: Array) -> Array:
+        number = jnp.arange(row.shape[0], dtype=jnp.int32)
+        return jnp.zeros_like(row).at[row].set(number, unique_indices=True, mode="promise_in_bounds")
+
+    return jax.vmap(jax.vmap(invert))(order)
 
 
 def _first_at_least(ascending: Int[Array, "B Hkv R"], values: Int[Array, " V"]) -> Int[Array, "B Hkv V"]:
@@ -185,6 +198,18 @@ def _heads_first(x: Array) -> Array:
     return jnp.moveaxis(x, 2, 1)
 
 
+class _Saved(NamedTuple):
+    """What the backward pass needs; nothing of size queries times keys."""
+
+    q: Array
+    k: Array
+    v: Array
+    indices: Array
+    places: Places
+    out: Array
+    lse: Array
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend_to_blocks(
     block: Block,
@@ -219,7 +244,12 @@ def _forward(
             out = jnp.einsum(
                 "bhxpgs,bhxsd->bhxpgd", weights.astype(v.dtype), tiles.values, preferred_element_type=dtype
             )
-            return _store(state, (top, jnp.sum(weights, axis=-1), out), step * sizes.step)
+            new, start = (top, jnp.sum(weights, axis=-1), out), step * sizes.step
+            return (
+                _store(state[0], new[0], start),
+                _store(state[1], new[1], start),
+                _store(state[2], new[2], start),
+            )
 
         lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs, q_chunk.shape[3])
         state = (
@@ -229,7 +259,8 @@ def _forward(
         )
         state = lax.fori_loop(jnp.zeros_like(plan.steps), plan.steps, one_step, state)
         top, total, part = (_merge_lanes(x) for x in state)
-        return tuple(map(_heads_first, _combine(plan, top, total, part, q.dtype)))
+        out, lse = _combine(plan, top, total, part, q.dtype)
+        return _heads_first(out), _heads_first(lse)
 
     chosen_chunks = to_chunks(indices, sizes.queries, fill=-1)
     chunks = (to_chunks(q, sizes.queries), chosen_chunks, chunk_places(places, sizes.queries))
@@ -237,10 +268,9 @@ def _forward(
     return from_chunks(out, length), from_chunks(lse, length)
 
 
-def _store(state: tuple[Array, ...], new: tuple[Array, ...], start: Array) -> tuple[Array, ...]:
-    return tuple(
-        lax.dynamic_update_slice_in_dim(x, y, start, axis=2) for x, y in zip(state, new, strict=True)
-    )
+def _store(state: Array, new: Array, start: Array) -> Array:
+    """Write the tiles of one step."""
+    return lax.dynamic_update_slice_in_dim(state, new, start, axis=2)
 
 
 def _merge_lanes(x: Array) -> Array:
@@ -269,12 +299,12 @@ def _combine(plan: Plan, top: Array, total: Array, part: Array, dtype: jnp.dtype
 
 def _forward_saving(
     block: Block, q: Array, k: Array, v: Array, indices: Array, places: Places
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, _Saved]:
     out, lse = _forward(block, q, k, v, indices, places)
-    return out, (q, k, v, indices, places, out, lse)
+    return out, _Saved(q, k, v, indices, places, out, lse)
 
 
-def _backward(block: Block, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None, None]:
+def _backward(block: Block, saved: _Saved, d_out: Array) -> tuple[Array, Array, Array, None, None]:
     q, k, v, indices, places, out, lse = saved
     length, chosen, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
     data = _blocks(block, k, v, places)
@@ -282,9 +312,11 @@ def _backward(block: Block, saved: tuple[Array, ...], d_out: Array) -> tuple[Arr
     sizes = _sizes(q, v, block, blocks, chosen)
     shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
 
-    def one_chunk(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        q_chunk, d_chunk, floor, shift_chunk, chosen_chunk = map(_heads_first, chunk[:-1])
-        here: Places = chunk[-1]
+    def one_chunk(
+        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Array, Places]
+    ) -> tuple[tuple[Array, Array], Array]:
+        q_chunk, d_chunk, floor, shift_chunk = map(_heads_first, chunk[0])
+        chosen_chunk, here = _heads_first(chunk[1]), chunk[2]
         plan = _plan(sizes, chosen_chunk, blocks)
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -299,13 +331,16 @@ def _backward(block: Block, saved: tuple[Array, ...], d_out: Array) -> tuple[Arr
             d_scores = d_scores.astype(q.dtype)
             dq_tiles = jnp.einsum("bhxpgs,bhxsd->bhxpgd", d_scores, tiles.keys, preferred_element_type=dtype)
             dk_tiles = jnp.einsum(
-                "bhxpgs,bhxpgd->bhxsd", d_scores, tiles.queries, preferred_element_type=dtype
+                "bhxpgd,bhxpgs->bhxds", tiles.queries, d_scores, preferred_element_type=dtype
             )
             dv_tiles = jnp.einsum(
-                "bhxpgs,bhxpgd->bhxsd", weights.astype(v.dtype), d_tiles, preferred_element_type=dtype
+                "bhxpgd,bhxpgs->bhxds", d_tiles, weights.astype(v.dtype), preferred_element_type=dtype
             )
-            (dq,) = _store((dq,), (dq_tiles,), step * sizes.step)
-            return dq, _add_rows(dk, tiles.block, dk_tiles), _add_rows(dv, tiles.block, dv_tiles)
+            return (
+                _store(dq, dq_tiles, step * sizes.step),
+                _add_rows(dk, tiles.block, dk_tiles),
+                _add_rows(dv, tiles.block, dv_tiles),
+            )
 
         lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs, *q_chunk.shape[3:])
         state = (jnp.zeros(lanes, dtype), *sums)
@@ -314,8 +349,9 @@ def _backward(block: Block, saved: tuple[Array, ...], d_out: Array) -> tuple[Arr
 
     chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, finite(lse), shift))
     chosen_chunks = to_chunks(indices, sizes.queries, fill=-1)
-    sums = (jnp.zeros(data.keys.shape, dtype), jnp.zeros(data.values.shape, dtype))
-    (dk, dv), dq = lax.scan(one_chunk, sums, (*chunks, chosen_chunks, chunk_places(places, sizes.queries)))
+    # Summed as [.., D, size]: a CPU then transposes the queries for the product, not the larger scores.
+    sums = (_transposed_zeros(data.keys, dtype), _transposed_zeros(data.values, dtype))
+    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, chosen_chunks, chunk_places(places, sizes.queries)))
     return from_chunks(dq, length), _join(dk, k), _join(dv, v), None, None
 
 
@@ -340,10 +376,15 @@ def _add_rows(sums: Array, rows: Int[Array, "B Hkv X"], new: Array) -> Array:
     return jax.vmap(jax.vmap(add))(sums, rows, new)
 
 
-def _join(blocks: Float[Array, "B Hkv N size D"], like: Array) -> Array:
+def _transposed_zeros(blocks: Array, dtype: jnp.dtype) -> Array:
+    *rows, size, dim = blocks.shape
+    return jnp.zeros((*rows, dim, size), dtype)
+
+
+def _join(blocks: Float[Array, "B Hkv N D size"], like: Array) -> Array:
     """Blocks -> [B, S, Hkv, D], in the dtype of `like`."""
-    batch, kv_heads, number, size, dim = blocks.shape
-    tokens = jnp.moveaxis(blocks, 1, 3).reshape(batch, number * size, kv_heads, dim)
+    batch, kv_heads, number, dim, size = blocks.shape
+    tokens = jnp.transpose(blocks, (0, 2, 4, 1, 3)).reshape(batch, number * size, kv_heads, dim)
     return tokens[:, : like.shape[1]].astype(like.dtype)
 
 
