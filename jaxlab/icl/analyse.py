@@ -2,13 +2,13 @@
 look at."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from jaxlab.checkpoints.native import load_model, load_model_config, model_identity
@@ -16,7 +16,7 @@ from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import blocking as block
 from jaxlab.icl.flows import NsaEdges, Reduction, flow_memory, flow_shares, flows, saliency_maps
-from jaxlab.icl.prompts import Prompts, PromptsConfig, PromptSource, make_prompts, token_texts
+from jaxlab.icl.prompts import Prompts, PromptsConfig, PromptSource, Roles, make_prompts, token_texts
 from jaxlab.models import ModelConfig, Params
 from jaxlab.runs import Run
 
@@ -139,7 +139,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if flow is not None:
         results["flows"] = flow.results()
     if "figure1" in config.analyses:
-        results["figure1"] = _picture(config, model, params, source, tokenizer)
+        results["figure1"] = _picture(model, params, source.roles, *answers.example(), tokenizer)
     return results
 
 
@@ -152,6 +152,7 @@ class _Answers:
         layers = [np.zeros(model.num_layers, bool), *(s.layer_mask(model.num_layers) for s in self.settings)]
         self.layers = jnp.asarray(np.stack(layers))
         self.by_seed: dict[int, list[np.ndarray]] = {seed: [] for seed in config.seeds}
+        self.candidates: list[tuple[Prompts, int]] = []
         self.seconds = 0.0
 
     def add(self, seed: int, prompts: Prompts, rng: np.random.Generator) -> None:
@@ -178,6 +179,13 @@ class _Answers:
         ]
         self.by_seed[seed].append(np.stack(measures).astype(np.float64))
         self.seconds += time.perf_counter() - started
+        at = int(np.argmax(measures[0][0]))  # the first right one, or 0
+        self.candidates.append((jax.tree.map(lambda x: x[at : at + 1], prompts), int(predicted[0, at])))
+
+    def example(self) -> tuple[Prompts, int]:
+        """The first prompt that is answered rightly, or the very first if none is; and its answer."""
+        right = (candidate for candidate in self.candidates if candidate[1] == candidate[0].labels[0])
+        return next(right, self.candidates[0])
 
     def results(self) -> dict[str, Any]:
         seeds = np.stack([np.concatenate(parts, axis=2).mean(2) for parts in self.by_seed.values()])
@@ -239,31 +247,20 @@ def _deviation(by_seed: np.ndarray) -> np.ndarray:
 
 
 def _picture(
-    config: Config, model: ModelConfig, params: Params, source: PromptSource, tokenizer: Any
+    model: ModelConfig,
+    params: Params,
+    roles: Roles,
+    example: Prompts,
+    predicted: int,
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
-    """The maps of the first prompt that the model answers rightly; of the very first, if it answers none."""
+    """Maps and texts of one prompt."""
     started = time.perf_counter()
-    fallback = None
-    for example in _one_by_one(source.batches(config.seeds[0], config.examples, config.batch_size)):
-        batch = {name: jnp.asarray(value) for name, value in example.batch.items()}
-        nothing = jnp.zeros((1, model.num_layers), bool), jnp.zeros((1, *example.classes.shape), bool)
-        logits = block.blocked_logits(
-            params, batch, jnp.asarray(example.positions), *nothing, model, config.mode
-        )
-        predicted = int(block.label_predictions(np.asarray(logits), example.label_tokens)[0, 0])
-        fallback = fallback or (example, predicted)
-        if predicted == example.labels[0]:
-            chosen = example, predicted
-            break
-    else:
-        assert fallback is not None
-        chosen = fallback
-    example, predicted = chosen
     maps = np.asarray(saliency_maps(params, example.batch, model, example.targets))[0]
     names = token_texts(example.label_tokens[0], tokenizer)
     return {
         "tokens": token_texts(example.batch["tokens"][0], tokenizer),
-        "labels": np.flatnonzero(np.isin(example.classes[0], source.roles.labels)),
+        "labels": np.flatnonzero(np.isin(example.classes[0], roles.labels)),
         "query": int(example.positions[0]),
         "answer": names[int(example.labels[0])],
         "prediction": names[predicted],
@@ -271,9 +268,3 @@ def _picture(
         "maps": [[[float(f"{x:.3g}") for x in row[:i]] for i, row in enumerate(layer)] for layer in maps],
         "seconds": time.perf_counter() - started,
     }
-
-
-def _one_by_one(batches: Iterator[Prompts]) -> Iterator[Prompts]:
-    for prompts in batches:
-        for i in range(len(prompts.labels)):
-            yield jax.tree.map(lambda x, at=i: x[at : at + 1], prompts)
