@@ -129,6 +129,8 @@ class ModelConfig:
     """Longest sequence; the size of the table where positions are learned."""
     tie_embeddings: bool = True
     """The head is the transposed embedding."""
+    embedding_scale: float = 1.0
+    """Factor on embeddings as they enter the first layer (Gemma's is the root of the width)."""
     attention_bias: bool = False
     """Biases on the query, key, value and output projections."""
     mlp_bias: bool = False
@@ -154,6 +156,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_length", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.embedding_scale <= 0:
+            raise ConfigError(f"must be positive, is {self.embedding_scale}", key="embedding_scale")
         for name in ("num_kv_heads", "head_dim", "value_head_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)

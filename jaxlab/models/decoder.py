@@ -47,6 +47,8 @@ def forward(
     tokens = batch["tokens"]
     where = _where(batch, cache)
     x = params["embedding"]["table"].astype(config.compute_dtype)[tokens]
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if "images" in batch:
         patches = encode_images(params, batch["images"], config)
         x = place_images(x, tokens, patches, config.vision.image_token)
