@@ -155,7 +155,12 @@ def run_config(
     module = task.load()
     inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
     folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made: {error.strerror}; choose another place with --outputs"
+        ) from None
     with _locked(folder):
         if (folder / "results.json").exists():
             if not overwrite and not provenance.code().dirty:
@@ -178,6 +183,7 @@ def _run(task: tasks.Task, config: Any, run: Run, inputs: dict[str, str], comman
     write_atomic(run.path / "config.yaml", f"# {command}\n{configs.dump(config)}")
     started = time.time()
     facts = {"task": task.name, "command": command, "inputs": inputs, **provenance.environment()}
+    facts["interrupted"] = _earlier_starts(run.path)
     write_json(run.path / "env.json", {**facts, "started": _clock(started)})
     results = jsonable(task.load().run(config, run))
     if not isinstance(results, dict):
@@ -191,6 +197,15 @@ def _run(task: tasks.Task, config: Any, run: Run, inputs: dict[str, str], comman
     write_json(run.path / "env.json", {**facts, **times})
     run.finish(results)
     return RunResult(run.path, results)
+
+
+def _earlier_starts(folder: Path) -> list[str]:
+    """When the run was begun before, without coming to an end."""
+    file = folder / "env.json"
+    if not file.exists():
+        return []
+    before = json.loads(file.read_text(encoding="utf-8"))
+    return [*before["interrupted"], before["started"]]
 
 
 def command_line(task_name: str, *words: str) -> str:

@@ -64,6 +64,7 @@ MISTAKES = [
 ]
 CONFIG_MISTAKES = [
     (["--stop", "user"], "the rate is wrong; lower it"),
+    (["--outputs", "small.yaml"], "small.yaml/fake/small-"),
     (["--step", "3"], "command line: --step: unknown option; did you mean --steps?"),
     (["--overwite"], "command line: --overwite: unknown option; did you mean --overwrite?"),
     (["--model.depth=-1"], "command line: --model.depth: must not be negative, is -1"),
@@ -104,7 +105,7 @@ def test_a_bug_keeps_its_traceback_and_status_1() -> None:
 def test_an_interrupted_run_is_taken_up_again(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fake", "small.yaml", "--stop", "killed"]
     assert main(words) == 130
-    assert capsys.readouterr().err == "interrupted; the same command takes the run up again\n"
+    assert capsys.readouterr().err == "interrupted; a run is taken up again by the same command\n"
     (folder,) = folders()
     assert not (folder / "results.json").exists()
     (folder / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # torn by a kill
@@ -112,6 +113,7 @@ def test_an_interrupted_run_is_taken_up_again(capsys: pytest.CaptureFixture[str]
     assert main(words) == 0
     assert "taken up again" in capsys.readouterr().out
     assert json.loads((folder / "results.json").read_text())["started_at"] == 2
+    assert len(json.loads((folder / "env.json").read_text())["interrupted"]) == 1
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert records == [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
 
