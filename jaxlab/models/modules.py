@@ -4,13 +4,14 @@ A module here only holds `nnx.Param(initial value, axes=logical axis names)`; th
 attention.py and vision.py. `init_params`, `abstract_params` and `logical_axes` all derive from these classes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jaxlab.models.config import ModelConfig
 
@@ -21,8 +22,25 @@ BRANCHES = 3
 """NSA's branches, in the order compression, selection, window."""
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+class Numbers:
+    """Standard normal numbers, handed out in the order in which modules ask for them; zeros if none are drawn.
+
+    One draw serves a whole module: XLA takes about half a second to compile each draw for a CPU.
+    """
+
+    def __init__(self, drawn: Float[Array, " size"] | None = None):
+        self.drawn = drawn
+        self.taken = 0
+
+    def take(self, shape: tuple[int, ...]) -> Array:
+        start, self.taken = self.taken, self.taken + math.prod(shape)
+        if self.drawn is None:
+            return jnp.zeros(shape, jnp.float32)
+        return self.drawn[start : self.taken].reshape(shape)
+
+
+def normal(numbers: Numbers, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
+    return nnx.Param(scale * numbers.take(shape), axes=axes)
 
 
 def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -37,16 +55,18 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, residual_scale: float):
+    def __init__(self, config: ModelConfig, numbers: Numbers, residual_scale: float):
         c, std = config, config.initializer_range
         branch: tuple[int, ...] = (BRANCHES,) if c.attention == "nsa" else ()
         branch_axes: tuple[str, ...] = ("branch",) if c.attention == "nsa" else ()
         kv_axes = ("embed", "kv_heads", "head_dim")
-        self.query = normal(rngs, (c.width, c.num_heads, c.key_dim), ("embed", "heads", "head_dim"), std)
-        self.key = normal(rngs, (*branch, c.width, c.kv_heads, c.key_dim), (*branch_axes, *kv_axes), std)
-        self.value = normal(rngs, (*branch, c.width, c.kv_heads, c.value_dim), (*branch_axes, *kv_axes), std)
+        self.query = normal(numbers, (c.width, c.num_heads, c.key_dim), ("embed", "heads", "head_dim"), std)
+        self.key = normal(numbers, (*branch, c.width, c.kv_heads, c.key_dim), (*branch_axes, *kv_axes), std)
+        self.value = normal(
+            numbers, (*branch, c.width, c.kv_heads, c.value_dim), (*branch_axes, *kv_axes), std
+        )
         self.output = normal(
-            rngs, (c.num_heads, c.value_dim, c.width), ("heads", "head_dim", "embed"), std * residual_scale
+            numbers, (c.num_heads, c.value_dim, c.width), ("heads", "head_dim", "embed"), std * residual_scale
         )
         if c.attention_bias:
             self.query_bias = zeros((c.num_heads, c.key_dim), ("heads", "head_dim"))
@@ -56,46 +76,46 @@ class Attention(nnx.Module):
             )
             self.output_bias = zeros((c.width,), ("embed",))
         if c.attention == "nsa":
-            self.compress_key = Compressor(c, c.key_dim, rngs)
-            self.compress_value = Compressor(c, c.value_dim, rngs)
-            self.gate = Gate(c, rngs)
+            self.compress_key = Compressor(c, c.key_dim, numbers)
+            self.compress_value = Compressor(c, c.value_dim, numbers)
+            self.gate = Gate(c, numbers)
 
 
 class Compressor(nnx.Module):
     """NSA's phi: an MLP over a block's keys or values with an intra-block position embedding (sec. 3.3.1)."""
 
-    def __init__(self, config: ModelConfig, dim: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dim: int, numbers: Numbers):
         length, hidden = config.nsa.block_len, config.nsa.compress_width
-        self.position = normal(rngs, (length, dim), ("block", "head_dim"), config.initializer_range)
+        self.position = normal(numbers, (length, dim), ("block", "head_dim"), config.initializer_range)
         self.hidden = normal(
-            rngs, (length, dim, hidden), ("block", "head_dim", "compress"), (length * dim) ** -0.5
+            numbers, (length, dim, hidden), ("block", "head_dim", "compress"), (length * dim) ** -0.5
         )
         self.hidden_bias = zeros((hidden,), ("compress",))
-        self.output = normal(rngs, (hidden, dim), ("compress", "head_dim"), hidden**-0.5)
+        self.output = normal(numbers, (hidden, dim), ("compress", "head_dim"), hidden**-0.5)
         self.output_bias = zeros((dim,), ("head_dim",))
 
 
 class Gate(nnx.Module):
     """NSA's gates: an MLP of the layer input, a sigmoid per query head and branch (eq. 5)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, numbers: Numbers):
         c, width = config, config.width
         if c.nsa.gate_width:
-            self.hidden = normal(rngs, (c.width, c.nsa.gate_width), ("embed", "gate"), c.initializer_range)
+            self.hidden = normal(numbers, (c.width, c.nsa.gate_width), ("embed", "gate"), c.initializer_range)
             width = c.nsa.gate_width
         self.output = normal(
-            rngs, (width, c.num_heads, BRANCHES), ("gate", "heads", "branch"), c.initializer_range
+            numbers, (width, c.num_heads, BRANCHES), ("gate", "heads", "branch"), c.initializer_range
         )
         self.bias = zeros((c.num_heads, BRANCHES), ("heads", "branch"))
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, residual_scale: float):
+    def __init__(self, config: ModelConfig, numbers: Numbers, residual_scale: float):
         c, std = config, config.initializer_range
         if c.mlp == "gated":
-            self.gate = normal(rngs, (c.width, c.mlp_width), ("embed", "mlp"), std)
-        self.up = normal(rngs, (c.width, c.mlp_width), ("embed", "mlp"), std)
-        self.down = normal(rngs, (c.mlp_width, c.width), ("mlp", "embed"), std * residual_scale)
+            self.gate = normal(numbers, (c.width, c.mlp_width), ("embed", "mlp"), std)
+        self.up = normal(numbers, (c.width, c.mlp_width), ("embed", "mlp"), std)
+        self.down = normal(numbers, (c.mlp_width, c.width), ("mlp", "embed"), std * residual_scale)
         if c.mlp_bias:
             if c.mlp == "gated":
                 self.gate_bias = zeros((c.mlp_width,), ("mlp",))
@@ -104,49 +124,51 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, numbers: Numbers):
         residual_scale = (2 * config.num_layers) ** -0.5
         self.attention_norm = Norm(config)
-        self.attention = Attention(config, rngs, residual_scale)
+        self.attention = Attention(config, numbers, residual_scale)
         self.mlp_norm = Norm(config)
-        self.mlp = MLP(config, rngs, residual_scale)
+        self.mlp = MLP(config, numbers, residual_scale)
 
 
 class Edges(nnx.Module):
     """What stands around the layers of a decoder."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, numbers: Numbers):
         c, std = config, config.initializer_range
-        self.embedding = nnx.Dict(table=normal(rngs, (c.vocab_size, c.width), ("vocab", "embed"), std))
+        self.embedding = nnx.Dict(table=normal(numbers, (c.vocab_size, c.width), ("vocab", "embed"), std))
         if c.position == "learned":
-            self.position = nnx.Dict(table=normal(rngs, (c.max_length, c.width), ("position", "embed"), std))
+            self.position = nnx.Dict(
+                table=normal(numbers, (c.max_length, c.width), ("position", "embed"), std)
+            )
         self.final_norm = Norm(c)
         if not c.tie_embeddings:
-            self.head = nnx.Dict(table=normal(rngs, (c.width, c.vocab_size), ("embed", "vocab"), std))
+            self.head = nnx.Dict(table=normal(numbers, (c.width, c.vocab_size), ("embed", "vocab"), std))
 
 
 class VisionEdges(nnx.Module):
     """What stands around the layers of the vision transformer."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, numbers: Numbers):
         v, std = config.vision, config.initializer_range
         pixels = v.patch_size**2 * v.channels
         self.patch = nnx.Dict(
-            table=normal(rngs, (pixels, v.width), ("pixels", "embed"), pixels**-0.5),
+            table=normal(numbers, (pixels, v.width), ("pixels", "embed"), pixels**-0.5),
             bias=zeros((v.width,), ("embed",)),
         )
-        self.position = nnx.Dict(table=normal(rngs, (v.num_patches, v.width), ("position", "embed"), std))
+        self.position = nnx.Dict(table=normal(numbers, (v.num_patches, v.width), ("position", "embed"), std))
         self.final_norm = Norm(config.tower)
 
 
 class Projector(nnx.Module):
     """Two-layer GELU MLP from the vision width to the decoder's (as in LLaVA-1.5)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, numbers: Numbers):
         v, d = config.vision.width, config.width
-        self.hidden = normal(rngs, (v, d), ("embed", "mlp"), v**-0.5)
+        self.hidden = normal(numbers, (v, d), ("embed", "mlp"), v**-0.5)
         self.hidden_bias = zeros((d,), ("mlp",))
-        self.output = normal(rngs, (d, d), ("mlp", "embed"), d**-0.5)
+        self.output = normal(numbers, (d, d), ("mlp", "embed"), d**-0.5)
         self.output_bias = zeros((d,), ("embed",))
 
 
@@ -164,10 +186,16 @@ class Axes(tuple):
     """Logical axis names of one parameter: a leaf, since only exact tuples are nodes of a tree."""
 
 
+def _draw(make: Callable[[Numbers], Params], key: Key[Array, ""]) -> Params:
+    counted = Numbers()
+    jax.eval_shape(lambda: make(counted))
+    return make(Numbers(jax.random.normal(key, (counted.taken,), jnp.float32)))
+
+
 def _stack(config: ModelConfig, key: Key[Array, ""]) -> Params:
-    return jax.vmap(lambda k: _values(Layer(config, nnx.Rngs(params=k))))(
-        jax.random.split(key, config.num_layers)
-    )
+    """The layers, one after the other: only one layer's numbers exist besides the result."""
+    layer = lambda k: _draw(lambda numbers: _values(Layer(config, numbers)), k)  # noqa: E731
+    return jax.lax.map(layer, jax.random.split(key, config.num_layers))
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
@@ -175,14 +203,18 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
 
     Jit it with `out_shardings` to make each shard where it will live.
     """
-    edges, layers, vision_edges, vision_layers, projector = jax.random.split(key, 5)
-    params = {**_values(Edges(config, nnx.Rngs(params=edges))), "layers": _stack(config, layers)}
-    if config.has_vision:
-        params["vision"] = {
-            **_values(VisionEdges(config, nnx.Rngs(params=vision_edges))),
-            "layers": _stack(config.tower, vision_layers),
-        }
-        params["projector"] = _values(Projector(config, nnx.Rngs(params=projector)))
+    edges, layers, vision_edges, vision_layers = jax.random.split(key, 4)
+    params = _draw(lambda numbers: _values(Edges(config, numbers)), edges)
+    params["layers"] = _stack(config, layers)
+    if not config.has_vision:
+        return params
+
+    def vision(numbers: Numbers) -> Params:
+        edges = _values(VisionEdges(config, numbers))
+        return {"vision": edges, "projector": _values(Projector(config, numbers))}
+
+    params |= _draw(vision, vision_edges)
+    params["vision"]["layers"] = _stack(config.tower, vision_layers)
     return params
 
 
@@ -193,12 +225,13 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """Logical axis names of every parameter, in the tree of `init_params`."""
-    rngs = lambda: nnx.Rngs(params=0)  # noqa: E731
-    stacked = lambda c: jax.tree.map(lambda a: Axes(("layers", *a)), _axes(lambda: Layer(c, rngs())))  # noqa: E731
-    axes = {**_axes(lambda: Edges(config, rngs())), "layers": stacked(config)}
+    stacked = lambda c: jax.tree.map(  # noqa: E731
+        lambda a: Axes(("layers", *a)), _axes(lambda: Layer(c, Numbers()))
+    )
+    axes = {**_axes(lambda: Edges(config, Numbers())), "layers": stacked(config)}
     if config.has_vision:
-        axes["vision"] = {**_axes(lambda: VisionEdges(config, rngs())), "layers": stacked(config.tower)}
-        axes["projector"] = _axes(lambda: Projector(config, rngs()))
+        axes["vision"] = {**_axes(lambda: VisionEdges(config, Numbers())), "layers": stacked(config.tower)}
+        axes["projector"] = _axes(lambda: Projector(config, Numbers()))
     return axes
 
 

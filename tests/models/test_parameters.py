@@ -1,0 +1,158 @@
+"""Which parameters there are: names, shapes, logical axes, numbers; and what a config refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.errors import ConfigError
+from jaxlab.models import (
+    ModelConfig,
+    NSAConfig,
+    VisionConfig,
+    abstract_params,
+    count_params,
+    init_params,
+    language_model,
+    logical_axes,
+)
+from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings, partition_spec
+from tests.models.tiny import NSA, VARIANTS, VISION, make_config
+
+
+def shapes(config):
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_has_axes_that_the_sharding_table_knows(variant):
+    config = make_config(variant)
+    params, axes = abstract_params(config), logical_axes(config)
+    assert jax.tree.structure(params) == jax.tree.structure(axes)
+    for shape, names in zip(jax.tree.leaves(params), jax.tree.leaves(axes), strict=True):
+        assert len(shape.shape) == len(names)
+        assert shape.dtype == jnp.float32
+        partition_spec(names)  # raises on an unknown axis or one mesh axis used twice
+
+
+def test_names_and_shapes():
+    found = shapes(make_config("nsa", mlp_bias=True))
+    assert found == {
+        "embedding.table": (13, 12),
+        "final_norm.scale": (12,),
+        "layers.attention_norm.scale": (2, 12),
+        "layers.mlp_norm.scale": (2, 12),
+        "layers.attention.query": (2, 12, 4, 4),
+        "layers.attention.key": (2, 3, 12, 2, 4),
+        "layers.attention.value": (2, 3, 12, 2, 6),
+        "layers.attention.output": (2, 4, 6, 12),
+        "layers.attention.query_bias": (2, 4, 4),
+        "layers.attention.key_bias": (2, 3, 2, 4),
+        "layers.attention.value_bias": (2, 3, 2, 6),
+        "layers.attention.output_bias": (2, 12),
+        "layers.attention.compress_key.position": (2, 4, 4),
+        "layers.attention.compress_key.hidden": (2, 4, 4, 5),
+        "layers.attention.compress_key.hidden_bias": (2, 5),
+        "layers.attention.compress_key.output": (2, 5, 4),
+        "layers.attention.compress_key.output_bias": (2, 4),
+        "layers.attention.compress_value.position": (2, 4, 6),
+        "layers.attention.compress_value.hidden": (2, 4, 6, 5),
+        "layers.attention.compress_value.hidden_bias": (2, 5),
+        "layers.attention.compress_value.output": (2, 5, 6),
+        "layers.attention.compress_value.output_bias": (2, 6),
+        "layers.attention.gate.output": (2, 12, 4, 3),
+        "layers.attention.gate.bias": (2, 4, 3),
+        "layers.mlp.gate": (2, 12, 10),
+        "layers.mlp.up": (2, 12, 10),
+        "layers.mlp.down": (2, 10, 12),
+        "layers.mlp.gate_bias": (2, 10),
+        "layers.mlp.up_bias": (2, 10),
+        "layers.mlp.down_bias": (2, 12),
+    }
+    other = shapes(make_config("other"))
+    assert other["position.table"] == (24, 12)
+    assert other["head.table"] == (12, 13)
+    assert other["layers.attention_norm.bias"] == (2, 12)
+    assert "layers.mlp.gate" not in other
+    hidden_gate = shapes(make_config("nsa", nsa=NSAConfig(gate_width=7)))
+    assert hidden_gate["layers.attention.gate.hidden"] == (2, 12, 7)
+    assert hidden_gate["layers.attention.gate.output"] == (2, 7, 4, 3)
+
+
+def test_a_vision_language_model_holds_its_language_model():
+    config = make_config("vision")
+    found = shapes(config)
+    assert found["vision.patch.table"] == (2 * 2 * 2, 8)
+    assert found["vision.position.table"] == (4, 8)
+    assert found["vision.layers.attention.query"] == (1, 8, 2, 4)
+    assert found["projector.hidden"] == (8, 12)
+    assert found["projector.output"] == (12, 12)
+    language = abstract_params(config.language)
+    assert jax.tree.map(lambda x: x.shape, language_model(abstract_params(config))) == jax.tree.map(
+        lambda x: x.shape, language
+    )
+
+
+def test_count_by_hand():
+    config = make_config()
+    layer = 12 * 4 * 4 + 12 * 2 * 4 + 12 * 2 * 6 + 4 * 6 * 12 + 3 * 12 * 10 + 2 * 12
+    assert count_params(abstract_params(config)) == 13 * 12 + 2 * layer + 12
+
+
+def test_initial_values_do_not_depend_on_where_they_are_made():
+    config = make_config("vision", width=16, mlp_width=8)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+    shardings = param_shardings(config, mesh)
+    init = lambda key: init_params(config, key)  # noqa: E731
+    here = jax.jit(init)(jax.random.key(3))
+    spread = jax.jit(init, out_shardings=shardings)(jax.random.key(3))
+    assert spread["layers"]["mlp"]["up"].sharding.shard_shape((2, 16, 8)) == (2, 8, 8)
+    jax.tree.map(np.testing.assert_array_equal, here, spread)
+    query, output = here["layers"]["attention"]["query"], here["layers"]["attention"]["output"]
+    assert np.std(query) == pytest.approx(0.02, rel=0.2)
+    assert np.std(output) == pytest.approx(0.02 / 2, rel=0.2)  # 1 / sqrt(2 L) of two layers
+    assert (here["layers"]["mlp_norm"]["scale"] == 1).all()
+    assert not (query[0] == query[1]).any()  # layers are drawn apart
+
+
+def test_sharding_table_refuses():
+    with pytest.raises(ValueError, match="'colour' is not in the table"):
+        partition_spec(("embed", "colour"))
+    with pytest.raises(ValueError, match="'fsdp' twice"):
+        partition_spec(("embed", "embed"))
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: ModelConfig(num_layers=0), "num_layers"),
+        (lambda: ModelConfig(num_heads=4, num_kv_heads=3), "num_kv_heads"),
+        (lambda: ModelConfig(width=10, num_heads=4), "num_heads"),
+        (lambda: ModelConfig(head_dim=5), "head_dim"),
+        (lambda: ModelConfig(rope_theta=0.0), "rope_theta"),
+        (lambda: ModelConfig(attention_implementation="cudnn"), "attention_implementation"),
+        (lambda: ModelConfig(vision=VisionConfig(num_layers=1, image_token=256)), "vision.image_token"),
+        (lambda: VisionConfig(num_layers=-1), "num_layers"),
+        (lambda: VisionConfig(patch_size=0), "patch_size"),
+        (lambda: VisionConfig(num_layers=1, image_size=9), "patch_size"),
+        (lambda: VisionConfig(num_layers=1, num_heads=5), "num_heads"),
+        (lambda: NSAConfig(num_blocks=2), "num_blocks"),
+        (lambda: NSAConfig(stride=64), "stride"),
+        (lambda: NSAConfig(window=0), "window"),
+        (lambda: NSAConfig(num_init=-1), "num_init"),
+    ],
+)
+def test_impossible_combinations_name_the_key(make, key):
+    with pytest.raises(ConfigError) as raised:
+        make()
+    assert raised.value.key == key
+    assert "\n" not in str(raised.value)
+
+
+def test_derived_sizes():
+    config = ModelConfig(width=64, num_heads=8)
+    assert (config.kv_heads, config.key_dim, config.value_dim) == (8, 8, 8)
+    assert make_config("vision").language == make_config()
+    assert VISION.num_patches == 4
+    assert hash(NSA) == hash(NSAConfig(**vars(NSA)))  # configs are static arguments of jit

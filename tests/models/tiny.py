@@ -1,0 +1,51 @@
+"""Small models and batches whose numbers are drawn, so that no bias is zero and no scale is one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlab.models import ModelConfig, NSAConfig, VisionConfig, abstract_params
+
+NSA = NSAConfig(
+    block_len=4, stride=2, block_size=4, num_blocks=3, num_init=1, num_local=1, window=3, compress_width=5
+)
+VISION = VisionConfig(
+    num_layers=1, image_size=4, patch_size=2, channels=2, width=8, num_heads=2, mlp_width=6, image_token=3
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rotary": {},
+    "other": {
+        "position": "learned", "norm": "layer", "mlp": "plain", "activation": "gelu", "attention_bias": True,
+        "mlp_bias": True, "tie_embeddings": False, "num_kv_heads": None, "head_dim": None, "value_head_dim": None,
+    },
+    "sliding": {"attention": "sliding", "window": 3, "mlp_bias": True, "activation": "relu"},
+    "nsa": {"attention": "nsa", "nsa": NSA, "attention_bias": True},
+    "vision": {"vision": VISION},
+}  # fmt: skip
+"""Options by a name; together they visit every one of them."""
+
+
+def make_config(variant: str = "rotary", **changes: Any) -> ModelConfig:
+    base: dict[str, Any] = {
+        "vocab_size": 13, "width": 12, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
+        "value_head_dim": 6, "mlp_width": 10, "max_length": 24,
+    }  # fmt: skip
+    return ModelConfig(**(base | VARIANTS[variant] | changes))
+
+
+def draw_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """Parameters of a size that makes attention and activations far from linear."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + 0.4 * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def draw_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, config.vocab_size, (batch, length)), jnp.int32)
