@@ -218,8 +218,13 @@ def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> 
     code = provenance.code()
     identity = [task_name, configs.to_dict(config), inputs, code.version, code.commit, code.changes]
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or task_name
-    return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return hashed_name(name, text)
+
+
+def hashed_name(name: str, identity: str) -> str:
+    """A folder name: `name` in letters that every file system takes, and eight digits of a hash of `identity`."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+    return f"{safe}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Sweeps: one run for every combination of listed values, in turn, and a table of what they gave."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -63,10 +62,10 @@ def _listed(text: str) -> list[Any]:
 def run(task: tasks.Task, name: str, todo: Sequence[Point], *, outputs: Path, overwrite: bool) -> Path:
     """Runs the points one after the other, each in its own run folder; finished ones are not done again.
 
-    Returns `<outputs>/<task>/<name>-sweep-<8 hex>/sweep.json`, which is brought up to date after every point.
+    Returns `<outputs>/sweeps/<task>-<name>-<8 hex>/sweep.json`, brought up to date after every point.
     """
     identity = json.dumps([point.command for point in todo])
-    folder = outputs / task.name / f"{name}-sweep-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    folder = outputs / "sweeps" / runs.hashed_name(f"{task.name}-{name}", identity)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for index, point in enumerate(todo, 1):
@@ -74,7 +73,9 @@ def run(task: tasks.Task, name: str, todo: Sequence[Point], *, outputs: Path, ov
         result = runs.run_config(
             task, point.config, name, point.command, outputs=outputs, overwrite=overwrite
         )
-        rows.append({"values": point.values, "run": result.path.name, "results": result.results})
+        rows.append(
+            {"values": point.values, "run": str(result.path.relative_to(outputs)), "results": result.results}
+        )
         write_json(folder / "sweep.json", {"task": task.name, "runs": rows, "points": len(todo)})
     print(table(rows))
     print(f"sweep: {folder / 'sweep.json'}")

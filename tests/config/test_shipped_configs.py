@@ -8,6 +8,7 @@ import pytest
 
 from jaxlab import config as configs
 from jaxlab import tasks
+from jaxlab.cli import main
 from tests.config.headers import KEYS, read_header
 
 ROOT = Path(__file__).parents[2]
@@ -29,14 +30,17 @@ def test_the_header_says_what_to_expect(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_the_command_of_the_header_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_the_header_is_valid(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
     program, script, task_name, *words = shlex.split(read_header(ROOT / path)["command"])
     assert (program, script) == ("python", "run.py")
     assert words[0] == str(path), "the command runs another file"
     task = tasks.find(task_name)
     if task.takes == "config":
-        config = configs.load(task.schema(), *words[:1], words[1:])
+        assert main([task_name, *words, "--print-config"]) == 0, capsys.readouterr().err
+        config = configs.load(task.schema(), path)
         assert configs.build(task.schema(), configs.to_dict(config)) == config
     else:
         configs.load(task.schema(), None, words)
