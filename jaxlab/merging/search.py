@@ -17,13 +17,14 @@ from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import DataConfig, make_source
 from jaxlab.errors import ConfigError
 from jaxlab.files import write_atomic
+from jaxlab.merging.examples import answered
 from jaxlab.merging.grid import Measure, Point, evaluate_grid, points
-from jaxlab.merging.inject import Method
 from jaxlab.merging.inputs import Trio, load_trio, same_architecture
 from jaxlab.merging.measure import Data, exact_match_of, read_data, text_only
 from jaxlab.merging.merge import inject_recipe, save_merged
 from jaxlab.merging.plan import plan_injection
 from jaxlab.merging.recipe import InjectRecipe
+from jaxlab.merging.stages import Method
 from jaxlab.models import ModelConfig, Params
 from jaxlab.runs import Run
 
@@ -78,6 +79,9 @@ class Config:
     """Operators as published, or as mergekit computes them."""
     seed: int = 0
     """Of random masks."""
+    examples: int = 6
+    """Questions, of the first data set that decides, which the VLM and the best model answer for people to
+    read."""
 
     def __post_init__(self) -> None:
         for name in ("vlm", "expert", "base", "operators", "evaluate"):
@@ -88,6 +92,8 @@ class Config:
         for name in ("batch_size", "batches", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.examples < 0:
+            raise ConfigError(f"must not be negative, is {self.examples}", key="examples")
         for name in self.choose:
             if name not in self.evaluate:
                 raise ConfigError(f"no data set {name!r}; there are {', '.join(self.evaluate)}", key="choose")
@@ -158,7 +164,17 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "expert": _both_splits(trio.expert_config, trio.expert, text_only(validation), text_only(test)),
             "base": _both_splits(trio.base_config, trio.base, text_only(validation), text_only(test)),
         },
+        "examples": _examples(config, trio, params),
     }
+
+
+def _examples(config: Config, trio: Trio, merged: Params) -> list[dict[str, Any]]:
+    if trio.tokenizer is None or not config.examples:
+        return []
+    target = next(iter(config.choose or config.evaluate))
+    batch = next(iter(make_source(config.evaluate[target]).held_out_batches(config.batch_size, 1, "test")))
+    models = {"VLM alone": trio.vlm, "injected": merged}
+    return answered(models, batch, trio.config, trio.tokenizer, config.examples)
 
 
 def search(
@@ -172,10 +188,10 @@ def search(
     )
     operators: dict[str, Any] = {}
     for name, grid in config.operators.items():
-        where = grid.points()
+        where, method = grid.points(), config.method(name, grid.points()[0].density)
         with tqdm(total=len(where), desc=f"{run.name} {name}", unit="point") as bar:
             measured = evaluate_grid(
-                plan, config.method(name, where[0].density), trio, where, measure, validation,
+                plan, method, trio, where, measure, validation,
                 seed=config.seed, chunk=config.chunk, progress=bar.update,
             )  # fmt: skip
         rows = [
@@ -183,8 +199,11 @@ def search(
             for point, row in zip(where, measured, strict=True)
         ]
         best = max(rows, key=lambda row: row["score"])  # the first of equals
-        params, _ = inject_recipe(recipe_of(config, name, best), trio)
-        best = best | {"test": evaluate(measure, params, test)}
+        at_best = Point(best["lambda_v"], best["lambda_e"], best["density"])
+        (measured_test,) = evaluate_grid(
+            plan, method, trio, [at_best], measure, test, seed=config.seed, chunk=config.chunk
+        )
+        best = best | {"test": measured_test}
         operators[name] = {"points": rows, "evaluations": len(rows), "best": best}
         run.log(operator=name, validation=best["score"], **{f"test_{k}": v for k, v in best["test"].items()})
     return operators
