@@ -160,8 +160,8 @@ def _words(axes: Axes, prompt: Results, column: float, heights: np.ndarray) -> N
 
 
 def _readable(token: str) -> str:
-    """A token as a word: blanks shown where nothing else is, `$` kept from starting a formula."""
-    text = token.strip(" ").replace("\n", "↵").replace("\t", "→").replace("$", r"\$")
+    """A token as a word: blanks shown where nothing else is."""
+    text = token.strip(" ").replace("\n", "↵").replace("\t", "→")
     return text if text else "·"
 
 

@@ -1,0 +1,1 @@
+"""Plots and pages, made from the files of run folders and from nothing else."""

@@ -1,0 +1,100 @@
+"""A run folder as a report sees it: four files, read once, never written."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxlab.errors import UserError
+from jaxlab.runs import read_metrics, read_results
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What config.yaml, env.json, metrics.jsonl and results.json of a run hold."""
+
+    path: Path
+    config: dict[str, Any]
+    env: dict[str, Any]
+    results: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def label(self) -> str:
+        """The name without the hash: `nsa_full` of `nsa_full-1a2b3c4d`."""
+        stem, dash, digest = self.name.rpartition("-")
+        return stem if dash and len(digest) == 8 else self.name
+
+    @property
+    def task(self) -> str:
+        return str(self.env.get("task", self.path.parent.name))
+
+    @property
+    def command(self) -> str:
+        return str(self.env.get("command", ""))
+
+    @property
+    def seconds(self) -> float | None:
+        return self.env.get("seconds")
+
+    def get(self, *keys: str | int) -> Any:
+        """A value of the results by its path of keys, None where the path ends early."""
+        return at(self.results, *keys)
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the config by its path of keys, None where the path ends early."""
+        return at(self.config, *keys)
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one metric."""
+        points = [(m["step"], m[key]) for m in self.metrics if m.get(key) is not None]
+        return [p[0] for p in points], [p[1] for p in points]
+
+
+def at(value: Any, *keys: str | int) -> Any:
+    """Follows keys into nested dicts and lists; None where the way ends."""
+    for key in keys:
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and isinstance(key, int) and -len(value) <= key < len(value):
+            value = value[key]
+        else:
+            return None
+    return value
+
+
+def read_run(path: Path) -> RunFolder:
+    """Reads a finished run. Raises UserError where results.json is missing or a file is damaged."""
+    results = read_results(path)
+    try:
+        env = json.loads(_read(path / "env.json") or "{}")
+        config = yaml.safe_load(_read(path / "config.yaml") or "{}") or {}
+        metrics = read_metrics(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: a file of the run is damaged ({error})") from error
+    return RunFolder(path, config, env, results, metrics)
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
+    """Reads run folders in order, each once; the folder of a quickstart stands for itself and its stages."""
+    found: dict[Path, RunFolder] = {}
+    for path in map(Path, paths):
+        if path.resolve() in found:
+            continue
+        run = found[path.resolve()] = read_run(path)
+        for stage in run.get("stages") or []:
+            folder = path / stage["folder"]
+            if folder.resolve() not in found:
+                found[folder.resolve()] = read_run(folder)
+    return list(found.values())
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""

@@ -1,0 +1,78 @@
+"""The part of the page for runs of any task: their curves and their numbers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlab.reporting import plots
+from jaxlab.reporting.folders import RunFolder
+from jaxlab.reporting.formats import NONE, count, decimal
+from jaxlab.reporting.markup import Markup
+from jaxlab.reporting.page import Section, figure, heading, table
+
+_MOST = 40
+"""Numbers of one run that are shown; a results.json of many more belongs to a section of its own."""
+
+
+def build(runs: Sequence[RunFolder]) -> Section | None:
+    """A section with every run under its own heading, or None without runs."""
+    if not runs:
+        return None
+    titles = {run.label for run in runs}
+    title = runs[0].label if len(titles) == 1 else "Other runs"
+    section = Section("runs", "Runs", title, _headline(runs))
+    for index, run in enumerate(runs):
+        if len(runs) > 1:
+            section.body.append(heading(f"{run.label} ({run.task})"))
+        section.body += [part for part in (_curves(run, index), _numbers(run)) if part]
+    section.runs = list(runs)
+    return section
+
+
+def _headline(runs: Sequence[RunFolder]) -> tuple[str, str]:
+    if len(runs) == 1:
+        for keys, said in ((("test", "eval_loss"), "test loss"), (("loss",), "loss")):
+            value = runs[0].get(*keys)
+            if isinstance(value, int | float):
+                return decimal(value), said
+    return str(len(runs)), "run" if len(runs) == 1 else "runs"
+
+
+def _curves(run: RunFolder, index: int) -> Markup | None:
+    training, held_out = run.curve("loss"), run.curve("eval_loss")
+    if not training[0]:
+        return None
+    drawing = plots.loss_figure({run.label: [training]}, {run.label: [held_out]})
+    return figure(
+        drawing,
+        f"run-{index}-loss",
+        "Loss while training.",
+        "Right: on data that the model was not trained on.",
+    )
+
+
+def _numbers(run: RunFolder) -> Markup | None:
+    rows = flat(run.results)
+    shown = [[name, _shown(value)] for name, value in rows[:_MOST]]
+    if not shown:
+        return None
+    look = "" if len(rows) <= _MOST else f"The first {_MOST} of {len(rows)}; the others are in results.json."
+    return table(["result", "value"], shown, "Results.", look)
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Scalars of nested dicts by dotted name; lists are left to results.json."""
+    if isinstance(value, dict):
+        return [
+            pair
+            for key, item in value.items()
+            for pair in flat(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [] if isinstance(value, list) else [(prefix, value)]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, bool | str):
+        return str(value)
+    return count(value) if float(value).is_integer() else f"{value:.4g}"

@@ -1,0 +1,207 @@
+"""The part of the page on native sparse attention: a full and a sparse model of one size, side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlab.reporting import plots, rules
+from jaxlab.reporting.claims import NSA, unexamined
+from jaxlab.reporting.folders import RunFolder, at
+from jaxlab.reporting.formats import NONE, change, count, decimal, duration, mean, percent
+from jaxlab.reporting.markup import Markup
+from jaxlab.reporting.page import Section, best_cell, claim_list, figure, figure_row, note, paragraph, table
+
+KEY = "nsa"
+FULL, SPARSE = "full attention", "NSA"
+_NAMES = {"full": FULL, "nsa": SPARSE}
+
+
+def build(runs: Sequence[RunFolder]) -> Section | None:
+    """The section, or None where no run of text with NSA is among the runs."""
+    trained = [r for r in runs if r.task == "train" and r.setting("data", "kind") == "text"]
+    groups = {
+        name: [r for r in trained if r.setting("model", "attention") == kind] for kind, name in _NAMES.items()
+    }
+    if not groups[SPARSE]:
+        return None
+    evaluated = [r for r in runs if r.task == "evaluate" and _of(r, trained)]
+    measured = {name: _by_model(evaluated, members) for name, members in groups.items()}
+    section = Section(KEY, f"Part one · {NSA}", "Native sparse attention", _headline(groups))
+    section.verdicts = [
+        _n1(groups),
+        unexamined("N2", "No needle was searched for in these runs."),
+        _n3(groups),
+        unexamined("N4", "No training-free selection was run."),
+        unexamined("N5", "No other selector was trained."),
+    ]
+    section.body = [
+        paragraph(
+            "Each query reads three things only: summaries of blocks of the text before it, the few blocks "
+            "whose summaries matter most to it, and a window of its nearest neighbours. The choice of "
+            "blocks is learned with the model. Two byte-level language models of equal size learn the same "
+            "text here, one with such attention, one with full attention."
+        ),
+        claim_list(section.verdicts),
+        _loss(groups),
+        _numbers(groups),
+        _speed(groups),
+        _positions(measured),
+        *_blocks(measured[SPARSE], groups[SPARSE]),
+    ]
+    if not groups[FULL]:
+        section.body.insert(2, note("No run with full attention was given: nothing to compare NSA with."))
+    section.runs = [*trained, *evaluated]
+    return section
+
+
+def _of(evaluation: RunFolder, trained: Sequence[RunFolder]) -> bool:
+    """Whether an evaluation is of one of the trained models, or of an NSA model from elsewhere."""
+    return evaluation.get("nsa") is not None or any(_is_model(evaluation, run) for run in trained)
+
+
+def _is_model(evaluation: RunFolder, run: RunFolder) -> bool:
+    return run.name in str(evaluation.setting("model")).replace("\\", "/").split("/")
+
+
+def _by_model(evaluated: Sequence[RunFolder], members: Sequence[RunFolder]) -> list[RunFolder]:
+    return [e for e in evaluated if any(_is_model(e, run) for run in members)]
+
+
+def test_losses(runs: Sequence[RunFolder]) -> list[float]:
+    return [loss for run in runs if (loss := run.get("test", "eval_loss")) is not None]
+
+
+def _speeds(runs: Sequence[RunFolder]) -> list[float]:
+    return [speed for run in runs if (speed := run.get("tokens_per_second")) is not None]
+
+
+def _n1(groups: dict[str, list[RunFolder]]) -> Any:
+    full, sparse = groups[FULL], groups[SPARSE]
+    if not full:
+        return rules.n1([], test_losses(sparse), (1, 1), True)
+    same = ("data", "steps", "batch_size")
+    fair = all(
+        [r.setting(key) for key in same] == [full[0].setting(key) for key in same] for r in [*full, *sparse]
+    )
+    sizes = full[0].get("parameters") or 1, sparse[0].get("parameters") or 1
+    return rules.n1(test_losses(full), test_losses(sparse), sizes, fair)
+
+
+def _n3(groups: dict[str, list[RunFolder]]) -> Any:
+    run = groups[SPARSE][0]
+    length = run.setting("data", "text", "sequence_length")
+    return rules.n3(
+        _speeds(groups[FULL]), _speeds(groups[SPARSE]), length, str(run.env.get("device_kind", "this device"))
+    )
+
+
+def _headline(groups: dict[str, list[RunFolder]]) -> tuple[str, str]:
+    full, sparse = mean(test_losses(groups[FULL])), mean(test_losses(groups[SPARSE]))
+    if full is None or sparse is None:
+        return decimal(sparse), "test loss with sparse attention, in nats per byte"
+    return change(sparse / full - 1), "test loss with sparse attention, against full attention"
+
+
+def _loss(groups: dict[str, list[RunFolder]]) -> Markup:
+    series = {
+        key: {name: [run.curve(key) for run in members] for name, members in groups.items() if members}
+        for key in ("loss", "eval_loss")
+    }
+    seeds = max(len(members) for members in groups.values())
+    look = (
+        "The closer the two lines, the less the sparsity costs. The right-hand side is text that neither "
+        "model was trained on."
+    )
+    if seeds > 1:
+        look += f" Bands span {seeds} seeds."
+    drawing = plots.loss_figure(series["loss"], series["eval_loss"], "nats per byte")
+    return figure(drawing, "nsa-loss", "Loss while training.", look)
+
+
+def _numbers(groups: dict[str, list[RunFolder]]) -> Markup:
+    rows = []
+    losses = {name: mean(test_losses(members)) for name, members in groups.items()}
+    lowest = min((v for v in losses.values() if v is not None), default=None)
+    for name, members in groups.items():
+        if not members:
+            continue
+        run, loss = members[0], losses[name]
+        rows.append([
+            name,
+            count(run.get("parameters")),
+            best_cell(decimal(loss)) if loss == lowest else decimal(loss),
+            decimal(None if loss is None else loss / 0.6931471805599453, 3),
+            count(mean(_speeds(members))),
+            decimal(run.get("attended_tokens"), 1),
+            duration(run.seconds),
+        ])  # fmt: skip
+    head = [
+        "attention",
+        "parameters",
+        "test loss, nats/byte",
+        "bits/byte",
+        "tokens/s, training",
+        "tokens read per query",
+        "time",
+    ]
+    return table(
+        head, rows, "Two models of one size.",
+        "Equal sizes need a narrower MLP in the sparse model, whose three branches have their own keys and "
+        "values. Tokens read are counted over its branches: compressed blocks, chosen blocks, window.",
+    )  # fmt: skip
+
+
+def _speed(groups: dict[str, list[RunFolder]]) -> Markup:
+    names = [name for name, members in groups.items() if members]
+    attended = [groups[name][0].get("attended_tokens") or 0.0 for name in names]
+    speeds = [mean(_speeds(groups[name])) or 0.0 for name in names]
+    return figure_row(
+        [
+            plots.bars(names, attended, "Tokens read per query (mean over positions)", digits=0),
+            plots.bars(names, speeds, "Training speed (tokens per second)", digits=0),
+        ],
+        "nsa-speed", "What is saved, and what it is worth here.",
+        "Fewer tokens read (left) become time saved (right) only with kernels made for it, or on texts "
+        "long enough: this run uses the reference in plain XLA, on short text.",
+    )  # fmt: skip
+
+
+def _positions(measured: dict[str, list[RunFolder]]) -> Markup | None:
+    series = {
+        name: [
+            ((p["first"] + p["last"]) / 2, p["loss"])
+            for p in runs[0].get("by_position") or []
+            if p["loss"] is not None
+        ]
+        for name, runs in measured.items()
+        if runs
+    }
+    series = {name: points for name, points in series.items() if len(points) > 1}
+    if not series:
+        return None
+    return figure(
+        plots.position_figure(series, "nats per byte"), "nsa-position", "Test loss by position.",
+        "Falling to the right means that the model uses text from far before. A line that stops falling "
+        "where the window ends would mean that the chosen blocks bring nothing.",
+    )  # fmt: skip
+
+
+def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> list[Markup]:
+    chosen = next((run.get("nsa") for run in evaluated if run.get("nsa")), None)
+    if not chosen or not at(chosen, "layers"):
+        return [
+            note("The chosen blocks were not recorded: no evaluation of the sparse model is among the runs.")
+        ]
+    overlap = chosen.get("neighbour_overlap") or []
+    told = ", ".join(f"layer {i + 1}: {percent(v)}" for i, v in enumerate(overlap) if v is not None) or NONE
+    blocks = trained[0].setting("model", "nsa", "num_blocks") if trained else None
+    budget = f" Every query may read {blocks} blocks." if blocks else ""
+    return [
+        figure(
+            plots.chosen_blocks(chosen["layers"], chosen["block_size"]), "nsa-blocks",
+            "The blocks that queries chose.",
+            "Each row of pixels is a query, each column a block; later queries stand further down. Grey: "
+            "the first block and the two nearest ones, which every query must read. Blue: chosen freely. "
+            f"Vertical blue stripes are blocks that many queries find useful.{budget} Blocks that "
+            f"neighbouring queries share — {told}.",
+        )
+    ]  # fmt: skip
