@@ -1,0 +1,94 @@
+"""The icl task from a model folder to results.json, and its pictures."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints.native import save_model
+from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.icl import analyse
+from jaxlab.icl.prompts import PromptsConfig, make_prompts, token_texts
+from jaxlab.models import ModelConfig, init_params
+from jaxlab.reporting import icl_plots
+from jaxlab.runs import execute
+
+EPISODES = EpisodesConfig(longer_from=(5,), classes=2, shots=2, sequence_length=16)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("icl") / "model"
+    tokenizer = EpisodesSource(EPISODES).tokenizer()
+    model = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(), width=16, num_layers=2, num_heads=2, mlp_width=16
+    )
+    save_model(folder, model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(3)), tokenizer)
+    data = PromptsConfig(episodes=EPISODES)
+    return analyse.Config(
+        model=str(folder), data=data, examples=8, batch_size=4, seeds=(1, 2), blocked_layers=(1, 2)
+    )
+
+
+def test_results_and_pictures(config, tmp_path):
+    done = execute("icl", config, outputs=tmp_path)
+    results = json.loads((done.path / "results.json").read_text())
+    assert results["examples"] == 16
+    assert results["chance"] == 0.5
+    assert 0.0 <= results["accuracy"] <= 1.0
+    shares = np.array([results["flows"]["share"][name] for name in ("wp", "pq", "ww")])
+    np.testing.assert_allclose(shares.sum(0), 1.0, rtol=1e-6)
+    assert results["flows"]["mean"]["wp"][-1] == 0.0
+    assert results["flows"]["edges_per_prompt"]["pq"] == [4.0, 4.0]
+    table = results["blocking"]["table"]
+    assert len(table) == 8
+    rows = {(row["words"], row["where"], row["layers"]): row for row in table}
+    # Blocked in the last layer alone, other words than q do not matter.
+    assert rows["label", "last", 1]["label_loyalty"] == rows["label", "last", 1]["word_loyalty"] == 1.0
+    assert rows["label", "first", 2] == rows["label", "last", 2] | {"where": "first"}
+    prompt = results["figure1"]
+    assert len(prompt["tokens"]) == results["tokens"] == EPISODES.prompt_length - 1
+    assert prompt["tokens"][prompt["query"]] == ":"
+    assert len(prompt["labels"]) == 4
+    assert prompt["answer"] in [prompt["tokens"][at] for at in prompt["labels"]]
+    assert [len(row) for row in prompt["maps"][0]] == list(range(results["tokens"]))
+    for draw in (icl_plots.flow_shares_figure, icl_plots.blocking_figure, icl_plots.prompt_figure):
+        draw(results).savefig(tmp_path / "figure.svg")
+        assert (tmp_path / "figure.svg").stat().st_size > 5000
+
+
+def test_check_reads_no_parameters(config, monkeypatch):
+    monkeypatch.setattr(analyse, "load_model", None)
+    found = analyse.check(config)
+    assert found["prompts"] == 16
+    assert found["parameter_bytes_per_device"] == 4 * (76 * 16 + 2 * (4 * 256 + 3 * 256 + 2 * 16) + 16)
+    assert 0 < found["temporary_bytes_per_device"] < 1 << 24
+
+
+def test_mistakes(config):
+    with pytest.raises(ConfigError, match="model"):
+        analyse.Config()
+    with pytest.raises(ConfigError, match="seeds"):
+        dataclasses.replace(config, seeds=(1, 1))
+    with pytest.raises(ConfigError, match="blocked_layers"):
+        dataclasses.replace(config, blocked_layers=(0,))
+    with pytest.raises(UserError, match="the model has 2 layers, not 3"):
+        analyse.check(dataclasses.replace(config, blocked_layers=(1, 3)))
+    with pytest.raises(UserError, match="vocabulary"):
+        analyse.check(dataclasses.replace(config, top_words=77))
+
+
+def test_prompts_are_cut_after_the_last_position(config):
+    source = make_prompts(config.data, "test")
+    batches = list(source.batches(5, 6, 4))
+    assert [len(prompts.labels) for prompts in batches] == [4, 2]
+    first = batches[0]
+    assert first.batch["tokens"].shape == first.classes.shape == (4, source.length)
+    assert np.all(first.positions == source.length - 1)
+    assert np.all(first.classes[:, -1] == source.roles.query)
+    again = next(iter(source.batches(5, 4, 4)))
+    np.testing.assert_array_equal(first.batch["tokens"], again.batch["tokens"])
+    assert token_texts(np.array([104, 105, 10]), None) == ["h", "i", "\\x0a"]

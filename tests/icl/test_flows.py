@@ -1,0 +1,158 @@
+"""Flows through whole models against a plain decoder whose attention is multiplied by explicit ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.errors import UserError
+from jaxlab.icl import Roles, flow_shares, flows, saliency_maps
+from jaxlab.models import ModelConfig, NSAConfig, init_params
+
+MODEL = ModelConfig(
+    vocab_size=19, width=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp="plain", mlp_width=24,
+    activation="relu", norm="rms", position="learned", max_length=16, initializer_range=0.4,
+)  # fmt: skip
+TOKENS, BATCH = 11, 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    classes = np.zeros((BATCH, TOKENS), np.int32)
+    classes[:, [3, 6]], classes[:, TOKENS - 1], classes[1, 4] = 1, 2, -1
+    return {
+        "batch": {"tokens": rng.integers(0, MODEL.vocab_size, (BATCH, TOKENS)).astype(np.int32)},
+        "classes": classes,
+        "targets": {
+            "positions": np.full(BATCH, TOKENS - 1, np.int32),
+            "label_tokens": np.array([5, 2, 11], np.int32),
+            "labels": np.array([0, 2, 1], np.int32),
+        },
+    }
+
+
+def plain_maps(params, tokens, targets, candidates):
+    """A * dL/dA of every layer, head and sequence [L, B, H, T, T]: a decoder written out, no scan, no
+    kernels."""
+    length = tokens.shape[1]
+    mask = np.tri(length, dtype=bool)[None, None]
+
+    def norm(x, scale):
+        return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + MODEL.norm_eps) * scale[None, None]
+
+    def loss(ones):
+        x = params["embedding"]["table"][tokens] + params["position"]["table"][:length][None]
+        for layer in range(MODEL.num_layers):
+            p = jax.tree.map(lambda w, at=layer: w[at], params["layers"])
+            y = norm(x, p["attention_norm"]["scale"])
+            q, k, v = (jnp.einsum("btd,dhk->bhtk", y, p["attention"][n]) for n in ("query", "key", "value"))
+            k, v = jnp.repeat(k, 2, axis=1), jnp.repeat(v, 2, axis=1)
+            scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / 2.0  # the root of the head dimension
+            weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1) * ones[layer]
+            heads = jnp.einsum("bhts,bhsk->bhtk", weights, v)
+            x = x + jnp.einsum("bhtk,hkd->btd", heads, p["attention"]["output"])
+            y = norm(x, p["mlp_norm"]["scale"])
+            x = x + jax.nn.relu(y @ p["mlp"]["up"]) @ p["mlp"]["down"]
+        logits = norm(x, params["final_norm"]["scale"])[:, -1] @ params["embedding"]["table"].T
+        logits = logits[:, candidates]
+        right = targets["labels"] if candidates.size == 3 else targets["label_tokens"][targets["labels"]]
+        return -jnp.sum(jax.nn.log_softmax(logits)[np.arange(BATCH), right])
+
+    ones = jnp.ones((MODEL.num_layers, BATCH, MODEL.num_heads, length, length), jnp.float32)
+    return np.asarray(jax.jit(jax.grad(loss))(ones))
+
+
+def by_class(maps, classes, num_classes):
+    """[B, L, T, T] -> [B, L, K, K] over the edges j < i."""
+    one_hot = np.eye(num_classes)[classes] * (classes >= 0)[..., None]
+    return np.einsum("blij,bix,bjy->blxy", maps * np.tri(maps.shape[-1], k=-1), one_hot, one_hot)
+
+
+@pytest.mark.parametrize("loss", ["labels", "vocabulary"])
+def test_flows_of_a_model_are_those_of_autodiff(params, prompts, loss):
+    targets = prompts["targets"]
+    candidates = targets["label_tokens"] if loss == "labels" else np.arange(MODEL.vocab_size)
+    maps = plain_maps(params, prompts["batch"]["tokens"], targets, candidates)
+    maps = np.abs(maps.sum(2)).swapaxes(0, 1)
+    sums, counts = flows(params, prompts["batch"], MODEL, prompts["classes"], targets, loss=loss)
+    np.testing.assert_allclose(sums, by_class(maps, prompts["classes"], 3), rtol=2e-4, atol=1e-6)
+    np.testing.assert_array_equal(counts, by_class(np.ones_like(maps), prompts["classes"], 3))
+    # With the loss at q alone nothing that reaches another token in the last layer can matter.
+    assert np.all(np.asarray(sums)[:, -1, :2] == 0.0)
+    assert np.all(np.asarray(sums)[:, -1, 2, :2] > 0.0)
+    if loss == "labels":
+        np.testing.assert_allclose(
+            saliency_maps(params, prompts["batch"], MODEL, targets), maps, rtol=2e-4, atol=1e-6
+        )
+
+
+def test_padding_and_labels_per_prompt_change_nothing(params, prompts):
+    sums, counts = flows(params, prompts["batch"], MODEL, prompts["classes"], prompts["targets"])
+    pad = lambda x, fill: np.pad(x, ((0, 0), (0, 2)), constant_values=fill)  # noqa: E731
+    tokens = prompts["batch"]["tokens"]
+    batch = {"tokens": pad(tokens, 7), "segment_ids": pad(np.ones_like(tokens), 0)}
+    names = np.tile(prompts["targets"]["label_tokens"], (BATCH, 1))
+    # Prompt 1 names its labels in another order.
+    names[1], labels = names[1, ::-1].copy(), np.array([0, 0, 1], np.int32)
+    targets = {"positions": prompts["targets"]["positions"], "label_tokens": names, "labels": labels}
+    # Padding may have a class: no edge of it is visible.
+    padded_sums, padded_counts = flows(params, batch, MODEL, pad(prompts["classes"], 0), targets)
+    np.testing.assert_allclose(padded_sums, sums, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(padded_counts, counts)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "nsa"])
+def test_other_kinds_of_attention(prompts, kind):
+    """Only what a layer sees is counted, and what cannot matter in the last layer is 0."""
+    nsa = NSAConfig(block_len=4, stride=2, block_size=4, num_blocks=3, window=3, compress_width=8)
+    config = dataclasses.replace(MODEL, attention=kind, window=4, nsa=nsa)
+    weights = jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
+    sums, counts = flows(weights, prompts["batch"], config, prompts["classes"], prompts["targets"])
+    assert np.all(np.asarray(sums)[:, -1, :2] == 0.0)
+    assert np.all(np.asarray(sums)[:, 0, 1, 0] > 0.0)
+    # NSA's compressed blocks and its window reach every token here; a sliding window does not.
+    seen = np.tri(TOKENS) - (np.tri(TOKENS, k=-config.window) if kind == "sliding" else 0.0)
+    seen = np.broadcast_to(seen, (BATCH, MODEL.num_layers, TOKENS, TOKENS))
+    np.testing.assert_array_equal(counts, by_class(seen, prompts["classes"], 3))
+
+
+def test_shares_of_the_edge_sets():
+    # Classes: 0 words, 1 and 2 label words, 3 the target, 4 a sink.
+    roles = Roles(labels=(1, 2), query=3, sink=4, classes=5)
+    sums = np.arange(25, dtype=np.float32).reshape(1, 5, 5)
+    counts = np.full((1, 5, 5), 2.0, np.float32)
+    counts[0, 0, 0] = 0.0
+    means, shares = flow_shares(sums, counts, roles)
+    wp = sums[0, 1:3, :4].sum() / 16
+    pq = sums[0, 3, 1:3].sum() / 4
+    ww = (sums[0, 0, :4].sum() + sums[0, 3, 0] + sums[0, 3, 3]) / 10
+    sink = (sums[0, 4].sum() + sums[0, :4, 4].sum()) / 18
+    for name, value in (("wp", wp), ("pq", pq), ("ww", ww), ("sink", sink)):
+        np.testing.assert_allclose(means[name], [value], rtol=1e-6)
+    np.testing.assert_allclose(
+        [shares[n][0] for n in ("wp", "pq", "ww")], np.array([wp, pq, ww]) / (wp + pq + ww)
+    )
+    nothing = flow_shares(np.zeros((2, 5, 5)), np.zeros((2, 5, 5)), roles)
+    assert all(np.all(values == 0.0) for part in nothing for values in part.values())
+
+
+def test_mistakes_are_told_in_one_line(params, prompts):
+    batch, classes, targets = prompts["batch"], prompts["classes"], prompts["targets"]
+    with pytest.raises(UserError, match="targets lack labels, positions"):
+        flows(params, batch, MODEL, classes, {"label_tokens": targets["label_tokens"]})
+    with pytest.raises(UserError, match=r"label_tokens \[C\] or \[3, C\]"):
+        flows(params, batch, MODEL, classes, targets | {"label_tokens": np.zeros((2, 3), np.int32)})
+    with pytest.raises(UserError, match="classes are"):
+        flows(params, batch, MODEL, classes[:, :4], targets)
+    with pytest.raises(UserError, match="no token has a class"):
+        flows(params, batch, MODEL, np.full_like(classes, -1), targets)
+    with pytest.raises(UserError, match="num_classes"):
+        jax.jit(lambda c: flows(params, batch, MODEL, c, targets))(classes)
