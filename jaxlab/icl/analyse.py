@@ -15,8 +15,8 @@ from jaxlab.checkpoints.native import load_model, load_model_config, model_ident
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import blocking as block
-from jaxlab.icl.flows import NsaEdges, Reduction, flow_memory, flow_shares, flows, saliency_maps
 from jaxlab.icl.prompts import Prompts, PromptsConfig, PromptSource, Roles, make_prompts, token_texts
+from jaxlab.icl.saliency import NsaEdges, Reduction, flow_memory, flow_shares, flows, saliency_maps
 from jaxlab.models import ModelConfig, Params
 from jaxlab.runs import Run
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.icl.flows import target_logits
+from jaxlab.icl.saliency import target_logits
 from jaxlab.models import Batch, ModelConfig, Params, Probe
 
 
