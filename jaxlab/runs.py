@@ -222,7 +222,7 @@ def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> 
 
 
 def hashed_name(name: str, identity: str) -> str:
-    """A folder name: `name` in letters that every file system takes, and eight digits of a hash of `identity`."""
+    """A folder name: `name` in letters that every file system takes, and a short hash of `identity`."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
     return f"{safe}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
