@@ -26,6 +26,7 @@ from kernels_pallas.nsa.tiling import (
 )
 
 KEY_TILE = 256
+NOWHERE = np.iinfo(np.int32).max
 
 
 class Grid(NamedTuple):
@@ -64,7 +65,7 @@ def choose(
     spread = _spread(grid, tile_keys)
     tile_blocks = tile_keys * grid.stride // grid.block_size
     padded_blocks = ceil_div(blocks, tile_keys) * tile_blocks + spread.shape[1]
-    padded_blocks = max(padded_blocks, grid.candidates, grid.num_blocks)
+    padded_blocks = max(padded_blocks, grid.candidates)
     if blocks == 0:  # nothing to score, but the loop below needs a tile to be written for
         k_cmp = jnp.zeros((batch, tile_keys, kv_heads, q.shape[-1]), k_cmp.dtype)
     keys = pad_axis(jnp.moveaxis(k_cmp, 2, 1), 2, tile_keys)
@@ -144,8 +145,17 @@ def _best(grid: Grid, importance: Array, limits: tuple[Array, Array]) -> Array:
     forced = (index < first + grid.num_init) | (index > newest - grid.num_local)
     importance = jnp.where(forced, jnp.inf, importance)
     importance = jnp.where((index >= first) & (index <= newest), importance, -1.0)
-    # top_k puts the lower index first among equals, which is the rule for ties.
-    best, chosen = lax.top_k(importance, grid.num_blocks)
-    missing = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
-    chosen = jnp.sort(jnp.where(best >= 0, chosen.astype(jnp.int32), missing), axis=-1)
-    return jnp.where(chosen == missing, -1, chosen)
+
+    # Rounds of taking the best, the lowest index among equals. Unlike top_k, which is a call that cannot be
+    # partitioned, they leave a batch that is spread over devices where it is.
+    def one_round(slot: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, chosen = state
+        best = jnp.max(left, axis=-1, keepdims=True)
+        at = jnp.min(jnp.where(left == best, index, NOWHERE), axis=-1, keepdims=True)
+        chosen = lax.dynamic_update_slice_in_dim(chosen, jnp.where(best >= 0, at, NOWHERE), slot, axis=3)
+        return jnp.where(index == at, -1.0, left), chosen
+
+    chosen = jnp.full((*importance.shape[:3], grid.num_blocks), NOWHERE, jnp.int32)
+    _, chosen = lax.fori_loop(0, grid.num_blocks, one_round, (importance, chosen))
+    chosen = jnp.sort(chosen, axis=-1)
+    return jnp.where(chosen == NOWHERE, -1, chosen)
