@@ -115,6 +115,8 @@ def _dense(
     window = config.window if config.attention == "sliding" else None
     if probe is not None:
         return probed_attention(q, k, v, probe, segment_ids=where.segment_ids, window=window)
+    if config.attention_implementation == "xla":
+        return _softmax_attention(q, k, v, _mask(where, k.shape[1], window, causal, cached))
     kwargs: dict[str, Any] = {"implementation": config.attention_implementation}
     if not cached and where.segment_ids is None:
         kwargs |= {"is_causal": causal, "local_window_size": None if window is None else (window - 1, 0)}
@@ -122,6 +124,21 @@ def _dense(
         kwargs["mask"] = _mask(where, k.shape[1], window, causal, cached)[:, None]
     with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
         return jax.nn.dot_product_attention(q, k, v, **kwargs)
+
+
+def _softmax_attention(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H Dv"]:
+    """Scores and softmax in float32. Dk and Dv may differ, unlike in jax.nn.dot_product_attention."""
+    batch, length, heads, dim = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    scores = jnp.einsum("bthgd,bshd->bhgts", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhgts,bshd->bthgd", weights, v).reshape(batch, length, heads, v.shape[-1])
 
 
 def _mask(

@@ -23,7 +23,7 @@ BRANCHES = 3
 
 
 class Numbers:
-    """Standard normal numbers, handed out in the order in which modules ask for them; zeros if none are drawn.
+    """Standard normal numbers, handed out in the order in which modules ask for them; zeros if none is drawn.
 
     One draw serves a whole module: XLA takes about half a second to compile each draw for a CPU.
     """

@@ -33,7 +33,7 @@ from kernels_pallas.nsa.banded import Band, banded_attention
 from kernels_pallas.nsa.choice import Grid, choose
 from kernels_pallas.nsa.compression import block_segments, num_compressed
 from kernels_pallas.nsa.selection import Block, attend_to_blocks
-from kernels_pallas.nsa.tiling import Places, default_scale, where_finite
+from kernels_pallas.nsa.tiling import Places, accumulator, default_scale, where_finite
 
 Implementation = Literal["xla", "mosaic_gpu"]
 
@@ -74,7 +74,7 @@ def compressed_attention(
     _check_blocks(blocks, segment_ids, q, q_positions, block_len, stride)
     if blocks == 0:
         empty = jnp.zeros((*q.shape[:3], v_cmp.shape[-1]), q.dtype)
-        return empty, jnp.full(q.shape[:3], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+        return empty, jnp.full(q.shape[:3], -jnp.inf, accumulator(q.dtype))
     if segment_ids is not None:
         segments = block_segments(segment_ids, block_len, stride, blocks)
         places = places._replace(key_segments=segments)

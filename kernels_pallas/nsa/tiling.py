@@ -78,7 +78,7 @@ def take_rows(x: Array, rows: Int[Array, "B Hkv *dims"]) -> Array:
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """Softmax and sums run in float32, or in the input's type where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def finite(x: Array) -> Array:

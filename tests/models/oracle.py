@@ -67,7 +67,9 @@ def mlp(p, x, config):
 
 
 def float64(tree):
-    return {k: float64(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree, np.float64)
+    if isinstance(tree, dict):
+        return {name: float64(inner) for name, inner in tree.items()}
+    return np.asarray(tree, np.float64)
 
 
 def layer_of(tree, i):

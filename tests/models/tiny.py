@@ -18,7 +18,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotary": {},
     "other": {
         "position": "learned", "norm": "layer", "mlp": "plain", "activation": "gelu", "attention_bias": True,
-        "mlp_bias": True, "tie_embeddings": False, "num_kv_heads": None, "head_dim": None, "value_head_dim": None,
+        "mlp_bias": True, "tie_embeddings": False, "num_kv_heads": None, "head_dim": None,
+        "value_head_dim": None,
     },
     "sliding": {"attention": "sliding", "window": 3, "mlp_bias": True, "activation": "relu"},
     "nsa": {"attention": "nsa", "nsa": NSA, "attention_bias": True},

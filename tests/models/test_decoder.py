@@ -1,0 +1,190 @@
+"""The decoder against plain loops of numpy, and what must not matter to it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.models import Probe, forward, init_cache, positions_of
+from jaxlab.models.layers import rotate
+from tests.kernels_pallas.nsa import oracle as nsa_oracle
+from tests.models import oracle
+from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
+
+run = jax.jit(forward, static_argnames="config")
+
+
+def logits(params, batch, config):
+    return np.asarray(run(params, batch, config)[0])
+
+
+def nsa_attention(p, xs, config):
+    """NSA composed from its dense oracle: own keys and values per branch, compression, gates."""
+    n, theta, length = config.nsa, config.rope_theta, len(xs)
+    turn = lambda rows, places: np.array(  # noqa: E731
+        [[oracle.rotate(head, at, theta) for head in row] for row, at in zip(rows, places, strict=True)]
+    )
+    x = np.array(xs)
+    query = turn(np.einsum("td,dhk->thk", x, p["query"]) + p["query_bias"], range(length))
+    key = np.einsum("td,cdhk->cthk", x, p["key"]) + p["key_bias"][:, None]
+    value = np.einsum("td,cdhk->cthk", x, p["value"]) + p["value_bias"][:, None]
+    k_cmp, v_cmp = (
+        nsa_oracle.compress(y[0], p[name], n.block_len, n.stride)
+        for name, y in (("compress_key", key), ("compress_value", value))
+    )
+    kv = {
+        "k_cmp": turn(np.asarray(k_cmp), range(0, len(k_cmp) * n.stride, n.stride)), "v_cmp": v_cmp,
+        "k_slc": turn(key[1], range(length)), "v_slc": value[1],
+        "k_win": turn(key[2], range(length)), "v_win": value[2],
+    }  # fmt: skip
+    gates = 1 / (1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"])))
+    row = {name: jnp.asarray(y, jnp.float32) for name, y in {"q": query, "gates": gates, **kv}.items()}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        chosen, _ = nsa_oracle.brute_force_choice(row["q"], row["k_cmp"], length, vars(n))
+        indices = np.array([[(blocks + [-1] * n.num_blocks)[: n.num_blocks] for blocks in g] for g in chosen])
+        out = nsa_oracle.nsa(row, indices, vars(n))[0]
+    return np.einsum("thk,hkd->td", np.asarray(out), p["output"]) + p["output_bias"]
+
+
+@pytest.mark.parametrize("variant", ["rotary", "other", "sliding", "nsa"])
+def test_logits_are_those_of_plain_loops(variant):
+    config = make_config(variant)
+    params, tokens = draw_params(config), draw_tokens(config, 2, 15)
+    attend = nsa_attention if variant == "nsa" else oracle.attention
+    found = logits(params, {"tokens": tokens}, config)
+    for row, row_tokens in zip(found, np.asarray(tokens), strict=True):
+        expected = oracle.logits(params, row_tokens, config, attend)
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=3e-5 if variant == "nsa" else 1e-5)
+
+
+def test_rotary_by_hand():
+    x = jnp.asarray([[[[1.0, 2.0, 3.0, 4.0]]]])
+    turned = rotate(x, jnp.asarray([[0]], jnp.int32), 16.0)
+    np.testing.assert_array_equal(turned, x)
+    turned = rotate(x, jnp.asarray([[2]], jnp.int32), 16.0)  # pair 0 by 2, pair 1 by 2 / 4
+    expected = [
+        np.cos(2) - 3 * np.sin(2),
+        2 * np.cos(0.5) - 4 * np.sin(0.5),
+        3 * np.cos(2) + np.sin(2),
+        4 * np.cos(0.5) + 2 * np.sin(0.5),
+    ]
+    np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["other", "sliding", "nsa"])
+def test_packed_sequences_are_the_same_alone_and_padding_does_not_matter(variant):
+    config = make_config(variant)
+    params = draw_params(config)
+    # NSA's blocks lie in the row: a sequence that starts at a multiple of them is the same as alone.
+    first, second = (np.asarray(draw_tokens(config, 1, n, seed=n)[0]).tolist() for n in (8, 7))
+    rows = [
+        (first + second + [0] * 3, [1] * 8 + [2] * 7 + [0] * 3),
+        (first + second + [5] * 3, [4] * 8 + [9] * 7 + [0] * 3),
+        (first + [7] * 10, [1] * 8 + [0] * 10),
+        (second + [7] * 11, [1] * 7 + [0] * 11),
+    ]
+    batch = {
+        "tokens": jnp.asarray([tokens for tokens, _ in rows], jnp.int32),
+        "segment_ids": jnp.asarray([segments for _, segments in rows], jnp.int32),
+    }
+    packed, other_padding, first_alone, second_alone = logits(params, batch, config)
+    np.testing.assert_allclose(packed[:8], first_alone[:8], atol=2e-5)
+    np.testing.assert_allclose(packed[8:15], second_alone[:7], atol=2e-5)
+    np.testing.assert_array_equal(packed[:15], other_padding[:15])
+    without_segments = logits(params, {"tokens": batch["tokens"]}, config)
+    np.testing.assert_allclose(without_segments[2, :8], first_alone[:8], atol=2e-5)
+
+
+@pytest.mark.parametrize(("variant", "reach"), [("rotary", 15), ("sliding", 11), ("nsa", 15)])
+def test_a_token_is_seen_by_later_ones_only(variant, reach):
+    config = make_config(variant)
+    tokens = draw_tokens(config, 1, 15)
+    changed = tokens.at[0, 6].set((tokens[0, 6] + 1) % 13)
+    before, after = logits(draw_params(config), {"tokens": jnp.concatenate([tokens, changed])}, config)
+    np.testing.assert_array_equal(before[:6], after[:6])
+    assert (np.abs(before[6:reach] - after[6:reach]).max(axis=1) > 1e-4).all()
+    # Sliding: two layers of a window of three tokens reach back four.
+    np.testing.assert_array_equal(before[reach:], after[reach:])
+
+
+def test_positions_count_within_segments():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0, 0], [3, 4, 4, 4, 4, 4, 4]], jnp.int32)
+    tokens = jnp.zeros((2, 7), jnp.int32)
+    expected = [[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 5]]
+    np.testing.assert_array_equal(positions_of(tokens, segments), expected)
+    np.testing.assert_array_equal(positions_of(tokens, None), [list(range(7))] * 2)
+
+
+def test_given_positions_are_taken():
+    config = make_config("other")
+    params, tokens = draw_params(config), draw_tokens(config, 1, 4)
+    shifted = logits(params, {"tokens": tokens, "positions": jnp.arange(5, 9, dtype=jnp.int32)[None]}, config)
+    table = {"table": jnp.roll(params["position"]["table"], -5, axis=0)}
+    np.testing.assert_array_equal(shifted, logits({**params, "position": table}, {"tokens": tokens}, config))
+
+
+@pytest.mark.parametrize("variant", ["rotary", "nsa"])
+def test_bfloat16_computes_near_float32_from_float32_parameters(variant):
+    config = make_config(variant)
+    params, tokens = draw_params(config), draw_tokens(config, 1, 9)
+    low = make_config(variant, compute_dtype="bfloat16")
+    found, intermediates = run(params, {"tokens": tokens}, low)
+    assert found.dtype == jnp.float32
+    assert intermediates["hidden"].dtype == jnp.bfloat16
+    exact = logits(params, {"tokens": tokens}, config)
+    if variant == "rotary":  # NSA may choose other blocks after rounding
+        assert 0 < np.abs(found - exact).max() < 0.08 * np.abs(exact).max()
+    assert np.isfinite(found).all()
+
+
+def test_remat_gives_the_same_gradients():
+    config = make_config()
+    params, tokens = draw_params(config), draw_tokens(config, 1, 6)
+
+    def gradients(config):
+        loss = lambda p: jnp.sum(jnp.sin(forward(p, {"tokens": tokens}, config)[0]))  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    kept, again = gradients(config), gradients(make_config(remat="layer"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
+
+
+def test_one_trace_serves_all_batches_of_a_shape_and_one_token_is_enough():
+    config = make_config()
+    params = draw_params(config)
+    traces = []
+
+    @jax.jit
+    def counted(params, batch):
+        traces.append(1)
+        return forward(params, batch, config)[0]
+
+    a, b = (counted(params, {"tokens": draw_tokens(config, 2, 1, seed)}) for seed in (0, 1))
+    assert len(traces) == 1
+    assert a.shape == b.shape == (2, 1, 13)
+    expected = oracle.logits(params, np.asarray(draw_tokens(config, 2, 1, 1))[1], config)
+    np.testing.assert_allclose(b[1], expected, atol=1e-5)
+
+
+def test_nsa_tells_which_blocks_it_chose():
+    config = make_config("nsa")
+    _, intermediates = run(draw_params(config), {"tokens": draw_tokens(config, 2, 15)}, config)
+    chosen = np.asarray(intermediates["chosen_blocks"])
+    assert chosen.shape == (2, 2, 2, 15, NSA.num_blocks)
+    for t in range(15):
+        for blocks in chosen[:, :, :, t].reshape(-1, NSA.num_blocks):
+            real = [b for b in blocks if b >= 0]
+            assert len(real) == min(t // 4 + 1, 3)
+            assert 0 in real
+            assert t // 4 in real
+            assert max(real) == t // 4
+
+
+def test_what_does_not_go_together():
+    config = make_config()
+    params, tokens = draw_params(config), draw_tokens(config, 1, 4)
+    with pytest.raises(ValueError, match="no vision"):
+        forward(params, {"tokens": tokens, "images": jnp.zeros((1, 1, 4, 4, 2))}, config)
+    with pytest.raises(ValueError, match="cannot be used with a cache"):
+        forward(params, {"tokens": tokens}, config, probe=Probe(), cache=init_cache(config, 1, 8))
