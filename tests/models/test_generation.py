@@ -1,0 +1,111 @@
+"""Generation: the cache gives what a full forward gives at every step, greedy and sampled tokens, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.models import forward, generate, init_cache, stream
+from jaxlab.models.generation import sample
+from tests.models.tiny import draw_params, draw_tokens, make_config
+
+run = jax.jit(forward, static_argnames="config")
+
+
+@pytest.mark.parametrize("variant", ["other", "sliding", "nsa"])
+def test_decoding_with_a_cache_equals_the_full_forward_at_each_step(variant):
+    config = make_config(variant)
+    params, tokens = draw_params(config), draw_tokens(config, 2, 14)
+    full = np.asarray(run(params, {"tokens": tokens}, config)[0])
+    # Prompts of 5 and 3 tokens, padded at the right with tokens that must not matter.
+    lengths = np.array([5, 3])
+    segments = jnp.asarray(np.arange(5)[None] < lengths[:, None], jnp.int32)
+    prompt = jnp.where(segments == 1, tokens[:, :5], 7)
+    cache = init_cache(config, 2, 14)
+    logits, intermediates = run(params, {"tokens": prompt, "segment_ids": segments}, config, cache=cache)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=3e-5)
+    for step in range(9):
+        cache = intermediates["cache"]
+        np.testing.assert_array_equal(cache.length, lengths + step)
+        token = jnp.stack([tokens[row, length + step] for row, length in enumerate(lengths)])[:, None]
+        logits, intermediates = run(params, {"tokens": token}, config, cache=cache)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(logits[row, 0], full[row, length + step], atol=3e-5)
+
+
+def test_greedy_tokens_are_the_most_likely_of_a_full_forward():
+    config = make_config()
+    params = draw_params(config)
+    prompts = [[1, 2, 3, 4], [5, 6]]
+    batch = {
+        "tokens": jnp.asarray([prompts[0], [*prompts[1], 0, 0]], jnp.int32),
+        "segment_ids": jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0]], jnp.int32),
+    }
+    made = generate(params, batch, config, max_new_tokens=4)
+    for row, prompt in enumerate(prompts):
+        sequence = np.asarray([[*prompt, *made[row]]], np.int32)
+        padded = jnp.asarray(np.pad(sequence, ((0, 0), (0, 8 - sequence.shape[1]))))  # one shape to compile
+        logits = np.asarray(run(params, {"tokens": padded}, config)[0])[0]
+        likeliest = logits[len(prompt) - 1 : len(prompt) + 3].argmax(axis=-1)
+        np.testing.assert_array_equal(made[row], likeliest)
+    stop = int(made[0, 1])
+    stopped = generate(params, batch, config, max_new_tokens=4, stop_token=stop)
+    for full, cut in zip(made, stopped, strict=True):
+        ends = np.flatnonzero(full == stop)
+        if len(ends):
+            assert (cut[ends[0] :] == stop).all()
+            full = full[: ends[0]]
+        np.testing.assert_array_equal(cut[: len(full)], full[: cut.shape[0]])
+
+
+def test_generation_ends_when_all_have_stopped():
+    config = make_config()
+    params = draw_params(config)
+    batch = {"tokens": jnp.asarray([[1, 2, 3, 4]], jnp.int32)}
+    first = int(next(stream(params, batch, config, max_new_tokens=4))[0])
+    assert generate(params, batch, config, max_new_tokens=4, stop_token=first).tolist() == [[first]]
+    assert generate(params, batch, config, max_new_tokens=0).shape == (1, 0)
+
+
+def test_sampling_depends_on_the_key_alone():
+    config = make_config()
+    params = draw_params(config)
+    batch = {"tokens": jnp.asarray([[1, 2, 3, 4]] * 3, jnp.int32)}
+    draw = lambda seed: generate(  # noqa: E731
+        params, batch, config, max_new_tokens=6, temperature=2.0, key=jax.random.key(seed)
+    )
+    first = draw(0)
+    np.testing.assert_array_equal(first, draw(0))
+    assert (first != draw(1)).any()
+    assert (first[0] != first[1]).any()  # rows are drawn apart
+
+
+def test_samples_have_the_softmax_of_the_logits_over_the_temperature():
+    logits = jnp.log(jnp.asarray([0.1, 0.2, 0.7], jnp.float32)) * 2
+    drawn = sample(jnp.broadcast_to(logits[None], (4000, 3)), jax.random.key(0), 2.0)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, [0.1, 0.2, 0.7], atol=0.03)
+    tie = jnp.asarray([[0.0, 1.0, 1.0]], jnp.float32)
+    assert sample(tie, jax.random.key(0), 0.0).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([[1, 2]], {"temperature": 1.0}, "needs a key"),
+        ([[1, 2]], {"temperature": -1.0}, "must not be negative"),
+        ([[]], {}, "prompt is empty"),
+        ([[1] * 23], {}, "23 prompt tokens and 2 new ones exceed max_length 24"),
+        ([[1, 2]], {"segments": [[0, 1]]}, "padding at the right"),
+        ([[1, 2]], {"segments": [[1, 2]]}, "padding at the right"),
+        ([[1, 2]], {"segments": [[0, 0]]}, "padding at the right"),
+    ],
+)
+def test_errors(prompt, options, message):
+    config = make_config()
+    segments = options.pop("segments", None)
+    batch = {"tokens": jnp.asarray(prompt, jnp.int32)}
+    if segments is not None:
+        batch["segment_ids"] = jnp.asarray(segments, jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        generate({}, batch, config, max_new_tokens=2, **options)
