@@ -21,7 +21,7 @@ def target_losses(
     return losses, target_mask(batch)
 
 
-def target_mask(batch: Batch) -> Bool[Array, "B T-1"]:
+def target_mask(batch: Batch) -> Bool[Array, "B targets"]:
     """Which of the tokens 1 ... T-1 are targets."""
     tokens = batch["tokens"]
     mask = batch["loss_mask"][:, 1:] if "loss_mask" in batch else jnp.ones_like(tokens[:, 1:], dtype=bool)

@@ -1,6 +1,5 @@
 """The search's core: every point of a grid merged and measured on the device, in one compiled program."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from jaxlab.merging.inject import Method, Tensors, combine, layer_weights, prepare, tensor_keys
+from jaxlab.merging.inject import layer_weights
 from jaxlab.merging.inputs import Trio
 from jaxlab.merging.plan import Plan
+from jaxlab.merging.stages import Method, Tensors, combine, prepare
 from jaxlab.models import Params
 
 Measure = Callable[[Params, Any], dict[str, Float[Array, ""]]]
@@ -58,20 +58,17 @@ def evaluate_grid(
       progress: called with the number of points just done.
     """
     results: list[dict[str, float]] = []
-    # The weighting does not know the density: one name for all keeps it one program.
-    weighting = with_density(method, 1.0)
     for density, group in itertools.groupby(grid, key=lambda point: point.density):
-        thin = with_density(method, density)
-        tensors = prepare(plan, thin, trio.vlm, trio.expert, trio.base, tensor_keys(plan, seed))
+        tensors = prepare(plan, method.with_density(density), trio.vlm, trio.expert, trio.base, seed=seed)
         for part in _chunks(list(group), chunk):
             lambdas = np.zeros((chunk, 2), np.float32)
             lambdas[: len(part)] = [(point.lambda_v, point.lambda_e) for point in part]
             measured = _measure_points(
-                plan, weighting, measure, trio.vlm, tensors, jnp.asarray(lambdas), data
+                plan, method.with_density(1.0), measure, trio.vlm, tensors, lambdas, np.int32(len(part)), data
             )
-            measured = {name: np.asarray(values)[: len(part)] for name, values in measured.items()}
+            columns = {name: np.asarray(values) for name, values in measured.items()}
             results += [
-                {name: float(values[i]) for name, values in measured.items()} for i in range(len(part))
+                {name: float(column[i]) for name, column in columns.items()} for i in range(len(part))
             ]
             progress(len(part))
     return results
@@ -79,18 +76,30 @@ def evaluate_grid(
 
 @functools.partial(jax.jit, static_argnames=("plan", "method", "measure"))
 def _measure_points(
-    plan: Plan, method: Method, measure: Measure, vlm: Params, tensors: Tensors, lambdas: Array, data: Any
+    plan: Plan,
+    method: Method,
+    measure: Measure,
+    vlm: Params,
+    tensors: Tensors,
+    lambdas: Any,
+    count: Any,
+    data: Any,
 ) -> dict[str, Float[Array, " points"]]:
+    """The measures at the first `count` (traced) of the points, one after the other; zeros for the others."""
+
     def at(point: Float[Array, "2"]) -> dict[str, Float[Array, ""]]:
         weights = layer_weights(plan, point[0]), layer_weights(plan, point[1])
         return measure(combine(plan, method, vlm, tensors, *weights), data)
 
-    return jax.lax.map(at, lambdas)
+    def fill(
+        i: Int[Array, ""], rows: dict[str, Float[Array, " points"]]
+    ) -> dict[str, Float[Array, " points"]]:
+        return {name: rows[name].at[i].set(value) for name, value in at(lambdas[i]).items()}
 
-
-def with_density(method: Method, density: float | None) -> Method:
-    """The method with another density, where it has one."""
-    return method if method.density is None else dataclasses.replace(method, density=density)
+    lambdas = jnp.asarray(lambdas)
+    shapes = jax.eval_shape(at, lambdas[0])
+    empty = {name: jnp.zeros(len(lambdas), shape.dtype) for name, shape in shapes.items()}
+    return jax.lax.fori_loop(jnp.int32(0), count, fill, empty)
 
 
 def _chunks(grid: list[Point], size: int) -> Iterator[list[Point]]:

@@ -9,29 +9,19 @@ VLM's, byte for byte.
 """
 
 import fnmatch
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
 
-from jaxlab.checkpoints.names import HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.checkpoints.names import Entry
+from jaxlab.errors import UserError
 from jaxlab.merging.account import Account
-from jaxlab.merging.arithmetic import Mode, difference, step
-from jaxlab.merging.operators import OPERATORS, Operator, Prepared, Settings, add_to_base, settings_for
+from jaxlab.merging.arithmetic import Mode
 from jaxlab.merging.plan import Embeddings, Plan, plan_injection
-from jaxlab.merging.randomness import tensor_key
-
-Params = dict[str, Any]
-Weights = dict[str, Float[Array, " N"]]
-"""By pattern: a lambda for each tensor."""
-
-Keys = dict[str, UInt32[np.ndarray, "N 2"] | UInt32[Array, "N 2"]]
+from jaxlab.merging.stages import Method, Params, Weights, combine, prepare
 
 
 @dataclass(frozen=True)
@@ -46,49 +36,6 @@ class PatternValue:
 
 Lambda = float | Float[Array, ""] | Sequence[float] | Sequence[PatternValue | Mapping[str, Any]]
 """A number; a list over layers; or a list of patterns, of which the first that matches decides."""
-
-Density = float | tuple[float, ...]
-"""Of both task vectors, or of each."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """An operator and those of its parameters that weights have no part in; hashable."""
-
-    operator: str = "task_arithmetic"
-    density: Density | None = None
-    rescale: bool | None = None
-    mode: Mode = "paper"
-
-    def __post_init__(self) -> None:
-        if self.operator not in OPERATORS:
-            raise ConfigError(
-                f"no operator {self.operator!r}; there are {', '.join(OPERATORS)}", key="operator"
-            )
-        known = OPERATORS[self.operator].parameters
-        for name in ("density", "rescale"):
-            if getattr(self, name) is not None and name not in known:
-                raise ConfigError(f"{self.operator} has none", key=name)
-        if "density" in known and self.density is None:
-            raise ConfigError(
-                f"{self.operator} needs it: the share of each task vector that is kept", key="density"
-            )
-        densities = self.density if isinstance(self.density, tuple) else (self.density,)
-        if len(densities) not in (1, 2):
-            raise ConfigError(
-                f"one value, or one for the VLM and one for the expert, not {len(densities)}", key="density"
-            )
-        if any(density is not None and not 0 <= density <= 1 for density in densities):
-            raise ConfigError(f"must be between 0 and 1, is {self.density}", key="density")
-
-    def settings(self, stored: jnp.dtype) -> Settings:
-        given = {"density": self.density, "rescale": self.rescale}
-        parameters = {name: value for name, value in given.items() if value is not None}
-        return settings_for(self.operator, 2, self.mode, stored, parameters)._replace(normalize=False)
-
-
-Tensors = dict[str, tuple[Prepared, Float[Array, "N ..."]]]
-"""By pattern: prepared task vectors, and the base, in Hugging Face's shape."""
 
 
 def inject(
@@ -128,72 +75,9 @@ def inject(
     plan = plan_injection(
         vlm_params, expert_params, base_params, embeddings=embeddings, common_rows=common_rows
     )
-    tensors = prepare(plan, method, vlm_params, expert_params, base_params, tensor_keys(plan, seed))
+    tensors = prepare(plan, method, vlm_params, expert_params, base_params, seed=seed)
     lambdas = layer_weights(plan, lambda_v), layer_weights(plan, lambda_e)
     return combine(plan, method, vlm_params, tensors, *lambdas), plan.account()
-
-
-def tensor_keys(plan: Plan, seed: int) -> Keys:
-    """The random keys of the tensors to be merged, by pattern."""
-    return {
-        entry.pattern: np.stack([tensor_key(seed, name) for name in entry.names]) for entry in plan.merged
-    }
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "method"))
-def prepare(plan: Plan, method: Method, vlm: Params, expert: Params, base: Params, keys: Keys) -> Tensors:
-    """Task vectors, trimmed or masked: all that the lambdas have no part in. Once for every density of a
-    search.
-    """
-    result = {}
-    for piece in plan.pieces:
-        if piece.action == "merged":
-            x, y, origin = (_tensors(params, piece.entry)[:, : piece.rows] for params in (vlm, expert, base))
-            settings = method.settings(x.dtype)
-            one = functools.partial(_prepare_one, OPERATORS[method.operator], settings)
-            words = jnp.asarray(keys[piece.entry.pattern])
-            result[piece.entry.pattern] = (jax.vmap(one)(x, y, origin, words), origin)
-    return result
-
-
-def _prepare_one(
-    operator: Operator, settings: Settings, vlm: Array, expert: Array, base: Array, key: UInt32[Array, "2"]
-) -> Prepared:
-    vectors = [difference(model, base, settings.dtype) for model in (vlm, expert)]
-    return operator.prepare(vectors, settings, key, None)
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "method"))
-def combine(
-    plan: Plan, method: Method, vlm: Params, tensors: Tensors, lambda_v: Weights, lambda_e: Weights
-) -> Params:
-    """The VLM with its language model merged by the given weights, element by element."""
-    leaves = {}
-    for piece in plan.pieces:
-        entry, leaf = piece.entry, leaf_at(vlm, piece.entry.path)
-        if piece.action == "merged":
-            one = functools.partial(_combine_one, OPERATORS[method.operator], method.settings(leaf.dtype))
-            prepared, base = tensors[entry.pattern]
-            merged = jax.vmap(one)(prepared, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
-            merged = merged.astype(leaf.dtype)
-            if piece.rows is not None:
-                merged = jnp.concatenate([merged, to_hf(leaf, entry)[:, piece.rows :]], axis=1)
-            leaf = from_hf(merged, entry, leaf.shape)
-        leaves[entry.path] = leaf
-    return tree_of(leaves)
-
-
-def _combine_one(
-    operator: Operator, settings: Settings, prepared: Prepared, base: Array, lambda_v: Array, lambda_e: Array
-) -> Array:
-    weights = [step(lambda_v, settings.dtype), step(lambda_e, settings.dtype)]
-    return add_to_base(base, operator.combine(prepared, weights, settings))
-
-
-def _tensors(params: Params, entry: Entry) -> Float[Array, "N ..."]:
-    if entry.pattern == HEAD and "head" not in params:  # tied: the head is the embedding
-        return params["embedding"]["table"][None]
-    return to_hf(leaf_at(params, entry.path), entry)
 
 
 def layer_weights(plan: Plan, value: Lambda) -> Weights:
@@ -206,7 +90,10 @@ def layer_weights(plan: Plan, value: Lambda) -> Weights:
 
 def _listed(plan: Plan, entry: Entry, values: Sequence[Any]) -> list[float]:
     if values and isinstance(values[0], PatternValue | Mapping):
-        rules = [rule if isinstance(rule, PatternValue) else PatternValue(**rule) for rule in values]
+        rules = [
+            rule if isinstance(rule, PatternValue) else PatternValue(rule["pattern"], float(rule["value"]))
+            for rule in values
+        ]
         return [_first_match(name, rules) for name in entry.names]
     if len(values) != plan.num_layers:
         raise UserError(f"a lambda lists {len(values)} values for {plan.num_layers} layers")

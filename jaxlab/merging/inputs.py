@@ -34,7 +34,7 @@ class Trio(NamedTuple):
 
 
 def load_trio(vlm: str, expert: str, base: str) -> Trio:
-    """Loads the three. Raises UserError where one is missing or their language models are of different kinds."""
+    """Loads the three. Raises UserError where one is missing or their language models differ in kind."""
     vlm_config, vlm_params, tokenizer = load_model(model_folder(vlm))
     expert_config, expert_params, expert_tokenizer = load_model(model_folder(expert))
     base_config, base_params, base_tokenizer = load_model(model_folder(base))

@@ -1,5 +1,6 @@
 """What a search measures: exact match of answers, on batches of the project's data sources."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ def stack_batches(batches: list[Batch]) -> list[Batch]:
     return [jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *group) for group in groups.values()]
 
 
+@functools.cache
 def exact_match_of(config: ModelConfig) -> Measure:
     """(parameters, data) -> the share of sequences, by data set, all of whose targets are the likeliest
     tokens.

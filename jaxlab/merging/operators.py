@@ -22,7 +22,7 @@ from jaxlab.merging import combine as combining
 from jaxlab.merging.arithmetic import Mode, difference, step, times, total, working_dtype
 from jaxlab.merging.combine import Angle, Vectors, Weights
 from jaxlab.merging.randomness import keep_mask, key_words
-from jaxlab.merging.sparsify import Density, as_masks, drop, same_norm, trim
+from jaxlab.merging.sparsify import Density, as_masks, drop, same_norm, share_of, trim
 
 Tensor = Float[Array, "..."] | Float[np.ndarray, "..."]
 Tree = Any
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     """Of intermediate results."""
     normalize: bool
     rescale: bool
-    density: list[Density]
+    density: Sequence[Density]
     """One for each task vector."""
 
 
@@ -77,7 +77,7 @@ def _as_they_are(vectors: Vectors, settings: Settings, key: Any, masks: Any) -> 
 
 
 def _trimmed(vectors: Vectors, settings: Settings, key: Any, masks: Any) -> Prepared:
-    thin = [trim(x, density) for x, density in zip(vectors, settings.density, strict=True)]
+    thin = trim(vectors, settings.density)
     if settings.rescale:
         thin = [same_norm(kept, whole, settings.dtype) for kept, whole in zip(thin, vectors, strict=True)]
     return Prepared(thin)
@@ -87,10 +87,12 @@ def _dropped(vectors: Vectors, settings: Settings, key: Any, masks: Any) -> Prep
     if masks is None:
         if key is None:
             raise UserError("a random merge method needs key=jaxlab.merging.tensor_key(seed, tensor name)")
-        masks = [
-            keep_mask(key, x.shape, jnp.asarray(density, jnp.float32), stream=model)
-            for model, (x, density) in enumerate(zip(vectors, settings.density, strict=True))
-        ]
+        shares = jnp.stack([share_of(density) for density in settings.density])
+        streams = jnp.arange(len(vectors), dtype=jnp.uint32)
+        shape = vectors[0].shape
+        masks = list(
+            jax.vmap(lambda share, stream: keep_mask(key, shape, share, stream=stream))(shares, streams)
+        )
     return Prepared([
         drop(x, mask, density, rescale=settings.rescale, mode=settings.mode, dtype=settings.dtype)
         for x, mask, density in zip(vectors, masks, settings.density, strict=True)

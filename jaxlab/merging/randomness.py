@@ -43,21 +43,25 @@ def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 
 def random_bits(
-    key: UInt32[Array, "2"], size: int, *, stream: int = 0, offset: int = 0
+    key: UInt32[Array, "2"], size: int, *, stream: int | UInt32[Array, ""] = 0, offset: int = 0
 ) -> UInt32[Array, " {size}"]:
     """Bits of `size` elements of a tensor from `offset` on (row-major); `stream` tells models apart."""
     if offset + size > MAX_ELEMENTS:
         raise UserError(
             f"a tensor of {offset + size} elements has more than the {MAX_ELEMENTS} that a mask can count"
         )
-    salt = jnp.uint32((stream + 1) * 0x9E3779B9 % 2**32)
+    salt = (jnp.asarray(stream, jnp.uint32) + jnp.uint32(1)) * jnp.uint32(0x9E3779B9)
     first, second = _mix(key[0] + salt), _mix(key[1] ^ salt)
     index = jnp.arange(offset, offset + size, dtype=jnp.uint32)
     return _mix(_mix(index ^ first) + second)
 
 
 def keep_mask(
-    key: UInt32[Array, "2"], shape: tuple[int, ...], density: Float[Array, ""], *, stream: int = 0
+    key: UInt32[Array, "2"],
+    shape: tuple[int, ...],
+    density: Float[Array, ""],
+    *,
+    stream: int | UInt32[Array, ""] = 0,
 ) -> Bool[Array, "..."]:
     """True with probability `density` (float32, may be traced), independently for each element."""
     bits = random_bits(key, int(np.prod(shape, dtype=np.int64)), stream=stream)

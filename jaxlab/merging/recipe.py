@@ -7,8 +7,9 @@ from typing import Any, Literal
 from jaxlab import config as configs
 from jaxlab import yaml_text
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.merging.inject import Method, PatternValue
+from jaxlab.merging.inject import PatternValue
 from jaxlab.merging.operators import OPERATORS
+from jaxlab.merging.stages import Method
 from jaxlab.schema import suggestion
 
 

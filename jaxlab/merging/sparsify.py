@@ -1,6 +1,7 @@
 """What thins a task vector out before it is combined: trimming (TIES) and random dropping (DARE)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,16 @@ from jaxlab.errors import UserError
 from jaxlab.merging.arithmetic import Mode, over, step, times
 from jaxlab.merging.randomness import MAX_ELEMENTS
 
-Density = float | Float[Array, ""]
+
+class Share(NamedTuple):
+    """A density as traced numbers that are exact: one program then serves every density."""
+
+    value: Float[Array, ""]
+    kept: Int[Array, ""]
+    """`kept_count` of the tensor in question."""
+
+
+Density = float | Float[Array, ""] | Share
 
 
 def kept_count(density: Density, size: int) -> int | Int[Array, ""]:
@@ -20,11 +30,20 @@ def kept_count(density: Density, size: int) -> int | Int[Array, ""]:
     Exact for a Python number. A traced density is a float32, and the count may be one off where density *
     size is nearly a whole number.
     """
+    if isinstance(density, Share):
+        return density.kept
     if isinstance(density, float | int):
         check_density(density)
         return min(max(int(density * size), 1), size) if density > 0 else 0
     count = jnp.floor(density * jnp.float32(size)).astype(jnp.int32)
     return jnp.where(density > 0, jnp.clip(count, min(1, size), size), 0)
+
+
+def share_of(density: Density) -> Float[Array, ""]:
+    """The density as float32."""
+    value = density.value if isinstance(density, Share) else density
+    check_density(value)
+    return jnp.asarray(value, jnp.float32)
 
 
 def check_density(density: Density) -> None:
@@ -71,11 +90,13 @@ def _greatest(bits: int, holds: Callable[[Int[Array, ""]], Bool[Array, ""]]) -> 
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(bits), set_bit, jnp.int32(0))
 
 
-def trim(delta: Float[Array, "*shape"], density: Density) -> Float[Array, "*shape"]:
-    """TIES' first step: keeps the largest `density` of a task vector (kept_count), zeroes the rest (arXiv
-    2306.01708).
+def trim(deltas: list[Float[Array, "*shape"]], densities: Sequence[Density]) -> list[Float[Array, "*shape"]]:
+    """TIES' first step (arXiv 2306.01708): of each task vector the largest elements stay, as many as its
+    density says (`kept_count`), and the others become zero.
     """
-    return jnp.where(largest(delta, kept_count(density, delta.size)), delta, 0.0)
+    counts = [jnp.asarray(kept_count(d, x.size), jnp.int32) for x, d in zip(deltas, densities, strict=True)]
+    kept = jax.vmap(largest)(jnp.stack(deltas), jnp.stack(counts))
+    return [jnp.where(mask, delta, 0.0) for mask, delta in zip(kept, deltas, strict=True)]
 
 
 def drop(
@@ -94,8 +115,7 @@ def drop(
         # Its random numbers have no float16 on a CPU, so that the rescaling after them happens in float32.
         inner = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
         return step(same_norm(kept, delta, inner), dtype)
-    check_density(density)
-    scale = over(jnp.float32(1.0), jnp.asarray(density, jnp.float32), dtype)
+    scale = over(jnp.float32(1.0), share_of(density), dtype)
     return times(kept, jnp.where(jnp.isinf(scale), 0.0, scale), dtype)
 
 

@@ -50,7 +50,7 @@ def steps_apart(a, b):
 
 
 def at_threshold(name):
-    """Elements whose trimming is a matter of taste: as large as another one on the other side of the threshold.
+    """Elements whose trimming is a matter of taste: as large as one on the other side of the threshold.
 
     mergekit sorts unstably there; ours keeps those of lowest index.
     """

@@ -1,0 +1,311 @@
+"""The tasks merge and merge-search on saved models: what they write is what they say, bit for bit."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab import cli
+from jaxlab.checkpoints.names import host_tensors
+from jaxlab.checkpoints.native import load_model, save_model
+from jaxlab.config import build, dump, load
+from jaxlab.errors import UserError
+from jaxlab.merging import inject
+from jaxlab.merging.account import Account
+from jaxlab.merging.grid import Point, evaluate_grid
+from jaxlab.merging.inject import layer_weights
+from jaxlab.merging.inputs import Trio, common_prefix, load_trio
+from jaxlab.merging.measure import stack_batches
+from jaxlab.merging.merge import verify
+from jaxlab.merging.plan import plan_injection
+from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, load_recipe
+from jaxlab.merging.search import Config, Grid
+from jaxlab.merging.stages import Method, combine, prepare
+from jaxlab.models import ModelConfig, VisionConfig, abstract_params
+from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
+
+LM = ModelConfig(
+    vocab_size=256, width=8, num_layers=2, num_heads=2, mlp_width=6, position="none", max_length=16
+)
+VISION = VisionConfig(num_layers=1, width=8, num_heads=2, mlp_width=4, image_token=255)
+
+
+def make(config, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), abstract_params(config)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A VLM, an expert, a base, and models that do not fit."""
+    place = tmp_path_factory.mktemp("models")
+    configs = {
+        "vlm": dataclasses.replace(LM, vision=VISION),
+        "expert": LM,
+        "base": LM,
+        "wide": dataclasses.replace(LM, mlp_width=7),
+        "other": dataclasses.replace(LM, activation="relu"),
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        save_model(place / name, config, make(config, seed))
+    return place
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def injection(folder, **more):
+    lines = {"kind": "inject", **{role: folder / role for role in ("vlm", "expert", "base")}, **more}
+    return "".join(f"{key}: {value}\n" for key, value in lines.items())
+
+
+def same(a, b):
+    left, right = dict(host_tensors(a)), dict(host_tensors(b))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].tobytes() == right[name].tobytes(), name
+
+
+def test_merge_injects_writes_and_verifies(folder, tmp_path, capsys):
+    text = injection(folder, lambda_v=0.9, lambda_e=0.4, operator="ties", density=0.5)
+    recipe, out = write(tmp_path / "recipe.yaml", text), tmp_path / "out"
+    assert cli.main(["merge", recipe, "--out", str(out), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "verified" in printed
+    assert "model.layers.{i}.mlp.up_proj.weight" in printed
+    config, params, _ = load_model(out)
+    trio = load_trio(*(str(folder / role) for role in ("vlm", "expert", "base")))
+    want, _ = inject(
+        trio.vlm, trio.expert, trio.base, operator="ties", density=0.5, lambda_v=0.9, lambda_e=0.4
+    )
+    same(params, want)
+    assert config == trio.config
+    written = json.loads((out / "account.json").read_text())
+    account = Account.from_json(written["tensors"])
+    assert account.differences(params) == []
+    assert written["recipe"]["operator"] == "ties"
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    # Once more: refused, unless overwritten; a model that is not the account's is found.
+    assert cli.main(["merge", recipe, "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["merge", recipe, "--out", str(out), "--overwrite"]) == 0
+    with pytest.raises(RuntimeError, match=r"tensors differ from the account: model\.layers"):
+        verify(folder / "vlm", account)
+
+
+def test_merge_of_language_models(folder, tmp_path, capsys):
+    text = f"kind: merge\noperator: task_arithmetic\nlambda: 0.5\nbase: {folder}/base\nmodels:\n"
+    text += f"  - {{model: {folder}/expert, weight: 0.5}}\n  - {{model: {folder}/base}}\n"
+    out = tmp_path / "out"
+    assert cli.main(["merge", write(tmp_path / "r.yaml", text), "--out", str(out), "--verify"]) == 0
+    capsys.readouterr()
+    merged, expert, base = (
+        dict(host_tensors(load_model(p)[1])) for p in (out, folder / "expert", folder / "base")
+    )
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, base[name] + 0.25 * (expert[name] - base[name]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expert": "{}/wide"}, "cannot be merged: mlp_width is 6 in one, 7 in the other"),
+        ({"expert": "{}/other"}, "cannot be merged: activation is silu in one, relu in the other"),
+        ({"base": "{}/absent"}, "no such model"),
+        ({"base": ""}, "base"),
+        ({"operator": "tie"}, "operator: no operator 'tie'"),
+        ({"operator": "ties"}, "density: ties needs it"),
+        ({"lamda_v": 1}, "did you mean lambda_v?"),
+        ({"kind": "injct"}, "did you mean inject?"),
+        ({"lambda_v": "[1.0, 2.0, 3.0]"}, "3 values for 2 layers"),
+    ],
+)
+def test_merge_refuses_in_one_line(folder, tmp_path, capsys, change, message):
+    change = {key: str(value).format(folder) for key, value in change.items()}
+    recipe = write(tmp_path / "recipe.yaml", injection(folder, **change))
+    assert cli.main(["merge", recipe, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_say_what_they_are(tmp_path):
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="mergekit's own files are not supported yet"):
+        load_recipe(write(tmp_path / "a.yaml", "merge_method: ties\nmodels: []\n"))
+    with pytest.raises(UserError, match="not a recipe"):
+        load_recipe(write(tmp_path / "b.yaml", "- 1\n"))
+    rules = "lambda_e:\n  - {pattern: '*.mlp.*', value: 0.5}\n  - {pattern: '*', value: 1}\n"
+    recipe = load_recipe(write(tmp_path / "c.yaml", "kind: inject\nvlm: v\nexpert: e\nbase: b\n" + rules))
+    assert isinstance(recipe, InjectRecipe)
+    assert recipe.lambda_e[1].value == 1.0
+    again = load(InjectRecipe, write(tmp_path / "d.yaml", dump(recipe)))
+    assert again == recipe
+    for text, message in {
+        "kind: merge\noperator: linear\nbase: b\nmodels: [{model: a}]\n": "linear takes no base",
+        "kind: merge\noperator: ties\nmodels: [{model: a}]\n": "ties needs a base",
+        "kind: merge\noperator: linear\nlambda: 1.0\nmodels: [{model: a}]\n": "lambda: linear has none",
+        "kind: merge\noperator: slerp\nmodels: [{model: a}]\n": "t: slerp needs it",
+        "kind: merge\nmodels: []\n": "needs a list of models",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_recipe(write(tmp_path / "e.yaml", text))
+    assert build(MergeRecipe, {"base": "b", "lambda": 0.5, "models": [{"model": "a"}]}).lambda_ == 0.5
+
+
+def hand_trio(keep=lambda params: params):
+    vlm = dataclasses.replace(LM, vision=VISION)
+    return Trio(vlm, None, keep(make(vlm, 0)), keep(make(LM, 1)), keep(make(LM, 2)), None, LM, LM)
+
+
+def few(params):
+    """A part of the tensors, quicker to compile."""
+    mlp = {name: params["layers"]["mlp"][name] for name in ("up", "down")}
+    return {**params, "layers": {"mlp": mlp}}
+
+
+def digest(params, data):
+    """Measures in which every bit of the language model counts."""
+    layers = params["layers"]
+    bits = {name: jax.lax.bitcast_convert_type(layers["mlp"][name], jnp.uint32) for name in ("up", "down")}
+    return {name: jnp.sum(value * data, dtype=jnp.uint32).astype(jnp.float32) for name, value in bits.items()}
+
+
+METHODS = [
+    Method("task_arithmetic"),
+    Method("ties", density=0.5),
+    Method("dare_linear", density=0.5),
+    Method("dare_ties", density=0.5, mode="mergekit"),
+    Method("slerp"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.operator)
+def test_a_point_of_the_search_has_the_bits_of_the_injection(method):
+    trio = hand_trio(few)
+    plan = plan_injection(trio.vlm, trio.expert, trio.base)
+    densities = (None,) if method.density is None else (0.3, 0.5)
+    grid = [Point(v, e, d) for d in densities for v, e in ((0.9, 0.4), (0.123, 0.77), (0.0, 0.0))]
+    data = jnp.uint32(2654435761)
+    measured = evaluate_grid(plan, method, trio, grid, digest, data, seed=5, chunk=2)
+    assert len(measured) == len(grid)
+    for point, got in zip(grid, measured, strict=True):
+        thin = {} if point.density is None else {"density": point.density}
+        params, _ = inject(
+            trio.vlm, trio.expert, trio.base, operator=method.operator, lambda_v=point.lambda_v,
+            lambda_e=point.lambda_e, seed=5, mode=method.mode, **thin,
+        )  # fmt: skip
+        want = {name: float(value) for name, value in digest(params, data).items()}
+        assert got == want, point
+
+
+def test_progress_counts_every_point_and_one_program_serves_the_grid():
+    trio = hand_trio(few)
+    plan = plan_injection(trio.vlm, trio.expert, trio.base)
+    traced, done = [], []
+
+    def measure(params, data):
+        traced.append(1)
+        return {"norm": jnp.sum(params["final_norm"]["scale"])}
+
+    def search(grid):
+        method = Method("ties", density=0.25)
+        return evaluate_grid(plan, method, trio, grid, measure, (), chunk=2, progress=done.append)
+
+    search([Point(1.0, 1.0, 0.25)])
+    traced.clear()
+    measured = search([Point(1.0, e / 4, density) for density in (0.25, 0.5) for e in range(5)])
+    assert sum(done) == 1 + len(measured) == 11
+    assert traced == []
+
+
+def test_sharded_models_give_the_same_bits():
+    trio = hand_trio()
+    plan = plan_injection(trio.vlm, trio.expert, trio.base)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4))
+    spread = [param_shardings(config, mesh) for config in (trio.config, LM, LM)]
+
+    method = Method("ties", density=0.3)
+    weights = layer_weights(plan, 0.9), layer_weights(plan, 0.4)
+    results = []
+    for where in ([jax.devices()[0]] * 3, spread):
+        models = (trio.vlm, trio.expert, trio.base)
+        vlm, expert, base = (jax.device_put(model, place) for model, place in zip(models, where, strict=True))
+        tensors = prepare(plan, method, vlm, expert, base)
+        results.append(combine(plan, method, vlm, tensors, *weights))
+    same(*results)
+
+
+TEXT = "  text: {kind: text, text: {path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}}\n"
+
+
+def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
+    """The task end to end: its best model is the one that run.py merge makes of the recipe it leaves."""
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        (texts / f"{i}.txt").write_text("".join(rng.choice(list("ab \n"), 200)))
+    text = "".join(f"{role}: {folder / role}\n" for role in ("vlm", "expert", "base"))
+    text += "operators:\n  task_arithmetic: {lambda_e: [0.0, 0.5, 1.0, 1.5]}\n"
+    text += "  dare_ties: {lambda_e: [0.5, 1.0], density: [0.3, 0.6]}\n"
+    text += "evaluate:\n" + TEXT % texts + "batch_size: 2\nbatches: 3\nchunk: 3\n"
+    config = write(tmp_path / "search.yaml", text)
+    assert cli.main(["merge-search", config, "--check"]) == 0
+    assert "tensors_merged" in capsys.readouterr().out
+    assert cli.main(["merge-search", config]) == 0
+    capsys.readouterr()
+    (run,) = (tmp_path / "outputs" / "merge-search").iterdir()
+    results = json.loads((run / "results.json").read_text())
+    assert {name: entry["evaluations"] for name, entry in results["operators"].items()} == {
+        "task_arithmetic": 4, "dare_ties": 4,
+    }  # fmt: skip
+    for entry in results["operators"].values():
+        assert entry["best"]["score"] == max(point["score"] for point in entry["points"])
+        assert set(entry["best"]["test"]) == {"text"}
+    assert set(results["unmerged"]) == {"vlm", "expert", "base"}
+    assert cli.main(["merge", str(run / "best.yaml"), "--out", str(tmp_path / "again"), "--verify"]) == 0
+    same(load_model(run / "model")[1], load_model(tmp_path / "again")[1])
+
+
+def test_grids_of_different_sizes_are_refused():
+    options = {"vlm": "v", "expert": "e", "base": "b", "evaluate": {"text": {}}}
+    operators = {"ties": {"density": [0.2, 0.4]}, "task_arithmetic": {}}
+    with pytest.raises(UserError, match=r"different sizes \(ties 12, task_arithmetic 6\)"):
+        build(Config, {**options, "operators": operators})
+    assert build(Config, {**options, "operators": operators, "equal_points": False})
+    with pytest.raises(UserError, match=r"operators\.ties.*density"):
+        build(Config, {**options, "operators": {"ties": {}}})
+    with pytest.raises(UserError, match="choose: no data set 'x'"):
+        build(Config, {**options, "choose": ["x"]})
+    with pytest.raises(UserError, match="needs the three models"):
+        build(Config, {"vlm": "v"})
+    assert [p.lambda_e for p in Grid(lambda_e=(0.1, 0.2)).points()] == [0.1, 0.2]
+
+
+def test_batches_of_equal_shapes_are_stacked():
+    batches = [{"tokens": np.full((2, n), n, np.int32)} for n in (4, 5, 4)]
+    assert [stack["tokens"].shape for stack in stack_batches(batches)] == [(2, 2, 4), (1, 2, 5)]
+
+
+def test_common_prefix_of_tokenizers():
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def words(*names):
+        vocabulary = {name: i for i, name in enumerate(names)}
+        return tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=names[0]))
+
+    assert common_prefix([words("a", "b", "c"), words("a", "b", "d", "c"), words("a", "b", "c", "d")]) == 2
+    assert common_prefix([words("a", "b"), words("a", "b", "c")]) == 2
+    assert common_prefix([None, None]) is None
+    assert common_prefix([None, words("a")]) == 0
