@@ -55,7 +55,7 @@ SKILLS: dict[str, tuple[tuple[str, Callable[[int], str]], ...]] = {
     "french": (
         ("quel chiffre est-ce ?", lambda d: f"c'est un {FRENCH[d]}"),
         ("quel nombre vois-tu ?", lambda d: f"je vois un {FRENCH[d]}"),
-        ("nomme ce chiffre .", lambda d: FRENCH[d]),
+        ("nomme ce chiffre .", lambda d: f"le {FRENCH[d]}"),
     ),
     "format": (
         ("what digit is this ? in capitals .", lambda d: f"IT IS {ENGLISH[d].upper()}"),

@@ -44,7 +44,7 @@ def expected_answer(question: str, digit: int) -> str:
         "spell it .": " ".join(word),
         "est-ce ?": f"c'est un {FRENCH[digit]}",
         "vois-tu ?": f"je vois un {FRENCH[digit]}",
-        "nomme ce chiffre .": FRENCH[digit],
+        "nomme ce chiffre .": f"le {FRENCH[digit]}",
         "name this digit .": word,
         "what digit is this ?": f"it is {word}",
         "number is shown ?": f"it is {word}",
