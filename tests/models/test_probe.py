@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
-from kernels_pallas.nsa import compressed_attention, nsa_attention, select_blocks
+from kernels_pallas.nsa import compressed_attention, select_blocks
 
 CLASSES = 4
 
@@ -149,10 +149,9 @@ def test_bfloat16_inputs():
 
 def test_agrees_with_jax_and_with_numeric_gradients():
     q, k, v, _, _ = draw(21, value_dim=8)
-    close(probed_attention(q, k, v, Probe()), jax.nn.dot_product_attention(q, k, v, is_causal=True), 1e-5)
     window = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(4, 0))
-    close(probed_attention(q, k, v, Probe(), window=5), window, 1e-5)
-    attend = jax.jit(lambda *inputs: probed_attention(*map(jnp.asarray, inputs), Probe(), rows=21))
+    attend = jax.jit(lambda *inputs: probed_attention(*map(jnp.asarray, inputs), Probe(), window=5))
+    close(attend(q, k, v), window, 1e-5)
     check_grads(attend, (q, k, v), 1, ["rev"], 0.02, 0.02)
 
 
@@ -235,7 +234,7 @@ def dense_branch(q, k, v, mask, weight, ones):
     k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1]).astype(np.float32)
     top = jnp.max(jnp.where(mask, scores, -1e9), axis=-1, keepdims=True, initial=-1e9)
-    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    weights = jnp.exp(jnp.where(mask, scores - top, -1e9))
     weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
     weights = weights * weight.transpose(0, 2, 1)[..., None] * ones
     return jnp.einsum("bhts,bshd->bthd", weights, v)
@@ -277,12 +276,13 @@ def test_flows_through_native_sparse_attention(tokens, packed, nsa_edges):
     chosen = base & np.repeat(listed, heads // 2, axis=1)
     masks = [covered, chosen, recent]
 
-    def dense_nsa(multipliers):
+    def dense_nsa(q, *inputs):
+        *pairs, gates, multipliers = inputs
         parts = zip(pairs[::2], pairs[1::2], masks, multipliers, range(3), strict=True)
         return sum(dense_branch(q, k, v, jnp.asarray(m), gates[..., c], one) for k, v, m, one, c in parts)
 
     multipliers = [jnp.ones((2, heads, tokens, m.shape[-1]), jnp.float32) for m in masks]
-    want_out, (maps,) = jax.jit(both(dense_nsa, cotangent))(multipliers)
+    want_out, (*want_inputs, maps) = jax.jit(both(dense_nsa, cotangent))(q, *pairs, gates, multipliers)
     compressed, selected, window = (np.asarray(x) for x in maps)
     spread = spans / sizes["block_len"] if nsa_edges == "token" else spans
     signed = (compressed @ spread.astype(np.float32) + selected + window).sum(1)
@@ -295,14 +295,10 @@ def test_flows_through_native_sparse_attention(tokens, packed, nsa_edges):
 
     out, (*d_inputs, tapped) = jax.jit(both(run, cotangent))(q, *pairs, gates, taps(2, tokens))
     close(out, want_out)
+    for got, want in zip(d_inputs, want_inputs, strict=True):
+        close(got, want)
     close(tapped["map_tap"], signed)
     close(tapped["class_tap"], class_sums(np.abs(signed), np.asarray(classes)), 1e-4)
     np.testing.assert_array_equal(
         tapped["count_tap"], class_sums(edges.astype(np.float32), np.asarray(classes))
     )
-    # The model's own NSA gives the same output and the same gradients.
-    plain = lambda *inputs: nsa_attention(*inputs, segment_ids=segment_ids, **sizes)[0]  # noqa: E731
-    plain_out, want_inputs = jax.jit(both(plain, cotangent))(q, *pairs, gates)
-    close(out, plain_out)
-    for got, want in zip(d_inputs, want_inputs, strict=True):
-        close(got, want)
