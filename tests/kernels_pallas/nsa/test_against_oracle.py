@@ -1,0 +1,147 @@
+"""Outputs, gradients and chosen blocks of the whole attention against the dense oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from kernels_pallas.nsa import nsa_attention
+from tests.kernels_pallas.nsa import oracle
+from tests.kernels_pallas.nsa.cases import Case, quick_jit, relative_error, shrink_tiles
+
+SMALL_TILES = {
+    "many tiles": Case(127, batch=2),
+    "one head per group": Case(65, heads=3, kv_heads=3, key_dim=5, value_dim=7),
+    "sixteen heads per group": Case(97, heads=16, kv_heads=1, key_dim=10, value_dim=6),
+    "nothing divides anything": Case(
+        90, heads=6, kv_heads=3, block_len=10, stride=3, block_size=7, num_blocks=5, window=9
+    ),
+    "packed, with padding": Case(
+        110,
+        heads=4,
+        kv_heads=4,
+        block_size=16,
+        num_blocks=3,
+        num_local=1,
+        window=20,
+        segments=(30, 41, -3, 16, 11, -9),
+    ),
+}
+LENGTHS = {
+    "one token": Case(1, block_len=32, stride=16, block_size=64, window=512),
+    "odd head dims": Case(63, heads=2, kv_heads=1, key_dim=60, value_dim=100, block_len=32, stride=16),
+}
+
+
+def run(case: Case, dtype=jnp.float32, mesh=None):
+    """Arguments, cotangents, the four outputs, the chosen blocks, all gradients; two calls agree bit for bit."""
+    args = case.arguments(dtype=dtype)
+    d_outputs = [w.astype(dtype) for w in case.weights()]
+
+    def attention(args):
+        out, branches = nsa_attention(**args, **case.sizes, segment_ids=case.segment_ids)
+        return (out, *branches[:3]), branches.indices
+
+    def step(args, d_outputs):
+        outputs, pull, indices = jax.vjp(attention, args, has_aux=True)
+        return outputs, indices, pull(tuple(d_outputs))[0]
+
+    compiled = quick_jit(step)
+    if mesh is not None:
+        args = jax.device_put(args, NamedSharding(mesh, PartitionSpec("data")))
+    results = compiled(args, d_outputs)
+    for x, again in zip(*map(jax.tree.leaves, (results, compiled(args, d_outputs))), strict=True):
+        np.testing.assert_array_equal(x, again)
+    return args, d_outputs, *results
+
+
+def compare(case: Case, mesh=None) -> None:
+    args, d_outputs, outputs, indices, gradients = run(case, mesh=mesh)
+    expected, expected_gradients = oracle.batched_nsa(args, indices, case.sizes, d_outputs, case.segment_ids)
+    for name, x, reference in zip(("total", "cmp", "slc", "win"), outputs, expected, strict=True):
+        assert relative_error(x, reference, floor=1e-3) < 1e-5, name
+    for name, reference in expected_gradients.items():
+        assert relative_error(gradients[name], reference) < 1e-5, name
+    for b in range(case.batch):
+        segments = None if case.segment_ids is None else case.segment_ids[b]
+        chosen, _ = oracle.brute_force_choice(
+            args["q"][b], args["k_cmp"][b], case.length, case.sizes, segments
+        )
+        for head in range(case.kv_heads):
+            for t in range(case.length):
+                row = [int(j) for j in indices[b, head, t] if j >= 0]
+                assert row == chosen[head][t], (head, t)
+    if case.segments:
+        padding = np.asarray(case.segment_ids) == 0
+        assert all((np.asarray(x)[padding] == 0).all() for x in outputs)
+
+
+@pytest.mark.parametrize("name", SMALL_TILES)
+def test_many_chunks_and_tiles(name, monkeypatch):
+    shrink_tiles(monkeypatch)
+    compare(SMALL_TILES[name])
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_short_and_odd(name):
+    compare(LENGTHS[name])
+
+
+def test_tiles_of_the_usual_size():
+    compare(
+        Case(
+            1025,
+            heads=4,
+            kv_heads=1,
+            key_dim=16,
+            value_dim=8,
+            block_len=32,
+            stride=16,
+            block_size=64,
+            window=200,
+        )
+    )
+
+
+def test_a_batch_spread_over_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    compare(Case(33, batch=4, heads=2, kv_heads=1), mesh)
+
+
+def test_bfloat16_is_close_to_float32():
+    case = Case(129, heads=4, kv_heads=1, key_dim=64, value_dim=32, num_blocks=6)
+    args, d_outputs, outputs, indices, gradients = run(case, jnp.bfloat16)
+    expected, expected_gradients = oracle.batched_nsa(args, indices, case.sizes, d_outputs)
+    for x, reference in zip(outputs[1:], expected[1:], strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert relative_error(x, reference) < 0.005
+    for name, reference in expected_gradients.items():
+        assert gradients[name].dtype == jnp.bfloat16
+        assert relative_error(gradients[name], reference) < 0.01, name
+
+
+def test_the_oracle_by_differences():
+    """The oracle's own gradients, which are written out by hand there."""
+    case = Case(
+        13, heads=2, kv_heads=1, key_dim=3, value_dim=2, block_len=4, stride=2, block_size=4, window=5
+    )
+    args = {name: np.asarray(x, np.float64) for name, x in case.arguments().items()}
+    d_outputs = [np.asarray(w, np.float64) for w in case.weights()]
+    chosen = np.full((1, 1, 13, 4), -1)
+    chosen[..., 0], chosen[..., 1] = 0, np.arange(13) // 4
+
+    def loss(args):
+        outputs, _ = oracle.batched_nsa(
+            args, np.where(chosen == 0, [0, -1, -1, -1], chosen), case.sizes, d_outputs
+        )
+        return sum((x * d).sum() for x, d in zip(outputs, d_outputs, strict=True))
+
+    _, gradients = oracle.batched_nsa(
+        args, np.where(chosen == 0, [0, -1, -1, -1], chosen), case.sizes, d_outputs
+    )
+    random, step = np.random.default_rng(2), 1e-6
+    for name, gradient in gradients.items():
+        direction = random.standard_normal(gradient.shape)
+        ends = [loss({**args, name: args[name] + sign * step * direction}) for sign in (1, -1)]
+        np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), (gradient * direction).sum(), rtol=1e-6)

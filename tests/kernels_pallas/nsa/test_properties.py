@@ -1,0 +1,205 @@
+"""What must hold whatever the numbers: causality, padding, packing, decoding, refusals, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.nsa import (
+    compress_blocks,
+    compressed_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from tests.kernels_pallas.nsa import oracle
+from tests.kernels_pallas.nsa.cases import Case, quick_jit, relative_error
+
+
+def compression(case: Case, dim: int, width: int = 6, seed: int = 5) -> dict[str, jax.Array]:
+    random = np.random.default_rng(seed)
+    shapes = {
+        "position": (case.block_len, dim),
+        "hidden": (case.block_len, dim, width),
+        "hidden_bias": (width,),
+        "output": (width, dim),
+        "output_bias": (dim,),
+    }
+    return {name: jnp.asarray(0.3 * random.standard_normal(s), jnp.float32) for name, s in shapes.items()}
+
+
+def layer_arguments(case: Case) -> dict[str, jax.Array]:
+    """Arguments of `layer`: tokens' queries, keys, values and gates, and the two compression MLPs."""
+    args = {name: x for name, x in case.arguments().items() if name not in ("k_cmp", "v_cmp")}
+    random = np.random.default_rng(7)
+    for name, dim in (("k_raw", case.key_dim), ("v_raw", case.value_dim)):
+        shape = (case.batch, case.length, case.kv_heads, dim)
+        args[name] = jnp.asarray(random.standard_normal(shape), jnp.float32)
+    return args | {"phi_k": compression(case, case.key_dim), "phi_v": compression(case, case.value_dim)}
+
+
+def layer(case: Case, args, segment_ids=None, q_positions=None):
+    """NSA from tokens on, compression included."""
+    rest = dict(args)
+    blocks = {"block_len": case.block_len, "stride": case.stride, "segment_ids": segment_ids}
+    k_cmp = compress_blocks(rest.pop("k_raw"), rest.pop("phi_k"), **blocks)
+    v_cmp = compress_blocks(rest.pop("v_raw"), rest.pop("phi_v"), **blocks)
+    return nsa_attention(
+        **rest, k_cmp=k_cmp, v_cmp=v_cmp, **case.sizes, segment_ids=segment_ids, q_positions=q_positions
+    )[0]
+
+
+TOKEN_ARRAYS = ("q", "k_slc", "v_slc", "k_win", "v_win", "k_raw", "v_raw", "gates")
+
+
+@pytest.mark.parametrize(("block_len", "stride", "length"), [(8, 4, 33), (10, 3, 40), (4, 6, 25), (5, 1, 12)])
+def test_compression_against_the_oracle(block_len, stride, length):
+    case = Case(length, kv_heads=2, key_dim=5, block_len=block_len, stride=stride)
+    params = compression(case, 5)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, length, 2, 5)), jnp.float32)
+    weight = np.random.default_rng(1).standard_normal((case.blocks, 2, 5))
+
+    def loss(x, params):
+        out = compress_blocks(x, params, block_len=block_len, stride=stride)
+        return jnp.sum(out[0] * jnp.asarray(weight, jnp.float32)), out
+
+    (_, out), gradients = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, params)
+    tree = (np.asarray(x[0], np.float64), {name: np.asarray(p, np.float64) for name, p in params.items()})
+    expected = oracle.compress(*tree, block_len, stride)
+    assert relative_error(out[0], expected, floor=1e-3) < 1e-6
+    # Gradients along one random direction for each argument, by differences in float64.
+    random = np.random.default_rng(2)
+    leaves, structure = jax.tree.flatten(tree)
+    got = [np.asarray(g, np.float64) for g in jax.tree.leaves((gradients[0][0], gradients[1]))]
+    for i, leaf in enumerate(leaves):
+        direction = random.standard_normal(leaf.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [y + sign * 1e-5 * direction if j == i else y for j, y in enumerate(leaves)]
+            ends.append((oracle.compress(*structure.unflatten(moved), block_len, stride) * weight).sum())
+        expected_slope = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose((got[i] * direction).sum(), expected_slope, rtol=2e-4, atol=1e-4)
+
+
+def test_no_output_depends_on_a_later_token():
+    case = Case(75)
+    args = layer_arguments(case)
+    run = jax.jit(functools.partial(layer, case))
+    out = run(args)
+    for moment in (1, 36, 74):
+        changed = {name: x.at[:, moment:].add(3.0) if name in TOKEN_ARRAYS else x for name, x in args.items()}
+        other = run(changed)
+        np.testing.assert_allclose(other[:, :moment], out[:, :moment], rtol=1e-5, atol=1e-6)
+        assert not np.allclose(other[:, moment], out[:, moment], atol=1e-2)
+
+
+def test_padding_full_of_nan_reaches_nothing():
+    case = Case(60, segments=(-3, 25, -6, 20, -6))
+    ids = case.segment_ids
+    padding = np.asarray(ids)[0] == 0
+
+    def step(args, d_out):
+        out, pull = jax.vjp(lambda a: layer(case, a, ids), args)
+        return out, pull(d_out)[0]
+
+    run = quick_jit(step)
+    args = layer_arguments(case)
+    d_out = case.weights()[0]
+    clean = run(args, d_out)
+    poison = {name: x.at[:, padding].set(jnp.nan) if name in TOKEN_ARRAYS else x for name, x in args.items()}
+    poisoned = run(poison, d_out.at[:, padding].set(jnp.nan))
+    # The gate of a padding token meets the NaN cotangent outside of the branches.
+    gate_gradient = poisoned[1]["gates"].at[:, padding].set(0.0)
+    poisoned = (poisoned[0].at[:, padding].set(0.0), poisoned[1] | {"gates": gate_gradient})
+    for x, y in zip(jax.tree.leaves(poisoned), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert all(
+        (np.asarray(clean[1][name])[:, padding] == 0).all() for name in TOKEN_ARRAYS if name != "gates"
+    )
+
+
+def test_packed_sequences_give_what_they_give_alone():
+    # Both start at a multiple of the stride and of the block size.
+    packed, alone = Case(80, segments=(40, 33, -7)), Case(33)
+    args = layer_arguments(packed)
+    out = quick_jit(lambda a: layer(packed, a, packed.segment_ids))(args)
+    second = {name: x[:, 40:73] if name in TOKEN_ARRAYS else x for name, x in args.items()}
+    expected = quick_jit(functools.partial(layer, alone))(second)
+    assert relative_error(out[:, 40:73], expected) < 1e-6
+
+
+def test_decoding_and_prefill_in_chunks_equal_the_full_forward():
+    case = Case(70, batch=2, segments=(-4, 66))
+    args, ids = case.arguments(), case.segment_ids
+    full = quick_jit(lambda a: nsa_attention(**a, **case.sizes, segment_ids=ids)[0])(args)
+
+    @quick_jit
+    def ask(args, positions):
+        rows = positions[:, :, None, None]
+        own = {name: jnp.take_along_axis(args[name], rows, axis=1) for name in ("q", "gates")}
+        return nsa_attention(**args | own, **case.sizes, segment_ids=ids, q_positions=positions)[0]
+
+    for row0, row1 in ((0, 69), (7, 31), (40, 5)):  # rows of different lengths
+        positions = jnp.asarray([[row0], [row1]], jnp.int32)
+        expected = jnp.take_along_axis(full, positions[:, :, None, None], axis=1)
+        np.testing.assert_allclose(ask(args, positions), expected, rtol=2e-5, atol=2e-6)
+    for start in (0, 23, 46):
+        positions = jnp.broadcast_to(jnp.arange(start, start + 23, dtype=jnp.int32)[None], (2, 23))
+        np.testing.assert_allclose(ask(args, positions), full[:, start : start + 23], rtol=2e-5, atol=2e-6)
+
+
+Q, KV = jnp.ones((1, 6, 4, 3)), jnp.ones((1, 6, 2, 3))
+CMP = jnp.ones((1, 2, 2, 3))
+INDICES = jnp.zeros((1, 2, 6, 1), jnp.int32)
+BLOCKS = {"block_len": 4, "stride": 2}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda **how: window_attention(Q, KV, KV, window=2, **how),
+        lambda **how: selected_attention(Q, KV, KV, INDICES, block_size=2, **how),
+        lambda **how: compressed_attention(Q, CMP, CMP, **BLOCKS, **how),
+        lambda **how: select_blocks(Q, CMP, Q[..., 0], **BLOCKS, block_size=2, num_blocks=3, **how),
+    ],
+)
+def test_a_named_implementation_runs_or_raises(call):
+    assert jax.eval_shape(functools.partial(call, implementation="xla")) == jax.eval_shape(call)
+    with pytest.raises(NotImplementedError, match="mosaic_gpu"):
+        call(implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: window_attention(Q[:, :, :3], KV, KV, window=2), "3 query heads cannot share 2"),
+        (lambda: window_attention(Q, KV, KV, window=0), "window must be positive"),
+        (lambda: window_attention(Q[:, :4], KV, KV, window=2), "4 queries against 6 keys need q_positions"),
+        (lambda: window_attention(Q.astype(jnp.bfloat16), KV, KV, window=2), "one dtype"),
+        (lambda: compressed_attention(Q, CMP[:, :1], CMP[:, :1], **BLOCKS), "2 complete blocks"),
+        (
+            lambda: select_blocks(Q, CMP, Q[..., 0], **BLOCKS, block_size=2, num_blocks=2),
+            "1 first and 2 local blocks do not fit",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_memory_grows_with_the_length_not_its_square():
+    def temporaries(length: int) -> int:
+        case = Case(length, heads=4, kv_heads=1, block_len=32, stride=16, block_size=64, window=512)
+        args = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in case.arguments().items()}
+        step = jax.value_and_grad(lambda a: jnp.sum(nsa_attention(**a, **case.sizes)[0] ** 2))
+        compiled = quick_jit(step).lower(args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(8192), temporaries(16384)
+    assert large < 2.1 * small
+    # The scores of four heads against the compressed blocks would be this large.
+    assert large < 4 * 16384 * 1023 * 4
