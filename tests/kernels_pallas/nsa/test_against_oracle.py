@@ -35,7 +35,7 @@ LENGTHS = {
 
 
 def run(case: Case, dtype=jnp.float32, mesh=None):
-    """Arguments, cotangents, the four outputs, the chosen blocks, all gradients; two calls agree bit for bit."""
+    """Arguments, cotangents, the four outputs, the chosen blocks, gradients; two calls agree bit for bit."""
     args = case.arguments(dtype=dtype)
     d_outputs = [w.astype(dtype) for w in case.weights()]
 
