@@ -52,22 +52,22 @@ def test_names_and_shapes():
         "layers.attention.value_bias": (2, 3, 2, 6),
         "layers.attention.output_bias": (2, 12),
         "layers.attention.compress_key.position": (2, 4, 4),
-        "layers.attention.compress_key.hidden": (2, 4, 4, 5),
-        "layers.attention.compress_key.hidden_bias": (2, 5),
-        "layers.attention.compress_key.output": (2, 5, 4),
+        "layers.attention.compress_key.hidden": (2, 4, 4, 4),
+        "layers.attention.compress_key.hidden_bias": (2, 4),
+        "layers.attention.compress_key.output": (2, 4, 4),
         "layers.attention.compress_key.output_bias": (2, 4),
         "layers.attention.compress_value.position": (2, 4, 6),
-        "layers.attention.compress_value.hidden": (2, 4, 6, 5),
-        "layers.attention.compress_value.hidden_bias": (2, 5),
-        "layers.attention.compress_value.output": (2, 5, 6),
+        "layers.attention.compress_value.hidden": (2, 4, 6, 4),
+        "layers.attention.compress_value.hidden_bias": (2, 4),
+        "layers.attention.compress_value.output": (2, 4, 6),
         "layers.attention.compress_value.output_bias": (2, 6),
         "layers.attention.gate.output": (2, 12, 4, 3),
         "layers.attention.gate.bias": (2, 4, 3),
-        "layers.mlp.gate": (2, 12, 10),
-        "layers.mlp.up": (2, 12, 10),
-        "layers.mlp.down": (2, 10, 12),
-        "layers.mlp.gate_bias": (2, 10),
-        "layers.mlp.up_bias": (2, 10),
+        "layers.mlp.gate": (2, 12, 8),
+        "layers.mlp.up": (2, 12, 8),
+        "layers.mlp.down": (2, 8, 12),
+        "layers.mlp.gate_bias": (2, 8),
+        "layers.mlp.up_bias": (2, 8),
         "layers.mlp.down_bias": (2, 12),
     }
     other = shapes(make_config("other"))
@@ -96,12 +96,12 @@ def test_a_vision_language_model_holds_its_language_model():
 
 def test_count_by_hand():
     config = make_config()
-    layer = 12 * 4 * 4 + 12 * 2 * 4 + 12 * 2 * 6 + 4 * 6 * 12 + 3 * 12 * 10 + 2 * 12
+    layer = 12 * 4 * 4 + 12 * 2 * 4 + 12 * 2 * 6 + 4 * 6 * 12 + 3 * 12 * 8 + 2 * 12
     assert count_params(abstract_params(config)) == 13 * 12 + 2 * layer + 12
 
 
 def test_initial_values_do_not_depend_on_where_they_are_made():
-    config = make_config("vision", width=16, mlp_width=8)
+    config = make_config("vision", width=16)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     shardings = param_shardings(config, mesh)
     init = lambda key: init_params(config, key)  # noqa: E731

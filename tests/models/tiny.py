@@ -9,7 +9,7 @@ import numpy as np
 from jaxlab.models import ModelConfig, NSAConfig, VisionConfig, abstract_params
 
 NSA = NSAConfig(
-    block_len=4, stride=2, block_size=4, num_blocks=3, num_init=1, num_local=1, window=3, compress_width=5
+    block_len=4, stride=2, block_size=4, num_blocks=3, num_init=1, num_local=1, window=3, compress_width=4
 )
 VISION = VisionConfig(
     num_layers=1, image_size=4, patch_size=2, channels=2, width=8, num_heads=2, mlp_width=6, image_token=3
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def make_config(variant: str = "rotary", **changes: Any) -> ModelConfig:
     base: dict[str, Any] = {
         "vocab_size": 13, "width": 12, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
-        "value_head_dim": 6, "mlp_width": 10, "max_length": 24,
+        "value_head_dim": 6, "mlp_width": 8, "max_length": 24,
     }  # fmt: skip
     return ModelConfig(**(base | VARIANTS[variant] | changes))
 

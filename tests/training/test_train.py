@@ -1,0 +1,180 @@
+"""The task train, end to end on a few bytes: what it leaves behind, where it may begin, what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints.native import load_model, save_model
+from jaxlab.config import build
+from jaxlab.data.digits_words import digits_tokenizer
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.evaluation.measures import target_losses
+from jaxlab.models import abstract_params, count_params, forward, init_params
+from jaxlab.runs import Run, execute
+from jaxlab.training import train
+from jaxlab.training.optimizer import make_optimizer
+from jaxlab.training.sharding import MeshConfig, make_mesh
+from jaxlab.training.state import find_initial, init_state, state_shardings
+from tests.models.tiny import draw_params, make_config
+
+MODEL = {"width": 8, "num_layers": 1, "num_heads": 2, "mlp_width": 8, "max_length": 8}
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 3)
+    return folder
+
+
+def make(text, **changes):
+    base = {
+        "model": MODEL,
+        "data": {"text": {"path": str(text), "sequence_length": 8, "holdout_every": 4}},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
+        "mesh": {"data": 1},
+        "steps": 5, "batch_size": 4, "log_every": 2, "eval_every": 3, "eval_batches": 2,
+    }  # fmt: skip
+    return build(train.Config, {**base, **changes})
+
+
+def test_a_run_leaves_metrics_results_and_a_model_that_reads_back(text, tmp_path):
+    config = make(text)
+    result = execute("train", config, outputs=tmp_path / "outputs", name="tiny")
+    assert result.path.parent.name == "train"
+    records = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], "loss" in r, "eval_loss" in r) for r in records] == [
+        (2, True, False),
+        (3, False, True),
+        (4, True, False),
+        (5, True, False),
+        (5, False, True),
+    ]
+    for record in (records[2], result.results):
+        assert record["tokens_per_second"] > 0
+        assert 0 < record["mfu"] < 1
+    assert records[0]["learning_rate"] == pytest.approx(0.01)
+    assert records[3]["learning_rate"] == pytest.approx(0.001)
+
+    model, params, tokenizer = load_model(result.path / result.results["model"])
+    assert (model, tokenizer) == (config.model, None)
+    assert result.results["parameters"] == count_params(params)
+    assert result.results["tokens_per_step"] == 32
+    # The held-out loss of the parameters on disk is the one that the run measured.
+    source = train.make_source(config.data)
+    sums = np.zeros(2)
+    for batch in source.held_out_batches(4, 2, "test"):
+        batch = jax.tree.map(jnp.asarray, batch)
+        losses, mask = target_losses(forward(params, batch, model)[0], batch)
+        sums += [float(jnp.sum(losses, where=mask)), float(jnp.sum(mask))]
+    assert result.results["test"]["eval_loss"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
+
+
+def test_check_counts_without_making_a_parameter(text, monkeypatch):
+    monkeypatch.setattr(train, "init_state", None)
+    config = make(text, mesh={"data": 2, "fsdp": 2}, accumulation=1)
+    report = train.check(config)
+    parameters = count_params(abstract_params(config.model))
+    assert report["parameters"] == parameters
+    assert report["devices"] == {"data": 2, "fsdp": 2}
+    sizes = report["bytes_per_device"]
+    assert (
+        sizes["parameters"] == 4 * parameters // 2
+    )  # every tensor of this model has an axis that FSDP splits
+    assert sizes["optimizer"] == 2 * sizes["parameters"] + 2 * 4  # two moments, two counters
+    assert sizes["total"] > sizes["parameters"] + sizes["optimizer"]
+    assert sizes["temporary"] > 0
+
+
+def initial_state(folder, model, text):
+    config = make(text)
+    optimizer = make_optimizer(config.optimizer, model, 5)
+    shardings = state_shardings(model, optimizer, make_mesh(MeshConfig(data=1, fsdp=2)))
+    initial = find_initial(str(folder), model, train.make_source(config.data))
+    return init_state(model, optimizer, 7, shardings, initial)
+
+
+def test_a_vision_language_model_starts_from_a_language_model(text, tmp_path):
+    vlm = make_config("vision", num_layers=1)
+    base = draw_params(vlm.language)
+    save_model(tmp_path / "base", vlm.language, base)
+    state = initial_state(tmp_path / "base", vlm, text)
+    fresh = jax.jit(init_params, static_argnums=0)(vlm, jax.random.key(7))
+    for name, tree in state.params.items():
+        expected = fresh if name in ("vision", "projector") else base
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), tree, expected[name]
+        )
+    up = state.params["layers"]["mlp"]["up"]
+    assert up.sharding.shard_shape(up.shape) == (1, 6, 8)
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({}, {"mlp_width": 9}, r"layers\.mlp\.down is \(1, 8, 12\), the model to train says \(1, 9, 12\)"),
+        ({}, {"tie_embeddings": False}, r"lacks head\.table"),
+        ({"mlp_bias": True}, {}, r"has an unexpected layers\.mlp\.down_bias"),
+        ({"activation": "relu"}, {}, "its activation is relu, of the model to train silu"),
+    ],
+)
+def test_an_initial_model_that_does_not_fit_is_refused_in_one_line(text, tmp_path, theirs, ours, message):
+    model = make_config(num_layers=1, **theirs)
+    save_model(tmp_path / "base", model, draw_params(model))
+    with pytest.raises(UserError, match=message) as raised:
+        find_initial(
+            str(tmp_path / "base"), make_config(num_layers=1, **ours), train.make_source(make(text).data)
+        )
+    assert "\n" not in str(raised.value)
+
+
+def test_an_initial_model_of_other_words_is_refused(text, tmp_path):
+    model = make_config(num_layers=1)
+    save_model(tmp_path / "base", model, draw_params(model), digits_tokenizer())
+    with pytest.raises(UserError, match="the model reads words, the data holds bytes"):
+        find_initial(str(tmp_path / "base"), model, train.make_source(make(text).data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"data": 4}, "batch_size": 6}, "a part of 6 sequences cannot be split over 4 devices"),
+        ({"mesh": {"data": 4}, "accumulation": 2}, "a part of 2 sequences cannot be split over 4 devices"),
+        ({"model": MODEL | {"vocab_size": 100}}, "raise model.vocab_size"),
+        ({"batch_size": 64}, "the validation split of the data holds no full batch of 64"),
+        ({"init_from": "nowhere"}, "nowhere: no such model"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, message):
+    with pytest.raises(UserError, match=message):
+        train.prepare(make(text, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"accumulation": 3}, "accumulation"),
+        ({"steps": 0}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"model": MODEL | {"max_length": 7}}, "model.max_length"),
+        ({"optimizer": {"language_scale": 0.5}}, "optimizer.language_scale"),
+        ({"data": {"kind": "digits", "digits": {"mixture": {"image_words": 1.0}}}}, "model"),
+    ],
+)
+def test_impossible_configs_name_the_key(text, changes, key):
+    with pytest.raises(ConfigError) as raised:
+        make(text, **changes)
+    assert raised.value.key == key
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
+    config = dataclasses.replace(make(text, optimizer={"learning_rate": 1e30, "clip_norm": 0.0}), steps=6)
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; lower optimizer.learning_rate"):
+        train.run(config, Run(tmp_path, "diverging"))
