@@ -107,7 +107,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
 
 def by_position(
-    loss: Float[np.ndarray, " T-1"], count: Int[np.ndarray, " T-1"], buckets: int
+    loss: Float[np.ndarray, " places"], count: Int[np.ndarray, " places"], buckets: int
 ) -> list[dict[str, Any]]:
     """Mean loss in ranges of positions from summed losses of the tokens at positions 1 ... T-1."""
     ranges = []

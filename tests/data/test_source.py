@@ -1,0 +1,64 @@
+"""Whether data fits a model, before a gather past the end of a table goes unnoticed."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from jaxlab.data.source import DataConfig, check_fits, check_same_words, first_held_out, make_source
+from jaxlab.errors import UserError
+from tests.models.tiny import make_config
+
+
+def batch(length=4, token=3, images=None):
+    tokens = {"tokens": np.full((2, length), token, np.int32)}
+    return tokens if images is None else {**tokens, "images": np.zeros((2, 1, *images), np.float32)}
+
+
+def test_what_fits():
+    check_fits(batch(24, 12), make_config())
+    check_fits(batch(images=(4, 4, 2)), make_config("vision"))
+
+
+@pytest.mark.parametrize(
+    ("data", "variant", "message"),
+    [
+        (batch(25), "rotary", "sequences of 25 tokens exceed the model's max_length 24"),
+        (batch(token=13), "rotary", "the data holds token 13, the model's vocab_size is 13"),
+        (batch(images=(4, 4, 2)), "rotary", "the model has no vision"),
+        (batch(images=(8, 8, 1)), "vision", r"images of \(8, 8, 1\), the model takes \(4, 4, 2\)"),
+    ],
+)
+def test_what_does_not_fit(data, variant, message):
+    with pytest.raises(UserError, match=message):
+        check_fits(data, make_config(variant))
+
+
+def words(*names):
+    return Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
+
+
+def test_words_of_a_model_must_mean_the_same_in_the_data():
+    check_same_words(None, None, "model")
+    check_same_words(words("a", "b"), words("a", "b"), "model")
+    check_same_words(words("a", "b"), words("a", "b", "c"), "model")  # the data may know more
+    with pytest.raises(UserError, match="model: 'b' is token 1 of the model and 2 of the data"):
+        check_same_words(words("a", "b"), words("a", "c", "b"), "model")
+    with pytest.raises(UserError, match="'b' is token 1 of the model and None of the data"):
+        check_same_words(words("a", "b"), words("a"), "model")
+    with pytest.raises(UserError, match="the model reads bytes, the data holds words"):
+        check_same_words(None, words("a"), "model")
+
+
+@pytest.mark.parametrize("kind", ["text", "digits", "episodes"])
+def test_every_kind_makes_batches_of_one_form(kind):
+    source = make_source(DataConfig(kind=kind))
+    assert len(source.identity) == 64
+    training, held_out = source.batch(0, 0, 4), first_held_out(source, 4, "test")
+    for found in (training, held_out):
+        assert found["tokens"].dtype == np.int32
+        assert found["tokens"].shape[0] == 4
+        assert found["loss_mask"].shape == found["tokens"].shape
+        assert found["loss_mask"].any(axis=1).all()
+        assert not found["loss_mask"][:, 0].any()
+    for name, values in make_source(DataConfig(kind=kind)).batch(0, 0, 4).items():
+        np.testing.assert_array_equal(values, training[name])

@@ -1,0 +1,115 @@
+"""Byte-level text: which bytes are trained on, which are held out, and what changes the identity."""
+
+import os
+
+import numpy as np
+import pytest
+
+from jaxlab.data.text import SEPARATOR, TextConfig, TextSource
+from jaxlab.errors import ConfigError, UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.py").write_bytes(bytes([65 + i]) * 12)
+    (tmp_path / "binary.py").write_bytes(b"A\x00B" * 10)
+    (tmp_path / "empty.py").touch()
+    (tmp_path / "other.txt").write_bytes(b"t" * 12)
+    return tmp_path
+
+
+def source(folder, **changes):
+    return TextSource(TextConfig(path=str(folder), **{"sequence_length": 6, "holdout_every": 4, **changes}))
+
+
+def test_every_fourth_file_is_held_out_and_never_trained_on(folder):
+    text = source(folder)
+    trained = np.unique(np.concatenate([text.batch(0, step, 16)["tokens"] for step in range(40)]))
+    assert set(trained) == {SEPARATOR, *b"ABCEFG"}
+    held_out = {
+        split: np.concatenate([b["tokens"] for b in text.held_out_batches(1, 99, split)])
+        for split in ("validation", "test")
+    }
+    # 25 bytes, D * 12, separator, H * 12: two whole sequences in each half.
+    np.testing.assert_array_equal(held_out["validation"], np.full((2, 6), ord("D")))
+    np.testing.assert_array_equal(held_out["test"], [[SEPARATOR] + [ord("H")] * 5, [ord("H")] * 6][:2])
+
+
+def test_a_batch_is_a_function_of_seed_and_step(folder):
+    text, again = source(folder), source(folder)
+    batch = text.batch(3, 5, 4)
+    for name, values in again.batch(3, 5, 4).items():
+        np.testing.assert_array_equal(values, batch[name])
+    assert batch["tokens"].dtype == np.int32
+    assert batch["tokens"].shape == (4, 6)
+    assert batch["loss_mask"].tolist() == [[False] + [True] * 5] * 4
+    assert (text.batch(3, 6, 4)["tokens"] != batch["tokens"]).any()
+    assert (text.batch(4, 5, 4)["tokens"] != batch["tokens"]).any()
+    assert text.tokenizer() is None
+
+
+def test_the_last_byte_is_trained_on(tmp_path):
+    (tmp_path / "one.py").write_bytes(b"abcdefgh" + b"-" * 8)  # one file: its second half is held out
+    text = source(tmp_path / "one.py", holdout_every=2, sequence_length=4)
+    seen = {bytes(row.astype(np.uint8)) for step in range(20) for row in text.batch(0, step, 4)["tokens"]}
+    assert seen == {b"abcd", b"bcde", b"cdef", b"defg", b"efgh"}
+    assert [b["tokens"].shape for b in text.held_out_batches(1, 5, "test")] == [(1, 4)]
+    assert list(text.held_out_batches(2, 5, "test")) == []  # full batches only
+
+
+def test_identity_changes_with_content_only(folder):
+    first = source(folder).identity
+    assert source(folder).identity == first
+    os.utime(folder / "0.py", ns=(1, 1))
+    assert source(folder).identity == first
+    (folder / "other.txt").write_bytes(b"u")
+    assert source(folder).identity == first
+    (folder / "0.py").write_bytes(b"B" * 12)
+    changed = source(folder)
+    assert changed.identity != first
+    assert changed.training[0] == ord("B")
+    assert source(folder, holdout_every=3).identity not in (first, changed.identity)
+
+
+def test_other_patterns(folder):
+    for i in range(4):
+        (folder / f"{i}.txt").write_bytes(b"t" * 12)
+    assert set(source(folder, pattern="*.txt").batch(0, 0, 9)["tokens"].ravel()) == {SEPARATOR, ord("t")}
+
+
+def test_the_standard_library_is_there():
+    text = TextSource(TextConfig(sequence_length=256))
+    assert len(text.training) > 5_000_000
+    assert b"import" in bytes(text.batch(0, 0, 64)["tokens"].astype(np.uint8).ravel())
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("nowhere", {}, "no such file or folder; set data.text.path"),
+        ("", {"pattern": "*.md"}, "0 files match"),
+        ("", {"holdout_every": 20}, "at least 20 of text are needed"),
+        ("", {"sequence_length": 13}, "12 bytes of validation text cannot fill a sequence of 13"),
+        ("", {"sequence_length": 999}, "77 bytes of training text cannot fill a sequence of 999"),
+    ],
+)
+def test_errors_are_one_line(folder, path, changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        source(folder / path, **changes)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"sequence_length": 1}, "sequence_length"),
+        ({"holdout_every": 1}, "holdout_every"),
+        ({"pattern": ""}, "pattern"),
+        ({"pattern": "/etc/*"}, "pattern"),
+    ],
+)
+def test_impossible_configs_name_the_key(changes, key):
+    with pytest.raises(ConfigError) as raised:
+        TextConfig(**changes)
+    assert raised.value.key == key

@@ -1,0 +1,124 @@
+"""The task generate: what it streams, how it reads images, what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxlab.checkpoints.native import save_model
+from jaxlab.data.digits_words import digits_tokenizer
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.evaluation import generate
+from jaxlab.models import VisionConfig
+from tests.models.tiny import draw_params, make_config
+
+
+def successor(vocab):
+    """A model that answers token t with t + 1."""
+    one = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "mlp_width": 1}
+    model = make_config(vocab_size=vocab, width=vocab, tie_embeddings=False, max_length=8, **one)
+    params = jax.tree.map(jnp.zeros_like, draw_params(model))
+    params["embedding"]["table"] = jnp.eye(vocab)
+    params["final_norm"]["scale"] = jnp.ones(vocab)
+    params["head"]["table"] = jnp.roll(jnp.eye(vocab), 1, axis=1)
+    return model, params
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("generate") / "bytes"
+    save_model(path, *successor(256))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_new_tokens": 4}, "cdef"),
+        ({}, "cdefgh"),  # up to max_length
+        ({"stop": "e"}, "cde"),
+    ],
+)
+def test_a_byte_model_streams(bytes_model, capsys, options, text):
+    generate.run(generate.Arguments(bytes_model, prompt="ab", **options))
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_bytes_of_one_letter_are_shown_together():
+    show = generate._decoder(None)
+    assert [show(byte) for byte in "é!".encode()] == ["", "é", "!"]
+    assert show(300) == "<300>"
+
+
+def test_a_model_with_words_streams_words(tmp_path, capsys):
+    tokenizer = digits_tokenizer()
+    save_model(tmp_path / "words", *successor(tokenizer.get_vocab_size()), tokenizer)
+    words = [tokenizer.id_to_token(i) for i in range(20, 24)]
+    generate.run(generate.Arguments(str(tmp_path / "words"), prompt=words[0], max_new_tokens=3))
+    assert capsys.readouterr().out.split() == words[1:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "holds 0 tokens; the model takes 1 to 7"),
+        ({"prompt": "abcdefgh"}, "holds 8 tokens"),
+        ({"prompt": "a", "stop": "ab"}, "is 2 tokens; give one"),
+        ({"prompt": "a", "image": "x.png"}, "without vision cannot read x.png"),
+    ],
+)
+def test_errors(bytes_model, options, message):
+    with pytest.raises(UserError, match=message):
+        generate.run(generate.Arguments(bytes_model, **options))
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"max_new_tokens": 0}])
+def test_impossible_arguments(options):
+    with pytest.raises(ConfigError) as raised:
+        generate.Arguments("model", prompt="a", **options)
+    assert raised.value.key in options
+
+
+def test_images_are_read_in_the_size_and_channels_of_the_model(tmp_path):
+    pixels = np.zeros((4, 4), np.uint8)
+    pixels[:2, 2:] = [[100, 200], [0, 100]]
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    grey = make_config(vision=VisionConfig(num_layers=1, image_size=2, patch_size=1, channels=1))
+    found = generate.read_image(str(tmp_path / "grey.png"), grey)
+    np.testing.assert_allclose(found[:, :, 0], [[0, 100 / 255], [0, 0]], rtol=1e-6)
+    Image.new("RGB", (5, 3), (255, 0, 51)).save(tmp_path / "colour.png")
+    colour = make_config(vision=VisionConfig(num_layers=1, image_size=4, patch_size=2, channels=3))
+    found = generate.read_image(str(tmp_path / "colour.png"), colour)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.broadcast_to([1, 0, 0.2], (4, 4, 3)), rtol=1e-6)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "colour.png").read_bytes()[:40])
+    (tmp_path / "text.png").write_text("no image")
+    for name, message in (
+        ("broken.png", "not an image"),
+        ("text.png", "not an image"),
+        ("none.png", "no such image"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate.read_image(str(tmp_path / name), colour)
+    with pytest.raises(UserError, match="2 channels"):
+        generate.read_image(str(tmp_path / "colour.png"), make_config("vision"))
+
+
+def test_an_image_stands_before_the_prompt(tmp_path, capsys, monkeypatch):
+    model = make_config("vision", vocab_size=256, num_layers=1, vision=VisionConfig(
+        num_layers=1, image_size=4, patch_size=2, channels=1, width=4, num_heads=1, mlp_width=4, image_token=9
+    ))  # fmt: skip
+    save_model(tmp_path / "vlm", model, draw_params(model))
+    Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
+    seen = []
+    monkeypatch.setattr(generate, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
+    image = str(tmp_path / "white.png")
+    generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="ab", image=image))
+    assert seen[0]["tokens"].tolist() == [[9, 9, 9, 9, 97, 98]]
+    assert seen[0]["images"].shape == (1, 1, 4, 4, 1)
+    assert (seen[0]["images"] == 1).all()
+    # Placeholders that the prompt holds itself are not added again.
+    generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="a\t\t\t\tb", image=image))
+    assert seen[1]["tokens"].tolist() == [[97, 9, 9, 9, 9, 98]]
+    capsys.readouterr()
