@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from jaxlab.errors import UserError
+from jaxlab.reporting.formats import Number
 from jaxlab.runs import read_metrics, read_results
 
 
@@ -41,8 +42,13 @@ class RunFolder:
         return str(self.env.get("command", ""))
 
     @property
-    def seconds(self) -> float | None:
+    def seconds(self) -> Number | None:
         return self.env.get("seconds")
+
+    def is_named_by(self, reference: object) -> bool:
+        """Whether a config that names a model means this run's, by its folder or by the config that made it."""
+        path = PurePath(str(reference).replace("\\", "/"))
+        return self.name in path.parts or (path.suffix in (".yaml", ".yml") and path.stem == self.label)
 
     def get(self, *keys: str | int) -> Any:
         """A value of the results by its path of keys, None where the path ends early."""
@@ -52,7 +58,7 @@ class RunFolder:
         """A value of the config by its path of keys, None where the path ends early."""
         return at(self.config, *keys)
 
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
+    def curve(self, key: str) -> tuple[list[Number], list[Number]]:
         """Steps and values of one metric."""
         points = [(m["step"], m[key]) for m in self.metrics if m.get(key) is not None]
         return [p[0] for p in points], [p[1] for p in points]

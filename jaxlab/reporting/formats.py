@@ -4,26 +4,29 @@ from collections.abc import Sequence
 
 NONE = "–"
 
+Number = int | float
+"""What JSON calls a number."""
 
-def percent(value: float | None, digits: int = 0) -> str:
+
+def percent(value: Number | None, digits: int = 0) -> str:
     return NONE if value is None else f"{100 * value:.{digits}f}\u00a0%"
 
 
-def change(value: float | None, digits: int = 1) -> str:
+def change(value: Number | None, digits: int = 1) -> str:
     """A relative change with its sign, in per cent."""
     return NONE if value is None else f"{100 * value:+.{digits}f}\u00a0%".replace("-", "\u2212")
 
 
-def decimal(value: float | None, digits: int = 3) -> str:
+def decimal(value: Number | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def count(value: float | None) -> str:
+def count(value: Number | None) -> str:
     """A whole number with thin spaces between thousands."""
     return NONE if value is None else f"{round(value):,}".replace(",", "\u2009")
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: Number | None) -> str:
     if seconds is None:
         return NONE
     if seconds < 60:
@@ -33,7 +36,7 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def size(number: float | None) -> str:
+def size(number: Number | None) -> str:
     """Bytes in binary units."""
     if number is None:
         return NONE
@@ -44,5 +47,5 @@ def size(number: float | None) -> str:
     return f"{number:.2f} GiB"
 
 
-def mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[Number]) -> float | None:
     return sum(values) / len(values) if values else None

@@ -6,7 +6,7 @@ from typing import Any
 from jaxlab.reporting import icl_plots, rules
 from jaxlab.reporting.claims import ICL, unexamined
 from jaxlab.reporting.folders import RunFolder, at
-from jaxlab.reporting.formats import percent
+from jaxlab.reporting.formats import Number, percent
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, claim_list, figure, note, paragraph, table
 
@@ -21,11 +21,14 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     run = analyses[0]
     section = Section(KEY, f"Part three · {ICL}", "Information flow of in-context learning", _headline(run))
     shares = {name: run.get("flows", "share", name) or [] for name in ("wp", "pq", "ww")}
-    section.verdicts = [
+    judged = [
         rules.i1(shares["wp"]),
         rules.i2(shares["pq"]),
         rules.i3(shares["wp"], shares["pq"], shares["ww"]),
         _i4(run),
+    ]
+    section.verdicts = [
+        *(rules.judged_if_able(verdict, run.get("accuracy"), run.get("chance")) for verdict in judged),
         unexamined("I5", "Attention itself was not compared with the answers."),
         unexamined("I6", "No attention was re-weighted."),
         unexamined("I7", "No prompt was compressed."),
@@ -60,7 +63,7 @@ def _i4(run: RunFolder) -> Any:
     rows = run.get("blocking", "table") or []
     n = max((row["layers"] for row in rows if 2 * row["layers"] <= (run.get("layers") or 0)), default=None)
 
-    def accuracy(words: str, where: str) -> float | None:
+    def accuracy(words: str, where: str) -> Number | None:
         found = [r for r in rows if (r["words"], r["where"], r["layers"]) == (words, where, n)]
         return at(found, 0, "accuracy")
 

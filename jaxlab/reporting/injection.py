@@ -7,7 +7,7 @@ from typing import Any
 from jaxlab.reporting import plots, rules
 from jaxlab.reporting.claims import INJECTION, unexamined
 from jaxlab.reporting.folders import RunFolder, at
-from jaxlab.reporting.formats import NONE, decimal, mean, percent
+from jaxlab.reporting.formats import NONE, Number, decimal, mean, percent
 from jaxlab.reporting.markup import Markup, join, tag
 from jaxlab.reporting.page import (
     Section,
@@ -107,7 +107,7 @@ class Scenario:
     def points(self) -> list[dict[str, Any]]:
         return [point for operator in self.operators.values() for point in operator.get("points", [])]
 
-    def tried(self) -> list[float]:
+    def tried(self) -> list[Number]:
         """The target's accuracy on the validation split at every setting."""
         return [v for p in self.points() if (v := at(p, "validation", str(self.target))) is not None]
 
@@ -117,10 +117,10 @@ class Scenario:
         ranked = [(name, o["best"]) for name, o in self.operators.items() if o.get("best")]
         return max(ranked, key=lambda pair: pair[1].get("score", 0.0), default=None)
 
-    def alone(self) -> float | None:
+    def alone(self) -> Number | None:
         return self.run.get("unmerged", "vlm", "test", str(self.target))
 
-    def donor(self) -> float | None:
+    def donor(self) -> Number | None:
         return self.run.get("unmerged", "expert", "test", str(self.donor_set))
 
     def own(self, measured: Any) -> float | None:
@@ -128,7 +128,7 @@ class Scenario:
         values = [v for name in self.own_sets if (v := at(measured, name)) is not None]
         return mean(values)
 
-    def reached(self, operator: str) -> float | None:
+    def reached(self, operator: str) -> Number | None:
         return at(self.operators, operator, "best", "test", str(self.target))
 
     def transfer(self) -> Transfer | None:
@@ -257,7 +257,9 @@ def _heat_maps(s: Scenario) -> Markup | None:
         })  # fmt: skip
     if not panels:
         return None
-    drawing = plots.heat_maps(panels, min(3, len(panels)), "λᵥ (VLM)", "λₑ (expert)")
+    drawing = plots.heat_maps(
+        panels, 4 if len(panels) == 4 else min(3, len(panels)), "λᵥ (VLM)", "λₑ (expert)"
+    )
     return figure(
         drawing, f"injection-{s.run.name}", f"How the weights decide: {s.name}.",
         "Accuracy in per cent on images of the validation split; darker is better, the chosen setting is "

@@ -6,7 +6,7 @@ from typing import Any
 from jaxlab.reporting import plots, rules
 from jaxlab.reporting.claims import NSA, unexamined
 from jaxlab.reporting.folders import RunFolder, at
-from jaxlab.reporting.formats import NONE, change, count, decimal, duration, mean, percent
+from jaxlab.reporting.formats import Number, change, count, decimal, duration, mean, percent
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, best_cell, claim_list, figure, figure_row, note, paragraph, table
 
@@ -55,35 +55,32 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
 
 def _of(evaluation: RunFolder, trained: Sequence[RunFolder]) -> bool:
     """Whether an evaluation is of one of the trained models, or of an NSA model from elsewhere."""
-    return evaluation.get("nsa") is not None or any(_is_model(evaluation, run) for run in trained)
-
-
-def _is_model(evaluation: RunFolder, run: RunFolder) -> bool:
-    return run.name in str(evaluation.setting("model")).replace("\\", "/").split("/")
+    named = any(run.is_named_by(evaluation.setting("model")) for run in trained)
+    return named or evaluation.get("nsa") is not None
 
 
 def _by_model(evaluated: Sequence[RunFolder], members: Sequence[RunFolder]) -> list[RunFolder]:
-    return [e for e in evaluated if any(_is_model(e, run) for run in members)]
+    return [e for e in evaluated if any(run.is_named_by(e.setting("model")) for run in members)]
 
 
-def test_losses(runs: Sequence[RunFolder]) -> list[float]:
+def _losses(runs: Sequence[RunFolder]) -> list[Number]:
     return [loss for run in runs if (loss := run.get("test", "eval_loss")) is not None]
 
 
-def _speeds(runs: Sequence[RunFolder]) -> list[float]:
+def _speeds(runs: Sequence[RunFolder]) -> list[Number]:
     return [speed for run in runs if (speed := run.get("tokens_per_second")) is not None]
 
 
 def _n1(groups: dict[str, list[RunFolder]]) -> Any:
     full, sparse = groups[FULL], groups[SPARSE]
     if not full:
-        return rules.n1([], test_losses(sparse), (1, 1), True)
+        return rules.n1([], _losses(sparse), (1, 1), True)
     same = ("data", "steps", "batch_size")
     fair = all(
         [r.setting(key) for key in same] == [full[0].setting(key) for key in same] for r in [*full, *sparse]
     )
     sizes = full[0].get("parameters") or 1, sparse[0].get("parameters") or 1
-    return rules.n1(test_losses(full), test_losses(sparse), sizes, fair)
+    return rules.n1(_losses(full), _losses(sparse), sizes, fair)
 
 
 def _n3(groups: dict[str, list[RunFolder]]) -> Any:
@@ -95,7 +92,7 @@ def _n3(groups: dict[str, list[RunFolder]]) -> Any:
 
 
 def _headline(groups: dict[str, list[RunFolder]]) -> tuple[str, str]:
-    full, sparse = mean(test_losses(groups[FULL])), mean(test_losses(groups[SPARSE]))
+    full, sparse = mean(_losses(groups[FULL])), mean(_losses(groups[SPARSE]))
     if full is None or sparse is None:
         return decimal(sparse), "test loss with sparse attention, in nats per byte"
     return change(sparse / full - 1), "test loss with sparse attention, against full attention"
@@ -119,7 +116,7 @@ def _loss(groups: dict[str, list[RunFolder]]) -> Markup:
 
 def _numbers(groups: dict[str, list[RunFolder]]) -> Markup:
     rows = []
-    losses = {name: mean(test_losses(members)) for name, members in groups.items()}
+    losses = {name: mean(_losses(members)) for name, members in groups.items()}
     lowest = min((v for v in losses.values() if v is not None), default=None)
     for name, members in groups.items():
         if not members:
@@ -156,8 +153,8 @@ def _speed(groups: dict[str, list[RunFolder]]) -> Markup:
     speeds = [mean(_speeds(groups[name])) or 0.0 for name in names]
     return figure_row(
         [
-            plots.bars(names, attended, "Tokens read per query (mean over positions)", digits=0),
-            plots.bars(names, speeds, "Training speed (tokens per second)", digits=0),
+            plots.bars(names, attended, "Tokens read per query (mean over positions)", digits=1),
+            plots.bars(names, speeds, "Training speed (tokens per second)"),
         ],
         "nsa-speed", "What is saved, and what it is worth here.",
         "Fewer tokens read (left) become time saved (right) only with kernels made for it, or on texts "
@@ -192,16 +189,25 @@ def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> lis
             note("The chosen blocks were not recorded: no evaluation of the sparse model is among the runs.")
         ]
     overlap = chosen.get("neighbour_overlap") or []
-    told = ", ".join(f"layer {i + 1}: {percent(v)}" for i, v in enumerate(overlap) if v is not None) or NONE
+    chance = chosen.get("chance_overlap") or [None] * len(overlap)
+    told = ", ".join(
+        f"layer {i + 1}: {percent(v)} (by lot {percent(lot)})"
+        for i, (v, lot) in enumerate(zip(overlap, chance, strict=True))
+        if v is not None
+    )
     blocks = trained[0].setting("model", "nsa", "num_blocks") if trained else None
-    budget = f" Every query may read {blocks} blocks." if blocks else ""
+    look = (
+        "Each row is a query, each column a block; later queries stand further down. Grey: the first block "
+        "and the two nearest ones, which every query must read. Blue: chosen freely; vertical stripes are "
+        "blocks that many queries find useful."
+    )
+    if blocks:
+        look += f" Every query may read {blocks} blocks."
+    if told:
+        look += f" Of the blocks chosen freely, the query before reads too: {told}."
     return [
         figure(
             plots.chosen_blocks(chosen["layers"], chosen["block_size"]), "nsa-blocks",
-            "The blocks that queries chose.",
-            "Each row of pixels is a query, each column a block; later queries stand further down. Grey: "
-            "the first block and the two nearest ones, which every query must read. Blue: chosen freely. "
-            f"Vertical blue stripes are blocks that many queries find useful.{budget} Blocks that "
-            f"neighbouring queries share — {told}.",
+            "The blocks that queries chose.", look,
         )
     ]  # fmt: skip

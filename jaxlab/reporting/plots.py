@@ -14,11 +14,13 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from jaxlab.reporting.formats import Number
 from jaxlab.reporting.markup import Markup
 
 INK, FAINT, RULE, PAPER = "#1b1f24", "#6b7280", "#d8dbe0", "#fdfcfa"
@@ -35,7 +37,8 @@ _VARIABLES = {
 }  # fmt: skip
 
 _STYLE: Any = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 9.5,
+    "svg.fonttype": "none", "svg.hashsalt": "page",
+    "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 9.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": RULE, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
@@ -100,7 +103,7 @@ def canvas(
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-Curves = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
+Curves = Mapping[str, Sequence[tuple[Sequence[Number], Sequence[Number]]]]
 """By name: for every seed, the steps and the values."""
 
 
@@ -146,7 +149,7 @@ def loss_figure(training: Curves, held_out: Curves, unit: str = "nats per token"
         return figure
 
 
-def bars(names: Sequence[str], values: Sequence[float], label: str, digits: int = 0) -> Figure:
+def bars(names: Sequence[str], values: Sequence[Number], label: str, digits: int = 0) -> Figure:
     """One horizontal bar per name, its value beside it."""
     with style():
         figure, grid = canvas(4.1, 0.55 + 0.42 * len(names))
@@ -167,7 +170,7 @@ def bars(names: Sequence[str], values: Sequence[float], label: str, digits: int 
         return figure
 
 
-def position_figure(series: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> Figure:
+def position_figure(series: Mapping[str, Sequence[tuple[Number, Number]]], unit: str) -> Figure:
     """Held-out loss by position in the sequence."""
     with style():
         figure, grid = canvas(8.8, 2.9)
@@ -199,15 +202,15 @@ def chosen_blocks(layers: Sequence[Mapping[str, Any]], block_size: int) -> Figur
             axes = grid[groups.index(entry["group"]), numbers.index(entry["layer"])]
             queries = entry["queries"]
             step = queries[1] - queries[0] if len(queries) > 1 else block_size
-            for query, chosen in zip(queries, entry["chosen"], strict=True):
-                own = query // block_size
-                real = sorted({block for block in chosen if 0 <= block <= own})
-                forced = [block for block in real if block == 0 or block >= own - 1]
-                free = [block for block in real if block not in forced]
-                for found, colour in ((forced, FAINT), (free, BLUE)):
-                    axes.broken_barh(
-                        [(block, 1) for block in found], (query, step), facecolors=colour, linewidth=0
-                    )
+            rows = zip(queries, entry["chosen"], strict=True)
+            read = [(query, block) for query, chosen in rows for block in set(chosen) if block >= 0]
+            for forced, colour in ((True, FAINT), (False, BLUE)):
+                corners = [
+                    [(j, t), (j + 1, t), (j + 1, t + step), (j, t + step)]
+                    for t, j in read
+                    if (j == 0 or j >= t // block_size - 1) == forced
+                ]
+                axes.add_collection(PolyCollection(corners, facecolors=colour, linewidth=0))
             axes.set(xlim=(0, blocks), ylim=(most + step, 0))
             axes.grid(False)
             axes.plot([0, blocks], [0, blocks * block_size], color=RULE, linewidth=0.8)
@@ -233,7 +236,9 @@ def heat_maps(
     lines = -(-len(panels) // columns)
     tall = max(len(panel["rows"]) for panel in panels)
     with style():
-        figure, grid = canvas(2.93 * columns, lines * (0.75 + 0.3 * tall), columns=columns, rows=lines)
+        figure, grid = canvas(
+            (2.93 if columns < 4 else 2.2) * columns, lines * (0.75 + 0.3 * tall), columns=columns, rows=lines
+        )
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for place, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):

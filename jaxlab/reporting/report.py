@@ -62,6 +62,8 @@ def compose(runs: Sequence[RunFolder], sections: Sequence[Section]) -> str:
     notes = []
     if parts or whole:
         notes = [_loaded(rest)]
+        if whole and whole.setting("smoke"):
+            notes.insert(0, "A smoke test: a few steps of everything. Its numbers and verdicts mean nothing.")
         notes += [
             f"Not on this page: {words}. It needs {needs}." for m, words, needs in _PARTS if m.KEY not in keys
         ]
@@ -123,13 +125,14 @@ def _header(whole: RunFolder | None, runs: Sequence[RunFolder]) -> list[tuple[st
 
 def _loaded(runs: Sequence[RunFolder]) -> str:
     """Which models were read that no run on the page made."""
-    made = {r.name for r in runs}
+    makers = [r for r in runs if r.task in ("train", "merge-search")]
     used: dict[str, None] = {}
     for r in runs:
         for key in ("init_from", "model", "vlm", "expert", "base"):
             value = r.setting(key)
-            if isinstance(value, str) and value and not made & set(Path(value).parts):
-                used[f"{value} (by {r.label})"] = None
+            if isinstance(value, str) and value and not any(maker.is_named_by(value) for maker in makers):
+                by = r.get("made_by", "config")
+                used[f"{value} ({f'made by {by}, ' if by else ''}read by {r.label})"] = None
     if used:
         listed = ", ".join(used)
         return (

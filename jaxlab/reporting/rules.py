@@ -4,11 +4,12 @@ Every rule is a function of plain numbers. Where the numbers cannot speak about 
 or the comparison is not a fair one) the verdict is "not examined" and says why.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxlab.reporting.claims import Verdict, unexamined, verdict
-from jaxlab.reporting.formats import change, count, decimal, mean, percent
+from jaxlab.reporting.formats import Number, change, count, decimal, mean, percent
 
 LOSS_TOLERANCE = 0.01
 """N1: how far NSA's loss may lie above full attention's: room for the noise of a single small run."""
@@ -31,7 +32,9 @@ BLOCKING_MARGIN = 0.05
 # Native sparse attention.
 
 
-def n1(full: Sequence[float], nsa: Sequence[float], parameters: tuple[int, int], data_equal: bool) -> Verdict:
+def n1(
+    full: Sequence[Number], nsa: Sequence[Number], parameters: tuple[int, int], data_equal: bool
+) -> Verdict:
     """full, nsa: test losses, one per seed; parameters: of the two models."""
     rule = (
         f"Seen if the test loss of NSA is at most {percent(LOSS_TOLERANCE)} above full attention's (mean "
@@ -52,7 +55,7 @@ def n1(full: Sequence[float], nsa: Sequence[float], parameters: tuple[int, int],
     return verdict("N1", rule, evidence, sparse <= dense * (1 + LOSS_TOLERANCE))
 
 
-def n3(full: Sequence[float], nsa: Sequence[float], length: int | None, device: str) -> Verdict:
+def n3(full: Sequence[Number], nsa: Sequence[Number], length: int | None, device: str) -> Verdict:
     """full, nsa: training speeds in tokens per second."""
     rule = (
         "Seen if training with NSA reads more tokens per second than with full attention, at the length of "
@@ -81,11 +84,11 @@ class Transfer:
     """
 
     scenario: str
-    alone: float
-    injected: float
-    donor: float
-    own: float
-    kept: float
+    alone: Number
+    injected: Number
+    donor: Number
+    own: Number
+    kept: Number
 
     @property
     def arrived(self) -> bool:
@@ -120,12 +123,13 @@ def transfers(claim: str, transfer: Transfer | None, expected: bool = True) -> V
     return verdict(claim, rule, transfer.told, transfer.arrived == expected)
 
 
-def m4(scores: Mapping[str, float], evaluations: Mapping[str, int]) -> Verdict:
+def m4(scores: Mapping[str, Number], evaluations: Mapping[str, int]) -> Verdict:
     """scores: test accuracy per operator, a mean over scenarios; evaluations: settings tried per operator."""
     rule = (
         "Seen if task arithmetic and the best DARE variant each reach the best other operator to within "
         f"{100 * LEAD_TOLERANCE:.0f} point, each tuned on the validation split, measured on the test split, "
-        "averaged over scenarios. Judged only if every operator was given the same number of evaluations."
+        "averaged over scenarios. Judged only if every operator was given the same number of evaluations "
+        f"and the best one reaches {percent(TRANSFER_GAIN)}."
     )
     dare = [name for name in scores if name.startswith("dare")]
     others = [name for name in scores if name != "task_arithmetic" and name not in dare]
@@ -140,11 +144,13 @@ def m4(scores: Mapping[str, float], evaluations: Mapping[str, int]) -> Verdict:
     )
     if len({evaluations[name] for name in scores}) > 1:
         return verdict("M4", rule, f"{evidence} The operators had different numbers of evaluations.", None)
+    if max(scores.values()) < TRANSFER_GAIN:
+        return verdict("M4", rule, f"{evidence} None of them moved enough to be told apart.", None)
     lead = min(scores["task_arithmetic"], scores[best_dare]) >= scores[best_other] - LEAD_TOLERANCE
     return verdict("M4", rule, evidence, lead)
 
 
-def m5(grids: Mapping[str, Sequence[float]]) -> Verdict:
+def m5(grids: Mapping[str, Sequence[Number]]) -> Verdict:
     """grids: per scenario, the accuracy of every setting that was tried."""
     rule = (
         f"Seen if in most scenarios the best setting lies at least {100 * DECISIVE:.0f} points above the "
@@ -167,13 +173,27 @@ def m5(grids: Mapping[str, Sequence[float]]) -> Verdict:
 # In-context learning.
 
 
-def thirds(values: Sequence[float]) -> tuple[float, float]:
+def judged_if_able(verdict: Verdict, accuracy: Number | None, chance: Number | None) -> Verdict:
+    """The verdict; "not examined" of a model that hardly learns in context, whose flows tell nothing."""
+    rule = (
+        f"{verdict.rule} Judged only if the model answers at least halfway between guessing and always right."
+    )
+    if verdict.status == "not examined":
+        return verdict
+    if accuracy is None or chance is None or accuracy < (1 + chance) / 2:
+        able = f"{percent(accuracy)} of the time, by guessing {percent(chance)}"
+        told = f"{verdict.evidence} But the model is right only {able}."
+        return dataclasses.replace(verdict, status="not examined", rule=rule, evidence=told)
+    return dataclasses.replace(verdict, rule=rule)
+
+
+def thirds(values: Sequence[Number]) -> tuple[float, float]:
     """The mean over the first and over the last third of the layers (at least one layer each)."""
     size = max(1, len(values) // 3)
     return sum(values[:size]) / size, sum(values[-size:]) / size
 
 
-def i1(wp: Sequence[float]) -> Verdict:
+def i1(wp: Sequence[Number]) -> Verdict:
     """wp: the share of S_wp in S_wp + S_pq + S_ww by layer."""
     rule = (
         "Seen if the share of S_wp, averaged over the first third of the layers, is above one third (what "
@@ -188,7 +208,7 @@ def i1(wp: Sequence[float]) -> Verdict:
     return verdict("I1", rule, evidence, shallow > 1 / 3 and shallow > deep)
 
 
-def i2(pq: Sequence[float]) -> Verdict:
+def i2(pq: Sequence[Number]) -> Verdict:
     """pq: the share of S_pq by layer."""
     rule = (
         "Seen if the share of S_pq, averaged over the last third of the layers, is above one third and "
@@ -203,7 +223,7 @@ def i2(pq: Sequence[float]) -> Verdict:
     return verdict("I2", rule, evidence, deep > 1 / 3 and deep > shallow)
 
 
-def i3(wp: Sequence[float], pq: Sequence[float], ww: Sequence[float]) -> Verdict:
+def i3(wp: Sequence[Number], pq: Sequence[Number], ww: Sequence[Number]) -> Verdict:
     """The three shares by layer."""
     rule = (
         "Seen if S_ww is the smallest of the three shares in at least two thirds of the layers. The last "
@@ -219,10 +239,10 @@ def i3(wp: Sequence[float], pq: Sequence[float], ww: Sequence[float]) -> Verdict
 
 
 def i4(
-    accuracy: float | None,
-    label_first: float | None,
-    label_last: float | None,
-    random_first: float | None,
+    accuracy: Number | None,
+    label_first: Number | None,
+    label_last: Number | None,
+    random_first: Number | None,
     layers: int | None,
 ) -> Verdict:
     """Accuracy without blocking, with label words blocked in the first and in the last `layers`, and with as

@@ -1,0 +1,202 @@
+"""The page: everything on it is its own, every text is escaped, and missing parts are said."""
+
+import html.parser
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jaxlab.cli import main
+from jaxlab.errors import UserError
+from jaxlab.reporting import plots
+from jaxlab.reporting.folders import read_runs
+from jaxlab.reporting.markup import Markup, join, tag
+from jaxlab.reporting.report import render
+from tests.reporting import made
+
+EVIL = "<script>alert('x')</script>&\"$\\frac$"
+
+
+class Reader(html.parser.HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+        if name not in ("meta", "img", "br"):
+            self.open.append(name)
+
+    def handle_startendtag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("outputs")
+    return [
+        made.train(root, "nsa_full-11111111", loss=2.0),
+        made.train(root, "nsa_sparse-22222222", "nsa", 1.96),
+        made.evaluate(root, "nsa_full_test-33333333", "nsa_full-11111111"),
+        made.evaluate(root, "nsa_sparse_test-44444444", "nsa_sparse-22222222", nsa=True),
+        made.search(root, "digits_search_french-55555555", "french", 0.9),
+        made.search(root, "digits_search_format-66666666", "format", 0.8),
+        made.search(root, "digits_search_arithmetic-77777777", "arithmetic", 0.2),
+        made.icl(root, "icl_analysis-88888888"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_page(everything) -> str:
+    return render(read_runs(everything))
+
+
+def check_self_contained(page: str) -> Reader:
+    reader = Reader(page)
+    assert not reader.open
+    for name, attributes in reader.tags:
+        assert name not in ("script", "link", "iframe", "object", "embed", "base", "foreignobject"), name
+        for key in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            value = attributes.get(key)
+            assert value is None or value.startswith(("#", "data:image/png;base64,")), (name, key, value[:80])
+        assert not any(key.startswith("on") for key in attributes), (name, attributes)
+    assert "@import" not in page
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)", page))
+    identifiers = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(set(identifiers)) == len(identifiers)
+    referred = {a[key][1:] for _, a in reader.tags for key in ("href", "xlink:href") if key in a}
+    assert {r for r in referred if not r.startswith("data:")} <= set(identifiers) | {""}
+    return reader
+
+
+def test_nothing_comes_from_elsewhere(whole_page):
+    reader = check_self_contained(whole_page)
+    assert [name for name, _ in reader.tags].count("section") == 3
+    images = [attributes for name, attributes in reader.tags if name == "img"]
+    assert len(images) == 9  # three examples of three searches
+    assert all(attributes["alt"] for attributes in images)
+    drawings = [a for name, a in reader.tags if name == "svg"]
+    assert len(drawings) >= 9
+    assert all(a["role"] == "img" and a["aria-label"] for a in drawings)
+
+
+def test_figures_take_the_colours_of_the_page(whole_page):
+    assert "var(--ink)" in whole_page
+    body = whole_page[whole_page.index("<body") :]
+    for colour in (plots.INK, plots.FAINT, plots.RULE, *plots.SERIES):
+        assert colour not in body
+
+
+def test_commands_and_verdicts_are_on_the_page(whole_page):
+    words = " ".join(Reader(whole_page).words)
+    assert "python run.py merge-search configs/digits_search_french-55555555.yaml" in words
+    for claim in ("N1", "N5", "M1", "M5", "I1", "I8"):
+        assert claim in words
+    assert "1 × cpu" in words
+    assert "0123456789" in words
+    assert "jax 0.11.2" in words
+
+
+def test_every_text_is_escaped(tmp_path):
+    train = made.train(tmp_path, "x-12345678", command=EVIL, versions={"python": EVIL}, device_kind=EVIL)
+    runs = [train, made.search(tmp_path, "s-12345678", "french", 0.9), made.icl(tmp_path, "i-12345678")]
+    read = read_runs(runs)
+    for example in read[1].results["examples"]:
+        example["question"] = example["expected"] = EVIL
+        example["answers"] = {EVIL: EVIL}
+    read[1].config["expert"] = EVIL
+    read[2].results["figure1"] |= {"tokens": [EVIL] * 13, "answer": EVIL, "prediction": EVIL}
+    evil = tmp_path / "train" / "<img src=x onerror=alert(1)>"
+    shutil.copytree(train, evil)
+    reader = check_self_contained(render([*read, *read_runs([evil])]))
+    words = "".join(reader.words)
+    assert words.count(EVIL) >= 20
+    assert "<img src=x onerror=alert(1)>" in words
+
+
+def test_markup_escapes_what_it_did_not_make():
+    built = tag("p", "<b>", tag("i", 'a "b"'), None, ["&", 3], title='"<')
+    assert built == '<p title="&quot;&lt;">&lt;b&gt;<i>a &quot;b&quot;</i>&amp;3</p>'
+    assert isinstance(join([built, "x"]), Markup)
+    assert join([Markup("<br>"), "<br>"]) == "<br>&lt;br&gt;"
+
+
+def test_a_single_train_run(tmp_path, capsys):
+    out = tmp_path / "deep" / "page.html"
+    assert main(["report", str(made.train(tmp_path, "some_model-12345678")), "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    reader = check_self_contained(out.read_text())
+    words = " ".join(reader.words)
+    assert "some_model" in words
+    assert "test.eval_loss" in words
+    assert "Loss while training." in words
+    assert "Not on this page" not in words
+    assert [p.name for p in out.parent.iterdir()] == ["page.html"]
+
+
+def test_runs_without_a_part_stand_under_other_runs(tmp_path):
+    runs = [
+        made.train(tmp_path, "nsa_sparse-22222222", "nsa", 1.96),
+        made.train(tmp_path, "unrelated-12345678", kind="digits"),
+    ]
+    words = " ".join(Reader(render(read_runs(runs))).words)
+    assert "Other runs" in words
+    assert "unrelated" in words
+    assert "No run with full attention was given" in words
+    assert "The chosen blocks were not recorded" in words
+    assert "Not on this page: skill injection. It needs a merge-search run." in words
+    assert "Not on this page: in-context learning. It needs an icl run." in words
+
+
+def test_parts_of_results_may_be_missing(tmp_path):
+    sparse = made.train(tmp_path, "nsa_sparse-22222222", "nsa", tokens_per_second=None, attended_tokens=None)
+    icl = made.icl(tmp_path, "icl-12345678", flows=None, blocking=None, figure1=None)
+    search = made.search(tmp_path, "s-12345678", "french", 0.5, examples=False)
+    runs = read_runs([made.train(tmp_path, "nsa_full-11111111", test=None), sparse, icl, search])
+    runs[3].results["unmerged"] = {}
+    words = " ".join(check_self_contained(render(runs)).words)
+    assert "Flows were not analysed in this run." in words
+    assert "Blocking was not analysed in this run." in words
+    assert "No scenario of this kind in the search." in words
+
+
+def test_loaded_models_are_named(whole_page, tmp_path):
+    words = " ".join(Reader(whole_page).words)
+    assert (
+        "Loaded, not trained in these runs: outputs/train/digits_vlm (read by digits_search_french)" in words
+    )
+    assert "assets/icl_model (made by configs/quickstart/icl_model.yaml, read by icl_analysis)" in words
+    assert "read by nsa_sparse_test" not in words
+    trained = [
+        made.train(tmp_path, "nsa_sparse-22222222", "nsa"),
+        made.evaluate(tmp_path, "nsa_sparse_test-44444444", "nsa_sparse-22222222", nsa=True),
+    ]
+    words = " ".join(Reader(render(read_runs(trained))).words)
+    assert "Every model on this page was trained by a run named on it; none was loaded." in words
+
+
+def test_damaged_and_unfinished_folders(tmp_path):
+    run = made.train(tmp_path, "a-12345678")
+    (run / "env.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_runs([run])
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match=r"no results\.json"):
+        read_runs([run])
+
+
+def test_a_folder_given_twice_is_read_once(tmp_path):
+    run = made.train(tmp_path, "a-12345678")
+    assert len(read_runs([run, str(run), run / ".." / run.name])) == 1

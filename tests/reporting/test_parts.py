@@ -1,0 +1,101 @@
+"""What the parts of the page read out of results: scenarios, roles of data sets, fair comparisons."""
+
+from jaxlab.reporting import icl, injection, nsa
+from jaxlab.reporting.folders import read_runs
+from jaxlab.reporting.formats import change, count, duration, percent, size
+from jaxlab.reporting.generic import flat
+from tests.reporting import made
+
+
+def statuses(section):
+    return {v.claim.id: v.status for v in section.verdicts}
+
+
+def test_nsa_compares_only_what_is_alike(tmp_path):
+    runs = [made.train(tmp_path, "f-11111111"), made.train(tmp_path, "s-22222222", "nsa", 1.96)]
+    section = nsa.build(read_runs(runs))
+    assert statuses(section) == {
+        "N1": "seen", "N2": "not examined", "N3": "not seen", "N4": "not examined", "N5": "not examined",
+    }  # fmt: skip
+    assert section.headline[0] == "−1.9\u00a0%"
+    read = read_runs(runs)
+    read[1].config["steps"] = 300
+    assert statuses(nsa.build(read))["N1"] == "not examined"
+    read = read_runs(runs)
+    read[1].results["parameters"] = 900_000
+    assert statuses(nsa.build(read))["N1"] == "not examined"
+    assert nsa.build(read_runs(runs[:1])) is None
+
+
+def test_seeds_are_averaged(tmp_path):
+    runs = [made.train(tmp_path, f"f-1111111{i}", loss=loss) for i, loss in enumerate((2.0, 2.2))]
+    runs += [made.train(tmp_path, f"s-2222222{i}", "nsa", loss) for i, loss in enumerate((2.3, 1.9))]
+    section = nsa.build(read_runs(runs))
+    assert statuses(section)["N1"] == "seen"
+    assert any("2 seeds" in part for part in section.body if part)
+
+
+def test_evaluations_find_their_models_by_folder_and_by_config(tmp_path):
+    runs = read_runs([
+        made.train(tmp_path, "nsa_sparse-22222222", "nsa"),
+        made.evaluate(tmp_path, "blocks-44444444", "nsa_sparse-22222222/model", nsa=True),
+    ])  # fmt: skip
+    for name, found in (("outputs/train/nsa_sparse-22222222", True), ("configs/a/nsa_sparse.yaml", True),
+                        ("outputs/train/nsa_sparse-33333333", False), ("nsa_sparse", False)):  # fmt: skip
+        assert runs[0].is_named_by(name) == found, name
+    section = nsa.build(runs)
+    assert any("The blocks that queries chose." in part for part in section.body if part)
+
+
+def test_scenarios_and_roles_of_data_sets(tmp_path):
+    run = read_runs([made.search(tmp_path, "any-12345678", "french", 0.9)])[0]
+    scenario = injection.Scenario(run)
+    assert scenario.name == "french"
+    assert scenario.target == "image_french"
+    assert scenario.donor_set == "text_french"
+    assert scenario.own_sets == ["image_english"]
+    transfer = scenario.transfer()
+    assert (transfer.alone, transfer.injected, transfer.donor, transfer.own) == (0.01, 0.9, 0.98, 0.97)
+    assert [claim for claim in injection.KINDS if scenario.speaks_about(claim)] == ["M2"]
+
+
+def test_names_of_scenarios(tmp_path):
+    run = read_runs([made.search(tmp_path, "any-12345678", "french", 0.9)])[0]
+    for reference in ("outputs/train/digits_expert_french-0123abcd", "a/digits_expert_french-0123abcd/model",
+                      "configs/quickstart/digits_expert_french.yaml", "digits_expert_french"):  # fmt: skip
+        run.config["expert"] = reference
+        assert injection.Scenario(run).name == "french"
+
+
+def test_injection_verdicts(tmp_path):
+    given = (("french", 0.9, 0.98), ("format", 0.1, 0.98), ("arithmetic", 0.2, 0.3))
+    runs = [made.search(tmp_path, f"{skill}-12345678", skill, peak, donor) for skill, peak, donor in given]
+    assert statuses(injection.build(read_runs(runs))) == {
+        "M1": "not seen", "M2": "seen", "M3": "not examined", "M4": "seen", "M5": "seen",
+    }  # fmt: skip
+    read = read_runs(runs[:1])
+    assert statuses(injection.build(read))["M1"] == "not examined"
+    read[0].results["operators"]["ties"]["evaluations"] = 3
+    assert statuses(injection.build(read))["M4"] == "not examined"
+
+
+def test_icl_verdicts(tmp_path):
+    run = made.icl(tmp_path, "icl-12345678")
+    assert list(statuses(icl.build(read_runs([run]))).values()) == ["seen"] * 4 + ["not examined"] * 4
+    read = read_runs([run])
+    for row in read[0].results["blocking"]["table"]:
+        row["layers"] = 4  # of six: the first and the last overlap
+    assert statuses(icl.build(read))["I4"] == "not examined"
+
+
+def test_formats():
+    assert percent(0.123, 1) == "12.3\u00a0%"
+    assert percent(None) == "–"
+    assert change(-0.019) == "−1.9\u00a0%"
+    assert count(1234567) == "1\u2009234\u2009567"
+    assert [duration(s) for s in (5, 75, 3725, None)] == ["5.0 s", "1 min 15 s", "1 h 2 min", "–"]
+    assert [size(n) for n in (10, 2048, 3 * 2**30)] == ["10 B", "2 KiB", "3.00 GiB"]
+
+
+def test_flat():
+    assert flat({"a": {"b": 1, "c": [1, 2]}, "d": None}) == [("a.b", 1), ("d", None)]
