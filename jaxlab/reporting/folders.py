@@ -46,7 +46,7 @@ class RunFolder:
         return self.env.get("seconds")
 
     def is_named_by(self, reference: object) -> bool:
-        """Whether a config that names a model means this run's, by its folder or by the config that made it."""
+        """Whether a config that names a model means this run's: by folder, or by the config that made it."""
         path = PurePath(str(reference).replace("\\", "/"))
         return self.name in path.parts or (path.suffix in (".yaml", ".yml") and path.stem == self.label)
 
