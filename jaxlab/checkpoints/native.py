@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,7 +21,7 @@ from jaxlab.config import dump, load
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
 
-CONFIG, PARAMS, TOKENIZER = "config.yaml", "params", "tokenizer.json"
+CONFIG, PARAMS, TOKENIZER, MADE_BY = "config.yaml", "params", "tokenizer.json", "made_by.json"
 
 
 def save_model(
@@ -159,3 +160,9 @@ def model_identity(path: str | Path) -> str:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
+
+
+def made_by(path: str | Path) -> dict[str, Any] | None:
+    """What a shipped model folder says of its making (made_by.json: config, command, commit, results); None without."""
+    file = Path(path) / MADE_BY
+    return dict(json.loads(file.read_text())) if file.is_file() else None

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from jaxlab.checkpoints.native import load_model, load_model_config, model_identity
+from jaxlab.checkpoints.native import load_model, load_model_config, made_by, model_identity
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import blocking as block
@@ -112,7 +112,8 @@ def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> Non
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     """Means over all prompts, deviations over the means of the seeds."""
-    model, params, tokenizer = load_model(model_folder(config.model))
+    folder = model_folder(config.model)
+    model, params, tokenizer = load_model(folder)
     source = make_prompts(config.data, config.split)
     _check_fits(config, model, source)
     answers = _Answers(config, model, params, source)
@@ -127,6 +128,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
                     flow.add(seed, prompts)
                 progress.update()
     results: dict[str, Any] = {
+        "made_by": made_by(folder),
         "layers": model.num_layers,
         "tokens": source.length,
         "labels": source.num_labels,
