@@ -69,7 +69,8 @@ def test_a_model_that_knows_the_next_byte_is_always_right(make, tmp_path):
     results = evaluate.run(config, Run(tmp_path, "bigram"))
     # The held-out crops start at multiples of 8: they do not hold the step from h to a.
     assert results["exact_match"] == 1
-    right = math.log(1 + 255 * math.exp(-4))  # the norm makes sqrt(256) / 4 of the one
+    logit = 0.25 / math.sqrt(1 / 256 + 1e-5)  # what the norm makes of the one
+    right = math.log(1 + 255 * math.exp(-logit))
     assert results["loss"] == pytest.approx(right, rel=1e-4)
     assert len(results["by_position"]) == 7  # no more buckets than positions
 
