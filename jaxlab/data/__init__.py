@@ -1,1 +1,1 @@
-"""Where batches come from: every source is a pure function of (seed, step), so that a resumed run reads the same."""
+"""Where batches come from: pure functions of (seed, step), so that a resumed run reads the same ones."""

@@ -75,18 +75,19 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
-    folder, model, source, first = _prepare(config)
+    folder, model, source, _ = _prepare(config)
     _, params, _ = load_model(folder)
-    losses, counts, matches = [], [], []
+    losses, counts, matches, blocks = [], [], [], []
     for batch in tqdm(
         source.held_out_batches(config.batch_size, config.batches, config.split),
         desc=f"evaluate {run.name}",
         unit="batch",
     ):
-        loss, count, match = _measure(params, batch, model)
+        loss, count, match, chosen = _measure(params, batch, model)
         losses.append(np.asarray(loss, np.float64))
         counts.append(np.asarray(count))
         matches.append(np.asarray(match))
+        blocks.append(chosen)
     loss, count = np.sum(losses, axis=0), np.sum(counts, axis=0)
     mean = loss.sum() / max(count.sum(), 1)
     results = {
@@ -99,10 +100,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "by_position": by_position(loss, count, config.position_buckets),
     }
     if model.attention == "nsa":
-        sequence = {name: value[:1] for name, value in first.items()}
-        blocks = np.asarray(_chosen(params, sequence, model))[:, 0]
-        attended = attended_tokens(model, blocks.shape[2])
-        results["nsa"] = {"attended_tokens": attended, **chosen_blocks.describe(blocks, model.nsa)}
+        first = np.asarray(blocks[0])
+        attended = attended_tokens(model, first.shape[2])
+        results["nsa"] = {"attended_tokens": attended, **chosen_blocks.describe(first, model.nsa)}
     return results
 
 
@@ -131,13 +131,11 @@ def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.nd
 
 
 @partial(jax.jit, static_argnames="model")
-def _measure(params: Params, batch: Batch, model: ModelConfig) -> tuple[Array, Array, Array]:
-    """Summed losses and numbers of targets at positions 1 ... T-1, and which rows are right."""
-    logits, _ = forward(params, batch, model)
+def _measure(
+    params: Params, batch: Batch, model: ModelConfig
+) -> tuple[Array, Array, Array, Int[Array, "L Hkv T n"] | None]:
+    """Summed losses and numbers of targets at positions 1 ... T-1, right rows, and NSA's choice in row 0."""
+    logits, intermediates = forward(params, batch, model)
     losses, mask = target_losses(logits, batch)
-    return jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0), exact_match(logits, batch)
-
-
-@partial(jax.jit, static_argnames="model")
-def _chosen(params: Params, batch: Batch, model: ModelConfig) -> Int[Array, "L B Hkv T n"]:
-    return forward(params, batch, model)[1]["chosen_blocks"]
+    chosen = intermediates["chosen_blocks"][:, 0] if model.attention == "nsa" else None
+    return jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0), exact_match(logits, batch), chosen

@@ -16,6 +16,9 @@ from jaxlab.models import ModelConfig, cast_floats
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 from tests.models.tiny import draw_params
 
+# After a failed read Orbax calls back into an event loop that it has closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = ModelConfig(vocab_size=5, width=4, num_layers=1, num_heads=1, mlp_width=2, norm_eps=1e-6)
 
 

@@ -12,7 +12,7 @@ from jaxlab.checkpoints.native import save_model
 from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.evaluation import evaluate
-from jaxlab.models import count_params, forward
+from jaxlab.models import count_params
 from jaxlab.runs import Run
 from tests.models.tiny import NSA, draw_params, make_config
 
@@ -83,12 +83,12 @@ def test_nsa_tells_what_it_read(make, tmp_path):
     assert (told["length"], told["block_size"]) == (8, NSA.block_size)
     assert [(entry["layer"], entry["group"]) for entry in told["layers"]] == [(0, 0), (0, 1)]
     first = next(iter(evaluate.make_source(config.data).held_out_batches(4, 1, "test")))
-    _, intermediates = jax.jit(lambda p, b: forward(p, b, model))(params, first)
+    chosen = np.asarray(evaluate._measure(params, first, model)[3])  # compiled by the run
     for entry in told["layers"]:
         assert entry["queries"] == list(range(8))
         for t, blocks in zip(entry["queries"], entry["chosen"], strict=True):
-            row = np.asarray(intermediates["chosen_blocks"])[0, 0, entry["group"], t]
-            assert blocks == [b for b in row if b >= 0]
+            assert blocks == [b for b in chosen[0, entry["group"], t] if b >= 0]
+            assert set(blocks) == set(range(t // NSA.block_size + 1))
     assert told["neighbour_overlap"] == [None]  # two blocks in all: nothing to choose
     assert told["attended_tokens"] > 0
 

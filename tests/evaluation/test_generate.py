@@ -17,7 +17,7 @@ from tests.models.tiny import draw_params, make_config
 def successor(vocab):
     """A model that answers token t with t + 1."""
     one = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "mlp_width": 1}
-    model = make_config(vocab_size=vocab, width=vocab, tie_embeddings=False, max_length=8, **one)
+    model = make_config(vocab_size=vocab, width=vocab, tie_embeddings=False, max_length=6, **one)
     params = jax.tree.map(jnp.zeros_like, draw_params(model))
     params["embedding"]["table"] = jnp.eye(vocab)
     params["final_norm"]["scale"] = jnp.ones(vocab)
@@ -36,7 +36,7 @@ def bytes_model(tmp_path_factory):
     ("options", "text"),
     [
         ({"max_new_tokens": 4}, "cdef"),
-        ({}, "cdefgh"),  # up to max_length
+        ({}, "cdef"),  # up to max_length
         ({"stop": "e"}, "cde"),
     ],
 )
@@ -51,18 +51,24 @@ def test_bytes_of_one_letter_are_shown_together():
     assert show(300) == "<300>"
 
 
-def test_a_model_with_words_streams_words(tmp_path, capsys):
+def test_a_model_with_words_reads_and_streams_words(tmp_path, capsys, monkeypatch):
     tokenizer = digits_tokenizer()
-    save_model(tmp_path / "words", *successor(tokenizer.get_vocab_size()), tokenizer)
+    model = make_config(num_layers=1, vocab_size=tokenizer.get_vocab_size())
+    save_model(tmp_path / "words", model, draw_params(model), tokenizer)
     words = [tokenizer.id_to_token(i) for i in range(20, 24)]
-    generate.run(generate.Arguments(str(tmp_path / "words"), prompt=words[0], max_new_tokens=3))
+
+    def following(params, batch, config, **_):
+        return (batch["tokens"][:, -1] + i for i in (1, 2, 3))
+
+    monkeypatch.setattr(generate, "stream", following)
+    generate.run(generate.Arguments(str(tmp_path / "words"), prompt=words[0]))
     assert capsys.readouterr().out.split() == words[1:]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": ""}, "holds 0 tokens; the model takes 1 to 7"),
+        ({"prompt": ""}, "holds 0 tokens; the model takes 1 to 5"),
         ({"prompt": "abcdefgh"}, "holds 8 tokens"),
         ({"prompt": "a", "stop": "ab"}, "is 2 tokens; give one"),
         ({"prompt": "a", "image": "x.png"}, "without vision cannot read x.png"),

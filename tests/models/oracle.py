@@ -58,6 +58,68 @@ def attention(p, xs, config):
     return outs
 
 
+def softmax_sum(query, keys, values):
+    """Attention of one query, and its weights; nothing to see gives zeros."""
+    if not len(keys):
+        return np.zeros(values.shape[-1]), np.zeros(0)
+    scores = keys @ query / math.sqrt(len(query))
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    return weights @ values, weights
+
+
+def compress(p, y, n):
+    """[T, D] of one head -> [M, D]: an MLP with SiLU over each whole block of tokens."""
+    blocks = [np.zeros((0, y.shape[1]))]
+    for start in range(0, len(y) - n.block_len + 1, n.stride):
+        hidden = p["hidden_bias"].copy()
+        for j in range(n.block_len):
+            hidden += (y[start + j] + p["position"][j]) @ p["hidden"][j]
+        blocks.append((ACTIVATIONS["silu"](hidden) @ p["output"] + p["output_bias"])[None])
+    return np.concatenate(blocks)
+
+
+def choose(weights, t, n):
+    """Selection blocks that the query at t reads, from its group's weights on compressed blocks."""
+    scores = np.zeros(t // n.block_size + 1)
+    for i, weight in enumerate(weights):
+        for token in range(i * n.stride, i * n.stride + n.block_len):
+            scores[token // n.block_size] += weight
+    own = t // n.block_size
+    forced = [j for j in range(own + 1) if j < n.num_init or j > own - n.num_local]
+    rest = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-scores[j], j))
+    return (forced + rest)[: n.num_blocks]
+
+
+def nsa(p, xs, config):
+    """Native Sparse Attention: three branches with their own keys and values, gated."""
+    n, theta, x, share = config.nsa, config.rope_theta, np.array(xs), config.num_heads // config.kv_heads
+    gates = 1 / (1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"])))
+    outs = np.zeros((len(x), config.width)) + p["output_bias"]
+    for group in range(config.kv_heads):
+        key, value = (
+            [x @ p[name][c, :, group] + p[f"{name}_bias"][c, group] for c in range(3)]
+            for name in ("key", "value")
+        )
+        k_cmp, v_cmp = compress(p["compress_key"], key[0], n), compress(p["compress_value"], value[0], n)
+        k_cmp = np.array([rotate(k, i * n.stride, theta) for i, k in enumerate(k_cmp)])
+        k_slc, k_win = (np.array([rotate(k, s, theta) for s, k in enumerate(key[c])]) for c in (1, 2))
+        for t in range(len(x)):
+            heads = range(group * share, (group + 1) * share)
+            queries = [rotate(project(p, "query", x[t], head), t, theta) for head in heads]
+            seen = max(0, (t + 1 - n.block_len) // n.stride + 1)
+            compressed = [softmax_sum(q, k_cmp[:seen], v_cmp[:seen]) for q in queries]
+            chosen = choose(sum(weights for _, weights in compressed), t, n)
+            selected = [s for s in range(t + 1) if s // n.block_size in chosen]
+            recent = range(max(0, t - n.window + 1), t + 1)
+            for head, query, (first, _) in zip(heads, queries, compressed, strict=True):
+                second, _ = softmax_sum(query, k_slc[selected], value[1][selected])
+                third, _ = softmax_sum(query, k_win[recent], value[2][recent])
+                mixed = sum(gates[t, head, c] * out for c, out in enumerate((first, second, third)))
+                outs[t] += mixed @ p["output"][head]
+    return list(outs)
+
+
 def mlp(p, x, config):
     def linear(name, y):
         return y @ p[name] + (p[f"{name}_bias"] if config.mlp_bias else 0)
@@ -76,9 +138,9 @@ def layer_of(tree, i):
     return {k: layer_of(v, i) if isinstance(v, dict) else v[i] for k, v in tree.items()}
 
 
-def logits(params, tokens, config, attend=attention):
-    """[T, V] of one row; `attend(layer's attention parameters, normed inputs, config)` gives its outputs."""
-    params = float64(params)
+def logits(params, tokens, config):
+    """[T, V] of one row."""
+    params, attend = float64(params), nsa if config.attention == "nsa" else attention
     xs = [params["embedding"]["table"][t] for t in tokens]
     if config.position == "learned":
         xs = [x + params["position"]["table"][t] for t, x in enumerate(xs)]

@@ -7,55 +7,27 @@ import pytest
 
 from jaxlab.models import Probe, forward, init_cache, positions_of
 from jaxlab.models.layers import rotate
-from tests.kernels_pallas.nsa import oracle as nsa_oracle
 from tests.models import oracle
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
 
 run = jax.jit(forward, static_argnames="config")
+SHAPE = (4, 18)
+"""Of most batches, so that most tests share a compiled function."""
 
 
 def logits(params, batch, config):
     return np.asarray(run(params, batch, config)[0])
 
 
-def nsa_attention(p, xs, config):
-    """NSA composed from its dense oracle: own keys and values per branch, compression, gates."""
-    n, theta, length = config.nsa, config.rope_theta, len(xs)
-    turn = lambda rows, places: np.array(  # noqa: E731
-        [[oracle.rotate(head, at, theta) for head in row] for row, at in zip(rows, places, strict=True)]
-    )
-    x = np.array(xs)
-    query = turn(np.einsum("td,dhk->thk", x, p["query"]) + p["query_bias"], range(length))
-    key = np.einsum("td,cdhk->cthk", x, p["key"]) + p["key_bias"][:, None]
-    value = np.einsum("td,cdhk->cthk", x, p["value"]) + p["value_bias"][:, None]
-    k_cmp, v_cmp = (
-        nsa_oracle.compress(y[0], p[name], n.block_len, n.stride)
-        for name, y in (("compress_key", key), ("compress_value", value))
-    )
-    kv = {
-        "k_cmp": turn(np.asarray(k_cmp), range(0, len(k_cmp) * n.stride, n.stride)), "v_cmp": v_cmp,
-        "k_slc": turn(key[1], range(length)), "v_slc": value[1],
-        "k_win": turn(key[2], range(length)), "v_win": value[2],
-    }  # fmt: skip
-    gates = 1 / (1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"])))
-    row = {name: jnp.asarray(y, jnp.float32) for name, y in {"q": query, "gates": gates, **kv}.items()}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        chosen, _ = nsa_oracle.brute_force_choice(row["q"], row["k_cmp"], length, vars(n))
-        indices = np.array([[(blocks + [-1] * n.num_blocks)[: n.num_blocks] for blocks in g] for g in chosen])
-        out = nsa_oracle.nsa(row, indices, vars(n))[0]
-    return np.einsum("thk,hkd->td", np.asarray(out), p["output"]) + p["output_bias"]
-
-
 @pytest.mark.parametrize("variant", ["rotary", "other", "sliding", "nsa"])
 def test_logits_are_those_of_plain_loops(variant):
     config = make_config(variant)
-    params, tokens = draw_params(config), draw_tokens(config, 2, 15)
-    attend = nsa_attention if variant == "nsa" else oracle.attention
+    params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
     found = logits(params, {"tokens": tokens}, config)
-    for row, row_tokens in zip(found, np.asarray(tokens), strict=True):
-        expected = oracle.logits(params, row_tokens, config, attend)
+    for row, row_tokens in list(zip(found, np.asarray(tokens), strict=True))[:2]:
+        expected = oracle.logits(params, row_tokens, config)
         assert np.abs(expected).max() > 1
-        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=3e-5 if variant == "nsa" else 1e-5)
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_by_hand():
@@ -96,12 +68,12 @@ def test_packed_sequences_are_the_same_alone_and_padding_does_not_matter(variant
     np.testing.assert_allclose(without_segments[2, :8], first_alone[:8], atol=2e-5)
 
 
-@pytest.mark.parametrize(("variant", "reach"), [("rotary", 15), ("sliding", 11), ("nsa", 15)])
+@pytest.mark.parametrize(("variant", "reach"), [("rotary", 18), ("sliding", 11), ("nsa", 18)])
 def test_a_token_is_seen_by_later_ones_only(variant, reach):
     config = make_config(variant)
-    tokens = draw_tokens(config, 1, 15)
-    changed = tokens.at[0, 6].set((tokens[0, 6] + 1) % 13)
-    before, after = logits(draw_params(config), {"tokens": jnp.concatenate([tokens, changed])}, config)
+    tokens = jnp.repeat(draw_tokens(config, 1, SHAPE[1]), SHAPE[0], axis=0)
+    tokens = tokens.at[1, 6].set((tokens[1, 6] + 1) % 13)
+    before, after, *_ = logits(draw_params(config), {"tokens": tokens}, config)
     np.testing.assert_array_equal(before[:6], after[:6])
     assert (np.abs(before[6:reach] - after[6:reach]).max(axis=1) > 1e-4).all()
     # Sliding: two layers of a window of three tokens reach back four.
@@ -169,10 +141,10 @@ def test_one_trace_serves_all_batches_of_a_shape_and_one_token_is_enough():
 
 def test_nsa_tells_which_blocks_it_chose():
     config = make_config("nsa")
-    _, intermediates = run(draw_params(config), {"tokens": draw_tokens(config, 2, 15)}, config)
+    _, intermediates = run(draw_params(config), {"tokens": draw_tokens(config, *SHAPE)}, config)
     chosen = np.asarray(intermediates["chosen_blocks"])
-    assert chosen.shape == (2, 2, 2, 15, NSA.num_blocks)
-    for t in range(15):
+    assert chosen.shape == (2, *SHAPE[:1], 2, SHAPE[1], NSA.num_blocks)
+    for t in range(SHAPE[1]):
         for blocks in chosen[:, :, :, t].reshape(-1, NSA.num_blocks):
             real = [b for b in blocks if b >= 0]
             assert len(real) == min(t // 4 + 1, 3)

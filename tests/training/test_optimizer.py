@@ -9,7 +9,7 @@ import pytest
 
 from jaxlab.errors import ConfigError
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from tests.models.tiny import draw_params, make_config
+from tests.models.tiny import NSA, VISION, draw_params, make_config
 
 
 def named(tree):
@@ -33,11 +33,8 @@ def first_update(model, gradient, **options):
 
 
 def test_matrices_decay_and_nothing_else_does():
-    params, updates = {}, {}
-    for variant in ("other", "nsa", "vision"):
-        p, u = first_update(make_config(variant), 0.0, weight_decay=0.5)
-        params |= p
-        updates |= u
+    everything = make_config("other", attention="nsa", nsa=NSA, vision=VISION, num_layers=1)
+    params, updates = first_update(everything, 0.0, weight_decay=0.5)
     decayed = {name for name, update in updates.items() if (update != 0).any()}
     for name in decayed:
         np.testing.assert_allclose(updates[name], -0.1 * 0.5 * params[name], rtol=1e-5)

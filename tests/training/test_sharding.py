@@ -47,8 +47,7 @@ def on_one_device(variant):
     ("variant", "data", "fsdp", "accumulation"),
     [
         ("rotary", 4, 1, 1),
-        ("rotary", 1, 4, 1),
-        ("rotary", 2, 2, 2),
+        ("rotary", 1, 4, 2),
         ("vision", 2, 2, 1),
         pytest.param("nsa", 2, 2, 1, marks=pytest.mark.slow),
     ],
