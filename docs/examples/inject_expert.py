@@ -1,4 +1,4 @@
-"""Inject an expert into the language model of a VLM: pure functions on parameter pytrees, here on random ones."""
+"""Inject an expert into the language model of a VLM: pure functions on pytrees, here on random ones."""
 
 import dataclasses
 
@@ -15,7 +15,10 @@ def main() -> dict:
     multimodal = dataclasses.replace(text, vision=VisionConfig(num_layers=1, width=32, image_token=63))
     base = init_params(text, jax.random.key(0))
     expert = jax.tree.map(lambda x: x + 0.01 * jnp.sin(x * 1000), base)  # stands for a fine-tuned expert
-    vlm = {**init_params(multimodal, jax.random.key(1)), **jax.tree.map(lambda x: x + 0.01 * jnp.cos(x * 999), base)}
+    vlm = {
+        **init_params(multimodal, jax.random.key(1)),
+        **jax.tree.map(lambda x: x + 0.01 * jnp.cos(x * 999), base),
+    }
 
     merged, account = inject(vlm, expert, base, operator="ties", lambda_v=0.9, lambda_e=0.4, density=0.5)
     print(account.table())

@@ -1,4 +1,4 @@
-"""Train a small byte-level LM with Native Sparse Attention on Python's standard library, then let it write."""
+"""Train a small byte-level LM with Native Sparse Attention on Python's own library, then let it write."""
 
 import dataclasses
 

@@ -163,6 +163,6 @@ def model_identity(path: str | Path) -> str:
 
 
 def made_by(path: str | Path) -> dict[str, Any] | None:
-    """What a shipped model folder says of its making (made_by.json: config, command, commit, results); None without."""
+    """What a shipped model folder says of its making: config, command, commit, results; None without."""
     file = Path(path) / MADE_BY
     return dict(json.loads(file.read_text())) if file.is_file() else None

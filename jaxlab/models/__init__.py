@@ -1,7 +1,7 @@
 """Functional Flax models: one decoder, with or without vision, on one parameter pytree."""
 
 from jaxlab.models.attention import Cache, init_cache
-from jaxlab.models.config import ModelConfig, NSAConfig, VisionConfig
+from jaxlab.models.config import ModelConfig, MoEConfig, NSAConfig, RopeConfig, VisionConfig
 from jaxlab.models.decoder import Batch, forward, positions_of
 from jaxlab.models.generation import generate, stream
 from jaxlab.models.modules import (
@@ -18,10 +18,12 @@ from jaxlab.models.probe import Probe
 __all__ = [
     "Batch",
     "Cache",
+    "MoEConfig",
     "ModelConfig",
     "NSAConfig",
     "Params",
     "Probe",
+    "RopeConfig",
     "VisionConfig",
     "abstract_params",
     "cast_floats",

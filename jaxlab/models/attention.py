@@ -7,21 +7,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.config import ModelConfig
-from jaxlab.models.layers import rotate
+from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
+from jaxlab.models.rotary import Rotary, rotary_table, rotate
 from kernels_pallas.nsa import compress_blocks, nsa_attention
 
 
 class Where(NamedTuple):
     """Where the tokens of a batch stand: what every layer's attention needs to know of them."""
 
-    positions: Int[Array, "B T"]
-    """Position within the sequence, for rotary and learned positions."""
+    positions: Int[Array, "B T *axes"]
+    """Position within the sequence; with M-RoPE its three coordinates."""
     segment_ids: Int[Array, "B T"] | None = None
     """Packed sequences; 0 is padding. None: one sequence a row, no padding."""
     rows: Int[Array, "B T"] | None = None
     """With a cache: the row of the cache that each token takes."""
+    together: Int[Array, "B T"] | None = None
+    """Tokens of one number above 0 see each other whatever their order (the patches of an image)."""
+    local_segments: Int[Array, "B T"] | None = None
+    """Segments of sliding layers, where they are others (the windows of a vision tower)."""
+    rotary: Rotary | None = None
+    local_rotary: Rotary | None = None
+    """Turns of full and of sliding layers; None: attention has no rotary positions."""
 
 
 class Cache(NamedTuple):
@@ -34,6 +42,8 @@ class Cache(NamedTuple):
     value: Float[Array, "L B ..."]
     length: Int[Array, " B"]
     """Tokens held, for each sequence."""
+    offset: Int[Array, " B"]
+    """By how much the next position exceeds its row (M-RoPE: an image has fewer positions than rows)."""
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
@@ -45,6 +55,7 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
         jnp.zeros((*shape, config.key_dim), dtype),
         jnp.zeros((*shape, config.value_dim), dtype),
         jnp.zeros((batch_size,), jnp.int32),
+        jnp.zeros((batch_size,), jnp.int32),
     )
 
 
@@ -54,37 +65,54 @@ def attention(
     where: Where,
     config: ModelConfig,
     *,
+    kind: str = "full",
     causal: bool = True,
     probe: Probe | None = None,
     cache: tuple[Array, Array] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Int[Array, "B Hkv T n"] | None]:
-    """Attention of one layer on its normed input.
+    """Attention of one layer, of a kind of `config.kinds`, on its normed input.
 
     Returns the output, the layer's cache with these tokens in it, and the blocks that NSA chose. `probe` is
     the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
     """
+    rotary = where.local_rotary if kind == "sliding" else where.rotary
     q = _project(params, "query", x, "btd,dhk->bthk")
-    if config.attention == "nsa":
+    if kind == "nsa":
         k = _project(params, "key", x, "btd,cdhk->bcthk")
         v = _project(params, "value", x, "btd,cdhk->bcthk")
     else:
         k = _project(params, "key", x, "btd,dhk->bthk")
         v = _project(params, "value", x, "btd,dhk->bthk")
-        if config.position == "rotary":
-            k = rotate(k, where.positions, config.rope_theta)
-    if config.position == "rotary":
-        q = rotate(q, where.positions, config.rope_theta)
+    if config.qk_norm != "none":
+        q = _head_norm(params["query_norm"], q, config)
+        k = _head_norm(params["key_norm"], k, config)
+    if rotary is not None:
+        q = rotate(q, rotary, config.rope.interleaved)
+        if kind != "nsa":
+            k = rotate(k, rotary, config.rope.interleaved)
 
     if cache is not None:
         cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
-    if config.attention == "nsa":
+    if kind == "nsa":
         out, chosen = _nsa(params, x, q, k, v, where, config, probe, cached=cache is not None)
     else:
-        out, chosen = _dense(q, k, v, where, config, causal, probe, cached=cache is not None), None
+        window = config.window if kind == "sliding" else None
+        if kind == "sliding" and where.local_segments is not None:
+            where, window = where._replace(segment_ids=where.local_segments), None
+        out, chosen = _dense(q, k, v, where, config, window, causal, probe, cached=cache is not None), None
     y = jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype))
-    if config.attention_bias:
+    if config.has_output_bias:
         y = y + params["output_bias"].astype(x.dtype)[None, None]
     return y, cache, chosen
+
+
+def _head_norm(
+    params: Params, x: Float[Array, "*rows H K"], config: ModelConfig
+) -> Float[Array, "*rows H K"]:
+    """Queries or keys normed over each head, or over all heads together."""
+    if config.qk_norm == "head":
+        return norm(params, x, config)
+    return norm(params, x.reshape(*x.shape[:-2], -1), config).reshape(x.shape)
 
 
 def _project(params: Params, name: str, x: Array, equation: str) -> Array:
@@ -108,17 +136,21 @@ def _dense(
     v: Array,
     where: Where,
     config: ModelConfig,
+    window: int | None,
     causal: bool,
     probe: Probe | None,
     cached: bool,
 ) -> Array:
-    window = config.window if config.attention == "sliding" else None
+    scale = config.key_dim**-0.5 if config.attention_scale is None else config.attention_scale
     if probe is not None:
-        return probed_attention(q, k, v, probe, segment_ids=where.segment_ids, window=window)
+        if config.attention_softcap is not None or where.together is not None:
+            raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
+        return probed_attention(q, k, v, probe, segment_ids=where.segment_ids, window=window, scale=scale)
     if config.attention_implementation == "xla":
-        return _softmax_attention(q, k, v, _mask(where, k.shape[1], window, causal, cached))
-    kwargs: dict[str, Any] = {"implementation": config.attention_implementation}
-    if not cached and where.segment_ids is None:
+        mask = _mask(where, k.shape[1], window, causal, cached)
+        return _softmax_attention(q, k, v, mask, scale, config.attention_softcap)
+    kwargs: dict[str, Any] = {"implementation": config.attention_implementation, "scale": scale}
+    if not cached and where.segment_ids is None and where.together is None:
         kwargs |= {"is_causal": causal, "local_window_size": None if window is None else (window - 1, 0)}
     else:
         kwargs["mask"] = _mask(where, k.shape[1], window, causal, cached)[:, None]
@@ -131,12 +163,14 @@ def _softmax_attention(
     k: Float[Array, "B S Hkv Dk"],
     v: Float[Array, "B S Hkv Dv"],
     mask: Bool[Array, "B T S"],
+    scale: float,
+    cap: float | None,
 ) -> Float[Array, "B T H Dv"]:
     """Scores and softmax in float32. Dk and Dv may differ, unlike in jax.nn.dot_product_attention."""
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("bthgd,bshd->bhgts", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("bthgd,bshd->bhgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(mask[:, None, None], softcap(scores, cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhgts,bshd->bthgd", weights, v).reshape(batch, length, heads, v.shape[-1])
 
@@ -144,13 +178,22 @@ def _softmax_attention(
 def _mask(
     where: Where, source_len: int, window: int | None, causal: bool, cached: bool
 ) -> Bool[Array, "B T S"]:
-    batch, target_len = where.positions.shape
+    batch, target_len = where.positions.shape[:2]
     targets = where.rows if cached else jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
     assert targets is not None
     behind = targets[:, :, None] - jnp.arange(source_len)[None, None]
     mask = behind >= 0 if causal else jnp.ones_like(behind, dtype=bool)
     if window is not None:
         mask &= behind < window
+    if where.together is not None:
+        of_sources = where.together
+        if cached:  # rows that were read before belong to no image of this batch
+            empty = jnp.zeros((batch, source_len), jnp.int32)
+            of_sources = jax.vmap(lambda e, n, r: e.at[r].set(n, mode="drop"))(
+                empty, where.together, where.rows
+            )
+        same = where.together[:, :, None] == of_sources[:, None, :]
+        mask |= same & (where.together > 0)[:, :, None]
     if where.segment_ids is not None and not cached:
         mask &= where.segment_ids[:, :, None] == where.segment_ids[:, None, :]
     return mask
@@ -182,13 +225,14 @@ def _nsa(
         rows = jnp.arange(k_slc.shape[1], dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(rows, k_slc.shape[:2]) if cached else where.positions
         starts = positions[:, : k_cmp.shape[1] * n.stride : n.stride]
-        k_cmp = rotate(k_cmp, starts, config.rope_theta)
-        k_slc = rotate(k_slc, positions, config.rope_theta)
-        k_win = rotate(k_win, positions, config.rope_theta)
+        at_starts, at_tokens = (rotary_table(p, config.rope, config.rotary_dim) for p in (starts, positions))
+        k_cmp = rotate(k_cmp, at_starts, config.rope.interleaved)
+        k_slc = rotate(k_slc, at_tokens, config.rope.interleaved)
+        k_win = rotate(k_win, at_tokens, config.rope.interleaved)
     operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], _gates(params["gate"], x))
     sizes: dict[str, Any] = {
         "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
-        "num_init": n.num_init, "num_local": n.num_local, "window": n.window,
+        "num_init": n.num_init, "num_local": n.num_local, "window": n.window, "scale": config.attention_scale,
     }  # fmt: skip
     if probe is not None:
         return probed_nsa_attention(*operands, probe, segment_ids=where.segment_ids, **sizes), None

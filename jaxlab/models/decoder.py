@@ -8,15 +8,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.models.attention import Cache, Where
 from jaxlab.models.config import ModelConfig
-from jaxlab.models.layers import norm
+from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe
+from jaxlab.models.rotary import tables
 from jaxlab.models.stack import stack
 from jaxlab.models.vision import encode_images, place_images
 
 Batch = dict[str, Any]
-"""tokens int32[B, T]; where they apply segment_ids int32[B, T] (0 = padding), positions int32[B, T],
-images float32[B, n_images, height, width, channels]."""
+"""tokens int32[B, T]; where they apply segment_ids int32[B, T] (0 = padding), positions int32[B, T] or with
+M-RoPE int32[B, T, 3], together int32[B, T] (tokens of one number above 0 see each other), images
+float32[B, n_images, height, width, channels]."""
 
 
 def forward(
@@ -35,7 +37,8 @@ def forward(
 
     Returns:
       float32 logits and the named intermediates: "hidden" [B, T, D] after the last norm, "cache" where one
-      was given, "chosen_blocks" int32[L, B, Hkv, T, n] with NSA. Unused ones cost nothing under jit.
+      was given, "chosen_blocks" int32[L, B, Hkv, T, n] with NSA, "balance_loss" float32[layers] with experts.
+      Unused ones cost nothing under jit.
 
     Raises:
       ValueError: images for a model without vision, or a probe together with a cache.
@@ -44,8 +47,9 @@ def forward(
         raise ValueError("the batch holds images, the model has no vision")
     if probe is not None and cache is not None:
         raise ValueError("a probe reads whole sequences; it cannot be used with a cache")
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
     tokens = batch["tokens"]
-    where = _where(batch, cache)
+    where = _where(batch, config, cache)
     x = params["embedding"]["table"].astype(config.compute_dtype)[tokens]
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -54,27 +58,53 @@ def forward(
         x = place_images(x, tokens, patches, config.vision.image_token)
     if config.position == "learned":
         x = x + params["position"]["table"].astype(x.dtype)[where.positions]
-    x, caches, chosen = stack(params["layers"], x, where, config, probe=probe, cache=cache)
+    layers = stack(
+        params["layers"], x, where, config, dense_params=params.get("dense_layers"), probe=probe, cache=cache
+    )
 
-    x = norm(params["final_norm"], x, config)
+    x = norm(params["final_norm"], layers.x, config)
     head = params["embedding"]["table"].T if config.tie_embeddings else params["head"]["table"]
     logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    if config.head_bias:
+        logits = logits + params["head"]["bias"].astype(jnp.float32)[None, None]
+    logits = softcap(logits, config.logit_softcap)
     intermediates: dict[str, Any] = {"hidden": x}
-    if chosen is not None:
-        intermediates["chosen_blocks"] = chosen
-    if cache is not None and caches is not None:
-        intermediates["cache"] = Cache(*caches, cache.length + _lengths(batch))
+    if layers.chosen_blocks is not None:
+        intermediates["chosen_blocks"] = layers.chosen_blocks
+    if layers.balance is not None:
+        intermediates["balance_loss"] = layers.balance
+    if cache is not None and layers.caches is not None:
+        length = cache.length + _lengths(batch)
+        offset = _next_position(batch, where) - length if "positions" in batch else cache.offset
+        intermediates["cache"] = Cache(*layers.caches, length, offset)
     return logits, intermediates
 
 
-def _where(batch: Batch, cache: Cache | None) -> Where:
+def _where(batch: Batch, config: ModelConfig, cache: Cache | None) -> Where:
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    rows = None
     if cache is not None:
         rows = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        return Where(rows, segment_ids, rows)
     if "positions" in batch:
-        return Where(batch["positions"], segment_ids)
-    return Where(positions_of(tokens, segment_ids), segment_ids)
+        positions = batch["positions"]
+    elif cache is not None and rows is not None:
+        positions = rows + cache.offset[:, None]
+    else:
+        positions = positions_of(tokens, segment_ids)
+    rotary, local_rotary = tables(positions, config)
+    return Where(
+        positions, segment_ids, rows, batch.get("together"), rotary=rotary, local_rotary=local_rotary
+    )
+
+
+def _next_position(batch: Batch, where: Where) -> Int[Array, " B"]:
+    """One more than the last position of each row's tokens, whatever coordinate it is of."""
+    positions = where.positions
+    if positions.ndim == 3:
+        positions = jnp.max(positions, axis=-1)
+    if "segment_ids" in batch:
+        positions = jnp.where(batch["segment_ids"] != 0, positions, -1)
+    return jnp.max(positions, axis=1) + 1
 
 
 def _lengths(batch: Batch) -> Int[Array, " B"]:

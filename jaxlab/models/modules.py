@@ -48,10 +48,13 @@ def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
 
 
 class Norm(nnx.Module):
-    def __init__(self, config: ModelConfig):
-        self.scale = nnx.Param(jnp.ones((config.width,), jnp.float32), axes=("embed",))
+    """Over `size` features, of the width by default."""
+
+    def __init__(self, config: ModelConfig, size: int | None = None, axis: str = "embed"):
+        size = config.width if size is None else size
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, jnp.float32), axes=(axis,))
         if config.norm == "layer":
-            self.bias = zeros((config.width,), ("embed",))
+            self.bias = zeros((size,), (axis,))
 
 
 class Attention(nnx.Module):
@@ -74,7 +77,12 @@ class Attention(nnx.Module):
             self.value_bias = zeros(
                 (*branch, c.kv_heads, c.value_dim), (*branch_axes, "kv_heads", "head_dim")
             )
+        if c.has_output_bias:
             self.output_bias = zeros((c.width,), ("embed",))
+        if c.qk_norm != "none":
+            heads = (c.num_heads, c.kv_heads) if c.qk_norm == "width" else (1, 1)
+            self.query_norm = Norm(c, heads[0] * c.key_dim, "head_dim")
+            self.key_norm = Norm(c, heads[1] * c.key_dim, "head_dim")
         if c.attention == "nsa":
             self.compress_key = Compressor(c, c.key_dim, numbers)
             self.compress_value = Compressor(c, c.value_dim, numbers)
@@ -110,26 +118,49 @@ class Gate(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, numbers: Numbers, residual_scale: float):
+    def __init__(self, config: ModelConfig, numbers: Numbers, residual_scale: float, width: int):
         c, std = config, config.initializer_range
         if c.mlp == "gated":
-            self.gate = normal(numbers, (c.width, c.mlp_width), ("embed", "mlp"), std)
-        self.up = normal(numbers, (c.width, c.mlp_width), ("embed", "mlp"), std)
-        self.down = normal(numbers, (c.mlp_width, c.width), ("mlp", "embed"), std * residual_scale)
+            self.gate = normal(numbers, (c.width, width), ("embed", "mlp"), std)
+        self.up = normal(numbers, (c.width, width), ("embed", "mlp"), std)
+        self.down = normal(numbers, (width, c.width), ("mlp", "embed"), std * residual_scale)
         if c.mlp_bias:
             if c.mlp == "gated":
-                self.gate_bias = zeros((c.mlp_width,), ("mlp",))
-            self.up_bias = zeros((c.mlp_width,), ("mlp",))
+                self.gate_bias = zeros((width,), ("mlp",))
+            self.up_bias = zeros((width,), ("mlp",))
             self.down_bias = zeros((c.width,), ("embed",))
 
 
+class Experts(nnx.Module):
+    """Routed experts, and the shared ones as one MLP."""
+
+    def __init__(self, config: ModelConfig, numbers: Numbers, residual_scale: float):
+        c, m, std = config, config.moe, config.initializer_range
+        inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        self.router = normal(numbers, (c.width, m.num_experts), ("embed", "experts"), std)
+        self.gate = normal(numbers, (m.num_experts, c.width, m.width), inward, std)
+        self.up = normal(numbers, (m.num_experts, c.width, m.width), inward, std)
+        self.down = normal(numbers, (m.num_experts, m.width, c.width), outward, std * residual_scale)
+        if m.shared_width:
+            self.shared = MLP(c, numbers, residual_scale, m.shared_width)
+        if m.shared_gate:
+            self.shared_gate = normal(numbers, (c.width,), ("embed",), std)
+
+
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, numbers: Numbers):
+    def __init__(self, config: ModelConfig, numbers: Numbers, dense: bool = False):
         residual_scale = (2 * config.num_layers) ** -0.5
         self.attention_norm = Norm(config)
         self.attention = Attention(config, numbers, residual_scale)
-        self.mlp_norm = Norm(config)
-        self.mlp = MLP(config, numbers, residual_scale)
+        if not config.parallel:
+            self.mlp_norm = Norm(config)
+        if config.post_norms:
+            self.attention_post_norm = Norm(config)
+            self.mlp_post_norm = Norm(config)
+        if config.moe.num_experts and not dense:
+            self.moe = Experts(config, numbers, residual_scale)
+        else:
+            self.mlp = MLP(config, numbers, residual_scale, config.mlp_width)
 
 
 class Edges(nnx.Module):
@@ -145,6 +176,8 @@ class Edges(nnx.Module):
         self.final_norm = Norm(c)
         if not c.tie_embeddings:
             self.head = nnx.Dict(table=normal(numbers, (c.width, c.vocab_size), ("embed", "vocab"), std))
+            if c.head_bias:
+                self.head.bias = zeros((c.vocab_size,), ("vocab",))
 
 
 class VisionEdges(nnx.Module):
@@ -192,20 +225,24 @@ def _draw(make: Callable[[Numbers], Params], key: Key[Array, ""]) -> Params:
     return make(Numbers(jax.random.normal(key, (counted.taken,), jnp.float32)))
 
 
-def _stack(config: ModelConfig, key: Key[Array, ""]) -> Params:
-    """The layers, one after the other: only one layer's numbers exist besides the result."""
-    layer = lambda k: _draw(lambda numbers: _values(Layer(config, numbers)), k)  # noqa: E731
-    return jax.lax.map(layer, jax.random.split(key, config.num_layers))
+def _stack(config: ModelConfig, key: Key[Array, ""], count: int, dense: bool = False) -> Params:
+    """Layers, one after the other: only one layer's numbers exist besides the result."""
+    layer = lambda k: _draw(lambda numbers: _values(Layer(config, numbers, dense)), k)  # noqa: E731
+    return jax.lax.map(layer, jax.random.split(key, count))
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     """Initial float32 parameters of `config`: a nested dict, the layers stacked on a leading axis L.
 
-    Jit it with `out_shardings` to make each shard where it will live.
+    The first layers of a mixture of experts that have a plain MLP stand apart, in `dense_layers`. Jit it with
+    `out_shardings` to make each shard where it will live.
     """
     edges, layers, vision_edges, vision_layers = jax.random.split(key, 4)
     params = _draw(lambda numbers: _values(Edges(config, numbers)), edges)
-    params["layers"] = _stack(config, layers)
+    params["layers"] = _stack(config, layers, config.num_layers - config.dense_layers)
+    if config.dense_layers:
+        dense = jax.random.fold_in(layers, config.num_layers)
+        params["dense_layers"] = _stack(config, dense, config.dense_layers, dense=True)
     if not config.has_vision:
         return params
 
@@ -214,7 +251,7 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
         return {"vision": edges, "projector": _values(Projector(config, numbers))}
 
     params |= _draw(vision, vision_edges)
-    params["vision"]["layers"] = _stack(config.tower, vision_layers)
+    params["vision"]["layers"] = _stack(config.tower, vision_layers, config.vision.num_layers)
     return params
 
 
@@ -225,10 +262,12 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """Logical axis names of every parameter, in the tree of `init_params`."""
-    stacked = lambda c: jax.tree.map(  # noqa: E731
-        lambda a: Axes(("layers", *a)), _axes(lambda: Layer(c, Numbers()))
+    stacked = lambda c, dense=False: jax.tree.map(  # noqa: E731
+        lambda a: Axes(("layers", *a)), _axes(lambda: Layer(c, Numbers(), dense))
     )
     axes = {**_axes(lambda: Edges(config, Numbers())), "layers": stacked(config)}
+    if config.dense_layers:
+        axes["dense_layers"] = stacked(config, dense=True)
     if config.has_vision:
         axes["vision"] = {**_axes(lambda: VisionEdges(config, Numbers())), "layers": stacked(config.tower)}
         axes["projector"] = _axes(lambda: Projector(config, Numbers()))

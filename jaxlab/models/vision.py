@@ -27,7 +27,7 @@ def encode_images(
     x = x @ vision["patch"]["table"].astype(x.dtype) + vision["patch"]["bias"].astype(x.dtype)[None, None]
     x = x + vision["position"]["table"].astype(x.dtype)[None]
     where = Where(jnp.zeros(x.shape[:2], jnp.int32))
-    x, _, _ = stack(vision["layers"], x, where, config.tower, causal=False)
+    x = stack(vision["layers"], x, where, config.tower, causal=False).x
     x = norm(vision["final_norm"], x, config.tower)
     p = jax.tree.map(lambda w: w.astype(x.dtype), params["projector"])
     x = jax.nn.gelu(x @ p["hidden"] + p["hidden_bias"][None, None], approximate=False)

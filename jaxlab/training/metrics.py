@@ -13,16 +13,15 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def attended_tokens(config: ModelConfig, length: int) -> float:
-    """Keys that a query reads, averaged over the positions of a sequence.
+    """Keys that a query reads, averaged over the positions of a sequence and the layers.
 
     For NSA the sum over its branches, compressed keys included, with as many selection blocks as it may
     choose, the query's own among them.
     """
     within = lambda w: sum(min(t + 1, w) for t in range(length)) / length  # noqa: E731
-    if config.attention == "full":
-        return within(length)
-    if config.attention == "sliding":
-        return within(config.window)
+    if config.attention != "nsa":
+        sliding = config.kinds.count("sliding") / config.num_layers
+        return sliding * within(config.window) + (1 - sliding) * within(length)
     n = config.nsa
     compressed = sum(max(0, (t + 1 - n.block_len) // n.stride + 1) for t in range(length)) / length
     before = lambda t: min(t // n.block_size, n.num_blocks - 1) * n.block_size  # noqa: E731
@@ -33,13 +32,20 @@ def attended_tokens(config: ModelConfig, length: int) -> float:
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """6 for each parameter of the layers and the head, and for each attended key and channel: forward 2,
     backward 4. The head counts tied or not, the embedding's lookup does not. NSA's compression is applied to
-    every block and key/value head, not to every token. Vision is not counted.
+    every block and key/value head, not to every token. Of the routed experts those that a token passes
+    through count. Vision is not counted.
     """
-    layers = abstract_params(config.language)["layers"]
+    params = abstract_params(config.language)
+    layers = params["layers"]
     matmul = float(count_params(layers) + config.vocab_size * config.width)
+    if config.dense_layers:
+        matmul += count_params(params["dense_layers"])
     if config.attention == "nsa":
         compression = sum(count_params(layers["attention"][f"compress_{name}"]) for name in ("key", "value"))
         matmul += compression * (config.kv_heads / config.nsa.stride - 1.0)
+    if config.moe.num_experts:
+        routed = sum(layers["moe"][name].size for name in ("gate", "up", "down"))
+        matmul -= routed * (1.0 - config.moe.experts_per_token / config.moe.num_experts)
     attention = config.num_layers * config.num_heads * (config.key_dim + config.value_dim)
     return 6.0 * (matmul + attention * attended_tokens(config, length))
 

@@ -16,6 +16,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "block": None,
     "branch": None,
     "compress": "fsdp",
+    "experts": None,
     "gate": None,
     "head_dim": None,
     "heads": None,

@@ -10,7 +10,8 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 def load(name: str):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -18,8 +19,11 @@ def load(name: str):
 
 def test_information_flow():
     means = load("information_flow").main()
-    assert means.shape == (3, 3, 3) and np.isfinite(means).all()
-    assert means[-1, 1, 0] == 0.0  # the loss is at the last token: nothing flows into labels in the last layer
+    assert means.shape == (3, 3, 3)
+    assert np.isfinite(means).all()
+    assert (
+        means[-1, 1, 0] == 0.0
+    )  # the loss is at the last token: nothing flows into labels in the last layer
     assert means[0, 1, 0] > 0.0
 
 

@@ -38,7 +38,7 @@ def project(p, name, x, head):
 
 
 def attention(p, xs, config):
-    theta, share, outs = config.rope_theta, config.num_heads // config.kv_heads, []
+    theta, share, outs = config.rope.theta, config.num_heads // config.kv_heads, []
     for t, x in enumerate(xs):
         total = p["output_bias"].copy() if config.attention_bias else np.zeros(config.width)
         for head in range(config.num_heads):
@@ -93,7 +93,7 @@ def choose(weights, t, n):
 
 def nsa(p, xs, config):
     """Native Sparse Attention: three branches with their own keys and values, gated."""
-    n, theta, x, share = config.nsa, config.rope_theta, np.array(xs), config.num_heads // config.kv_heads
+    n, theta, x, share = config.nsa, config.rope.theta, np.array(xs), config.num_heads // config.kv_heads
     gates = 1 / (1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"])))
     outs = np.zeros((len(x), config.width)) + p["output_bias"]
     for group in range(config.kv_heads):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.models import Probe, forward, init_cache, positions_of
-from jaxlab.models.layers import rotate
+from jaxlab.models import Probe, RopeConfig, forward, init_cache, positions_of
+from jaxlab.models.rotary import rotary_table, rotate
 from tests.models import oracle
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
 
@@ -32,9 +32,10 @@ def test_logits_are_those_of_plain_loops(variant):
 
 def test_rotary_by_hand():
     x = jnp.asarray([[[[1.0, 2.0, 3.0, 4.0]]]])
-    turned = rotate(x, jnp.asarray([[0]], jnp.int32), 16.0)
+    at = lambda position: rotary_table(jnp.asarray([[position]], jnp.int32), RopeConfig(theta=16.0), 4)  # noqa: E731
+    turned = rotate(x, at(0))
     np.testing.assert_array_equal(turned, x)
-    turned = rotate(x, jnp.asarray([[2]], jnp.int32), 16.0)  # pair 0 by 2, pair 1 by 2 / 4
+    turned = rotate(x, at(2))  # pair 0 by 2, pair 1 by 2 / 4
     expected = [
         np.cos(2) - 3 * np.sin(2),
         2 * np.cos(0.5) - 4 * np.sin(0.5),

@@ -9,6 +9,7 @@ from jaxlab.errors import ConfigError
 from jaxlab.models import (
     ModelConfig,
     NSAConfig,
+    RopeConfig,
     VisionConfig,
     abstract_params,
     count_params,
@@ -130,7 +131,7 @@ def test_sharding_table_refuses():
         (lambda: ModelConfig(num_heads=4, num_kv_heads=3), "num_kv_heads"),
         (lambda: ModelConfig(width=10, num_heads=4), "num_heads"),
         (lambda: ModelConfig(head_dim=5), "head_dim"),
-        (lambda: ModelConfig(rope_theta=0.0), "rope_theta"),
+        (lambda: RopeConfig(theta=0.0), "theta"),
         (lambda: ModelConfig(attention_implementation="cudnn"), "attention_implementation"),
         (lambda: ModelConfig(vision=VisionConfig(num_layers=1, image_token=256)), "vision.image_token"),
         (lambda: VisionConfig(num_layers=-1), "num_layers"),
