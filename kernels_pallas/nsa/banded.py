@@ -21,9 +21,13 @@ from kernels_pallas.nsa.tiling import (
     ceil_div,
     chunk_places,
     finite,
+    for_each_head,
     from_chunks,
+    heads_first,
+    merge,
     pad_axis,
     query_chunk,
+    split,
     tile_elements,
     to_chunks,
 )
@@ -69,22 +73,33 @@ def _tile_range(band: Band, tiles: Tiles, positions: Array) -> tuple[Array, Arra
     return start // tiles.keys, -((-end) // tiles.keys)
 
 
-def _visible(band: Band, tiles: Tiles, here: Places, key_segments: Array | None, tile: Array) -> Array:
-    """Mask [B, 1, T, 1, keys] of one chunk of queries against one tile of keys."""
+def _visible(band: Band, tiles: Tiles, rows: Places, key_segments: Array | None, tile: Array) -> Array:
+    """Mask [B, 1, rows, keys] of one chunk's rows against one tile of keys."""
     index = tile * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)
-    age = here.q_positions[:, :, None] - (index * band.stride + band.offset)[None, None, :]
+    age = rows.q_positions[:, :, None] - (index * band.stride + band.offset)[None, None, :]
     mask = (age >= 0) & (index < tiles.num_keys)[None, None, :]
     if band.window is not None:
         mask &= age < band.window
-    if here.q_segments is not None and key_segments is not None:
+    if rows.q_segments is not None and key_segments is not None:
         segments = lax.dynamic_slice_in_dim(key_segments, tile * tiles.keys, tiles.keys, axis=1)
-        mask &= (here.q_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    return mask[:, None, :, None, :]
+        mask &= (rows.q_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    return mask[:, None]
 
 
-def _heads_first(x: Array) -> Array:
-    """[B, T, Hkv, ...] -> [B, Hkv, T, ...]."""
-    return jnp.moveaxis(x, 2, 1)
+def _rows(x: Array) -> Array:
+    """[B, T, Hkv, G, ...] -> [B, Hkv, T * G, ...]."""
+    return merge(heads_first(x), 2)
+
+
+def _row_places(here: Places, groups: int) -> Places:
+    """The query side for each row."""
+    segments = None if here.q_segments is None else for_each_head(here.q_segments, groups)
+    return Places(for_each_head(here.q_positions, groups), segments)
+
+
+def _queries(x: Array, groups: int) -> Array:
+    """[B, Hkv, T * G, ...] -> [B, T, Hkv, G, ...]."""
+    return heads_first(split(x, 2, groups))
 
 
 def _tile(x: Array, tile: Array, size: int) -> Array:
@@ -119,44 +134,41 @@ def banded_attention(
 
 
 def _forward(band: Band, q: Array, k: Array, v: Array, places: Places) -> tuple[Array, Array]:
-    length, dtype = q.shape[1], accumulator(q.dtype)
+    length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
     tiles = _tiles(q, k.shape[1])
     keys, values, key_segments = _padded(tiles, k, v, places)
 
     def one_chunk(chunk: tuple[Array, Places]) -> tuple[Array, Array]:
-        q_chunk, here = chunk
-        q_chunk = _heads_first(q_chunk)
+        q_chunk, here = _rows(chunk[0]), chunk[1]
+        rows = _row_places(here, groups)
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = state
-            scores = jnp.einsum(
-                "bhtgd,bhsd->bhtgs", q_chunk, _tile(keys, tile, tiles.keys), preferred_element_type=dtype
-            )
-            mask = _visible(band, tiles, here, key_segments, tile)
+            k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
+            scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
+            mask = _visible(band, tiles, rows, key_segments, tile)
             scores = jnp.where(mask, scores * band.scale, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - finite(new_top)[..., None])
             fade = jnp.exp(top - finite(new_top))
             added = jnp.einsum(
-                "bhtgs,bhsd->bhtgd",
-                weights.astype(v.dtype),
-                _tile(values, tile, tiles.keys),
-                preferred_element_type=dtype,
+                "bhrs,bhsd->bhrd", weights.astype(v.dtype), v_tile, preferred_element_type=dtype
             )
             return new_top, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + added
 
-        rows = q_chunk.shape[:-1]
+        shape = q_chunk.shape[:-1]
         state = (
-            jnp.full(rows, -jnp.inf, dtype),
-            jnp.zeros(rows, dtype),
-            jnp.zeros((*rows, v.shape[-1]), dtype),
+            jnp.full(shape, -jnp.inf, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((*shape, v.shape[-1]), dtype),
         )
         start, end = _tile_range(band, tiles, here.q_positions)
         top, total, out = lax.fori_loop(start, end, one_tile, state)
         seen = total > 0
         total = jnp.where(seen, total, jnp.ones_like(total))
         lse = jnp.where(seen, finite(top) + jnp.log(total), -jnp.inf)
-        return _heads_first((out / total[..., None]).astype(q.dtype)), _heads_first(lse)
+        out = (out / total[..., None]).astype(q.dtype)
+        return _queries(out, groups), _queries(lse, groups)
 
     out, lse = lax.map(one_chunk, (to_chunks(q, tiles.queries), chunk_places(places, tiles.queries)))
     return from_chunks(out, length), from_chunks(lse, length)
@@ -165,8 +177,8 @@ def _forward(band: Band, q: Array, k: Array, v: Array, places: Places) -> tuple[
 def _padded(tiles: Tiles, k: Array, v: Array, places: Places) -> tuple[Array, Array, Array | None]:
     segments = places.key_segments
     return (
-        pad_axis(_heads_first(k), 2, tiles.keys),
-        pad_axis(_heads_first(v), 2, tiles.keys),
+        pad_axis(heads_first(k), 2, tiles.keys),
+        pad_axis(heads_first(v), 2, tiles.keys),
         None if segments is None else pad_axis(segments, 1, tiles.keys),
     )
 
@@ -181,7 +193,7 @@ def _forward_saving(
 def _backward(band: Band, saved: _Saved, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
     q, k, v, places, out, lse = saved
     d_out, d_lse = cotangents
-    length, dtype = q.shape[1], accumulator(q.dtype)
+    length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
     tiles = _tiles(q, k.shape[1])
     keys, values, key_segments = _padded(tiles, k, v, places)
     # d softmax: the mean of d_out . v under the softmax is d_out . out; a cotangent of the log-sum-exp adds
@@ -192,28 +204,28 @@ def _backward(band: Band, saved: _Saved, cotangents: tuple[Array, Array]) -> tup
     def one_chunk(
         sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Places]
     ) -> tuple[tuple[Array, Array], Array]:
-        q_chunk, d_chunk, lse_chunk, shift_chunk = map(_heads_first, chunk[0])
-        here = chunk[1]
+        q_chunk, d_chunk, lse_chunk, shift_chunk = map(_rows, chunk[0])
+        here, rows = chunk[1], _row_places(chunk[1], groups)
         floor = finite(lse_chunk)[..., None]
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
             k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
-            scores = jnp.einsum("bhtgd,bhsd->bhtgs", q_chunk, k_tile, preferred_element_type=dtype)
-            mask = _visible(band, tiles, here, key_segments, tile)
+            scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
+            mask = _visible(band, tiles, rows, key_segments, tile)
             weights = jnp.exp(jnp.where(mask, scores * band.scale, -jnp.inf) - floor)
-            d_weights = jnp.einsum("bhtgd,bhsd->bhtgs", d_chunk, v_tile, preferred_element_type=dtype)
+            d_weights = jnp.einsum("bhrd,bhsd->bhrs", d_chunk, v_tile, preferred_element_type=dtype)
             d_scores = (weights * (d_weights - shift_chunk[..., None]) * band.scale).astype(q.dtype)
-            dq += jnp.einsum("bhtgs,bhsd->bhtgd", d_scores, k_tile, preferred_element_type=dtype)
-            dk_tile = jnp.einsum("bhtgd,bhtgs->bhds", q_chunk, d_scores, preferred_element_type=dtype)
+            dq += jnp.einsum("bhrs,bhsd->bhrd", d_scores, k_tile, preferred_element_type=dtype)
+            dk_tile = jnp.einsum("bhrd,bhrs->bhds", q_chunk, d_scores, preferred_element_type=dtype)
             dv_tile = jnp.einsum(
-                "bhtgd,bhtgs->bhds", d_chunk, weights.astype(v.dtype), preferred_element_type=dtype
+                "bhrd,bhrs->bhds", d_chunk, weights.astype(v.dtype), preferred_element_type=dtype
             )
             return dq, _add_tile(dk, dk_tile, tile), _add_tile(dv, dv_tile, tile)
 
         start, end = _tile_range(band, tiles, here.q_positions)
         dq, dk, dv = lax.fori_loop(start, end, one_tile, (jnp.zeros(q_chunk.shape, dtype), *sums))
-        return (dk, dv), _heads_first(dq.astype(q.dtype))
+        return (dk, dv), _queries(dq.astype(q.dtype), groups)
 
     # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the far larger scores.
     sums = (_transposed_zeros(keys, dtype), _transposed_zeros(values, dtype))

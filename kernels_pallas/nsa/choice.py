@@ -18,11 +18,15 @@ from kernels_pallas.nsa.tiling import (
     chunk_places,
     finite,
     from_chunks,
+    heads_first,
+    merge,
     overlap,
     pad_axis,
     query_chunk,
+    split,
     tile_elements,
     to_chunks,
+    where_finite,
 )
 
 KEY_TILE = 256
@@ -68,7 +72,7 @@ def choose(
     padded_blocks = max(padded_blocks, grid.candidates)
     if blocks == 0:  # nothing to score, but the loop below needs a tile to be written for
         k_cmp = jnp.zeros((batch, tile_keys, kv_heads, q.shape[-1]), k_cmp.dtype)
-    keys = pad_axis(jnp.moveaxis(k_cmp, 2, 1), 2, tile_keys)
+    keys = pad_axis(heads_first(k_cmp), 2, tile_keys)
     if block_segments is not None:
         block_segments = pad_axis(block_segments, 1, tile_keys)
     dtype = accumulator(q.dtype)
@@ -78,7 +82,7 @@ def choose(
 
     def one_chunk(inputs: tuple[Array, Array, Places, tuple[Array, Array]]) -> Array:
         q_chunk, lse_chunk, here, limits = inputs
-        q_chunk, floor = jnp.moveaxis(q_chunk, 2, 1), jnp.moveaxis(lse_chunk, 2, 1)
+        rows, floor = merge(heads_first(q_chunk), 2), merge(heads_first(finite(lse_chunk)), 2)
 
         def one_tile(tile: Array, importance: Array) -> Array:
             index = tile * tile_keys + jnp.arange(tile_keys, dtype=jnp.int32)
@@ -89,9 +93,10 @@ def choose(
                 segments = lax.dynamic_slice_in_dim(block_segments, tile * tile_keys, tile_keys, axis=1)
                 mask &= (here.q_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
             k_tile = lax.dynamic_slice_in_dim(keys, tile * tile_keys, tile_keys, axis=2)
-            scores = jnp.einsum("bhtgd,bhsd->bhtgs", q_chunk, k_tile, preferred_element_type=dtype)
-            scores = jnp.where(mask[:, None, :, None, :], scores * grid.scale, -jnp.inf)
-            shares = jnp.sum(jnp.exp(scores - finite(floor)[..., None]), axis=3)
+            scores = jnp.einsum("bhrd,bhsd->bhrs", rows, k_tile, preferred_element_type=dtype)
+            shares = split(jnp.exp(scores * grid.scale - floor[..., None]), 2, groups)
+            # Summed over the group before the mask: one mask for all of its heads.
+            shares = where_finite(mask[:, None], jnp.sum(shares, axis=3))
             added = jnp.einsum("bhts,sn->bhtn", shares, jnp.asarray(spread, dtype))
             start = tile * tile_blocks
             here_now = lax.dynamic_slice_in_dim(importance, start, spread.shape[1], axis=3)
@@ -99,14 +104,14 @@ def choose(
 
         last = (jnp.max(here.q_positions) - grid.block_len + 1) // grid.stride
         tiles = -(-jnp.clip(last + 1, 0, blocks) // tile_keys)
-        importance = jnp.zeros((batch, kv_heads, q_chunk.shape[2], padded_blocks), dtype)
+        importance = jnp.zeros((batch, kv_heads, q_chunk.shape[1], padded_blocks), dtype)
         importance = lax.fori_loop(jnp.zeros_like(tiles), tiles, one_tile, importance)
-        return jnp.moveaxis(_best(grid, importance, limits), 1, 2)
+        return heads_first(_best(grid, importance, limits))
 
     chunked = (to_chunks(q, chunk), to_chunks(lse, chunk), chunk_places(places, chunk))
     first, newest = _limits(grid, places)
     limits = (to_chunks(first, chunk, fill=None), to_chunks(newest, chunk, fill=None))
-    return jnp.moveaxis(from_chunks(lax.map(one_chunk, (*chunked, limits)), length), 1, 2)
+    return heads_first(from_chunks(lax.map(one_chunk, (*chunked, limits)), length))
 
 
 def _spread(grid: Grid, tile_keys: int) -> np.ndarray:

@@ -21,10 +21,14 @@ from kernels_pallas.nsa.tiling import (
     ceil_div,
     chunk_places,
     finite,
+    for_each_head,
     from_chunks,
+    heads_first,
+    merge,
     pad_axis,
     power_of_two_at_most,
     query_chunk,
+    split,
     take_rows,
     tile_elements,
     to_chunks,
@@ -131,14 +135,17 @@ def _ceil_div(a: Array, b: int) -> Array:
 
 
 class _Step(NamedTuple):
-    """What one step of the loop works on: X tiles, each one block and P pairs of all heads of the group."""
+    """What one step of the loop works on: X tiles, each of one block and P pairs.
+
+    A pair has a row for each of the group's G heads.
+    """
 
     block: Int[Array, "B Hkv X"]
     query: Int[Array, "B Hkv X P"]
     keys: Float[Array, "B Hkv X size Dk"]
     values: Float[Array, "B Hkv X size Dv"]
-    queries: Float[Array, "B Hkv X P G Dk"]
-    scores: Float[Array, "B Hkv X P G size"]
+    queries: Float[Array, "B Hkv X rows Dk"]
+    scores: Float[Array, "B Hkv X rows size"]
 
 
 def _step(
@@ -151,20 +158,28 @@ def _step(
 
     tile_block, query, valid = cut(plan.tile_block), cut(plan.tile_query), cut(plan.tile_valid)
     keys, values = take_rows(data.keys, tile_block), take_rows(data.values, tile_block)
-    queries = take_rows(q_chunk, query)
+    queries = _rows_of(q_chunk, query)
     scores = jnp.einsum(
-        "bhxpgd,bhxsd->bhxpgs", queries, keys, preferred_element_type=accumulator(queries.dtype)
+        "bhxrd,bhxsd->bhxrs", queries, keys, preferred_element_type=accumulator(queries.dtype)
     )
     token = tile_block[..., None] * block.size + jnp.arange(block.size, dtype=jnp.int32)[None, None, None]
-    position = _of_query(here.q_positions, query)
+    groups = q_chunk.shape[3]
+    # A lane without a pair stands before all tokens.
+    position = jnp.where(valid, _of_query(here.q_positions, query), -1)
+    position = for_each_head(position, groups)
     mask = (token[..., None, :] <= position[..., None]) & (token < data.num_keys)[..., None, :]
-    mask &= valid[..., None]
     if here.q_segments is not None and data.segments is not None:
         token_segment = take_rows(_per_head(data.segments, query), tile_block)
-        mask &= token_segment[..., None, :] == _of_query(here.q_segments, query)[..., None]
+        segment = for_each_head(_of_query(here.q_segments, query), groups)
+        mask &= token_segment[..., None, :] == segment[..., None]
         mask &= (token_segment != 0)[..., None, :]
-    scores = jnp.where(mask[..., None, :], scores * block.scale, -jnp.inf)
+    scores = jnp.where(mask, scores * block.scale, -jnp.inf)
     return _Step(tile_block, query, keys, values, queries, scores)
+
+
+def _rows_of(x: Array, query: Int[Array, "B Hkv X P"]) -> Array:
+    """x [B, Hkv, T, G, ...] of the queries of each tile: [B, Hkv, X, P * G, ...]."""
+    return merge(take_rows(x, query), 3)
 
 
 def _per_head(x: Array, like: Array) -> Array:
@@ -192,10 +207,6 @@ def _blocks(block: Block, k: Array, v: Array, places: Places) -> _Data:
 
     segments = None if places.key_segments is None else cut(places.key_segments)
     return _Data(jnp.moveaxis(cut(k), 3, 1), jnp.moveaxis(cut(v), 3, 1), segments, k.shape[1])
-
-
-def _heads_first(x: Array) -> Array:
-    return jnp.moveaxis(x, 2, 1)
 
 
 class _Saved(NamedTuple):
@@ -235,14 +246,14 @@ def _forward(
     sizes = _sizes(q, v, block, blocks, chosen)
 
     def one_chunk(chunk: tuple[Array, Array, Places]) -> tuple[Array, Array]:
-        q_chunk, plan, here = _heads_first(chunk[0]), _plan(sizes, _heads_first(chunk[1]), blocks), chunk[2]
+        q_chunk, plan, here = heads_first(chunk[0]), _plan(sizes, heads_first(chunk[1]), blocks), chunk[2]
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             tiles = _step(block, sizes, plan, data, q_chunk, here, step)
             top = jnp.max(tiles.scores, axis=-1)
             weights = jnp.exp(tiles.scores - finite(top)[..., None])
             out = jnp.einsum(
-                "bhxpgs,bhxsd->bhxpgd", weights.astype(v.dtype), tiles.values, preferred_element_type=dtype
+                "bhxrs,bhxsd->bhxrd", weights.astype(v.dtype), tiles.values, preferred_element_type=dtype
             )
             new, start = (top, jnp.sum(weights, axis=-1), out), step * sizes.step
             return (
@@ -251,16 +262,17 @@ def _forward(
                 _store(state[2], new[2], start),
             )
 
-        lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs, q_chunk.shape[3])
+        groups = q_chunk.shape[3]
+        lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs * groups)
         state = (
             jnp.full(lanes, -jnp.inf, dtype),
             jnp.zeros(lanes, dtype),
             jnp.zeros((*lanes, v.shape[-1]), dtype),
         )
         state = lax.fori_loop(jnp.zeros_like(plan.steps), plan.steps, one_step, state)
-        top, total, part = (_merge_lanes(x) for x in state)
+        top, total, part = (_pairs(x, groups) for x in state)
         out, lse = _combine(plan, top, total, part, q.dtype)
-        return _heads_first(out), _heads_first(lse)
+        return heads_first(out), heads_first(lse)
 
     chosen_chunks = to_chunks(indices, sizes.queries, fill=-1)
     chunks = (to_chunks(q, sizes.queries), chosen_chunks, chunk_places(places, sizes.queries))
@@ -273,9 +285,9 @@ def _store(state: Array, new: Array, start: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(state, new, start, axis=2)
 
 
-def _merge_lanes(x: Array) -> Array:
-    """[B, Hkv, X, P, ...] -> [B, Hkv, X * P, ...]."""
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+def _pairs(x: Array, groups: int) -> Array:
+    """[B, Hkv, X, P * G, ...] -> [B, Hkv, X * P, G, ...]."""
+    return split(merge(x, 2), 2, groups)
 
 
 def _combine(plan: Plan, top: Array, total: Array, part: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -315,26 +327,22 @@ def _backward(block: Block, saved: _Saved, d_out: Array) -> tuple[Array, Array, 
     def one_chunk(
         sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Array, Places]
     ) -> tuple[tuple[Array, Array], Array]:
-        q_chunk, d_chunk, floor, shift_chunk = map(_heads_first, chunk[0])
-        chosen_chunk, here = _heads_first(chunk[1]), chunk[2]
+        q_chunk, d_chunk, floor, shift_chunk = map(heads_first, chunk[0])
+        chosen_chunk, here = heads_first(chunk[1]), chunk[2]
         plan = _plan(sizes, chosen_chunk, blocks)
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
             tiles = _step(block, sizes, plan, data, q_chunk, here, step)
-            d_tiles = take_rows(d_chunk, tiles.query)
-            weights = jnp.exp(tiles.scores - take_rows(floor, tiles.query)[..., None])
-            d_weights = jnp.einsum(
-                "bhxpgd,bhxsd->bhxpgs", d_tiles, tiles.values, preferred_element_type=dtype
-            )
-            d_scores = weights * (d_weights - take_rows(shift_chunk, tiles.query)[..., None]) * block.scale
+            d_tiles = _rows_of(d_chunk, tiles.query)
+            weights = jnp.exp(tiles.scores - _rows_of(floor, tiles.query)[..., None])
+            d_weights = jnp.einsum("bhxrd,bhxsd->bhxrs", d_tiles, tiles.values, preferred_element_type=dtype)
+            d_scores = weights * (d_weights - _rows_of(shift_chunk, tiles.query)[..., None]) * block.scale
             d_scores = d_scores.astype(q.dtype)
-            dq_tiles = jnp.einsum("bhxpgs,bhxsd->bhxpgd", d_scores, tiles.keys, preferred_element_type=dtype)
-            dk_tiles = jnp.einsum(
-                "bhxpgd,bhxpgs->bhxds", tiles.queries, d_scores, preferred_element_type=dtype
-            )
+            dq_tiles = jnp.einsum("bhxrs,bhxsd->bhxrd", d_scores, tiles.keys, preferred_element_type=dtype)
+            dk_tiles = jnp.einsum("bhxrd,bhxrs->bhxds", tiles.queries, d_scores, preferred_element_type=dtype)
             dv_tiles = jnp.einsum(
-                "bhxpgd,bhxpgs->bhxds", d_tiles, weights.astype(v.dtype), preferred_element_type=dtype
+                "bhxrd,bhxrs->bhxds", d_tiles, weights.astype(v.dtype), preferred_element_type=dtype
             )
             return (
                 _store(dq, dq_tiles, step * sizes.step),
@@ -342,10 +350,11 @@ def _backward(block: Block, saved: _Saved, d_out: Array) -> tuple[Array, Array, 
                 _add_rows(dv, tiles.block, dv_tiles),
             )
 
-        lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs, *q_chunk.shape[3:])
+        groups, dim = q_chunk.shape[3:]
+        lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs * groups, dim)
         state = (jnp.zeros(lanes, dtype), *sums)
         dq, dk, dv = lax.fori_loop(jnp.zeros_like(plan.steps), plan.steps, one_step, state)
-        return (dk, dv), _heads_first(_gather_sum(plan, _merge_lanes(dq)).astype(q.dtype))
+        return (dk, dv), heads_first(_gather_sum(plan, _pairs(dq, groups)).astype(q.dtype))
 
     chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, finite(lse), shift))
     chosen_chunks = to_chunks(indices, sizes.queries, fill=-1)

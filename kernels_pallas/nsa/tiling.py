@@ -67,6 +67,30 @@ def chunk_places(places: Places, size: int) -> Places:
     return Places(to_chunks(places.q_positions, size, fill=None), segments)
 
 
+def heads_first(x: Array) -> Array:
+    """[B, T, Hkv, ...] -> [B, Hkv, T, ...]."""
+    return jnp.moveaxis(x, 2, 1)
+
+
+def merge(x: Array, axis: int) -> Array:
+    """Join an axis with the one after it.
+
+    A score has one row per query and head of the group, and two axes in all after batch and heads: on a CPU
+    XLA's loops over more axes than that are several times slower.
+    """
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+
+def split(x: Array, axis: int, inner: int) -> Array:
+    """Undo `merge`, given the size of the inner axis."""
+    return x.reshape(*x.shape[:axis], x.shape[axis] // inner, inner, *x.shape[axis + 1 :])
+
+
+def for_each_head(x: Array, groups: int) -> Array:
+    """[..., T] -> [..., T * G], each entry once per head of the group."""
+    return merge(jnp.broadcast_to(x[..., None], (*x.shape, groups)), x.ndim - 1)
+
+
 def take_rows(x: Array, rows: Int[Array, "B Hkv *dims"]) -> Array:
     """x [B, Hkv, R, ...], rows [B, Hkv, ...] -> x[b, h, rows[b, h, ...]]; rows must be in range."""
 
