@@ -40,6 +40,8 @@ class Account:
     """The lines of a merge."""
 
     lines: tuple[Line, ...]
+    family: str = "jaxlab"
+    """Whose names the tensors have."""
 
     def with_hashes(self, params: Mapping[str, Any]) -> "Account":
         """The account with shape, dtype and digest of every tensor in the result `params`.
@@ -47,18 +49,18 @@ class Account:
         Raises ValueError if the result has a tensor that the account does not know, or lacks one that it
         does.
         """
-        seen = {name: _identity(value) for name, value in host_tensors(params)}
+        seen = {name: _identity(value) for name, value in host_tensors(params, self.family)}
         known = {line.name for line in self.lines if line.action != "refused"}
         if known != set(seen):
             raise ValueError(f"unaccounted: {sorted(known ^ set(seen))[:3]}")
         lines = (line if line.action == "refused" else line.filled(seen[line.name]) for line in self.lines)
-        return Account(tuple(lines))
+        return Account(tuple(lines), self.family)
 
     def differences(self, params: Mapping[str, Any]) -> list[str]:
         """Names of the tensors of `params` whose digest, shape or dtype is not the account's; missing ones
         too.
         """
-        have = {name: _identity(value) for name, value in host_tensors(params)}
+        have = {name: _identity(value) for name, value in host_tensors(params, self.family)}
         want = {
             line.name: {"shape": line.shape, "dtype": line.dtype, "sha256": line.sha256}
             for line in self.lines

@@ -50,6 +50,7 @@ def inject(
     common_rows: int | None = None,
     seed: int = 0,
     mode: Mode = "paper",
+    family: str = "jaxlab",
     **operator_parameters: Any,
 ) -> tuple[Params, Account]:
     """The VLM with the expert merged into its language model, in the VLM's dtypes, and the account of every
@@ -62,6 +63,7 @@ def inject(
         as in a Hugging Face checkpoint, where the first match decides and every merged tensor needs one.
       embeddings, common_rows: see `plan_injection`.
       seed: of random masks, which depend on it and on the tensor's name alone.
+      family: `ModelConfig.family` of the VLM, whose names and shapes an operator sees.
 
     Raises:
       UserError: language models that differ, an unknown operator or parameter, lambdas that do not fit.
@@ -73,7 +75,7 @@ def inject(
     density = tuple(density) if isinstance(density, list) else density
     method = Method(operator, density, mode=mode, **operator_parameters)
     plan = plan_injection(
-        vlm_params, expert_params, base_params, embeddings=embeddings, common_rows=common_rows
+        vlm_params, expert_params, base_params, embeddings=embeddings, common_rows=common_rows, family=family
     )
     tensors = prepare(plan, method, vlm_params, expert_params, base_params, seed=seed)
     lambdas = layer_weights(plan, lambda_v), layer_weights(plan, lambda_e)

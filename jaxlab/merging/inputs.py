@@ -13,7 +13,7 @@ from jaxlab.models import ModelConfig, Params
 # What does not change the function that parameters stand for, or shows in their shapes and has a policy.
 _FREE = frozenset({
     "vocab_size", "vision", "compute_dtype", "attention_implementation", "remat", "initializer_range",
-    "tie_embeddings"
+    "tie_embeddings", "family",
 })  # fmt: skip
 
 

@@ -59,11 +59,11 @@ def _inject_to(recipe: InjectRecipe, out: Path) -> Account:
 def inject_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, Account]:
     """What a recipe makes of its models."""
     options = {"density": recipe.density, "rescale": recipe.rescale}
+    given = {name: value for name, value in options.items() if value is not None}
     return inject(
         trio.vlm, trio.expert, trio.base, operator=recipe.operator, lambda_v=recipe.lambda_v,
         lambda_e=recipe.lambda_e, embeddings=recipe.embeddings, common_rows=trio.common_rows,
-        seed=recipe.seed, mode=recipe.mode, **{name: value for name, value in options.items() if value is not
-        None},
+        seed=recipe.seed, mode=recipe.mode, family=trio.config.family, **given,
     )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _merge_to(recipe: MergeRecipe, out: Path) -> Account:
         same_architecture(str(folders[0]), config, recipe.base, base[0])
     params, account = merge_models(
         recipe.operator, [params for _, params, _ in loaded], base=None if base is None else base[1],
-        mode=recipe.mode, seed=recipe.seed, **recipe.parameters(),
+        mode=recipe.mode, seed=recipe.seed, family=config.family, **recipe.parameters(),
     )  # fmt: skip
     return save_merged(out, config, params, tokenizer, account, recipe)
 

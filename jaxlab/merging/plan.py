@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxlab.checkpoints.names import EMBEDDING, HEAD, Entry, entries, leaf_at
+from jaxlab.checkpoints.names import EMBEDDING, HEAD, Entry, entries
 from jaxlab.errors import UserError
 from jaxlab.merging.account import Account, Action, Line
 
@@ -31,6 +31,8 @@ class Plan:
 
     pieces: tuple[Piece, ...]
     refused: tuple[Line, ...]
+    family: str = "jaxlab"
+    """Whose names the tensors have: the VLM's."""
 
     @property
     def merged(self) -> tuple[Entry, ...]:
@@ -49,7 +51,7 @@ class Plan:
             for p in self.pieces
             for name in p.entry.names
         ]
-        return Account((*lines, *self.refused))
+        return Account((*lines, *self.refused), self.family)
 
 
 def plan_injection(
@@ -59,6 +61,7 @@ def plan_injection(
     *,
     embeddings: Embeddings = "vlm",
     common_rows: int | None = None,
+    family: str = "jaxlab",
 ) -> Plan:
     """Decides from names and shapes alone.
 
@@ -74,20 +77,21 @@ def plan_injection(
     if embeddings not in ("vlm", "merge_common_rows", "merge"):
         raise UserError(f"embeddings is vlm, merge_common_rows or merge, not {embeddings!r}")
     inputs = {"vlm": vlm, "expert": expert, "base": base}
-    known = {role: {entry.pattern: entry for entry in entries(params)} for role, params in inputs.items()}
+    # By place in our tree: the same language model has other names in a VLM, in an expert and in a base.
+    known = {role: {e.path: e for e in entries(params, family)} for role, params in inputs.items()}
     pieces, problems = [], []
     for entry in known["vlm"].values():
         if not entry.is_language:
             pieces.append(Piece(entry, "copied", ("vlm",), "not part of the language model"))
             continue
         # A model without a head of its own has its embedding there.
-        tied = tuple(role for role in ROLES if entry.pattern == HEAD and HEAD not in known[role])
-        found = {role: known[role].get(EMBEDDING if role in tied else entry.pattern) for role in ROLES}
+        tied = tuple(role for role in ROLES if entry.path == HEAD and HEAD not in known[role])
+        found = {role: known[role].get(EMBEDDING if role in tied else entry.path) for role in ROLES}
         shapes = {role: _shape(inputs[role], e) for role, e in found.items() if e is not None}
         if len(shapes) < len(ROLES):
             problems += [f"the {role} has no {entry.pattern}" for role in ROLES if role not in shapes]
             continue
-        is_table = entry.pattern in (EMBEDDING, HEAD)
+        is_table = entry.path in (EMBEDDING, HEAD)
         if len({shape[1:] if is_table else shape for shape in shapes.values()}) > 1:
             sizes = ", ".join(f"{list(shape)} in the {role}" for role, shape in shapes.items())
             problems.append(f"{entry.pattern} is {sizes}")
@@ -95,31 +99,31 @@ def plan_injection(
             pieces.append(_table(entry, [s[0] for s in shapes.values()], embeddings, common_rows, tied))
         else:
             pieces.append(Piece(entry, "merged", ROLES, "language model"))
-    taken = {(role, piece.entry.pattern) for piece in pieces for role in piece.models}
-    left = [(role, e) for role in ROLES for e in known[role].values() if (role, e.pattern) not in taken]
-    tables = {piece.entry.pattern: piece.reason for piece in pieces if piece.action == "copied"}
+    taken = {(role, piece.entry.path) for piece in pieces for role in piece.models}
+    left = [(role, e) for role in ROLES for e in known[role].values() if (role, e.path) not in taken]
+    tables = {piece.entry.path: piece.reason for piece in pieces if piece.action == "copied"}
     refused: list[Line] = []
     for role, entry in left:
         if not entry.is_language:
             refused += _refusal(role, entry, "not part of the language model")
-        elif entry.pattern in tables:
-            refused += _refusal(role, entry, tables[entry.pattern])
-        elif entry.pattern == HEAD and HEAD not in known["vlm"]:
+        elif entry.path in tables:
+            refused += _refusal(role, entry, tables[entry.path])
+        elif entry.path == HEAD and HEAD not in known["vlm"]:
             refused += _refusal(role, entry, "the VLM's head is its embedding")
-        elif entry.pattern not in known["vlm"]:
+        elif entry.path not in known["vlm"]:
             problems.append(f"only the {role} has {entry.pattern}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"the language models cannot be merged: {'; '.join(problems[:3])}{more}")
-    plan = Plan(tuple(pieces), tuple(refused))
+    plan = Plan(tuple(pieces), tuple(refused), family)
     _check_complete(plan, {role: [e for e in known[role].values()] for role in ROLES})
     return plan
 
 
 def _shape(params: Mapping[str, Any], entry: Entry) -> tuple[int, ...]:
-    """Of one leaf of ours; a table's rows and columns in Hugging Face's order."""
-    shape = tuple(leaf_at(params, entry.path).shape)
-    return shape[::-1] if entry.pattern == HEAD else shape
+    """A table's rows and columns; of other leaves the number of their tensors, then the shape of one."""
+    shape = entry.shape(params)
+    return shape if entry.path in (EMBEDDING, HEAD) else (len(entry.names), *shape)
 
 
 def _table(

@@ -130,7 +130,7 @@ def check(config: Config) -> dict[str, Any]:
     for reference, other in zip((config.expert, config.base), others, strict=True):
         same_architecture(config.vlm, vlm_config, reference, other)
     shapes = [stored_shapes(folder) for folder in folders]
-    plan = plan_injection(*shapes, embeddings=config.embeddings)
+    plan = plan_injection(*shapes, embeddings=config.embeddings, family=vlm_config.family)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     # Three models, the base once more in the checkpoint's shape, two float32 task vectors, one merged model.
     vectors = 8 * sum(leaf.size for leaf in jax.tree.leaves(shapes[2]))
@@ -184,8 +184,9 @@ def search(
     test.
     """
     plan = plan_injection(
-        trio.vlm, trio.expert, trio.base, embeddings=config.embeddings, common_rows=trio.common_rows
-    )
+        trio.vlm, trio.expert, trio.base, embeddings=config.embeddings, common_rows=trio.common_rows,
+        family=trio.config.family,
+    )  # fmt: skip
     operators: dict[str, Any] = {}
     for name, grid in config.operators.items():
         where, method = grid.points(), config.method(name, grid.points()[0].density)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from jaxlab.checkpoints.names import HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
+from jaxlab.checkpoints.names import EMBEDDING, HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import ConfigError
 from jaxlab.merging.arithmetic import Mode, difference, step
 from jaxlab.merging.operators import OPERATORS, Operator, Prepared, Settings, add_to_base, settings_for
@@ -135,18 +135,19 @@ def _prepare_one(
 def _combine(
     plan: Plan, method: Method, vlm: Params, tensors: Tensors, lambda_v: Weights, lambda_e: Weights
 ) -> Params:
-    leaves = {}
+    leaves: dict[tuple[str, ...], Any] = {}
     for piece in plan.pieces:
-        entry, leaf = piece.entry, leaf_at(vlm, piece.entry.path)
+        entry, stored = piece.entry, leaf_at(vlm, piece.entry.path).dtype
         if piece.action == "merged":
-            one = functools.partial(_combine_one, OPERATORS[method.operator], method.settings(leaf.dtype))
+            one = functools.partial(_combine_one, OPERATORS[method.operator], method.settings(stored))
             prepared, base = tensors[entry.pattern]
             merged = jax.vmap(one)(prepared, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
-            merged = merged.astype(leaf.dtype)
+            merged = merged.astype(stored)
             if piece.rows is not None:
-                merged = jnp.concatenate([merged, to_hf(leaf, entry)[:, piece.rows :]], axis=1)
-            leaf = from_hf(merged, entry, leaf.shape)
-        leaves[entry.path] = leaf
+                merged = jnp.concatenate([merged, to_hf(vlm, entry)[:, piece.rows :]], axis=1)
+            leaves |= from_hf(merged, entry, vlm)
+        else:
+            leaves |= {path: leaf_at(vlm, path) for path in entry.paths}
     return tree_of(leaves)
 
 
@@ -158,7 +159,7 @@ def _combine_one(
 
 
 def _merged_part(params: Params, entry: Entry, rows: int | None) -> Float[Array, "N ..."]:
-    if entry.pattern == HEAD and "head" not in params:  # tied: the head is the embedding
-        return params["embedding"]["table"][None, :rows]
-    tensors = jnp.asarray(to_hf(leaf_at(params, entry.path), entry))
+    if entry.path == HEAD and "head" not in params:  # tied: the head is the embedding
+        return leaf_at(params, EMBEDDING)[None, :rows]
+    tensors = jnp.asarray(to_hf(params, entry))
     return tensors if rows is None else tensors[:, :rows]

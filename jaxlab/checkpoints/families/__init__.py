@@ -1,0 +1,62 @@
+"""The families of checkpoints, by the name that `ModelConfig.family` holds.
+
+"llama" is a family; "llava+qwen2" a vision-language family around a language model of another one; "gpt2/hub"
+a family under other names. docs/families.md tells how to add one.
+"""
+
+import functools
+import importlib
+import pkgutil
+
+from jaxlab.checkpoints.families import jaxlab as own
+from jaxlab.checkpoints.families.base import Family, renamed
+from jaxlab.checkpoints.names import Rows
+from jaxlab.errors import UserError
+
+__all__ = ["Family", "all_families", "find", "find_by_model_type", "rows_of"]
+
+
+@functools.cache
+def all_families() -> dict[str, Family]:
+    """Every family, by name: each module of this package that has a FAMILY or FAMILIES."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(__path__):
+        loaded = importlib.import_module(f"{__name__}.{module.name}")
+        for family in getattr(loaded, "FAMILIES", ()) or filter(None, [getattr(loaded, "FAMILY", None)]):
+            found[family.name] = family
+    return found
+
+
+def find(name: str) -> Family:
+    """The family that a name begins with. Raises UserError if there is none."""
+    first = name.partition("/")[0].partition("+")[0]
+    if first not in all_families():
+        raise UserError(f"no family of checkpoints {first!r}; there are {', '.join(sorted(all_families()))}")
+    return all_families()[first]
+
+
+def find_by_model_type(model_type: str) -> Family:
+    """The family whose config.json says `model_type`. Raises UserError that lists what is supported."""
+    by_type = {kind: family for family in all_families().values() for kind in family.model_types}
+    if model_type not in by_type:
+        raise UserError(
+            f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(by_type))}"
+        )
+    return by_type[model_type]
+
+
+@functools.cache
+def rows_of(name: str) -> Rows:
+    """The rows of a family by its whole name. Raises UserError for a family or variant that is not known."""
+    if name == "jaxlab":
+        return own.ROWS
+    whole, _, variant = name.partition("/")
+    text = whole.partition("+")[2]
+    family = find(name)
+    rows = family.rows + (renamed(find(text).rows, family.text_renames) if text else ())
+    if not variant:
+        return rows
+    if variant not in family.variants:
+        known = ", ".join(family.variants) or "none"
+        raise UserError(f"the family {family.name} has no variant {variant!r}; there are: {known}")
+    return renamed(rows, family.variants[variant])

@@ -1,0 +1,52 @@
+"""What a family of checkpoints is: the names of its tensors, and how its config.json describes a model."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlab.checkpoints.names import Rows
+from jaxlab.models.config import ModelConfig
+
+Json = dict[str, Any]
+Renames = tuple[tuple[str, str], ...]
+"""(pattern of a regular expression, replacement), applied in order to names or to patterns of names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Language models, or vision-language models around a language model of another family."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """`model_type` of its config.json."""
+    rows: Rows
+    """Of a vision-language model: tower and projector, and the language model where it is its own."""
+    read_config: Callable[[Json], ModelConfig]
+    """Raises UserError for what the model code does not know."""
+    write_config: Callable[[ModelConfig], Json]
+    """The keys of config.json that describe `config`; raises UserError for what the family cannot say."""
+    ignored: tuple[str, ...] = ()
+    """Regular expressions of whole names that are no parameters (masks, tables that the config implies)."""
+    text_renames: Renames = ()
+    """From the names of the language model's own family to those inside this one."""
+    variants: Mapping[str, Renames] = dataclasses.field(default_factory=dict)
+    """Other names in the wild, by a word for each: from this family's names to those."""
+    forward: bool = True
+    """Whether the model code runs it; False: its tensors are mapped, and can be merged and written."""
+
+
+def renamed(rows: Rows, renames: Renames) -> Rows:
+    """Rows with other names."""
+
+    def rename(name: str) -> str:
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return tuple(dataclasses.replace(row, name=rename(row.name)) for row in rows)
+
+
+def only(rows: Rows, *prefixes: str) -> Rows:
+    """The rows whose leaves lie under the given places of our tree."""
+    return tuple(row for row in rows if row.paths[0].startswith(prefixes))
