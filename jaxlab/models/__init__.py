@@ -4,8 +4,8 @@ from jaxlab.models.attention import Cache, init_cache
 from jaxlab.models.config import ModelConfig, MoEConfig, NSAConfig, RopeConfig, VisionConfig
 from jaxlab.models.decoder import Batch, forward, positions_of
 from jaxlab.models.generation import generate, stream
-from jaxlab.models.modules import (
-    Params,
+from jaxlab.models.modules import Params
+from jaxlab.models.parameters import (
     abstract_params,
     cast_floats,
     count_params,
@@ -14,6 +14,7 @@ from jaxlab.models.modules import (
     logical_axes,
 )
 from jaxlab.models.probe import Probe
+from jaxlab.models.vision import prepare_batch
 
 __all__ = [
     "Batch",
@@ -35,5 +36,6 @@ __all__ = [
     "language_model",
     "logical_axes",
     "positions_of",
+    "prepare_batch",
     "stream",
 ]

@@ -147,6 +147,8 @@ class VisionConfig:
 
     num_layers: int = 0
     """Layers of the vision transformer; 0 means a language model without vision."""
+    kind: Literal["plain"] = "plain"
+    """plain: square patches of images of one size (jaxlab/models/vision)."""
     image_size: int = 8
     """Height and width of an image in pixels."""
     patch_size: int = 2

@@ -13,7 +13,7 @@ from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import tables
 from jaxlab.models.stack import stack
-from jaxlab.models.vision import encode_images, place_images
+from jaxlab.models.vision import encode_images, place_images, prepare_batch, scatter_deep
 
 Batch = dict[str, Any]
 """tokens int32[B, T]; where they apply segment_ids int32[B, T] (0 = padding), positions int32[B, T] or with
@@ -47,20 +47,24 @@ def forward(
         raise ValueError("the batch holds images, the model has no vision")
     if probe is not None and cache is not None:
         raise ValueError("a probe reads whole sequences; it cannot be used with a cache")
-    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    batch = {name: jnp.asarray(value) for name, value in prepare_batch(batch, config).items()}
     tokens = batch["tokens"]
     where = _where(batch, config, cache)
     x = params["embedding"]["table"].astype(config.compute_dtype)[tokens]
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    additions = None
     if "images" in batch:
-        patches = encode_images(params, batch["images"], config)
-        x = place_images(x, tokens, patches, config.vision.image_token)
+        images = encode_images(params, batch, config)
+        x = place_images(x, tokens, images.tokens, config.vision.image_token)
+        if images.deep is not None:
+            additions = scatter_deep(images.deep, tokens, config.vision.image_token)
     if config.position == "learned":
         x = x + params["position"]["table"].astype(x.dtype)[where.positions]
     layers = stack(
-        params["layers"], x, where, config, dense_params=params.get("dense_layers"), probe=probe, cache=cache
-    )
+        params["layers"], x, where, config, dense_params=params.get("dense_layers"),
+        probe=probe, cache=cache, additions=additions,
+    )  # fmt: skip
 
     x = norm(params["final_norm"], layers.x, config)
     head = params["embedding"]["table"].T if config.tie_embeddings else params["head"]["table"]

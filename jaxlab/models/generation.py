@@ -12,6 +12,7 @@ from jaxlab.models.attention import Cache, init_cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import Batch, forward
 from jaxlab.models.modules import Params
+from jaxlab.models.vision import prepare_batch
 
 
 def stream(
@@ -53,6 +54,7 @@ def stream(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"
         )
     key = jax.random.key(0) if key is None else key
+    batch = prepare_batch(batch, config)
     cache = init_cache(config, batch_size, prompt_len + max_new_tokens)
     token, cache = _step(params, batch, cache, jax.random.fold_in(key, 0), config, temperature)
     for i in range(1, max_new_tokens):

@@ -1,17 +1,15 @@
-"""Which parameters a model has: NNX modules as descriptions, split at once into plain dicts.
+"""Which parameters a decoder has: NNX modules as descriptions, split into plain dicts (parameters.py).
 
-A module here only holds `nnx.Param(initial value, axes=logical axis names)`; the arithmetic is in decoder.py,
-attention.py and vision.py. `init_params`, `abstract_params` and `logical_axes` all derive from these classes.
+A module here only holds `nnx.Param(initial value, axes=logical axis names)`; the arithmetic is in decoder.py
+and attention.py. Towers and projectors have their modules beside their arithmetic, in vision/.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxlab.models.config import ModelConfig
 
@@ -178,112 +176,3 @@ class Edges(nnx.Module):
             self.head = nnx.Dict(table=normal(numbers, (c.width, c.vocab_size), ("embed", "vocab"), std))
             if c.head_bias:
                 self.head.bias = zeros((c.vocab_size,), ("vocab",))
-
-
-class VisionEdges(nnx.Module):
-    """What stands around the layers of the vision transformer."""
-
-    def __init__(self, config: ModelConfig, numbers: Numbers):
-        v, std = config.vision, config.initializer_range
-        pixels = v.patch_size**2 * v.channels
-        self.patch = nnx.Dict(
-            table=normal(numbers, (pixels, v.width), ("pixels", "embed"), pixels**-0.5),
-            bias=zeros((v.width,), ("embed",)),
-        )
-        self.position = nnx.Dict(table=normal(numbers, (v.num_patches, v.width), ("position", "embed"), std))
-        self.final_norm = Norm(config.tower)
-
-
-class Projector(nnx.Module):
-    """Two-layer GELU MLP from the vision width to the decoder's (as in LLaVA-1.5)."""
-
-    def __init__(self, config: ModelConfig, numbers: Numbers):
-        v, d = config.vision.width, config.width
-        self.hidden = normal(numbers, (v, d), ("embed", "mlp"), v**-0.5)
-        self.hidden_bias = zeros((d,), ("mlp",))
-        self.output = normal(numbers, (d, d), ("mlp", "embed"), d**-0.5)
-        self.output_bias = zeros((d,), ("embed",))
-
-
-def _values(module: nnx.Module) -> Params:
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-
-def _axes(make: Callable[[], nnx.Module]) -> Params:
-    state = nnx.state(nnx.eval_shape(make), nnx.Param)
-    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
-    return nnx.to_pure_dict(jax.tree.map(lambda p: Axes(p.axes), state, is_leaf=is_param))
-
-
-class Axes(tuple):
-    """Logical axis names of one parameter: a leaf, since only exact tuples are nodes of a tree."""
-
-
-def _draw(make: Callable[[Numbers], Params], key: Key[Array, ""]) -> Params:
-    counted = Numbers()
-    jax.eval_shape(lambda: make(counted))
-    return make(Numbers(jax.random.normal(key, (counted.taken,), jnp.float32)))
-
-
-def _stack(config: ModelConfig, key: Key[Array, ""], count: int, dense: bool = False) -> Params:
-    """Layers, one after the other: only one layer's numbers exist besides the result."""
-    layer = lambda k: _draw(lambda numbers: _values(Layer(config, numbers, dense)), k)  # noqa: E731
-    return jax.lax.map(layer, jax.random.split(key, count))
-
-
-def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
-    """Initial float32 parameters of `config`: a nested dict, the layers stacked on a leading axis L.
-
-    The first layers of a mixture of experts that have a plain MLP stand apart, in `dense_layers`. Jit it with
-    `out_shardings` to make each shard where it will live.
-    """
-    edges, layers, vision_edges, vision_layers = jax.random.split(key, 4)
-    params = _draw(lambda numbers: _values(Edges(config, numbers)), edges)
-    params["layers"] = _stack(config, layers, config.num_layers - config.dense_layers)
-    if config.dense_layers:
-        dense = jax.random.fold_in(layers, config.num_layers)
-        params["dense_layers"] = _stack(config, dense, config.dense_layers, dense=True)
-    if not config.has_vision:
-        return params
-
-    def vision(numbers: Numbers) -> Params:
-        edges = _values(VisionEdges(config, numbers))
-        return {"vision": edges, "projector": _values(Projector(config, numbers))}
-
-    params |= _draw(vision, vision_edges)
-    params["vision"]["layers"] = _stack(config.tower, vision_layers, config.vision.num_layers)
-    return params
-
-
-def abstract_params(config: ModelConfig) -> Params:
-    """Shapes and dtypes of `init_params` without making a number."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-def logical_axes(config: ModelConfig) -> Params:
-    """Logical axis names of every parameter, in the tree of `init_params`."""
-    stacked = lambda c, dense=False: jax.tree.map(  # noqa: E731
-        lambda a: Axes(("layers", *a)), _axes(lambda: Layer(c, Numbers(), dense))
-    )
-    axes = {**_axes(lambda: Edges(config, Numbers())), "layers": stacked(config)}
-    if config.dense_layers:
-        axes["dense_layers"] = stacked(config, dense=True)
-    if config.has_vision:
-        axes["vision"] = {**_axes(lambda: VisionEdges(config, Numbers())), "layers": stacked(config.tower)}
-        axes["projector"] = _axes(lambda: Projector(config, Numbers()))
-    return axes
-
-
-def count_params(params: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def cast_floats(params: Params, dtype: jax.typing.DTypeLike) -> Params:
-    """`params` with every floating leaf cast to `dtype`."""
-    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-    return jax.tree.map(cast, params)
-
-
-def language_model(params: Params) -> Params:
-    """The language model of a VLM: its tree without `vision` and `projector`."""
-    return {name: tree for name, tree in params.items() if name not in ("vision", "projector")}

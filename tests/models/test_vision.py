@@ -31,7 +31,7 @@ def test_patches_are_read_row_by_row():
         "hidden": hidden, "hidden_bias": jnp.zeros(12), "output": output, "output_bias": jnp.zeros(12)
     }  # fmt: skip
     images = draw_images(1, 2)
-    found = encode_images({"vision": vision, "projector": projector}, images, config)[0]
+    found = encode_images({"vision": vision, "projector": projector}, {"images": images}, config).tokens[0]
     assert found.shape == (8, 12)
     for image in range(2):
         for row in range(2):
@@ -86,7 +86,9 @@ def test_the_tower_sees_the_whole_image():
     config = make_config("vision")
     params, images = draw_params(config), draw_images(1, 2)
     encode = jax.jit(encode_images, static_argnames="config")
-    before, after = (encode(params, x, config)[0] for x in (images, images.at[0, 0, 3, 3].add(1.0)))
+    before, after = (
+        encode(params, {"images": x}, config).tokens[0] for x in (images, images.at[0, 0, 3, 3].add(1.0))
+    )
     assert (np.abs(before[:4] - after[:4]).max(axis=1) > 1e-4).all()
     np.testing.assert_array_equal(before[4:], after[4:])  # images do not see each other
 
@@ -94,4 +96,4 @@ def test_the_tower_sees_the_whole_image():
 def test_images_of_another_size_are_refused():
     config = make_config("vision")
     with pytest.raises(ValueError, match=r"images are \(5, 4, 2\), the model takes \(4, 4, 2\)"):
-        encode_images(draw_params(config), jnp.zeros((1, 1, 5, 4, 2)), config)
+        encode_images(draw_params(config), {"images": jnp.zeros((1, 1, 5, 4, 2))}, config)
