@@ -30,6 +30,10 @@ class Where(NamedTuple):
     rotary: Rotary | None = None
     local_rotary: Rotary | None = None
     """Turns of full and of sliding layers; None: attention has no rotary positions."""
+    together_in_window: bool = False
+    """Sliding layers bound what `together` allows by their window (Gemma 3)."""
+    visible: Bool[Array, "B T"] | None = None
+    """Tokens that may be seen; None: all (the patches of an image within a larger tensor)."""
 
 
 class Cache(NamedTuple):
@@ -150,7 +154,7 @@ def _dense(
         mask = _mask(where, k.shape[1], window, causal, cached)
         return _softmax_attention(q, k, v, mask, scale, config.attention_softcap)
     kwargs: dict[str, Any] = {"implementation": config.attention_implementation, "scale": scale}
-    if not cached and where.segment_ids is None and where.together is None:
+    if not cached and where.segment_ids is None and where.together is None and where.visible is None:
         kwargs |= {"is_causal": causal, "local_window_size": None if window is None else (window - 1, 0)}
     else:
         kwargs["mask"] = _mask(where, k.shape[1], window, causal, cached)[:, None]
@@ -183,7 +187,7 @@ def _mask(
     assert targets is not None
     behind = targets[:, :, None] - jnp.arange(source_len)[None, None]
     mask = behind >= 0 if causal else jnp.ones_like(behind, dtype=bool)
-    if window is not None:
+    if window is not None and not where.together_in_window:
         mask &= behind < window
     if where.together is not None:
         of_sources = where.together
@@ -194,6 +198,10 @@ def _mask(
             )
         same = where.together[:, :, None] == of_sources[:, None, :]
         mask |= same & (where.together > 0)[:, :, None]
+    if window is not None and where.together_in_window:
+        mask &= behind < window
+    if where.visible is not None and not cached:
+        mask &= where.visible[:, None, :]
     if where.segment_ids is not None and not cached:
         mask &= where.segment_ids[:, :, None] == where.segment_ids[:, None, :]
     return mask

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxlab.errors import ConfigError
+from jaxlab.models.vit_config import MllamaConfig, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ class VisionConfig:
 
     num_layers: int = 0
     """Layers of the vision transformer; 0 means a language model without vision."""
-    kind: Literal["plain"] = "plain"
-    """plain: square patches of images of one size (jaxlab/models/vision)."""
+    kind: Literal["plain", "vit", "mllama"] = "plain"
+    """plain: square patches of images of one size (jaxlab/models/vision). vit: CLIP,
+    SigLIP and their kin. mllama: known by its parameters only."""
     image_size: int = 8
     """Height and width of an image in pixels."""
     patch_size: int = 2
@@ -163,6 +165,10 @@ class VisionConfig:
     """Hidden width of its MLP."""
     image_token: int = 0
     """Token id that stands in the text where a patch goes."""
+    vit: ViTConfig = ViTConfig()
+    """Used where kind is vit."""
+    mllama: MllamaConfig = MllamaConfig()
+    """Used where kind is mllama."""
 
     def __post_init__(self) -> None:
         if self.num_layers < 0:
@@ -172,7 +178,9 @@ class VisionConfig:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         if self.num_layers == 0:
             return
-        if self.image_size % self.patch_size:
+        if self.kind == "vit":
+            self.vit.check(self.image_size // self.patch_size, self.num_layers)
+        if self.kind == "plain" and self.image_size % self.patch_size:
             raise ConfigError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}",
                 key="patch_size",
@@ -267,6 +275,8 @@ class ModelConfig:
     """Who computes full and sliding attention: XLA anywhere, cuDNN on NVIDIA GPUs in bf16 with Dk = Dv."""
     remat: Literal["none", "layer"] = "none"
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    extra_embeddings: int = 0
+    """Rows of the embedding table beyond vocab_size, of tokens that are read but never made (Mllama)."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 L) more."""
     family: str = "jaxlab"
@@ -276,6 +286,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_length", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.extra_embeddings < 0 or (self.extra_embeddings and self.tie_embeddings):
+            raise ConfigError("must not be negative, and 0 where the head is tied", key="extra_embeddings")
         if self.embedding_scale <= 0:
             raise ConfigError(f"must be positive, is {self.embedding_scale}", key="embedding_scale")
         for name in ("num_kv_heads", "head_dim", "value_head_dim"):
@@ -335,15 +347,19 @@ class ModelConfig:
                 )
             if self.attention_softcap is not None:
                 raise ConfigError("cudnn attention has no softcap", key="attention_implementation")
-        if self.has_vision and not 0 <= self.vision.image_token < self.vocab_size:
+        if self.has_vision and not 0 <= self.vision.image_token < self.embedding_rows:
             raise ConfigError(
-                f"image_token {self.vision.image_token} is outside the vocabulary of {self.vocab_size}",
+                f"image_token {self.vision.image_token} is outside the vocabulary of {self.embedding_rows}",
                 key="vision.image_token",
             )
 
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def embedding_rows(self) -> int:
+        return self.vocab_size + self.extra_embeddings
 
     @property
     def key_dim(self) -> int:

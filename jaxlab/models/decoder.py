@@ -97,8 +97,9 @@ def _where(batch: Batch, config: ModelConfig, cache: Cache | None) -> Where:
         positions = positions_of(tokens, segment_ids)
     rotary, local_rotary = tables(positions, config)
     return Where(
-        positions, segment_ids, rows, batch.get("together"), rotary=rotary, local_rotary=local_rotary
-    )
+        positions, segment_ids, rows, batch.get("together"), rotary=rotary, local_rotary=local_rotary,
+        together_in_window=config.vision.vit.together == "images",
+    )  # fmt: skip
 
 
 def _next_position(batch: Batch, where: Where) -> Int[Array, " B"]:

@@ -21,14 +21,14 @@ ACTIVATIONS = {
 def norm(
     params: Mapping[str, Any], x: Float[Array, "*rows D"], config: ModelConfig
 ) -> Float[Array, "*rows D"]:
-    """RMSNorm or LayerNorm over the last axis; statistics in float32, result in the dtype of `x`."""
+    """RMSNorm, or LayerNorm where there is a bias; statistics in float32, result in the dtype of `x`."""
     along = lambda name: params[name].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + x.shape[-1:])  # noqa: E731
     y = x.astype(jnp.float32)
-    if config.norm == "layer":
+    if "bias" in params:
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
     y = y * (along("scale") + config.norm_offset)
-    if config.norm == "layer":
+    if "bias" in params:
         y = y + along("bias")
     return y.astype(x.dtype)
 

@@ -166,7 +166,7 @@ class Edges(nnx.Module):
 
     def __init__(self, config: ModelConfig, numbers: Numbers):
         c, std = config, config.initializer_range
-        self.embedding = nnx.Dict(table=normal(numbers, (c.vocab_size, c.width), ("vocab", "embed"), std))
+        self.embedding = nnx.Dict(table=normal(numbers, (c.embedding_rows, c.width), ("vocab", "embed"), std))
         if c.position == "learned":
             self.position = nnx.Dict(
                 table=normal(numbers, (c.max_length, c.width), ("position", "embed"), std)

@@ -108,6 +108,7 @@ def _scan(
         )
         if config.post_norms:
             y = norm(p["attention_post_norm"], y, config)
+        y = _gained(y, p, "attention_gain")
         if not config.parallel:
             x = x + y
             normed = norm(p["mlp_norm"], x, config)
@@ -118,6 +119,7 @@ def _scan(
             z = mlp(p["mlp"], normed, config)
         if config.post_norms:
             z = norm(p["mlp_post_norm"], z, config)
+        z = _gained(z, p, "mlp_gain")
         x = x + (y + z if config.parallel else z)
         return x, (layer_cache, chosen, balance, x if keep_outputs else None)
 
@@ -139,6 +141,11 @@ def _scan(
     fold = lambda leaf: leaf.reshape(run.repeats, len(run.kinds), *leaf.shape[1:])  # noqa: E731
     x, ys = jax.lax.scan(period, x, jax.tree.map(fold, of_run))
     return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
+
+
+def _gained(y: Array, params: Params, name: str) -> Array:
+    """LayerScale (arXiv 2103.17239), in layers that have it."""
+    return y * params[name].astype(y.dtype)[None, None] if name in params else y
 
 
 def _runs(kinds: tuple[str, ...], alone: int) -> list[Run]:
