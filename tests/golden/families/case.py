@@ -1,0 +1,39 @@
+"""What a golden case is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Inputs = dict[str, np.ndarray]
+"""Arguments of the model's forward, by transformers' names; `input_ids` is int64[B, T]."""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: str
+    """Class of transformers."""
+    config: Callable[[], Any]
+    awkward: str
+    """What the case is meant to catch."""
+    inputs: Callable[[np.random.Generator], Inputs] | None
+    """Of the forward; none: only names and config are recorded."""
+    prompt: Callable[[np.random.Generator, bool], Inputs] | None = None
+    """Of a generation; where the case is stateful, of a short and of a long one."""
+    seed: int = 0
+    centered_norms: str = ""
+    """Pattern of the norms that scale by 1 + weight."""
+    embedding: float = 0.3
+    """Standard deviation of embeddings."""
+    layouts: list[dict[str, Any]] = field(default_factory=list)
+    """Other names that the same tensors have in the wild; see README.md."""
+    special: tuple[int, ...] = ()
+    """Tokens that a generation must not contain."""
+    stateful: bool = False
+    """Rotary positions change as the sequence grows, so that generation depends on where it began."""
+    variety: int = 5
+    """Least number of different tokens in a generation."""
+    no_effect: str = ""
+    """Pattern of the tensors that are known not to matter."""

@@ -1,0 +1,155 @@
+"""Golden cases of every model family, made by transformers; see README.md beside this file.
+
+python make.py [CASE ...]      all cases, or the named ones, into folders beside this file
+"""
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from case import Case, Inputs
+from language import LANGUAGE
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from transformers4 import config_of_transformers_4
+from vision import VISION
+from weights import tensor, weights
+
+HERE = Path(__file__).parent
+CASES: dict[str, Case] = LANGUAGE | VISION
+NEW_TOKENS = 12
+MARGIN = 0.02
+"""Least distance of the two best logits along a greedy path: far above what rounding can do."""
+
+
+def load(case: Case, folder: Path) -> torch.nn.Module:
+    """The model of an HF folder, float32, with eager attention, on the CPU."""
+    model_class = getattr(transformers, case.model)
+    model, report = model_class.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    problems = {kind: found for kind, found in report.items() if found}
+    if problems:
+        raise SystemExit(f"{folder}: transformers loaded it with {problems}")
+    return model.eval()
+
+
+def write_skeleton(case: Case, folder: Path, out: Path) -> None:
+    """config.json and keys.json as transformers writes them for a new model of the case's config."""
+    model = getattr(transformers, case.model)._from_config(case.config(), dtype=torch.float32)
+    model.save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "np") as file:
+        rows = [
+            [k, file.get_slice(k).get_shape(), file.get_slice(k).get_dtype()] for k in sorted(file.keys())
+        ]
+    (out / "keys.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    config = (folder / "config.json").read_text()
+    (out / "config.json").write_text(config.rstrip() + "\n")
+    old = config_of_transformers_4(json.loads(config))
+    (out / "config.transformers4.json").write_text(json.dumps(old, indent=2) + "\n")
+
+
+def forward(model: torch.nn.Module, inputs: Inputs) -> np.ndarray:
+    """Logits, float32[B, T, V]."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    with torch.no_grad():
+        return model(**tensors, use_cache=False).logits.float().numpy()
+
+
+def generate(model: torch.nn.Module, inputs: Inputs) -> tuple[np.ndarray, float]:
+    """Greedy tokens after a prompt, int32[1, N], and the least margin of a choice."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    length = inputs["input_ids"].shape[1]
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        result = model.generate(
+            **tensors, attention_mask=torch.ones_like(tensors["input_ids"]), do_sample=False,
+            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, output_logits=True,
+            return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+    best = torch.stack(result.logits, 1).float().topk(2, dim=-1).values
+    margin = (best[..., 0] - best[..., 1]).min().item()
+    return result.sequences[:, length:].numpy().astype(np.int32), margin
+
+
+def choose_prompt(case: Case, folder: Path, long: bool) -> tuple[Inputs, np.ndarray, float]:
+    """The first prompt whose greedy continuation is clear-cut, has variety and no special tokens."""
+    model = load(case, folder)
+    for seed in range(200):
+        inputs = case.prompt(np.random.default_rng(1000 + seed), long)
+        if case.stateful:
+            model = load(case, folder)
+        tokens, margin = generate(model, inputs)
+        special = set(case.special) & set(tokens.flatten().tolist())
+        if margin > MARGIN and len(set(tokens.flatten().tolist())) >= case.variety and not special:
+            return inputs, tokens, margin
+    raise SystemExit(f"{case.name}: no prompt with a clear greedy path")
+
+
+def without_effect(case: Case, folder: Path, values: dict, logits: np.ndarray, inputs: Inputs) -> list[str]:
+    """Names of the tensors that the logits do not depend on."""
+    found = []
+    for name, value in values.items():
+        changed = value + np.float32(0.3) * tensor(name, value.shape, 999, ".")
+        save_file({**values, name: changed}, folder / "model.safetensors", {"format": "pt"})
+        difference = np.abs(forward(load(case, folder), inputs) - logits).max() / np.abs(logits).max()
+        if difference < 1e-5:
+            found.append(name)
+        elif difference < 1e-3:
+            print(f"  weak: {name} {difference:.1e}")
+    return found
+
+
+def make(case: Case) -> None:
+    out = HERE / case.name
+    out.mkdir(exist_ok=True)
+    about = {
+        "model": case.model, "seed": case.seed, "centered_norms": case.centered_norms,
+        "embedding": case.embedding, "awkward": case.awkward, "transformers": transformers.__version__,
+    }  # fmt: skip
+    (out / "case.json").write_text(json.dumps(about, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_skeleton(case, folder, out)
+        (out / "layouts.json").write_text(json.dumps(case.layouts, indent=1) + "\n")
+        if case.inputs is None:
+            return
+        values = weights(out)
+        save_file(values, folder / "model.safetensors", {"format": "pt"})
+        inputs = case.inputs(np.random.default_rng(7))
+        logits = forward(load(case, folder), inputs)
+        assert np.isfinite(logits).all()
+        old = folder / "old"
+        old.mkdir()
+        (old / "config.json").write_text((out / "config.transformers4.json").read_text())
+        save_file(values, old / "model.safetensors", {"format": "pt"})
+        if not np.array_equal(forward(load(case, old), inputs), logits):
+            raise SystemExit(f"{case.name}: the config of transformers 4 gives other logits")
+        arrays = {"tokens": inputs["input_ids"].astype(np.int32), "logits": logits}
+        arrays |= {key: value for key, value in inputs.items() if key != "input_ids"}
+        for suffix, long in (("", False), ("_long", True)) if case.stateful else (("", False),):
+            prompt, greedy, margin = choose_prompt(case, folder, long)
+            arrays |= {f"prompt{suffix}": prompt["input_ids"].astype(np.int32), f"greedy{suffix}": greedy}
+            arrays |= {f"prompt{suffix}.{key}": v for key, v in prompt.items() if key != "input_ids"}
+            about[f"greedy_margin{suffix}"] = round(margin, 4)
+        about["without_effect"] = without_effect(case, folder, values, logits, inputs)
+        about["logits_std"] = round(float(logits.std()), 4)
+    np.savez(out / "golden.npz", **arrays)
+    (out / "case.json").write_text(json.dumps(about, indent=2) + "\n")
+    unexpected = [n for n in about["without_effect"] if not re.search(case.no_effect or "$^", n)]
+    print(f"{case.name}: {logits.shape} std {logits.std():.2f}, {len(values)} tensors, {greedy[0].tolist()}")
+    if unexpected:
+        raise SystemExit(f"{case.name}: no effect on the logits: {unexpected}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in sys.argv[1:] or CASES:
+        make(CASES[name])

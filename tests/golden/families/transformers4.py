@@ -1,0 +1,32 @@
+"""The config.json that transformers 4 wrote for a model, from the one that transformers 5 writes."""
+
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def config_of_transformers_4(config: Json) -> Json:
+    """The same settings under their older names: those of nearly all checkpoints on the hub."""
+    old = {
+        key: config_of_transformers_4(v) if isinstance(v, dict) and "model_type" in v else v
+        for key, v in config.items()
+    }
+    if "dtype" in old:
+        old["torch_dtype"] = old.pop("dtype")
+    if "transformers_version" in old:
+        old["transformers_version"] = "4.49.0"
+    if old.get("model_type") == "qwen3_moe":
+        old["num_experts"] = old.pop("num_local_experts")
+    kinds = old.pop("layer_types", None)  # older configs leave them to the model's rule
+    if kinds and old.get("model_type") == "gemma3_text":
+        old["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    rope = old.pop("rope_parameters", None)
+    if rope is None:
+        return old
+    if "full_attention" in rope:  # Gemma 3: one base for each kind of layer
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    return old
