@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import One, TextPart, int32
+from jaxlab.processing.base import ImagePart, One, TextPart, int32
 from jaxlab.processing.pixels import CLIP, Pixels, cut, pad_to_square, resize, size_of
 from jaxlab.processing.settings import Settings
 from jaxlab.processing.square import CLIP_DEFAULTS, LlavaText, Square, join, vision_settings
@@ -24,7 +24,7 @@ ONEVISION_DEFAULTS = {**CLIP, "size": {"height": 384, "width": 384},
 
 
 @dataclass(frozen=True)
-class AnyRes:
+class AnyRes(ImagePart):
     """Tiles: first the whole image squeezed into one, then those of the image fitted into a resolution."""
 
     fit: Square
@@ -37,12 +37,8 @@ class AnyRes:
     background: tuple[int, ...] | None
     """Of several images, each becomes one tile, a square filled up with this color; None: each is cut up."""
 
-    @property
-    def convert(self) -> bool:
-        return self.fit.convert
-
     @classmethod
-    def read(cls, settings: Settings, *, several_whole: bool = False) -> Self:
+    def read(cls, settings: Settings, *, several_whole: bool = False) -> "AnyRes":
         size = settings.size("size", square=False)
         short = size.get("shortest_edge", 0)
         whole = (size["height"], size["width"]) if {"height", "width"} <= set(size) else (short, short)
@@ -127,7 +123,7 @@ class NextText(LlavaText):
     resolutions: Pairs
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "NextText":
         llava = LlavaText.read(settings, model)
         return cls(
             llava.patch_size, llava.additional, llava.drops_first, settings.pairs("image_grid_pinpoints")
@@ -155,7 +151,7 @@ class OneVisionText(TextPart):
     separator: ClassVar = "\n"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "OneVisionText":
         vision = vision_settings(model)
         count = settings.maybe_whole("num_image_tokens", most=1 << 16)
         if count is None:

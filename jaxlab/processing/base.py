@@ -1,7 +1,7 @@
 """What a family's processor is made of: one part for the pixels, one for the text around them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -21,13 +21,8 @@ class One(NamedTuple):
     """No other image is in the prompt."""
 
 
-class ImagePart(Protocol):
+class ImagePart:
     """The pixels of a family, by a folder's settings."""
-
-    @property
-    def convert(self) -> bool:
-        """Images of other modes are converted to RGB."""
-        ...
 
     def one(self, image: Pixels, alone: bool) -> One:
         """One image: resized, cut, normalised.
@@ -35,11 +30,11 @@ class ImagePart(Protocol):
         Raises:
           UserError: its shape is beyond what the family takes.
         """
-        ...
+        raise NotImplementedError
 
     def together(self, ones: Sequence[One]) -> dict[str, np.ndarray]:
         """The images of a prompt as arrays of a batch: "images", and what goes with it."""
-        ...
+        raise NotImplementedError
 
 
 class Token(NamedTuple):

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from jaxlab.processing.base import One, TextPart, Token
+from jaxlab.processing.base import ImagePart, One, TextPart, Token
 from jaxlab.processing.pixels import PLAIN, Pixels, size_of
 from jaxlab.processing.settings import Settings
 from jaxlab.processing.square import Square, join
@@ -20,17 +20,13 @@ ALWAYS = {"do_convert_rgb": True, "do_pan_and_scan": False, "pan_and_scan_min_cr
 
 
 @dataclass(frozen=True)
-class PanAndScan:
+class PanAndScan(ImagePart):
     square: Square
     crops: tuple[int, int, float] | None
     """Least side of a crop, most crops, least aspect of an image that is cropped; None: no crops."""
 
-    @property
-    def convert(self) -> bool:
-        return self.square.convert
-
     @classmethod
-    def read(cls, settings: Settings) -> Self:
+    def read(cls, settings: Settings) -> "PanAndScan":
         crops = None
         if settings.flag("do_pan_and_scan"):
             crops = (
@@ -74,7 +70,7 @@ class Gemma3Text(TextPart):
     mark: ClassVar = "mark"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "Gemma3Text":
         return cls(settings.maybe_whole("image_seq_length", most=1 << 16) or 256)
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:

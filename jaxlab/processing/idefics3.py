@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import One, TextPart, Token, int32
+from jaxlab.processing.base import ImagePart, One, TextPart, Token, int32
 from jaxlab.processing.pixels import PLAIN, Pixels, Scale, cut, read_resample, resize, size_of
 from jaxlab.processing.settings import Settings, Size, shown
 from jaxlab.processing.square import join
@@ -22,8 +22,7 @@ LONGEST = 4096
 
 
 @dataclass(frozen=True)
-class NamedTiles:
-    convert: bool
+class NamedTiles(ImagePart):
     size: Size | None
     """What an image is resized to first; None: it stays."""
     side: int
@@ -34,7 +33,7 @@ class NamedTiles:
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings) -> Self:
+    def read(cls, settings: Settings) -> "NamedTiles":
         size = settings.size("size", square=True) if settings.flag("do_resize") else None
         if size is not None and "longest_edge" not in size and not {"height", "width"} <= set(size):
             raise UserError(
@@ -44,7 +43,6 @@ class NamedTiles:
         if "longest_edge" not in tile:
             raise UserError(f"{settings.find('max_image_size')[1]} needs longest_edge, is {shown(tile)}")
         return cls(
-            convert=settings.flag("do_convert_rgb"),
             size=size,
             side=tile["longest_edge"],
             splits=settings.flag("do_image_splitting"),
@@ -123,7 +121,7 @@ class Idefics3Text(TextPart):
               "separator": Token((), "<fake_token_around_image>")}  # fmt: skip
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "Idefics3Text":
         return cls(settings.maybe_whole("image_seq_len", most=1 << 16) or 169)
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:

@@ -8,7 +8,6 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -33,7 +32,7 @@ RESCALE = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do
 CLIP = {**RESCALE, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 PLAIN = {**RESCALE, "image_mean": HALF, "image_std": HALF}
 
-Pixels = UInt8[np.ndarray, "height width 3"]
+Pixels = UInt8[np.ndarray, "_height _width 3"]
 
 
 def read_image(source: str | os.PathLike[str] | Image.Image, convert: bool) -> Pixels:
@@ -163,7 +162,7 @@ class Scale:
     """Each channel's result for each value."""
 
     @classmethod
-    def read(cls, settings: Settings) -> Self:
+    def read(cls, settings: Settings) -> "Scale":
         values = np.arange(256, dtype=np.float64)
         if settings.flag("do_rescale"):
             values = values * settings.number("rescale_factor")

@@ -26,6 +26,8 @@ class Processor:
     """Images and text of one family, as `load_processor` finds them."""
 
     folder: Path
+    convert: bool
+    """Images that are not RGB are converted; else they are refused."""
     images: ImagePart
     text: TextPart
     model: Settings
@@ -60,7 +62,7 @@ class Processor:
         ones = []
         for source in images:
             try:
-                pixels = read_image(source, self.images.convert)
+                pixels = read_image(source, self.convert)
                 ones.append(self.images.one(pixels, alone=len(images) == 1))
             except UserError as error:
                 name = "" if isinstance(source, Image.Image) or str(source) in str(error) else f"{source}: "
@@ -127,8 +129,11 @@ def load_processor(folder: str | os.PathLike[str], **overrides: Any) -> Processo
     kind = find_image_kind(Settings((files[1],)), family)
     asked = ("the overrides", overrides)
     standard = ("its defaults", kind.defaults)
-    image_part = kind.read(Settings((asked, (family.processor_class, family.always), files[1], standard)))
-    return Processor(folder, image_part, family.read(Settings((asked, *files, standard)), config), config)
+    images = Settings((asked, (family.processor_class, family.always), files[1], standard))
+    text = Settings((asked, *files, standard))
+    return Processor(
+        folder, images.flag("do_convert_rgb"), kind.read(images), family.read(text, config), config
+    )
 
 
 def inner(model: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import One, TextPart, Token, int32
+from jaxlab.processing.base import ImagePart, One, TextPart, Token, int32
 from jaxlab.processing.pixels import CLIP, Pixels, Scale, read_resample, resize, size_of
 from jaxlab.processing.settings import Settings, shown
 
@@ -19,10 +19,9 @@ MOST_ASPECT = 200
 
 
 @dataclass(frozen=True)
-class Patches:
+class Patches(ImagePart):
     """Patches in the order in which the tower merges them: those of one merged token follow each other."""
 
-    convert: bool
     resizes: bool
     pixels: tuple[int, int]
     """The least and most pixels of an image."""
@@ -34,7 +33,7 @@ class Patches:
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings) -> Self:
+    def read(cls, settings: Settings) -> "Patches":
         size = settings.size("size", square=False)
         least = settings.maybe_whole("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most = settings.maybe_whole("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
@@ -44,7 +43,6 @@ class Patches:
                 f"is {shown(size)}"
             )
         return cls(
-            convert=settings.flag("do_convert_rgb"),
             resizes=settings.flag("do_resize"),
             pixels=(least, most),
             patch=settings.whole("patch_size", most=1024),
@@ -103,7 +101,7 @@ class QwenText(TextPart):
               "end": Token(("vision_end_token_id",), "<|vision_end|>")}  # fmt: skip
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "QwenText":
         return cls(settings.whole("merge_size", most=64))
 
     def lead(self, count: int, words: Mapping[str, str]) -> str:

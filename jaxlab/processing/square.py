@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import One, TextPart, Token
+from jaxlab.processing.base import ImagePart, One, TextPart, Token
 from jaxlab.processing.pixels import (
     CLIP,
     PLAIN,
@@ -28,10 +28,9 @@ SIGLIP_DEFAULTS = {**PLAIN, "size": {"height": 224, "width": 224}}
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(ImagePart):
     """Padded to a square if asked for, resized, cropped, normalised."""
 
-    convert: bool
     background: tuple[int, ...] | None
     """What a square is filled up with; None: images are not padded."""
     size: Size | None
@@ -41,7 +40,7 @@ class Square:
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings, *, pads: bool = False, square: bool = False) -> Self:
+    def read(cls, settings: Settings, *, pads: bool = False, square: bool = False) -> "Square":
         """Read a folder's settings.
 
         Args:
@@ -57,7 +56,6 @@ class Square:
         if pads and settings.flag("do_pad"):
             background = tuple(int(value * 255) for value in settings.per_channel("image_mean"))
         return cls(
-            convert=settings.flag("do_convert_rgb"),
             background=background,
             size=size,
             resample=read_resample(settings),
@@ -105,7 +103,7 @@ class LlavaText(TextPart):
     separator: ClassVar = "\n"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "LlavaText":
         vision = vision_settings(model)
         additional = settings.maybe_whole("num_additional_image_tokens", least=0)
         if additional is None:
@@ -133,7 +131,7 @@ class PaliGemmaText(TextPart):
     special_tokens: ClassVar = False
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "PaliGemmaText":
         return cls(settings.whole("image_seq_length", most=1 << 16))
 
     def finish(self, text: str, words: Mapping[str, str]) -> str:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
-from jaxlab.processing.base import One, TextPart, Token
+from jaxlab.processing.base import ImagePart, One, TextPart, Token
 from jaxlab.processing.pixels import CLIP, Pixels, Scale, cut, read_resample, resize, size_of
 from jaxlab.processing.settings import Settings
 from jaxlab.processing.square import join
@@ -18,8 +18,7 @@ ALWAYS = {"crop_to_patches": True}
 
 
 @dataclass(frozen=True)
-class Tiles:
-    convert: bool
+class Tiles(ImagePart):
     resizes: bool
     """Of an image that is not cut up; a grid of tiles is always made to fit."""
     tile: tuple[int, int]
@@ -29,10 +28,9 @@ class Tiles:
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings) -> Self:
+    def read(cls, settings: Settings) -> "Tiles":
         most = settings.whole("max_patches", most=256) if settings.flag("crop_to_patches") else 1
         return cls(
-            convert=settings.flag("do_convert_rgb"),
             resizes=settings.flag("do_resize"),
             tile=settings.rectangle("size"),
             counts=(settings.whole("min_patches", most=256), most),
@@ -82,7 +80,7 @@ class InternVLText(TextPart):
     separator: ClassVar = "\n"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> Self:
+    def read(cls, settings: Settings, model: Settings) -> "InternVLText":
         return cls(settings.maybe_whole("image_seq_length", most=1 << 16) or 256)
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:

@@ -1,0 +1,21 @@
+"""Folders of the golden cases, as a hub folder would have them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "processors"
+CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())["cases"]
+
+
+def write_folder(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
+    """The files of a case in `folder`; `changes`: values of its preprocessor, processor or config."""
+    case = {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else v for k, v in CASES[name].items()}
+    around, pixels = case["processor"], case["preprocessor"]
+    if case["nested"]:
+        around = {**around, "image_processor": pixels}
+    else:
+        (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    (folder / "processor_config.json").write_text(json.dumps(around))
+    (folder / "config.json").write_text(json.dumps(case["config"]))
+    return folder
