@@ -8,7 +8,7 @@ and values), joined along one of its axes. Both are told by the rows of a family
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,10 @@ class Row:
     """Of one tensor; see layout.py."""
     join: int = 0
     """The axis of theirs along which several leaves are joined."""
+    numbers: tuple[int, ...] = ()
+    """Theirs of our layers 0, 1, ..., where they are not the same."""
+    skips: tuple[int, ...] = ()
+    """Numbers of theirs that are none of these layers: others stand in between."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ class Entry:
     names: tuple[str, ...]
     """All N of them, in the order of the leaves' leading axes."""
     layers: tuple[int | None, ...]
-    """Of each: its layer."""
+    """Of each: its layer, in our count."""
     lead: int
     """Leading axes of a leaf that tell them apart."""
     layout: Layout
@@ -129,16 +133,29 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
         pattern, counted = f"{row.name.removesuffix(end)}{{branch}}.{end}", ["i", "branch"]
     if lead != len(counted):
         raise UserError(f"the parameter {path} has shape {shape}; {row.name} does not fit it")
-    ranges: list[range | tuple[str, ...]] = []
+    ranges: list[Sequence[int] | tuple[str, ...]] = []
+    ours: dict[Any, int] = {}
     for axis, size in zip(counted, shape, strict=False):
-        start = first_layer if axis == "i" else 0
-        ranges.append(BRANCHES if axis == "branch" else range(start, start + size))
+        ranges.append(BRANCHES if axis == "branch" else range(size))
+        if axis == "i":
+            theirs = _layer_numbers(row, path, size, first_layer)
+            ours = {number: first_layer + i for i, number in enumerate(theirs)}
+            ranges[-1] = theirs
     numbers = [dict(zip(counted, values, strict=True)) for values in itertools.product(*ranges)]
     return Entry(
         paths=tuple(tuple(p.split(".")) for p in row.paths), pattern=pattern,
         names=tuple(pattern.format(**number) for number in numbers),
-        layers=tuple(number.get("i") for number in numbers), lead=lead, layout=layout, join=row.join,
+        layers=tuple(ours.get(number.get("i")) for number in numbers),
+        lead=lead, layout=layout, join=row.join,
     )  # fmt: skip
+
+
+def _layer_numbers(row: Row, path: str, count: int, first: int) -> Sequence[int]:
+    """Theirs of `count` layers of ours."""
+    if row.numbers and len(row.numbers) != count:
+        raise UserError(f"{path} holds {count} layers, the family names {len(row.numbers)}: {row.numbers}")
+    free = (number for number in itertools.count(first) if number not in row.skips)
+    return row.numbers or tuple(itertools.islice(free, count))
 
 
 def to_hf(params: Mapping[str, Any], entry: Entry) -> Stack:

@@ -140,7 +140,7 @@ class ViTConfig:
                 f"{self.features(side)} features are no square; set drop_first with a class_token",
                 key="vit.drop_first",
             )
-        if side % self.shuffle:
+        if side % self.shuffle and self.connector != "merger":
             raise ConfigError(f"{side} patches a side cannot be joined by {self.shuffle}", key="vit.shuffle")
         if self.pooled_side > side:
             raise ConfigError(f"exceeds the {side} patches a side", key="vit.pooled_side")
@@ -156,15 +156,17 @@ class MllamaConfig:
     """Layers over all tiles of an image, after those of the tower."""
     max_tiles: int = 4
     """Most tiles of an image."""
-    aspect_ratios: int = 8
-    """Ways to cut an image to tiles."""
+    aspect_ratios: tuple[tuple[int, int], ...] = (
+        (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1),
+    )  # fmt: skip
+    """Tiles down and across, for each way to cut an image."""
     read_layers: tuple[int, ...] = (3, 7, 15, 23, 30)
     """Layers of the tower whose outputs are joined to the features."""
     cross_layers: tuple[int, ...] = (3, 8, 13, 18, 23, 28, 33, 38)
     """Numbers, among all the decoder's layers, of those that read the image; the others are num_layers."""
 
     def __post_init__(self) -> None:
-        for name in ("num_global_layers", "max_tiles", "aspect_ratios"):
+        for name in ("num_global_layers", "max_tiles"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         if not self.cross_layers or tuple(sorted(set(self.cross_layers))) != self.cross_layers:

@@ -1,7 +1,8 @@
 """The families of checkpoints, by the name that `ModelConfig.family` holds.
 
 "llama" is a family; "llava+qwen2" a vision-language family around a language model of another one; "gpt2/hub"
-a family under other names. docs/families.md tells how to add one.
+a family under other names; "mllama+llama@3,8" one whose layers 3 and 8 are not the language model's.
+docs/families.md tells how to add one.
 """
 
 import functools
@@ -9,7 +10,7 @@ import importlib
 import pkgutil
 
 from jaxlab.checkpoints.families import jaxlab as own
-from jaxlab.checkpoints.families.base import Family, renamed
+from jaxlab.checkpoints.families.base import Family, interleaved, renamed
 from jaxlab.checkpoints.names import Rows
 from jaxlab.errors import UserError
 
@@ -51,9 +52,12 @@ def rows_of(name: str) -> Rows:
     if name == "jaxlab":
         return own.ROWS
     whole, _, variant = name.partition("/")
+    whole, _, numbers = whole.partition("@")
     text = whole.partition("+")[2]
     family = find(name)
     rows = family.rows + (renamed(find(text).rows, family.text_renames) if text else ())
+    if numbers:
+        rows = interleaved(rows, tuple(int(number) for number in numbers.split(",")))
     if not variant:
         return rows
     if variant not in family.variants:

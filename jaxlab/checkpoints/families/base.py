@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlab.checkpoints.names import Rows
+from jaxlab.checkpoints.names import Row, Rows
 from jaxlab.models.config import ModelConfig
 
 Json = dict[str, Any]
@@ -45,6 +45,17 @@ def renamed(rows: Rows, renames: Renames) -> Rows:
         return name
 
     return tuple(dataclasses.replace(row, name=rename(row.name)) for row in rows)
+
+
+def interleaved(rows: Rows, numbers: tuple[int, ...]) -> Rows:
+    """Rows of a model some of whose layers, of the given numbers on disk, read the images (Mllama)."""
+
+    def counted(row: Row) -> Row:
+        if row.paths[0].startswith("projector.cross_layers."):
+            return dataclasses.replace(row, numbers=numbers)
+        return dataclasses.replace(row, skips=numbers) if row.paths[0].startswith("layers.") else row
+
+    return tuple(counted(row) for row in rows)
 
 
 def only(rows: Rows, *prefixes: str) -> Rows:

@@ -1,0 +1,43 @@
+"""LLaVA-NeXT (1.6): images cut to tiles, with a learned newline after each row of patches."""
+
+from jaxlab.checkpoints.families import llava, llava_original, towers
+from jaxlab.checkpoints.families.base import Family, Json
+from jaxlab.checkpoints.names import Row
+from jaxlab.models.config import ModelConfig
+
+GRID = ([336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008])
+"""Where config.json tells none."""
+
+ROWS = (
+    *towers.clip_rows("vision_tower.vision_model"),
+    *towers.MLP_ROWS,
+    Row("projector.newline", "image_newline", "d -> d"),
+)
+
+
+def read_config(config: Json) -> ModelConfig:
+    grid = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or GRID)
+    vit = llava.read_vit(config, grid=grid)
+    vision = towers.read_clip(config, towers.image_token(config, 32000), vit, llava.CLIP_LARGE)
+    tie = towers.tied(config, either=False, default=False)
+    return towers.read_text(config, vision, "llava_next", default="llama", tie=tie)
+
+
+def write_config(config: ModelConfig) -> Json:
+    return {
+        **llava.write_llava(config, "llava_next", "LlavaNextForConditionalGeneration"),
+        "image_grid_pinpoints": [list(size) for size in config.vision.vit.grid],
+        "use_image_newline_parameter": True,
+    }
+
+
+FAMILY = Family(
+    name="llava_next",
+    model_types=("llava_next",),
+    rows=ROWS,
+    read_config=read_config,
+    write_config=write_config,
+    ignored=towers.CLIP_IGNORED,
+    text_renames=towers.WITHIN_LLAVA,
+    variants={**towers.LLAVA_VARIANTS, "original": llava_original.RENAMES},
+)
