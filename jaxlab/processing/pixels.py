@@ -38,8 +38,9 @@ Pixels = UInt8[np.ndarray, "_height _width 3"]
 def read_image(source: str | os.PathLike[str] | Image.Image, convert: bool) -> Pixels:
     """RGB pixels of a file or an image.
 
-    The two differ as they do in the processors: a file is turned upright by its EXIF orientation and loses
-    its transparency, as is; an image is taken as it lies, with white behind its transparency.
+    The two differ as they do in the processors: a file is turned upright by its EXIF orientation and its
+    alpha channel is dropped; an image is taken as it lies, with white behind its alpha channel. A color that
+    stands for transparency becomes white in both.
 
     Args:
       convert: an image that is not RGB is converted; files always are.
@@ -58,9 +59,11 @@ def read_image(source: str | os.PathLike[str] | Image.Image, convert: bool) -> P
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
-                image = flatten(source)
+                image = source
+                image.load()
             else:
-                image = upright(Image.open(source, formats=FORMATS))
+                image = ImageOps.exif_transpose(Image.open(source, formats=FORMATS)).convert("RGB")
+            image = on_white(image) if convert else image
     except Exception as error:  # decoders of broken files raise nearly anything
         raise UserError(f"{name}: not an image that can be read ({error})") from error
     if 0 in image.size:
@@ -68,11 +71,8 @@ def read_image(source: str | os.PathLike[str] | Image.Image, convert: bool) -> P
     return np.asarray(image)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def flatten(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """The image as RGB, with white behind what is transparent."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
