@@ -17,6 +17,7 @@ from jaxlab.checkpoints.native import load_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, stream
+from jaxlab.processing import load_processor
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Arguments:
     """A model folder, a run folder, or the config of a finished train run."""
     prompt: str
     """The text to go on from."""
-    image: str | None = None
-    """An image file for a vision-language model; it stands before the prompt."""
+    image: tuple[str, ...] = ()
+    """Image files for a vision-language model; before the prompt, unless it says where they are."""
     max_new_tokens: int = 200
     """Most tokens to make."""
     temperature: float = 0.0
@@ -46,21 +47,13 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    config, params, tokenizer = load_model(model_folder(arguments.model))
-    tokens = encode(arguments.prompt, tokenizer)
-    batch: dict[str, np.ndarray] = {}
-    if arguments.image is not None:
-        if not config.has_vision:
-            raise UserError(
-                f"{arguments.model}: a language model without vision cannot read {arguments.image}"
-            )
-        batch["images"] = read_image(arguments.image, config)[None, None]
-        missing = config.vision.num_patches - tokens.count(config.vision.image_token)
-        tokens = [config.vision.image_token] * missing + tokens
-    batch["tokens"] = np.asarray([tokens], np.int32)
-    budget = min(arguments.max_new_tokens, config.max_length - len(tokens))
-    if not tokens or budget < 1:
-        raise UserError(f"--prompt holds {len(tokens)} tokens; the model takes 1 to {config.max_length - 1}")
+    folder = model_folder(arguments.model)
+    config, params, tokenizer = load_model(folder)
+    batch = read_prompt(arguments, folder, config, tokenizer)
+    length = batch["tokens"].shape[1]
+    budget = min(arguments.max_new_tokens, config.max_length - length)
+    if not length or budget < 1:
+        raise UserError(f"--prompt holds {length} tokens; the model takes 1 to {config.max_length - 1}")
     stop = encode(arguments.stop, tokenizer)
     if len(stop) > 1:
         raise UserError(f"--stop {arguments.stop!r} is {len(stop)} tokens; give one")
@@ -75,6 +68,26 @@ def run(arguments: Arguments) -> None:
         if stop and int(token[0]) == stop[0]:
             break
     sys.stdout.write("\n")
+
+
+def read_prompt(
+    arguments: Arguments, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None
+) -> dict[str, np.ndarray]:
+    """The batch of prompt and images: for models of other people, by the processor in their folder."""
+    files = arguments.image
+    if files and not config.has_vision:
+        raise UserError(f"{arguments.model}: a language model without vision cannot read {files[0]}")
+    if files and config.vision.kind != "plain":
+        if tokenizer is None:
+            raise UserError(f"{folder}: no tokenizer; images are placed by its tokens")
+        return load_processor(folder)(arguments.prompt, files, tokenizer)
+    tokens = encode(arguments.prompt, tokenizer)
+    batch: dict[str, np.ndarray] = {}
+    if files:
+        batch["images"] = np.stack([read_image(file, config) for file in files])[None]
+        missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)
+        tokens = [config.vision.image_token] * missing + tokens
+    return {**batch, "tokens": np.asarray([tokens], np.int32)}
 
 
 def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:

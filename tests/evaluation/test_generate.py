@@ -71,7 +71,7 @@ def test_a_model_with_words_reads_and_streams_words(tmp_path, capsys, monkeypatc
         ({"prompt": ""}, "holds 0 tokens; the model takes 1 to 5"),
         ({"prompt": "abcdefgh"}, "holds 8 tokens"),
         ({"prompt": "a", "stop": "ab"}, "is 2 tokens; give one"),
-        ({"prompt": "a", "image": "x.png"}, "without vision cannot read x.png"),
+        ({"prompt": "a", "image": ("x.png",)}, "without vision cannot read x.png"),
     ],
 )
 def test_errors(bytes_model, options, message):
@@ -120,11 +120,11 @@ def test_an_image_stands_before_the_prompt(tmp_path, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(generate, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
     image = str(tmp_path / "white.png")
-    generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="ab", image=image))
+    generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="ab", image=(image,)))
     assert seen[0]["tokens"].tolist() == [[9, 9, 9, 9, 97, 98]]
     assert seen[0]["images"].shape == (1, 1, 4, 4, 1)
     assert (seen[0]["images"] == 1).all()
     # Placeholders that the prompt holds itself are not added again.
-    generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="a\t\t\t\tb", image=image))
+    generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="a\t\t\t\tb", image=(image,)))
     assert seen[1]["tokens"].tolist() == [[97, 9, 9, 9, 9, 98]]
     capsys.readouterr()

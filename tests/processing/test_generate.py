@@ -1,0 +1,33 @@
+"""The task generate hands images of other people's models to the processor in their folder."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from jaxlab.errors import UserError
+from jaxlab.evaluation import generate
+from jaxlab.processing import load_processor
+from tests.models.tiny import make_config
+from tests.processing.folders import CASES, GOLDEN, write_folder
+
+
+def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatch):
+    folder = write_folder(tmp_path, "llava")
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
+    config = make_config("vision")
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, kind="vit"), max_length=99)
+    seen = []
+    monkeypatch.setattr(generate, "load_model", lambda path: (config, {}, tokenizer))
+    monkeypatch.setattr(generate, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
+    images = tuple(str(GOLDEN / image) for image in CASES["llava"]["images"])
+    generate.run(generate.Arguments(str(folder), prompt=CASES["llava"]["text"], image=images))
+    expected = load_processor(folder)(CASES["llava"]["text"], images, tokenizer)
+    assert seen[0].keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(seen[0][key], value)
+    monkeypatch.setattr(generate, "load_model", lambda path: (config, {}, None))
+    with pytest.raises(UserError, match="no tokenizer"):
+        generate.run(generate.Arguments(str(folder), prompt="a", image=images))
+    capsys.readouterr()
