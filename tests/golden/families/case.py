@@ -27,6 +27,9 @@ class Case:
     """Pattern of the norms that scale by 1 + weight."""
     embedding: float = 0.3
     """Standard deviation of embeddings."""
+    disk_names: tuple[tuple[str, str], ...] = ()
+    """(pattern, replacement) of names where `save_pretrained` of a new model writes others than it does for a
+    checkpoint of the hub that was loaded."""
     layouts: list[dict[str, Any]] = field(default_factory=list)
     """Other names that the same tensors have in the wild; see README.md."""
     special: tuple[int, ...] = ()

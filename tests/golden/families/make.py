@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers4 import config_of_transformers_4
 from vision import VISION
-from weights import tensor, weights
+from weights import other_layout, tensor, weights
 
 HERE = Path(__file__).parent
 CASES: dict[str, Case] = LANGUAGE | VISION
@@ -27,16 +27,24 @@ MARGIN = 0.02
 """Least distance of the two best logits along a greedy path: far above what rounding can do."""
 
 
-def load(case: Case, folder: Path) -> torch.nn.Module:
-    """The model of an HF folder, float32, with eager attention, on the CPU."""
+def load(case: Case, folder: Path, *, surplus: bool = False) -> torch.nn.Module:
+    """The model of an HF folder, float32, with eager attention, on the CPU; all its tensors are used."""
     model_class = getattr(transformers, case.model)
     model, report = model_class.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    problems = {kind: found for kind, found in report.items() if found}
+    problems = {
+        kind: found for kind, found in report.items() if found and not (surplus and kind == "unexpected_keys")
+    }
     if problems:
         raise SystemExit(f"{folder}: transformers loaded it with {problems}")
     return model.eval()
+
+
+def on_disk(case: Case, name: str) -> str:
+    for pattern, replacement in case.disk_names:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def write_skeleton(case: Case, folder: Path, out: Path) -> None:
@@ -44,14 +52,32 @@ def write_skeleton(case: Case, folder: Path, out: Path) -> None:
     model = getattr(transformers, case.model)._from_config(case.config(), dtype=torch.float32)
     model.save_pretrained(folder)
     with safe_open(folder / "model.safetensors", "np") as file:
-        rows = [
-            [k, file.get_slice(k).get_shape(), file.get_slice(k).get_dtype()] for k in sorted(file.keys())
-        ]
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        rows = sorted([on_disk(case, key), s.get_shape(), s.get_dtype()] for key, s in slices.items())
     (out / "keys.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     config = (folder / "config.json").read_text()
     (out / "config.json").write_text(config.rstrip() + "\n")
     old = config_of_transformers_4(json.loads(config))
     (out / "config.transformers4.json").write_text(json.dumps(old, indent=2) + "\n")
+
+
+def check_saved_names(case: Case, folder: Path, names: set[str]) -> None:
+    """A folder that transformers loads and saves again keeps its names."""
+    load(case, folder).save_pretrained(folder / "saved")
+    with safe_open(folder / "saved" / "model.safetensors", "np") as file:
+        if set(file.keys()) != names:  # noqa: SIM118
+            raise SystemExit(f"{case.name}: saved again under other names: {set(file.keys()) ^ names}")
+
+
+def check_layout(
+    case: Case, folder: Path, values: dict, name: str, inputs: Inputs, logits: np.ndarray
+) -> None:
+    """transformers gives the same logits from another layout of the same model."""
+    with tempfile.TemporaryDirectory() as other:
+        (Path(other) / "config.json").write_text((folder / "config.json").read_text())
+        save_file(values, Path(other) / "model.safetensors", {"format": "pt"})
+        if not np.array_equal(forward(load(case, Path(other), surplus=True), inputs), logits):
+            raise SystemExit(f"{case.name}: other logits from the layout {name!r}")
 
 
 def forward(model: torch.nn.Module, inputs: Inputs) -> np.ndarray:
@@ -124,6 +150,9 @@ def make(case: Case) -> None:
         inputs = case.inputs(np.random.default_rng(7))
         logits = forward(load(case, folder), inputs)
         assert np.isfinite(logits).all()
+        check_saved_names(case, folder, set(values))
+        for layout in case.layouts:
+            check_layout(case, folder, other_layout(values, layout), layout["name"], inputs, logits)
         old = folder / "old"
         old.mkdir()
         (old / "config.json").write_text((out / "config.transformers4.json").read_text())

@@ -1,1 +1,168 @@
-VISION = {}
+"""Cases of vision-language models."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import transformers as hf
+from case import Case, Inputs
+
+TEXT: dict[str, Any] = dict(
+    vocab_size=109, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=44, max_position_embeddings=256, rope_theta=10000.0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+CLIP: dict[str, Any] = dict(
+    hidden_size=24, intermediate_size=34, num_hidden_layers=3, num_attention_heads=2, image_size=20,
+    patch_size=5, projection_dim=16,
+)  # fmt: skip
+SIGLIP = {key: value for key, value in CLIP.items() if key != "projection_dim"}
+IMAGE = 77
+"""Token id of the placeholders; not the last one of the vocabulary."""
+
+CLIP_PREFIX = ((r"^vision_tower\.", "vision_tower.vision_model."),)
+WITHOUT_PREFIX = {
+    "name": "transformers 5, a model that was not loaded from a folder: no vision_model",
+    "rename": [[r"^vision_tower\.vision_model\.", "vision_tower."]],
+}
+IN_MEMORY = {
+    "name": "transformers 4.52 and later, and 5 with save_original_format off: names as in memory",
+    "rename": [
+        [r"^language_model\.lm_head\.", "lm_head."],
+        [r"^language_model\.model\.", "model.language_model."],
+        [r"^(vision_tower|multi_modal_projector)\.", r"model.\1."],
+        [r"^image_newline$", "model.image_newline"],
+    ],
+}
+Part = int | Sequence[int]
+"""So many random tokens, or these ones."""
+
+
+def row(
+    generator: np.random.Generator, parts: Sequence[Part], vocabulary: int, special: Sequence[int]
+) -> list[int]:
+    """One row of token ids; the random ones are none of the special ones."""
+    usual = np.setdiff1d(np.arange(3, vocabulary), special)
+    ids: list[int] = []
+    for part in parts:
+        ids += generator.choice(usual, part).tolist() if isinstance(part, int) else list(part)
+    return ids
+
+
+def batch(generator: np.random.Generator, rows: Sequence[Sequence[Part]], special: Sequence[int]) -> Inputs:
+    return {"input_ids": np.array([row(generator, parts, TEXT["vocab_size"], special) for parts in rows])}
+
+
+def pixels(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    return generator.uniform(-2, 2, shape).astype(np.float32)
+
+
+def llava(name: str, awkward: str, config: Callable[[], Any], placeholders: int, **more: Any) -> Case:
+    """One image in each row, in the middle of the text, at other places."""
+    image = [IMAGE] * placeholders
+
+    def inputs(generator: np.random.Generator) -> Inputs:
+        rows = batch(generator, [[6, image, 9], [11, image, 4]], [IMAGE])
+        return rows | {"pixel_values": pixels(generator, 2, 3, 20, 20)}
+
+    def prompt(generator: np.random.Generator, long: bool) -> Inputs:
+        return batch(generator, [[3, image, 4]], [IMAGE]) | {"pixel_values": pixels(generator, 1, 3, 20, 20)}
+
+    return Case(
+        name=name, model="LlavaForConditionalGeneration", config=config, awkward=awkward, inputs=inputs,
+        prompt=prompt, special=(IMAGE,), disk_names=CLIP_PREFIX, layouts=[WITHOUT_PREFIX, IN_MEMORY], **more,
+    )  # fmt: skip
+
+
+CLIP_UNUSED = r"vision_tower\.vision_model\.(post_layernorm|encoder\.layers\.2|.*k_proj\.bias)"
+LLAVAS = [
+    llava(
+        "llava",
+        "CLIP with class token, the last but one layer's output without it; Llama with odd vocabulary",
+        lambda: hf.LlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**CLIP), text_config=hf.LlamaConfig(**TEXT),
+            image_token_index=IMAGE, image_seq_length=16,
+        ),
+        16, no_effect=CLIP_UNUSED,
+    ),
+    llava(
+        "llava_siglip",
+        "SigLIP with a pooling head that is not used; two layers' outputs side by side, in no order, all tokens; "
+        "Mistral with a window shorter than an image; projector without biases, tanh; tied head",
+        lambda: hf.LlavaConfig(
+            vision_config=hf.SiglipVisionConfig(**SIGLIP),
+            text_config=hf.MistralConfig(**TEXT | {"sliding_window": 9, "tie_word_embeddings": True}),
+            image_token_index=IMAGE, image_seq_length=16, vision_feature_layer=[-1, 1],
+            vision_feature_select_strategy="full", multimodal_projector_bias=False,
+            projector_hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
+        ),
+        16, no_effect=r"vision_tower\.vision_model\.(post_layernorm|head\.|.*k_proj\.bias)",
+    ),
+]  # fmt: skip
+NEXT = CLIP | {"image_size": 16, "patch_size": 4}
+PINPOINTS = [[16, 32], [32, 16], [16, 48], [48, 16], [32, 32]]
+
+
+def tiled(kind: str, name: str, awkward: str, config: Callable[[], Any], rows: Sequence[Sequence[Part]],
+          sizes: Sequence[tuple[int, int]], tiles: int, prompt: Sequence[Part], prompt_size: tuple[int, int],
+          counts: Sequence[int] | None = None, **more: Any) -> Case:  # fmt: skip
+    """Images cut into tiles; pixel_values [images, tiles, 3, 16, 16], tiles that an image lacks hold noise."""
+    special = [IMAGE, IMAGE + 1]
+
+    def inputs(generator: np.random.Generator) -> Inputs:
+        found = batch(generator, rows, special) | {
+            "pixel_values": pixels(generator, len(sizes), tiles, 3, 16, 16), "image_sizes": np.array(sizes)
+        }  # fmt: skip
+        return found if counts is None else found | {"batch_num_images": np.array(counts)}
+
+    def one(generator: np.random.Generator, long: bool) -> Inputs:
+        return batch(generator, [prompt], special) | {
+            "pixel_values": pixels(generator, 1, tiles, 3, 16, 16), "image_sizes": np.array([prompt_size])
+        }  # fmt: skip
+
+    return Case(
+        name=name, model=f"{kind}ForConditionalGeneration", config=config, awkward=awkward, inputs=inputs,
+        prompt=one, special=tuple(special), disk_names=CLIP_PREFIX, layouts=[WITHOUT_PREFIX, IN_MEMORY], **more,
+    )  # fmt: skip
+
+
+def image(tokens: int) -> list[int]:
+    return [IMAGE] * tokens
+
+
+def onevision(**settings: Any) -> Any:
+    return hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**SIGLIP | {"image_size": 16, "patch_size": 4}, vision_use_head=False),
+        text_config=hf.Qwen2Config(**TEXT), image_token_index=IMAGE, video_token_index=IMAGE + 1,
+        image_grid_pinpoints=PINPOINTS, **settings,
+    )  # fmt: skip
+
+
+SIGLIP_UNUSED = r"vision_tower\.vision_model\.(post_layernorm|.*k_proj\.bias)"
+TILED = [
+    tiled(
+        "LlavaNext", "llava_next",
+        "images 10 x 47 (tiles 1 x 3, one row of patches cut above and below) and 31 x 9 (tiles 2 x 1, a column cut "
+        "at each side, one tile of noise); image_newline after each row of patches; Mistral",
+        lambda: hf.LlavaNextConfig(
+            vision_config=hf.CLIPVisionConfig(**NEXT), text_config=hf.MistralConfig(**TEXT),
+            image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, image_seq_length=16,
+        ),
+        [[5, image(42), 7], [9, image(40), 5]], [(10, 47), (31, 9)], 4, [3, image(40), 4], (31, 9),
+        no_effect=CLIP_UNUSED,
+    ),
+    tiled(
+        "LlavaOnevision", "llava_onevision",
+        "images 32 x 24 (tiles 2 x 2; 8 x 8 patches, cut to 8 x 6, shrunk bilinearly to 6 x 4) and 10 x 47; anyres_max_2",
+        lambda: onevision(vision_aspect_ratio="anyres_max_2"),
+        [[5, image(46), 6], [8, image(42), 7]], [(32, 24), (10, 47)], 5, [3, image(42), 4], (10, 47),
+        no_effect=SIGLIP_UNUSED,
+    ),
+    tiled(
+        "LlavaOnevision", "llava_onevision_multi",
+        "batch_num_images: a row with two images takes only the first tile of each, with one newline; anyres_max_9",
+        lambda: onevision(),
+        [[5, image(42), 6], [8, image(17), 5, image(17), 6]], [(10, 47), (32, 31), (10, 47)], 5,
+        [3, image(42), 4], (10, 47), counts=[1, 2], no_effect=SIGLIP_UNUSED,
+    ),
+]  # fmt: skip
+VISION = {c.name: c for c in [*LLAVAS, *TILED]}

@@ -47,3 +47,29 @@ def weights(case: Path) -> dict[str, np.ndarray]:
     keys = json.loads((case / "keys.json").read_text())
     settings = about["seed"], about["centered_norms"], about["embedding"]
     return {name: tensor(name, tuple(shape), *settings) for name, shape, _ in keys}
+
+
+def other_layout(tensors: dict[str, np.ndarray], layout: dict) -> dict[str, np.ndarray]:
+    """The tensors of a case in one of the layouts of its layouts.json."""
+    found = {
+        name: value
+        for name, value in tensors.items()
+        if not any(re.search(p, name) for p in layout.get("drop", ()))
+    }
+    for pattern, joined in layout.get("stack", ()):
+        expression = re.compile(pattern.replace("{e}", r"(?P<e>\d+)"))
+        experts: dict[str, dict[int, list[np.ndarray]]] = {}
+        for name in sorted(found):
+            if match := expression.search(name):
+                of_layer = experts.setdefault(name[: match.start()] + joined, {})
+                of_layer.setdefault(int(match["e"]), []).append(found.pop(name))
+        for name, parts in experts.items():
+            found[name] = np.stack([np.concatenate(parts[e]) for e in range(len(parts))])
+    for name, source in layout.get("copies", {}).items():
+        found[name] = tensors[source].copy()
+    for pattern, replacement in layout.get("rename", ()):
+        found = {re.sub(pattern, replacement, name): value for name, value in found.items()}
+    types = {"F32": np.float32, "U8": np.uint8, "BOOL": np.bool_}
+    for name, shape, dtype in layout.get("extra", ()):
+        found[name] = np.ones(shape, types[dtype])
+    return found
