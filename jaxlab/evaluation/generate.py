@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints.native import load_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, stream
+from jaxlab.models import ModelConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
 
 
@@ -72,7 +72,7 @@ def run(arguments: Arguments) -> None:
 
 def read_prompt(
     arguments: Arguments, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """The batch of prompt and images: for models of other people, by the processor in their folder."""
     files = arguments.image
     if files and not config.has_vision:
@@ -80,9 +80,13 @@ def read_prompt(
     if files and config.vision.kind != "plain":
         if tokenizer is None:
             raise UserError(f"{folder}: no tokenizer; images are placed by its tokens")
-        return load_processor(folder)(arguments.prompt, files, tokenizer)
+        batch = load_processor(folder)(arguments.prompt, files, tokenizer)
+        try:
+            return prepare_batch(batch, config)
+        except ValueError as error:
+            raise UserError(f"{folder}: its processor does not fit its model: {error}") from error
     tokens = encode(arguments.prompt, tokenizer)
-    batch: dict[str, np.ndarray] = {}
+    batch = {}
     if files:
         batch["images"] = np.stack([read_image(file, config) for file in files])[None]
         missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)

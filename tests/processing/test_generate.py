@@ -20,6 +20,7 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, kind="vit"), max_length=99)
     seen = []
     monkeypatch.setattr(generate, "load_model", lambda path: (config, {}, tokenizer))
+    monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)
     monkeypatch.setattr(generate, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
     images = tuple(str(GOLDEN / image) for image in CASES["llava"]["images"])
     generate.run(generate.Arguments(str(folder), prompt=CASES["llava"]["text"], image=images))
@@ -27,6 +28,13 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     assert seen[0].keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_array_equal(seen[0][key], value)
+
+    def misfit(batch, config):
+        raise ValueError("the text has 32 placeholders, its images make 18 tokens")
+
+    monkeypatch.setattr(generate, "prepare_batch", misfit)
+    with pytest.raises(UserError, match="its processor does not fit its model: the text has 32 placeholders"):
+        generate.run(generate.Arguments(str(folder), prompt="a", image=images))
     monkeypatch.setattr(generate, "load_model", lambda path: (config, {}, None))
     with pytest.raises(UserError, match="no tokenizer"):
         generate.run(generate.Arguments(str(folder), prompt="a", image=images))
