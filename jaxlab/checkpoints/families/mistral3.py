@@ -70,6 +70,6 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     text_renames=towers.WITHIN_LLAVA,
-    variants={"transformers5": towers.LLAVA_VARIANTS["transformers5"]},
+    variants={"memory": towers.LLAVA_VARIANTS["memory"]},
     forward=False,
 )

@@ -137,7 +137,7 @@ FAMILY = Family(
     write_config=write_config,
     text_renames=towers.WITHIN_LLAVA,
     variants={
-        "transformers5": (
+        "memory": (
             (r"^language_model\.model\.", "model.language_model."),
             (r"^language_model\.lm_head\.", "lm_head."),
             (r"^(vision_model|multi_modal_projector)", r"model.\1"),

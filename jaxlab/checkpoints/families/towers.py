@@ -13,19 +13,19 @@ from jaxlab.models.vit_config import ViTConfig
 WITHIN_LLAVA: Renames = ((r"^", "language_model."),)
 """From a language model's names to those inside LLaVA and the families that follow it."""
 
-_TRANSFORMERS_5: Renames = (
+_MEMORY: Renames = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(vision_tower|multi_modal_projector|image_newline)", r"model.\1"),
 )
+_FLAT: Renames = ((r"vision_tower\.vision_model\.", "vision_tower."),)
 LLAVA_VARIANTS: Mapping[str, Renames] = {
-    "transformers5": _TRANSFORMERS_5,
-    "transformers5_flat": (
-        *_TRANSFORMERS_5,
-        (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
-    ),
+    "flat": _FLAT,
+    "memory": _MEMORY,
+    "memory_flat": (*_MEMORY, *_FLAT),
 }
-"""Names as transformers 5 has them in memory, which some folders hold; flat: towers without vision_model."""
+"""flat: as transformers 5.24 writes models that it made. memory: as transformers names parameters in memory
+since 4.52 (flat since 5.24), and as some folders have them."""
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",

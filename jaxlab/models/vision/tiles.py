@@ -71,6 +71,9 @@ def pack(
       tile: height and width of a tile in pixels.
       side: features of a tile along each side.
       max_tiles: more features than this many tiles have are scaled down bilinearly; 0: never.
+
+    Raises:
+      ValueError: scaling down would leave nothing of an image.
     """
     counts = [1 if one else count_tiles(size, grid, tile) for size, one in zip(sizes, whole, strict=True)]
     newline = sum(counts) * side * side
@@ -111,7 +114,11 @@ def _tiled(
     ratio = math.sqrt(height * width / (max_tiles * side**2)) if max_tiles else 0.0
     if ratio > 1.1:
         height, width = int(height // ratio), int(width // ratio)
-    rows, weights = _scaled(index, height, width)
+        if not height or not width:
+            raise ValueError(f"an image of {size} pixels is too narrow to be cut to tiles")
+        rows, weights = _scaled(index, height, width)
+    else:
+        rows, weights = (part.reshape(height, width, 4) for part in _plain(index.reshape(-1)))
     ends = _plain(np.full(height, newline))
     rows = np.concatenate([rows, ends[0][:, None]], axis=1)
     weights = np.concatenate([weights, ends[1][:, None]], axis=1)

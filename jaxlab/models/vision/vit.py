@@ -276,7 +276,11 @@ def _patches(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def _places(lengths: Int[np.ndarray, " N"], count: int, side: int) -> Int[np.ndarray, "N n"]:
-    """Which of `side` equal stretches patch i of `lengths[n]` begins in; in float32, as models learned it."""
+    """Which of `side` equal stretches patch i of `lengths[n]` begins in; in float32, as models learned it.
+
+    Where a patch begins on a bound, rounding decides. PyTorch's rounding depends on the machine: for 55 of
+    3,159 pairs of sizes below 80 it differs, none of a model that there is.
+    """
     bounds = (np.arange(1, side) / side).astype(np.float32)
     with np.errstate(divide="ignore"):
         step = np.float32(1) / lengths.astype(np.float32)
