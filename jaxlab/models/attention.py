@@ -11,7 +11,7 @@ from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
-from kernels_pallas.nsa import compress_blocks, nsa_attention
+from kernels_pallas.nsa import compress_blocks, nsa_attention, window_attention
 
 
 class Where(NamedTuple):
@@ -150,7 +150,12 @@ def _dense(
         if config.attention_softcap is not None or where.together is not None:
             raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
         return probed_attention(q, k, v, probe, segment_ids=where.segment_ids, window=window, scale=scale)
-    if config.attention_implementation == "xla":
+    if config.attention_implementation == "chunked" and not cached:
+        if not causal or where.together is not None or where.visible is not None:
+            raise ValueError("chunked attention is causal and knows no images; use xla")
+        reach = q.shape[1] if window is None else window
+        return window_attention(q, k, v, window=reach, scale=scale, segment_ids=where.segment_ids)
+    if config.attention_implementation in ("xla", "chunked"):
         mask = _mask(where, k.shape[1], window, causal, cached)
         return _softmax_attention(q, k, v, mask, scale, config.attention_softcap)
     kwargs: dict[str, Any] = {"implementation": config.attention_implementation, "scale": scale}
@@ -170,13 +175,22 @@ def _softmax_attention(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T H Dv"]:
-    """Scores and softmax in float32. Dk and Dv may differ, unlike in jax.nn.dot_product_attention."""
+    """Scores and softmax in float32. Dk and Dv may differ, unlike in jax.nn.dot_product_attention.
+
+    A score has one row for each query and head of a group: with an axis for each, XLA takes half as long
+    again on a CPU.
+    """
     batch, length, heads, dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("bthgd,bshd->bhgts", q, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(mask[:, None, None], softcap(scores, cap), jnp.finfo(jnp.float32).min)
+    groups = heads // k.shape[2]
+    rows = q.transpose(0, 2, 1, 3).reshape(batch, k.shape[2], groups * length, dim)
+    scores = jnp.einsum("bhrd,bshd->bhrs", rows, k, preferred_element_type=jnp.float32) * scale
+    of_rows = jnp.broadcast_to(mask[:, None], (batch, groups, *mask.shape[1:])).reshape(
+        batch, 1, -1, k.shape[1]
+    )
+    scores = jnp.where(of_rows, softcap(scores, cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhgts,bshd->bthgd", weights, v).reshape(batch, length, heads, v.shape[-1])
+    out = jnp.einsum("bhrs,bshd->bhrd", weights, v)
+    return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
 
 
 def _mask(

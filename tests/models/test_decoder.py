@@ -30,6 +30,17 @@ def test_logits_are_those_of_plain_loops(variant):
         np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["rotary", "sliding"])
+def test_chunked_attention_is_the_same(variant):
+    config = make_config(variant)
+    params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
+    segments = jnp.asarray(np.arange(SHAPE[1])[None] < np.array([[18], [11], [5], [1]]), jnp.int32)
+    batch = {"tokens": tokens, "segment_ids": segments}
+    chunked = logits(params, batch, make_config(variant, attention_implementation="chunked"))
+    real = np.asarray(segments, bool)
+    np.testing.assert_allclose(chunked[real], logits(params, batch, config)[real], rtol=1e-5, atol=1e-5)
+
+
 def test_rotary_by_hand():
     x = jnp.asarray([[[[1.0, 2.0, 3.0, 4.0]]]])
     at = lambda position: rotary_table(jnp.asarray([[position]], jnp.int32), RopeConfig(theta=16.0), 4)  # noqa: E731
