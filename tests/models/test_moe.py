@@ -1,0 +1,150 @@
+"""Experts against plain loops of numpy: routing, shared experts, gradients, load balance, dense layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.errors import ConfigError
+from jaxlab.models import ModelConfig, MoEConfig, abstract_params, count_params, forward, init_params
+from jaxlab.models.moe import experts, route
+from jaxlab.training.metrics import train_flops_per_token
+from jaxlab.training.step import loss_sum
+from tests.models.tiny import draw_params, draw_tokens, make_config
+
+SIX = MoEConfig(num_experts=6, experts_per_token=2, width=5)
+VARIANTS = {
+    "plain": SIX,
+    "shared": dataclasses.replace(SIX, shared_width=7, shared_gate=True, scale=2.5, normalize=False),
+    "sigmoid": dataclasses.replace(SIX, scoring="sigmoid", experts_per_token=3),
+    "all": dataclasses.replace(SIX, experts_per_token=6),
+}
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def by_loops(params, x, m):
+    """One token and one expert at a time."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    out = np.zeros(x.shape)
+    for t, token in enumerate(np.asarray(x, np.float64)):
+        logits = token @ p["router"]
+        scores = (
+            np.exp(logits) / np.exp(logits).sum() if m.scoring == "softmax" else 1 / (1 + np.exp(-logits))
+        )
+        chosen = sorted(range(m.num_experts), key=lambda e: (-scores[e], e))[: m.experts_per_token]
+        total = sum(scores[e] for e in chosen) if m.normalize else 1.0
+        for e in chosen:
+            hidden = silu(token @ p["gate"][e]) * (token @ p["up"][e])
+            out[t] += m.scale * scores[e] / total * (hidden @ p["down"][e])
+        if m.shared_width:
+            s = p["shared"]
+            hidden = silu(token @ s["gate"]) * (token @ s["up"])
+            out[t] += hidden @ s["down"] / (1 + np.exp(-(token @ p["shared_gate"])))
+    return out
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_output_is_that_of_plain_loops(name):
+    config = make_config(moe=VARIANTS[name])
+    params = jax.tree.map(lambda leaf: leaf[1], draw_params(config)["layers"]["moe"])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12)), jnp.float32)
+    found, _ = jax.jit(experts, static_argnames="config")(params, x, config)
+    expected = by_loops(params, x.reshape(10, 12), VARIANTS[name]).reshape(2, 5, 12)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ties_go_to_the_lower_experts_and_an_even_load_costs_one():
+    router = jnp.zeros((4, 6))
+    weights, chosen, balance = route(router, jnp.ones((3, 4)), SIX)
+    assert chosen.tolist() == [[0, 1]] * 3
+    np.testing.assert_allclose(weights, 0.5)
+    np.testing.assert_allclose(balance, 1.0)  # even probabilities cost 1 whatever the load
+    one_each = dataclasses.replace(SIX, num_experts=3, experts_per_token=1)
+    eye = 50 * jnp.eye(3)
+    np.testing.assert_allclose(route(eye, jnp.eye(3), one_each)[2], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(route(eye, jnp.eye(3)[:1].repeat(3, axis=0), one_each)[2], 3.0, rtol=1e-5)
+
+
+def test_gradients_are_those_of_weighing_all_experts():
+    """The same choice by masks over all experts, which plain autodiff differentiates."""
+    config = make_config(moe=VARIANTS["shared"])
+    m = config.moe
+    params = jax.tree.map(lambda leaf: leaf[0], draw_params(config)["layers"]["moe"])
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 7, 12)), jnp.float32)
+
+    def masked(p, x):
+        scores = jax.nn.softmax(x @ p["router"])
+        kept = scores >= jax.lax.top_k(scores, m.experts_per_token)[0][..., -1:]
+        gate, up = (jnp.einsum("btd,edf->btef", x, p[name]) for name in ("gate", "up"))
+        hidden = jax.nn.silu(gate) * up
+        y = jnp.einsum("btef,efd,bte->btd", hidden, p["down"], jnp.where(kept, scores, 0.0)) * m.scale
+        s = p["shared"]
+        shared = (jax.nn.silu(x @ s["gate"]) * (x @ s["up"])) @ s["down"]
+        return y + shared * jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, p["shared_gate"]))[..., None]
+
+    gradients = [
+        jax.jit(jax.grad(lambda p, x, f=f: jnp.sum(jnp.sin(f(p, x))), argnums=(0, 1)))(params, x)
+        for f in (lambda p, x: experts(p, x, config)[0], masked)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *gradients)
+
+
+def test_first_layers_may_be_dense_and_the_balance_loss_joins_the_loss():
+    moe = dataclasses.replace(SIX, first_dense=1)
+    config = make_config(num_layers=3, moe=moe)
+    params, tokens = draw_params(config), draw_tokens(config, 2, 6)
+    assert params["dense_layers"]["mlp"]["up"].shape == (1, 12, 8)
+    assert params["layers"]["moe"]["up"].shape == (2, 6, 12, 5)
+    _, intermediates = forward(params, {"tokens": tokens}, config)
+    assert intermediates["balance_loss"].shape == (2,)
+    assert (np.asarray(intermediates["balance_loss"]) > 0.3).all()
+    # With experts that are all the same MLP, and a dense layer of that MLP, it is a dense model.
+    same = jax.tree.map(lambda leaf: leaf, params)
+    for name in ("gate", "up", "down"):
+        first = params["layers"]["moe"][name][:, :1]
+        same["layers"]["moe"][name] = jnp.broadcast_to(first, params["layers"]["moe"][name].shape)
+    plain = make_config(num_layers=3, mlp_width=5)
+    dense = {name: leaf for name, leaf in same.items() if name != "dense_layers"}
+    first_layer = jax.tree.map(lambda leaf: leaf, params["dense_layers"])
+    first_layer["mlp"] = {k: v[:, :, :5] if k != "down" else v[:, :5] for k, v in first_layer["mlp"].items()}
+    rest = {**same["layers"], "mlp": {n: same["layers"]["moe"][n][:, 0] for n in ("gate", "up", "down")}}
+    del rest["moe"]
+    dense["layers"] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_layer, rest)
+    narrow = {**same, "dense_layers": first_layer}
+    found, _ = forward(narrow, {"tokens": tokens}, dataclasses.replace(config, mlp_width=5))
+    np.testing.assert_allclose(found, forward(dense, {"tokens": tokens}, plain)[0], rtol=2e-5, atol=2e-5)
+
+    weighted = dataclasses.replace(config, moe=dataclasses.replace(moe, balance_loss=0.5))
+    (total, count), (more, _) = (loss_sum(params, {"tokens": tokens}, c) for c in (config, weighted))
+    added = 0.5 * count * np.mean(intermediates["balance_loss"])
+    np.testing.assert_allclose(more - total, added, rtol=1e-4)
+
+
+def test_counting_takes_the_experts_that_a_token_passes():
+    dense = ModelConfig(mlp_width=100)
+    sparse = ModelConfig(moe=MoEConfig(num_experts=8, experts_per_token=2, width=50))
+    router = 4 * 128 * 8
+    difference = train_flops_per_token(sparse, 64) - train_flops_per_token(dense, 64)
+    np.testing.assert_allclose(difference, 6 * router)
+    params = jax.eval_shape(lambda: init_params(sparse, jax.random.key(0)))
+    assert count_params(params) == count_params(abstract_params(sparse))
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: MoEConfig(num_experts=2, experts_per_token=3), "experts_per_token"),
+        (lambda: MoEConfig(shared_gate=True), "shared_gate"),
+        (lambda: ModelConfig(num_layers=2, moe=MoEConfig(num_experts=4, first_dense=2)), "moe.first_dense"),
+        (lambda: ModelConfig(mlp="plain", moe=MoEConfig(num_experts=4)), "moe.num_experts"),
+    ],
+)
+def test_errors(make, key):
+    with pytest.raises(ConfigError) as raised:
+        make()
+    assert raised.value.key == key
