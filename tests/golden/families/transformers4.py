@@ -15,6 +15,13 @@ def config_of_transformers_4(config: Json) -> Json:
         old["torch_dtype"] = old.pop("dtype")
     if "transformers_version" in old:
         old["transformers_version"] = "4.49.0"
+    if old.get("model_type") in ("qwen2_vl", "qwen2_5_vl"):  # text settings stood at the top
+        text = old.pop("text_config")
+        old = {**text, **old}
+    elif "text_config" in old:  # tying was told inside
+        old["text_config"]["tie_word_embeddings"] = old["tie_word_embeddings"]
+        if old["model_type"] != "qwen3_vl":
+            del old["tie_word_embeddings"]
     if old.get("model_type") == "qwen3_moe":
         old["num_experts"] = old.pop("num_local_experts")
     kinds = old.pop("layer_types", None)  # older configs leave them to the model's rule
@@ -26,7 +33,11 @@ def config_of_transformers_4(config: Json) -> Json:
     if "full_attention" in rope:  # Gemma 3: one base for each kind of layer
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
+    if rope["rope_type"] == "axial":  # vision towers of Qwen: the base was fixed
+        return old
     rope = dict(rope)
+    if "mrope_section" in rope and "mrope_interleaved" not in rope:
+        rope["type"] = rope["rope_type"] = "mrope"
     old["rope_theta"] = rope.pop("rope_theta")
     old["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     return old
