@@ -91,7 +91,8 @@ class Processor:
         return word
 
     def _check_count(self, tokens: list[int], wanted: int, word: str, tokenizer: Tokenizer) -> None:
-        got = sum(token == tokenizer.token_to_id(word) for token in tokens)
+        number = tokenizer.token_to_id(word)
+        got = sum(token == number for token in tokens)
         if got != wanted:
             raise UserError(
                 f"{self.folder}: {wanted} image tokens {word} became {got} in the tokenizer; "

@@ -1,4 +1,8 @@
-"""Which processor a folder asks for."""
+"""Which processor a folder asks for.
+
+A further family is an ImagePart and a TextPart in a file of this package, a line in each table here, and a
+case in tests/golden/processors/make.py.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,6 +38,7 @@ IMAGE_KINDS: Mapping[str, ImageKind] = {
         partial(anyres.AnyRes.read, several_whole=True), anyres.ONEVISION_DEFAULTS
     ),
     "Qwen2VLImageProcessor": ImageKind(qwen.Patches.read, qwen.DEFAULTS),
+    "Qwen2_5_VLImageProcessor": ImageKind(qwen.Patches.read, qwen.DEFAULTS),
     "GotOcr2ImageProcessor": ImageKind(tiles.Tiles.read, tiles.DEFAULTS),
     "Gemma3ImageProcessor": ImageKind(gemma3.PanAndScan.read, gemma3.DEFAULTS),
     "Idefics3ImageProcessor": ImageKind(idefics3.NamedTiles.read, idefics3.DEFAULTS),
