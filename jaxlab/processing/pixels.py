@@ -1,9 +1,9 @@
 """Pixels of image files, and the steps that all image processors share, on uint8 arrays [height, width, 3].
 
 Images are resized by Pillow as uint8, as in transformers' Pillow backend, whose batches these equal bit for
-bit. Its torchvision backend has kernels of its own: an image differs there by one or two of 255 steps in 0.5 %
-of the values, at some sizes by up to 20; and one that is smaller than its crop lies one pixel off. What follows
-the last resize depends on the 256 values alone and is a table.
+bit. Its torchvision backend has kernels of its own: an image differs there by one or two of 255 steps in
+0.5 % of the values, at some sizes by up to 20; and one that is smaller than its crop lies one pixel off.
+What follows the last resize depends on the 256 values alone and is a table.
 """
 
 import os
