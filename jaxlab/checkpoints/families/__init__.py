@@ -55,12 +55,13 @@ def rows_of(name: str) -> Rows:
     whole, _, numbers = whole.partition("@")
     text = whole.partition("+")[2]
     family = find(name)
-    rows = family.rows + (renamed(find(text).rows, family.text_renames) if text else ())
+    own_rows = family.layouts.get(variant, family.rows)
+    rows = own_rows + (renamed(find(text).rows, family.text_renames) if text else ())
     if numbers:
         rows = interleaved(rows, tuple(int(number) for number in numbers.split(",")))
-    if not variant:
+    if not variant or variant in family.layouts:
         return rows
     if variant not in family.variants:
-        known = ", ".join(family.variants) or "none"
+        known = ", ".join((*family.variants, *family.layouts)) or "none"
         raise UserError(f"the family {family.name} has no variant {variant!r}; there are: {known}")
     return renamed(rows, family.variants[variant])

@@ -32,6 +32,8 @@ class Family:
     """From the names of the language model's own family to those inside this one."""
     variants: Mapping[str, Renames] = dataclasses.field(default_factory=dict)
     """Other names in the wild, by a word for each: from this family's names to those."""
+    layouts: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
+    """Variants whose tensors lie otherwise, by a word for each: rows in place of the family's."""
     forward: bool = True
     """Whether the model code runs it; False: its tensors are mapped, and can be merged and written."""
 

@@ -1,0 +1,68 @@
+"""Gemma 3, text: norms on queries and keys, most layers in a window with rotary positions of their own."""
+
+from jaxlab.checkpoints.families import gemma, gemma2, language, rope
+from jaxlab.checkpoints.families.base import Family, Json
+from jaxlab.checkpoints.families.settings import Settings
+from jaxlab.models.config import ModelConfig, RopeConfig
+
+_DEFAULTS: Json = {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _read_ropes(s: Settings) -> tuple[RopeConfig, float]:
+    """Of full layers, and the base of sliding ones."""
+    local = s.number("rope_local_base_freq", 10000.0)
+    given = s.value("rope_parameters")
+    if not rope.is_nested(given):
+        return rope.read_rope(s, 1000000.0), local
+    inner = Settings(given, s.family, within="rope_parameters.")
+    length = s.whole("max_position_embeddings")
+    of_full, of_sliding = (
+        rope.rope_of(inner, inner.value(f"{kind}_attention", {}), f"{kind}_attention", theta, length)
+        for kind, theta in (("full", 1000000.0), ("sliding", local))
+    )
+    inner.done()
+    if of_sliding != RopeConfig(theta=of_sliding.theta):
+        raise inner.refuse("sliding_attention", "sliding layers have plain rotary positions")
+    s.ignore("rope_theta", "rope_scaling")
+    return of_full, of_sliding.theta
+
+
+def read_config(config: Json) -> ModelConfig:
+    s = Settings(config, "gemma3_text", _DEFAULTS)
+    s.ignore("attn_logit_softcapping")  # stored, and never applied by transformers
+    of_full, local = _read_ropes(s)
+    layers = s.whole("num_hidden_layers", most=1 << 12)
+    period = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6))
+    default = ["sliding" if (i + 1) % period else "full" for i in range(layers)]
+    return language.read_decoder(
+        s, **gemma2.read_common(s), rope=of_full, local_rope_theta=local, qk_norm="head",
+        **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
+        logit_softcap=s.maybe_number("final_logit_softcapping"),
+    )  # fmt: skip
+
+
+def write_config(config: ModelConfig) -> Json:
+    return {
+        **gemma.write_common(config, "gemma3_text", "Gemma3ForCausalLM"),
+        "query_pre_attn_scalar": gemma2.scalar(config.attention_scale or config.key_dim**-0.5),
+        "sliding_window": config.window, "layer_types": language.layer_types(config),
+        "rope_local_base_freq": config.local_rope_theta, "final_logit_softcapping": config.logit_softcap,
+    }  # fmt: skip
+
+
+FAMILY = Family(
+    name="gemma3_text",
+    model_types=("gemma3_text",),
+    rows=language.decoder_rows(
+        gemma2.NORMS, language.ATTENTION, language.ATTENTION_BIASES, language.OUTPUT_BIAS,
+        language.QK_NORMS, language.MLP,
+    ),
+    read_config=read_config,
+    write_config=write_config,
+    ignored=language.IGNORED,
+    variants=language.VARIANTS,
+)  # fmt: skip

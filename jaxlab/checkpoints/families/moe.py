@@ -1,0 +1,136 @@
+"""Mixtral and Qwen3-MoE: experts in place of the MLP."""
+
+import dataclasses
+
+from jaxlab.checkpoints.families import language, qwen2
+from jaxlab.checkpoints.families.base import Family, Json
+from jaxlab.checkpoints.families.settings import Settings
+from jaxlab.checkpoints.names import Row, Rows, in_layers
+from jaxlab.models.config import ModelConfig, MoEConfig
+
+_MIXTRAL_DEFAULTS: Json = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+_QWEN3_DEFAULTS: Json = {
+    **qwen2.DEFAULTS, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+    "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+}  # fmt: skip
+
+_MIXTRAL_EXPERTS: Rows = (
+    Row("moe.router", "block_sparse_moe.gate.weight", "e d -> d e"),
+    Row("moe.gate", "block_sparse_moe.experts.{e}.w1.weight", "f d -> d f"),
+    Row("moe.up", "block_sparse_moe.experts.{e}.w3.weight", "f d -> d f"),
+    Row("moe.down", "block_sparse_moe.experts.{e}.w2.weight", "d f -> f d"),
+)
+_ROUTER: Rows = (Row("moe.router", "mlp.gate.weight", "e d -> d e"),)
+_EXPERTS: Rows = (
+    Row("moe.gate", "mlp.experts.{e}.gate_proj.weight", "f d -> d f"),
+    Row("moe.up", "mlp.experts.{e}.up_proj.weight", "f d -> d f"),
+    Row("moe.down", "mlp.experts.{e}.down_proj.weight", "d f -> f d"),
+)
+_STACKED: Rows = (
+    Row(("moe.gate", "moe.up"), "mlp.experts.gate_up_proj", "e f d -> e d f", join=1),
+    Row("moe.down", "mlp.experts.down_proj", "e d f -> e f d"),
+)
+"""All experts of a layer in one tensor, as transformers 5 has them in memory."""
+_QWEN3_LAYER: Rows = (
+    *language.NORMS, *language.ATTENTION, *language.ATTENTION_BIASES, *language.OUTPUT_BIAS,
+    *language.QK_NORMS,
+)  # fmt: skip
+
+
+def _qwen3_rows(experts: Rows) -> Rows:
+    return (
+        *language.decoder_rows(_QWEN3_LAYER, _ROUTER, experts),
+        *in_layers("dense_layers", "model.layers", (*_QWEN3_LAYER, *language.MLP)),
+    )
+
+
+def read_mixtral(config: Json) -> ModelConfig:
+    s = Settings(config, "mixtral", _MIXTRAL_DEFAULTS)
+    window = s.maybe_whole("sliding_window")
+    moe = MoEConfig(
+        num_experts=s.whole("num_local_experts", most=1 << 16),
+        experts_per_token=_chosen(s, s.whole("num_local_experts")),
+        width=s.whole("intermediate_size"),
+    )
+    kind = {"attention": "full"} if window is None else {"attention": "sliding", "window": window}
+    return language.read_decoder(s, theta=1e6, moe=moe, **kind)
+
+
+def write_mixtral(config: ModelConfig) -> Json:
+    return {
+        **language.write_decoder(config, "mixtral", "MixtralForCausalLM"),
+        "sliding_window": language.window_of(config), "num_local_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token, "intermediate_size": config.moe.width,
+    }  # fmt: skip
+
+
+def read_qwen3(config: Json) -> ModelConfig:
+    """Layers with an MLP must come before all those with experts."""
+    s = Settings(config, "qwen3_moe", _QWEN3_DEFAULTS)
+    layers = s.whole("num_hidden_layers", most=1 << 12)
+    count = s.whole("num_experts", s.whole("num_local_experts", 128), most=1 << 16)
+    step, dense = s.whole("decoder_sparse_step", 1), s.value("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+        raise s.wrong("mlp_only_layers", "a list of layer numbers")
+    plain = [i for i in range(layers) if i in dense or (i + 1) % step]
+    key = "mlp_only_layers" if dense else "decoder_sparse_step"
+    if plain != list(range(len(plain))) or len(plain) == layers:
+        raise s.refuse(key, "layers with an MLP must be the first ones, before others with experts")
+    moe = MoEConfig(
+        num_experts=count,
+        experts_per_token=_chosen(s, count),
+        width=s.whole("moe_intermediate_size"),
+        normalize=s.flag("norm_topk_prob"),
+        first_dense=len(plain),
+    )
+    window = s.maybe_whole("sliding_window", 4096)
+    slides = s.flag("use_sliding_window") and window is not None
+    s.ignore("max_window_layers")  # of Qwen2's; here all layers slide or none
+    kind = {"attention": "sliding", "window": window} if slides else {"attention": "full"}
+    bias = s.flag("attention_bias")
+    return language.read_decoder(s, attention_bias=bias, output_bias=bias, qk_norm="head", moe=moe, **kind)
+
+
+def write_qwen3(config: ModelConfig) -> Json:
+    window = language.window_of(config)
+    return {
+        **language.write_decoder(config, "qwen3_moe", "Qwen3MoeForCausalLM"),
+        "attention_bias": config.attention_bias, "use_sliding_window": window is not None,
+        "sliding_window": window, "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token, "moe_intermediate_size": config.moe.width,
+        "norm_topk_prob": config.moe.normalize, "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(config.dense_layers)),
+    }  # fmt: skip
+
+
+def _chosen(s: Settings, count: int) -> int:
+    chosen = s.whole("num_experts_per_tok")
+    if chosen > count:
+        raise s.wrong("num_experts_per_tok", f"at most the {count} experts")
+    return chosen
+
+
+MIXTRAL = Family(
+    name="mixtral",
+    model_types=("mixtral",),
+    rows=language.decoder_rows(language.NORMS, language.ATTENTION, _MIXTRAL_EXPERTS),
+    read_config=read_mixtral,
+    write_config=write_mixtral,
+    ignored=language.IGNORED,
+    variants=language.VARIANTS,
+    layouts={"stacked": language.decoder_rows(language.NORMS, language.ATTENTION, _ROUTER, _STACKED)},
+)
+QWEN3 = dataclasses.replace(
+    MIXTRAL,
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
+    rows=_qwen3_rows(_EXPERTS),
+    read_config=read_qwen3,
+    write_config=write_qwen3,
+    layouts={"stacked": _qwen3_rows(_STACKED)},
+)
+FAMILIES = (MIXTRAL, QWEN3)

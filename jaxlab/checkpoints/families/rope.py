@@ -1,0 +1,128 @@
+"""Rotary positions in a config.json: `rope_parameters` of transformers 5, `rope_scaling` of those before."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlab.checkpoints.families.base import Json
+from jaxlab.checkpoints.families.settings import Settings
+from jaxlab.errors import ConfigError
+from jaxlab.models.config import ModelConfig, RopeConfig
+
+_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+def read_rope(settings: Settings, theta: float = 10000.0, *, sections: bool = False) -> RopeConfig:
+    """The rotary positions that one level of a config.json describes.
+
+    Args:
+      theta: the family's base where none is given.
+      sections: whether the family has positions with several coordinates (`mrope_section`).
+
+    Raises:
+      UserError: a kind of stretching, or a key, that is not known.
+    """
+    theta = settings.number("rope_theta", theta)
+    given = settings.value("rope_parameters")
+    older = settings.value("rope_scaling")
+    key = "rope_scaling" if given is None else "rope_parameters"
+    length = settings.whole("max_position_embeddings", 2048)
+    found = older if given is None else given
+    return rope_of(settings, {} if found is None else found, key, theta, length, sections=sections)
+
+
+def rope_of(
+    settings: Settings, config: Any, key: str, theta: float, max_length: int, *, sections: bool = False
+) -> RopeConfig:
+    """The rotary positions of one group of keys, which stands at `key`."""
+    s = Settings(config, settings.family, within=f"{settings.within}{key}.")
+    older = s.word("type", "default")
+    kind = s.word("rope_type", older)
+    if kind == "mrope" and sections:
+        kind = "default"
+    if kind not in _KINDS:
+        raise s.refuse("rope_type" if "rope_type" in s else "type", f"supported: {', '.join(_KINDS)}")
+    fields: dict[str, Any] = {"theta": s.number("rope_theta", theta)}
+    if s.value("partial_rotary_factor", 1.0) != 1.0:
+        raise s.refuse("partial_rotary_factor", "all dimensions of a head turn")
+    s.ignore("finetuned")
+    if kind != "default":
+        fields["scaling"] = kind
+        given = s.maybe_whole("original_max_position_embeddings")
+        original = max_length if given is None or kind == "dynamic" else given
+        if kind != "linear":
+            fields["original_length"] = original
+        fields["factor"] = s.number("factor", max_length / original if kind == "yarn" else None)
+    if kind == "llama3":
+        fields["low_frequency_factor"] = s.number("low_freq_factor")
+        fields["high_frequency_factor"] = s.number("high_freq_factor")
+    if kind == "yarn":
+        fields["beta_fast"] = float(s.value("beta_fast") or 32.0)
+        fields["beta_slow"] = float(s.value("beta_slow") or 1.0)
+        fields["truncate"] = s.flag("truncate", True)
+        fields["attention_factor"] = _attention_factor(s, fields["factor"])
+    if sections:
+        fields |= _sections(s)
+    s.done()
+    try:
+        return RopeConfig(**fields)
+    except ConfigError as error:
+        raise s.wrong(error.key, error.message.replace("must be ", "").partition(", is")[0]) from None
+
+
+def _attention_factor(s: Settings, factor: float) -> float | None:
+    """yarn's factor on cosines and sines; DeepSeek's two scales make one factor."""
+    given, scale, scale_all = (
+        s.maybe_number(key) for key in ("attention_factor", "mscale", "mscale_all_dim")
+    )
+    if given is not None or scale is None or scale_all is None:
+        return given
+    grown = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
+    return grown(scale) / grown(scale_all)
+
+
+def _sections(s: Settings) -> dict[str, Any]:
+    found = s.value("mrope_section", [])
+    if not isinstance(found, list) or not all(type(n) is int and 0 < n < 4096 for n in found):
+        raise s.wrong("mrope_section", "a list of whole numbers")
+    return {"sections": tuple(found), "sections_interleaved": s.flag("mrope_interleaved")}
+
+
+def max_length(settings: Settings, rope: RopeConfig) -> int:
+    """Longest sequence: what `max_position_embeddings` says, stretched where it counts the training's."""
+    length = settings.whole("max_position_embeddings", 2048)
+    if rope.scaling in ("linear", "dynamic"):
+        return int(length * max(rope.factor, 1.0))
+    return max(length, int(rope.original_length * rope.factor)) if rope.scaling == "yarn" else length
+
+
+def write_rope(config: ModelConfig) -> Json:
+    """The keys of `read_rope`, as transformers 4 and 5 both read them."""
+    rope, length = config.rope, config.max_length
+    scaling: Json | None = None
+    if rope.scaling != "none":
+        scaling = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling in ("linear", "dynamic"):
+        length = math.ceil(config.max_length / max(rope.factor, 1.0))
+    if rope.scaling == "dynamic":
+        length = rope.original_length
+    if scaling is not None and rope.scaling in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope.original_length
+    if scaling is not None and rope.scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low_frequency_factor, "high_freq_factor": rope.high_frequency_factor
+        }  # fmt: skip
+    if scaling is not None and rope.scaling == "yarn":
+        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+        if rope.attention_factor is not None:
+            scaling["attention_factor"] = rope.attention_factor
+    if rope.sections:
+        scaling = {"rope_type": "default", **(scaling or {}), "mrope_section": list(rope.sections)}
+        if rope.sections_interleaved:
+            scaling["mrope_interleaved"] = True
+    return {"max_position_embeddings": length, "rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def is_nested(value: Any) -> bool:
+    """Whether `rope_parameters` has a group for each kind of layer."""
+    return isinstance(value, Mapping) and "full_attention" in value
