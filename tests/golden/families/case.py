@@ -22,6 +22,8 @@ class Case:
     """Of the forward; none: only names and config are recorded."""
     prompt: Callable[[np.random.Generator, bool], Inputs] | None = None
     """Of a generation; where the case is stateful, of a short and of a long one."""
+    others: dict[str, Callable[[Inputs], Inputs]] = field(default_factory=dict)
+    """Further forwards, with other arguments made from those of `inputs`: stored as logits.NAME."""
     seed: int = 0
     centered_norms: str = ""
     """Pattern of the norms that scale by 1 + weight."""

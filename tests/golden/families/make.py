@@ -139,8 +139,8 @@ def make(case: Case) -> None:
         "embedding": case.embedding, "awkward": case.awkward, "transformers": transformers.__version__,
     }  # fmt: skip
     (out / "case.json").write_text(json.dumps(about, indent=2) + "\n")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_skeleton(case, folder, out)
         (out / "layouts.json").write_text(json.dumps(case.layouts, indent=1) + "\n")
         if case.inputs is None:
@@ -161,6 +161,9 @@ def make(case: Case) -> None:
             raise SystemExit(f"{case.name}: the config of transformers 4 gives other logits")
         arrays = {"tokens": inputs["input_ids"].astype(np.int32), "logits": logits}
         arrays |= {key: value for key, value in inputs.items() if key != "input_ids"}
+        for name, change in case.others.items():
+            arrays[f"logits.{name}"] = forward(load(case, folder), change(inputs))
+            assert not np.allclose(arrays[f"logits.{name}"], logits, atol=1e-2)
         for suffix, long in (("", False), ("_long", True)) if case.stateful else (("", False),):
             prompt, greedy, margin = choose_prompt(case, folder, long)
             arrays |= {f"prompt{suffix}": prompt["input_ids"].astype(np.int32), f"greedy{suffix}": greedy}

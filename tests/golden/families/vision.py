@@ -251,4 +251,168 @@ QWENS = [
         [(4, 6), (8, 2), (2, 4)],
     ),
 ]  # fmt: skip
-VISION = {c.name: c for c in [*LLAVAS, *TILED, *QWENS]}
+
+
+def internvl(name: str, awkward: str, config: Callable[[], Any], **more: Any) -> Case:
+    """Images of 24 x 24 pixels, 6 x 6 patches, 3 x 3 tokens; the second row has two."""
+
+    def inputs(generator: np.random.Generator) -> Inputs:
+        rows = batch(generator, [[6, image(9), 16], [5, image(9), 3, image(9), 5]], [IMAGE])
+        return rows | {"pixel_values": pixels(generator, 3, 3, 24, 24)}
+
+    def prompt(generator: np.random.Generator, long: bool) -> Inputs:
+        return batch(generator, [[3, image(9), 4]], [IMAGE]) | {
+            "pixel_values": pixels(generator, 1, 3, 24, 24)
+        }
+
+    return Case(
+        name=name, model="InternVLForConditionalGeneration", config=config, awkward=awkward, inputs=inputs,
+        prompt=prompt, special=(IMAGE,), layouts=[IN_MEMORY], **more,
+    )  # fmt: skip
+
+
+INTERNVL: dict[str, Any] = dict(
+    hidden_size=24, intermediate_size=34, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4,
+)  # fmt: skip
+INTERNVLS = [
+    internvl(
+        "internvl", "LayerNorms, biases in attention, layer scales, no norm at the end; untied Qwen2",
+        lambda: hf.InternVLConfig(
+            vision_config=hf.InternVLVisionConfig(**INTERNVL, attention_bias=True),
+            text_config=hf.Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=9,
+            tie_word_embeddings=False,
+        ),
+        no_effect=r"k_proj\.bias",
+    ),
+    internvl(
+        "internvl_qk_norm",
+        "RMSNorms, norms on queries and keys over the whole width, a LayerNorm at the end (use_mean_pooling off); tied "
+        "Llama",
+        lambda: hf.InternVLConfig(
+            vision_config=hf.InternVLVisionConfig(
+                **INTERNVL, use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False
+            ),
+            text_config=hf.LlamaConfig(**TEXT | {"tie_word_embeddings": True}), image_token_id=IMAGE,
+            image_seq_length=9, tie_word_embeddings=True,
+        ),
+    ),
+]  # fmt: skip
+
+GEMMA: dict[str, Any] = dict(
+    vocab_size=109, hidden_size=32, intermediate_size=44, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+    max_position_embeddings=256, num_hidden_layers=2,
+)  # fmt: skip
+GEMMA_NORMS = r"language_model\..*norm|mm_soft_emb_norm"
+
+
+def without_token_types(inputs: Inputs) -> Inputs:
+    return {key: value for key, value in inputs.items() if key != "token_type_ids"}
+
+
+def paligemma(name: str, awkward: str, text: Callable[[], Any]) -> Case:
+    """token_type_ids: 0 in the prefix (image and prompt), 1 in the suffix."""
+    suffixes = (6, 3)
+
+    def inputs(generator: np.random.Generator) -> Inputs:
+        rows = batch(generator, [[image(16), 5, suffixes[0]], [2, image(16), 6, suffixes[1]]], [IMAGE])
+        kinds = np.zeros_like(rows["input_ids"])
+        for row_, suffix in zip(kinds, suffixes, strict=True):
+            row_[-suffix:] = 1
+        return rows | {"pixel_values": pixels(generator, 2, 3, 20, 20), "token_type_ids": kinds}
+
+    def prompt(generator: np.random.Generator, long: bool) -> Inputs:
+        rows = batch(generator, [[image(16), 7]], [IMAGE])
+        kinds = np.zeros_like(rows["input_ids"])
+        return rows | {"pixel_values": pixels(generator, 1, 3, 20, 20), "token_type_ids": kinds}
+
+    return Case(
+        name=name, model="PaliGemmaForConditionalGeneration", awkward=awkward, inputs=inputs, prompt=prompt,
+        config=lambda: hf.PaliGemmaConfig(
+            vision_config=hf.SiglipVisionConfig(**SIGLIP, vision_use_head=False), text_config=text(),
+            image_token_index=IMAGE, projection_dim=32, hidden_size=32, vocab_size=109,
+        ),
+        special=(IMAGE,), disk_names=CLIP_PREFIX, layouts=[WITHOUT_PREFIX, IN_MEMORY], embedding=0.12,
+        centered_norms=GEMMA_NORMS, others={"no_token_type_ids": without_token_types}, no_effect=r"k_proj\.bias",
+    )  # fmt: skip
+
+
+BEGIN_IMAGE, END_IMAGE = 79, 80
+
+
+def gemma3_inputs(generator: np.random.Generator, rows: Sequence[Sequence[Part]], images: int) -> Inputs:
+    found = batch(generator, rows, [IMAGE, BEGIN_IMAGE, END_IMAGE])
+    return found | {
+        "pixel_values": pixels(generator, images, 3, 24, 24),
+        "token_type_ids": (found["input_ids"] == IMAGE).astype(np.int64),
+    }
+
+
+SEEN = [BEGIN_IMAGE, *image(9), END_IMAGE]
+GEMMAS = [
+    paligemma(
+        "paligemma", "prefix seen both ways, suffix causal; Gemma 1 with one key/value head; SigLIP's last norm is used",
+        lambda: hf.GemmaConfig(**GEMMA | {"num_key_value_heads": 1}),
+    ),
+    paligemma(
+        "paligemma2", "Gemma 2 inside, windows of 8 shorter than the prefix, which is seen whole all the same; softcaps",
+        lambda: hf.Gemma2Config(**GEMMA, sliding_window=8, query_pre_attn_scalar=20, attn_logit_softcapping=4.0,
+                                final_logit_softcapping=2.0),
+    ),
+    Case(
+        name="gemma3", model="Gemma3ForConditionalGeneration",
+        awkward="6 x 6 patches pooled to 3 x 3; tokens of one image see each other both ways, in windows of 5 only those "
+        "less than 5 back; two images in a row of the batch; sliding, full, sliding; tied",
+        config=lambda: hf.Gemma3Config(
+            vision_config=hf.SiglipVisionConfig(
+                **SIGLIP | {"image_size": 24, "patch_size": 4, "num_hidden_layers": 2}, vision_use_head=False
+            ),
+            text_config=hf.Gemma3TextConfig(
+                **GEMMA | {"num_hidden_layers": 3}, sliding_window=5, query_pre_attn_scalar=20,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                rope_parameters={
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+                },
+            ),
+            mm_tokens_per_image=9, image_token_index=IMAGE, boi_token_index=BEGIN_IMAGE, eoi_token_index=END_IMAGE,
+        ),
+        inputs=lambda generator: gemma3_inputs(generator, [[6, SEEN, 15], [4, SEEN, 2, SEEN, 4]], 3),
+        prompt=lambda generator, long: gemma3_inputs(generator, [[3, SEEN, 4]], 1),
+        special=(IMAGE, BEGIN_IMAGE, END_IMAGE), disk_names=CLIP_PREFIX, layouts=[WITHOUT_PREFIX, IN_MEMORY],
+        embedding=0.12, centered_norms=GEMMA_NORMS, others={"no_token_type_ids": without_token_types},
+        no_effect=r"k_proj\.bias",
+    ),
+]  # fmt: skip
+
+
+def idefics3_inputs(
+    generator: np.random.Generator, rows: Sequence[Sequence[Part]], counts: Sequence[int]
+) -> Inputs:
+    """The first image of the first row shows 16 x 20 of its 24 x 24 pixels; rows with fewer images hold zeros."""
+    values = pixels(generator, len(counts), max(counts), 3, 24, 24)
+    mask = np.ones((len(counts), max(counts), 24, 24), np.int64)
+    mask[0, 0, 16:] = 0
+    mask[0, 0, :, 20:] = 0
+    for row_, (count, _) in enumerate(zip(counts, rows, strict=True)):
+        values[row_, count:] = 0
+        mask[row_, count:] = 0
+    values[0, 0] *= mask[0, 0]
+    return batch(generator, rows, [IMAGE]) | {"pixel_values": values, "pixel_attention_mask": mask}
+
+
+IDEFICS3 = [
+    Case(
+        name="idefics3", model="Idefics3ForConditionalGeneration",
+        awkward="an image that fills its tile in part: fractional positions and a mask on patches; 3 x 3 pixel shuffle; "
+        "two images in one row, one and padding in the other; untied Llama",
+        config=lambda: hf.Idefics3Config(
+            vision_config=dict(hidden_size=24, intermediate_size=34, num_hidden_layers=2, num_attention_heads=2,
+                               image_size=24, patch_size=4),
+            text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=3,
+        ),
+        inputs=lambda generator: idefics3_inputs(generator, [[5, image(4), 3, image(4), 6], [9, image(4), 9]], [2, 1]),
+        prompt=lambda generator, long: idefics3_inputs(generator, [[3, image(4), 4]], [1]),
+        special=(IMAGE,), no_effect=r"k_proj\.bias",
+    ),
+]  # fmt: skip
+VISION = {c.name: c for c in [*LLAVAS, *TILED, *QWENS, *INTERNVLS, *GEMMAS, *IDEFICS3]}
