@@ -1,0 +1,148 @@
+"""A Hugging Face folder: config.json and tensors in one file or in shards, opened lazily and without trust."""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlab.checkpoints.safetensors_file import Tensor, parse_json, read_header
+from jaxlab.errors import UserError
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MAX_JSON = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorFolder(Mapping[str, Tensor]):
+    """The tensors of a folder by name, none of them read, and its config.json."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def open_folder(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> TensorFolder:
+    """Open a folder; only headers are read.
+
+    Args:
+      allow_pickle: where there are no safetensors, read PyTorch's pickles (without running code from them).
+
+    Raises:
+      UserError: anything about the folder that is not as it should be.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    config = read_json(inside(path, CONFIG))
+    if (path / INDEX).exists():
+        return TensorFolder(path, config, _sharded(path, INDEX, read_header))
+    if (path / SINGLE).exists():
+        return TensorFolder(path, config, read_header(inside(path, SINGLE)))
+    single, index = (path / PICKLED).exists(), (path / PICKLED_INDEX).exists()
+    if not single and not index:
+        raise UserError(f"{path}: holds no {SINGLE} and no {INDEX}")
+    if not allow_pickle:
+        raise UserError(
+            f"{path}: holds only PyTorch pickles, which can carry code; convert them, or pass --allow-pickle "
+            "if you trust their origin"
+        )
+    from jaxlab.checkpoints.pickled import pickled_tensors
+
+    if index:
+        return TensorFolder(path, config, _sharded(path, PICKLED_INDEX, pickled_tensors))
+    return TensorFolder(path, config, pickled_tensors(inside(path, PICKLED)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError for anything else."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"{path}: too large for a JSON file of a model")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_json(text, str(path))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of a folder.
+
+    Raises:
+      UserError: the name is a path, or the file is missing, no plain file, or a link that leads out of the
+        folder. Links of the Hugging Face cache, from a snapshot to the blobs beside it, stay inside.
+    """
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise UserError(f"{folder}: names a file outside of it: {name[:80]!r}")
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        plain = stat.S_ISREG(real.stat().st_mode)
+    except (OSError, RuntimeError):
+        raise UserError(f"{path}: is missing") from None
+    if not plain:
+        raise UserError(f"{path}: not a plain file")
+    if not any(real.is_relative_to(root) for root in _roots(folder)):
+        raise UserError(f"{path}: leads out of the folder; put the file itself there")
+    return path
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where files of a folder may really lie."""
+    real = folder.resolve()
+    cached = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
+    return [real, real.parent.parent / "blobs"] if cached else [real]
+
+
+def _sharded(path: Path, index_name: str, read: Any) -> dict[str, Tensor]:
+    """The tensors that an index lists, in its order, each from the shard that it names."""
+    index = read_json(inside(path, index_name))
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise UserError(f"{path / index_name}: its weight_map is not an object from names to files")
+    shards = sorted(set(places.values()))
+    absent = [shard for shard in shards if "/" not in shard and not (path / shard).exists()]
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UserError(f"{path}: shards are missing: {', '.join(absent[:3])}{more}")
+    held: dict[str, dict[str, Tensor]] = {shard: read(inside(path, shard)) for shard in shards}
+    for shard, tensors in held.items():
+        for name in tensors:
+            if places.get(name) != shard:
+                told = f"says it is in {places[name]}" if name in places else "does not list it"
+                raise UserError(f"{path / shard}: holds the tensor {name[:80]!r}; the index {told}")
+    for name, shard in places.items():
+        if name not in held[shard]:
+            raise UserError(f"{path / index_name}: the tensor {name[:80]!r} is not in {shard}")
+    return {name: held[shard][name] for name, shard in places.items()}
+
+
+def check_finite(folder: Mapping[str, Tensor], rows_bytes: int = 1 << 26) -> None:
+    """Raises UserError that names tensors which hold NaN or infinities; reads all of them, part by part."""
+    bad = []
+    for name, tensor in folder.items():
+        if not np.issubdtype(tensor.dtype, np.inexact) and tensor.dtype.kind != "V":
+            continue
+        rows = max(1, rows_bytes // max(1, tensor.nbytes // max(1, tensor.shape[0] if tensor.shape else 1)))
+        total = tensor.shape[0] if tensor.shape else 1
+        parts = (tensor.read_rows(i, min(i + rows, total)) for i in range(0, total, rows))
+        if not all(np.isfinite(part).all() for part in parts):
+            bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(f"tensors hold NaN or infinities: {', '.join(bad[:5])}{more}")

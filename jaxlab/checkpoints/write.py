@@ -1,0 +1,182 @@
+"""Writing a Hugging Face folder: sizes known before the first byte, the folder whole or absent."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlab.checkpoints.folder import CONFIG, INDEX, SINGLE
+from jaxlab.checkpoints.safetensors_file import NAMES
+from jaxlab.errors import UserError
+
+SHARD_BYTES = 5_000_000_000
+COMPANIONS = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
+    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "video_preprocessor_config.json", "vocab.json",
+)  # fmt: skip
+"""Files beside the tensors that a folder takes over from the one it was made from."""
+
+
+class Planned(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    get: Callable[[], np.ndarray]
+    """Its values, in this dtype and shape; asked for once, in order."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    tensors: Iterable[Planned],
+    *,
+    config: Mapping[str, Any],
+    copy_from: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> None:
+    """Write a folder aside, then rename it.
+
+    Args:
+      config: what config.json holds.
+      copy_from: a folder whose tokenizer and processor files (COMPANIONS) are copied.
+      shard_bytes: most bytes of tensors in one file.
+      progress: called with the bytes of each tensor that is written.
+
+    Raises:
+      UserError: `path` exists and `overwrite` is not set, the disk is full, or two tensors of one name.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already; choose another place or overwrite it explicitly")
+    shards = _shards(list(tensors), shard_bytes)
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        names = [SINGLE]
+        if len(shards) > 1:
+            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+            _write_text(aside / INDEX, _index(shards, names))
+        # All files take their space before any is filled: a full disk shows at once.
+        starts = [_begin(aside / name, shard) for name, shard in zip(names, shards, strict=True)]
+        for name, shard, start in zip(names, shards, starts, strict=True):
+            _fill(aside / name, shard, start, progress)
+        _write_text(aside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        if copy_from is not None:
+            copy_companions(copy_from, aside)
+        os.chmod(aside, 0o755)
+        _replace(aside, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            total = sum(tensor.nbytes for shard in shards for tensor in shard)
+            raise UserError(f"{path}: no room for {total} bytes of tensors; nothing was written") from error
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the plain files among COMPANIONS; links are followed as far as they stay in the folder."""
+    from jaxlab.checkpoints.folder import inside
+
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(inside(source, name), target / name)
+
+
+def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    """The tensors in their order, cut so that no shard exceeds `shard_bytes` unless one tensor does."""
+    seen: set[str] = set()
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise UserError(f"two tensors are named {tensor.name}")
+        seen.add(tensor.name)
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _index(shards: Sequence[Sequence[Planned]], names: Sequence[str]) -> str:
+    places = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+    metadata = {
+        "total_parameters": sum(math.prod(t.shape) for shard in shards for t in shard),
+        "total_size": sum(t.nbytes for shard in shards for t in shard),
+    }
+    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
+
+
+def _begin(path: Path, shard: Sequence[Planned]) -> int:
+    """Write a shard's header and take the space of its tensors; returns where they begin."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        span = [end, end + tensor.nbytes]
+        header[tensor.name] = {
+            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span
+        }  # fmt: skip
+        end = span[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    start = 8 + len(text)
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, start + end)
+        file.write(len(text).to_bytes(8, "little") + text)
+    return start
+
+
+def _fill(path: Path, shard: Sequence[Planned], start: int, progress: Callable[[int], Any]) -> None:
+    with open(path, "r+b") as file:
+        file.seek(start)
+        for tensor in shard:
+            values = tensor.get()
+            if values.dtype != tensor.dtype or values.shape != tensor.shape:
+                raise ValueError(f"{tensor.name} is {values.dtype} {values.shape}, not as planned")
+            if values.nbytes:
+                file.write(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+            progress(tensor.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(aside: Path, path: Path) -> None:
+    """Put the folder in place; one that is there moves away first, so that a failure loses neither."""
+    if not path.exists():
+        os.rename(aside, path)
+        return
+    old = aside.with_name(f"{aside.name}-old")
+    os.rename(path, old)
+    try:
+        os.rename(aside, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
