@@ -3,10 +3,9 @@
 import dataclasses
 import math
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.names import Row
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
@@ -14,22 +13,21 @@ SIGLIP: Json = {"model_type": "siglip_vision_model"}
 
 
 def read_config(config: Json) -> ModelConfig:
+    s = vlm.settings(config, "gemma3")
     vit = ViTConfig(
         final_norm="used",
-        pooled_side=math.isqrt(config.get("mm_tokens_per_image", 256)),
+        pooled_side=math.isqrt(s.whole("mm_tokens_per_image", 256)),
         connector="linear",
         connector_bias=False,
         connector_norm="rms",
         connector_norm_offset=1.0,
         together="images",
     )
-    vision = towers.read_clip(config, towers.image_token(config, 262144), vit, SIGLIP)
-    if vision.vit.class_token:
-        raise UserError("Gemma 3 around a tower of CLIP is not supported")
+    vision = vlm.read_clip(s, vlm.image_token(s, 262144), vit, SIGLIP, ("siglip_vision_model",))
     vit = dataclasses.replace(vision.vit, connector_norm_eps=vision.vit.norm_eps)
     vision = dataclasses.replace(vision, vit=vit)
-    tie = towers.tied(config, either=False, default=True)
-    return towers.read_text(config, vision, "gemma3", default="gemma3_text", tie=tie, known=("gemma3_text",))
+    tie = vlm.tied(s, either=False, default=True)
+    return vlm.read_text(s, vision, default="gemma3_text", tie=tie, known=("gemma3_text",))
 
 
 def write_config(config: ModelConfig) -> Json:
@@ -37,8 +35,8 @@ def write_config(config: ModelConfig) -> Json:
     return {
         "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
         "image_token_index": v.image_token, "mm_tokens_per_image": v.vit.pooled_side**2,
-        "tie_word_embeddings": config.tie_embeddings, "text_config": towers.write_text(config),
-        "vision_config": towers.write_clip(v),
+        "tie_word_embeddings": config.tie_embeddings, "text_config": vlm.write_text(config),
+        "vision_config": vlm.write_clip(v),
     }  # fmt: skip
 
 

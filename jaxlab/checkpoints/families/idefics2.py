@@ -1,6 +1,6 @@
 """Idefics2: the tower of Idefics3, a gated MLP and a resampler, Mistral. Its images are not run."""
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.idefics3 import (
     VISION,
@@ -9,7 +9,6 @@ from jaxlab.checkpoints.families.idefics3 import (
     write_idefics_vision,
 )
 from jaxlab.checkpoints.names import Row, Rows, in_layers
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ResamplerConfig
 
@@ -30,25 +29,32 @@ ROWS: Rows = (
 )
 
 
+_PERCEIVER: Json = {
+    "resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 16, "resampler_head_dim": 96,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+
+
 def read_config(config: Json) -> ModelConfig:
-    vision = {**VISION, "hidden_size": 768, "num_attention_heads": 12, **(config.get("vision_config") or {})}
-    perceiver = config.get("perceiver_config") or {}
-    text = {"intermediate_size": 14336, "hidden_size": 4096, **(config.get("text_config") or {})}
-    if perceiver.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {perceiver['hidden_act']!r} of the perceiver is not supported; use silu")
-    resampler = ResamplerConfig(
-        num_queries=perceiver.get("resampler_n_latents", 64),
-        num_layers=perceiver.get("resampler_depth", 3),
-        num_heads=perceiver.get("resampler_n_heads", 16),
-        num_kv_heads=perceiver.get("num_key_value_heads", 4),
-        head_dim=perceiver.get("resampler_head_dim", 96),
+    s = vlm.settings(config, "idefics2")
+    v = vlm.inner(s, "vision_config", {**VISION, "hidden_size": 768, "num_attention_heads": 12})
+    p = vlm.inner(s, "perceiver_config", _PERCEIVER)
+    p.ignore("hidden_size", "rms_norm_eps", "qk_layer_norms_perceiver")
+    if p.word("hidden_act", "silu") != "silu":
+        raise p.refuse("hidden_act", "supported: silu")
+    resampler = vlm.build(
+        ResamplerConfig,
+        num_queries=p.whole("resampler_n_latents"),
+        num_layers=p.whole("resampler_depth", most=1 << 12),
+        num_heads=p.whole("resampler_n_heads"),
+        num_kv_heads=p.whole("num_key_value_heads"),
+        head_dim=p.whole("resampler_head_dim"),
     )
-    vit = read_idefics_vit(
-        vision, connector="resampler", connector_width=text["intermediate_size"], resampler=resampler
-    )
-    tower = towers.read_tower(vision, towers.image_token(config, 32001), vit)
-    tie = towers.tied(config, either=False, default=False)
-    return towers.read_text(config, tower, "idefics2", default="mistral", tie=tie)
+    p.done()
+    width = vlm.inner(s, "text_config", {}).whole("intermediate_size", 14336)
+    vit = read_idefics_vit(v, connector="resampler", connector_width=width, resampler=resampler)
+    tower = vlm.read_tower(v, vlm.image_token(s, 32001), vit)
+    return vlm.read_text(s, tower, default="mistral", tie=vlm.tied(s, either=False, default=False))
 
 
 def write_config(config: ModelConfig) -> Json:
@@ -56,7 +62,7 @@ def write_config(config: ModelConfig) -> Json:
     return {
         "architectures": ["Idefics2ForConditionalGeneration"], "model_type": "idefics2",
         "image_token_id": config.vision.image_token, "tie_word_embeddings": config.tie_embeddings,
-        "text_config": towers.write_text(config),
+        "text_config": vlm.write_text(config),
         "vision_config": write_idefics_vision(config, "idefics2_vision"),
         "perceiver_config": {
             "model_type": "idefics2_perceiver", "resampler_n_latents": r.num_queries,

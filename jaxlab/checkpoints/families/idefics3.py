@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
+from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.names import Row
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
@@ -16,39 +17,41 @@ VISION: Json = {
 }  # fmt: skip
 
 
-def read_idefics_vit(vision: Json, **rest: Any) -> ViTConfig:
+def read_idefics_vit(v: Settings, **more: Any) -> ViTConfig:
     """The tower of Idefics 2 and 3."""
-    return ViTConfig(
+    v.ignore("max_image_size", "size", "use_base_siglip")
+    return vlm.build(
+        ViTConfig,
         position="fractional",
-        norm_eps=vision["layer_norm_eps"],
-        activation=towers.activation(vision, "hidden_act", ""),
+        norm_eps=v.number("layer_norm_eps"),
+        activation=language.activation(v, "hidden_act", "gelu"),
         final_norm="used",
         connector_bias=False,
-        **rest,
+        **more,
     )
 
 
 def write_idefics_vision(config: ModelConfig, model_type: str) -> Json:
     v = config.vision
     return {
-        **towers.write_tower(v), "model_type": model_type, "layer_norm_eps": v.vit.norm_eps,
-        "hidden_act": towers.activation_name(v.vit.activation),
+        **vlm.write_tower(v), "model_type": model_type, "layer_norm_eps": v.vit.norm_eps,
+        "hidden_act": language.activation_name(v.vit.activation),
     }  # fmt: skip
 
 
 def read_config(config: Json) -> ModelConfig:
-    vision = {**VISION, **(config.get("vision_config") or {})}
-    vit = read_idefics_vit(vision, shuffle=config.get("scale_factor", 2), connector="linear")
-    tower = towers.read_tower(vision, towers.image_token(config, 128257), vit)
-    tie = towers.tied(config, either=False, default=False)
-    return towers.read_text(config, tower, "idefics3", default="llama", tie=tie)
+    s = vlm.settings(config, "idefics3")
+    v = vlm.inner(s, "vision_config", VISION)
+    vit = read_idefics_vit(v, shuffle=s.whole("scale_factor", 2), connector="linear")
+    tower = vlm.read_tower(v, vlm.image_token(s, 128257), vit)
+    return vlm.read_text(s, tower, default="llama", tie=vlm.tied(s, either=False, default=False))
 
 
 def write_config(config: ModelConfig) -> Json:
     return {
         "architectures": ["Idefics3ForConditionalGeneration"], "model_type": "idefics3",
         "image_token_id": config.vision.image_token, "scale_factor": config.vision.vit.shuffle,
-        "tie_word_embeddings": config.tie_embeddings, "text_config": towers.write_text(config),
+        "tie_word_embeddings": config.tie_embeddings, "text_config": vlm.write_text(config),
         "vision_config": write_idefics_vision(config, "idefics3_vision"),
     }  # fmt: skip
 

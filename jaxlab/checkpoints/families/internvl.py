@@ -1,9 +1,8 @@
 """InternVL in Hugging Face's layout: InternViT, pixel shuffle, an MLP after a norm, any language model."""
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.names import Row, Rows, in_layers
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
@@ -40,43 +39,48 @@ _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 
 
 def read_config(config: Json) -> ModelConfig:
-    vision = {**_DEFAULTS, **(config.get("vision_config") or {})}
-    layer = config.get("vision_feature_layer", -1)
-    if not isinstance(layer, int):
-        raise UserError(f"vision_feature_layer {layer} is not supported; InternVL reads one layer")
-    if vision["norm_type"] not in _NORMS:
-        raise UserError(f"norm_type {vision['norm_type']!r} is not supported; use {' or '.join(_NORMS)}")
-    if vision["use_qk_norm"] and vision["layer_norm_eps"] != 1e-6:
-        raise UserError("use_qk_norm with a layer_norm_eps other than 1e-6 is not supported")
-    ratio = config.get("downsample_ratio", 0.5)
-    final_norm = "none" if vision["use_mean_pooling"] else "used" if layer == -1 else "unused"
-    vit = ViTConfig(
+    s = vlm.settings(config, "internvl")
+    v = vlm.inner(s, "vision_config", _DEFAULTS)
+    v.ignore("layer_scale_init_value", "hidden_dropout_prob", "projection_dropout", "attention_dropout")
+    layers = vlm.feature_layers(s, -1)
+    if len(layers) > 1:
+        raise s.refuse("vision_feature_layer", "InternVL reads one layer")
+    norm = v.word("norm_type", "layer_norm")
+    if norm not in _NORMS:
+        raise v.refuse("norm_type", f"supported: {', '.join(_NORMS)}")
+    if v.flag("use_qk_norm") and v.number("layer_norm_eps") != 1e-6:
+        raise v.refuse("layer_norm_eps", "with use_qk_norm it must be 1e-6")
+    ratio = s.number("downsample_ratio", 0.5)
+    if int(1 / ratio) != 1 / ratio:
+        raise s.wrong("downsample_ratio", "one over a whole number")
+    final_norm = "none" if v.flag("use_mean_pooling") else "used" if layers == (-1,) else "unused"
+    vit = vlm.build(
+        ViTConfig,
         class_token=True,
-        mask_token=vision["use_mask_token"],
-        position="learned" if vision["use_absolute_position_embeddings"] else "none",
-        norm="layer" if vision["norm_type"] == "layer_norm" else "rms",
-        norm_eps=vision["layer_norm_eps"],
-        activation=towers.activation(vision, "hidden_act", "gelu"),
-        attention_bias=vision["attention_bias"],
-        qk_norm=vision["use_qk_norm"],
+        mask_token=v.flag("use_mask_token"),
+        position="learned" if v.flag("use_absolute_position_embeddings") else "none",
+        norm=_NORMS[norm],
+        norm_eps=v.number("layer_norm_eps"),
+        activation=language.activation(v, "hidden_act", "gelu"),
+        attention_bias=v.flag("attention_bias"),
+        qk_norm=v.flag("use_qk_norm"),
         layer_scale=True,
-        final_norm=final_norm,  # type: ignore[arg-type]
-        feature_layers=(layer,),
-        drop_first=towers.drop_first(config, "default"),
+        final_norm=final_norm,
+        feature_layers=layers,
+        drop_first=vlm.drop_first(s, "default"),
         shuffle=int(1 / ratio),
         connector_norm="layer",
-        connector_activation=towers.activation(config, "projector_hidden_act", "gelu"),
+        connector_activation=language.activation(s, "projector_hidden_act", "gelu"),
     )
-    tower = towers.read_tower(vision, towers.image_token(config, 151667), vit)
-    tie = towers.tied(config, either=False, default=True)
-    return towers.read_text(config, tower, "internvl", default="qwen2", tie=tie)
+    tower = vlm.read_tower(v, vlm.image_token(s, 151667), vit)
+    return vlm.read_text(s, tower, default="qwen2", tie=vlm.tied(s, either=False, default=True))
 
 
 def write_config(config: ModelConfig) -> Json:
     v, t = config.vision, config.vision.vit
     vision = {
-        **towers.write_tower(v), "model_type": "internvl_vision", "image_size": [v.image_size] * 2,
-        "patch_size": [v.patch_size] * 2, "hidden_act": towers.activation_name(t.activation),
+        **vlm.write_tower(v), "model_type": "internvl_vision", "image_size": [v.image_size] * 2,
+        "patch_size": [v.patch_size] * 2, "hidden_act": language.activation_name(t.activation),
         "layer_norm_eps": t.norm_eps, "attention_bias": t.attention_bias, "use_qk_norm": t.qk_norm,
         "norm_type": next(theirs for theirs, ours in _NORMS.items() if ours == t.norm),
         "use_mask_token": t.mask_token, "use_absolute_position_embeddings": t.position == "learned",
@@ -86,10 +90,10 @@ def write_config(config: ModelConfig) -> Json:
         "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl",
         "image_token_id": v.image_token, "downsample_ratio": 1 / t.shuffle,
         "image_seq_length": t.features(v.image_size // v.patch_size) // t.shuffle**2,
-        "projector_hidden_act": towers.activation_name(t.connector_activation),
+        "projector_hidden_act": language.activation_name(t.connector_activation),
         "vision_feature_layer": t.feature_layers[0],
         "vision_feature_select_strategy": "default" if t.drop_first else "full",
-        "tie_word_embeddings": config.tie_embeddings, "text_config": towers.write_text(config),
+        "tie_word_embeddings": config.tie_embeddings, "text_config": vlm.write_text(config),
         "vision_config": vision,
     }  # fmt: skip
 

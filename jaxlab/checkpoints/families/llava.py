@@ -1,26 +1,25 @@
 """LLaVA-1.5: CLIP or SigLIP, a two-layer MLP, and any language model."""
 
-from jaxlab.checkpoints.families import llava_original, towers
+from typing import Any
+
+from jaxlab.checkpoints.families import language, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
+from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
-CLIP_LARGE: Json = {
-    "model_type": "clip_vision_model", "intermediate_size": 4096, "hidden_size": 1024, "patch_size": 14,
-    "image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16,
-}  # fmt: skip
 
-
-def read_vit(config: Json, *, layer: int = -2, strategy: str = "default", **rest: object) -> ViTConfig:
+def read_vit(s: Settings, *, layer: int = -2, strategy: str = "default", **more: Any) -> ViTConfig:
     """What LLaVA and its successors say of features and projector."""
-    return ViTConfig(
+    return vlm.build(
+        ViTConfig,
         final_norm="unused",
-        feature_layers=towers.feature_layers(config, layer),
-        drop_first=towers.drop_first(config, strategy),
+        feature_layers=vlm.feature_layers(s, layer),
+        drop_first=vlm.drop_first(s, strategy),
         connector="mlp",
-        connector_bias=config.get("multimodal_projector_bias", True),
-        connector_activation=towers.activation(config, "projector_hidden_act", "gelu"),
-        **rest,  # type: ignore[arg-type]
+        connector_bias=s.flag("multimodal_projector_bias", True),
+        connector_activation=language.activation(s, "projector_hidden_act", "gelu"),
+        **more,
     )
 
 
@@ -29,20 +28,20 @@ def write_llava(config: ModelConfig, model_type: str, model_class: str) -> Json:
     v, t = config.vision, config.vision.vit
     return {
         "architectures": [model_class], "model_type": model_type, "image_token_index": v.image_token,
-        "vision_feature_layer": towers.write_feature_layers(t.feature_layers),
+        "vision_feature_layer": vlm.write_feature_layers(t.feature_layers),
         "vision_feature_select_strategy": "default" if t.drop_first else "full",
-        "projector_hidden_act": towers.activation_name(t.connector_activation),
+        "projector_hidden_act": language.activation_name(t.connector_activation),
         "multimodal_projector_bias": t.connector_bias, "tie_word_embeddings": config.tie_embeddings,
-        "text_config": towers.write_text(config), "vision_config": towers.write_clip(v),
+        "text_config": vlm.write_text(config), "vision_config": vlm.write_clip(v),
     }  # fmt: skip
 
 
 def read_config(config: Json) -> ModelConfig:
     if "mm_vision_tower" in config:
         return llava_original.read_config(config)
-    vision = towers.read_clip(config, towers.image_token(config, 32000), read_vit(config), CLIP_LARGE)
-    tie = towers.tied(config, either=True, default=False)
-    return towers.read_text(config, vision, "llava", default="llama", tie=tie)
+    s = vlm.settings(config, "llava")
+    vision = vlm.read_clip(s, vlm.image_token(s, 32000), read_vit(s), vlm.CLIP_LARGE)
+    return vlm.read_text(s, vision, default="llama", tie=vlm.tied(s, either=True, default=False))
 
 
 def write_config(config: ModelConfig) -> Json:

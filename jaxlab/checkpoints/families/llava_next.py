@@ -1,11 +1,11 @@
 """LLaVA-NeXT (1.6): images cut to tiles, with a learned newline after each row of patches."""
 
-from jaxlab.checkpoints.families import llava, llava_original, towers
+from jaxlab.checkpoints.families import llava, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.names import Row
 from jaxlab.models.config import ModelConfig
 
-GRID = ([336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008])
+GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """Where config.json tells none."""
 
 ROWS = (
@@ -16,11 +16,10 @@ ROWS = (
 
 
 def read_config(config: Json) -> ModelConfig:
-    grid = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or GRID)
-    vit = llava.read_vit(config, grid=grid)
-    vision = towers.read_clip(config, towers.image_token(config, 32000), vit, llava.CLIP_LARGE)
-    tie = towers.tied(config, either=False, default=False)
-    return towers.read_text(config, vision, "llava_next", default="llama", tie=tie)
+    s = vlm.settings(config, "llava_next")
+    vit = llava.read_vit(s, grid=vlm.grid(s, GRID))
+    vision = vlm.read_clip(s, vlm.image_token(s, 32000), vit, vlm.CLIP_LARGE)
+    return vlm.read_text(s, vision, default="llama", tie=vlm.tied(s, either=False, default=False))
 
 
 def write_config(config: ModelConfig) -> Json:

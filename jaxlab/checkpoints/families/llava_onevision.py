@@ -2,28 +2,20 @@
 
 import re
 
-from jaxlab.checkpoints.families import llava, llava_next, llava_original, towers
+from jaxlab.checkpoints.families import llava, llava_next, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
-
-SIGLIP: Json = {
-    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14,
-    "image_size": 384, "num_hidden_layers": 26, "num_attention_heads": 16, "vision_use_head": False,
-}  # fmt: skip
 
 
 def read_config(config: Json) -> ModelConfig:
-    default = [[384 * down, 384 * across] for down in range(1, 7) for across in range(1, 7)]
-    grid = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or default)
-    ratio = config.get("vision_aspect_ratio", "anyres_max_9")
-    most = re.fullmatch(r"anyres_max_(\d+)", ratio)
+    s = vlm.settings(config, "llava_onevision")
+    most = re.fullmatch(r"anyres_max_([1-9]\d{0,4})", s.word("vision_aspect_ratio", "anyres_max_9"))
     if most is None:
-        raise UserError(f"vision_aspect_ratio {ratio!r} is not supported; use anyres_max_ and a number")
-    vit = llava.read_vit(config, layer=-1, strategy="full", grid=grid, max_tiles=int(most[1]))
-    vision = towers.read_clip(config, towers.image_token(config, 151646), vit, SIGLIP)
-    tie = towers.tied(config, either=True, default=False)
-    return towers.read_text(config, vision, "llava_onevision", default="qwen2", tie=tie)
+        raise s.wrong("vision_aspect_ratio", "anyres_max_ and a number of tiles")
+    grid = vlm.grid(s, [[384 * down, 384 * across] for down in range(1, 7) for across in range(1, 7)])
+    vit = llava.read_vit(s, layer=-1, strategy="full", grid=grid, max_tiles=int(most[1]))
+    vision = vlm.read_clip(s, vlm.image_token(s, 151646), vit, vlm.SIGLIP_LARGE)
+    return vlm.read_text(s, vision, default="qwen2", tie=vlm.tied(s, either=True, default=False))
 
 
 def write_config(config: ModelConfig) -> Json:

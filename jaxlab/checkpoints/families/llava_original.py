@@ -7,9 +7,9 @@ text has no placeholder of its own: token 0 stands in.
 import dataclasses
 import re
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import vlm
 from jaxlab.checkpoints.families.base import Json, Renames
-from jaxlab.errors import UserError
+from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
@@ -21,59 +21,70 @@ RENAMES: Renames = (
     (r"^image_newline", "model.image_newline"),
 )
 
-_CLIP = {
-    "model_type": "clip_vision_model", "intermediate_size": 4096, "hidden_size": 1024, "patch_size": 14,
-    "num_hidden_layers": 24, "num_attention_heads": 16,
-}  # fmt: skip
 TOWERS: dict[str, Json] = {
-    "openai/clip-vit-large-patch14": {**_CLIP, "image_size": 224},
-    "openai/clip-vit-large-patch14-336": {**_CLIP, "image_size": 336},
-    "google/siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model", "intermediate_size": 4304, "hidden_size": 1152, "patch_size": 14,
-        "image_size": 384, "num_hidden_layers": 26, "num_attention_heads": 16, "vision_use_head": False,
-    },
-}  # fmt: skip
+    "openai/clip-vit-large-patch14": {**vlm.CLIP_LARGE, "image_size": 224},
+    "openai/clip-vit-large-patch14-336": vlm.CLIP_LARGE,
+    "google/siglip-so400m-patch14-384": vlm.SIGLIP_LARGE,
+}
 """The towers that LLaVA was trained with. Of SigLIP's 27 layers LLaVA keeps those before the last."""
 
 
+_TEXT_OF = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+_OURS = (
+    "mm_vision_tower", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature",
+    "image_aspect_ratio", "image_grid_pinpoints", "model_type", "tie_word_embeddings", "vision_config",
+    "freeze_mm_mlp_adapter", "image_crop_resolution", "image_split_resolution", "mm_hidden_size",
+    "mm_patch_merge_type", "mm_projector_lr", "mm_resampler_type", "mm_spatial_pool_mode", "mm_tunable_parts",
+    "mm_use_im_patch_token", "mm_use_im_start_end", "mm_vision_tower_lr", "pos_skipping_range",
+    "tokenizer_model_max_length", "tokenizer_padding_side", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower",
+    "use_mm_proj", "use_pos_skipping", "vision_tower_pretrained", "add_faster_video", "faster_token_stride",
+    "force_sample", "mm_newline_position", "mm_spatial_pool_stride",
+)  # fmt: skip
+
+
 def read_config(config: Json) -> ModelConfig:
-    """LLaVA-1.5 or LLaVA-NeXT, by how images are cut. Raises UserError for what is not known."""
-    name = config["mm_vision_tower"]
+    """LLaVA-1.5, NeXT or OneVision, by how images are cut. Raises UserError for what is not known."""
+    s = Settings(config, "llava")
+    name = s.word("mm_vision_tower", "")
     if name not in TOWERS:
-        raise UserError(f"mm_vision_tower {name!r} is not known; known: {', '.join(TOWERS)}")
-    tower = {**TOWERS[name], **(config.get("vision_config") or {})}
-    if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
-        raise UserError(
-            f"mm_projector_type {config.get('mm_projector_type')!r} is not supported; use mlp2x_gelu"
-        )
-    siglip, side = tower["model_type"] == "siglip_vision_model", tower["image_size"]
-    cut = "anyres" in str(config.get("image_aspect_ratio"))
-    vit = ViTConfig(
+        raise s.refuse("mm_vision_tower", f"known: {', '.join(TOWERS)}")
+    if s.word("mm_projector_type", "linear") != "mlp2x_gelu":
+        raise s.refuse("mm_projector_type", "supported: mlp2x_gelu")
+    siglip, cut = "siglip" in name, s.word("image_aspect_ratio", "pad")
+    most = re.fullmatch(r"anyres(?:_max_([1-9]\d{0,4}))?", cut)
+    layer = s.value("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise s.wrong("mm_vision_select_layer", "a whole number")
+    vit = vlm.build(
+        ViTConfig,
         final_norm="unused",
-        feature_layers=(-1,) if siglip else (int(config.get("mm_vision_select_layer", -2)),),
-        drop_first=not siglip and config.get("mm_vision_select_feature", "patch") == "patch",
-        grid=_grid(config.get("image_grid_pinpoints"), side) if cut else (),
-        max_tiles=int(most[1])
-        if (most := re.search(r"max_(\d+)", str(config.get("image_aspect_ratio"))))
-        else 0,
+        feature_layers=(-1,) if siglip else (layer,),
+        drop_first=not siglip and s.word("mm_vision_select_feature", "patch") == "patch",
+        grid=() if most is None else _grid(s, TOWERS[name]["image_size"]),
+        max_tiles=int(most[1]) if most is not None and most[1] else 0,
     )
-    vision = towers.read_clip({"vision_config": tower}, 0, vit, tower)
-    kind = str(config["model_type"]).removeprefix("llava_")
-    text = {**config, "model_type": {"llava": "llama", "qwen": "qwen2"}.get(kind, kind)}
-    tie = bool(config.get("tie_word_embeddings", False))
-    family = ("llava_onevision" if vit.max_tiles else "llava_next") if cut else "llava"
-    model = towers.read_text({"text_config": text}, vision, family, default="llama", tie=tie)
+    family = "llava" if most is None else "llava_onevision" if vit.max_tiles else "llava_next"
+    tower = {**TOWERS[name], **s.value("vision_config", {})}
+    kind = s.word("model_type", "llava")
+    if kind not in _TEXT_OF:
+        raise s.refuse("model_type", f"supported: {', '.join(_TEXT_OF)}")
+    text = {key: value for key, value in config.items() if key not in _OURS}
+    whole = Settings({"vision_config": tower, "text_config": text}, family)
+    vision = vlm.read_clip(whole, 0, vit, tower)
+    tie = s.flag("tie_word_embeddings")
+    model = vlm.read_text(whole, vision, default=_TEXT_OF[kind], tie=tie)
     return dataclasses.replace(model, family=f"{model.family}/original")
 
 
-def _grid(pinpoints: object, side: int) -> tuple[tuple[int, int], ...]:
-    """Heights and widths; told as such, or as "(1x1),...,(6x6)" tiles. Theirs are widths and heights."""
+def _grid(s: Settings, side: int) -> tuple[tuple[int, int], ...]:
+    """Heights and widths; told as widths and heights, or as "(1x1),...,(6x6)" tiles."""
+    pinpoints = s.value("image_grid_pinpoints")
     if isinstance(pinpoints, str):
-        counts = [(int(a), int(b)) for a, b in re.findall(r"(\d+)x(\d+)", pinpoints)]
+        counts = [(int(a), int(b)) for a, b in re.findall(r"(\d{1,3})x(\d{1,3})", pinpoints)]
         if len(counts) == 2 and "..." in pinpoints:
             (low, left), (high, right) = counts
             counts = [(a, b) for a in range(low, high + 1) for b in range(left, right + 1)]
         return tuple((b * side, a * side) for a, b in counts)
-    if not isinstance(pinpoints, list) or not pinpoints:
-        raise UserError("image_aspect_ratio is anyres, image_grid_pinpoints tells no sizes")
-    return tuple((int(height), int(width)) for width, height in pinpoints)
+    if not isinstance(pinpoints, list):
+        raise s.wrong("image_grid_pinpoints", "a list of sizes, since images are cut to tiles")
+    return tuple((height, width) for width, height in vlm.grid(s, []))

@@ -1,9 +1,8 @@
 """Mistral 3 with images: Pixtral's tower, a matrix that merges squares of patches. Its images are not run."""
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.names import Row, Rows, in_layers
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
@@ -29,22 +28,23 @@ _PIXTRAL: Json = {
 
 
 def read_config(config: Json) -> ModelConfig:
-    vision = {**_PIXTRAL, **(config.get("vision_config") or {})}
-    if vision.get("model_type", "pixtral") != "pixtral":
-        raise UserError(f"a vision tower of type {vision['model_type']!r} is not supported here; use pixtral")
-    if vision.get("head_dim") not in (None, vision["hidden_size"] // vision["num_attention_heads"]):
-        raise UserError("head_dim of the vision tower differs from its width / heads, which is not supported")
-    vit = ViTConfig(
-        patch_bias=False, position="rotary", pre_norm=True, norm="rms", norm_eps=1e-5, mlp="gated",
-        activation=towers.activation(vision, "hidden_act", ""), attention_bias=False, output_bias=False,
-        mlp_bias=False, final_norm="none", feature_layers=towers.feature_layers(config, -1),
-        shuffle=config.get("spatial_merge_size", 2), connector="merger", connector_norm="rms",
-        connector_bias=config.get("multimodal_projector_bias", False),
-        connector_activation=towers.activation(config, "projector_hidden_act", "gelu"),
+    s = vlm.settings(config, "mistral3")
+    v = vlm.inner(s, "vision_config", _PIXTRAL)
+    if v.word("model_type", "pixtral") != "pixtral":
+        raise v.refuse("model_type", "supported: pixtral")
+    v.ignore("rope_theta", "rope_parameters", "attention_dropout")
+    if "head_dim" in v and v.whole("head_dim") * v.whole("num_attention_heads") != v.whole("hidden_size"):
+        raise v.refuse("head_dim", "it must be hidden_size / num_attention_heads")
+    vit = vlm.build(
+        ViTConfig, patch_bias=False, position="rotary", pre_norm=True, norm="rms", norm_eps=1e-5, mlp="gated",
+        activation=language.activation(v, "hidden_act", "gelu"), attention_bias=False, output_bias=False,
+        mlp_bias=False, final_norm="none", feature_layers=vlm.feature_layers(s, -1),
+        shuffle=s.whole("spatial_merge_size", 2), connector="merger", connector_norm="rms",
+        connector_bias=s.flag("multimodal_projector_bias"),
+        connector_activation=language.activation(s, "projector_hidden_act", "gelu"),
     )  # fmt: skip
-    tower = towers.read_tower(vision, towers.image_token(config, 10), vit)
-    tie = towers.tied(config, either=False, default=True)
-    return towers.read_text(config, tower, "mistral3", default="mistral", tie=tie)
+    tower = vlm.read_tower(v, vlm.image_token(s, 10), vit)
+    return vlm.read_text(s, tower, default="mistral", tie=vlm.tied(s, either=False, default=True))
 
 
 def write_config(config: ModelConfig) -> Json:
@@ -52,13 +52,13 @@ def write_config(config: ModelConfig) -> Json:
     return {
         "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
         "image_token_index": v.image_token, "spatial_merge_size": t.shuffle,
-        "vision_feature_layer": towers.write_feature_layers(t.feature_layers),
+        "vision_feature_layer": vlm.write_feature_layers(t.feature_layers),
         "multimodal_projector_bias": t.connector_bias, "tie_word_embeddings": config.tie_embeddings,
-        "projector_hidden_act": towers.activation_name(t.connector_activation),
-        "text_config": towers.write_text(config),
+        "projector_hidden_act": language.activation_name(t.connector_activation),
+        "text_config": vlm.write_text(config),
         "vision_config": {
-            **towers.write_tower(v), "model_type": "pixtral", "head_dim": v.width // v.num_heads,
-            "hidden_act": towers.activation_name(t.activation), "rope_theta": 10000.0,
+            **vlm.write_tower(v), "model_type": "pixtral", "head_dim": v.width // v.num_heads,
+            "hidden_act": language.activation_name(t.activation), "rope_theta": 10000.0,
         },
     }  # fmt: skip
 

@@ -5,11 +5,12 @@ that read the images belong to the projector. The family's name tells the latter
 """
 
 import dataclasses
+from functools import partial
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
+from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.names import Row, Rows, in_layers
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig, VisionConfig
 from jaxlab.models.vit_config import MllamaConfig, ViTConfig
 
@@ -65,52 +66,68 @@ _VISION: Json = {
     "max_num_tiles": 4, "intermediate_layers_indices": [3, 7, 15, 23, 30],
 }  # fmt: skip
 _TEXT: Json = {
-    "vocab_size": 128256, "hidden_size": 4096, "hidden_act": "silu", "num_hidden_layers": 40,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0, "max_position_embeddings": 131072,
-    "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+    "vocab_size": 128256, "hidden_size": 4096, "hidden_act": "silu", "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
 }  # fmt: skip
 
 
-def read_config(config: Json) -> ModelConfig:
-    vision = {**_VISION, **(config.get("vision_config") or {})}
-    text = {**_TEXT, **(config.get("text_config") or {})}
-    heads = vision.get("attention_heads", vision.get("num_attention_heads", 16))
-    cross = tuple(text.pop("cross_attention_layers"))
-    if not cross or cross[-1] >= text["num_hidden_layers"]:
-        raise UserError(f"cross_attention_layers {list(cross)} do not fit {text['num_hidden_layers']} layers")
-    width = vision["hidden_size"] * (1 + len(vision["intermediate_layers_indices"]))
-    if vision.get("vision_output_dim", width) != width:
-        raise UserError(f"vision_output_dim is {vision['vision_output_dim']}, its layers make {width}")
-    vit = ViTConfig(
-        class_token=True, patch_bias=False, pre_norm=True, norm_eps=vision["norm_eps"],
-        activation=towers.activation(vision, "hidden_act", ""), attention_bias=False, output_bias=False,
-    )  # fmt: skip
-    ratios = vision.get("supported_aspect_ratios") or MllamaConfig().aspect_ratios
-    mllama = MllamaConfig(
-        num_global_layers=vision["num_global_layers"],
-        max_tiles=vision["max_num_tiles"],
-        aspect_ratios=tuple((int(down), int(across)) for down, across in ratios),
-        read_layers=tuple(vision["intermediate_layers_indices"]),
+def _numbers(s: Settings, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    found = s.value(key, list(default))
+    if not isinstance(found, list) or any(type(number) is not int or number < 0 for number in found):
+        raise s.wrong(key, "a list of layer numbers")
+    return tuple(found)
+
+
+def _read_extra(v: Settings, cross: tuple[int, ...]) -> MllamaConfig:
+    usual = MllamaConfig()
+    ratios = v.value("supported_aspect_ratios", [list(ratio) for ratio in usual.aspect_ratios])
+    if not isinstance(ratios, list) or not all(isinstance(r, list) and len(r) == 2 for r in ratios):
+        raise v.wrong("supported_aspect_ratios", "a list of tiles down and across")
+    return vlm.build(
+        MllamaConfig,
+        num_global_layers=v.whole("num_global_layers", most=1 << 12),
+        max_tiles=v.whole("max_num_tiles"),
+        aspect_ratios=tuple((down, across) for down, across in ratios),
+        read_layers=_numbers(v, "intermediate_layers_indices", usual.read_layers),
         cross_layers=cross,
     )
-    tower: VisionConfig = dataclasses.replace(
-        towers.read_tower({**vision, "num_attention_heads": heads}, 0, vit), kind="mllama", mllama=mllama
-    )
-    text |= {"model_type": "llama", "num_hidden_layers": text["num_hidden_layers"] - len(cross)}
-    tie = towers.tied(config, either=False, default=False)
-    if tie:
-        raise UserError("a tied head is not supported: Mllama's embedding has more rows than its head")
-    model = towers.read_text({"text_config": text}, VisionConfig(), "mllama", default="llama", tie=tie)
-    tower = dataclasses.replace(tower, image_token=towers.image_token(config, 128256))
-    numbers = ",".join(map(str, cross))
-    return dataclasses.replace(model, vision=tower, extra_embeddings=8, family=f"{model.family}@{numbers}")
+
+
+def read_config(config: Json) -> ModelConfig:
+    s = vlm.settings(config, "mllama")
+    v, text = vlm.inner(s, "vision_config", _VISION), vlm.inner(s, "text_config", {})
+    cross = _numbers(text, "cross_attention_layers", MllamaConfig().cross_layers)
+    layers = text.whole("num_hidden_layers", 40, most=1 << 12)
+    if not cross or max(cross) >= layers or len(cross) >= layers:
+        raise text.refuse("cross_attention_layers", f"there are {layers} layers")
+    extra = _read_extra(v, cross)
+    width = v.whole("hidden_size") * (1 + len(extra.read_layers))
+    if v.whole("vision_output_dim", width) != width:
+        raise v.refuse("vision_output_dim", f"the layers that are read make {width}")
+    vit = vlm.build(
+        ViTConfig, class_token=True, patch_bias=False, pre_norm=True, norm_eps=v.number("norm_eps"),
+        activation=language.activation(v, "hidden_act", "gelu"), attention_bias=False, output_bias=False,
+    )  # fmt: skip
+    v.config["num_attention_heads"] = v.whole("attention_heads", v.whole("num_attention_heads", 16))
+    token = vlm.image_token(s, 128256)
+    tower = dataclasses.replace(vlm.read_tower(v, token, vit), kind="mllama", mllama=extra)
+    if vlm.tied(s, either=False, default=False):
+        raise s.refuse("tie_word_embeddings", "the embedding has more rows than the head")
+    theta = {} if "rope_parameters" in text or "rope_theta" in text else {"rope_theta": 500000.0}
+    s.config["text_config"] = {**_TEXT, **theta, **text.config}
+    model = vlm.read_text(
+        s, VisionConfig(), default="mllama_text_model", tie=False, without=("cross_attention_layers",),
+        known=("mllama_text_model",), model_type="llama", num_hidden_layers=layers - len(cross),
+    )  # fmt: skip
+    name = f"{model.family}@{','.join(map(str, cross))}"
+    return vlm.build(partial(dataclasses.replace, model), vision=tower, extra_embeddings=8, family=name)
 
 
 def write_config(config: ModelConfig) -> Json:
     v, m = config.vision, config.vision.mllama
-    text = towers.write_text(dataclasses.replace(config, extra_embeddings=0))
-    tower = towers.write_tower(v)
+    text = vlm.write_text(dataclasses.replace(config, extra_embeddings=0))
+    tower = vlm.write_tower(v)
     return {
         "architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama",
         "image_token_index": v.image_token, "tie_word_embeddings": False,
@@ -120,7 +137,7 @@ def write_config(config: ModelConfig) -> Json:
         },
         "vision_config": {
             **tower, "model_type": "mllama_vision_model", "attention_heads": tower.pop("num_attention_heads"),
-            "hidden_act": towers.activation_name(v.vit.activation), "norm_eps": v.vit.norm_eps,
+            "hidden_act": language.activation_name(v.vit.activation), "norm_eps": v.vit.norm_eps,
             "num_global_layers": m.num_global_layers, "max_num_tiles": m.max_tiles,
             "intermediate_layers_indices": list(m.read_layers),
             "supported_aspect_ratios": [list(ratio) for ratio in m.aspect_ratios],

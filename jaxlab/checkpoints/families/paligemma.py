@@ -1,8 +1,7 @@
 """PaliGemma: SigLIP, one matrix, Gemma 1 or 2; images and prompt see each other both ways."""
 
-from jaxlab.checkpoints.families import towers
+from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
@@ -13,15 +12,20 @@ SIGLIP: Json = {
 
 
 def read_config(config: Json) -> ModelConfig:
+    s = vlm.settings(config, "paligemma")
     vit = ViTConfig(final_norm="used", connector="linear", together="prefix")
-    vision = towers.read_clip(config, towers.image_token(config, 256000), vit, SIGLIP)
-    if vision.vit.class_token:
-        raise UserError("PaliGemma around a tower of CLIP is not supported")
-    tie = towers.tied(config, either=False, default=True)
-    model = towers.read_text(config, vision, "paligemma", default="gemma", tie=tie, known=("gemma", "gemma2"))
-    inner = (config.get("vision_config") or {}).get("projection_dim", model.width)
-    if config.get("projection_dim", inner) != model.width:
-        raise UserError(f"projection_dim differs from the language model's width {model.width}")
+    known = ("siglip_vision_model",)
+    vision = vlm.read_clip(s, vlm.image_token(s, 256000), vit, SIGLIP, known)
+    projected = s.whole("projection_dim", vlm.inner(s, "vision_config", {}).whole("projection_dim", 2048))
+    text = vlm.inner(s, "text_config", {})
+    if text.flag("use_bidirectional_attention", True) is not True:
+        raise text.refuse("use_bidirectional_attention", "PaliGemma's prompts see themselves whole")
+    model = vlm.read_text(
+        s, vision, default="gemma", tie=vlm.tied(s, either=False, default=True), known=("gemma", "gemma2"),
+        without=("use_bidirectional_attention", "num_image_tokens"),
+    )  # fmt: skip
+    if projected != model.width:
+        raise s.refuse("projection_dim", f"the language model's width is {model.width}")
     return model
 
 
@@ -31,8 +35,8 @@ def write_config(config: ModelConfig) -> Json:
         "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
         "image_token_index": v.image_token, "projection_dim": config.width, "hidden_size": config.width,
         "tie_word_embeddings": config.tie_embeddings,
-        "text_config": {**towers.write_text(config), "num_image_tokens": v.num_patches},
-        "vision_config": {**towers.write_clip(v), "projection_dim": config.width},
+        "text_config": {**vlm.write_text(config), "num_image_tokens": v.num_patches},
+        "vision_config": {**vlm.write_clip(v), "projection_dim": config.width},
     }  # fmt: skip
 
 

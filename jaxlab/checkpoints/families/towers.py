@@ -1,14 +1,9 @@
-"""What vision-language families share: rows and configs of CLIP and SigLIP, the text model's config."""
+"""Rows that vision-language families share: those of CLIP and SigLIP, of projectors; other names of them."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-from jaxlab.checkpoints.families.base import Json, Renames
+from jaxlab.checkpoints.families.base import Renames
 from jaxlab.checkpoints.names import Row, Rows, in_layers
-from jaxlab.errors import UserError
-from jaxlab.models.config import ModelConfig, VisionConfig
-from jaxlab.models.vit_config import ViTConfig
 
 WITHIN_LLAVA: Renames = ((r"^", "language_model."),)
 """From a language model's names to those inside LLaVA and the families that follow it."""
@@ -31,19 +26,6 @@ ACTIVATIONS = {
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "quick_gelu": "quick_gelu", "silu": "silu", "swish": "silu", "relu": "relu",
 }  # fmt: skip
-
-
-def activation(config: Json, key: str, default: str) -> Any:
-    """Our name of an activation. Raises UserError for one that is not known."""
-    name = config.get(key, default)
-    if name not in ACTIVATIONS:
-        raise UserError(f"{key} {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def activation_name(ours: str) -> str:
-    """Theirs of ours."""
-    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
 
 
 def linear(path: str, name: str, layout: str) -> Rows:
@@ -127,150 +109,3 @@ MLP_ROWS: Rows = (
     *linear("projector.hidden", "multi_modal_projector.linear_1", "d v -> v d"),
     *linear("projector.output", "multi_modal_projector.linear_2", "d v -> v d"),
 )
-
-_CLIP = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}  # fmt: skip
-_SIGLIP = {
-    **_CLIP, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-    "vision_use_head": True,
-}  # fmt: skip
-DEFAULTS: Mapping[str, Json] = {"clip_vision_model": _CLIP, "siglip_vision_model": _SIGLIP}
-"""What a vision_config of each type means where it says nothing."""
-
-
-def square(value: Any, key: str) -> int:
-    """A size that may be told as [height, width]."""
-    if isinstance(value, list | tuple):
-        if len(set(value)) != 1:
-            raise UserError(f"{key} {list(value)} is no square, which is not supported")
-        value = value[0]
-    return int(value)
-
-
-def read_tower(vision: Json, image_token: int, vit: ViTConfig) -> VisionConfig:
-    """The sizes that every vision_config tells, with what the family says of the rest."""
-    return VisionConfig(
-        num_layers=vision["num_hidden_layers"],
-        kind="vit",
-        image_size=square(vision["image_size"], "image_size"),
-        patch_size=square(vision["patch_size"], "patch_size"),
-        channels=vision["num_channels"],
-        width=vision["hidden_size"],
-        num_heads=vision["num_attention_heads"],
-        mlp_width=vision["intermediate_size"],
-        image_token=image_token,
-        vit=vit,
-    )
-
-
-def read_clip(config: Json, image_token: int, vit: ViTConfig, default: Json) -> VisionConfig:
-    """A tower of CLIP or SigLIP from `vision_config`.
-
-    Args:
-      vit: what the family says of features and connector.
-      default: the vision_config of a config.json that has none.
-    """
-    vision = config.get("vision_config") or default
-    kind = str(vision.get("model_type", default["model_type"]))
-    if kind not in DEFAULTS:
-        raise UserError(
-            f"a vision tower of type {kind!r} is not supported here; supported: {', '.join(DEFAULTS)}"
-        )
-    vision = {**DEFAULTS[kind], **vision}
-    clip = kind == "clip_vision_model"
-    vit = dataclasses.replace(
-        vit, class_token=clip, pre_norm=clip, patch_bias=not clip, norm_eps=vision["layer_norm_eps"],
-        activation=activation(vision, "hidden_act", ""),
-        pooling_head=not clip and bool(vision["vision_use_head"]),
-    )  # fmt: skip
-    return read_tower(vision, image_token, vit)
-
-
-def write_tower(v: VisionConfig) -> Json:
-    """The keys of `read_tower`."""
-    return {
-        "num_hidden_layers": v.num_layers, "image_size": v.image_size, "patch_size": v.patch_size,
-        "num_channels": v.channels, "hidden_size": v.width, "num_attention_heads": v.num_heads,
-        "intermediate_size": v.mlp_width,
-    }  # fmt: skip
-
-
-def write_clip(v: VisionConfig) -> Json:
-    """The vision_config of `read_clip`."""
-    extra = {} if v.vit.class_token else {"vision_use_head": v.vit.pooling_head}
-    return {
-        "model_type": "clip_vision_model" if v.vit.class_token else "siglip_vision_model", **write_tower(v),
-        "hidden_act": activation_name(v.vit.activation), "layer_norm_eps": v.vit.norm_eps, **extra,
-    }  # fmt: skip
-
-
-def image_token(config: Json, default: int) -> int:
-    """The placeholder's id, by either of its keys."""
-    key = "image_token_index" if "image_token_index" in config else "image_token_id"
-    return int(config.get(key, default))
-
-
-def feature_layers(config: Json, default: int) -> tuple[int, ...]:
-    layers = config.get("vision_feature_layer", default)
-    return tuple(layers) if isinstance(layers, list) else (int(layers),)
-
-
-def write_feature_layers(layers: tuple[int, ...]) -> int | list[int]:
-    return layers[0] if len(layers) == 1 else list(layers)
-
-
-def drop_first(config: Json, default: str) -> bool:
-    """Whether the first feature is dropped, from `vision_feature_select_strategy`."""
-    strategy = config.get("vision_feature_select_strategy", default)
-    if strategy not in ("default", "full"):
-        raise UserError(f"vision_feature_select_strategy {strategy!r} is not supported; use default or full")
-    return bool(strategy == "default")
-
-
-def tied(config: Json, *, either: bool, default: bool) -> bool:
-    """Whether the head is the embedding, which may be said at the top, in text_config, or nowhere.
-
-    Where both speak and differ, transformers 5 heeds the top and transformers 4 the text_config; with
-    `either`, one that says so is enough.
-    """
-    top = config.get("tie_word_embeddings")
-    inner = (config.get("text_config") or {}).get("tie_word_embeddings")
-    if top is None or inner is None:
-        said = inner if top is None else top
-        return default if said is None else bool(said)
-    if either:
-        return bool(top or inner)
-    return bool(top if int(str(config.get("transformers_version", "5")).partition(".")[0]) >= 5 else inner)
-
-
-def read_text(
-    config: Json, vision: VisionConfig, family: str, *, default: str, tie: bool, known: tuple[str, ...] = ()
-) -> ModelConfig:
-    """The whole model: the text model of `text_config`, as its own family reads it, with a tower.
-
-    Args:
-      default: the type of a text_config that says none.
-      tie: whether the head is tied.
-      known: the types that the family takes; empty: all.
-    """
-    from jaxlab.checkpoints import families
-
-    text = dict(config.get("text_config") or {})
-    kind = text.setdefault("model_type", default)
-    if known and kind not in known:
-        raise UserError(f"{family} around a language model of type {kind!r} is not supported")
-    inner = families.find_by_model_type(kind)
-    language = inner.read_config({**text, "tie_word_embeddings": tie})
-    return dataclasses.replace(language, vision=vision, family=f"{family}+{language.family}")
-
-
-def write_text(config: ModelConfig) -> Json:
-    """The text_config of `read_text`."""
-    from jaxlab.checkpoints import families
-
-    name = config.family.partition("/")[0].partition("@")[0].partition("+")[2]
-    text = families.find(name).write_config(dataclasses.replace(config.language, family=name))
-    return {key: value for key, value in text.items() if key != "architectures"}
