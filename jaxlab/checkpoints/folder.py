@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json and tensors in one file or in shards, opened lazily and without trust."""
+"""A Hugging Face folder: config.json and tensors in one file or in shards, opened without trust."""
 
 import os
 import stat
@@ -87,9 +87,7 @@ def inside(folder: Path, name: str) -> Path:
       UserError: the name is a path, or the file is missing, no plain file, or a link that leads out of the
         folder. Links of the Hugging Face cache, from a snapshot to the blobs beside it, stay inside.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UserError(f"{folder}: names a file outside of it: {name[:80]!r}")
-    path = folder / name
+    path = folder / _file_name(folder, name)
     try:
         real = path.resolve(strict=True)
         plain = stat.S_ISREG(real.stat().st_mode)
@@ -100,6 +98,12 @@ def inside(folder: Path, name: str) -> Path:
     if not any(real.is_relative_to(root) for root in _roots(folder)):
         raise UserError(f"{path}: leads out of the folder; put the file itself there")
     return path
+
+
+def _file_name(folder: Path, name: str) -> str:
+    if not name or name in (".", "..") or any(sign in name for sign in "/\\\0"):
+        raise UserError(f"{folder}: names a file outside of it: {name[:80]!r}")
+    return name
 
 
 def _roots(folder: Path) -> list[Path]:
@@ -115,8 +119,8 @@ def _sharded(path: Path, index_name: str, read: Any) -> dict[str, Tensor]:
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise UserError(f"{path / index_name}: its weight_map is not an object from names to files")
-    shards = sorted(set(places.values()))
-    absent = [shard for shard in shards if "/" not in shard and not (path / shard).exists()]
+    shards = sorted({_file_name(path, shard) for shard in places.values()})
+    absent = [shard for shard in shards if not (path / shard).exists()]
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UserError(f"{path}: shards are missing: {', '.join(absent[:3])}{more}")
@@ -136,7 +140,7 @@ def check_finite(folder: Mapping[str, Tensor], rows_bytes: int = 1 << 26) -> Non
     """Raises UserError that names tensors which hold NaN or infinities; reads all of them, part by part."""
     bad = []
     for name, tensor in folder.items():
-        if not np.issubdtype(tensor.dtype, np.inexact) and tensor.dtype.kind != "V":
+        if tensor.dtype.kind not in "fcV":  # V: bfloat16 and most of float8
             continue
         rows = max(1, rows_bytes // max(1, tensor.nbytes // max(1, tensor.shape[0] if tensor.shape else 1)))
         total = tensor.shape[0] if tensor.shape else 1

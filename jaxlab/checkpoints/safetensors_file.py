@@ -1,6 +1,6 @@
 """The safetensors format, read without trust: a header that is checked against the file, tensors on demand.
 
-Format: 8 bytes little-endian length of the header, the header (a JSON object from names to dtype, shape and the
+Format: 8 bytes little-endian length of the header, the header (a JSON object from names to dtype, shape and
 range of bytes), then the bytes of the tensors, without gaps or overlaps.
 """
 
