@@ -72,6 +72,10 @@ _TEXT: Json = {
 }  # fmt: skip
 
 
+_PAD = 128004
+"""What transformers takes for pad_token_id where there is none; smaller vocabularies do not have it."""
+
+
 def _numbers(s: Settings, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
     found = s.value(key, list(default))
     if not isinstance(found, list) or any(type(number) is not int or number < 0 for number in found):
@@ -126,7 +130,7 @@ def read_config(config: Json) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> Json:
     v, m = config.vision, config.vision.mllama
-    text = vlm.write_text(dataclasses.replace(config, extra_embeddings=0))
+    text = vlm.write_text(dataclasses.replace(config, vision=VisionConfig(), extra_embeddings=0))
     tower = vlm.write_tower(v)
     return {
         "architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama",
@@ -134,6 +138,7 @@ def write_config(config: ModelConfig) -> Json:
         "text_config": {
             **text, "model_type": "mllama_text_model", "cross_attention_layers": list(m.cross_layers),
             "num_hidden_layers": config.num_layers + len(m.cross_layers),
+            **({} if config.vocab_size > _PAD else {"pad_token_id": None}),
         },
         "vision_config": {
             **tower, "model_type": "mllama_vision_model", "attention_heads": tower.pop("num_attention_heads"),
