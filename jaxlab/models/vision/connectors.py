@@ -1,6 +1,6 @@
 """From the features of a vision transformer to tokens of the decoder's width."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -100,12 +100,14 @@ def _norm_config(config: ModelConfig, size: int) -> ModelConfig:
     )  # fmt: skip
 
 
+def refuse(config: ModelConfig) -> NoReturn:
+    """Raises UserError: a family whose parameters are known, and whose images are not run."""
+    raise UserError(f"images of {config.family} models cannot be read yet; leave them out of the batch")
+
+
 def connect(params: Params, features: Float[Array, "N F V"], config: ModelConfig) -> Float[Array, "N P D"]:
     """The tokens of N tiles. The square of features is read row by row."""
-    t = config.vision.vit
-    if t.connector in ("merger", "resampler"):
-        raise UserError(f"images of {config.family} models cannot be read yet; leave them out of the batch")
-    x = features
+    t, x = config.vision.vit, features
     if t.pooled_side:
         x = _pool(x, t.pooled_side)
     if t.shuffle > 1:

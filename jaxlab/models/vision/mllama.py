@@ -6,10 +6,9 @@ from typing import Any, NoReturn
 
 from flax import nnx
 
-from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.modules import Layer, Norm, Numbers, Params, normal, zeros
-from jaxlab.models.vision.connectors import stacked
+from jaxlab.models.vision.connectors import refuse, stacked
 from jaxlab.models.vision.tower import Tower
 from jaxlab.models.vision.vit import tower_config
 
@@ -66,16 +65,12 @@ def layer(config: ModelConfig, numbers: Numbers) -> nnx.Module:
     return Layer(tower_config(config), numbers)
 
 
-def _refuse(config: ModelConfig) -> NoReturn:
-    raise UserError(f"images of {config.family} models cannot be read yet; leave them out of the batch")
-
-
 def encode(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> NoReturn:
-    _refuse(config)
+    refuse(config)
 
 
 def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    _refuse(config)
+    refuse(config)
 
 
 TOWER = Tower(edges=VisionEdges, layer=layer, projector=Projector, encode=encode, prepare=prepare)

@@ -23,7 +23,7 @@ from jaxlab.models.layers import norm
 from jaxlab.models.modules import Layer, Norm, Numbers, Params, normal, zeros
 from jaxlab.models.stack import stack
 from jaxlab.models.vision import tiles
-from jaxlab.models.vision.connectors import Projector, connect, tokens_per_tile
+from jaxlab.models.vision.connectors import Projector, connect, refuse, tokens_per_tile
 from jaxlab.models.vision.tower import Encoded, Tower
 
 
@@ -179,8 +179,11 @@ def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     Raises:
       ValueError: the text has more or fewer placeholders than the images have tokens, sizes of images do not
         fit the images, or they are traced.
+      UserError: the family's images are not run.
     """
     t, added = config.vision.vit, dict[str, Any]()
+    if t.connector in ("merger", "resampler"):
+        refuse(config)
     tokens, images = batch["tokens"], batch["images"]
     prepared = "image_tiles" in batch
     if t.grid and not prepared:
