@@ -35,6 +35,13 @@ class Layout:
         size = dict(zip(self.ours, own, strict=True))
         return tuple(math.prod(size[axis] for axis in group) for group in self.theirs)
 
+    def pair(self, theirs: ndarray, ours: ndarray) -> tuple[ndarray, ndarray]:
+        """Views of one tensor in both layouts with the same axes, in their order: for a copy to theirs."""
+        size = dict(zip(self.ours, ours.shape, strict=True))
+        flat = [axis for group in self.theirs for axis in group]
+        split = theirs.reshape([size[axis] for axis in flat])
+        return split, ours.transpose([self.ours.index(axis) for axis in flat])
+
     def to_theirs(self, x: Tensor, lead: int = 0) -> Tensor:
         """Ours in their layout; the first `lead` axes stay."""
         size = dict(zip(self.ours, x.shape[lead:], strict=True))

@@ -1,0 +1,302 @@
+"""A model in a Hugging Face folder, in and out, by the rows and rules of its family."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlab.checkpoints import blocks, families
+from jaxlab.checkpoints.accounting import Account, account
+from jaxlab.checkpoints.families.base import Json
+from jaxlab.checkpoints.folder import CONFIG, TensorFolder, inside, open_folder, read_json
+from jaxlab.checkpoints.names import EMBEDDING, Entry, entries, leaf_at
+from jaxlab.checkpoints.placing import leaf_dtype, read_params
+from jaxlab.checkpoints.tokenizer_files import read_tokenizer
+from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig, Params, abstract_params
+
+# What does not change the function that parameters stand for.
+_FREE = ("compute_dtype", "attention_implementation", "remat", "initializer_range", "family", "nsa")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers have been read, and what it means."""
+
+    folder: TensorFolder
+    config: ModelConfig
+    """With the variant whose names the folder has in `family`."""
+    template: Params
+    """Shapes of the parameters."""
+    account: Account
+
+    def shapes(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
+        """Shapes and dtypes that the parameters will have."""
+        dtypes = {p: leaf_dtype(self.folder, e, dtype) for e in self.account.entries for p in e.paths}
+        place = lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[tuple(key.key for key in path)])  # noqa: E731
+        return jax.tree_util.tree_map_with_path(place, self.template)
+
+
+def open_checkpoint(
+    path: str | Path, *, adapter: str | Path | None = None, allow_pickle: bool = False
+) -> Checkpoint:
+    """Open a folder: config.json is read and every tensor accounted for, none of them read.
+
+    Args:
+      adapter: a folder with a LoRA adapter, merged into the tensors as they are read.
+      allow_pickle: read PyTorch's .bin files where there are no safetensors.
+
+    Raises:
+      UserError: a family, a key or a tensor that is not known; tensors that are missing or of a wrong shape.
+    """
+    folder = open_folder(path, allow_pickle=allow_pickle)
+    config = read_config(folder.config, folder.path)
+    _check_size(folder, config)
+    folder = _prepared(folder, adapter)
+    template = abstract_params(config)
+    found = account(folder, config, template)
+    found.check(folder.path)
+    config = dataclasses.replace(config, family=found.family, compute_dtype=_compute_dtype(folder, found))
+    return Checkpoint(folder, config, template, found)
+
+
+def load(
+    path: str | Path,
+    *,
+    shardings: Params | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    adapter: str | Path | None = None,
+    allow_pickle: bool = False,
+    check_finite: bool = False,
+) -> tuple[ModelConfig, Params, Tokenizer | None]:
+    """The model in a folder; see `open_checkpoint` and `read_params`.
+
+    Raises:
+      UserError: the folder is not, or not wholly, a model of a known family.
+    """
+    checkpoint = open_checkpoint(path, adapter=adapter, allow_pickle=allow_pickle)
+    tokenizer = read_tokenizer(checkpoint.folder.path)
+    config, params = read(checkpoint, shardings=shardings, dtype=dtype, check_finite=check_finite)
+    return config, params, tokenizer
+
+
+def read(
+    checkpoint: Checkpoint,
+    *,
+    shardings: Params | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    check_finite: bool = False,
+) -> tuple[ModelConfig, Params]:
+    """The parameters of an open folder, and the config, which computes in `dtype` if that is given."""
+    try:
+        params = read_params(
+            checkpoint.folder, checkpoint.account, checkpoint.template,
+            shardings=shardings, dtype=dtype, check_finite=check_finite,
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"{checkpoint.folder.path}: {error}") from error
+    config = checkpoint.config
+    if dtype is not None:
+        half = np.dtype(dtype).name == "bfloat16"
+        config = dataclasses.replace(config, compute_dtype="bfloat16" if half else "float32")
+    return config, params
+
+
+def read_config(config: Json, where: object) -> ModelConfig:
+    """The model that a config.json describes. Raises UserError for what is wrong, or not known."""
+    kind = config.get("model_type")
+    try:
+        if not isinstance(kind, str):
+            raise UserError("config.json: model_type is missing")
+        return families.find_by_model_type(kind).read_config(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: config.json cannot be understood ({problem[:200]})") from error
+
+
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    kept: Path | None = None,
+    copies: tuple[str, ...] = (),
+    dtype: jax.typing.DTypeLike | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that transformers loads: config.json, tensors under their names, tokenizer files.
+
+    Args:
+      kept: a folder with the config.json and the tokenizer files that the model came with; they are taken
+        over, and the config is checked against `config`.
+      copies: names under which the embedding is written once more.
+      dtype: write the tensors in this dtype instead of their own.
+
+    Raises:
+      UserError: `path` exists, the disk is full, or no family can describe the model.
+    """
+    family = hf_family(config)
+    config = dataclasses.replace(config, family=family)
+    text = _config_json(config, kept)
+    known = entries(params, family)
+    largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
+    text = _with_dtype(text, np.dtype(largest.dtype if dtype is None else dtype).name)
+    planned = _planned(params, known, copies, dtype)
+    write_folder(path, planned, config=text, copy_from=kept, overwrite=overwrite)
+    if tokenizer is not None and (kept is None or not (kept / "tokenizer.json").exists()):
+        tokenizer.save(str(Path(path) / "tokenizer.json"))
+
+
+def hf_family(config: ModelConfig) -> str:
+    """The family under whose names a model is written; for one of our own the first that can describe it.
+
+    Raises:
+      UserError: there is none.
+    """
+    own = families.find(config.family).name if config.family != "jaxlab" else None
+    problems = []
+    for name, family in families.all_families().items():
+        if name != own and (own is not None or config.has_vision or not family.forward):
+            continue
+        as_theirs = config if own is not None else dataclasses.replace(config, family=name)
+        try:
+            different = difference(as_theirs, family.read_config(family.write_config(as_theirs)))
+        except UserError as error:
+            different = str(error)
+        if different is None:
+            return as_theirs.family
+        problems.append(different)
+    if own is not None:
+        raise UserError(f"the family {own} cannot describe this model: {problems[0]}")
+    raise UserError("no family of Hugging Face can describe this model; keep it as a folder of ours")
+
+
+def difference(one: ModelConfig, other: ModelConfig) -> str | None:
+    """The first field in which two models are not the same function; None if they are."""
+    for field in dataclasses.fields(ModelConfig):
+        a, b = (getattr(config, field.name) for config in (one, other))
+        if a != b and field.name not in _FREE and not _same(field.name, one, other):
+            return f"{field.name} is {a} and {b}"
+    return None
+
+
+def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether a field that differs means the same, or nothing, in both."""
+    resolved = {
+        "num_kv_heads": "kv_heads", "head_dim": "key_dim", "value_head_dim": "value_dim",
+        "output_bias": "has_output_bias", "attention": "kinds", "pattern": "kinds",
+    }  # fmt: skip
+    if field in resolved:
+        return bool(getattr(one, resolved[field]) == getattr(other, resolved[field]))
+    if field == "attention_scale":
+        scales = [c.key_dim**-0.5 if c.attention_scale is None else c.attention_scale for c in (one, other)]
+        return scales[0] == scales[1]
+    if field == "moe":
+        mixtures = [dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
+        return mixtures[0] == mixtures[1] or one.moe.num_experts == other.moe.num_experts == 0
+    unused = {
+        "window": lambda c: "sliding" not in c.kinds,
+        "rope": lambda c: c.position != "rotary",
+        "local_rope_theta": lambda c: c.position != "rotary",
+        "mlp_width": lambda c: c.moe.num_experts and not c.dense_layers,
+        "vision": lambda c: not c.has_vision,
+    }  # fmt: skip
+    return field in unused and bool(unused[field](one) and unused[field](other))
+
+
+def _config_json(config: ModelConfig, kept: Path | None) -> Json:
+    """The config.json of a model: the kept one if it is still true, else one from `config`."""
+    if kept is None or not (kept / CONFIG).is_file():
+        return families.find(config.family).write_config(config)
+    text = read_json(inside(kept, CONFIG))
+    different = difference(config, read_config(text, kept))
+    if different is not None:
+        raise UserError(f"{kept / CONFIG}: not this model any more: {different}")
+    return text
+
+
+def _with_dtype(text: Json, name: str) -> Json:
+    """config.json with the dtype of the tensors that are written, which are not quantized."""
+    text = {key: value for key, value in text.items() if key != "quantization_config"}
+    for key in {"torch_dtype", "dtype"} & set(text) or {"torch_dtype"}:
+        text[key] = name
+    for key in ("text_config", "vision_config"):
+        inner = text.get(key)
+        if isinstance(inner, dict) and {"torch_dtype", "dtype"} & set(inner):
+            text[key] = _with_dtype(inner, name)
+    return text
+
+
+def _planned(
+    params: Params, known: tuple[Entry, ...], copies: tuple[str, ...], dtype: jax.typing.DTypeLike | None
+) -> Iterator[Planned]:
+    """Every tensor that is written, in the order of our leaves."""
+    for entry in known:
+        leaf = leaf_at(params, entry.path)
+        wanted = np.dtype(leaf.dtype if dtype is None else dtype)
+        # One leaf is on the host at a time: its tensors come one after the other.
+        on_host = functools.lru_cache(maxsize=1)(lambda entry=entry: _on_host(params, entry))
+        names = (*entry.names, *(copies if entry.path == EMBEDDING else ()))
+        for index, name in enumerate(names):
+            at = index % len(entry.names)  # a copy is the one tensor of its entry
+            get = functools.partial(_tensor, entry, at, on_host, wanted)
+            yield Planned(name, wanted, entry.shape(params), get)
+
+
+def _on_host(params: Params, entry: Entry) -> list[np.ndarray]:
+    leaves = [np.asarray(leaf_at(params, path)) for path in entry.paths]
+    return [leaf.reshape(len(entry.names), *leaf.shape[entry.lead :]) for leaf in leaves]
+
+
+def _tensor(entry: Entry, index: int, on_host: Any, dtype: np.dtype) -> np.ndarray:
+    """One tensor in Hugging Face's layout."""
+    parts = [leaf[index] for leaf in on_host()]
+    shapes = [entry.layout.shape(part.shape) for part in parts]
+    joined = sum(shape[entry.join] for shape in shapes) if len(parts) > 1 else 0
+    shape = list(shapes[0])
+    if joined:
+        shape[entry.join] = joined
+    tensor, start = np.empty(shape, parts[0].dtype), 0
+    for part, own in zip(parts, shapes, strict=True):
+        place = tensor
+        if joined:
+            place = tensor[(slice(None),) * entry.join + (slice(start, start + own[entry.join]),)]
+            start += own[entry.join]
+        blocks.copy(*entry.layout.pair(place, part))
+    return tensor if tensor.dtype == dtype else tensor.astype(dtype)
+
+
+def _check_size(folder: TensorFolder, config: ModelConfig) -> None:
+    """Raises UserError for a config that would make more names than the folder can hold."""
+    count = config.num_layers + config.vision.num_layers * config.has_vision
+    experts = max(1, config.moe.num_experts)
+    if count > len(folder) or count * experts > 256 * len(folder):
+        raise UserError(
+            f"{folder.path}: config.json says {count} layers of {experts} experts, the folder holds "
+            f"{len(folder)} tensors"
+        )
+
+
+def _prepared(folder: TensorFolder, adapter: str | Path | None) -> TensorFolder:
+    """The folder with tensors dequantised, and an adapter merged into them, as they are read."""
+    return folder
+
+
+def _compute_dtype(folder: TensorFolder, found: Account) -> Any:
+    """bfloat16 if most of the model is stored so; float32 otherwise, since float16 would overflow."""
+    sizes: dict[str, int] = {}
+    for entry in found.entries:
+        for name in entry.names:
+            tensor = folder[name]
+            sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.size
+    return "bfloat16" if max(sizes, key=lambda name: sizes[name]) == "bfloat16" else "float32"
