@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxlab.errors import ConfigError
+from jaxlab.models.qwen_config import QwenVisionConfig
 from jaxlab.models.vit_config import MllamaConfig, ViTConfig
 
 
@@ -148,9 +149,9 @@ class VisionConfig:
 
     num_layers: int = 0
     """Layers of the vision transformer; 0 means a language model without vision."""
-    kind: Literal["plain", "vit", "mllama"] = "plain"
+    kind: Literal["plain", "vit", "qwen", "mllama"] = "plain"
     """plain: square patches of images of one size (jaxlab/models/vision). vit: CLIP,
-    SigLIP and their kin. mllama: known by its parameters only."""
+    SigLIP and their kin. qwen: Qwen2-VL to 3. mllama: known by its parameters only."""
     image_size: int = 8
     """Height and width of an image in pixels."""
     patch_size: int = 2
@@ -167,6 +168,8 @@ class VisionConfig:
     """Token id that stands in the text where a patch goes."""
     vit: ViTConfig = ViTConfig()
     """Used where kind is vit."""
+    qwen: QwenVisionConfig = QwenVisionConfig()
+    """Used where kind is qwen."""
     mllama: MllamaConfig = MllamaConfig()
     """Used where kind is mllama."""
 
@@ -189,6 +192,8 @@ class VisionConfig:
             raise ConfigError(
                 f"width {self.width} is not divisible by num_heads {self.num_heads}", key="num_heads"
             )
+        if self.kind == "qwen":
+            self.qwen.check(self.patch_size, self.width // self.num_heads, self.num_layers)
 
     @property
     def num_patches(self) -> int:
@@ -356,6 +361,13 @@ class ModelConfig:
                 f"image_token {self.vision.image_token} is outside the vocabulary of {self.embedding_rows}",
                 key="vision.image_token",
             )
+        if self.has_vision and self.vision.kind == "qwen":
+            deep = self.vision.qwen.deep_layers
+            if len(deep) > self.num_layers:
+                raise ConfigError(
+                    f"are added to {len(deep)} layers, there are {self.num_layers}",
+                    key="vision.qwen.deep_layers",
+                )
 
     @property
     def kv_heads(self) -> int:
