@@ -176,7 +176,7 @@ class Settings:
     def maybe_whole(self, key: str, default: int | None = None) -> int | None:
         """A whole number or null; the default only where the key is absent."""
         self.read.add(key)
-        return self.whole(key) if self.config.get(key, default) is not None else None
+        return self.whole(key, default) if self.config.get(key, default) is not None else None
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0."""
