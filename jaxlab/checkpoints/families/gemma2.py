@@ -32,7 +32,7 @@ def read_common(s: Settings) -> dict[str, Any]:
     }
 
 
-def scalar(scale: float) -> float:
+def scalar(scale: float) -> int | float:
     """query_pre_attn_scalar, a whole number where it can be one."""
     found = scale**-2
     return round(found) if round(found) ** -0.5 == scale else found

@@ -8,114 +8,30 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlab.checkpoints.families.base import Json
 from jaxlab.errors import UserError
 
 # Training, tokens, generation, caches, names, serving: they do not change what the logits are.
 _IGNORED = frozenset(
-    [
-        "architectures",
-        "auto_map",
-        "auto_class",
-        "base_model_name_or_path",
-        "bos_token",
-        "bos_token_id",
-        "eos_token",
-        "eos_token_id",
-        "pad_token_id",
-        "pad_token",
-        "unk_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "image_token_id",
-        "video_token_id",
-        "audio_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "vision_token_id",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "bad_words_ids",
-        "attention_dropout",
-        "attn_pdrop",
-        "dropout",
-        "embd_pdrop",
-        "embedding_dropout",
-        "hidden_dropout",
-        "hidden_dropout_prob",
-        "classifier_dropout",
-        "resid_pdrop",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "problem_type",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "task_specific_params",
-        "initializer_range",
-        "initializer_factor",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "output_router_logits",
-        "use_cache",
-        "cache_implementation",
-        "gradient_checkpointing",
-        "pretraining_tp",
-        "torch_dtype",
-        "dtype",
-        "use_bfloat16",
-        "torchscript",
-        "transformers_version",
-        "model_type",
-        "name_or_path",
-        "return_dict",
-        "return_dict_in_generate",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "tokenizer_class",
-        "prefix",
-        "chunk_size_feed_forward",
-        "use_return_dict",
-        "tf_legacy_loss",
-        "remove_invalid_values",
-        "is_decoder",
-        "reorder_and_upcast_attn",
-        "n_ctx",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "num_return_sequences",
-        "exponential_decay_length_penalty",
-        "quantization_config",
-        "mask_token_id",
-        "transformers_weights",
-        "unsloth_version",
-        "unsloth_fixed",
-        "tie_encoder_decoder",
-        "experts_implementation",
-        "attn_implementation",
-    ]
-)
+    """
+    architectures auto_map auto_class base_model_name_or_path bos_token bos_token_id eos_token
+    eos_token_id pad_token_id pad_token unk_token_id sep_token_id cls_token_id decoder_start_token_id
+    forced_bos_token_id forced_eos_token_id image_token_id video_token_id audio_token_id
+    vision_start_token_id vision_end_token_id vision_token_id suppress_tokens begin_suppress_tokens
+    bad_words_ids attention_dropout attn_pdrop dropout embd_pdrop embedding_dropout hidden_dropout
+    hidden_dropout_prob classifier_dropout resid_pdrop summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj problem_type finetuning_task id2label label2id
+    num_labels task_specific_params initializer_range initializer_factor router_aux_loss_coef
+    router_jitter_noise output_router_logits use_cache cache_implementation gradient_checkpointing
+    pretraining_tp torch_dtype dtype use_bfloat16 torchscript transformers_version model_type name_or_path
+    return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
+    tokenizer_class prefix chunk_size_feed_forward use_return_dict tf_legacy_loss remove_invalid_values
+    is_decoder reorder_and_upcast_attn n_ctx max_length min_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+    exponential_decay_length_penalty quantization_config mask_token_id transformers_weights
+    unsloth_version unsloth_fixed tie_encoder_decoder experts_implementation attn_implementation
+""".split()
+)  # noqa: SIM905
 
 # Keys that are no matter as long as they say this.
 _INERT: Mapping[str, tuple[Any, ...]] = {
@@ -137,7 +53,7 @@ class Settings:
     """One level of a config.json; errors name the key and, for an inner level, the keys that lead to it."""
 
     def __init__(
-        self, config: Json, family: str, defaults: Mapping[str, Any] | None = None, within: str = ""
+        self, config: Any, family: str, defaults: Mapping[str, Any] | None = None, within: str = ""
     ) -> None:
         if not isinstance(config, Mapping):
             raise UserError(f"config.json: {within.rstrip('.')} must be a group of keys, is {_shown(config)}")

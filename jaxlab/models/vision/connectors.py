@@ -67,7 +67,7 @@ class ResamplerLayer(Layer):
         self.context_norm = Norm(config)
 
 
-def stacked(layer: nnx.Module, count: int) -> nnx.Dict:
+def stacked(layer: nnx.Module, count: int) -> Any:
     """Layers that begin alike, stacked: for models that are read and written, never trained from nothing."""
     state = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     axes = nnx.to_pure_dict(

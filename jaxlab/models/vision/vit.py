@@ -185,6 +185,10 @@ def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     if t.connector in ("merger", "resampler"):
         refuse(config)
     tokens, images = batch["tokens"], batch["images"]
+    if "pixel_values_videos" in batch:
+        raise ValueError(
+            "the batch holds pixel_values_videos: videos are not run, take their frames as images"
+        )
     prepared = "image_tiles" in batch
     if t.grid and not prepared:
         added, made = _tiles(batch, config)

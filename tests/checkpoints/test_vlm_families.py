@@ -1,0 +1,174 @@
+"""Vision-language families with plain vision transformers: configs both ways, names, layers in between."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints import families, names
+from jaxlab.errors import UserError
+from jaxlab.models import abstract_params
+from tests.checkpoints import folders
+
+FAMILIES = (
+    "llava", "llava_next", "llava_onevision", "internvl", "paligemma", "gemma3", "idefics3", "idefics2",
+    "mistral3", "mllama",
+)  # fmt: skip
+CASES = [case for case in folders.CASES if folders.config(case)["model_type"] in FAMILIES]
+
+
+def read(config):
+    return families.find_by_model_type(config["model_type"]).read_config(config)
+
+
+def test_every_family_has_a_case():
+    assert {folders.config(case)["model_type"] for case in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configs_of_both_versions_mean_the_same_and_come_back(case):
+    config = read(folders.config(case))
+    assert read(folders.config(case, version=4)) == config
+    written = families.find(config.family).write_config(config)
+    assert read(json.loads(json.dumps(written))) == config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_layout_in_the_wild_is_that_of_a_variant(case):
+    config = read(folders.config(case))
+    template = abstract_params(config)
+    variants = {
+        variant: {
+            name: entry.shape(template)
+            for entry in names.entries(template, f"{config.family}/{variant}".rstrip("/"))
+            for name in entry.names
+        }
+        for variant in ("", *families.find(config.family).variants)
+    }
+    keys = {
+        name: tuple(shape) for name, shape, _ in json.loads((folders.GOLDEN / case / "keys.json").read_text())
+    }
+    assert keys in variants.values()
+    for layout in folders.layouts(case):
+        assert set(layout) <= {"name", "rename", "transformers"}, layout["name"]
+        renamed = {}
+        for name, shape in keys.items():
+            for pattern, replacement in layout["rename"]:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = shape
+        assert renamed in variants.values(), layout["name"]
+
+
+def test_layers_of_mllama_are_numbered_around_those_that_read_the_images():
+    config = read(folders.config("mllama"))
+    assert config.family == "mllama+llama@1,3"
+    found = {entry.path: entry for entry in names.entries(abstract_params(config), config.family)}
+    query = found["layers", "attention", "query"]
+    assert query.names == tuple(f"language_model.model.layers.{i}.self_attn.q_proj.weight" for i in (0, 2))
+    assert query.layers == (0, 1)  # as in the Llama that an expert is
+    cross = found["projector", "cross_layers", "attention", "query"]
+    assert cross.names == tuple(f"language_model.model.layers.{i}.cross_attn.q_proj.weight" for i in (1, 3))
+    assert (query.is_language, cross.is_language) == (True, False)
+    template = abstract_params(config)
+    rows = template["embedding"]["table"].shape[0]
+    assert rows == template["head"]["table"].shape[1] + 8
+    with pytest.raises(UserError, match="holds 2 layers, the family names 1"):
+        names.entries(template, "mllama+llama@1")
+
+
+def test_images_of_a_family_that_is_only_mapped_are_refused():
+    from jaxlab.models import prepare_batch
+
+    for case in ("mllama", "mistral3", "idefics2"):
+        config = read(folders.config(case))
+        assert not families.find(config.family).forward
+        batch = {"tokens": np.zeros((1, 3), np.int32), "images": np.zeros((1, 3, 24, 24), np.float32)}
+        with pytest.raises(UserError, match="models cannot be read yet; leave them out of the batch"):
+            prepare_batch(batch, config)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("llava", {"vision_feature_layer": "last"}, "vision_feature_layer must be a whole number or a list"),
+        ("llava", {"vision_feature_layer": 9}, "9 is no hidden state of 3 layers"),
+        ("llava", {"vision_feature_select_strategy": "cls"}, "must be default or full, is 'cls'"),
+        ("llava", {"new_projector": 2}, "new_projector 2 is not known to the family llava"),
+        (
+            "llava",
+            {"vision_config": {"model_type": "pixtral"}},
+            "vision_config.model_type 'pixtral' is not supp",
+        ),
+        ("llava", {"vision_config": 3}, "vision_config must be a group of keys, is 3"),
+        (
+            "llava",
+            {"text_config": {"model_type": "mamba"}},
+            "text_config.model_type|'mamba' is not supported",
+        ),
+        ("llava", {"image_token_index": 10**6}, "image_token 1000000 is outside the vocabulary"),
+        ("llava_next", {"image_grid_pinpoints": [[3]]}, "must be a list of heights and widths"),
+        ("llava_onevision", {"vision_aspect_ratio": "pad"}, "must be anyres_max_ and a number of tiles"),
+        ("internvl", {"downsample_ratio": 0.4}, "must be one over a whole number"),
+        ("internvl", {"vision_feature_layer": [1, 2]}, "InternVL reads one layer"),
+        ("paligemma", {"projection_dim": 5}, "projection_dim 5 is not supported"),
+        ("gemma3", {"text_config": {"model_type": "llama"}}, "supported: gemma3_text"),
+        ("mllama", {"tie_word_embeddings": True}, "the embedding has more rows than the head"),
+    ],
+)
+def test_configs_that_are_wrong_or_not_known(case, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(folders.config(case) | change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("top", "inner", "version", "expected"),
+    [
+        (None, None, "5.0", True), (None, False, "5.0", False), (False, None, "4.49", False),
+        (False, True, "5.1.0", False), (False, True, "4.49.0", True), (True, False, "4.49.0", False),
+    ],
+)  # fmt: skip
+def test_the_flag_of_a_tied_head_at_either_level(top, inner, version, expected):
+    config = folders.config("gemma3") | {"transformers_version": version}
+    config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "tie_word_embeddings"}
+    config.pop("tie_word_embeddings", None)
+    if top is not None:
+        config["tie_word_embeddings"] = top
+    if inner is not None:
+        config["text_config"]["tie_word_embeddings"] = inner
+    assert read(config).tie_embeddings == expected
+
+
+ORIGINAL = {
+    "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096,
+    "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000,
+    "rms_norm_eps": 1e-05, "max_position_embeddings": 4096, "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "image_aspect_ratio": "pad",
+}  # fmt: skip
+
+
+def test_llava_as_its_authors_wrote_it():
+    config = read(ORIGINAL)
+    assert config.family == "llava+llama/original"
+    assert (config.vision.num_layers, config.vision.vit.feature_layers) == (24, (-2,))
+    hf = {"model_type": "llava", "vocab_size": 32000, "text_config": {"max_position_embeddings": 4096,
+          "rms_norm_eps": 1e-5}, "image_token_index": 0}  # fmt: skip
+    assert read(hf).vision == config.vision
+    found = {name for row in families.rows_of(config.family) for name in [row.name]}
+    assert {
+        "model.mm_projector.0.weight", "model.layers.{i}.mlp.up_proj.weight", "lm_head.weight",
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.{i}.mlp.fc1.bias",
+    } <= found  # fmt: skip
+    tiled = ORIGINAL | {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672], [1008, 336]]}
+    assert read(tiled).family == "llava_next+llama/original"
+    assert read(tiled).vision.vit.grid == ((672, 336), (336, 1008))  # theirs are widths and heights
+    many = ORIGINAL | {
+        "model_type": "llava_qwen", "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": "(1x1),...,(6x6)", "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    }  # fmt: skip
+    assert read(many).family == "llava_onevision+qwen2/original"
+    assert len(read(many).vision.vit.grid) == 36
+    with pytest.raises(UserError, match="mm_vision_tower 'eva' is not supported: known: openai/clip"):
+        read(ORIGINAL | {"mm_vision_tower": "eva"})
