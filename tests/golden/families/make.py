@@ -65,7 +65,7 @@ def check_saved_names(case: Case, folder: Path, names: set[str]) -> None:
     """A folder that transformers loads and saves again keeps its names."""
     load(case, folder).save_pretrained(folder / "saved")
     with safe_open(folder / "saved" / "model.safetensors", "np") as file:
-        if set(file.keys()) != names:  # noqa: SIM118
+        if set(file.keys()) != names:
             raise SystemExit(f"{case.name}: saved again under other names: {set(file.keys()) ^ names}")
 
 
@@ -151,7 +151,7 @@ def make(case: Case) -> None:
         logits = forward(load(case, folder), inputs)
         assert np.isfinite(logits).all()
         check_saved_names(case, folder, set(values))
-        for layout in case.layouts:
+        for layout in (layout for layout in case.layouts if layout.get("transformers", True)):
             check_layout(case, folder, other_layout(values, layout), layout["name"], inputs, logits)
         old = folder / "old"
         old.mkdir()
@@ -164,7 +164,8 @@ def make(case: Case) -> None:
         for name, change in case.others.items():
             arrays[f"logits.{name}"] = forward(load(case, folder), change(inputs))
             assert not np.allclose(arrays[f"logits.{name}"], logits, atol=1e-2)
-        for suffix, long in (("", False), ("_long", True)) if case.stateful else (("", False),):
+        kinds = (("", False), ("_long", True)) if case.stateful else (("", False),)
+        for suffix, long in kinds if case.prompt else ():
             prompt, greedy, margin = choose_prompt(case, folder, long)
             arrays |= {f"prompt{suffix}": prompt["input_ids"].astype(np.int32), f"greedy{suffix}": greedy}
             arrays |= {f"prompt{suffix}.{key}": v for key, v in prompt.items() if key != "input_ids"}
@@ -174,9 +175,30 @@ def make(case: Case) -> None:
     np.savez(out / "golden.npz", **arrays)
     (out / "case.json").write_text(json.dumps(about, indent=2) + "\n")
     unexpected = [n for n in about["without_effect"] if not re.search(case.no_effect or "$^", n)]
-    print(f"{case.name}: {logits.shape} std {logits.std():.2f}, {len(values)} tensors, {greedy[0].tolist()}")
+    greedy = arrays.get("greedy", np.zeros(0)).flatten().tolist()
+    print(f"{case.name}: {logits.shape} std {logits.std():.2f}, {len(values)} tensors, {greedy}")
     if unexpected:
         raise SystemExit(f"{case.name}: no effect on the logits: {unexpected}")
+
+
+def defaults() -> dict[str, dict[str, object]]:
+    """What a config.json that leaves a setting out means, by model_type, also of configs inside others."""
+    left_out = {
+        "transformers_version", "architectures", "dtype", "initializer_range", "initializer_factor",
+        "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder",
+        "problem_type", "_name_or_path", "output_attentions", "use_cache", "layer_types",
+    }  # fmt: skip
+    found: dict[str, dict[str, object]] = {}
+    for case in CASES.values():
+        whole = case.config()
+        inside = [getattr(whole, name) for name in whole.sub_configs_defaults]
+        for kind in (type(config) for config in (whole, *inside)):
+            settings = kind().to_dict()
+            found[kind.model_type] = {
+                key: value for key, value in settings.items()
+                if key not in left_out and "dropout" not in key and not isinstance(value, dict)
+            }  # fmt: skip
+    return dict(sorted(found.items()))
 
 
 if __name__ == "__main__":
@@ -185,3 +207,6 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     for name in sys.argv[1:] or CASES:
         make(CASES[name])
+    if not sys.argv[1:]:
+        lines = [f"{json.dumps(kind)}: {json.dumps(settings)}" for kind, settings in defaults().items()]
+        (HERE / "defaults.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

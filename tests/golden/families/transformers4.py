@@ -18,7 +18,7 @@ def config_of_transformers_4(config: Json) -> Json:
     if old.get("model_type") in ("qwen2_vl", "qwen2_5_vl"):  # text settings stood at the top
         text = old.pop("text_config")
         old = {**text, **old}
-    elif "text_config" in old:  # tying was told inside
+    elif "text_config" in old and "tie_word_embeddings" in old:  # tying was told inside
         old["text_config"]["tie_word_embeddings"] = old["tie_word_embeddings"]
         if old["model_type"] != "qwen3_vl":
             del old["tie_word_embeddings"]
