@@ -6,28 +6,19 @@ All of it follows from names, shapes and dtypes: nothing is read.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.families.base import Family
 from jaxlab.checkpoints.names import EMBEDDING, HEAD, Entry, entries
+from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.modules import Params
 
 _SHOWN = 8
-
-
-class Described(Protocol):
-    """What an account needs to know of a tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class Account:
         return ""
 
 
-def account(tensors: Mapping[str, Described], config: ModelConfig, template: Params) -> Account:
+def account(tensors: Mapping[str, Tensor], config: ModelConfig, template: Params) -> Account:
     """The account of a folder under the variant of the family that fits it best.
 
     Args:
@@ -97,7 +88,7 @@ def _variants(family: Family) -> Iterable[str]:
 
 
 def _account(
-    tensors: Mapping[str, Described], config: ModelConfig, template: Params, name: str, family: Family
+    tensors: Mapping[str, Tensor], config: ModelConfig, template: Params, name: str, family: Family
 ) -> Account:
     known = entries(template, name)
     missing, wrong = [], []

@@ -13,17 +13,16 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import blocks, families
 from jaxlab.checkpoints.accounting import Account, account
+from jaxlab.checkpoints.comparing import difference
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.folder import CONFIG, TensorFolder, inside, open_folder, read_json
+from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.names import EMBEDDING, Entry, entries, leaf_at
 from jaxlab.checkpoints.placing import leaf_dtype, read_params
-from jaxlab.checkpoints.tokenizer_files import read_tokenizer
+from jaxlab.checkpoints.tokenizer_files import TOKENIZER, read_tokenizer
 from jaxlab.checkpoints.write import Planned, write_folder
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
-
-# What does not change the function that parameters stand for.
-_FREE = ("compute_dtype", "attention_implementation", "remat", "initializer_range", "family", "nsa")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,11 @@ class Checkpoint:
     template: Params
     """Shapes of the parameters."""
     account: Account
+
+    @property
+    def kept(self) -> Kept:
+        """What a copy of the model keeps of the folder."""
+        return Kept(self.folder.path, self.account.copies)
 
     def shapes(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
         """Shapes and dtypes that the parameters will have."""
@@ -129,17 +133,15 @@ def save(
     params: Params,
     tokenizer: Tokenizer | None = None,
     *,
-    kept: Path | None = None,
-    copies: tuple[str, ...] = (),
+    kept: Kept | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a folder that transformers loads: config.json, tensors under their names, tokenizer files.
 
     Args:
-      kept: a folder with the config.json and the tokenizer files that the model came with; they are taken
-        over, and the config is checked against `config`.
-      copies: names under which the embedding is written once more.
+      kept: config.json and tokenizer files that the model came with; they are taken over, and the config is
+        checked against `config`.
       dtype: write the tensors in this dtype instead of their own.
 
     Raises:
@@ -147,14 +149,15 @@ def save(
     """
     family = hf_family(config)
     config = dataclasses.replace(config, family=family)
-    text = _config_json(config, kept)
+    text = _config_json(config, None if kept is None else kept.folder)
     known = entries(params, family)
     largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
     text = _with_dtype(text, np.dtype(largest.dtype if dtype is None else dtype).name)
-    planned = _planned(params, known, copies, dtype)
-    write_folder(path, planned, config=text, copy_from=kept, overwrite=overwrite)
-    if tokenizer is not None and (kept is None or not (kept / "tokenizer.json").exists()):
-        tokenizer.save(str(Path(path) / "tokenizer.json"))
+    write_folder(
+        path, _planned(params, known, () if kept is None else kept.copies, dtype), config=text,
+        copy_from=None if kept is None else kept.folder, overwrite=overwrite,
+        texts={} if tokenizer is None else {TOKENIZER: tokenizer.to_str(pretty=True)},
+    )  # fmt: skip
 
 
 def hf_family(config: ModelConfig) -> str:
@@ -179,39 +182,6 @@ def hf_family(config: ModelConfig) -> str:
     if own is not None:
         raise UserError(f"the family {own} cannot describe this model: {problems[0]}")
     raise UserError("no family of Hugging Face can describe this model; keep it as a folder of ours")
-
-
-def difference(one: ModelConfig, other: ModelConfig) -> str | None:
-    """The first field in which two models are not the same function; None if they are."""
-    for field in dataclasses.fields(ModelConfig):
-        a, b = (getattr(config, field.name) for config in (one, other))
-        if a != b and field.name not in _FREE and not _same(field.name, one, other):
-            return f"{field.name} is {a} and {b}"
-    return None
-
-
-def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether a field that differs means the same, or nothing, in both."""
-    resolved = {
-        "num_kv_heads": "kv_heads", "head_dim": "key_dim", "value_head_dim": "value_dim",
-        "output_bias": "has_output_bias", "attention": "kinds", "pattern": "kinds",
-    }  # fmt: skip
-    if field in resolved:
-        return bool(getattr(one, resolved[field]) == getattr(other, resolved[field]))
-    if field == "attention_scale":
-        scales = [c.key_dim**-0.5 if c.attention_scale is None else c.attention_scale for c in (one, other)]
-        return scales[0] == scales[1]
-    if field == "moe":
-        mixtures = [dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
-        return mixtures[0] == mixtures[1] or one.moe.num_experts == other.moe.num_experts == 0
-    unused = {
-        "window": lambda c: "sliding" not in c.kinds,
-        "rope": lambda c: c.position != "rotary",
-        "local_rope_theta": lambda c: c.position != "rotary",
-        "mlp_width": lambda c: c.moe.num_experts and not c.dense_layers,
-        "vision": lambda c: not c.has_vision,
-    }  # fmt: skip
-    return field in unused and bool(unused[field](one) and unused[field](other))
 
 
 def _config_json(config: ModelConfig, kept: Path | None) -> Json:

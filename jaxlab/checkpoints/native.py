@@ -1,6 +1,7 @@
 """A model of ours on disk: a folder with config.yaml (the ModelConfig), params/ (Orbax) and tokenizer.json.
 
-Without tokenizer.json the model reads bytes. Whatever is wrong with a folder is a UserError of one line.
+Without tokenizer.json the model reads bytes. A model that came from a folder of Hugging Face keeps in
+huggingface/ what it needs to become one again. Whatever is wrong with a folder is a UserError of one line.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
+from jaxlab.checkpoints.kept import Kept
 from jaxlab.config import dump, load
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
@@ -30,9 +32,13 @@ def save_model(
     params: Params,
     tokenizer: Tokenizer | None = None,
     *,
+    kept: Kept | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model folder: aside first, then renamed, so that `path` is always whole or absent.
+
+    Args:
+      kept: what a folder of Hugging Face needs besides, if the model came from one.
 
     Raises:
       UserError: `path` exists and `overwrite` is not set.
@@ -46,6 +52,8 @@ def save_model(
         (aside / CONFIG).write_text(dump(config))
         if tokenizer is not None:
             tokenizer.save(str(aside / TOKENIZER))
+        if kept is not None:
+            kept.write(aside)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(aside / PARAMS, params)
         if path.exists():

@@ -1,14 +1,15 @@
-"""What may be named as a model: a model folder, a run folder, or the config of a train run that is done."""
+"""What may be named as a model: folders, hub ids and files, a run folder, or the config of a finished run."""
 
 from pathlib import Path
 
 from jaxlab import runs, tasks
+from jaxlab.checkpoints import loading
 from jaxlab.config import load
 from jaxlab.errors import UserError
 
 
 def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
-    """The folder of the model that `reference` names.
+    """The folder, or file, of the model that `reference` names.
 
     Raises:
       UserError: there is none; where a config was named, the command that makes it.
@@ -16,11 +17,9 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     path = Path(reference)
     if path.suffix in (".yaml", ".yml"):
         return _trained(path, Path(outputs))
-    if not path.is_dir():
-        raise UserError(
-            f"{reference}: no such model: a model folder, a run folder or the config of a train run"
-        )
-    return path / "model" if (path / "model").is_dir() else path
+    path = loading.resolve(reference)
+    is_run = (path / "model").is_dir() and not (path / "config.json").exists()
+    return path / "model" if is_run else path
 
 
 def _trained(path: Path, outputs: Path) -> Path:

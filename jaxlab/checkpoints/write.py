@@ -46,6 +46,7 @@ def write_folder(
     *,
     config: Mapping[str, Any],
     copy_from: Path | None = None,
+    texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[int], Any] = lambda count: None,
@@ -55,6 +56,7 @@ def write_folder(
     Args:
       config: what config.json holds.
       copy_from: a folder whose tokenizer and processor files (COMPANIONS) are copied.
+      texts: files besides, by name, where none was copied.
       shard_bytes: most bytes of tensors in one file.
       progress: called with the bytes of each tensor that is written.
 
@@ -80,6 +82,9 @@ def write_folder(
         _write_text(aside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if copy_from is not None:
             copy_companions(copy_from, aside)
+        for name, content in (texts or {}).items():
+            if not (aside / name).exists():
+                _write_text(aside / name, content)
         os.chmod(aside, 0o755)
         _replace(aside, path)
     except OSError as error:

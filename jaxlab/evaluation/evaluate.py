@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from jaxlab.checkpoints.native import (
-    check_same_tree,
+from jaxlab.checkpoints.loading import (
     load_model,
     load_model_config,
     load_tokenizer,
     model_identity,
     stored_shapes,
 )
+from jaxlab.checkpoints.native import check_same_tree
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
 from jaxlab.errors import ConfigError

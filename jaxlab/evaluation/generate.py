@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +12,9 @@ import numpy as np
 import tyro
 from PIL import Image
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
-from jaxlab.checkpoints.native import load_model
+from jaxlab.checkpoints.loading import end_tokens, kept_of, load_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, prepare_batch, stream
@@ -25,7 +26,8 @@ class Arguments:
     """Stream text from a model."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A model folder, a run folder, or the config of a finished train run."""
+    """A model folder, ours or Hugging Face's; a hub id; a .bin file of llama2.c; a run folder, or the config
+    of a finished train run."""
     prompt: str
     """The text to go on from."""
     image: tuple[str, ...] = ()
@@ -38,6 +40,8 @@ class Arguments:
     """Of sampling."""
     stop: str = ""
     """Stop after this token (a word of the model's tokenizer, or one byte)."""
+    past_end: bool = False
+    """Go on where the model ends its text."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -49,20 +53,25 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     folder = model_folder(arguments.model)
     config, params, tokenizer = load_model(folder)
+    if tokenizer is None and config.family != "jaxlab":
+        raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
+    ends = frozenset() if arguments.past_end else end_tokens(folder)
     batch = read_prompt(arguments, folder, config, tokenizer)
     length = batch["tokens"].shape[1]
     budget = min(arguments.max_new_tokens, config.max_length - length)
     if not length or budget < 1:
         raise UserError(f"--prompt holds {length} tokens; the model takes 1 to {config.max_length - 1}")
-    stop = encode(arguments.stop, tokenizer)
+    stop = encode(arguments.stop, tokenizer, special=False)
     if len(stop) > 1:
         raise UserError(f"--stop {arguments.stop!r} is {len(stop)} tokens; give one")
 
-    decode = _decoder(tokenizer)
+    decode = _decoder(tokenizer, batch["tokens"][0].tolist())
     for token in stream(
         params, batch, config, max_new_tokens=budget, temperature=arguments.temperature,
         key=jax.random.key(arguments.seed),
     ):  # fmt: skip
+        if int(token[0]) in ends:
+            break
         sys.stdout.write(decode(int(token[0])))
         sys.stdout.flush()
         if stop and int(token[0]) == stop[0]:
@@ -80,7 +89,8 @@ def read_prompt(
     if files and config.vision.kind != "plain":
         if tokenizer is None:
             raise UserError(f"{folder}: no tokenizer; images are placed by its tokens")
-        batch = load_processor(folder)(arguments.prompt, files, tokenizer)
+        kept = kept_of(folder)
+        batch = load_processor(folder if kept is None else kept.folder)(arguments.prompt, files, tokenizer)
         try:
             return prepare_batch(batch, config)
         except ValueError as error:
@@ -94,17 +104,30 @@ def read_prompt(
     return {**batch, "tokens": np.asarray([tokens], np.int32)}
 
 
-def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
-    """Token ids of `text`: its bytes where the model has no tokenizer."""
-    return list(text.encode()) if tokenizer is None else tokenizer.encode(text).ids
+def encode(text: str, tokenizer: Tokenizer | None, special: bool = True) -> list[int]:
+    """Token ids of `text`: its bytes where the model has no tokenizer.
+
+    `special`: with the tokens that the tokenizer puts around a text.
+    """
+    if tokenizer is None:
+        return list(text.encode())
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+    return ids
 
 
-def _decoder(tokenizer: Tokenizer | None) -> Callable[[int], str]:
-    """A function from one token to the text that it adds."""
+def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int] = ()) -> Callable[[int], str]:
+    """A function from one token to the text that it adds; parts of a letter wait for the rest of it."""
     if tokenizer is None:
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: incremental.decode(bytes([token])) if token < 256 else f"<{token}>"
-    return lambda token: f" {tokenizer.id_to_token(token) or f'<{token}>'}"
+    decoding = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+
+    def decode(token: int) -> str:
+        if tokenizer.id_to_token(token) is None:  # a row of the embedding that only fills it up
+            return f"<{token}>"
+        return decoding.step(tokenizer, token) or ""
+
+    return decode
 
 
 def read_image(path: str, config: ModelConfig) -> np.ndarray:

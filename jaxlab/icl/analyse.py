@@ -11,7 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from jaxlab.checkpoints.native import load_model, load_model_config, made_by, model_identity
+from jaxlab.checkpoints.loading import load_model, load_model_config, model_identity
+from jaxlab.checkpoints.native import made_by
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import blocking as block

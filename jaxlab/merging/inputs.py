@@ -1,20 +1,17 @@
 """The models of a merge, loaded and compared."""
 
-import dataclasses
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.native import load_model
+from jaxlab.checkpoints.comparing import differences
+from jaxlab.checkpoints.loading import load_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params
 
-# What does not change the function that parameters stand for, or shows in their shapes and has a policy.
-_FREE = frozenset({
-    "vocab_size", "vision", "compute_dtype", "attention_implementation", "remat", "initializer_range",
-    "tie_embeddings", "family",
-})  # fmt: skip
+# What shows in the shapes of parameters and has a policy.
+FREE = ("vocab_size", "vision", "tie_embeddings", "extra_embeddings")
 
 
 class Trio(NamedTuple):
@@ -49,15 +46,12 @@ def load_trio(vlm: str, expert: str, base: str) -> Trio:
 
 def same_architecture(name: str, config: ModelConfig, other_name: str, other: ModelConfig) -> None:
     """Raises UserError if parameters of the two language models mean different functions."""
-    for field in dataclasses.fields(ModelConfig):
-        values = getattr(config, field.name), getattr(other, field.name)
-        if field.name == "max_length" and config.position != "learned":
-            continue
-        if field.name not in _FREE and values[0] != values[1]:
-            raise UserError(
-                f"{name} and {other_name} cannot be merged: "
-                f"{field.name} is {values[0]} in one, {values[1]} in the other"
-            )
+    free = FREE if config.position == "learned" else (*FREE, "max_length")
+    for field in differences(config, other, free):
+        raise UserError(
+            f"{name} and {other_name} cannot be merged: "
+            f"{field} is {getattr(config, field)} in one, {getattr(other, field)} in the other"
+        )
 
 
 def common_prefix(tokenizers: list[Tokenizer | None]) -> int | None:

@@ -9,7 +9,9 @@ import tyro
 from tokenizers import Tokenizer
 
 from jaxlab import __version__
-from jaxlab.checkpoints.native import load_model, save_model
+from jaxlab.checkpoints.kept import Kept
+from jaxlab.checkpoints.loading import kept_of, load_model
+from jaxlab.checkpoints.native import save_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.config import to_dict
 from jaxlab.errors import UserError
@@ -53,7 +55,8 @@ def run(arguments: Arguments) -> None:
 def _inject_to(recipe: InjectRecipe, out: Path) -> Account:
     trio = load_trio(recipe.vlm, recipe.expert, recipe.base)
     params, account = inject_recipe(recipe, trio)
-    return save_merged(out, trio.config, params, trio.tokenizer, account, recipe)
+    kept = kept_of(model_folder(recipe.vlm))
+    return save_merged(out, trio.config, params, trio.tokenizer, account, recipe, kept)
 
 
 def inject_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, Account]:
@@ -80,7 +83,7 @@ def _merge_to(recipe: MergeRecipe, out: Path) -> Account:
         recipe.operator, [params for _, params, _ in loaded], base=None if base is None else base[1],
         mode=recipe.mode, seed=recipe.seed, family=config.family, **recipe.parameters(),
     )  # fmt: skip
-    return save_merged(out, config, params, tokenizer, account, recipe)
+    return save_merged(out, config, params, tokenizer, account, recipe, kept_of(folders[0]))
 
 
 def save_merged(
@@ -90,6 +93,7 @@ def save_merged(
     tokenizer: Tokenizer | None,
     account: Account,
     recipe: Recipe,
+    kept: Kept | None = None,
 ) -> Account:
     """Writes the model folder with the account in it, aside first, then renamed; returns the account with
     digests.
@@ -97,7 +101,7 @@ def save_merged(
     account = account.with_hashes(params)
     aside = out.absolute().with_name(f".{out.name}-merging-{os.getpid()}")
     try:
-        save_model(aside, config, params, tokenizer)
+        save_model(aside, config, params, tokenizer, kept=kept)
         written = {"version": __version__, "recipe": to_dict(recipe), "tensors": account.to_json()}
         write_json(aside / ACCOUNT, written)
         if out.exists():

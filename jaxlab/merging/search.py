@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
-from jaxlab.checkpoints.native import load_model_config, model_identity, stored_shapes
+from jaxlab.checkpoints.loading import kept_of, load_model_config, model_identity, stored_shapes
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import DataConfig, make_source
 from jaxlab.errors import ConfigError
@@ -154,7 +154,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     recipe = recipe_of(config, winner, best)
     write_atomic(run.path / "best.yaml", configs.dump(recipe))
     params, account = inject_recipe(recipe, trio)
-    save_merged(run.path / "model", trio.config, params, trio.tokenizer, account, recipe)
+    kept = kept_of(model_folder(config.vlm))
+    save_merged(run.path / "model", trio.config, params, trio.tokenizer, account, recipe, kept)
     return {
         "operators": operators,
         "best": best,

@@ -8,13 +8,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
-from jaxlab.checkpoints.native import (
-    check_same_tree,
-    load_model,
-    load_model_config,
-    load_tokenizer,
-    stored_shapes,
-)
+from jaxlab.checkpoints.loading import load_model, load_model_config, load_tokenizer, stored_shapes
+from jaxlab.checkpoints.native import check_same_tree
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import Source, check_same_words
 from jaxlab.errors import UserError

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.checkpoints.native import model_identity, save_model
+from jaxlab.checkpoints.loading import model_identity
+from jaxlab.checkpoints.native import save_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import DataConfig, Source, check_fits, first_held_out, make_source
 from jaxlab.errors import ConfigError, UserError

@@ -11,8 +11,7 @@ from typing import Any
 from jaxlab.errors import UserError
 
 # Training, tokens, generation, caches, names, serving: they do not change what the logits are.
-_IGNORED = frozenset(
-    """
+_WORDS = """
     architectures auto_map auto_class base_model_name_or_path bos_token bos_token_id eos_token
     eos_token_id pad_token_id pad_token unk_token_id sep_token_id cls_token_id decoder_start_token_id
     forced_bos_token_id forced_eos_token_id image_token_id video_token_id audio_token_id
@@ -30,8 +29,8 @@ _IGNORED = frozenset(
     no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
     exponential_decay_length_penalty quantization_config mask_token_id transformers_weights
     unsloth_version unsloth_fixed tie_encoder_decoder experts_implementation attn_implementation
-""".split()
-)  # noqa: SIM905
+"""
+_IGNORED = frozenset(_WORDS.split())
 
 # Keys that are no matter as long as they say this.
 _INERT: Mapping[str, tuple[Any, ...]] = {

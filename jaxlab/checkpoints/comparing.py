@@ -1,0 +1,53 @@
+"""Whether two configs describe the same function, however they say it."""
+
+import dataclasses
+from collections.abc import Collection
+
+from jaxlab.models.config import ModelConfig
+
+# What does not change the function that parameters stand for.
+_FREE = ("compute_dtype", "attention_implementation", "remat", "initializer_range", "family")
+
+
+def differences(one: ModelConfig, other: ModelConfig, free: Collection[str] = ()) -> list[str]:
+    """The fields, other than `free` ones, in which two models are not the same function."""
+    return [
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in _FREE
+        and field.name not in free
+        and getattr(one, field.name) != getattr(other, field.name)
+        and not _same(field.name, one, other)
+    ]
+
+
+def difference(one: ModelConfig, other: ModelConfig) -> str | None:
+    """The first of these fields with its two values; None if there is none."""
+    for name in differences(one, other):
+        return f"{name} is {getattr(one, name)} and {getattr(other, name)}"
+    return None
+
+
+def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether a field that differs means the same, or nothing, in both."""
+    resolved = {
+        "num_kv_heads": "kv_heads", "head_dim": "key_dim", "value_head_dim": "value_dim",
+        "output_bias": "has_output_bias", "attention": "kinds", "pattern": "kinds",
+    }  # fmt: skip
+    if field in resolved:
+        return bool(getattr(one, resolved[field]) == getattr(other, resolved[field]))
+    if field == "attention_scale":
+        scales = [c.key_dim**-0.5 if c.attention_scale is None else c.attention_scale for c in (one, other)]
+        return scales[0] == scales[1]
+    if field == "moe":
+        mixtures = [dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
+        return mixtures[0] == mixtures[1] or one.moe.num_experts == other.moe.num_experts == 0
+    unused = {
+        "window": lambda c: "sliding" not in c.kinds,
+        "nsa": lambda c: "nsa" not in c.kinds,
+        "rope": lambda c: c.position != "rotary",
+        "local_rope_theta": lambda c: c.position != "rotary",
+        "mlp_width": lambda c: c.moe.num_experts and not c.dense_layers,
+        "vision": lambda c: not c.has_vision,
+    }  # fmt: skip
+    return field in unused and bool(unused[field](one) and unused[field](other))
