@@ -29,7 +29,8 @@ class QwenVisionConfig:
     position_side: int = 0
     """Rows and columns of the table of learned positions, stretched to each image (Qwen3-VL); 0: none."""
     deep_layers: tuple[int, ...] = ()
-    """Layers whose outputs are added after the decoder's first ones, in this order (DeepStack, Qwen3-VL)."""
+    """Layers whose outputs are added after the decoder's first ones, the earliest first (DeepStack of
+    Qwen3-VL); the i-th named here has the i-th merger."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "merge"):
@@ -42,6 +43,9 @@ class QwenVisionConfig:
             raise ConfigError(
                 "without windows all layers see the whole image; leave it empty", key="full_layers"
             )
+
+        if len(set(self.deep_layers)) != len(self.deep_layers):
+            raise ConfigError(f"{list(self.deep_layers)} names a layer twice", key="deep_layers")
 
     def window_side(self, patch_size: int) -> int:
         """Tokens a side of a window."""

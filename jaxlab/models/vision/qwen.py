@@ -119,11 +119,11 @@ def encode(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Enc
     tokens = _merge(projector, normed.reshape(-1, q.merge**2 * normed.shape[-1]))
     if done.outputs is None:
         return Encoded(tokens)
+    order = sorted(range(len(q.deep_layers)), key=lambda i: q.deep_layers[i])
     read = done.outputs[jnp.asarray(q.deep_layers), 0]
     read = read.reshape(len(q.deep_layers), -1, q.merge**2 * x.shape[-1])
-    return Encoded(
-        tokens, jax.vmap(lambda p, y: _merge(p, norm(p["norm"], y, tower)))(projector["deep"], read)
-    )
+    deep = jax.vmap(lambda p, y: _merge(p, norm(p["norm"], y, tower)))(projector["deep"], read)
+    return Encoded(tokens, deep[jnp.asarray(order)])
 
 
 def _merge(params: Params, x: Float[Array, "P W"]) -> Float[Array, "P D"]:

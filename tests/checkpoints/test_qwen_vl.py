@@ -1,0 +1,136 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the golden cases, their names and their config.json."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints import families
+from jaxlab.checkpoints.names import entries, from_hf_tensors, host_tensors
+from jaxlab.errors import UserError
+from jaxlab.models import abstract_params, forward, generate, prepare_batch
+from tests.checkpoints import folders
+
+CASES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def read(config):
+    return families.find_by_model_type(config["model_type"]).read_config(config)
+
+
+def load(tensors, config, family):
+    template = abstract_params(config)
+    stacked = {e.pattern: np.stack([tensors[name] for name in e.names]) for e in entries(template, family)}
+    return from_hf_tensors(stacked, template, family)
+
+
+def batch_of(golden, prefix=""):
+    return {
+        "tokens": golden["prompt" if prefix else "tokens"],
+        "images": golden[f"{prefix}pixel_values"],
+        "image_grid_thw": golden[f"{prefix}image_grid_thw"],
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(case):
+    config, golden = read(folders.config(case)), folders.golden(case)
+    params = load(folders.weights(case), config, config.family)
+    batch = prepare_batch(batch_of(golden), config)
+    logits = jax.jit(forward, static_argnames="config")(params, batch, config)[0]
+    error = np.abs(logits - golden["logits"]).max() / np.abs(golden["logits"]).max()
+    assert error < 1e-4
+    made = generate(params, batch_of(golden, "prompt."), config, max_new_tokens=12)
+    np.testing.assert_array_equal(made, golden["greedy"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_returns_bit_for_bit_under_every_name(case):
+    config, weights = read(folders.config(case)), folders.weights(case)
+    params = load(weights, config, config.family)
+    back = dict(host_tensors(params, config.family))
+    assert back.keys() == weights.keys()
+    assert all(back[name].tobytes() == weights[name].tobytes() for name in weights)
+    assert all(back[name].shape == weights[name].shape for name in weights)
+    for layout in folders.layouts(case):
+        assert {name for name, _ in host_tensors(params, f"{config.family}/memory")} == set(
+            folders.laid_out(weights, layout)
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_spellings_of_config_are_one_model_and_it_is_written_as_it_was_read(case):
+    config = read(folders.config(case))
+    assert read(folders.config(case, 4)) == config
+    written = families.find(config.family).write_config(config)
+    assert read(written) == config
+    # transformers 5 reads the text model from text_config, or from the top if there is none
+    assert ("text_config" in written) == (case == "qwen3_vl")
+    untied = dataclasses.replace(config, tie_embeddings=not config.tie_embeddings)
+    assert read(families.find(config.family).write_config(untied)) == untied
+
+
+def test_a_config_as_on_the_hub():
+    """Qwen2.5-VL-7B's, shortened to what matters."""
+    config = read(
+        {
+            "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944,
+            "max_position_embeddings": 128000, "max_window_layers": 28, "num_attention_heads": 28,
+            "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
+            "use_sliding_window": False, "vocab_size": 152064, "vision_token_id": 151654,
+            "image_token_id": 151655, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "vision_config": {
+                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+                "num_heads": 16, "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14,
+                "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+            },
+        }
+    )  # fmt: skip
+    assert config.rope.sections == (16, 24, 24)
+    assert (config.rope.theta, config.kinds, config.max_length) == (1e6, ("full",) * 28, 128000)
+    assert config.vision.qwen.window_side(config.vision.patch_size) == 4
+    assert config.vision.width == 1280
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_head_is_tied_if_either_level_says_so(case):
+    config = folders.config(case)
+    for top, text, tied in (
+        (True, None, True),
+        (None, True, True),
+        (None, None, False),
+        (False, None, False),
+    ):
+        levels = {**config, "text_config": {**config["text_config"]}}
+        levels.pop("tie_word_embeddings")
+        for level, value in ((levels, top), (levels["text_config"], text)):
+            if value is not None:
+                level["tie_word_embeddings"] = value
+        assert read(levels).tie_embeddings == tied
+
+
+@pytest.mark.parametrize(
+    ("case", "level", "key", "value", "message"),
+    [
+        ("qwen2_vl", "vision_config", "hidden_size", 40, "hidden_size 40 .*text model's hidden_size is 48"),
+        ("qwen2_vl", "vision_config", "in_chans", 1, "in_chans 1 .*differs from in_channels"),
+        ("qwen2_vl", "vision_config", "embed_dim", 20, "heads of 10 dimensions; it must be a multiple of 4"),
+        ("qwen2_vl", "vision_config", "rope_parameters", {"rope_theta": 5.0}, "rope_theta 5.0"),
+        ("qwen2_vl", "text_config", "novelty", 3, "config.json: text_config.novelty 3 is not known"),
+        ("qwen2_5_vl", "vision_config", "window_size", 7, "7 pixels hold no token"),
+        ("qwen2_5_vl", "vision_config", "fullatt_block_indexes", [4], "4 is none of 4 layers"),
+        ("qwen2_5_vl", "text_config", "model_type", "llama", "model_type 'llama' is not supported"),
+        ("qwen3_vl", "vision_config", "num_position_embeddings", 24, "must be a square number"),
+        ("qwen3_vl", "vision_config", "deepstack_visual_indexes", [1, 1], "names a layer twice"),
+        ("qwen3_vl", "text_config", "use_sliding_window", True, "do not slide"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_with_a_line(case, level, key, value, message):
+    config = folders.config(case)
+    config[level][key] = value
+    with pytest.raises(UserError, match=message) as error:
+        read(config)
+    assert "\n" not in str(error.value)
