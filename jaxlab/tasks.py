@@ -69,6 +69,12 @@ for _task in (
     ),
     Task("generate", "jaxlab.evaluation.generate", "stream text from a model", "arguments"),
     Task(
+        "convert",
+        "jaxlab.checkpoints.convert",
+        "write a model in another form: Hugging Face's, ours",
+        "arguments",
+    ),
+    Task(
         "merge",
         "jaxlab.merging.merge",
         "merge checkpoints, or inject a skill into a VLM, by a recipe",

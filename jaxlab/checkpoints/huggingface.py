@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +147,12 @@ def save(
     Raises:
       UserError: `path` exists, the disk is full, or no family can describe the model.
     """
-    family = hf_family(config)
-    config = dataclasses.replace(config, family=family)
-    text = _config_json(config, None if kept is None else kept.folder)
-    known = entries(params, family)
+    config = dataclasses.replace(config, family=hf_family(config))
+    text = config_json(config, kept)
     largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
     text = _with_dtype(text, np.dtype(largest.dtype if dtype is None else dtype).name)
     write_folder(
-        path, _planned(params, known, () if kept is None else kept.copies, dtype), config=text,
+        path, _planned(params, config.family, () if kept is None else kept.copies, dtype), config=text,
         copy_from=None if kept is None else kept.folder, overwrite=overwrite,
         texts={} if tokenizer is None else {TOKENIZER: tokenizer.to_str(pretty=True)},
     )  # fmt: skip
@@ -184,15 +182,27 @@ def hf_family(config: ModelConfig) -> str:
     raise UserError("no family of Hugging Face can describe this model; keep it as a folder of ours")
 
 
-def _config_json(config: ModelConfig, kept: Path | None) -> Json:
-    """The config.json of a model: the kept one if it is still true, else one from `config`."""
-    if kept is None or not (kept / CONFIG).is_file():
-        return families.find(config.family).write_config(config)
-    text = read_json(inside(kept, CONFIG))
-    different = difference(config, read_config(text, kept))
+def config_json(config: ModelConfig, kept: Kept | None) -> Json:
+    """The config.json of a model: the kept one, or one that its family writes.
+
+    Raises:
+      UserError: no family can describe the model, or it is not what the kept config.json says.
+    """
+    family = hf_family(config)
+    if kept is None:
+        return families.find(family).write_config(dataclasses.replace(config, family=family))
+    text = read_json(inside(kept.folder, CONFIG))
+    different = difference(config, read_config(text, kept.folder))
     if different is not None:
-        raise UserError(f"{kept / CONFIG}: not this model any more: {different}")
+        raise UserError(f"{kept.folder / CONFIG}: not this model any more: {different}")
     return text
+
+
+def tensors(
+    config: ModelConfig, params: Params, copies: tuple[str, ...] = ()
+) -> dict[str, Callable[[], np.ndarray]]:
+    """What a folder of the model holds: each tensor by its name, made when it is asked for."""
+    return {planned.name: planned.get for planned in _planned(params, hf_family(config), copies, None)}
 
 
 def _with_dtype(text: Json, name: str) -> Json:
@@ -208,10 +218,10 @@ def _with_dtype(text: Json, name: str) -> Json:
 
 
 def _planned(
-    params: Params, known: tuple[Entry, ...], copies: tuple[str, ...], dtype: jax.typing.DTypeLike | None
+    params: Params, family: str, copies: tuple[str, ...], dtype: jax.typing.DTypeLike | None
 ) -> Iterator[Planned]:
     """Every tensor that is written, in the order of our leaves."""
-    for entry in known:
+    for entry in entries(params, family):
         leaf = leaf_at(params, entry.path)
         wanted = np.dtype(leaf.dtype if dtype is None else dtype)
         # One leaf is on the host at a time: its tensors come one after the other.

@@ -49,8 +49,12 @@ def load_model(
     return config, params if shardings is None else jax.device_put(params, shardings), tokenizer
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
     """The file or folder of a model; one on the hub is fetched into the cache.
+
+    Args:
+      revision: commit, tag or branch of a hub id that names none.
+      offline: take it from the cache alone.
 
     Raises:
       UserError: there is none, and the name is no hub id.
@@ -64,7 +68,7 @@ def resolve(path: str | Path) -> Path:
         )
     from jaxlab.checkpoints import hub
 
-    return hub.snapshot(str(path))
+    return hub.snapshot(str(path), revision=revision, offline=offline)
 
 
 def kind_of(path: Path) -> Kind:

@@ -17,6 +17,12 @@ from jaxlab.models import ModelConfig, Params, abstract_params, init_params
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
 
+# What shows in no shape and makes another function of the same parameters.
+_MEANING = (
+    "activation", "norm", "norm_offset", "position", "embedding_scale", "parallel", "attention_scale",
+    "attention_softcap", "logit_softcap",
+)  # fmt: skip
+
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation) -> State:
     """Shapes and dtypes of the state."""
@@ -71,7 +77,7 @@ def find_initial(reference: str, model: ModelConfig, source: Source) -> Path:
         if name in stored or name not in ("vision", "projector")
     }
     check_same_tree(stored, expected, folder, expected_by="the model to train")
-    for name in ("activation", "norm", "position"):  # of one shape, but not of one meaning
+    for name in _MEANING:
         if getattr(theirs, name) != getattr(model, name):
             raise UserError(
                 f"{folder}: its {name} is {getattr(theirs, name)}, of the model to train "
