@@ -71,7 +71,8 @@ class Entry:
     paths: tuple[Path, ...]
     """Of the leaves."""
     pattern: str
-    """Their name, with {i} for the layer, {e} for the expert and {branch} for NSA's branch."""
+    """Their name, with {i} for the layer, {e} for the expert and {branch} for NSA's branch; layers that are
+    told one by one are listed, {3,8}."""
     names: tuple[str, ...]
     """All N of them, in the order of the leaves' leading axes."""
     layers: tuple[int | None, ...]
@@ -142,9 +143,11 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
             ours = {number: first_layer + i for i, number in enumerate(theirs)}
             ranges[-1] = theirs
     numbers = [dict(zip(counted, values, strict=True)) for values in itertools.product(*ranges)]
+    names = tuple(pattern.format(**number) for number in numbers)
+    if row.numbers:  # patterns stay different from those of the layers in between
+        pattern = pattern.replace("{i}", f"{{{','.join(map(str, row.numbers))}}}")
     return Entry(
-        paths=tuple(tuple(p.split(".")) for p in row.paths), pattern=pattern,
-        names=tuple(pattern.format(**number) for number in numbers),
+        paths=tuple(tuple(p.split(".")) for p in row.paths), pattern=pattern, names=names,
         layers=tuple(ours.get(number.get("i")) for number in numbers),
         lead=lead, layout=layout, join=row.join,
     )  # fmt: skip

@@ -3,12 +3,13 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from jaxlab.checkpoints import families, names
 from jaxlab.errors import UserError
-from jaxlab.models import abstract_params
+from jaxlab.models import abstract_params, forward, generate, prepare_batch
 from tests.checkpoints import folders
 
 FAMILIES = (
@@ -20,6 +21,63 @@ CASES = [case for case in folders.CASES if folders.config(case)["model_type"] in
 
 def read(config):
     return families.find_by_model_type(config["model_type"]).read_config(config)
+
+
+def load(case):
+    """The model of a case, by the names of its keys.json, and the family with that variant."""
+    config, weights = read(folders.config(case)), folders.weights(case)
+    template = abstract_params(config)
+    stacked = {
+        entry.pattern: np.stack([weights[name] for name in entry.names])
+        for entry in names.entries(template, config.family)
+    }
+    return config, names.from_hf_tensors(stacked, template, config.family)
+
+
+def batch_of(golden, prefix=""):
+    """What the forward takes; of the generation with the prefix prompt."""
+    start = f"{prefix}." if prefix else ""
+    taken = {
+        key.removeprefix(start): value
+        for key, value in golden.items()
+        if key.startswith(start) and (prefix or "." not in key)
+    }
+    batch = {
+        key: value for key, value in taken.items() if key not in ("tokens", "logits", "prompt", "greedy")
+    }
+    batch["images"] = batch.pop("pixel_values")
+    return {**batch, "tokens": golden[prefix or "tokens"]}
+
+
+RUN = [case for case in CASES if families.find_by_model_type(folders.config(case)["model_type"]).forward]
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_logits_are_those_of_transformers(case):
+    config, params = load(case)
+    golden = folders.golden(case)
+    batch = prepare_batch(batch_of(golden), config)
+    logits = jax.jit(forward, static_argnames="config")(params, batch, config)[0]
+    assert np.abs(logits - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_greedy_tokens_are_those_of_transformers(case):
+    config, params = load(case)
+    golden = folders.golden(case)
+    made = generate(params, batch_of(golden, "prompt"), config, max_new_tokens=12)
+    np.testing.assert_array_equal(made, golden["greedy"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_comes_back_bit_for_bit(case):
+    config, params = load(case)
+    weights, back = folders.weights(case), dict(names.host_tensors(params, config.family))
+    assert back.keys() == weights.keys()
+    for name, value in weights.items():
+        assert (back[name].shape, back[name].tobytes()) == (value.shape, value.tobytes()), name
+    patterns = [entry.pattern for entry in names.entries(params, config.family)]
+    assert len(set(patterns)) == len(patterns)
 
 
 def test_every_family_has_a_case():
@@ -78,8 +136,6 @@ def test_layers_of_mllama_are_numbered_around_those_that_read_the_images():
 
 
 def test_images_of_a_family_that_is_only_mapped_are_refused():
-    from jaxlab.models import prepare_batch
-
     for case in ("mllama", "mistral3", "idefics2"):
         config = read(folders.config(case))
         assert not families.find(config.family).forward
