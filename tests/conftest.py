@@ -21,9 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         # A CUDA plugin without a GPU logs an error at start; the suite does not look for one unless it is
         # asked to.
         os.environ["JAX_PLATFORMS"] = "cpu"
-    flag = "--xla_force_host_platform_device_count"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=4".strip()
+    # Four devices; and machine code that is not optimised: most tests compile longer than they compute, and
+    # this halves the time of the suite. What XLA does above machine code, its fusions among them, stays.
+    for flag, value in (
+        ("--xla_force_host_platform_device_count", 4),
+        ("--xla_backend_optimization_level", 0),
+    ):
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
     import jax
 
