@@ -15,8 +15,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "block": None,
     "branch": None,
+    "channels": None,
     "compress": "fsdp",
     "experts": None,
+    "frames": None,
     "gate": None,
     "head_dim": None,
     "heads": None,
@@ -25,6 +27,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": None,
     "pixels": None,
     "position": None,
+    "ratio": None,
+    "tile": None,
     "vocab": None,
 }
 """Logical axis -> mesh axis (None: not split). An axis that is not named here is an error."""

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, VisionConfig, forward, prepare_batch
+from jaxlab.models import ModelConfig, VisionConfig, abstract_params, forward, prepare_batch
 from jaxlab.models.config import RopeConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 from jaxlab.models.vision import encode_images, qwen_positions
+from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 from tests.models.tiny import draw_params
 
 IMAGE = 3
@@ -200,3 +201,9 @@ def test_sizes_must_be_known_before_a_forward_is_traced():
 def test_towers_that_cannot_be(qwen, message):
     with pytest.raises(ConfigError, match=message):
         make_config(**qwen)
+
+
+def test_every_parameter_can_be_placed_on_devices():
+    config = make_config(patch_bias=True, position_side=3, deep_layers=(1, 0))
+    shardings = param_shardings(config, make_mesh(MeshConfig()))
+    assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(config))

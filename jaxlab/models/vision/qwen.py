@@ -3,7 +3,7 @@
 Images are the patches of all images of the batch, one after the other: float [N, channels * frames * side *
 side], those of one token (a square of merge x merge patches) next to each other; image_grid_thw
 int[images, 3] has the frames, rows and columns of patches of each image. The layers are the decoder's own,
-over all patches as one sequence whose segments are the images.
+over one row of patches for each image.
 """
 
 from collections.abc import Mapping
@@ -103,27 +103,25 @@ def encode(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Enc
     if corners is not None and weights is not None:
         near = vision["position"]["table"].astype(x.dtype)[corners]
         x = x + jnp.einsum("ncd,nc->nd", near, weights.astype(x.dtype))
-    places, segments, windows = of("image_places"), of("image_segments"), of("image_windows")
-    assert places is not None
-    assert segments is not None
-    turns = _turns(places, tower.key_dim)
+    rows, places, segments = (
+        jnp.asarray(batch[name]) for name in ("image_rows", "image_places", "image_segments")
+    )
+    order, turns = jnp.asarray(batch["image_order"]), _turns(places, tower.key_dim)
     where = Where(
-        jnp.zeros((1, x.shape[0]), jnp.int32), segments[None],
-        local_segments=None if windows is None else windows[None], rotary=turns, local_rotary=turns,
+        jnp.zeros(rows.shape, jnp.int32), segments, local_segments=of("image_windows"), rotary=turns,
+        local_rotary=turns,
     )  # fmt: skip
-    done = stack(
-        vision["layers"], x[None], where, tower, causal=False, keep_outputs=bool(q.deep_layers)
-    )  # fmt: skip
+    deep_layers = q.deep_layers
+    done = stack(vision["layers"], x[rows], where, tower, causal=False, keep_outputs=bool(deep_layers))
+    flat = lambda y: y.reshape(*y.shape[:-3], -1, y.shape[-1])[..., order, :]  # noqa: E731
+    joined = lambda y: y.reshape(*y.shape[:-2], -1, q.merge**2 * y.shape[-1])  # noqa: E731
     projector = params["projector"]
-    normed = norm(projector["norm"], done.x[0], tower)
-    tokens = _merge(projector, normed.reshape(-1, q.merge**2 * normed.shape[-1]))
+    tokens = _merge(projector, joined(norm(projector["norm"], flat(done.x), tower)))
     if done.outputs is None:
         return Encoded(tokens)
-    order = sorted(range(len(q.deep_layers)), key=lambda i: q.deep_layers[i])
-    read = done.outputs[jnp.asarray(q.deep_layers), 0]
-    read = read.reshape(len(q.deep_layers), -1, q.merge**2 * x.shape[-1])
+    read = joined(flat(done.outputs[jnp.asarray(deep_layers)]))
     deep = jax.vmap(lambda p, y: _merge(p, norm(p["norm"], y, tower)))(projector["deep"], read)
-    return Encoded(tokens, deep[jnp.asarray(order)])
+    return Encoded(tokens, deep[jnp.asarray(np.argsort(deep_layers))])
 
 
 def _merge(params: Params, x: Float[Array, "P W"]) -> Float[Array, "P D"]:
@@ -132,21 +130,22 @@ def _merge(params: Params, x: Float[Array, "P W"]) -> Float[Array, "P D"]:
     return linear("output", ACTIVATIONS["gelu"](linear("hidden", x)))
 
 
-def _turns(places: Int[Array, "N 2"], dim: int) -> Rotary:
+def _turns(places: Int[Array, "images most 2"], dim: int) -> Rotary:
     """The first half of a head's pairs turns by the row, the second by the column."""
     frequencies = 1.0 / THETA ** (np.arange(0, dim // 2, 2, dtype=np.float32) / np.float32(dim // 2))
-    angles = places.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None]
-    angles = angles.reshape(1, places.shape[0], dim // 2)
+    angles = places.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+    angles = angles.reshape(*places.shape[:2], dim // 2)
     return Rotary(jnp.cos(angles), jnp.sin(angles))
 
 
 def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What follows from the sizes of the images, as arrays for each patch, and the positions of the text.
+    """What follows from the sizes of the images: a row for each, and the positions of the text.
 
-    image_places int32[N, 2], the row and column of a patch; image_segments int32[N], its image;
-    image_windows int32[N], its window, where there are windows; image_corners int32[N, 4] and
-    image_corner_weights float32[N, 4], the learned positions around it, where there are any; positions
-    int32[B, T, 3] with M-RoPE, unless the batch has them.
+    image_rows int32[images, most], the patches of each image, and image_segments, 1 on them and 0 on what
+    fills the row; image_places int32[images, most, 2], their row and column, and image_windows
+    int32[images, most], their window, where there are windows; image_order int32[N], where each patch went;
+    image_corners int32[N, 4] and image_corner_weights float32[N, 4], the learned positions around it, where
+    there are any; positions int32[B, T, 3] with M-RoPE, unless the batch has them.
 
     Raises:
       ValueError: sizes or tokens are traced, sizes that do not fit the patches or the placeholders, videos,
@@ -164,13 +163,20 @@ def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     rows, columns = qwen_positions.places(grids, q.merge)
     counts = grids[:, 0] * grids[:, 1]
     images = np.repeat(np.arange(len(grids), dtype=np.int32), counts)
+    filled = np.arange(counts.max())[None] < counts[:, None]
+    row = np.zeros(filled.shape, np.int32)
+    row[filled] = np.arange(counts.sum())
     added: dict[str, Any] = {
-        "image_places": np.stack([rows, columns], axis=-1),
-        "image_segments": images + np.int32(1),
+        "image_rows": row,
+        "image_segments": filled.astype(np.int32),
+        "image_places": np.stack([rows, columns], axis=-1)[row],
+        "image_order": np.flatnonzero(filled).astype(np.int32),
     }
     if q.window:
         side = q.window_side(v.patch_size) * q.merge
-        added["image_windows"] = qwen_positions.windows(images, rows, columns, side)
+        added["image_windows"] = np.where(
+            filled, qwen_positions.windows(images, rows, columns, side)[row], 0
+        ).astype(np.int32)
     if q.position_side:
         near = qwen_positions.corners(grids[images], rows, columns, q.position_side)
         added["image_corners"], added["image_corner_weights"] = near
