@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.families.base import Family
-from jaxlab.checkpoints.names import EMBEDDING, HEAD, Entry, entries
+from jaxlab.checkpoints.names import Entry, entries
+from jaxlab.checkpoints.rows import EMBEDDING, HEAD
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.errors import UserError
 from jaxlab.models.config import ModelConfig

@@ -17,8 +17,9 @@ from jaxlab.checkpoints.comparing import difference
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.folder import CONFIG, TensorFolder, inside, open_folder, read_json
 from jaxlab.checkpoints.kept import Kept
-from jaxlab.checkpoints.names import EMBEDDING, Entry, entries, leaf_at
+from jaxlab.checkpoints.names import Entry, entries, leaf_at
 from jaxlab.checkpoints.placing import leaf_dtype, read_params
+from jaxlab.checkpoints.rows import EMBEDDING
 from jaxlab.checkpoints.tokenizer_files import TOKENIZER, read_tokenizer
 from jaxlab.checkpoints.write import Planned, write_folder
 from jaxlab.errors import UserError

@@ -16,8 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from jaxlab.checkpoints.layout import parse
-from jaxlab.checkpoints.names import Path as LeafPath
 from jaxlab.checkpoints.names import tree_of
+from jaxlab.checkpoints.rows import Path as LeafPath
 from jaxlab.checkpoints.safetensors_file import read_into
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models.config import ModelConfig

@@ -13,7 +13,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxlab.checkpoints import blocks
 from jaxlab.checkpoints.accounting import Account
-from jaxlab.checkpoints.names import EMBEDDING, Entry, Path, leaf_at, tree_of
+from jaxlab.checkpoints.names import Entry, leaf_at, tree_of
+from jaxlab.checkpoints.rows import EMBEDDING, Path
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.errors import UserError
 from jaxlab.models.modules import Params

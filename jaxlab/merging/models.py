@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxlab.checkpoints.names import Entry, Path, entries, from_hf, to_hf, tree_of
+from jaxlab.checkpoints.names import Entry, entries, from_hf, to_hf, tree_of
+from jaxlab.checkpoints.rows import Path
 from jaxlab.errors import UserError
 from jaxlab.merging.account import Account, Line
 from jaxlab.merging.arithmetic import Mode

@@ -1,20 +1,24 @@
 """Functional Flax models: one decoder, with or without vision, on one parameter pytree."""
 
-from jaxlab.models.attention import Cache, init_cache
-from jaxlab.models.config import ModelConfig, MoEConfig, NSAConfig, RopeConfig, VisionConfig
-from jaxlab.models.decoder import Batch, forward, positions_of
-from jaxlab.models.generation import generate, stream
-from jaxlab.models.modules import Params
-from jaxlab.models.parameters import (
-    abstract_params,
-    cast_floats,
-    count_params,
-    init_params,
-    language_model,
-    logical_axes,
-)
-from jaxlab.models.probe import Probe
-from jaxlab.models.vision import prepare_batch
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxlab.models.attention import Cache, init_cache
+    from jaxlab.models.config import ModelConfig, MoEConfig, NSAConfig, RopeConfig, VisionConfig
+    from jaxlab.models.decoder import Batch, forward, positions_of
+    from jaxlab.models.generation import generate, stream
+    from jaxlab.models.modules import Params
+    from jaxlab.models.parameters import (
+        abstract_params,
+        cast_floats,
+        count_params,
+        init_params,
+        language_model,
+        logical_axes,
+    )
+    from jaxlab.models.probe import Probe
+    from jaxlab.models.vision import prepare_batch
 
 __all__ = [
     "Batch",
@@ -39,3 +43,22 @@ __all__ = [
     "prepare_batch",
     "stream",
 ]
+
+_HOMES = {
+    "attention": "Cache init_cache",
+    "config": "MoEConfig ModelConfig NSAConfig RopeConfig VisionConfig",
+    "decoder": "Batch forward positions_of",
+    "generation": "generate stream",
+    "modules": "Params",
+    "parameters": "abstract_params cast_floats count_params init_params language_model logical_axes",
+    "probe": "Probe",
+    "vision": "prepare_batch",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports jax only for what needs it: configs are read without."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -11,7 +11,7 @@ import pkgutil
 
 from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, interleaved, renamed
-from jaxlab.checkpoints.names import Rows
+from jaxlab.checkpoints.rows import Rows
 from jaxlab.errors import UserError
 
 __all__ = ["Family", "all_families", "find", "find_by_model_type", "rows_of"]

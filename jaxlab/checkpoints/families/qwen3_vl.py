@@ -4,7 +4,7 @@ from jaxlab.checkpoints.families import qwen_vl, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.names import Row, Rows
+from jaxlab.checkpoints.rows import Row, Rows
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 
