@@ -3,15 +3,13 @@
 All of it follows from names, shapes and dtypes: nothing is read.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxlab.checkpoints import families
-from jaxlab.checkpoints.families.base import Family
 from jaxlab.checkpoints.names import Entry, entries
 from jaxlab.checkpoints.rows import EMBEDDING, HEAD
 from jaxlab.checkpoints.safetensors_file import Tensor
@@ -70,12 +68,9 @@ def account(tensors: Mapping[str, Tensor], config: ModelConfig, template: Params
       tensors: by their names in the folder.
       template: shapes of our parameters (`abstract_params(config)`).
     """
-    family = families.find(config.family)
-    plain, _, fixed = config.family.partition("/")
-    names = [config.family] if fixed else [plain, *(f"{plain}/{word}" for word in _variants(family))]
     best: Account | None = None
-    for name in names:
-        found = _account(tensors, config, template, name, family)
+    for name in families.names_of(config.family):
+        found = _account(tensors, config, template, name)
         if best is None or found.problems < best.problems:
             best = found
         if not found.problems:
@@ -84,13 +79,7 @@ def account(tensors: Mapping[str, Tensor], config: ModelConfig, template: Params
     return best
 
 
-def _variants(family: Family) -> Iterable[str]:
-    return (*family.variants, *family.layouts)
-
-
-def _account(
-    tensors: Mapping[str, Tensor], config: ModelConfig, template: Params, name: str, family: Family
-) -> Account:
+def _account(tensors: Mapping[str, Tensor], config: ModelConfig, template: Params, name: str) -> Account:
     known = entries(template, name)
     missing, wrong = [], []
     for entry in known:
@@ -105,7 +94,7 @@ def _account(
                 wrong.append(f"{tensor_name} is {tensor.dtype}, expected a floating-point dtype")
     used = {tensor_name for entry in known for tensor_name in entry.names}
     left = [tensor_name for tensor_name in tensors if tensor_name not in used]
-    copies = [n for n in left if config.tie_embeddings and n == _head_name(name)]
+    copies = [n for n in left if config.tie_embeddings and n == families.head_name(name)]
     for copy in copies:
         embedding = next(entry for entry in known if entry.path == EMBEDDING)
         if tuple(tensors[copy].shape) != embedding.shape(template):
@@ -113,23 +102,11 @@ def _account(
                 f"{copy} is {list(tensors[copy].shape)}, but config.json says it is the embedding, "
                 f"{list(embedding.shape(template))}"
             )
-    rules = re.compile("|".join(f"(?:{rule})" for rule in _rules(family, name)) or r"(?!)")
-    ignored = [n for n in left if n not in copies and rules.fullmatch(n)]
+    ignored = [n for n in left if n not in copies and families.ignored(name).fullmatch(n)]
     unmapped = [n for n in left if n not in copies and n not in set(ignored)]
     return Account(
         name, known, tuple(copies), tuple(ignored), tuple(missing), tuple(unmapped), tuple(wrong)
     )  # fmt: skip
-
-
-def _head_name(family: str) -> str | None:
-    """What the head would be called."""
-    return next((row.name for row in families.rows_of(family) if row.paths == (".".join(HEAD),)), None)
-
-
-def _rules(family: Family, name: str) -> tuple[str, ...]:
-    """Of the family, and of the language model's family inside it."""
-    text = name.partition("/")[0].partition("@")[0].partition("+")[2]
-    return family.ignored + (families.find(text).ignored if text else ())
 
 
 def is_float(dtype: Any) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import families, huggingface, loading, native
+from jaxlab.checkpoints import families, huggingface, loading, locate, native
 from jaxlab.checkpoints.folder import open_folder
 from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.reference import model_folder
@@ -60,7 +60,7 @@ class Source:
     """IN, opened: every tensor accounted for, none read."""
 
     path: Path
-    kind: loading.Kind
+    kind: locate.Kind
     config: ModelConfig
     shapes: Params
     kept: Kept | None
@@ -105,7 +105,7 @@ def run(arguments: Arguments) -> None:
 def open_source(arguments: Arguments) -> Source:
     """IN with all checks that need no tensor. Raises UserError."""
     path = _find(arguments)
-    kind = loading.kind_of(path)
+    kind = locate.kind_of(path)
     dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
     if kind != "huggingface":
         if arguments.adapter is not None:
@@ -183,7 +183,7 @@ def compare_logits(config: ModelConfig, params: Params, others: Params) -> tuple
 def _find(arguments: Arguments) -> Path:
     name = arguments.in_
     if not Path(name).exists() and not name.endswith((".yaml", ".yml")):
-        return loading.resolve(name, revision=arguments.revision, offline=arguments.offline)
+        return locate.resolve(name, revision=arguments.revision, offline=arguments.offline)
     if arguments.revision is not None or arguments.offline:
         raise ConfigError(
             f"is for a hub id; {name} is here", key="revision" if arguments.revision else "offline"
@@ -204,7 +204,7 @@ def _tokenizer(source: Source) -> Tokenizer | None:
 
 def _tensors(path: Path, config: ModelConfig, params: Params) -> Mapping[str, Callable[[], np.ndarray]]:
     """The tensors of OUT as Hugging Face has them: of such a folder those that it holds."""
-    if loading.kind_of(path) == "huggingface":
+    if locate.kind_of(path) == "huggingface":
         return {name: tensor.read for name, tensor in open_folder(path).items()}
     kept = loading.kept_of(path)
     return huggingface.tensors(config, params, () if kept is None else kept.copies)

@@ -62,7 +62,7 @@ def open_checkpoint(
       UserError: a family, a key or a tensor that is not known; tensors that are missing or of a wrong shape.
     """
     folder = open_folder(path, allow_pickle=allow_pickle)
-    config = read_config(folder.config, folder.path)
+    config = families.read_config(folder.config, folder.path)
     _check_size(folder, config)
     folder = _prepared(folder, adapter)
     template = abstract_params(config)
@@ -112,20 +112,6 @@ def read(
         half = np.dtype(dtype).name == "bfloat16"
         config = dataclasses.replace(config, compute_dtype="bfloat16" if half else "float32")
     return config, params
-
-
-def read_config(config: Json, where: object) -> ModelConfig:
-    """The model that a config.json describes. Raises UserError for what is wrong, or not known."""
-    kind = config.get("model_type")
-    try:
-        if not isinstance(kind, str):
-            raise UserError("config.json: model_type is missing")
-        return families.find_by_model_type(kind).read_config(config)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{where}: config.json cannot be understood ({problem[:200]})") from error
 
 
 def save(
@@ -193,7 +179,7 @@ def config_json(config: ModelConfig, kept: Kept | None) -> Json:
     if kept is None:
         return families.find(family).write_config(dataclasses.replace(config, family=family))
     text = read_json(inside(kept.folder, CONFIG))
-    different = difference(config, read_config(text, kept.folder))
+    different = difference(config, families.read_config(text, kept.folder))
     if different is not None:
         raise UserError(f"{kept.folder / CONFIG}: not this model any more: {different}")
     return text

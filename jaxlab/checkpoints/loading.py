@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from tokenizers import Tokenizer
@@ -13,12 +12,9 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints import huggingface, llama2c, native
 from jaxlab.checkpoints.folder import CONFIG, read_json
 from jaxlab.checkpoints.kept import KEPT, Kept, read_kept
+from jaxlab.checkpoints.locate import Kind, kind_of, resolve
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
-from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
-Kind = Literal["native", "huggingface", "llama2c"]
 
 
 def load_model(
@@ -47,46 +43,6 @@ def load_model(
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     return config, params if shardings is None else jax.device_put(params, shardings), tokenizer
-
-
-def resolve(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
-    """The file or folder of a model; one on the hub is fetched into the cache.
-
-    Args:
-      revision: commit, tag or branch of a hub id that names none.
-      offline: take it from the cache alone.
-
-    Raises:
-      UserError: there is none, and the name is no hub id.
-    """
-    if Path(path).exists():
-        return Path(path)
-    if not _HUB_ID.fullmatch(str(path)):
-        raise UserError(
-            f"{path}: no such model: a model folder, a run folder, the config of a train run, a .bin file of "
-            "llama2.c, or a hub id owner/name"
-        )
-    from jaxlab.checkpoints import hub
-
-    return hub.snapshot(str(path), revision=revision, offline=offline)
-
-
-def kind_of(path: Path) -> Kind:
-    """What is at `path`. Raises UserError if it is no model."""
-    if path.is_file():
-        if path.suffix == ".bin":
-            return "llama2c"
-        raise UserError(f"{path}: not a model: name its folder, or a .bin file of llama2.c")
-    if (path / native.CONFIG).is_file() or (path / native.PARAMS).is_dir():
-        return "native"
-    if (path / CONFIG).exists():
-        return "huggingface"
-    if not path.is_dir():
-        raise UserError(f"{path}: no such model")
-    raise UserError(
-        f"{path}: not a model folder: it needs {native.CONFIG} and {native.PARAMS}/ (ours), or {CONFIG} and "
-        "tensors (Hugging Face)"
-    )
 
 
 def load_model_config(path: str | Path) -> ModelConfig:

@@ -99,7 +99,7 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
     for axis, size in zip(counted, shape, strict=False):
         ranges.append(BRANCHES if axis == "branch" else range(size))
         if axis == "i":
-            theirs = _layer_numbers(row, path, size, first_layer)
+            theirs = row.layer_numbers(size, first_layer)
             ours = {number: first_layer + i for i, number in enumerate(theirs)}
             ranges[-1] = theirs
     numbers = [dict(zip(counted, values, strict=True)) for values in itertools.product(*ranges)]
@@ -111,14 +111,6 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
         layers=tuple(ours.get(number.get("i")) for number in numbers),
         lead=lead, layout=layout, join=row.join,
     )  # fmt: skip
-
-
-def _layer_numbers(row: Row, path: str, count: int, first: int) -> Sequence[int]:
-    """Theirs of `count` layers of ours."""
-    if row.numbers and len(row.numbers) != count:
-        raise UserError(f"{path} holds {count} layers, the family names {len(row.numbers)}: {row.numbers}")
-    free = (number for number in itertools.count(first) if number not in row.skips)
-    return row.numbers or tuple(itertools.islice(free, count))
 
 
 def to_hf(params: Mapping[str, Any], entry: Entry) -> Stack:

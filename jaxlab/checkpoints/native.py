@@ -19,11 +19,12 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.kept import Kept
+from jaxlab.checkpoints.locate import OWN_CONFIG, OWN_PARAMS
 from jaxlab.config import dump, load
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
 
-CONFIG, PARAMS, TOKENIZER, MADE_BY = "config.yaml", "params", "tokenizer.json", "made_by.json"
+CONFIG, PARAMS, TOKENIZER, MADE_BY = OWN_CONFIG, OWN_PARAMS, "tokenizer.json", "made_by.json"
 
 
 def save_model(

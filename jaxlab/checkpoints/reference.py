@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxlab import runs, tasks
-from jaxlab.checkpoints import loading
+from jaxlab.checkpoints.locate import resolve
 from jaxlab.config import load
 from jaxlab.errors import UserError
 
@@ -17,7 +17,7 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     path = Path(reference)
     if path.suffix in (".yaml", ".yml"):
         return _trained(path, Path(outputs))
-    path = loading.resolve(reference)
+    path = resolve(reference)
     is_run = (path / "model").is_dir() and not (path / "config.json").exists()
     return path / "model" if is_run else path
 

@@ -1,6 +1,9 @@
 """Rows: which tensor of a Hugging Face folder is which leaf of ours. What they do is in names.py."""
 
 import dataclasses
+import itertools
+
+from jaxlab.errors import UserError
 
 Path = tuple[str, ...]
 """Of a leaf in our tree."""
@@ -30,6 +33,15 @@ class Row:
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
+
+    def layer_numbers(self, count: int, first: int) -> tuple[int, ...]:
+        """Theirs of `count` layers of ours, of which `first` others come before. Raises UserError."""
+        if self.numbers and len(self.numbers) != count:
+            raise UserError(
+                f"{self.paths[0]} holds {count} layers, the family names {len(self.numbers)}: {self.numbers}"
+            )
+        free = (number for number in itertools.count(first) if number not in self.skips)
+        return self.numbers or tuple(itertools.islice(free, count))
 
 
 Rows = tuple[Row, ...]

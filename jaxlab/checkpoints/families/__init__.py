@@ -8,13 +8,25 @@ docs/families.md tells how to add one.
 import functools
 import importlib
 import pkgutil
+import re
 
 from jaxlab.checkpoints.families import jaxlab as own
-from jaxlab.checkpoints.families.base import Family, interleaved, renamed
-from jaxlab.checkpoints.rows import Rows
+from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
+from jaxlab.checkpoints.rows import HEAD, Rows
 from jaxlab.errors import UserError
+from jaxlab.models.config import ModelConfig
 
-__all__ = ["Family", "all_families", "find", "find_by_model_type", "rows_of"]
+__all__ = [
+    "Family",
+    "all_families",
+    "find",
+    "find_by_model_type",
+    "head_name",
+    "ignored",
+    "names_of",
+    "read_config",
+    "rows_of",
+]
 
 
 @functools.cache
@@ -44,6 +56,41 @@ def find_by_model_type(model_type: str) -> Family:
             f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(by_type))}"
         )
     return by_type[model_type]
+
+
+def read_config(config: Json, where: object) -> ModelConfig:
+    """The model that a config.json describes. Raises UserError for what is wrong, or not known."""
+    kind = config.get("model_type")
+    try:
+        if not isinstance(kind, str):
+            raise UserError("config.json: model_type is missing")
+        return find_by_model_type(kind).read_config(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: config.json cannot be understood ({problem[:200]})") from error
+
+
+def names_of(name: str) -> tuple[str, ...]:
+    """A family under each of its variants, its own names first; a name that tells the variant stays alone."""
+    family = find(name)
+    if "/" in name:
+        return (name,)
+    return (name, *(f"{name}/{word}" for word in (*family.variants, *family.layouts)))
+
+
+def head_name(name: str) -> str | None:
+    """What the head is called, if the family has one."""
+    return next((row.name for row in rows_of(name) if row.paths == (".".join(HEAD),)), None)
+
+
+@functools.cache
+def ignored(name: str) -> re.Pattern[str]:
+    """What matches the names of tensors that are no parameters, of the family and of the text's inside it."""
+    text = name.partition("/")[0].partition("@")[0].partition("+")[2]
+    rules = find(name).ignored + (find(text).ignored if text else ())
+    return re.compile("|".join(f"(?:{rule})" for rule in rules) or r"(?!)")
 
 
 @functools.cache

@@ -1,0 +1,54 @@
+"""Where a model is, by its name, and of what kind."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from jaxlab.checkpoints.folder import CONFIG
+from jaxlab.errors import UserError
+
+OWN_CONFIG, OWN_PARAMS = "config.yaml", "params"
+"""What a model folder of ours holds."""
+Kind = Literal["native", "huggingface", "llama2c"]
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+
+
+def resolve(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
+    """The file or folder of a model; one on the hub is fetched into the cache.
+
+    Args:
+      revision: commit, tag or branch of a hub id that names none.
+      offline: take it from the cache alone.
+
+    Raises:
+      UserError: there is none, and the name is no hub id.
+    """
+    if Path(path).exists():
+        return Path(path)
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(
+            f"{path}: no such model: a model folder, a run folder, the config of a train run, a .bin file of "
+            "llama2.c, or a hub id owner/name"
+        )
+    from jaxlab.checkpoints import hub
+
+    return hub.snapshot(str(path), revision=revision, offline=offline)
+
+
+def kind_of(path: Path) -> Kind:
+    """What is at `path`. Raises UserError if it is no model."""
+    if path.is_file():
+        if path.suffix == ".bin":
+            return "llama2c"
+        raise UserError(f"{path}: not a model: name its folder, or a .bin file of llama2.c")
+    if (path / OWN_CONFIG).is_file() or (path / OWN_PARAMS).is_dir():
+        return "native"
+    if (path / CONFIG).exists():
+        return "huggingface"
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model")
+    raise UserError(
+        f"{path}: not a model folder: it needs {OWN_CONFIG} and {OWN_PARAMS}/ (ours), or {CONFIG} and "
+        "tensors (Hugging Face)"
+    )
