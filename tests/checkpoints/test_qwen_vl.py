@@ -41,8 +41,14 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case):
     logits = jax.jit(forward, static_argnames="config")(params, batch, config)[0]
     error = np.abs(logits - golden["logits"]).max() / np.abs(golden["logits"]).max()
     assert error < 1e-4
-    made = generate(params, batch_of(golden, "prompt."), config, max_new_tokens=12)
-    np.testing.assert_array_equal(made, golden["greedy"])
+    # The prompt with padding at its end, above a longer one that is all text.
+    prompt = batch_of(golden, "prompt.")
+    tokens = np.pad(prompt["tokens"], ((0, 1), (0, 2)), constant_values=5)
+    segments = np.ones_like(tokens)
+    segments[0, -2:] = 0
+    prompt |= {"tokens": tokens, "segment_ids": segments}
+    made = generate(params, prompt, config, max_new_tokens=12)
+    np.testing.assert_array_equal(made[:1], golden["greedy"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,6 +101,21 @@ def test_a_config_as_on_the_hub():
     assert config.vision.width == 1280
 
 
+def test_what_older_versions_repeat_at_the_top_gives_way_to_text_config():
+    config = folders.config("qwen2_5_vl")
+    repeated = {**config, "hidden_size": 48, "sliding_window": 32768, "rope_scaling": {"type": "mrope"}}
+    assert read(repeated) == read(config)
+    # Positions of a longer text, as Qwen2.5-VL's model card gives them.
+    config["text_config"] |= {
+        "rope_parameters": None,
+        "rope_scaling": {"type": "yarn", "mrope_section": [2, 2, 2], "factor": 4.0},
+    }
+    stretched = read(config)
+    assert (stretched.rope.scaling, stretched.rope.sections) == ("yarn", (2, 2, 2))
+    assert (stretched.rope.original_length, stretched.max_length) == (256, 1024)
+    assert read(families.find(stretched.family).write_config(stretched)) == stretched
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_head_is_tied_if_either_level_says_so(case):
     config = folders.config(case)
@@ -120,6 +141,8 @@ def test_the_head_is_tied_if_either_level_says_so(case):
         ("qwen2_vl", "vision_config", "embed_dim", 20, "heads of 10 dimensions; it must be a multiple of 4"),
         ("qwen2_vl", "vision_config", "rope_parameters", {"rope_theta": 5.0}, "rope_theta 5.0"),
         ("qwen2_vl", "text_config", "novelty", 3, "config.json: text_config.novelty 3 is not known"),
+        ("qwen2_vl", "text_config", "head_dim", 16, "head_dim 16 .*cuts hidden_size 48 into 4 heads"),
+        ("qwen2_vl", "text_config", "rope_parameters", {"mrope_interleaved": True}, "do not alternate"),
         ("qwen2_5_vl", "vision_config", "window_size", 7, "7 pixels hold no token"),
         ("qwen2_5_vl", "vision_config", "fullatt_block_indexes", [4], "4 is none of 4 layers"),
         ("qwen2_5_vl", "text_config", "model_type", "llama", "model_type 'llama' is not supported"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlab.checkpoints.families import language, vlm
 from jaxlab.checkpoints.families.base import Json, Renames
-from jaxlab.checkpoints.families.rope import max_length, read_rope
+from jaxlab.checkpoints.families.rope import max_length, read_rope, write_rope
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import linear
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
@@ -151,6 +151,9 @@ def read_text(
     rope = read_rope(text, theta, sections=True)
     if rope.sections_interleaved and not interleaved:
         raise text.refuse("rope_scaling", "coordinates do not alternate in this family")
+    heads, width = text.whole("num_attention_heads"), text.whole("hidden_size")
+    if like == "qwen2" and text.whole("head_dim", width // heads) * heads != width:
+        raise text.refuse("head_dim", f"this family cuts hidden_size {width} into {heads} heads")
     told = {key: value for key, value in text.config.items() if key not in _EDGE}
     told |= {"model_type": like, "tie_word_embeddings": tie}
     try:
@@ -168,14 +171,13 @@ def read_text(
 
 def write_config(config: ModelConfig, family: str, architecture: str, *, flat: bool) -> Json:
     """A config.json; `flat`: the text model's keys at the top, as every version of transformers reads it."""
-    text = vlm.write_text(config)
-    text["rope_scaling"] = {"type": "mrope", **text["rope_scaling"]}
-    if text["rope_scaling"]["rope_type"] != "default":
-        text["rope_scaling"]["type"] = text["rope_scaling"]["rope_type"]
+    text = {**vlm.write_text(config), **write_rope(config)}
+    kind = "mrope" if config.rope.scaling == "none" else config.rope.scaling
+    text["rope_scaling"] = {**(text["rope_scaling"] or {}), "type": kind}
     del text["tie_word_embeddings"]
-    kind = {"model_type": f"{family}_text"}
+    inner = {**text, "model_type": f"{family}_text"}
     return {
-        **(text if flat else {"text_config": {**text, **kind}}), "architectures": [architecture],
+        **(text if flat else {"text_config": inner}), "architectures": [architecture],
         "model_type": family, "tie_word_embeddings": config.tie_embeddings,
         "image_token_id": config.vision.image_token,
     }  # fmt: skip
