@@ -1,5 +1,7 @@
 """The models of a merge, loaded and compared."""
 
+import dataclasses
+from dataclasses import replace
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -7,6 +9,7 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints.comparing import differences
 from jaxlab.checkpoints.loading import load_model
 from jaxlab.checkpoints.reference import model_folder
+from jaxlab.checkpoints.tokenizer_files import common_prefix
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params
 
@@ -47,24 +50,15 @@ def load_trio(vlm: str, expert: str, base: str) -> Trio:
 def same_architecture(name: str, config: ModelConfig, other_name: str, other: ModelConfig) -> None:
     """Raises UserError if parameters of the two language models mean different functions."""
     free = FREE if config.position == "learned" else (*FREE, "max_length")
-    for field in differences(config, other, free):
+    # All coordinates of a position are equal in a text: which pair turns by which does not matter.
+    plain = lambda c: replace(c, rope=replace(c.rope, sections=(), sections_interleaved=False))  # noqa: E731
+    for field in differences(plain(config), plain(other), free):
+        values = getattr(config, field), getattr(other, field)
+        if dataclasses.is_dataclass(values[0]):  # a group: the first of its fields that differs
+            inner = [f.name for f in dataclasses.fields(values[0])]
+            differs = next(f for f in inner if getattr(values[0], f) != getattr(values[1], f))
+            field, values = f"{field}.{differs}", tuple(getattr(value, differs) for value in values)
         raise UserError(
             f"{name} and {other_name} cannot be merged: "
-            f"{field} is {getattr(config, field)} in one, {getattr(other, field)} in the other"
+            f"{field} is {values[0]} in one, {values[1]} in the other"
         )
-
-
-def common_prefix(tokenizers: list[Tokenizer | None]) -> int | None:
-    """How many token ids, from 0 on, stand for the same token in all; None if all read bytes."""
-    if all(tokenizer is None for tokenizer in tokenizers):
-        return None
-    if any(tokenizer is None for tokenizer in tokenizers):
-        return 0
-    tables = [
-        tokenizer.get_vocab(with_added_tokens=True) for tokenizer in tokenizers if tokenizer is not None
-    ]
-    names = [{index: token for token, index in table.items()} for table in tables]
-    rows = 0
-    while rows in names[0] and all(other.get(rows) == names[0][rows] for other in names[1:]):
-        rows += 1
-    return rows
