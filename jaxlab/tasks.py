@@ -68,6 +68,7 @@ for _task in (
         "measure a model: perplexity by position, needle, exact match, ...",
     ),
     Task("generate", "jaxlab.evaluation.generate", "stream text from a model", "arguments"),
+    Task("inspect", "jaxlab.checkpoints.inspection", "what models are, and which can be merged", "arguments"),
     Task(
         "convert",
         "jaxlab.checkpoints.convert",

@@ -28,6 +28,21 @@ def difference(one: ModelConfig, other: ModelConfig) -> str | None:
     return None
 
 
+def language_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields in which two language models, with or without vision, are too different to be merged.
+
+    What shows in shapes and has a policy is free: vocabularies, tied heads, vision. All coordinates of a
+    position are equal in a text, so which pair turns by which one does not matter either.
+    """
+    free = ["vocab_size", "vision", "tie_embeddings", "extra_embeddings"]
+    if one.position != "learned":
+        free.append("max_length")
+    plain = lambda c: dataclasses.replace(  # noqa: E731
+        c, rope=dataclasses.replace(c.rope, sections=(), sections_interleaved=False)
+    )
+    return differences(plain(one), plain(other), free)
+
+
 def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
     """Whether a field that differs means the same, or nothing, in both."""
     resolved = {

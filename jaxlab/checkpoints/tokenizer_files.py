@@ -74,3 +74,19 @@ def _special(folder: Path) -> list[str]:
     said = [found.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")]
     words = [value.get("content") if isinstance(value, dict) else value for value in said]
     return list(dict.fromkeys(["<|endoftext|>", *(word for word in words if isinstance(word, str))]))
+
+
+def common_prefix(tokenizers: list[Tokenizer | None]) -> int | None:
+    """How many token ids, from 0 on, stand for the same token in all; None if all read bytes."""
+    if all(tokenizer is None for tokenizer in tokenizers):
+        return None
+    if any(tokenizer is None for tokenizer in tokenizers):
+        return 0
+    tables = [
+        tokenizer.get_vocab(with_added_tokens=True) for tokenizer in tokenizers if tokenizer is not None
+    ]
+    names = [{index: token for token, index in table.items()} for table in tables]
+    rows = 0
+    while rows in names[0] and all(other.get(rows) == names[0][rows] for other in names[1:]):
+        rows += 1
+    return rows

@@ -1,20 +1,16 @@
 """The models of a merge, loaded and compared."""
 
 import dataclasses
-from dataclasses import replace
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.comparing import differences
+from jaxlab.checkpoints.comparing import language_differences
 from jaxlab.checkpoints.loading import load_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.checkpoints.tokenizer_files import common_prefix
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params
-
-# What shows in the shapes of parameters and has a policy.
-FREE = ("vocab_size", "vision", "tie_embeddings", "extra_embeddings")
 
 
 class Trio(NamedTuple):
@@ -49,10 +45,7 @@ def load_trio(vlm: str, expert: str, base: str) -> Trio:
 
 def same_architecture(name: str, config: ModelConfig, other_name: str, other: ModelConfig) -> None:
     """Raises UserError if parameters of the two language models mean different functions."""
-    free = FREE if config.position == "learned" else (*FREE, "max_length")
-    # All coordinates of a position are equal in a text: which pair turns by which does not matter.
-    plain = lambda c: replace(c, rope=replace(c.rope, sections=(), sections_interleaved=False))  # noqa: E731
-    for field in differences(plain(config), plain(other), free):
+    for field in language_differences(config, other):
         values = getattr(config, field), getattr(other, field)
         if dataclasses.is_dataclass(values[0]):  # a group: the first of its fields that differs
             inner = [f.name for f in dataclasses.fields(values[0])]
