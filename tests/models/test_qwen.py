@@ -83,7 +83,14 @@ def test_patches_lie_square_by_square_and_windows_begin_at_the_top_left():
     images = np.repeat(np.arange(2, dtype=np.int32), [8, 24])
     windows = qwen_positions.windows(images, rows, columns, side=4)
     # The first image fills half a window; the second one is a window, and half of one to its right.
-    assert windows.tolist() == [1] * 8 + [2] * 8 + [3] * 4 + [2] * 8 + [3] * 4
+    assert windows.tolist() == [0] * 8 + [1] * 8 + [2] * 4 + [1] * 8 + [2] * 4
+
+
+def test_groups_of_patches_are_rows_and_return():
+    cut = qwen_positions.cut(np.array([0, 0, 2, 1, 2, 2], np.int32))
+    assert cut.rows.tolist() == [[0, 1, 0], [3, 0, 0], [2, 4, 5]]
+    assert cut.filled.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert cut.rows.reshape(-1)[cut.order].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_learned_positions_are_stretched_corner_to_corner():

@@ -3,11 +3,11 @@
 Images are the patches of all images of the batch, one after the other: float [N, channels * frames * side *
 side], those of one token (a square of merge x merge patches) next to each other; image_grid_thw
 int[images, 3] has the frames, rows and columns of patches of each image. The layers are the decoder's own,
-over one row of patches for each image.
+over one row of patches for each image, or for each window where layers see no more.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,13 @@ THETA = 10000.0
 
 
 def tower_config(config: ModelConfig) -> ModelConfig:
-    """The vision transformer in the decoder's terms; layers that see windows are sliding ones."""
+    """The vision transformer in the decoder's terms."""
     v, q = config.vision, config.vision.qwen
-    kinds: list[Literal["full", "sliding"]] = [
-        "full" if i in q.full_layers or not q.window else "sliding" for i in range(v.num_layers)
-    ]
     return ModelConfig(
         vocab_size=1, width=v.width, num_layers=v.num_layers, num_heads=v.num_heads, mlp=q.mlp,
         mlp_width=v.mlp_width, activation=q.activation, norm=q.norm, norm_eps=EPSILON, position="none",
-        attention_bias=True, mlp_bias=True, pattern=tuple(kinds), compute_dtype=config.compute_dtype,
-        remat=config.remat, initializer_range=config.initializer_range,
+        attention_bias=True, mlp_bias=True, compute_dtype=config.compute_dtype, remat=config.remat,
+        initializer_range=config.initializer_range,
     )  # fmt: skip
 
 
@@ -103,25 +100,35 @@ def encode(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Enc
     if corners is not None and weights is not None:
         near = vision["position"]["table"].astype(x.dtype)[corners]
         x = x + jnp.einsum("ncd,nc->nd", near, weights.astype(x.dtype))
-    rows, places, segments = (
-        jnp.asarray(batch[name]) for name in ("image_rows", "image_places", "image_segments")
-    )
-    order, turns = jnp.asarray(batch["image_order"]), _turns(places, tower.key_dim)
-    where = Where(
-        jnp.zeros(rows.shape, jnp.int32), segments, local_segments=of("image_windows"), rotary=turns,
-        local_rotary=turns,
-    )  # fmt: skip
-    deep_layers = q.deep_layers
-    done = stack(vision["layers"], x[rows], where, tower, causal=False, keep_outputs=bool(deep_layers))
-    flat = lambda y: y.reshape(*y.shape[:-3], -1, y.shape[-1])[..., order, :]  # noqa: E731
+    x, outputs = _layers(vision["layers"], x, batch, config)
     joined = lambda y: y.reshape(*y.shape[:-2], -1, q.merge**2 * y.shape[-1])  # noqa: E731
     projector = params["projector"]
-    tokens = _merge(projector, joined(norm(projector["norm"], flat(done.x), tower)))
-    if done.outputs is None:
+    tokens = _merge(projector, joined(norm(projector["norm"], x, tower)))
+    if outputs is None:
         return Encoded(tokens)
-    read = joined(flat(done.outputs[jnp.asarray(deep_layers)]))
+    read = joined(outputs[jnp.asarray(q.deep_layers)])
     deep = jax.vmap(lambda p, y: _merge(p, norm(p["norm"], y, tower)))(projector["deep"], read)
-    return Encoded(tokens, deep[jnp.asarray(np.argsort(deep_layers))])
+    return Encoded(tokens, deep[jnp.asarray(np.argsort(q.deep_layers))])
+
+
+def _layers(
+    params: Params, x: Float[Array, "N V"], batch: Mapping[str, Any], config: ModelConfig
+) -> tuple[Float[Array, "N V"], Float[Array, "L N V"] | None]:
+    """All layers: their last output and, if DeepStack reads any, every one's."""
+    q, tower = config.vision.qwen, tower_config(config)
+    places, outputs = jnp.asarray(batch["image_places"]), []
+    whole = [not q.window or i in q.full_layers for i in range(tower.num_layers)]
+    stops = [i for i in range(1, len(whole) + 1) if i == len(whole) or whole[i] != whole[i - 1]]
+    for start, stop in zip([0, *stops], stops, strict=False):
+        groups = "image" if whole[start] else "window"
+        rows, filled, order = (jnp.asarray(batch[f"{groups}_{name}"]) for name in ("rows", "filled", "order"))
+        where = Where(jnp.zeros_like(rows), filled, rotary=_turns(places[rows], tower.key_dim))
+        part = jax.tree.map(lambda leaf, run=slice(start, stop): leaf[run], params)
+        done = stack(part, x[rows], where, tower, causal=False, keep_outputs=bool(q.deep_layers))
+        x = done.x.reshape(-1, x.shape[-1])[order]
+        if done.outputs is not None:
+            outputs.append(done.outputs.reshape(stop - start, -1, x.shape[-1])[:, order])
+    return x, jnp.concatenate(outputs) if outputs else None
 
 
 def _merge(params: Params, x: Float[Array, "P W"]) -> Float[Array, "P D"]:
@@ -130,7 +137,7 @@ def _merge(params: Params, x: Float[Array, "P W"]) -> Float[Array, "P D"]:
     return linear("output", ACTIVATIONS["gelu"](linear("hidden", x)))
 
 
-def _turns(places: Int[Array, "images most 2"], dim: int) -> Rotary:
+def _turns(places: Int[Array, "groups most 2"], dim: int) -> Rotary:
     """The first half of a head's pairs turns by the row, the second by the column."""
     frequencies = 1.0 / THETA ** (np.arange(0, dim // 2, 2, dtype=np.float32) / np.float32(dim // 2))
     angles = places.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None, None]
@@ -139,11 +146,11 @@ def _turns(places: Int[Array, "images most 2"], dim: int) -> Rotary:
 
 
 def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What follows from the sizes of the images: a row for each, and the positions of the text.
+    """What follows from the sizes of the images: a row for each of them, and the positions of the text.
 
-    image_rows int32[images, most], the patches of each image, and image_segments, 1 on them and 0 on what
-    fills the row; image_places int32[images, most, 2], their row and column, and image_windows
-    int32[images, most], their window, where there are windows; image_order int32[N], where each patch went;
+    image_rows int32[images, most], the patches of each image; image_filled, 1 on them and 0 on what fills the
+    row; image_order int32[N], where each patch went in it; window_rows, window_filled, window_order likewise,
+    where there are windows; image_places int32[N, 2], the row and column of each patch in its image;
     image_corners int32[N, 4] and image_corner_weights float32[N, 4], the learned positions around it, where
     there are any; positions int32[B, T, 3] with M-RoPE, unless the batch has them.
 
@@ -151,7 +158,7 @@ def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
       ValueError: sizes or tokens are traced, sizes that do not fit the patches or the placeholders, videos,
         or packed sequences.
     """
-    if "image_segments" in batch:
+    if "image_rows" in batch:
         return {}
     v, q = config.vision, config.vision.qwen
     videos = [name for name in ("pixel_values_videos", "video_grid_thw") if name in batch]
@@ -161,22 +168,15 @@ def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         )
     grids = _grids(batch, config)
     rows, columns = qwen_positions.places(grids, q.merge)
-    counts = grids[:, 0] * grids[:, 1]
-    images = np.repeat(np.arange(len(grids), dtype=np.int32), counts)
-    filled = np.arange(counts.max())[None] < counts[:, None]
-    row = np.zeros(filled.shape, np.int32)
-    row[filled] = np.arange(counts.sum())
-    added: dict[str, Any] = {
-        "image_rows": row,
-        "image_segments": filled.astype(np.int32),
-        "image_places": np.stack([rows, columns], axis=-1)[row],
-        "image_order": np.flatnonzero(filled).astype(np.int32),
-    }
+    images = np.repeat(np.arange(len(grids), dtype=np.int32), grids[:, 0] * grids[:, 1])
+    added: dict[str, Any] = {"image_places": np.stack([rows, columns], axis=-1)}
+    groups = {"image": images}
     if q.window:
         side = q.window_side(v.patch_size) * q.merge
-        added["image_windows"] = np.where(
-            filled, qwen_positions.windows(images, rows, columns, side)[row], 0
-        ).astype(np.int32)
+        groups["window"] = qwen_positions.windows(images, rows, columns, side)
+    for name, numbers in groups.items():
+        cut = qwen_positions.cut(numbers)
+        added |= {f"{name}_rows": cut.rows, f"{name}_filled": cut.filled, f"{name}_order": cut.order}
     if q.position_side:
         near = qwen_positions.corners(grids[images], rows, columns, q.position_side)
         added["image_corners"], added["image_corner_weights"] = near

@@ -1,6 +1,7 @@
 """Where patches and tokens of images of any size stand (Qwen2-VL and after): numpy, on the host."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,13 +22,36 @@ def places(grids: Int[np.ndarray, "images 2"], merge: int) -> tuple[Ints, Ints]:
 
 
 def windows(images: Ints, rows: Ints, columns: Ints, side: int) -> Ints:
-    """The number, from 1 on, of the window of side x side patches in which each patch lies.
+    """The number, from 0 on, of the window of side x side patches in which each patch lies.
 
     Windows begin at the top left of each image; those at the other edges may be smaller.
     """
     window = np.stack([images, rows // side, columns // side], axis=-1)
     _, number = np.unique(window, axis=0, return_inverse=True)
-    return number.reshape(-1).astype(np.int32) + np.int32(1)
+    return number.reshape(-1).astype(np.int32)
+
+
+class Cut(NamedTuple):
+    """Patches in groups, a row for each, all int32."""
+
+    rows: Int[np.ndarray, "groups most"]
+    """The patches of each group; at the end 0 where it has fewer than the largest."""
+    filled: Int[np.ndarray, "groups most"]
+    """1 where there is a patch, 0 at the end."""
+    order: Ints
+    """Where each patch went, counted over all rows."""
+
+
+def cut(numbers: Ints) -> Cut:
+    """Patches whose groups have the given numbers, 0, 1, ..., in the order that they have within them."""
+    index = np.argsort(numbers, kind="stable")
+    counts = np.bincount(numbers)
+    filled = np.arange(counts.max())[None] < counts[:, None]
+    rows = np.zeros(filled.shape, np.int32)
+    rows[filled] = index
+    order = np.empty(len(numbers), np.int32)
+    order[index] = np.flatnonzero(filled)
+    return Cut(rows, filled.astype(np.int32), order)
 
 
 def corners(
