@@ -40,7 +40,7 @@ class Arguments:
     verify: bool = False
     """Read OUT again: compare the bytes of every tensor, where the dtype is kept, and logits."""
     adapter: str | None = None
-    """A folder with a LoRA adapter (PEFT) that is merged into the tensors."""
+    """A LoRA adapter (PEFT), a folder or a hub id, that is merged into the tensors."""
     revision: str | None = None
     """Of a hub id: commit, tag or branch."""
     offline: bool = False
@@ -183,7 +183,9 @@ def compare_logits(config: ModelConfig, params: Params, others: Params) -> tuple
 def _find(arguments: Arguments) -> Path:
     name = arguments.in_
     if not Path(name).exists() and not name.endswith((".yaml", ".yml")):
-        return locate.resolve(name, revision=arguments.revision, offline=arguments.offline)
+        return locate.resolve(
+            name, revision=arguments.revision, offline=arguments.offline, allow_pickle=arguments.allow_pickle
+        )
     if arguments.revision is not None or arguments.offline:
         raise ConfigError(
             f"is for a hub id; {name} is here", key="revision" if arguments.revision else "offline"

@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import blocks, families
+from jaxlab.checkpoints import blocks, families, lora
 from jaxlab.checkpoints.accounting import Account, account
 from jaxlab.checkpoints.comparing import difference
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.folder import CONFIG, TensorFolder, inside, open_folder, read_json
+from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.kept import Kept
+from jaxlab.checkpoints.locate import resolve
 from jaxlab.checkpoints.names import Entry, entries, leaf_at
 from jaxlab.checkpoints.placing import leaf_dtype, read_params
 from jaxlab.checkpoints.rows import EMBEDDING
@@ -55,16 +57,17 @@ def open_checkpoint(
     """Open a folder: config.json is read and every tensor accounted for, none of them read.
 
     Args:
-      adapter: a folder with a LoRA adapter, merged into the tensors as they are read.
+      adapter: a folder with a LoRA adapter, or its hub id, merged into the tensors as they are read.
       allow_pickle: read PyTorch's .bin files where there are no safetensors.
 
     Raises:
       UserError: a family, a key or a tensor that is not known; tensors that are missing or of a wrong shape.
     """
-    folder = open_folder(path, allow_pickle=allow_pickle)
+    folder = dequantized(open_folder(path, allow_pickle=allow_pickle))
     config = families.read_config(folder.config, folder.path)
     _check_size(folder, config)
-    folder = _prepared(folder, adapter)
+    if adapter is not None:
+        folder = lora.merged(folder, resolve(adapter))
     template = abstract_params(config)
     found = account(folder, config, template)
     found.check(folder.path)
@@ -252,11 +255,6 @@ def _check_size(folder: TensorFolder, config: ModelConfig) -> None:
             f"{folder.path}: config.json says {count} layers of {experts} experts, the folder holds "
             f"{len(folder)} tensors"
         )
-
-
-def _prepared(folder: TensorFolder, adapter: str | Path | None) -> TensorFolder:
-    """The folder with tensors dequantised, and an adapter merged into them, as they are read."""
-    return folder
 
 
 def _compute_dtype(folder: TensorFolder, found: Account) -> Any:

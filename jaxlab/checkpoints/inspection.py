@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.comparing import language_differences
 from jaxlab.checkpoints.folder import TensorFolder, open_folder
+from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.kept import KEPT
 from jaxlab.checkpoints.locate import kind_of
 from jaxlab.checkpoints.matching import Match, match
@@ -70,7 +71,8 @@ def look(name: str, *, allow_pickle: bool = False) -> Model:
     path = model_folder(name)
     if kind_of(path) != "huggingface":
         return _own(name, path)
-    folder = open_folder(path, allow_pickle=allow_pickle)
+    opened = open_folder(path, allow_pickle=allow_pickle)
+    folder = dequantized(opened)  # without the scales, which are no parameters
     config = families.read_config(folder.config, folder.path)
     found = match(folder, config)
     config = dataclasses.replace(config, family=found.family)
@@ -78,7 +80,7 @@ def look(name: str, *, allow_pickle: bool = False) -> Model:
     lines = [
         *_described(config),
         ("parameters", _parameters(folder, found)),
-        ("stored", _stored(folder)),
+        ("stored", _stored(opened)),
         ("tensors", _mapped(found)),
         ("tokenizer", said),
     ]

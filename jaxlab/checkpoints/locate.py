@@ -14,12 +14,15 @@ Kind = Literal["native", "huggingface", "llama2c"]
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
-def resolve(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
+def resolve(
+    path: str | Path, *, revision: str | None = None, offline: bool = False, allow_pickle: bool = False
+) -> Path:
     """The file or folder of a model; one on the hub is fetched into the cache.
 
     Args:
       revision: commit, tag or branch of a hub id that names none.
       offline: take it from the cache alone.
+      allow_pickle: fetch PyTorch's .bin files too.
 
     Raises:
       UserError: there is none, and the name is no hub id.
@@ -33,7 +36,10 @@ def resolve(path: str | Path, *, revision: str | None = None, offline: bool = Fa
         )
     from jaxlab.checkpoints import hub
 
-    return hub.snapshot(str(path), revision=revision, offline=offline)
+    try:
+        return hub.snapshot(str(path), revision=revision, offline=offline, allow_pickle=allow_pickle)
+    except UserError as error:
+        raise UserError(f"no such folder here, nor on the hub: {error}") from error
 
 
 def kind_of(path: Path) -> Kind:
@@ -48,6 +54,10 @@ def kind_of(path: Path) -> Kind:
         return "huggingface"
     if not path.is_dir():
         raise UserError(f"{path}: no such model")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: an adapter, not a model: convert the model it is for, with --adapter {path}"
+        )
     raise UserError(
         f"{path}: not a model folder: it needs {OWN_CONFIG} and {OWN_PARAMS}/ (ours), or {CONFIG} and "
         "tensors (Hugging Face)"
