@@ -210,6 +210,14 @@ def test_towers_that_cannot_be(qwen, message):
         make_config(**qwen)
 
 
+@pytest.mark.parametrize("qwen", [{"window": 4, "norm": "rms"}, {"position_side": 3, "deep_layers": (0,)}])
+def test_activations_have_the_compute_dtype(qwen):
+    config = dataclasses.replace(make_config(**qwen), compute_dtype="bfloat16")
+    batch = prepare_batch(make_batch([[2]], sizes=[(2, 4)]), config)
+    made = jax.eval_shape(lambda params: encode_images(params, batch, config), abstract_params(config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("bfloat16")}
+
+
 def test_every_parameter_can_be_placed_on_devices():
     config = make_config(patch_bias=True, position_side=3, deep_layers=(1, 0))
     shardings = param_shardings(config, make_mesh(MeshConfig()))

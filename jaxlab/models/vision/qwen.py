@@ -90,16 +90,14 @@ def layer(config: ModelConfig, numbers: Numbers) -> nnx.Module:
 def encode(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Encoded:
     """Tokens [P, D] of a prepared batch, in the order of the placeholders, and DeepStack's additions."""
     q, tower, vision = config.vision.qwen, tower_config(config), params["vision"]
-    of = lambda name: jnp.asarray(batch[name]) if name in batch else None  # noqa: E731
     x = jnp.asarray(batch["images"]).astype(config.compute_dtype)
     table = vision["patch"]["table"].astype(x.dtype)
     x = x @ table.reshape(-1, table.shape[-1])
     if q.patch_bias:
         x = x + vision["patch"]["bias"].astype(x.dtype)[None]
-    corners, weights = of("image_corners"), of("image_corner_weights")
-    if corners is not None and weights is not None:
-        near = vision["position"]["table"].astype(x.dtype)[corners]
-        x = x + jnp.einsum("ncd,nc->nd", near, weights.astype(x.dtype))
+    if q.position_side:
+        near = vision["position"]["table"].astype(x.dtype)[jnp.asarray(batch["image_corners"])]
+        x = x + jnp.einsum("ncd,nc->nd", near, jnp.asarray(batch["image_corner_weights"], x.dtype))
     x, outputs = _layers(vision["layers"], x, batch, config)
     joined = lambda y: y.reshape(*y.shape[:-2], -1, q.merge**2 * y.shape[-1])  # noqa: E731
     projector = params["projector"]
