@@ -1,0 +1,186 @@
+"""PyTorch's files made by hand, without PyTorch: read without running anything, or refused."""
+
+import io
+import json
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints.folder import open_folder
+from jaxlab.checkpoints.pickled import pickled_tensors
+from jaxlab.errors import UserError
+
+TYPES = {
+    "float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage", "bool": "BoolStorage"
+}  # fmt: skip
+
+
+class Global:
+    """Pickles as a reference to module.name, which need not exist here."""
+
+    def __init__(self, module, name, arguments=()):
+        self.module, self.name, self.arguments = module, name, arguments
+
+
+class Storage(tuple):
+    """Pickles as a persistent id."""
+
+
+class Pickler(pickle._Pickler):
+    """Writes what PyTorch would: globals by name, storages by persistent ids."""
+
+    def save(self, obj, save_persistent_id=True):
+        if isinstance(obj, Global):
+            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+        elif isinstance(obj, Call):
+            self.save(obj.function)
+            self.save(obj.arguments)
+            self.write(pickle.REDUCE)
+        elif isinstance(obj, Storage):
+            self.save(tuple(obj))
+            self.write(pickle.BINPERSID)
+        else:
+            super().save(obj, save_persistent_id=False)
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+
+REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+
+
+def view(array, key, offset=0, shape=None, strides=None):
+    kind = Global("torch", TYPES[array.dtype.name])
+    shape = array.shape if shape is None else shape
+    if strides is None:
+        strides = tuple(np.cumprod([1, *shape[:0:-1]])[::-1].tolist()) if shape else ()
+    storage = Storage(("storage", kind, key, "cpu", array.size))
+    return Call(
+        REBUILD, storage, offset, tuple(shape), strides, False, Call(Global("collections", "OrderedDict"))
+    )
+
+
+def torch_file(path, state, storages, *, protocol=2, compression=zipfile.ZIP_STORED, order=b"little"):
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol).dump(state)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", buffer.getvalue())
+        archive.writestr("archive/byteorder", order)
+        for key, array in storages.items():
+            archive.writestr(f"archive/data/{key}", array.tobytes())
+    return path
+
+
+A = np.arange(12, dtype=np.float32).reshape(3, 4)
+B = np.arange(5).astype(ml_dtypes.bfloat16)
+C = np.asarray([True, False])
+
+
+def test_views_of_storages(tmp_path):
+    state = {
+        "whole": view(A, "0"),
+        "transposed": view(A, "0", shape=(4, 3), strides=(1, 4)),
+        "part": view(A, "0", offset=5, shape=(2, 2), strides=(4, 1)),
+        "bf16": view(B, "1"),
+        "bool": view(C, "2"),
+        "scalar": view(A, "0", offset=7, shape=(), strides=()),
+        "empty": view(A, "0", shape=(0, 4), strides=(4, 1)),
+        "parameter": Call(Global("torch._utils", "_rebuild_parameter"), view(B, "1"), True, None),
+    }
+    found = pickled_tensors(torch_file(tmp_path / "x.bin", state, {"0": A, "1": B, "2": C}))
+    expected = {
+        "whole": A, "transposed": A.T, "part": A.reshape(-1)[[[5, 6], [9, 10]]], "bf16": B, "bool": C,
+        "scalar": np.float32(7), "empty": A[:0], "parameter": B,
+    }  # fmt: skip
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].shape == np.shape(value)
+        np.testing.assert_array_equal(found[name].read(), value)
+    np.testing.assert_array_equal(found["transposed"].read_rows(1, 3), A.T[1:3])
+
+
+def test_a_folder_of_pickles_needs_leave(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch_file(tmp_path / "pytorch_model.bin", {"a": view(A, "0")}, {"0": A})
+    with pytest.raises(UserError, match="--allow-pickle"):
+        open_folder(tmp_path)
+    np.testing.assert_array_equal(open_folder(tmp_path, allow_pickle=True)["a"].read(), A)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "one.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "one.bin"}}))
+    np.testing.assert_array_equal(open_folder(tmp_path, allow_pickle=True)["a"].read(), A)
+
+
+def test_nothing_in_a_pickle_runs(tmp_path):
+    """Each would leave a file if it ran."""
+    trace = tmp_path / "ran"
+    attacks = [
+        Call(Global("os", "system"), f"touch {trace}"),
+        Call(Global("builtins", "open"), str(trace), "w"),
+        Call(Global("builtins", "eval"), f"open({str(trace)!r}, 'w')"),
+        Call(Global("torch.serialization", "load"), str(trace)),
+        Call(Global("pathlib", "Path.touch"), str(trace)),
+        {"a": Call(Call(Global("builtins", "getattr"), Global("os", "system")), f"touch {trace}")},
+        Call(Global("torch", "FloatStorage.__init__"), str(trace)),
+    ]
+    for attack in attacks:
+        file = torch_file(tmp_path / "x.bin", {"a": attack}, {})
+        with pytest.raises(UserError, match="refused") as error:
+            pickled_tensors(file)
+        assert "\n" not in str(error.value)
+    assert not trace.exists()
+
+
+BAD = {
+    "a list": ([view(A, "0")], {"0": A}),
+    "a number": ({"a": 3}, {}),
+    "nested": ({"model": {"a": view(A, "0")}}, {"0": A}),
+    "names that are numbers": ({1: view(A, "0")}, {"0": A}),
+    "no storage": ({"a": view(A, "0")}, {}),
+    "a storage too small": ({"a": view(A, "0")}, {"0": A[:2]}),
+    "an offset too far": ({"a": view(A, "0", offset=1)}, {"0": A}),
+    "a negative offset": ({"a": view(A, "0", offset=-1)}, {"0": A}),
+    "negative strides": ({"a": view(A, "0", shape=(3,), strides=(-1,))}, {"0": A}),
+    "strides that blow up": ({"a": view(A, "0", shape=(10**9,), strides=(0,))}, {"0": A}),
+    "shape and strides of two lengths": ({"a": view(A, "0", shape=(3,), strides=(1, 1))}, {"0": A}),
+    "a storage in another folder": ({"a": view(A, "../0")}, {"../0": A}),
+    "a tensor of nothing": ({"a": Call(REBUILD, 1, 0, (1,), (1,))}, {}),
+    "another storage": ({"a": Storage(("module", 1, "0", "cpu", 3))}, {}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_dict_of_tensors_is_one_line(tmp_path, name):
+    with pytest.raises(UserError) as error:
+        pickled_tensors(torch_file(tmp_path / "x.bin", *BAD[name]))
+    assert "\n" not in str(error.value)
+
+
+def test_other_files_are_one_line(tmp_path):
+    file = tmp_path / "x.bin"
+    torch_file(file, {"a": view(A, "0")}, {"0": A})
+    whole = file.read_bytes()
+    variants = [b"", b"PK", whole[:-30], whole[: len(whole) // 2], pickle.dumps({"a": 1}), bytes(100)]
+    for data in variants:
+        file.write_bytes(data)
+        with pytest.raises(UserError):
+            pickled_tensors(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("readme", b"x")
+    with pytest.raises(UserError, match=r"no data\.pkl"):
+        pickled_tensors(file)
+    for damaged in (b"", b"\x80\x02}", b"garbage."):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", damaged)
+        with pytest.raises(UserError):
+            pickled_tensors(file)
+    torch_file(file, {"a": view(A, "0")}, {"0": A}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="compressed"):
+        pickled_tensors(file)
+    torch_file(file, {"a": view(A, "0")}, {"0": A}, order=b"big")
+    with pytest.raises(UserError, match="little-endian"):
+        pickled_tensors(file)
