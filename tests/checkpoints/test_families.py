@@ -1,0 +1,165 @@
+"""Every family of language models against transformers: logits, greedy tokens, names, configs, both ways."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints import families, huggingface
+from jaxlab.checkpoints.comparing import difference
+from jaxlab.checkpoints.kept import Kept
+from jaxlab.errors import UserError
+from jaxlab.models import forward, generate
+from tests.checkpoints import folders
+
+CASES = [case for case in folders.CASES if "vision_config" not in folders.config(case)]
+LAYOUTS = [(case, i) for case in CASES for i in range(len(folders.layouts(case)))]
+DYNAMIC = "llama_dynamic"
+"""Its positions turn by the longest sequence of a batch."""
+GENERATED = (
+    "gpt2", "gptj", "llama_tied", DYNAMIC, "mistral", "qwen2_window", "qwen3", "gemma2", "gemma3_text",
+    "mixtral_window", "qwen3_moe",
+)  # fmt: skip
+"""One of each kind of cache: two programs are compiled for each."""
+
+
+def load(path, case, **more):
+    return huggingface.load(folders.make(path / case, case, **more))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, case):
+    config, params, _ = load(tmp_path, case)
+    golden = folders.golden(case)
+    tokens = golden["tokens"].astype(np.int32)
+    # A third row holds the prompt and what followed; tokens to the right of it change nothing.
+    follows = np.concatenate([golden["prompt"], golden["greedy"]], axis=1)[0]
+    row = np.zeros((1, tokens.shape[1]), np.int32)
+    row[0, : len(follows)] = follows
+    run = jax.jit(forward, static_argnames="config")
+    logits = np.asarray(run(params, {"tokens": np.concatenate([tokens, row])}, config)[0])
+    assert np.abs(logits[:2] - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
+    if case != DYNAMIC:
+        start = golden["prompt"].shape[1]
+        np.testing.assert_array_equal(logits[2].argmax(-1)[start - 1 : len(follows) - 1], golden["greedy"][0])
+
+
+@pytest.mark.parametrize("case", GENERATED)
+def test_generation_with_a_cache_makes_the_same_tokens(tmp_path, case):
+    config, params, _ = load(tmp_path, case)
+    golden = folders.golden(case)
+    for suffix in ("", "_long") if case == DYNAMIC else ("",):
+        batch = {"tokens": golden[f"prompt{suffix}"].astype(np.int32)}
+        made = generate(params, batch, config, max_new_tokens=golden[f"greedy{suffix}"].shape[1])
+        np.testing.assert_array_equal(made, golden[f"greedy{suffix}"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_comes_back_bit_for_bit(tmp_path, case):
+    path = folders.make(tmp_path / "in", case)
+    config, params, _ = huggingface.load(path)
+    huggingface.save(tmp_path / "kept", config, params, kept=Kept(path))
+    huggingface.save(tmp_path / "new", config, params)
+    for out in ("kept", "new"):
+        same_tensors(folders.read_all(tmp_path / out), folders.weights(case))
+    assert json.loads((tmp_path / "kept" / "config.json").read_text()) == folders.config(case)
+    again = huggingface.open_checkpoint(tmp_path / "new").config  # a config.json of our own
+    assert difference(config, again) is None
+    assert dataclasses.replace(again, family=config.family) == config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_versions_of_a_config_mean_the_same(case):
+    one, other = (families.read_config(folders.config(case, version), case) for version in (4, 5))
+    assert one == other
+
+
+@pytest.mark.parametrize(("case", "index"), LAYOUTS)
+def test_other_layouts_hold_the_same_model(tmp_path, case, index):
+    layout = folders.layouts(case)[index]
+    path = folders.make(tmp_path / "in", case, layout=layout)
+    checkpoint = huggingface.open_checkpoint(path)
+    config, params = huggingface.read(checkpoint)
+    plain = load(tmp_path, case)[1]
+    assert jax.tree.structure(params) == jax.tree.structure(plain)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(a, b)
+    huggingface.save(tmp_path / "out", config, params, kept=checkpoint.kept)
+    extra = {name for name, *_ in layout.get("extra", ())}
+    assert set(checkpoint.account.ignored) == extra
+    expected = {name: value for name, value in folders.read_all(path).items() if name not in extra}
+    same_tensors(folders.read_all(tmp_path / "out"), expected)
+
+
+def test_written_folders_of_every_case_were_loaded_by_transformers():
+    verified = json.loads((folders.GOLDEN / "verified.json").read_text())
+    assert set(verified) == set(folders.CASES)
+    assert all(line["passed"] and line["max_relative_difference"] < 1e-4 for line in verified.values())
+
+
+def same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert (value.dtype, value.shape) == (expected[name].dtype, expected[name].shape)
+        assert value.tobytes() == expected[name].tobytes()
+
+
+REFUSED = [
+    ("llama2", {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: .*gpt2.*qwen3_moe"),
+    ("llama2", {"model_type": None}, "model_type is missing"),
+    ("llama2", {"hidden_size": "32"}, "hidden_size must be a whole number"),
+    ("llama2", {"hidden_size": 10**12}, "hidden_size must be a whole number"),
+    ("llama2", {"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number"),
+    ("llama2", {"num_attention_heads": 5}, "cannot be split over"),
+    ("llama2", {"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
+    ("llama2", {"residual_multiplier": 0.5}, "residual_multiplier 0.5 is not known to the family llama"),
+    ("llama2", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+    ("llama2", {"tie_word_embeddings": "yes"}, "must be true or false"),
+    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "longrope' is not supported: supported: def"),
+    ("llama2", {"rope_parameters": {"rope_type": "default", "alpha": 2}}, "rope_parameters.alpha 2 is not k"),
+    ("llama2", {"rope_parameters": [3]}, "rope_parameters must be a group of keys"),
+    ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types .* is not known to the family mistral"),
+    ("qwen2_window", {"layer_types": ["full_attention"] * 2}, "layer_types .* there are 3 layers"),
+    ("qwen2_window", {"layer_types": ["chunked_attention"] * 3}, "layer_types .* supported: full_attention"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not known"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "all layers scale their scores alike"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not known"),
+    ("gptj", {"rotary_dim": None}, "rotary_dim None is not supported"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers .* must be the first ones"),
+    ("qwen3_moe_sparse_step", {"num_hidden_layers": 4}, "decoder_sparse_step .* must be the first ones"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most the 5 experts"),
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_would_change_the_function_is_refused(case, changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        families.read_config({**folders.config(case), **changes}, "folder")
+    assert str(raised.value).startswith("folder: ")
+
+
+def test_defaults_are_those_of_transformers():
+    """A text_config tells only what differs from them: LLaVA-1.5's says nothing of Llama 2's sizes."""
+    found = families.read_config({"model_type": "llama", "vocab_size": 32064}, "")
+    assert (found.width, found.num_layers, found.mlp_width, found.kv_heads) == (4096, 32, 11008, 32)
+    assert families.read_config({"model_type": "mistral"}, "").window == 4096
+    gemma = families.read_config({"model_type": "gemma3_text", "num_hidden_layers": 12}, "")
+    assert gemma.kinds == ("sliding",) * 5 + ("full",) + ("sliding",) * 5 + ("full",)
+    assert (gemma.rope.theta, gemma.local_rope_theta, gemma.tie_embeddings) == (1e6, 1e4, True)
+
+
+def test_a_model_that_no_family_can_describe_is_not_written(tmp_path):
+    config, params, _ = load(tmp_path, "llama2")
+    for changes in ({"embedding_scale": 2.0}, {"attention_softcap": 3.0}, {"pattern": ("full", "sliding")}):
+        with pytest.raises(UserError, match="llama cannot describe this model"):
+            huggingface.save(tmp_path / "out", dataclasses.replace(config, **changes), params)
+    with pytest.raises(UserError, match="not this model any more: norm_eps is 0.5 and 1e-05"):
+        changed = dataclasses.replace(config, norm_eps=0.5)
+        huggingface.save(tmp_path / "out", changed, params, kept=Kept(tmp_path / "llama2"))
+    assert not (tmp_path / "out").exists()
+    own = dataclasses.replace(config, family="jaxlab")
+    huggingface.save(tmp_path / "own", own, params)  # one of ours that is as Llama is
+    same_tensors(folders.read_all(tmp_path / "own"), folders.weights("llama2"))
