@@ -17,10 +17,12 @@ from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, count_params, forward
 
-Reader = Callable[[], tuple[ModelConfig, Params]]
+Dtype = jax.typing.DTypeLike | None
+Reader = Callable[[Dtype], tuple[ModelConfig, Params]]
+"""IN in a dtype, or as it is."""
 _TOKENS = (2, 24)
 """Rows and length of the batch on which logits are compared."""
 
@@ -88,7 +90,7 @@ def run(arguments: Arguments) -> None:
     )
     if arguments.check:
         return
-    config, params = source.read()
+    config, params = source.read(arguments.dtype)
     if to == "hf":
         huggingface.save(
             out, config, params, tokenizer, kept=source.kept, overwrite=arguments.overwrite
@@ -113,7 +115,7 @@ def open_source(arguments: Arguments) -> Source:
         shapes = loading.stored_shapes(path)
         kept = loading.kept_of(path)
 
-        def read() -> tuple[ModelConfig, Params]:
+        def read(dtype: Dtype) -> tuple[ModelConfig, Params]:
             config, params, _ = loading.load_model(path, dtype=dtype)
             if arguments.check_finite:
                 _check_finite(params, path)
@@ -129,7 +131,7 @@ def open_source(arguments: Arguments) -> Source:
     account = f"{used} tensors used, {len(found.ignored)} ignored by rule"
     if found.copies:
         account += f", {', '.join(found.copies)} a copy of the embedding"
-    reading = lambda: huggingface.read(  # noqa: E731
+    reading = lambda dtype: huggingface.read(  # noqa: E731
         checkpoint, dtype=dtype, check_finite=arguments.check_finite
     )
     names = [name for entry in found.entries for name in entry.names]
@@ -161,6 +163,8 @@ def verify(source: Source, config: ModelConfig, params: Params, out: Path, *, sa
     if config.family != "jaxlab" and not families.find(config.family).forward:
         print(f"logits are not compared: models of the family {config.family} are not run")
         return
+    if not same_dtype:
+        config, params = source.read(None)
     difference, size = compare_logits(config, params, out_params)
     print(f"verified: logits differ by at most {difference:.3g} (the largest is {size:.3g})")
     if same_dtype and difference:
@@ -187,8 +191,8 @@ def _find(arguments: Arguments) -> Path:
             name, revision=arguments.revision, offline=arguments.offline, allow_pickle=arguments.allow_pickle
         )
     if arguments.revision is not None or arguments.offline:
-        raise ConfigError(
-            f"is for a hub id; {name} is here", key="revision" if arguments.revision else "offline"
+        raise UserError(
+            f"--{'revision' if arguments.revision else 'offline'} is for a hub id; {name} is here"
         )
     return model_folder(name)
 

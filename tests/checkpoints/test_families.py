@@ -24,6 +24,9 @@ GENERATED = (
 )  # fmt: skip
 """One of each kind of cache: two programs are compiled for each."""
 
+QUICK = {"xla_backend_optimization_level": 0}
+"""Of a program that runs once: compiled in half the time."""
+
 
 def load(path, case, **more):
     return huggingface.load(folders.make(path / case, case, **more))
@@ -38,7 +41,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, case):
     follows = np.concatenate([golden["prompt"], golden["greedy"]], axis=1)[0]
     row = np.zeros((1, tokens.shape[1]), np.int32)
     row[0, : len(follows)] = follows
-    run = jax.jit(forward, static_argnames="config")
+    run = jax.jit(forward, static_argnames="config", compiler_options=QUICK)
     logits = np.asarray(run(params, {"tokens": np.concatenate([tokens, row])}, config)[0])
     assert np.abs(logits[:2] - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
     if case != DYNAMIC:
@@ -156,8 +159,8 @@ def test_a_model_that_no_family_can_describe_is_not_written(tmp_path):
     for changes in ({"embedding_scale": 2.0}, {"attention_softcap": 3.0}, {"pattern": ("full", "sliding")}):
         with pytest.raises(UserError, match="llama cannot describe this model"):
             huggingface.save(tmp_path / "out", dataclasses.replace(config, **changes), params)
-    with pytest.raises(UserError, match="not this model any more: norm_eps is 0.5 and 1e-05"):
-        changed = dataclasses.replace(config, norm_eps=0.5)
+    changed = dataclasses.replace(config, norm_eps=0.5)
+    with pytest.raises(UserError, match=r"not this model any more: norm_eps is 0\.5 and 1e-05"):
         huggingface.save(tmp_path / "out", changed, params, kept=Kept(tmp_path / "llama2"))
     assert not (tmp_path / "out").exists()
     own = dataclasses.replace(config, family="jaxlab")
