@@ -12,7 +12,7 @@ from jaxlab.training.train import Config
 
 def main(outputs: str = "outputs", steps: int = 150) -> str:
     config = load(Config, "configs/quickstart/nsa_sparse.yaml")
-    config = dataclasses.replace(config, steps=steps)
+    config = dataclasses.replace(config, steps=steps, batch_size=4, eval_batches=2)
     result = execute("train", config, outputs=outputs, name="example")
     print(f"held-out loss {result.results['validation']['eval_loss']:.3f} nats per byte")
 

@@ -230,7 +230,7 @@ def test_masks_depend_on_seed_and_name_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mlp_width": 7}, r"mlp\.down_proj\.weight is \[3, 6, 8\] in the vlm, \[3, 7, 8\] in the expert"),
+        ({"mlp_width": 7}, r"mlp\.down_proj\.weight is \[3, 8, 6\] in the vlm, \[3, 8, 7\] in the expert"),
         ({"num_layers": 2}, "and .* more"),
         ({"attention_bias": True}, "only the expert has"),
         ({"norm": "layer"}, "only the expert has"),
