@@ -16,6 +16,8 @@ from jaxlab.errors import UserError
 
 QUANTIZED = "quantization_config"
 METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8")
+_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", ".k_scale", ".v_scale")
+"""Scales of activations and of caches of keys and values; ours are not quantised, so they are left out."""
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
@@ -39,11 +41,15 @@ def dequantized(folder: TensorFolder) -> TensorFolder:
     block = quantized.get("weight_block_size")
     others = {"float32": np.float32, "float16": np.float16}
     dtype = np.dtype(others.get(_stored(folder), ml_dtypes.bfloat16))
-    tensors, scales = {}, {}
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
     for name, tensor in folder.items():
         if name.endswith(("_scale_inv", "_scale")) and name.rpartition("_scale")[0] in folder:
-            scales[name.rpartition("_scale")[0]] = tensor
-        elif not name.endswith(("input_scale", "activation_scale")):  # activations stay as they are
+            weight = name.rpartition("_scale")[0]
+            if weight in scales:
+                raise UserError(f"{folder.path}: {weight} has two scales, {scales[weight].name} and {name}")
+            scales[weight] = tensor
+        elif not name.endswith(_ACTIVATIONS):
             tensors[name] = tensor
     for name, tensor in tensors.items():
         if name.endswith(("_scale_inv", "weight_scale")):

@@ -23,7 +23,9 @@ def snapshot(
     Raises:
       UserError: huggingface_hub is not installed, the hub or the network has no such model.
     """
-    name, _, named = reference.partition("@")
+    name, at, named = reference.partition("@")
+    if at and not named:
+        raise UserError(f"{reference}: names no revision after the @")
     if named and revision and named != revision:
         raise UserError(f"{reference}: names one revision, and {revision!r} is another; give one")
     try:
@@ -54,6 +56,6 @@ def snapshot(
             "it is not in the cache; run once without --offline" if offline else "the hub cannot be reached"
         )
         raise UserError(f"{reference}: {hint}") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except (errors.HTTPError, errors.HFValidationError, OSError, ValueError) as error:
         raise UserError(f"{reference}: cannot be fetched: {error}"[:300]) from error
     return Path(folder)

@@ -8,6 +8,7 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.safetensors_file import Tensor, read_into
 from jaxlab.errors import UserError
 
 MAX_PICKLE = 100_000_000
@@ -24,7 +25,14 @@ STORAGES = {
     "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
     "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
     "Float8_e4m3fnStorage": ml_dtypes.float8_e4m3fn, "Float8_e5m2Storage": ml_dtypes.float8_e5m2,
+    "UntypedStorage": np.uint8,
 }  # fmt: skip
+
+
+class _Kind(NamedTuple):
+    """Stands for a class of storages. Like all that a pickle gets hold of, it has nothing that can be set."""
+
+    dtype: np.dtype
 
 
 class _Storage(NamedTuple):
@@ -56,10 +64,12 @@ def pickled_tensors(path: Path) -> dict[str, Tensor]:
                 raise UserError(f"{path}: not a checkpoint of PyTorch: it holds no data.pkl")
             if members[f"{root}data.pkl"].file_size > MAX_PICKLE:
                 raise UserError(f"{path}: its description is too large")
-            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in members else b"little"
-            if order != b"little":
+            order = members.get(f"{root}byteorder")
+            if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
                 raise UserError(f"{path}: its numbers are not little-endian")
-            found = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl"))).load()
+            description = archive.read(f"{root}data.pkl")
+            _check_bounded(description)
+            found = _Unpickler(io.BytesIO(description)).load()
     except UserError as error:
         raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
@@ -73,6 +83,14 @@ def pickled_tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
+def _check_bounded(description: bytes) -> None:
+    """Raises unless all lengths lie inside the pickle and no slot of its memo is far out (memory for all)."""
+    for opcode, argument, _ in pickletools.genops(description):
+        slot = argument if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0
+        if isinstance(slot, int) and slot > max(255, len(description)):
+            raise UserError("refused: it asks for more memory than its description can need")
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows how tensors are described, and nothing else."""
 
@@ -80,56 +98,86 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return _RebuildTensor()
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data
-        if module == "torch" and name in STORAGES:
-            return np.dtype(STORAGES[name])
+            return _RebuildParameter()
+        if (module == "torch" and name in STORAGES) or (module, name) == ("torch.storage", "UntypedStorage"):
+            return _Kind(np.dtype(STORAGES[name]))
         raise UserError(f"refused: it asks for {module}.{name}"[:200])
 
     def persistent_load(self, identifier: Any) -> _Storage:
-        kind, dtype, key, _, size = identifier
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
+        tag, kind, key, _, size = identifier
+        if tag != "storage" or not isinstance(kind, _Kind) or not isinstance(key, str):
             raise UserError("refused: it names something that is no storage")
-        return _Storage(dtype, key, int(size))
+        if type(size) is not int or size < 0:
+            raise UserError("refused: a storage has no size")
+        return _Storage(kind.dtype, key, size)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
-    whole = lambda values: all(type(v) is int and v >= 0 for v in values)  # noqa: E731
-    if (
-        not isinstance(storage, _Storage)
-        or not whole((offset, *shape, *strides))
-        or len(shape) != len(strides)
-    ):
-        raise UserError("refused: a tensor is described wrongly")
-    return _View(storage, offset, tuple(shape), tuple(strides))
+class _RebuildTensor:
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
+        whole = lambda values: all(type(v) is int and 0 <= v < 1 << 48 for v in values)  # noqa: E731
+        if (
+            not isinstance(storage, _Storage)
+            or not whole((offset, *shape, *strides))
+            or len(shape) != len(strides)
+            or len(shape) > 32
+        ):
+            raise UserError("refused: a tensor is described wrongly")
+        return _View(storage, offset, tuple(shape), tuple(strides))
+
+
+class _RebuildParameter:
+    __slots__ = ()
+
+    def __call__(self, data: Any, *_: Any) -> Any:
+        return data
 
 
 def _tensor(path: Path, root: str, members: dict[str, zipfile.ZipInfo], name: str, view: Any) -> Tensor:
     where = f"{path}: {name[:80]!r}"
     if not isinstance(view, _View):
         raise UserError(f"{where} is {type(view).__name__}, not a tensor")
-    dtype, shape = view.storage.dtype, view.shape
+    dtype, shape, strides = view.storage.dtype, view.shape, view.strides
     member = members.get(f"{root}data/{view.storage.key}")
     if member is None or "/" in view.storage.key:
         raise UserError(f"{where}: its storage is missing")
     if member.compress_type != zipfile.ZIP_STORED:
         raise UserError(f"{where}: its storage is compressed, which PyTorch never does")
+    if member.flag_bits & 1:
+        raise UserError(f"{where}: its storage is encrypted")
+    if not member.compress_size == member.file_size >= view.storage.size * dtype.itemsize:
+        raise UserError(f"{where}: its storage has another size than the file says")
     empty = math.prod(shape) == 0
-    last = view.offset + sum((n - 1) * s for n, s in zip(shape, view.strides, strict=True))
-    if not empty and (last + 1) * dtype.itemsize > member.file_size:
+    span = lambda rows: 1 + sum((n - 1) * s for n, s in zip((*rows, *shape[1:]), strides, strict=True))  # noqa: E731
+    if not empty and (view.offset + span(shape[:1])) * dtype.itemsize > member.file_size:
         raise UserError(f"{where}: its storage is too small for its shape")
+    if empty and math.prod(n or 1 for n in shape) > 1 << 48:
+        raise UserError(f"{where}: its shape is too large")
     if math.prod(shape) * dtype.itemsize > 64 * max(1, member.file_size):
         raise UserError(f"{where}: its strides blow up a small storage")
 
     def read_rows(start: int, stop: int) -> np.ndarray:
-        if empty:
-            return np.empty((stop - start, *shape[1:]) if shape else (), dtype)
-        with zipfile.ZipFile(path) as archive:
-            raw = np.frombuffer(archive.read(member), np.uint8)
-        flat = raw[: raw.size // dtype.itemsize * dtype.itemsize].view(dtype)[view.offset :]
-        strides = tuple(stride * dtype.itemsize for stride in view.strides)
-        values = np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False)
-        return np.array(values[start:stop] if shape else values)
+        rows = (stop - start,) if shape else ()
+        if empty or rows == (0,):
+            return np.empty((*rows, *shape[1:]), dtype)
+        flat = np.empty(span(rows), dtype)  # all that lies between the first element and the last
+        first = view.offset + (start * strides[0] if shape else 0)
+        read_into(path, flat, _data_offset(path, member) + first * dtype.itemsize)
+        steps = tuple(stride * dtype.itemsize for stride in strides)
+        return np.array(np.lib.stride_tricks.as_strided(flat, (*rows, *shape[1:]), steps, writeable=False))
 
     return Tensor(name, dtype, shape, read_rows)
+
+
+def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin: after its own header, whose length the directory does not tell."""
+    header = np.empty(30, np.uint8)
+    read_into(path, header, member.header_offset)
+    raw = header.tobytes()
+    if raw[:4] != b"PK\x03\x04":
+        raise UserError(f"{path}: {member.filename[:80]!r} is not where the file says")
+    lengths = int.from_bytes(raw[26:28], "little") + int.from_bytes(raw[28:30], "little")
+    return member.header_offset + 30 + lengths

@@ -45,7 +45,8 @@ def test_a_scale_for_a_tensor_or_each_row(shape):
         np.full(shape, 2.0, np.float32) if np.prod(shape) == 1 else np.asarray([1, 2, 4], BF16).reshape(shape)
     )
     extra = np.float32(3.0).reshape(1)
-    found = dequantized(folder(WHOLE, a__weight=W, a__weight_scale=scale, a__input_scale=extra))
+    of_activations = {"a__input_scale": extra, "a__output_scale": extra, "self_attn__k_scale": extra}
+    found = dequantized(folder(WHOLE, a__weight=W, a__weight_scale=scale, **of_activations))
     assert set(found) == {"a.weight"}
     factor = scale.astype(np.float32).reshape(-1, 1)
     expected = (W.astype(np.float32) * factor).astype(BF16)
@@ -66,6 +67,7 @@ BAD = {
     "gptq": ({"quantization_config": {"quant_method": "gptq"}}, {"a__weight": W, "a__weight_scale": one}),
     "no method": ({"quantization_config": []}, {"a__weight": W, "a__weight_scale": one}),
     "no scale": (WHOLE, {"a__weight": W}),
+    "two scales": (WHOLE, {"a__weight": W, "a__weight_scale": one, "a__weight_scale_inv": one}),
     "no weight": (WHOLE, {"a__weight_scale": one}),
     "no quantization_config": ({}, {"a__weight": W, "a__weight_scale": one}),
     "a scale of bf16": (WHOLE, {"a__weight": np.ones((3, 5), BF16), "a__weight_scale": one}),

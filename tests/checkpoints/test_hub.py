@@ -44,6 +44,7 @@ def test_the_environment_can_forbid_the_network(cache, monkeypatch):
         ("owner/other", None, "not in the cache"),
         ("owner/name@v2", None, "not in the cache"),
         ("owner/name@main", "v2", "names one revision"),
+        ("owner/name@", None, "names no revision"),
         ("owner/na--me", None, "cannot be fetched|not in the cache"),
     ],
 )
@@ -66,6 +67,15 @@ def test_only_tensors_and_settings_are_asked_for(cache, monkeypatch):
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["allow_patterns"])
     snapshot("owner/name", allow_pickle=True)
     assert "pytorch_model*.bin" in asked["allow_patterns"]
+
+
+def test_a_network_that_breaks_off_is_one_line(cache, monkeypatch):
+    def download(name, **options):
+        raise hub.errors.HTTPError("connection reset")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="cannot be fetched: connection reset"):
+        snapshot("owner/name")
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):

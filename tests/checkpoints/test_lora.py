@@ -59,6 +59,7 @@ def pair(module, rows, columns, infix="", rank=2):
         ({"use_rslora": True}, 6 / math.sqrt(2)),
         ({"alpha_pattern": {"q_proj": 4}}, 2.0),
         ({"alpha_pattern": {"k_proj": 4}}, 3.0),
+        ({"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 4}}, 2.0),
         ({"r": 8, "rank_pattern": {"layers.0.self_attn.q_proj": 2}}, 3.0),
     ],
 )
@@ -114,6 +115,41 @@ def test_names_in_memory_find_those_on_disk(base, tmp_path, module):
     np.testing.assert_allclose(found[place].read(), BASE[place] + 3 * update, rtol=1e-5)
 
 
+def test_patterns_are_for_names_in_memory(base, tmp_path):
+    module = "model.language_model.layers.0.self_attn.k_proj"
+    tensors, update = pair(module, 3, 4)
+    found = merged(base, adapter(tmp_path / "a", tensors, alpha_pattern={module: 4}))
+    place = "language_model.model.layers.0.self_attn.k_proj.weight"
+    np.testing.assert_allclose(found[place].read(), BASE[place] + 2 * update, rtol=1e-5)
+
+
+def test_a_folder_without_the_prefix_of_its_family(tmp_path):
+    weight = drawn(4, 9)
+    planned = [Planned("h.0.attn.c_attn.weight", weight.dtype, weight.shape, lambda: weight)]
+    write_folder(tmp_path / "gpt2", planned, config={})
+    tensors, update = pair("transformer.h.0.attn.c_attn", 9, 4)
+    path = adapter(tmp_path / "a", tensors, fan_in_fan_out=True)
+    found = merged(open_folder(tmp_path / "gpt2"), path)["h.0.attn.c_attn.weight"].read()
+    np.testing.assert_allclose(found, weight + 3 * update.T, rtol=1e-5)
+
+
+def test_a_name_that_may_mean_two_tensors(tmp_path):
+    names = ["model.h.0.q.weight", "transformer.h.0.q.weight"]
+    planned = [Planned(name, np.dtype(np.float32), (3, 4), lambda: drawn(3, 4)) for name in names]
+    write_folder(tmp_path / "base", planned, config={})
+    with pytest.raises(UserError, match=r"may mean each of model\.h\.0\.q\.weight, transformer\."):
+        merged(open_folder(tmp_path / "base"), adapter(tmp_path / "a", pair("h.0.q", 3, 4)[0]))
+
+
+def test_a_pickled_adapter_needs_leave(base, tmp_path):
+    path = adapter(tmp_path / "a", GOOD)
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(UserError, match="--allow-pickle"):
+        merged(base, path)
+    with pytest.raises(UserError, match="not a checkpoint of PyTorch"):
+        merged(base, path, allow_pickle=True)
+
+
 def test_the_base_is_named(tmp_path):
     assert base_of(adapter(tmp_path / "a", {})) == "owner/base"
     with pytest.raises(UserError, match="names no base"):
@@ -126,6 +162,18 @@ BAD = {
     "another kind": (GOOD, {"peft_type": "IA3"}),
     "DoRA": (GOOD, {"use_dora": True}),
     "biases": (GOOD, {"bias": "all"}),
+    "layers said twice": (GOOD, {"layer_replication": [[0, 1], [0, 1]]}),
+    "a start that changes the base": (GOOD, {"init_lora_weights": "pissa_niter_4"}),
+    "patterns that are none": (GOOD, {"alpha_pattern": {"(": 1}}),
+    "a list of patterns": (GOOD, {"rank_pattern": [1]}),
+    "an alpha that is no number": (GOOD, {"lora_alpha": "6"}),
+    "no tensors": ({}, {}),
+    "a tensor given twice": ({**GOOD, A.replace("A.weight", "A.default.weight"): GOOD[A]}, {}),
+    "a module changed and replaced": (
+        {**GOOD, f"base_model.model.{Q}.modules_to_save.weight": drawn(6, 4)},
+        {},
+    ),
+    "matrices that are none": ({A: GOOD[A][None], B: GOOD[B]}, {}),
     "no rank": (GOOD, {"r": None}),
     "another rank": (GOOD, {"r": 3}),
     "half of a pair": ({A: GOOD[A]}, {}),

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import struct
 import zipfile
 
 import ml_dtypes
@@ -102,6 +103,56 @@ def test_views_of_storages(tmp_path):
         assert found[name].shape == np.shape(value)
         np.testing.assert_array_equal(found[name].read(), value)
     np.testing.assert_array_equal(found["transposed"].read_rows(1, 3), A.T[1:3])
+    np.testing.assert_array_equal(found["part"].read_rows(1, 2), A.reshape(-1)[[[9, 10]]])
+    assert found["whole"].read_rows(2, 2).shape == (0, 4)
+
+
+def test_a_storage_without_type_holds_bytes(tmp_path):
+    for module in ("torch", "torch.storage"):
+        storage = Storage(("storage", Global(module, "UntypedStorage"), "0", "cpu", 5))
+        state = {"a": Call(REBUILD, storage, 1, (4,), (1,))}
+        found = pickled_tensors(torch_file(tmp_path / "x.bin", state, {"0": np.arange(5, dtype=np.uint8)}))
+        np.testing.assert_array_equal(found["a"].read(), np.arange(1, 5, dtype=np.uint8))
+
+
+def test_a_directory_that_lies_about_a_storage_reads_no_foreign_memory(tmp_path):
+    large = np.empty(1_000_000, np.float32)
+    file = torch_file(tmp_path / "x.bin", {"a": view(large, "0")}, {"0": A})
+    raw = bytearray(file.read_bytes())
+    entry = raw.rfind(b"PK\x01\x02")  # of the storage, which is the last member
+    raw[entry + 24 : entry + 28] = struct.pack("<I", large.nbytes)
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match="another size"):
+        pickled_tensors(file)
+    raw[entry + 20 : entry + 24] = struct.pack("<I", large.nbytes)
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match="cut off"):
+        pickled_tensors(file)["a"].read()
+    file = torch_file(tmp_path / "x.bin", {"a": view(A, "0")}, {"0": A})
+    raw = bytearray(file.read_bytes())
+    raw[raw.rfind(b"PK\x03\x04")] = 0
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match="not where the file says"):
+        pickled_tensors(file)["a"].read()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a slot of the memo that needs gigabytes
+        b"\x80\x02}p999999999\n.",
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00.",  # bytes beyond the end
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x04\x00\x00\x00evilK\x01s\x86b.",  # sets attributes
+        b"\x80\x02ctorch\nFloatStorage\n(K\x03X\x01\x00\x00\x00>NNNK\x04K\x04K\x00tb.",  # changes a dtype
+    ],
+    ids=["memo", "memo in text", "length", "attributes", "dtype"],
+)
+def test_a_pickle_neither_takes_memory_nor_changes_what_it_refers_to(tmp_path, code):
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", code)
+    with pytest.raises(UserError) as error:
+        pickled_tensors(tmp_path / "x.bin")
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_of_pickles_needs_leave(tmp_path):
@@ -149,6 +200,32 @@ BAD = {
     "shape and strides of two lengths": ({"a": view(A, "0", shape=(3,), strides=(1, 1))}, {"0": A}),
     "a storage in another folder": ({"a": view(A, "../0")}, {"../0": A}),
     "a tensor of nothing": ({"a": Call(REBUILD, 1, 0, (1,), (1,))}, {}),
+    "fewer bytes than the storage": (
+        {
+            "a": Call(
+                REBUILD, Storage(("storage", Global("torch", "FloatStorage"), "0", "cpu", 13)), 0, (1,), (1,)
+            )
+        },
+        {"0": A},
+    ),
+    "a storage without size": (
+        {
+            "a": Call(
+                REBUILD,
+                Storage(("storage", Global("torch", "FloatStorage"), "0", "cpu", None)),
+                0,
+                (1,),
+                (1,),
+            )
+        },
+        {"0": A},
+    ),
+    "a stride out of reach": ({"a": view(A, "0", shape=(1,), strides=(10**30,))}, {"0": A}),
+    "an empty tensor out of reach": (
+        {"a": view(A, "0", shape=(0, 10**14, 10**14), strides=(1, 1, 1))},
+        {"0": A},
+    ),
+    "too many axes": ({"a": view(A, "0", shape=(1,) * 70, strides=(1,) * 70)}, {"0": A}),
     "another storage": ({"a": Storage(("module", 1, "0", "cpu", 3))}, {}),
 }
 
