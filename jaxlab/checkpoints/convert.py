@@ -150,8 +150,7 @@ def verify(source: Source, config: ModelConfig, params: Params, out: Path, *, sa
     """
     out_config, out_params, _ = loading.load_model(out)
     if same_dtype:
-        copies = () if source.kept is None else source.kept.copies
-        theirs = huggingface.tensors(config, params, copies)
+        theirs = huggingface.tensors(config, params, source.kept)
         if source.stored is not None:
             theirs = {name: tensor.read for name, tensor in source.stored.items()}
         ours = _tensors(out, out_config, out_params)
@@ -212,8 +211,7 @@ def _tensors(path: Path, config: ModelConfig, params: Params) -> Mapping[str, Ca
     """The tensors of OUT as Hugging Face has them: of such a folder those that it holds."""
     if locate.kind_of(path) == "huggingface":
         return {name: tensor.read for name, tensor in open_folder(path).items()}
-    kept = loading.kept_of(path)
-    return huggingface.tensors(config, params, () if kept is None else kept.copies)
+    return huggingface.tensors(config, params, loading.kept_of(path))
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:

@@ -137,7 +137,7 @@ def save(
     Raises:
       UserError: `path` exists, the disk is full, or no family can describe the model.
     """
-    config = dataclasses.replace(config, family=hf_family(config))
+    config = dataclasses.replace(config, family=hf_family(config, kept))
     text = config_json(config, kept)
     largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
     text = _with_dtype(text, np.dtype(largest.dtype if dtype is None else dtype).name)
@@ -148,8 +148,10 @@ def save(
     )  # fmt: skip
 
 
-def hf_family(config: ModelConfig) -> str:
+def hf_family(config: ModelConfig, kept: Kept | None = None) -> str:
     """The family under whose names a model is written; for one of our own the first that can describe it.
+
+    A variant's names are for a model that keeps its config.json; without one it gets the family's own.
 
     Raises:
       UserError: there is none.
@@ -165,7 +167,7 @@ def hf_family(config: ModelConfig) -> str:
         except UserError as error:
             different = str(error)
         if different is None:
-            return as_theirs.family
+            return as_theirs.family if kept is not None else as_theirs.family.partition("/")[0]
         problems.append(different)
     if own is not None:
         raise UserError(f"the family {own} cannot describe this model: {problems[0]}")
@@ -178,7 +180,7 @@ def config_json(config: ModelConfig, kept: Kept | None) -> Json:
     Raises:
       UserError: no family can describe the model, or it is not what the kept config.json says.
     """
-    family = hf_family(config)
+    family = hf_family(config, kept)
     if kept is None:
         return families.find(family).write_config(dataclasses.replace(config, family=family))
     text = read_json(inside(kept.folder, CONFIG))
@@ -189,10 +191,11 @@ def config_json(config: ModelConfig, kept: Kept | None) -> Json:
 
 
 def tensors(
-    config: ModelConfig, params: Params, copies: tuple[str, ...] = ()
+    config: ModelConfig, params: Params, kept: Kept | None = None
 ) -> dict[str, Callable[[], np.ndarray]]:
     """What a folder of the model holds: each tensor by its name, made when it is asked for."""
-    return {planned.name: planned.get for planned in _planned(params, hf_family(config), copies, None)}
+    planned = _planned(params, hf_family(config, kept), () if kept is None else kept.copies, None)
+    return {tensor.name: tensor.get for tensor in planned}
 
 
 def _with_dtype(text: Json, name: str) -> Json:

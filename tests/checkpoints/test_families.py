@@ -24,8 +24,13 @@ GENERATED = (
 )  # fmt: skip
 """One of each kind of cache: two programs are compiled for each."""
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Of a program that runs once: compiled in half the time."""
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs that run once are compiled in half the time without optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def load(path, case, **more):
@@ -41,7 +46,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, case):
     follows = np.concatenate([golden["prompt"], golden["greedy"]], axis=1)[0]
     row = np.zeros((1, tokens.shape[1]), np.int32)
     row[0, : len(follows)] = follows
-    run = jax.jit(forward, static_argnames="config", compiler_options=QUICK)
+    run = jax.jit(forward, static_argnames="config")
     logits = np.asarray(run(params, {"tokens": np.concatenate([tokens, row])}, config)[0])
     assert np.abs(logits[:2] - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
     if case != DYNAMIC:
@@ -92,6 +97,8 @@ def test_other_layouts_hold_the_same_model(tmp_path, case, index):
     huggingface.save(tmp_path / "out", config, params, kept=checkpoint.kept)
     extra = {name for name, *_ in layout.get("extra", ())}
     assert set(checkpoint.account.ignored) == extra
+    huggingface.save(tmp_path / "plain", config, params)  # with a config.json of our own, and plain names
+    same_tensors(folders.read_all(tmp_path / "plain"), folders.weights(case))
     expected = {name: value for name, value in folders.read_all(path).items() if name not in extra}
     same_tensors(folders.read_all(tmp_path / "out"), expected)
 
