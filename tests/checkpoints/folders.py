@@ -4,7 +4,8 @@ import functools
 import importlib.util
 import json
 import re
-import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -109,5 +110,15 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
     return {name: tensor.read() for name, tensor in open_folder(path).items()}
 
 
-def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+def write_all(out: Path) -> None:
+    """Every case read and written by jaxlab, without the config.json that it came with."""
+    from jaxlab.checkpoints import huggingface
+
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as place:
+            config, params, _ = huggingface.load(make(Path(place) / case, case))
+        huggingface.save(out / case, config, params)
+
+
+if __name__ == "__main__":
+    write_all(Path(sys.argv[1]))
