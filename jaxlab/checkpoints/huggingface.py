@@ -28,6 +28,10 @@ from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
 
 
+_template = functools.lru_cache(maxsize=4)(abstract_params)
+"""A folder is opened several times: for its config, its shapes, its tensors."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder whose headers have been read, and what it means."""
@@ -68,7 +72,7 @@ def open_checkpoint(
     _check_size(folder, config)
     if adapter is not None:
         folder = lora.merged(folder, resolve(adapter))
-    template = abstract_params(config)
+    template = _template(config)
     found = account(folder, config, template)
     found.check(folder.path)
     config = dataclasses.replace(config, family=found.family, compute_dtype=_compute_dtype(folder, found))
