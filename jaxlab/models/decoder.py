@@ -17,8 +17,8 @@ from jaxlab.models.vision import encode_images, place_images, prepare_batch, sca
 
 Batch = dict[str, Any]
 """tokens int32[B, T]; where they apply segment_ids int32[B, T] (0 = padding), positions int32[B, T] or with
-M-RoPE int32[B, T, 3], together int32[B, T] (tokens of one number above 0 see each other), images
-float32[B, n_images, height, width, channels]."""
+M-RoPE int32[B, T, 3] (with a cache they count on from what it holds), together int32[B, T] (tokens of one
+number above 0 see each other), images float32[B, n_images, height, width, channels]."""
 
 
 def forward(
@@ -79,7 +79,7 @@ def forward(
         intermediates["balance_loss"] = layers.balance
     if cache is not None and layers.caches is not None:
         length = cache.length + _lengths(batch)
-        offset = _next_position(batch, where) - length if "positions" in batch else cache.offset
+        offset = _next_position(batch, where, cache) - length if "positions" in batch else cache.offset
         intermediates["cache"] = Cache(*layers.caches, length, offset)
     return logits, intermediates
 
@@ -91,6 +91,9 @@ def _where(batch: Batch, config: ModelConfig, cache: Cache | None) -> Where:
         rows = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     if "positions" in batch:
         positions = batch["positions"]
+        if cache is not None:
+            start = cache.length + cache.offset
+            positions = positions + start.reshape(-1, *[1] * (positions.ndim - 1))
     elif cache is not None and rows is not None:
         positions = rows + cache.offset[:, None]
     else:
@@ -102,14 +105,15 @@ def _where(batch: Batch, config: ModelConfig, cache: Cache | None) -> Where:
     )  # fmt: skip
 
 
-def _next_position(batch: Batch, where: Where) -> Int[Array, " B"]:
-    """One more than the last position of each row's tokens, whatever coordinate it is of."""
+def _next_position(batch: Batch, where: Where, cache: Cache) -> Int[Array, " B"]:
+    """One more than the last position of each row's tokens, whatever coordinate it is of; a row that adds no
+    token to the cache stays where it was."""
     positions = where.positions
     if positions.ndim == 3:
         positions = jnp.max(positions, axis=-1)
     if "segment_ids" in batch:
         positions = jnp.where(batch["segment_ids"] != 0, positions, -1)
-    return jnp.max(positions, axis=1) + 1
+    return jnp.maximum(jnp.max(positions, axis=1) + 1, cache.length + cache.offset)
 
 
 def _lengths(batch: Batch) -> Int[Array, " B"]:

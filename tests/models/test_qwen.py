@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, VisionConfig, abstract_params, forward, prepare_batch
+from jaxlab.models import ModelConfig, VisionConfig, abstract_params, forward, init_cache, prepare_batch
 from jaxlab.models.config import RopeConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 from jaxlab.models.vision import encode_images, qwen_positions
@@ -193,6 +193,29 @@ def test_sizes_must_be_known_before_a_forward_is_traced():
     prepared = prepare_batch(batch, config)
     assert prepare_batch(prepared, config).keys() == prepared.keys()
     jax.eval_shape(lambda params, batch: forward(params, batch, config), draw_params(config), prepared)
+
+
+def test_images_go_on_from_what_the_cache_holds():
+    """A conversation read in two turns, each with an image, is the same read at once."""
+    config = make_config()
+    params, run = draw_params(config), jax.jit(forward, static_argnames="config")
+    turn, words, ones = [7, [4], 8], [5] * 6, np.ones((2, 6), np.int32)
+    first = make_batch(turn, words, sizes=[(4, 4)], segment_ids=ones)
+    second = make_batch(turn, words, sizes=[(4, 4)], seed=1, segment_ids=np.array([[1] * 6, [0] * 6]))
+    both = make_batch(turn * 2, words * 2, sizes=[(4, 4)] * 2)
+    both["images"] = np.concatenate([first["images"], second["images"]])
+    both = prepare_batch(both, config)
+    expected = run(params, both, config)[0]
+    cache, read = init_cache(config, 2, 12), []
+    for batch in (first, second):
+        logits, intermediates = run(params, prepare_batch(batch, config), config, cache=cache)
+        cache = intermediates["cache"]
+        read.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(read, axis=1)[0], expected[0], atol=2e-5)
+    np.testing.assert_allclose(read[0][1], expected[1, :6], atol=2e-5)
+    # Each image takes 2 positions for 4 tokens; the row of text had nothing in the second turn.
+    assert cache.length.tolist() == [12, 6]
+    assert cache.offset.tolist() == [-4, 0]
 
 
 @pytest.mark.parametrize(
