@@ -45,14 +45,14 @@ def open_folder(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> 
       UserError: anything about the folder that is not as it should be.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder")
     config = read_json(inside(path, CONFIG))
-    if (path / INDEX).exists():
-        return TensorFolder(path, config, _sharded(path, INDEX, read_header))
-    if (path / SINGLE).exists():
+    if _there(path, INDEX):
+        return TensorFolder(path, config, _sharded(path, INDEX, SINGLE, read_header))
+    if _there(path, SINGLE):
         return TensorFolder(path, config, read_header(inside(path, SINGLE)))
-    single, index = (path / PICKLED).exists(), (path / PICKLED_INDEX).exists()
+    single, index = _there(path, PICKLED), _there(path, PICKLED_INDEX)
     if not single and not index:
         raise UserError(f"{path}: holds no {SINGLE} and no {INDEX}")
     if not allow_pickle:
@@ -63,8 +63,13 @@ def open_folder(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> 
     from jaxlab.checkpoints.pickled import pickled_tensors
 
     if index:
-        return TensorFolder(path, config, _sharded(path, PICKLED_INDEX, pickled_tensors))
+        return TensorFolder(path, config, _sharded(path, PICKLED_INDEX, PICKLED, pickled_tensors))
     return TensorFolder(path, config, pickled_tensors(inside(path, PICKLED)))
+
+
+def _there(folder: Path, name: str) -> bool:
+    """Whether a folder has an entry of this name, be it a link to nothing. A name too long is no error."""
+    return os.path.lexists(folder / name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,8 +96,11 @@ def inside(folder: Path, name: str) -> Path:
     try:
         real = path.resolve(strict=True)
         plain = stat.S_ISREG(real.stat().st_mode)
-    except (OSError, RuntimeError):
-        raise UserError(f"{path}: is missing") from None
+    except FileNotFoundError:
+        told = "a link to a file that is missing" if path.is_symlink() else "is missing"
+        raise UserError(f"{path}: {told}") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not plain:
         raise UserError(f"{path}: not a plain file")
     if not any(real.is_relative_to(root) for root in _roots(folder)):
@@ -113,17 +121,28 @@ def _roots(folder: Path) -> list[Path]:
     return [real, real.parent.parent / "blobs"] if cached else [real]
 
 
-def _sharded(path: Path, index_name: str, read: Any) -> dict[str, Tensor]:
-    """The tensors that an index lists, in its order, each from the shard that it names."""
+def _sharded(path: Path, index_name: str, single: str, read: Any) -> dict[str, Tensor]:
+    """The tensors that an index lists, in its order, each from the shard that it names.
+
+    Args:
+      single: the file that would hold all of them if there were no index; both at once are refused.
+    """
     index = read_json(inside(path, index_name))
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise UserError(f"{path / index_name}: its weight_map is not an object from names to files")
+    if not places:
+        raise UserError(f"{path / index_name}: its weight_map is empty")
     shards = sorted({_file_name(path, shard) for shard in places.values()})
-    absent = [shard for shard in shards if not (path / shard).exists()]
+    if single not in shards and _there(path, single):
+        raise UserError(
+            f"{path}: holds {single} and {index_name}, which does not name it; remove the one that is stale"
+        )
+    absent = [shard for shard in shards if not os.path.exists(path / shard)]
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise UserError(f"{path}: shards are missing: {', '.join(absent[:3])}{more}")
+        listed = ", ".join(shard[:80] for shard in absent[:3])
+        raise UserError(f"{path}: shards are missing: {listed}{more}")
     held: dict[str, dict[str, Tensor]] = {shard: read(inside(path, shard)) for shard in shards}
     for shard, tensors in held.items():
         for name in tensors:
@@ -140,7 +159,7 @@ def check_finite(folder: Mapping[str, Tensor], rows_bytes: int = 1 << 26) -> Non
     """Raises UserError that names tensors which hold NaN or infinities; reads all of them, part by part."""
     bad = []
     for name, tensor in folder.items():
-        if tensor.dtype.kind not in "fcV":  # V: bfloat16 and most of float8
+        if tensor.dtype.kind not in "fcV" or not tensor.size:  # V: bfloat16 and most of float8
             continue
         rows = max(1, rows_bytes // max(1, tensor.nbytes // max(1, tensor.shape[0] if tensor.shape else 1)))
         total = tensor.shape[0] if tensor.shape else 1

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from jaxlab.errors import UserError
 
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "tokenizer.model")
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model")
 """What a model is made of: no code, no pickles."""
-PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
+IGNORED = ("*/*", "consolidated*")
+"""Other forms of the same weights, in folders of their own or, with Mistral, beside ours."""
 
 
 def snapshot(
@@ -39,7 +41,7 @@ def snapshot(
     try:
         folder = hub.snapshot_download(
             name, revision=named or revision, local_files_only=offline,
-            allow_patterns=[*PATTERNS, *(PICKLES if allow_pickle else ())],
+            allow_patterns=[*PATTERNS, *(PICKLES if allow_pickle else ())], ignore_patterns=list(IGNORED),
         )  # fmt: skip
     except errors.RevisionNotFoundError:
         raise UserError(f"{name}: has no revision {named or revision!r} on the hub") from None

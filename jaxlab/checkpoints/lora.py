@@ -1,7 +1,6 @@
 """LoRA adapters (arXiv 2106.09685) in PEFT's layout: merged into the tensors of a folder as they are read."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxlab.checkpoints.safetensors_file import Tensor, read_header
 from jaxlab.errors import UserError
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+Patterns = dict[str, list[tuple[re.Pattern[str], Any]]]
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 # From the names of modules in memory to those of tensors on disk, where a name is not the same on both.
@@ -27,6 +27,10 @@ _REFUSED = (
     "target_parameters", "alora_invocation_tokens", "arrow_config", "use_bdlora", "lora_ga_config",
 )  # fmt: skip
 """Settings under which the model is not W + scale * B A."""
+MAX_ALPHA = 1e30
+MAX_PATTERNS = 10_000
+_PATTERN = re.compile(r"[\w.^$|()\[\]\\*+-]{1,500}")
+"""What a pattern for names of modules may hold; with few groups and repetitions none takes long to match."""
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave W as it is; PiSSA, OLoRA, CorDA and LoftQ change it before training."""
 
@@ -88,10 +92,11 @@ def merged(base: TensorFolder, adapter: str | Path, *, allow_pickle: bool = Fals
     if not pairs and not replaced:
         raise UserError(f"{adapter}: holds no tensors")
     tensors = dict(base.tensors)
+    patterns = {key: _patterns(config, key, adapter) for key in ("rank_pattern", "alpha_pattern")}
     for place, pair in pairs.items():
         transposed = bool(config.get("fan_in_fan_out")) and place not in embeddings
         _check_pair(pair, base[place], place, adapter)
-        scale = _scale(config, modules[place], pair["A"].shape[0], adapter)
+        scale = _scale(config, patterns, modules[place], pair["A"].shape[0], adapter)
         tensors[place] = _with_update(base[place], pair, scale, place in embeddings, transposed, adapter)
     for place, tensor in replaced.items():
         tensors[place] = dataclasses.replace(
@@ -146,7 +151,32 @@ def _place(base: TensorFolder, name: str) -> str | None:
     return found[0] if found else None
 
 
-def _scale(config: dict[str, Any], module: str, rank: int, adapter: Path) -> float:
+def _patterns(config: dict[str, Any], key: str, adapter: Path) -> list[tuple[re.Pattern[str], Any]]:
+    """The patterns for names of modules, in memory, under a key of the config, with their values."""
+    where = f"{adapter / CONFIG}: {key}"
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
+        raise UserError(f"{where} is not an object, or one of more than {MAX_PATTERNS} patterns")
+    found = []
+    for pattern, value in patterns.items():
+        repeated = len(re.findall(r"[*+]", pattern))
+        if (
+            not _PATTERN.fullmatch(pattern)
+            or pattern.count("(") > 1
+            or repeated > 3
+            or re.search(r"\)[*+]", pattern)
+        ):
+            raise UserError(
+                f"{where}: {pattern[:80]!r} is not read: only names, one group and three of * and + are"
+            )
+        try:
+            found.append((re.compile(rf"(.*\.)?({pattern})$"), value))
+        except re.error:
+            raise UserError(f"{where}: {pattern[:80]!r} is no pattern") from None
+    return found
+
+
+def _scale(config: dict[str, Any], patterns: Patterns, module: str, rank: int, adapter: Path) -> float:
     """alpha / r, or alpha / sqrt(r) with rank stabilisation (arXiv 2312.03732); patterns overrule both.
 
     Args:
@@ -154,23 +184,16 @@ def _scale(config: dict[str, Any], module: str, rank: int, adapter: Path) -> flo
     """
 
     def setting(key: str, default: Any) -> Any:
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise UserError(f"{adapter / CONFIG}: {key} is not an object")
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error:
-                raise UserError(f"{adapter / CONFIG}: {key}: {pattern[:80]!r} is no pattern") from None
-        return default
+        return next((value for pattern, value in patterns[key] if pattern.match(module)), default)
 
     expected = setting("rank_pattern", config["r"])
-    if rank != expected:
+    if rank != expected or rank < 1:
         raise UserError(f"{adapter}: {module} has rank {rank}, {CONFIG} says {expected}")
     alpha = setting("alpha_pattern", config.get("lora_alpha", 8))
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise UserError(f"{adapter / CONFIG}: the alpha of {module} is {alpha!r}, not a number")
+    if type(alpha) not in (int, float) or not -MAX_ALPHA <= alpha <= MAX_ALPHA:
+        raise UserError(
+            f"{adapter / CONFIG}: the alpha of {module} is {str(alpha)[:40]}, not a usable number"
+        )
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 

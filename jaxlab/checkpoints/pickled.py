@@ -8,7 +8,6 @@ import collections
 import io
 import math
 import pickle
-import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +15,16 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxlab.checkpoints.safetensors_file import Tensor, read_into
+from jaxlab.checkpoints.pickle_check import check_pickle
+from jaxlab.checkpoints.safetensors_file import Tensor, check_rows, read_into
 from jaxlab.errors import UserError
 
-MAX_PICKLE = 100_000_000
+MAX_PICKLE = 16_000_000
+"""Bytes of a description, which needs about 150 for a tensor; its objects may take sixty times as much."""
 STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
     "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-    "Float8_e4m3fnStorage": ml_dtypes.float8_e4m3fn, "Float8_e5m2Storage": ml_dtypes.float8_e5m2,
     "UntypedStorage": np.uint8,
 }  # fmt: skip
 
@@ -57,38 +57,33 @@ def pickled_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
-            root = next(
-                (name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None
-            )
-            if root is None:
-                raise UserError(f"{path}: not a checkpoint of PyTorch: it holds no data.pkl")
+            if len(members) < len(archive.infolist()):
+                raise UserError("two of its members have one name")
+            found_roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
+            if len(found_roots) != 1:
+                told = "more than one" if found_roots else "no"
+                raise UserError(f"not a checkpoint of PyTorch: it holds {told} data.pkl")
+            root = found_roots[0]
             if members[f"{root}data.pkl"].file_size > MAX_PICKLE:
-                raise UserError(f"{path}: its description is too large")
+                raise UserError("its description is too large")
+            if members[f"{root}data.pkl"].compress_type != zipfile.ZIP_STORED:
+                raise UserError("its description is compressed, which PyTorch never does")
             order = members.get(f"{root}byteorder")
             if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
-                raise UserError(f"{path}: its numbers are not little-endian")
+                raise UserError("its numbers are not little-endian")
             description = archive.read(f"{root}data.pkl")
-            _check_bounded(description)
+            check_pickle(description)
             found = _Unpickler(io.BytesIO(description)).load()
     except UserError as error:
-        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+        raise UserError(f"{path}: {error}") from None
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of PyTorch 1.6 or newer ({str(error)[:100]})") from None
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
         raise UserError(f"{path}: its description is damaged ({type(error).__name__})") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise UserError(f"{path}: holds no dict of tensors by name")
-    return {
-        name: _tensor(path, root, members, name, view) for name, view in found.items() if view is not None
-    }
-
-
-def _check_bounded(description: bytes) -> None:
-    """Raises unless all lengths lie inside the pickle and no slot of its memo is far out (memory for all)."""
-    for opcode, argument, _ in pickletools.genops(description):
-        slot = argument if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0
-        if isinstance(slot, int) and slot > max(255, len(description)):
-            raise UserError("refused: it asks for more memory than its description can need")
+    items = dict.items(found)  # a pickle can give the object itself an `items`
+    return {name: _tensor(path, root, members, name, view) for name, view in items if view is not None}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -96,7 +91,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return _MakeDict()
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _RebuildTensor()
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -112,6 +107,14 @@ class _Unpickler(pickle.Unpickler):
         if type(size) is not int or size < 0:
             raise UserError("refused: a storage has no size")
         return _Storage(kind.dtype, key, size)
+
+
+class _MakeDict:
+    __slots__ = ()
+
+    def __call__(self) -> Any:
+        """Empty, as PyTorch asks for it; copies of a large dict would fill the memory."""
+        return collections.OrderedDict()
 
 
 class _RebuildTensor:
@@ -132,7 +135,9 @@ class _RebuildTensor:
 class _RebuildParameter:
     __slots__ = ()
 
-    def __call__(self, data: Any, *_: Any) -> Any:
+    def __call__(self, data: Any, *_: Any) -> _View:
+        if not isinstance(data, _View):
+            raise UserError("refused: a parameter is no tensor")
         return data
 
 
@@ -160,6 +165,7 @@ def _tensor(path: Path, root: str, members: dict[str, zipfile.ZipInfo], name: st
         raise UserError(f"{where}: its strides blow up a small storage")
 
     def read_rows(start: int, stop: int) -> np.ndarray:
+        check_rows(shape, start, stop)
         rows = (stop - start,) if shape else ()
         if empty or rows == (0,):
             return np.empty((*rows, *shape[1:]), dtype)

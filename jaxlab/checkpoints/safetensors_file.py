@@ -7,6 +7,8 @@ range of bytes), then the bytes of the tensors, without gaps or overlaps.
 import json
 import math
 import os
+import pickle
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from jaxlab.errors import UserError
 
 MAX_HEADER = 100_000_000
 """Bytes; what the format's own library allows."""
+MAX_BYTES = 1 << 62
+"""Of one tensor, and the largest number in a header."""
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -49,7 +53,7 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], np.ndarray]
-    """Rows start..stop of the first axis; of a scalar, whatever they are, the scalar."""
+    """Rows start..stop of the first axis (IndexError outside of it); of a scalar always the scalar."""
 
     def read(self) -> np.ndarray:
         """The whole tensor; a new array each time."""
@@ -92,9 +96,10 @@ def _header(file: Any, size: int, path: Path) -> tuple[str, int]:
     if len(first) < 8:
         raise UserError(f"{path}: cut off, or not safetensors: {size} bytes hold no header")
     length = int.from_bytes(first, "little")
-    if first[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise UserError(f"{path}: a pickle under the name of safetensors; it is not opened")
     if length > min(size - 8, MAX_HEADER):
+        # Only here: the length of a good header may begin with the same bytes.
+        if first[:2] == b"PK" or (first[0] == 0x80 and first[1] <= pickle.HIGHEST_PROTOCOL):
+            raise UserError(f"{path}: a pickle under the name of safetensors; it is not opened")
         raise UserError(
             f"{path}: cut off, or not safetensors: its header should have {length} bytes, the file has {size}"
         )
@@ -117,18 +122,23 @@ def _entries(text: str, path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object; UserError that begins with `where` for anything else, and for a key given twice."""
+    """A JSON object.
+
+    Raises:
+      UserError: it begins with `where`; anything else, a key given twice, text that UTF-8 cannot hold.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise UserError(f"{where}: the key {twice[:80]!r} is given twice")
         return found
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
+        if "\\u" in text:  # half of a surrogate pair can be escaped, but never written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({str(error)[:100]})") from None
     if not isinstance(value, dict):
@@ -144,11 +154,15 @@ def _span(name: str, entry: Any, path: Path) -> tuple[np.dtype, tuple[int, ...],
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{where}: unknown dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
-    whole = lambda values: isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)  # noqa: E731
+    whole = lambda values: (  # noqa: E731
+        isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_BYTES for v in values)
+    )
     if not whole(shape) or len(shape) > 32:
         raise UserError(f"{where}: its shape is no list of whole numbers")
     if not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise UserError(f"{where}: its data_offsets are no range of bytes")
+    if math.prod(n or 1 for n in shape) * DTYPES[dtype].itemsize > MAX_BYTES:
+        raise UserError(f"{where}: its shape is too large")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if needed != offsets[1] - offsets[0]:
         raise UserError(
@@ -176,12 +190,19 @@ def _reader(
     row = math.prod(shape[1:]) * dtype.itemsize
 
     def read_rows(start: int, stop: int) -> np.ndarray:
+        check_rows(shape, start, stop)
         array = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
         if array.nbytes:
             read_into(path, array, offset + (start * row if shape else 0))
         return array
 
     return read_rows
+
+
+def check_rows(shape: tuple[int, ...], start: int, stop: int) -> None:
+    """Raises IndexError unless start..stop are rows of the shape: what lies beyond is another tensor."""
+    if shape and not 0 <= start <= stop <= shape[0]:
+        raise IndexError(f"rows {start} to {stop} of a tensor {list(shape)}")
 
 
 def read_into(path: Path, array: np.ndarray, offset: int) -> None:

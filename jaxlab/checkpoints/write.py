@@ -1,5 +1,6 @@
 """Writing a Hugging Face folder: sizes known before the first byte, the folder whole or absent."""
 
+import contextlib
 import errno
 import json
 import math
@@ -33,7 +34,10 @@ class Planned(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
     get: Callable[[], np.ndarray]
-    """Its values, in this dtype and shape; asked for once, in order."""
+    """Its values, in this dtype and shape; asked for once, shard by shard, in each the widest dtype first.
+
+    It is let go when they are written, and with it what it keeps for the tensors after it.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -64,10 +68,12 @@ def write_folder(
       UserError: `path` exists and `overwrite` is not set, the disk is full, or two tensors of one name.
     """
     path = Path(path).absolute()
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise UserError(f"{path}: exists already; choose another place or overwrite it explicitly")
     shards = _shards(list(tensors), shard_bytes)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
     aside = None
+    made = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -86,15 +92,18 @@ def write_folder(
             if not (aside / name).exists():
                 _write_text(aside / name, content)
         os.chmod(aside, 0o755)
+        _sync(*aside.iterdir(), aside)
         _replace(aside, path)
+        _sync(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            total = sum(tensor.nbytes for shard in shards for tensor in shard)
             raise UserError(f"{path}: no room for {total} bytes of tensors; nothing was written") from error
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+        if not os.path.exists(path):
+            _remove_empty(made)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -107,7 +116,11 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
-    """The tensors in their order, cut so that no shard exceeds `shard_bytes` unless one tensor does."""
+    """The tensors in their order, cut so that no shard exceeds `shard_bytes` unless one tensor does.
+
+    In a shard wider dtypes come first, as the format's own library has them: then all begin at a multiple of
+    their size and can be mapped.
+    """
     seen: set[str] = set()
     shards: list[list[Planned]] = [[]]
     size = 0
@@ -120,7 +133,7 @@ def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    return shards
+    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
 def _index(shards: Sequence[Sequence[Planned]], names: Sequence[str]) -> str:
@@ -151,10 +164,13 @@ def _begin(path: Path, shard: Sequence[Planned]) -> int:
     return start
 
 
-def _fill(path: Path, shard: Sequence[Planned], start: int, progress: Callable[[int], Any]) -> None:
+def _fill(path: Path, shard: list[Planned], start: int, progress: Callable[[int], Any]) -> None:
+    """Write the tensors of a shard behind its header; leaves the list empty."""
+    shard.reverse()
     with open(path, "r+b") as file:
         file.seek(start)
-        for tensor in shard:
+        while shard:
+            tensor = shard.pop()
             values = tensor.get()
             if values.dtype != tensor.dtype or values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} is {values.dtype} {values.shape}, not as planned")
@@ -166,10 +182,24 @@ def _fill(path: Path, shard: Sequence[Planned], start: int, progress: Callable[[
 
 
 def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync(*paths: Path) -> None:
+    """Wait until files, and what folders list, are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, as far as nobody has put anything into them."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # never made, or in use by now
+            folder.rmdir()
 
 
 def _replace(aside: Path, path: Path) -> None:

@@ -1,7 +1,9 @@
 """Folders beside the safetensors library: what one writes the other reads, bit for bit."""
 
+import functools
 import json
 import os
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -84,6 +86,28 @@ def test_shards_hold_no_more_than_they_may_and_are_listed(tmp_path):
         same_bits(folder[name].read(), expected)
 
 
+@pytest.mark.parametrize("shard_bytes", [100, 1 << 30])
+def test_what_a_tensor_keeps_is_let_go_when_it_is_written(tmp_path, shard_bytes):
+    alive = weakref.WeakSet()
+    most = 0
+
+    class Kept:
+        """What a `get` may keep between the tensors of one leaf."""
+
+    def get(kept):
+        nonlocal most
+        alive.add(kept)
+        most = max(most, len(alive))
+        return np.ones(20, np.float32)
+
+    def tensors():
+        for i in range(6):
+            yield Planned(f"t{i}", np.dtype(np.float32), (20,), functools.partial(get, Kept()))
+
+    write_folder(tmp_path / "m", tensors(), config={}, shard_bytes=shard_bytes)
+    assert most <= 2  # the one that is written, and the one before it
+
+
 def test_companions_are_copied_and_nothing_else(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -101,6 +125,11 @@ def test_tensors_begin_where_they_can_be_mapped(tmp_path):
     write_folder(tmp_path / "m", planned({"a": np.ones(3, np.float32)}), config={})
     length = int.from_bytes((tmp_path / "m" / "model.safetensors").read_bytes()[:8], "little")
     assert length % 8 == 0
+    write_folder(tmp_path / "all", planned(TENSORS), config={})
+    raw = (tmp_path / "all" / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    for name, expected in TENSORS.items():
+        assert header[name]["data_offsets"][0] % expected.itemsize == 0
 
 
 @pytest.mark.parametrize("rows", [(0, 3), (1, 2), (2, 3), (3, 3)])

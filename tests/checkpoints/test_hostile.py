@@ -93,6 +93,15 @@ def bad_files():
     yield "the same bytes twice", container({"a": entry(), "b": entry()}, bytes(24))
     yield "no tensors but bytes", container({}, bytes(8))
     yield "a huge tensor", container({"a": entry("F32", [2**61], [0, 2**63])}, bytes(24))
+    yield "numbers too long to be shown", container({"a": entry(shape=[10**4000, 10**4000])}, bytes(24))
+    yield "ranges too long to be shown", container({"a": entry(offsets=[0, 10**4200])}, bytes(24))
+    yield (
+        "an empty tensor too large for numpy",
+        container({"a": entry(shape=[2**61, 2**61, 0], offsets=[0, 0])}),
+    )
+    yield "half a surrogate pair", container(A.replace(b'"a"', b'{"\\ud800"') + b"}", bytes(24))
+    many = b",".join(b'"%d":0' % i for i in range(100_000))
+    yield "a name twice, after many others", container(b"{" + many + b',"z":0,"z":0}')
 
 
 BAD_FILES = list(bad_files())
@@ -120,6 +129,28 @@ def test_there_are_enough_of_them_and_the_good_one_is_good(tmp_path):
     np.testing.assert_array_equal(
         tensors["a"].read().reshape(-1), np.frombuffer(bytes(range(24)), np.float32)
     )
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0480, 0x4B50])
+def test_a_good_header_whose_length_looks_like_a_pickle(tmp_path, length):
+    text = json.dumps({"a": entry()}).encode().ljust(length)
+    assert container(text)[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
+    (tmp_path / "model.safetensors").write_bytes(container(text, bytes(24)))
+    assert list(read_header(tmp_path / "model.safetensors")) == ["a"]
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_called_one(tmp_path, protocol):
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps({"a": list(range(100))}, protocol))
+    with pytest.raises(UserError, match="a pickle under the name"):
+        read_header(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (-1, 1), (2, 1), (3, 3)])
+def test_rows_beyond_a_tensor_are_not_those_of_the_next(tmp_path, start, stop):
+    (tmp_path / "model.safetensors").write_bytes(GOOD)
+    with pytest.raises(IndexError):
+        read_header(tmp_path / "model.safetensors")["a"].read_rows(start, stop)
 
 
 def folder_with(path, index=None, config=CONFIG, **files):
@@ -161,6 +192,13 @@ BAD_FOLDERS = {
     "shards swapped": {"index": index_of(a="y", b="x"), "x__safetensors": ONE, "y__safetensors": OTHER},
     "a shard that is a pickle": {"index": index_of(a="x"), "x__safetensors": pickle.dumps([1] * 99)},
     "a pickle under another name": {"model__safetensors": pickle.dumps([1] * 99)},
+    "an index of nothing": {"index": {"weight_map": {}}},
+    "a name too long for a file": {"index": index_of(a="x" * 300)},
+    "an index beside a single file": {
+        "index": index_of(a="x"),
+        "x__safetensors": ONE,
+        "model__safetensors": ONE,
+    },
 }
 OUTSIDE = [
     "../x.safetensors",
@@ -205,7 +243,12 @@ def test_links_out_of_the_folder_are_refused(tmp_path, name):
         open_folder(tmp_path / "model")
     (tmp_path / "model" / name).unlink()
     (tmp_path / "model" / name).symlink_to(name)  # to itself
-    with pytest.raises(UserError, match=r"missing|no model\.safetensors"):
+    with pytest.raises(UserError, match="cannot be read") as error:
+        open_folder(tmp_path / "model")
+    assert_one_line(error)
+    (tmp_path / "model" / name).unlink()
+    (tmp_path / "model" / name).symlink_to("absent")
+    with pytest.raises(UserError, match="a link to a file that is missing"):
         open_folder(tmp_path / "model")
 
 
@@ -285,6 +328,25 @@ def test_a_limit_on_file_sizes_is_told_too(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_folders_made_for_what_cannot_be_written_go_again(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="no room"):
+        write_folder(tmp_path / "there" / "new" / "deep", [planned("a", np.ones(3))], config={})
+    with pytest.raises(UserError, match="too long"):
+        write_folder(tmp_path / ("x" * 300), [planned("a", np.ones(3))], config={})
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_an_empty_tensor_of_many_rows_is_finite_at_once(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(container({"a": entry(shape=[2**58, 0], offsets=[0, 0])}))
+    check_finite(read_header(file))
+
+
 def test_nan_and_infinities_are_named(tmp_path):
     import ml_dtypes
 
@@ -299,6 +361,6 @@ def test_nan_and_infinities_are_named(tmp_path):
     }
     write_folder(tmp_path / "out", [planned(name, value) for name, value in tensors.items()], config={})
     folder = open_folder(tmp_path / "out")
-    with pytest.raises(UserError, match=r"infinities: nan, inf$"):
+    with pytest.raises(UserError, match=r"infinities: inf, nan$"):
         check_finite(folder, rows_bytes=4)
     check_finite({name: folder[name] for name in ("good", "whole", "wide", "empty")})

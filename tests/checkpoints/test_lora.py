@@ -60,6 +60,7 @@ def pair(module, rows, columns, infix="", rank=2):
         ({"alpha_pattern": {"q_proj": 4}}, 2.0),
         ({"alpha_pattern": {"k_proj": 4}}, 3.0),
         ({"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 4}}, 2.0),
+        ({"alpha_pattern": {r"layers\.\d+\.self_attn\.(q|k)_proj": 4}}, 2.0),
         ({"r": 8, "rank_pattern": {"layers.0.self_attn.q_proj": 2}}, 3.0),
     ],
 )
@@ -167,6 +168,13 @@ BAD = {
     "patterns that are none": (GOOD, {"alpha_pattern": {"(": 1}}),
     "a list of patterns": (GOOD, {"rank_pattern": [1]}),
     "an alpha that is no number": (GOOD, {"lora_alpha": "6"}),
+    "an alpha beyond all numbers": (GOOD, {"lora_alpha": 10**400}),
+    "an alpha beyond float32": (GOOD, {"lora_alpha": 1e300}),
+    "an alpha that is NaN": (GOOD, {"lora_alpha": float("nan")}),
+    "a pattern that takes for ever": (GOOD, {"alpha_pattern": {r"([a-z_.\d]+)+!": 1}}),
+    "a pattern of many choices": (GOOD, {"alpha_pattern": {"(.|.)" * 30 + "!": 1}}),
+    "a pattern of many options": (GOOD, {"alpha_pattern": {".?" * 30 + "!": 1}}),
+    "no rank at all": ({A: GOOD[A][:0], B: GOOD[B][:, :0]}, {"rank_pattern": {"q_proj": 0}}),
     "no tensors": ({}, {}),
     "a tensor given twice": ({**GOOD, A.replace("A.weight", "A.default.weight"): GOOD[A]}, {}),
     "a module changed and replaced": (

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 
 import ml_dtypes
@@ -91,7 +92,12 @@ def test_views_of_storages(tmp_path):
         "bool": view(C, "2"),
         "scalar": view(A, "0", offset=7, shape=(), strides=()),
         "empty": view(A, "0", shape=(0, 4), strides=(4, 1)),
-        "parameter": Call(Global("torch._utils", "_rebuild_parameter"), view(B, "1"), True, None),
+        "parameter": Call(
+            Global("torch._utils", "_rebuild_parameter"),
+            view(B, "1"),
+            True,
+            Call(Global("collections", "OrderedDict")),
+        ),
     }
     found = pickled_tensors(torch_file(tmp_path / "x.bin", state, {"0": A, "1": B, "2": C}))
     expected = {
@@ -153,6 +159,68 @@ def test_a_pickle_neither_takes_memory_nor_changes_what_it_refers_to(tmp_path, c
     with pytest.raises(UserError, match=message) as error:
         pickled_tensors(tmp_path / "x.bin")
     assert "\n" not in str(error.value)
+
+
+def reused():
+    """A dict with a key of pairs of pairs of ..., each made of one that is used twice."""
+    doubled = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(20))
+    return b"\x80\x02})q\x00" + doubled + b"K\x01s."
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (reused(), "a tuple larger than"),
+        (b"\x80\x02](" + b"K\x01" * 250 + b"ta.", "a tuple larger than"),
+        (b"\x80\x02ccollections\nOrderedDict\n)Rq\x00h\x00h\x00\x87.", "a tuple larger than"),
+        (b"\x80\x02]te.", "damaged"),
+        (b"\x80\x02K\x01\x86.", "damaged"),
+        (b"\x80\x02})ctorch._utils\n_rebuild_parameter\n)\x85RK\x01s.", "a parameter is no tensor"),
+        (b"\x80\x02ccollections\nOrderedDict\n}\x85R.", "damaged"),
+        (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "not described with NEWOBJ"),
+        (b"\x80\x04(\x91.", "not described with FROZENSET"),
+        (b"\x80\x02}2.", "not described with DUP"),
+    ],
+    ids=[
+        "tuples",
+        "a tuple",
+        "of made ones",
+        "no mark",
+        "no second",
+        "no tensor",
+        "copies",
+        "classes",
+        "sets",
+        "twice",
+    ],
+)
+def test_a_pickle_takes_neither_time_nor_memory_beyond_its_size(tmp_path, code, message):
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", code)
+    with pytest.raises(UserError, match=message):
+        pickled_tensors(tmp_path / "x.bin")
+
+
+def test_a_dict_that_hides_its_own_method(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        code = b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsNsb."
+        archive.writestr("archive/data.pkl", code)
+    assert pickled_tensors(tmp_path / "x.bin") == {}
+
+
+def test_a_description_that_is_compressed_or_there_twice(tmp_path):
+    file = tmp_path / "x.bin"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+    with pytest.raises(UserError, match="its description is compressed"):
+        pickled_tensors(file)
+    for second, message in (("other/data.pkl", "more than one"), ("archive/data.pkl", "one name")):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}.")
+            with warnings.catch_warnings(action="ignore"):
+                archive.writestr(second, b"\x80\x02}.")
+        with pytest.raises(UserError, match=message):
+            pickled_tensors(file)
 
 
 def test_a_folder_of_pickles_needs_leave(tmp_path):
@@ -255,7 +323,12 @@ def test_other_files_are_one_line(tmp_path):
             archive.writestr("archive/data.pkl", damaged)
         with pytest.raises(UserError):
             pickled_tensors(file)
-    torch_file(file, {"a": view(A, "0")}, {"0": A}, compression=zipfile.ZIP_DEFLATED)
+    torch_file(file, {"a": view(A, "0")}, {"0": A})
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        description = archive.read("archive/data.pkl")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", description)
+        archive.writestr("archive/data/0", A.tobytes(), zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="compressed"):
         pickled_tensors(file)
     torch_file(file, {"a": view(A, "0")}, {"0": A}, order=b"big")
