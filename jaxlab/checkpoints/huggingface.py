@@ -71,7 +71,7 @@ def open_checkpoint(
     config = families.read_config(folder.config, folder.path)
     _check_size(folder, config)
     if adapter is not None:
-        folder = lora.merged(folder, resolve(adapter))
+        folder = lora.merged(folder, resolve(adapter, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
     template = _template(config)
     found = account(folder, config, template)
     found.check(folder.path)

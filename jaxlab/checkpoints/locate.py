@@ -1,5 +1,6 @@
 """Where a model is, by its name, and of what kind."""
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ def resolve(
     Raises:
       UserError: there is none, and the name is no hub id.
     """
-    if Path(path).exists():
+    if os.path.exists(path):  # not Path.exists, which raises for names that are too long
         return Path(path)
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(
