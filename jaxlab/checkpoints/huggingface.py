@@ -27,7 +27,6 @@ from jaxlab.checkpoints.write import Planned, write_folder
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
 
-
 _template = functools.lru_cache(maxsize=4)(abstract_params)
 """A folder is opened several times: for its config, its shapes, its tensors."""
 
