@@ -99,17 +99,21 @@ def kept_of(path: str | Path) -> Kept | None:
     return read_kept(path) if kind == "native" else None
 
 
+def companion_folder(path: str | Path) -> Path:
+    """Where the files beside a model's tensors are: config.json, tokenizer and processor of Hugging Face."""
+    path = resolve(path)
+    return path / KEPT if kind_of(path) == "native" else path
+
+
 def end_tokens(path: str | Path) -> frozenset[int]:
     """The tokens that end a text, by the files of the model; none where they say nothing.
 
     Raises:
       UserError: a file that says so is damaged.
     """
-    path = resolve(path)
-    kind = kind_of(path)
-    if kind == "llama2c":
+    if kind_of(resolve(path)) == "llama2c":
         return frozenset({llama2c.BOS, llama2c.EOS})
-    folder = path / KEPT if kind == "native" else path
+    folder = companion_folder(path)
     for name in ("generation_config.json", CONFIG):
         said: Any = read_json(folder / name) if (folder / name).is_file() else {}
         found = said.get("eos_token_id", (said.get("text_config") or {}).get("eos_token_id"))

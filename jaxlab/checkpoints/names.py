@@ -32,7 +32,7 @@ class Entry:
     """Of the leaves."""
     pattern: str
     """Their name, with {i} for the layer, {e} for the expert and {branch} for NSA's branch; layers that are
-    told one by one are listed, {3,8}."""
+    told one by one, or are dense before others with experts, are listed, {3,8}."""
     names: tuple[str, ...]
     """All N of them, in the order of the leaves' leading axes."""
     layers: tuple[int | None, ...]
@@ -95,6 +95,7 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
     if lead != len(counted):
         raise UserError(f"the parameter {path} has shape {shape}; {row.name} does not fit it")
     ranges: list[Sequence[int] | tuple[str, ...]] = []
+    theirs: tuple[int, ...] = ()
     ours: dict[Any, int] = {}
     for axis, size in zip(counted, shape, strict=False):
         ranges.append(BRANCHES if axis == "branch" else range(size))
@@ -104,8 +105,8 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
             ranges[-1] = theirs
     numbers = [dict(zip(counted, values, strict=True)) for values in itertools.product(*ranges)]
     names = tuple(pattern.format(**number) for number in numbers)
-    if row.numbers:  # patterns stay different from those of the layers in between
-        pattern = pattern.replace("{i}", f"{{{','.join(map(str, row.numbers))}}}")
+    if row.numbers or path.startswith("dense_layers."):  # patterns stay different from those of other layers
+        pattern = pattern.replace("{i}", f"{{{','.join(map(str, theirs))}}}")
     return Entry(
         paths=tuple(tuple(p.split(".")) for p in row.paths), pattern=pattern, names=names,
         layers=tuple(ours.get(number.get("i")) for number in numbers),

@@ -54,6 +54,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": Family("Qwen2VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
     "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
     "qwen3_vl": Family("Qwen3VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
+    "qwen3_vl_moe": Family("Qwen3VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
     "internvl": Family("InternVLProcessor", "GotOcr2ImageProcessor", tiles.InternVLText.read, tiles.ALWAYS),
     "paligemma": Family("PaliGemmaProcessor", "SiglipImageProcessor", square.PaliGemmaText.read),
     "gemma3": Family("Gemma3Processor", "Gemma3ImageProcessor", gemma3.Gemma3Text.read, gemma3.ALWAYS),

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the golden cases, their names and their config.json."""
+"""Qwen2-VL to Qwen3-VL, with experts too: the golden cases, their names and their config.json."""
 
 import dataclasses
 
@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import families
+from jaxlab.checkpoints import families, huggingface
 from jaxlab.checkpoints.names import entries, from_hf_tensors, host_tensors
 from jaxlab.errors import UserError
 from jaxlab.models import abstract_params, forward, generate, prepare_batch
 from tests.checkpoints import folders
 
-CASES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+CASES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 def read(config):
@@ -65,6 +65,39 @@ def test_every_tensor_returns_bit_for_bit_under_every_name(case):
         )
 
 
+@pytest.mark.parametrize("expert_width", [20, 24])
+def test_experts_are_read_whichever_way_they_lie(tmp_path, expert_width):
+    """Under the same names; with a width of 24 gate and up, 2 x 24 by 48, have one shape both ways."""
+    settings = folders.config("qwen3_vl_moe")
+    settings["text_config"]["moe_intermediate_size"] = expert_width
+    rng = np.random.default_rng(0)
+    draw = lambda name: rng.standard_normal(  # noqa: E731
+        {"gate_up_proj": (5, 48, 2 * expert_width), "down_proj": (5, expert_width, 48)}[name], np.float32
+    )
+    hub = {
+        name: draw(name.rpartition(".")[2]) if ".experts." in name else x
+        for name, x in folders.weights("qwen3_vl_moe").items()
+    }
+    memory = {
+        name: np.ascontiguousarray(x.swapaxes(1, 2)) if ".experts." in name else x for name, x in hub.items()
+    }
+    read = {}
+    for word, tensors in (("", hub), ("/memory", memory)):
+        path = folders.write(tmp_path / f"in{word[1:]}", settings, tensors)
+        checkpoint = huggingface.open_checkpoint(path)
+        config, read[word] = huggingface.read(checkpoint)
+        assert config.family == f"qwen3_vl_moe+qwen3_moe{word}"
+        huggingface.save(tmp_path / f"out{word[1:]}", config, read[word], kept=checkpoint.kept)
+        written = folders.read_all(tmp_path / f"out{word[1:]}")
+        assert written.keys() == tensors.keys()
+        assert all(written[name].tobytes() == tensors[name].tobytes() for name in tensors)
+    jax.tree.map(np.testing.assert_array_equal, read[""], read["/memory"])
+    experts = read[""]["layers"]["moe"]
+    first = hub["model.language_model.layers.1.mlp.experts.gate_up_proj"]
+    np.testing.assert_array_equal(experts["gate"][0], first[..., :expert_width])
+    np.testing.assert_array_equal(experts["up"][0], first[..., expert_width:])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_both_spellings_of_config_are_one_model_and_it_is_written_as_it_was_read(case):
     config = read(folders.config(case))
@@ -72,7 +105,7 @@ def test_both_spellings_of_config_are_one_model_and_it_is_written_as_it_was_read
     written = families.find(config.family).write_config(config)
     assert read(written) == config
     # transformers 5 reads the text model from text_config, or from the top if there is none
-    assert ("text_config" in written) == (case == "qwen3_vl")
+    assert ("text_config" in written) == case.startswith("qwen3")
     untied = dataclasses.replace(config, tie_embeddings=not config.tie_embeddings)
     assert read(families.find(config.family).write_config(untied)) == untied
 
@@ -126,7 +159,8 @@ def test_the_head_is_tied_if_either_level_says_so(case):
         (False, None, False),
     ):
         levels = {**config, "text_config": {**config["text_config"]}}
-        levels.pop("tie_word_embeddings")
+        for level in (levels, levels["text_config"]):
+            level.pop("tie_word_embeddings", None)
         for level, value in ((levels, top), (levels["text_config"], text)):
             if value is not None:
                 level["tie_word_embeddings"] = value
@@ -149,6 +183,9 @@ def test_the_head_is_tied_if_either_level_says_so(case):
         ("qwen3_vl", "vision_config", "num_position_embeddings", 24, "must be a square number"),
         ("qwen3_vl", "vision_config", "deepstack_visual_indexes", [1, 1], "names a layer twice"),
         ("qwen3_vl", "text_config", "use_sliding_window", True, "do not slide"),
+        ("qwen3_vl_moe", "text_config", "norm_topk_prob", False, "weights of the chosen experts sum to one"),
+        ("qwen3_vl_moe", "text_config", "num_experts_per_tok", 9, "at most the 5 experts"),
+        ("qwen3_vl_moe", "text_config", "mlp_only_layers", [1], "must be the first ones"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_with_a_line(case, level, key, value, message):

@@ -11,7 +11,7 @@ from jaxlab.checkpoints.names import host_tensors
 from jaxlab.errors import UserError
 from jaxlab.merging import OPERATORS, inject, merge_tensors, tensor_key
 from jaxlab.merging.account import Account
-from jaxlab.models import ModelConfig, VisionConfig, abstract_params, cast_floats
+from jaxlab.models import ModelConfig, MoEConfig, VisionConfig, abstract_params, cast_floats
 
 LM = ModelConfig(vocab_size=9, width=8, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=6)
 VLM = dataclasses.replace(
@@ -64,6 +64,25 @@ def test_every_tensor_is_what_the_operator_gives_for_it_alone(operator):
             options |= {"normalize": False, "key": tensor_key(3, name), **thin}
             want = merge_tensors(operator, [v[name], e[name]], **options)
         np.testing.assert_array_equal(got[name], want)
+
+
+@pytest.mark.parametrize("dense", [1, 2])
+def test_dense_layers_before_others_with_experts_stay_apart(dense):
+    """Their tensors have the same names but for the number of the layer."""
+    moe = MoEConfig(num_experts=2, experts_per_token=1, width=4, first_dense=dense)
+    vlm, expert, base = trio(num_layers=dense + 1, moe=moe)
+    merged, account = inject(
+        vlm, expert, base, lambda_v=[0.9] * (dense + 1), lambda_e=[float(i) for i in range(dense + 1)]
+    )
+    got, v, e, b = (tensors(params) for params in (merged, vlm, expert, base))
+    seen = set()
+    for line in account.lines:
+        if line.action == "merged" and "layers." in (name := line.name):
+            layer = int(name.split(".")[2])
+            seen.add(layer)
+            want = b[name] + 0.9 * (v[name] - b[name]) + layer * (e[name] - b[name])
+            np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert seen == set(range(dense + 1))
 
 
 def test_vision_and_projector_stay_byte_for_byte():

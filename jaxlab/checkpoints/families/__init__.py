@@ -103,7 +103,9 @@ def rows_of(name: str) -> Rows:
     text = whole.partition("+")[2]
     family = find(name)
     own_rows = family.layouts.get(variant, family.rows)
-    rows = own_rows + (renamed(find(text).rows, family.text_renames) if text else ())
+    own_paths = {path for row in own_rows for path in row.paths}  # these stand before the text model's
+    text_rows = renamed(find(text).rows, family.text_renames) if text else ()
+    rows = own_rows + tuple(row for row in text_rows if own_paths.isdisjoint(row.paths))
     if numbers:
         rows = interleaved(rows, tuple(int(number) for number in numbers.split(",")))
     if not variant or variant in family.layouts:

@@ -1,7 +1,7 @@
 """Qwen3-VL: learned positions stretched to each image, DeepStack, Qwen3 with alternating coordinates."""
 
 from jaxlab.checkpoints.families import qwen_vl, towers, vlm
-from jaxlab.checkpoints.families.base import Family, Json
+from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row, Rows
@@ -28,8 +28,20 @@ _LAYER: Rows = (
 )
 
 
-def read_config(config: Json) -> ModelConfig:
-    s = qwen_vl.settings(config, "qwen3_vl")
+ROWS: Rows = (
+    *qwen_vl.rows("model.visual", _LAYER, _MERGER),
+    Row("vision.position.table", "model.visual.pos_embed.weight", "p d -> p d"),
+    *qwen_vl.merger_rows("projector.deep", "model.visual.deepstack_merger_list.{i}", _MERGER),
+)
+WITHIN: Renames = ((r"^model\.", "model.language_model."),)
+"""From a language model's names to those inside this family."""
+BASE: Renames = ((r"^model\.", ""),)
+"""To those of a model saved without its head."""
+
+
+def read(config: Json, family: str, like: str, defaults: Json) -> ModelConfig:
+    """The model; its text model is of the family `like`, with these defaults."""
+    s = qwen_vl.settings(config, family)
     v = qwen_vl.tower_settings(s, _VISION)
     qwen = vlm.build(
         QwenVisionConfig, patch_bias=True, position_side=qwen_vl.side_of(v, "num_position_embeddings"),
@@ -42,33 +54,36 @@ def read_config(config: Json) -> ModelConfig:
     if text.flag("use_sliding_window"):
         raise text.refuse("use_sliding_window", "layers of this family do not slide")
     return qwen_vl.read_text(
-        s, vision, like="qwen3", defaults=_TEXT, theta=5e5, sections=(24, 20, 20), interleaved=True,
+        s, vision, like=like, defaults=defaults, theta=5e5, sections=(24, 20, 20), interleaved=True,
         tie=vlm.tied(s, either=False, default=False),
     )  # fmt: skip
 
 
-def write_config(config: ModelConfig) -> Json:
+def write(config: ModelConfig, family: str, architecture: str) -> Json:
     v, q = config.vision, config.vision.qwen
     vision = {
-        **qwen_vl.write_tower(config), "model_type": "qwen3_vl", "hidden_size": v.width,
+        **qwen_vl.write_tower(config), "model_type": family, "hidden_size": v.width,
         "out_hidden_size": config.width, "intermediate_size": v.mlp_width,
         "num_position_embeddings": q.position_side**2, "deepstack_visual_indexes": list(q.deep_layers),
     }  # fmt: skip
-    top = qwen_vl.write_config(config, "qwen3_vl", "Qwen3VLForConditionalGeneration", flat=False)
-    return {**top, "vision_config": vision}
+    return {**qwen_vl.write_config(config, family, architecture, flat=False), "vision_config": vision}
+
+
+def read_config(config: Json) -> ModelConfig:
+    return read(config, "qwen3_vl", "qwen3", _TEXT)
+
+
+def write_config(config: ModelConfig) -> Json:
+    return write(config, "qwen3_vl", "Qwen3VLForConditionalGeneration")
 
 
 FAMILY = Family(
     name="qwen3_vl",
     model_types=("qwen3_vl",),
-    rows=(
-        *qwen_vl.rows("model.visual", _LAYER, _MERGER),
-        Row("vision.position.table", "model.visual.pos_embed.weight", "p d -> p d"),
-        *qwen_vl.merger_rows("projector.deep", "model.visual.deepstack_merger_list.{i}", _MERGER),
-    ),
+    rows=ROWS,
     read_config=read_config,
     write_config=write_config,
     ignored=IGNORED,
-    text_renames=((r"^model\.", "model.language_model."),),
-    variants={"base": ((r"^model\.", ""),)},
+    text_renames=WITHIN,
+    variants={"base": BASE},
 )

@@ -32,6 +32,8 @@ class Case:
     disk_names: tuple[tuple[str, str], ...] = ()
     """(pattern, replacement) of names where `save_pretrained` of a new model writes others than it does for a
     checkpoint of the hub that was loaded."""
+    transposed: str = ""
+    """Pattern of the tensors whose last two axes stand the other way round on the hub."""
     layouts: list[dict[str, Any]] = field(default_factory=list)
     """Other names that the same tensors have in the wild; see README.md."""
     special: tuple[int, ...] = ()

@@ -54,6 +54,9 @@ def write_skeleton(case: Case, folder: Path, out: Path) -> None:
     with safe_open(folder / "model.safetensors", "np") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         rows = sorted([on_disk(case, key), s.get_shape(), s.get_dtype()] for key, s in slices.items())
+    for name, shape, _ in rows:
+        if case.transposed and re.search(case.transposed, name):
+            shape[-2:] = shape[:-3:-1]
     (out / "keys.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     config = (folder / "config.json").read_text()
     (out / "config.json").write_text(config.rstrip() + "\n")

@@ -20,9 +20,9 @@ def config_of_transformers_4(config: Json) -> Json:
         old = {**text, **old}
     elif "text_config" in old and "tie_word_embeddings" in old:  # tying was told inside
         old["text_config"]["tie_word_embeddings"] = old["tie_word_embeddings"]
-        if old["model_type"] != "qwen3_vl":
+        if old["model_type"] not in ("qwen3_vl", "qwen3_vl_moe"):
             del old["tie_word_embeddings"]
-    if old.get("model_type") == "qwen3_moe":
+    if old.get("model_type") in ("qwen3_moe", "qwen3_vl_moe_text"):
         old["num_experts"] = old.pop("num_local_experts")
     kinds = old.pop("layer_types", None)  # older configs leave them to the model's rule
     if kinds and old.get("model_type") == "gemma3_text":

@@ -1,4 +1,4 @@
-"""Cases of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+"""Cases of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL with experts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -150,5 +150,40 @@ QWENS = [
             **QWEN,
         ),
         [(4, 6), (8, 2), (2, 4)],
+    ),
+    qwen(
+        "Qwen3VLMoe",
+        "qwen3_vl_moe",
+        "text layer 0 is dense, and DeepStack goes to it and to layer 1, which has experts; experts in one "
+        "tensor a layer, [expert, in, out]; untied; no head_dim",
+        lambda: hf.Qwen3VLMoeConfig(
+            text_config=QWEN_TEXT
+            | {
+                "num_hidden_layers": 3,
+                "num_experts": 5,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 20,
+                "mlp_only_layers": [0],
+                "rope_theta": 5000.0,
+                "rope_scaling": {
+                    "mrope_section": [2, 2, 2],
+                    "mrope_interleaved": True,
+                    "rope_type": "default",
+                },
+            },
+            vision_config=dict(
+                depth=2,
+                hidden_size=24,
+                out_hidden_size=48,
+                num_heads=2,
+                intermediate_size=30,
+                patch_size=4,
+                num_position_embeddings=16,
+                deepstack_visual_indexes=[0, 1],
+            ),
+            **QWEN,
+        ),
+        [(4, 6), (8, 2), (2, 4)],
+        transposed=r"mlp\.experts\.",
     ),
 ]

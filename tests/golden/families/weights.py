@@ -28,7 +28,8 @@ def tensor(
         deviation = embedding
     elif len(shape) >= 2:
         transposed = re.search(r"c_(attn|proj|fc)\.weight$", name)  # GPT-2's matrices are [in, out]
-        fan_in = shape[0] if transposed else math.prod(shape[1:])
+        stacked = re.search(r"experts\.(gate_up|down)_proj$", name)  # Qwen3-VL's are [expert, in, out]
+        fan_in = shape[1] if stacked else shape[0] if transposed else math.prod(shape[1:])
         deviation = 1.5 / math.sqrt(fan_in)
     elif name.endswith("bias"):
         deviation = 0.2
