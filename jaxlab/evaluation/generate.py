@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from jaxlab.checkpoints.loading import end_tokens, kept_of, load_model
+from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, prepare_batch, stream
@@ -89,8 +89,7 @@ def read_prompt(
     if files and config.vision.kind != "plain":
         if tokenizer is None:
             raise UserError(f"{folder}: no tokenizer; images are placed by its tokens")
-        kept = kept_of(folder)
-        batch = load_processor(folder if kept is None else kept.folder)(arguments.prompt, files, tokenizer)
+        batch = load_processor(companion_folder(folder))(arguments.prompt, files, tokenizer)
         try:
             return prepare_batch(batch, config)
         except ValueError as error:
