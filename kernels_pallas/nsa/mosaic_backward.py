@@ -1,0 +1,341 @@
+"""Backward kernels for Hopper: gradients of queries over their keys, of keys and values over their queries.
+
+No atomics: each gradient is written by one warpgroup, in a fixed order. Axis letters as in mosaic_forward.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.nsa.mosaic_forward import (
+    LOG2_E,
+    ROWS,
+    Lists,
+    Ranges,
+    Tuning,
+    Visible,
+    add_product,
+    along,
+    drain,
+    product,
+    swizzled,
+    visible_keys,
+    zeros,
+)
+from kernels_pallas.nsa.mosaic_plan import Inverse
+
+
+class Saved(NamedTuple):
+    """What both kernels read of the rows."""
+
+    q: Float[Array, "X R Dk"]
+    d_out: Float[Array, "X R Dv"]
+    lse: Float[Array, "X R"]
+    """In base 2; 0 for rows that see nothing."""
+    shift: Float[Array, "X R"]
+    """Sum of d_out * out, less the gradient of the natural log-sum-exp."""
+    visible: Visible
+
+
+def query_gradient(
+    saved: Saved,
+    k: Float[Array, "X S Dk"],
+    v: Float[Array, "X S Dv"],
+    plan: Ranges | Lists,
+    *,
+    scale: float,
+    tuning: Tuning,
+) -> Float[Array, "X R Dk"]:
+    """Gradient of the queries in their dtype; the plan is that of the forward pass."""
+    q, d_out = saved.q, saved.d_out
+    groups, rows, key_dim = q.shape
+    value_dim, dtype = v.shape[2], q.dtype
+    heads = groups // saved.visible.first.shape[0]
+    listed, wgs, stages = isinstance(plan, Lists), tuning.warpgroups, tuning.stages
+    shape = (ROWS, tuning.keys)
+
+    def nsa_query_gradient(*refs):  # type: ignore[no-untyped-def]
+        q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *plan_refs = refs[: 8 + len(plan)]
+        dq_ref, smem, barriers = refs[8 + len(plan) :]
+        q_smem, do_smem, row_smem, number_smem, k_smem, v_smem, ds_smem, dq_smem = smem
+        ready, k_full, v_full, k_free, v_free = barriers
+        x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
+        batch = lax.div(x, heads)
+        if listed:
+            start, steps = 0, plan_refs[0][x, p]
+        else:
+            start = plan_refs[0][batch, p, 0]
+            steps = plan_refs[0][batch, p, 3] - start
+
+        def key_tile(step):  # type: ignore[no-untyped-def]
+            return plan_refs[1][x, p, step] if listed else start + step
+
+        @pl.when(wg < wgs)
+        def compute() -> None:
+            plgpu.set_max_registers(232 if wgs == 2 else 240, action="increase")
+            mine = pl.ds(p * tuning.rows + wg * ROWS, ROWS)
+            copies = [
+                (q_ref.at[x, mine], q_smem.at[wg]),
+                (do_ref.at[x, mine], do_smem.at[wg]),
+                (lse_ref.at[x, mine], row_smem.at[wg, 0]),
+                (shift_ref.at[x, mine], row_smem.at[wg, 1]),
+                (first_ref.at[batch, mine], number_smem.at[wg, 0]),
+                (end_ref.at[batch, mine], number_smem.at[wg, 1]),
+            ]
+            if listed:
+                copies.append((plan_refs[3].at[pl.ds(wg * ROWS, ROWS)], number_smem.at[wg, 2]))
+            for source, target in copies:
+                plgpu.copy_gmem_to_smem(source, target, ready.at[wg])
+            plgpu.barrier_wait(ready.at[wg])
+            load = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
+            lse, shift = load(row_smem.at[wg, 0]), load(row_smem.at[wg, 1])
+            first, end = load(number_smem.at[wg, 0]), load(number_smem.at[wg, 1])
+            bits = load(number_smem.at[wg, 2]) if listed else None
+
+            def release(slot, dq):  # type: ignore[no-untyped-def]
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_arrive(k_free.at[slot])
+                return dq
+
+            def one_step(step, dq, masked):  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                if not listed:
+                    return differentiate(slot, step, dq, masked)
+                concerned = (plan_refs[2][x, p, step] & plan_refs[4][wg]) != 0
+                return lax.cond(
+                    concerned, lambda d: differentiate(slot, step, d, masked), lambda d: release(slot, d), dq
+                )
+
+            def differentiate(slot, step, dq, masked):  # type: ignore[no-untyped-def]
+                plgpu.barrier_wait(k_full.at[slot])
+                scores = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), shape)
+                scores = scores * (scale * LOG2_E)
+                if masked:
+                    limit = end
+                    if listed:
+                        limit = jnp.where((bits & plan_refs[2][x, p, step]) != 0, end, 0)
+                    seen = visible_keys(first, limit, key_tile(step), shape, 0)
+                    scores = jnp.where(seen, scores, -jnp.inf)
+                weights = jnp.exp2(scores - along(lse, shape, 0))
+                plgpu.barrier_wait(v_full.at[slot])
+                d_weights = product(do_smem.at[wg], v_smem.at[slot].transpose((1, 0)), shape)
+                plgpu.barrier_arrive(v_free.at[slot])
+                d_scores = weights * (d_weights - along(shift, shape, 0)) * scale
+                through = None if tuning.registers else ds_smem.at[wg]
+                dq = add_product(dq, d_scores.astype(dtype), k_smem.at[slot], through, tuning.registers)
+                plgpu.barrier_arrive(k_free.at[slot])
+                return dq
+
+            dq = zeros((ROWS, key_dim))
+            if listed:
+                phases = ((0, steps, True),)
+            else:
+                full = plan_refs[0][batch, p, 1] - start, plan_refs[0][batch, p, 2] - start
+                phases = ((0, full[0], True), (*full, False), (full[1], steps, True))
+            for begin, stop, masked in phases:
+                loop = lambda step, dq, masked=masked: one_step(step, dq, masked)  # noqa: E731
+                dq = lax.fori_loop(begin, stop, loop, dq)
+            dq_smem.at[wg][...] = dq.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dq_smem.at[wg], dq_ref.at[x, mine])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == wgs)
+        def memory() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, steps)
+            def one_step(step) -> None:  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                here = pl.ds(key_tile(step) * tuning.keys, tuning.keys)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                plgpu.copy_gmem_to_smem(k_ref.at[x, here], k_smem.at[slot], k_full.at[slot])
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+                plgpu.copy_gmem_to_smem(v_ref.at[x, here], v_smem.at[slot], v_full.at[slot])
+
+            drain(steps, stages, k_free, v_free)
+
+    smem = (
+        swizzled((wgs, ROWS, key_dim), dtype),
+        swizzled((wgs, ROWS, value_dim), dtype),
+        plgpu.SMEM((wgs, 2, ROWS), jnp.float32),
+        plgpu.SMEM((wgs, 3, ROWS), jnp.int32),
+        swizzled((stages, tuning.keys, key_dim), dtype),
+        swizzled((stages, tuning.keys, value_dim), dtype),
+        None if tuning.registers else swizzled((wgs, *shape), dtype),
+        swizzled((wgs, ROWS, key_dim), dtype),
+    )
+    barriers = (
+        plgpu.Barrier(num_arrivals=7 if listed else 6, num_barriers=wgs),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+    )
+    return plgpu.kernel(
+        nsa_query_gradient,
+        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        scratch_types=(smem, barriers),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(rows // tuning.rows, groups),
+        grid_names=("p", "x"),
+        num_threads=wgs + 1,
+        thread_name="wg",
+    )(q, d_out, saved.lse, saved.shift, *saved.visible, k, v, *plan)
+
+
+def key_gradients(
+    saved: Saved,
+    k: Float[Array, "X S Dk"],
+    v: Float[Array, "X S Dv"],
+    plan: Int[Array, "B S/64 2"] | Inverse,
+    *,
+    row_bits: Int[Array, " rows"] | None = None,
+    scale: float,
+    tuning: Tuning,
+) -> tuple[Float[Array, "X S Dk"], Float[Array, "X S Dv"]]:
+    """Gradients of keys and values in their dtype.
+
+    Each program has 64 keys and goes through the tiles of 64 rows that read them: a first and an end for each
+    tile of keys, or the inverse of lists whose rows have `row_bits`. One warpgroup makes the probabilities
+    and sums the values' gradient, a second one takes the probabilities and sums that of the keys: both in one
+    would not fit into a warpgroup's registers. Of `tuning`, warpgroups and keys have no meaning here.
+    """
+    groups, length, key_dim = k.shape
+    value_dim, dtype = v.shape[2], k.dtype
+    heads = groups // saved.visible.first.shape[0]
+    listed, stages = isinstance(plan, Inverse), tuning.stages
+    shape = (ROWS, ROWS)
+    plan_operands = (*plan, row_bits) if isinstance(plan, Inverse) else (plan,)
+
+    def nsa_key_gradients(*refs):  # type: ignore[no-untyped-def]
+        count = 8 + len(plan_operands)
+        q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *plan_refs = refs[:count]
+        dk_ref, dv_ref, smem, barriers = refs[count:]
+        k_smem, v_smem, q_smem, do_smem, row_smem, number_smem, bits_smem, p_smem, ds_smem = smem
+        k_ready, v_ready, full, made, free = barriers
+        x, j, wg = lax.axis_index("x"), lax.axis_index("j"), lax.axis_index("wg")
+        batch = lax.div(x, heads)
+        if listed:
+            start = plan_refs[0][x, j]
+            steps = plan_refs[0][x, j + 1] - start
+        else:
+            start = plan_refs[0][batch, j, 0]
+            steps = plan_refs[0][batch, j, 1] - start
+        here = pl.ds(j * ROWS, ROWS)
+
+        def load(ref, axis=0):  # type: ignore[no-untyped-def]
+            return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis))
+
+        @pl.when(wg == 0)
+        def of_values() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            plgpu.copy_gmem_to_smem(k_ref.at[x, here], k_smem, k_ready)
+            if listed:
+                plgpu.copy_gmem_to_smem(plan_refs[3], bits_smem, k_ready)
+            plgpu.barrier_wait(k_ready)
+            bits = load(bits_smem) if listed else None
+
+            def one_step(step, dv):  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+                scores = product(k_smem, q_smem.at[slot].transpose((1, 0)), shape) * (scale * LOG2_E)
+                first, end = load(number_smem.at[slot, 0]), load(number_smem.at[slot, 1])
+                if listed:
+                    end = jnp.where((bits & plan_refs[2][x, start + step]) != 0, end, 0)
+                seen = visible_keys(first, end, j, shape, 1)
+                scores = jnp.where(seen, scores, -jnp.inf)
+                weights = jnp.exp2(scores - along(load(row_smem.at[slot, 0]), shape, 1)).astype(dtype)
+                p_smem.at[slot][...] = weights
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(made.at[slot])
+                if tuning.registers:
+                    dv = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, do_smem.at[slot]))(
+                        plgpu.ACC.init(dv)
+                    )
+                else:
+                    dv = dv + product(p_smem.at[slot], do_smem.at[slot], dv.shape)
+                plgpu.barrier_arrive(free.at[slot])
+                return dv
+
+            dv = lax.fori_loop(0, steps, one_step, zeros((ROWS, value_dim)))
+            dv_ref[x, here] = dv.astype(dtype)
+
+        @pl.when(wg == 1)
+        def of_keys() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            plgpu.copy_gmem_to_smem(v_ref.at[x, here], v_smem, v_ready)
+            plgpu.barrier_wait(v_ready)
+
+            def one_step(step, dk):  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+                d_weights = product(v_smem, do_smem.at[slot].transpose((1, 0)), shape)
+                d_weights = d_weights - along(load(row_smem.at[slot, 1]), shape, 1)
+                plgpu.barrier_wait(made.at[slot])
+                weights = plgpu.load(p_smem.at[slot], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                d_scores = (weights * d_weights * scale).astype(dtype)
+                dk = add_product(dk, d_scores, q_smem.at[slot], ds_smem, tuning.registers)
+                plgpu.barrier_arrive(free.at[slot])
+                return dk
+
+            dk = lax.fori_loop(0, steps, one_step, zeros((ROWS, key_dim)))
+            dk_ref[x, here] = dk.astype(dtype)
+
+        @pl.when(wg == 2)
+        def memory() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, steps)
+            def one_step(step) -> None:  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                tile = plan_refs[1][x, start + step] if listed else start + step
+                rows = pl.ds(tile * ROWS, ROWS)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                for source, target in (
+                    (q_ref.at[x, rows], q_smem.at[slot]),
+                    (do_ref.at[x, rows], do_smem.at[slot]),
+                    (lse_ref.at[x, rows], row_smem.at[slot, 0]),
+                    (shift_ref.at[x, rows], row_smem.at[slot, 1]),
+                    (first_ref.at[batch, rows], number_smem.at[slot, 0]),
+                    (end_ref.at[batch, rows], number_smem.at[slot, 1]),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+            drain(steps, stages, free)
+
+    smem = (
+        swizzled((ROWS, key_dim), dtype),
+        swizzled((ROWS, value_dim), dtype),
+        swizzled((stages, ROWS, key_dim), dtype),
+        swizzled((stages, ROWS, value_dim), dtype),
+        plgpu.SMEM((stages, 2, ROWS), jnp.float32),
+        plgpu.SMEM((stages, 2, ROWS), jnp.int32),
+        plgpu.SMEM((ROWS,), jnp.int32) if listed else None,
+        swizzled((stages, *shape), dtype),
+        None if tuning.registers else swizzled(shape, dtype),
+    )
+    barriers = (
+        plgpu.Barrier(num_arrivals=2 if listed else 1),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    )
+    return plgpu.kernel(
+        nsa_key_gradients,
+        out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
+        scratch_types=(smem, barriers),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(length // ROWS, groups),
+        grid_names=("j", "x"),
+        num_threads=3,
+        thread_name="wg",
+    )(saved.q, saved.d_out, saved.lse, saved.shift, *saved.visible, k, v, *plan_operands)

@@ -1,0 +1,147 @@
+"""The Hopper kernels as differentiable functions: attention to intervals of keys, and to chosen blocks."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.nsa.mosaic_backward import Saved, key_gradients, query_gradient
+from kernels_pallas.nsa.mosaic_forward import LOG2_E, ROWS, Lists, Ranges, Tuning, Visible, forward
+from kernels_pallas.nsa.mosaic_plan import (
+    FEATURES,
+    Rows,
+    intervals,
+    inverse,
+    lists,
+    pack_keys,
+    plan_rows,
+    ranges,
+    readers,
+    unpack_keys,
+)
+from kernels_pallas.nsa.tiling import Places, ceil_div, finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Static facts of one attention; key i stands as `mosaic_plan.intervals` says."""
+
+    scale: float
+    stride: int = 1
+    offset: int = 0
+    window: int | None = None
+    forward: Tuning = Tuning()
+    query: Tuning = Tuning()
+    key: Tuning = Tuning()
+
+
+class _Residuals(NamedTuple):
+    q: Array
+    k: Array
+    v: Array
+    indices: Array | None
+    places: Places
+    out: Array
+    lse: Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(
+    kernels: Kernels,
+    q: Float[Array, "B T Hkv G Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    indices: Int[Array, "B T Hkv n"] | None,
+    places: Places,
+) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
+    """Attention to the keys of each query's interval, within its chosen blocks where `indices` are given
+    (blocks of `kernels.forward.keys` tokens), and the log-sum-exp in float32.
+
+    bfloat16 or float16, groups of up to 64 heads. A query that sees nothing gets exactly 0 and -inf.
+    """
+    return _forward(kernels, q, k, v, indices, places)
+
+
+class _Prepared(NamedTuple):
+    """Operands in the order of the kernels."""
+
+    layout: Rows
+    q: Array
+    k: Array
+    v: Array
+    visible: Visible
+
+
+def _prepare(kernels: Kernels, q: Array, k: Array, v: Array, places: Places) -> _Prepared:
+    most = max(kernels.forward.rows, kernels.query.rows)
+    layout = plan_rows(q.shape[1], q.shape[3], most)
+    tile = max(kernels.forward.keys, kernels.query.keys, ROWS)
+    first, end = intervals(places, kernels.stride, kernels.offset, kernels.window)
+    end = jnp.minimum(end, k.shape[1])
+    visible = Visible(layout.spread(first, 0), layout.spread(end, 0))
+    return _Prepared(layout, layout.pack(q, FEATURES), pack_keys(k, tile), pack_keys(v, tile), visible)
+
+
+def _plan(
+    ready: _Prepared, indices: Array | None, tuning: Tuning
+) -> Ranges | Lists:
+    if indices is None:
+        return ranges(ready.visible, tuning.rows, tuning.keys)
+    return lists(ready.layout, indices, ready.k.shape[1] // tuning.keys, tuning.rows, tuning.warpgroups)
+
+
+def _forward(
+    kernels: Kernels, q: Array, k: Array, v: Array, indices: Array | None, places: Places
+) -> tuple[Array, Array]:
+    ready = _prepare(kernels, q, k, v, places)
+    plan = _plan(ready, indices, kernels.forward)
+    out, lse = forward(
+        ready.q, ready.k, ready.v, ready.visible, plan, scale=kernels.scale, tuning=kernels.forward
+    )
+    out = ready.layout.unpack(out, k.shape[2], v.shape[3])
+    return out, ready.layout.unpack(lse[..., None], k.shape[2], 1)[..., 0] / LOG2_E
+
+
+def _forward_saving(
+    kernels: Kernels, q: Array, k: Array, v: Array, indices: Array | None, places: Places
+) -> tuple[tuple[Array, Array], _Residuals]:
+    out, lse = _forward(kernels, q, k, v, indices, places)
+    return (out, lse), _Residuals(q, k, v, indices, places, out, lse)
+
+
+def _backward(
+    kernels: Kernels, saved: _Residuals, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None, None]:
+    q, k, v, indices, places, out, lse = saved
+    d_out, d_lse = cotangents
+    d_lse = jnp.where(lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
+    shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    ready = _prepare(kernels, q, k, v, places)
+    pack = ready.layout.pack
+    rows = Saved(
+        ready.q,
+        pack(d_out.astype(q.dtype), FEATURES),
+        pack((finite(lse) * LOG2_E)[..., None])[..., 0],
+        pack(shift[..., None])[..., 0],
+        ready.visible,
+    )
+    plan = _plan(ready, indices, kernels.query)
+    dq = query_gradient(rows, ready.k, ready.v, plan, scale=kernels.scale, tuning=kernels.query)
+    dq = ready.layout.unpack(dq, k.shape[2], q.shape[4])
+
+    row_plan = _plan(ready, indices, dataclasses.replace(kernels.key, warpgroups=1, keys=ROWS))
+    tiles = ceil_div(ready.k.shape[1], ROWS)
+    if isinstance(row_plan, Lists):
+        turned, bits = inverse(row_plan, tiles), row_plan.row_bits
+    else:
+        turned, bits = readers(row_plan, tiles), None
+    dk, dv = key_gradients(
+        rows, ready.k, ready.v, turned, row_bits=bits, scale=kernels.scale, tuning=kernels.key
+    )
+    return dq, unpack_keys(dk, k), unpack_keys(dv, v), None, None
+
+
+attend.defvjp(_forward_saving, _backward)

@@ -1,0 +1,174 @@
+"""What each tile of a Hopper kernel has to read, worked out in XLA: nothing here is of size queries times keys.
+
+A row is one query of one head. The heads of a group are padded to a power of two and the queries to whole
+tiles, so a tile of rows is some queries with all of their heads, and every branch is attention to an interval
+of keys: for selection, to the interval's part in the chosen blocks. Neighbouring queries share the union of
+their blocks; each row's bit says which of them are its own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.nsa.mosaic_forward import ROWS, Lists, Ranges, Visible
+from kernels_pallas.nsa.tiling import Places, ceil_div, pad_axis, power_of_two_at_most
+
+FEATURES = 64
+"""Head dims are padded to multiples of this: a swizzled row of 128 bytes."""
+MAX_QUERIES = 32
+"""In a tile, as each has a bit of an int32."""
+
+
+class Rows(NamedTuple):
+    """How queries become rows: static."""
+
+    length: int
+    groups: int
+    padded_groups: int
+    padded_length: int
+
+    def queries(self, rows: int) -> int:
+        """In a tile of so many rows."""
+        return rows // self.padded_groups
+
+    def pack(self, x: Float[Array, "B T Hkv G D"], features: int | None = None) -> Float[Array, "X R D"]:
+        """Rows of queries; the last axis is padded to a multiple of `features`."""
+        x = x if features is None else pad_axis(x, 4, features)
+        x = pad_axis(pad_axis(x, 3, self.padded_groups), 1, self.padded_length)
+        batch, _, kv_heads, _, dim = x.shape
+        return jnp.moveaxis(x, 2, 1).reshape(batch * kv_heads, self.padded_length * self.padded_groups, dim)
+
+    def unpack(self, x: Float[Array, "X R D"], kv_heads: int, dim: int) -> Float[Array, "B T Hkv G D"]:
+        """The inverse of `pack`, padding cut off."""
+        x = x.reshape(-1, kv_heads, self.padded_length, self.padded_groups, x.shape[-1])
+        return jnp.moveaxis(x, 1, 2)[:, : self.length, :, : self.groups, :dim]
+
+    def spread(self, x: Int[Array, "B T"], fill: int) -> Int[Array, "B R"]:
+        """A number of each query to its rows; rows of padded queries get `fill`."""
+        return jnp.repeat(pad_axis(x, 1, self.padded_length, fill=fill), self.padded_groups, axis=1)
+
+
+def plan_rows(length: int, groups: int, rows: int) -> Rows:
+    """Rows for tiles of `rows`; groups of up to 64 heads."""
+    padded = power_of_two_at_most(2 * groups - 1)
+    padded = max(padded, ceil_div(rows, MAX_QUERIES))
+    queries = max(rows, ROWS) // padded
+    return Rows(length, groups, padded, max(1, ceil_div(length, queries)) * queries)
+
+
+def pack_keys(x: Float[Array, "B S Hkv D"], tile: int) -> Float[Array, "X S D"]:
+    x = pad_axis(pad_axis(x, 3, FEATURES), 1, tile)
+    batch, length, kv_heads, dim = x.shape
+    return jnp.moveaxis(x, 2, 1).reshape(batch * kv_heads, length, dim)
+
+
+def unpack_keys(x: Float[Array, "X S D"], like: Float[Array, "B S Hkv D"]) -> Float[Array, "B S Hkv D"]:
+    """The inverse of `pack_keys`, in the dtype of `like`."""
+    batch, length, kv_heads, dim = like.shape
+    x = x.reshape(batch, kv_heads, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 2)[:, :length, :, :dim].astype(like.dtype)
+
+
+def intervals(
+    places: Places, stride: int, offset: int, window: int | None
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """First key and end of the keys that each query sees.
+
+    Key i stands for the tokens i * stride ... i * stride + offset, all of which must lie in the query's
+    segment and not in its future; `window` bounds the age of the last of them.
+    """
+    newest = places.q_positions
+    oldest = jnp.zeros_like(newest)
+    if places.q_segments is not None and places.key_segments is not None:
+        oldest = jnp.take_along_axis(segment_starts(places.key_segments), newest, axis=1)
+        newest = jnp.where(places.q_segments == 0, -1, newest)
+    if window is not None:
+        oldest = jnp.maximum(oldest, newest - offset - window + 1)
+    first = -(-oldest // stride)
+    end = jnp.maximum((newest - offset) // stride + 1, 0)
+    return first, end
+
+
+def segment_starts(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Position of the first token of the segment that each token belongs to."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
+    changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return lax.cummax(jnp.where(changed, index, jnp.zeros_like(index)), axis=1)
+
+
+def ranges(visible: Visible, rows: int, keys: int) -> Ranges:
+    """Tiles of keys that each tile of rows reads."""
+    batch = visible.first.shape[0]
+    first, end = (x.reshape(batch, -1, rows) for x in visible)
+    empty = end <= first
+    start = jnp.min(jnp.where(empty, np.iinfo(np.int32).max, first), axis=2) // keys
+    stop = _ceil_div(jnp.max(jnp.where(empty, 0, end), axis=2), keys)
+    start = jnp.minimum(start, stop)
+    full_start = jnp.clip(_ceil_div(jnp.max(first, axis=2), keys), start, stop)
+    full_stop = jnp.clip(jnp.min(jnp.where(empty, 0, end), axis=2) // keys, full_start, stop)
+    return Ranges(jnp.stack([start, full_start, full_stop, stop], axis=2))
+
+
+def readers(plan: Ranges, tiles: int) -> Int[Array, "B tiles 2"]:
+    """First and end of the tiles of rows that read each tile of keys."""
+    key_tile = jnp.arange(tiles, dtype=jnp.int32)[None, :, None]
+    start, stop = plan.bounds[:, None, :, 0], plan.bounds[:, None, :, 3]
+    reads = (start <= key_tile) & (key_tile < stop)
+    number = jnp.arange(reads.shape[2], dtype=jnp.int32)[None, None]
+    first = jnp.min(jnp.where(reads, number, np.iinfo(np.int32).max), axis=2)
+    end = jnp.max(jnp.where(reads, number + 1, 0), axis=2)
+    return jnp.stack([jnp.minimum(first, end), end], axis=2)
+
+
+def lists(layout: Rows, indices: Int[Array, "B T Hkv n"], blocks: int, rows: int, warpgroups: int) -> Lists:
+    """Union of the blocks that the queries of each tile chose."""
+    queries = layout.queries(rows)
+    indices = pad_axis(indices, 1, layout.padded_length, fill=-1)
+    batch, length, kv_heads, chosen = indices.shape
+    tiles = length // queries
+    block = jnp.moveaxis(indices, 2, 1).reshape(batch * kv_heads, tiles, queries * chosen)
+    block = jnp.where((block >= 0) & (block < blocks), block, blocks)
+    of_query = jnp.asarray((np.uint32(1) << np.arange(queries, dtype=np.uint32)).view(np.int32))
+    bit = jnp.broadcast_to(jnp.repeat(of_query, chosen)[None, None], block.shape)
+    block, bit = lax.sort((block, bit), dimension=2, num_keys=1)
+    new = jnp.pad(block[..., 1:] != block[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=True)
+    slot = jnp.cumsum(new.astype(jnp.int32), axis=2) - 1
+    count = jnp.sum((new & (block < blocks)).astype(jnp.int32), axis=2)
+
+    def join(slots: Array, numbers: Array, bits: Array) -> tuple[Array, Array]:
+        # The bits of one block's queries differ, so their sum is their union; integers add in any order.
+        members = jnp.zeros_like(bits).at[slots].add(bits, mode="promise_in_bounds")
+        return jnp.full_like(numbers, blocks).at[slots].min(numbers, mode="promise_in_bounds"), members
+
+    union, members = jax.vmap(jax.vmap(join))(slot, block, bit)
+    row_bits = jnp.repeat(of_query, layout.padded_groups)
+    of_warpgroups = jnp.sum(of_query.reshape(warpgroups, -1), axis=1)
+    return Lists(count, union, members, row_bits, of_warpgroups)
+
+
+class Inverse(NamedTuple):
+    """Tiles of rows that read each block: those from start[x, j] to start[x, j + 1] in `tiles`."""
+
+    start: Int[Array, "X blocks+1"]
+    tiles: Int[Array, "X E"]
+    members: Int[Array, "X E"]
+
+
+def inverse(plan: Lists, blocks: int) -> Inverse:
+    """The lists turned round, in ascending order of the tiles."""
+    groups, tiles, slots = plan.blocks.shape
+    used = jnp.arange(slots, dtype=jnp.int32)[None, None] < plan.count[..., None]
+    block = jnp.where(used, plan.blocks, blocks).reshape(groups, tiles * slots)
+    tile = jnp.repeat(jnp.arange(tiles, dtype=jnp.int32), slots)[None]
+    operands = (block, jnp.broadcast_to(tile, block.shape), plan.members.reshape(block.shape))
+    block, tile, members = lax.sort(operands, dimension=1, num_keys=2)
+    start = jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(blocks + 1, dtype=jnp.int32)))(block)
+    return Inverse(start.astype(jnp.int32), tile, members)
+
+
+def _ceil_div(a: Array, b: int) -> Array:
+    return -(-a // b)
