@@ -17,7 +17,11 @@ _NAMES = {"full": FULL, "nsa": SPARSE}
 
 def build(runs: Sequence[RunFolder]) -> Section | None:
     """The section, or None where no run of text with NSA is among the runs."""
-    trained = [r for r in runs if r.task == "train" and r.setting("data", "kind") == "text"]
+    trained = [
+        r
+        for r in runs
+        if r.task == "train" and r.setting("data", "kind") == "text" and r.get("retrofit") is None
+    ]
     groups = {
         name: [r for r in trained if r.setting("model", "attention") == kind] for kind, name in _NAMES.items()
     }
