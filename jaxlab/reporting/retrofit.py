@@ -23,9 +23,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     retrofits = [r for r in runs if r.task == "train" and r.get("retrofit") is not None]
     if not retrofits:
         return None
-    section = Section(
-        KEY, "Part one · Retrofit", "A dense model made sparse", _headline(retrofits[0]), runs=retrofits
-    )
+    section = Section(KEY, "Retrofit", "A dense model made sparse", _headline(retrofits[0]), runs=retrofits)
     section.body = [
         paragraph(
             "Native sparse attention need not be trained from the start: the keys and values of a dense "
@@ -54,7 +52,7 @@ def _coverage(run: RunFolder, index: int) -> Markup:
         f"{count(run.get('retrofit', 'length'))} tokens before the first step: every query may read {blocks} "
         f"blocks of {size} tokens, and {percent(run.get('retrofit', 'choice'))} of the queries see more than "
         "these; the others read all. The choice is good where its line is near the best blocks', and worth "
-        "nothing where it is near the lot's."
+        "nothing where it is near the lot's; with the window more is read than the best blocks hold."
     )
     return figure(
         plots.layer_figure({said: coverage[name] for name, said in _SHARES.items()}, "share of attention"),
