@@ -61,6 +61,8 @@ def test_with_open_gates_a_covered_text_stays_within_the_bound():
     for gate in (GATE, GATE / 2):
         changed, new = retrofit(params, config, WIDE, gate=gate)
         away[gate] = heads(changed, new) - dense
+        gates = jax.nn.sigmoid(changed["layers"]["attention"]["gate"]["bias"])
+        np.testing.assert_allclose(gates, np.tile([gate, 1 - 2 * gate, gate], (1, 4, 1)), rtol=1e-5)
         assert 0.1 * gate < np.abs(away[gate]).max() <= 4 * gate * np.abs(values).max()
     # The distance is the gate times something of the dense model alone.
     np.testing.assert_allclose(away[GATE], 2 * away[GATE / 2], rtol=1e-3, atol=1e-5)

@@ -27,7 +27,8 @@ from tests.models.tiny import NSA, draw_params, make_config
 LLAMA = {
     "vocab_size": 131, "width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 10,
     "mlp_width": 44, "norm_eps": 1e-6, "max_length": 16, "attention": "nsa",
-    "nsa": {"block_len": 4, "stride": 2, "block_size": 4, "num_blocks": 3, "window": 3, "compress_width": 20},
+    "nsa": {"block_len": 4, "stride": 2, "block_size": 4, "num_blocks": 3, "num_local": 1, "window": 3,
+        "compress_width": 20},
 }  # fmt: skip
 
 
