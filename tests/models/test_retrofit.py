@@ -23,18 +23,20 @@ COVERED = WIDE.num_blocks * WIDE.block_size
 BASE = make_config(num_layers=1, width=24, attention_bias=True)
 
 
+@partial(jax.jit, static_argnums=(1, 2), static_argnames="gate")
+def compiled(params, config, nsa, key=None, gate=GATE):
+    return retrofit(params, config, nsa, key=key, gate=gate)[0]
+
+
 def test_with_saturated_gates_a_covered_text_gives_the_dense_logits():
     config = make_config(
         attention_bias=True, norm="layer", qk_norm="width", tie_embeddings=False, attention_scale=0.7,
         rope=RopeConfig(dim=2, interleaved=True, scaling="yarn", factor=2.0, original_length=8),
-        moe=MoEConfig(num_experts=3, width=5, shared_width=4, first_dense=1),
     )  # fmt: skip
     params, tokens = draw_params(config), draw_tokens(config, 2, COVERED)
     wide = dataclasses.replace(WIDE, gate_width=3)
     new = retrofitted(config, wide)
-    changed = jax.jit(lambda p: retrofit(p, config, wide, gate=1e-9)[0])(params)
-    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
-    assert shapes(changed) == shapes(abstract_params(new))
+    changed = compiled(params, config, wide, gate=1e-9)
     run = jax.jit(lambda p, config: forward(p, {"tokens": tokens}, config)[0], static_argnums=1)
     dense, sparse = run(params, config), run(changed, new)
     assert np.abs(dense).max() > 1
@@ -59,7 +61,7 @@ def test_with_open_gates_a_covered_text_stays_within_the_bound():
     values += np.asarray(params["layers"]["attention"]["value_bias"])[:, None]
     away = {}
     for gate in (GATE, GATE / 2):
-        changed, new = retrofit(params, config, WIDE, gate=gate)
+        changed, new = compiled(params, config, WIDE, gate=gate), retrofitted(config, WIDE)
         away[gate] = heads(changed, new) - dense
         gates = jax.nn.sigmoid(changed["layers"]["attention"]["gate"]["bias"])
         np.testing.assert_allclose(gates, np.tile([gate, 1 - 2 * gate, gate], (1, 4, 1)), rtol=1e-5)
@@ -70,7 +72,7 @@ def test_with_open_gates_a_covered_text_stays_within_the_bound():
 
 def test_compression_is_the_mean_and_its_spare_units_can_learn():
     config, params = BASE, draw_params(BASE)
-    changed = retrofit(params, config, WIDE, key=jax.random.key(3))[0]["layers"]["attention"]
+    changed = compiled(params, config, WIDE, key=jax.random.key(3))["layers"]["attention"]
     x = np.random.default_rng(0).standard_normal((1, 9, 2, 6)).astype(np.float32) * 5
     phi = jax.tree.map(lambda leaf: leaf[0], changed["compress_value"])
 
@@ -82,7 +84,7 @@ def test_compression_is_the_mean_and_its_spare_units_can_learn():
     np.testing.assert_allclose(summaries(phi), np.stack(means, axis=1), rtol=1e-5, atol=1e-5)
     gradient = jax.grad(lambda phi: jnp.sum(summaries(phi)))(phi)
     assert np.abs(gradient["output"][12:]).min() > 0
-    other = retrofit(params, config, WIDE, key=jax.random.key(4))[0]["layers"]["attention"]
+    other = compiled(params, config, WIDE, key=jax.random.key(4))["layers"]["attention"]
     drawn = [tree["compress_value"]["hidden"][..., 12:] for tree in (changed, other)]
     assert drawn[0].shape[-1] == 3
     assert np.abs(drawn[0] - drawn[1]).max() > 0.1
@@ -94,15 +96,22 @@ def test_compression_is_the_mean_and_its_spare_units_can_learn():
 def test_all_but_attention_is_left_alone():
     config = make_config("vision", moe=MoEConfig(num_experts=2, width=5))
     params = draw_params(config)
-    changed, new = retrofit(params, config, WIDE)
-    assert new == dataclasses.replace(config, attention="nsa", nsa=WIDE)
-    for name in ("vision", "projector", "embedding", "final_norm"):
-        assert changed[name] is params[name]
-    for name in params["layers"].keys() - {"attention"}:
-        assert changed["layers"][name] is params["layers"][name]
+    changed = compiled(params, config, WIDE)
+    assert retrofitted(config, WIDE) == dataclasses.replace(config, attention="nsa", nsa=WIDE)
+    attention = changed["layers"].pop("attention")
+    before = params["layers"].pop("attention")
+    jax.tree.map(np.testing.assert_array_equal, changed, params)
     for name in ("query", "output"):
-        assert changed["layers"]["attention"][name] is params["layers"]["attention"][name]
-    assert "gate" not in params["layers"]["attention"]
+        np.testing.assert_array_equal(attention[name], before[name])
+
+
+@pytest.mark.parametrize("gate_width", [0, 3])
+def test_its_parameters_are_those_of_its_config(gate_width):
+    config = make_config("other", moe=MoEConfig(num_experts=3, width=5, first_dense=1), num_layers=3,
+                         mlp="gated", mlp_bias=False)  # fmt: skip
+    nsa = dataclasses.replace(WIDE, gate_width=gate_width)
+    changed = jax.eval_shape(lambda p: retrofit(p, config, nsa)[0], abstract_params(config))
+    assert changed == abstract_params(retrofitted(config, nsa))
 
 
 @pytest.mark.parametrize(
