@@ -61,7 +61,7 @@ for _task in (
         "the main job: all three systems on real input, and a report",
         "arguments",
     ),
-    Task("train", "jaxlab.training.train", "train or fine-tune a language model or a VLM"),
+    Task("train", "jaxlab.training.train", "train, fine-tune or retrofit a language model or a VLM"),
     Task(
         "evaluate",
         "jaxlab.evaluation.evaluate",

@@ -20,7 +20,7 @@ class DataConfig:
     """What a model is trained or evaluated on."""
 
     kind: Literal["text", "digits", "episodes"] = "text"
-    """text: bytes of files; digits: questions about handwritten digits; episodes: in-context learning."""
+    """text: files; digits: questions about handwritten digits; episodes: in-context learning."""
     text: TextConfig = TextConfig()
     """Used where kind is text."""
     digits: DigitsConfig = DigitsConfig()
@@ -104,7 +104,8 @@ def check_same_words(model: Tokenizer | None, source: Tokenizer | None, path: st
         if model is not source:
             kinds = ["words" if tokenizer else "bytes" for tokenizer in (model, source)]
             raise UserError(
-                f"{path}: the model reads {kinds[0]}, the data holds {kinds[1]}; change data.kind"
+                f"{path}: the model reads {kinds[0]}, the data holds {kinds[1]}; change data.kind "
+                "or data.text.tokenizer"
             )
         return
     theirs = source.get_vocab()

@@ -1,4 +1,5 @@
-"""Byte-level language modelling on files: by default the source files of Python's own standard library."""
+"""Language modelling on files, in bytes or in a model's tokens: by default the source files of Python's own
+standard library."""
 
 import functools
 import hashlib
@@ -8,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from jaxlab.checkpoints.loading import load_tokenizer
+from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 
 SEPARATOR = 0
@@ -17,12 +21,15 @@ SEPARATOR = 0
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Byte-level text from files."""
+    """Text from files."""
 
     path: str = "stdlib"
     """A file, a folder of text files, or `stdlib`: the source files of Python's standard library."""
     pattern: str = "**/*.py"
     """Which files of a folder."""
+    tokenizer: str | None = None
+    """A model whose tokenizer makes tokens of each file, with those that it puts around a text; none: tokens
+    are bytes."""
     sequence_length: int = 1024
     """Tokens in a sequence (T)."""
     holdout_every: int = 20
@@ -42,13 +49,14 @@ class TextSource:
 
     def __init__(self, config: TextConfig):
         self.config = config
-        self.training, held_out, self.identity = read_text(config)
-        half = len(held_out) // 2
+        self._tokenizer = None if config.tokenizer is None else _tokenizer_of(config.tokenizer)
+        self.training, held_out, self.identity = read_text(config, self._tokenizer)
+        half, unit = len(held_out) // 2, "bytes" if self._tokenizer is None else "tokens"
         self.held_out = {"validation": held_out[:half], "test": held_out[half:]}
         for name, tokens in {"training": self.training, **self.held_out}.items():
             if len(tokens) < config.sequence_length:
                 raise UserError(
-                    f"{config.path}: {len(tokens)} bytes of {name} text cannot fill a sequence of "
+                    f"{config.path}: {len(tokens)} {unit} of {name} text cannot fill a sequence of "
                     f"{config.sequence_length}; lower data.text.sequence_length or give more text"
                 )
 
@@ -66,8 +74,8 @@ class TextSource:
         for i in range(min(count, (len(tokens) // length) // batch_size)):
             yield self._crops(tokens, (i * batch_size + np.arange(batch_size)) * length)
 
-    def tokenizer(self) -> None:
-        return None
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
 
     def _crops(self, tokens: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
         crops = tokens[starts[:, None] + np.arange(self.config.sequence_length)[None]].astype(np.int32)
@@ -76,8 +84,15 @@ class TextSource:
         return {"tokens": crops, "loss_mask": mask}
 
 
-def read_text(config: TextConfig) -> tuple[np.ndarray, np.ndarray, str]:
-    """(training bytes, held-out bytes, digest of both) of the files that `config` names.
+def _tokenizer_of(model: str) -> Tokenizer:
+    found = load_tokenizer(model_folder(model))
+    if found is None:
+        raise UserError(f"{model}: has no tokenizer; name another model, or leave data.text.tokenizer out")
+    return found
+
+
+def read_text(config: TextConfig, tokenizer: Tokenizer | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+    """(training tokens, held-out tokens, digest of what they follow from) of the files that `config` names.
 
     Raises:
       UserError: nothing there, or too few files.
@@ -91,7 +106,8 @@ def read_text(config: TextConfig) -> tuple[np.ndarray, np.ndarray, str]:
         files = [f for f in files if not skipped & set(f.relative_to(root).parts)]
     try:
         stamped = tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
-        training, held_out, digest = _read(stamped, config.holdout_every)
+        words = None if tokenizer is None else tokenizer.to_str()
+        training, held_out, digest = _read(stamped, config.holdout_every, words)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}; set data.text.path") from error
     if not len(training) or not len(held_out):
@@ -103,8 +119,13 @@ def read_text(config: TextConfig) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 @functools.cache
-def _read(files: tuple[tuple[Path, int, int], ...], holdout_every: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """The bytes of files, each with its time of change and its size, so that a changed file is read again."""
+def _read(
+    files: tuple[tuple[Path, int, int], ...], holdout_every: int, words: str | None
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """The tokens of files, each with its time of change and its size, so that a changed file is read again.
+
+    `words` is the tokenizer as text; None: bytes.
+    """
     texts = [file.read_bytes() for file, _, _ in files]
     texts = [t for t in texts if t and SEPARATOR not in t]
     if len(texts) == 1:  # one file: its end is held out
@@ -117,4 +138,14 @@ def _read(files: tuple[tuple[Path, int, int], ...], holdout_every: int) -> tuple
     digest = hashlib.sha256(f"{len(joined[0])} ".encode())
     for part in joined:
         digest.update(part)
-    return np.frombuffer(joined[0], np.uint8), np.frombuffer(joined[1], np.uint8), digest.hexdigest()
+    if words is None:
+        return np.frombuffer(joined[0], np.uint8), np.frombuffer(joined[1], np.uint8), digest.hexdigest()
+    digest.update(words.encode())
+    tokenizer = Tokenizer.from_str(words)
+    return _encode(training, tokenizer), _encode(held_out, tokenizer), digest.hexdigest()
+
+
+def _encode(texts: list[bytes], tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of texts, one after the other."""
+    encoded = tokenizer.encode_batch([text.decode("utf-8", "replace") for text in texts])
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(e.ids, np.int32) for e in encoded)])

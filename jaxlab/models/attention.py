@@ -80,16 +80,7 @@ def attention(
     the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
     """
     rotary = where.local_rotary if kind == "sliding" else where.rotary
-    q = _project(params, "query", x, "btd,dhk->bthk")
-    if kind == "nsa":
-        k = _project(params, "key", x, "btd,cdhk->bcthk")
-        v = _project(params, "value", x, "btd,cdhk->bcthk")
-    else:
-        k = _project(params, "key", x, "btd,dhk->bthk")
-        v = _project(params, "value", x, "btd,dhk->bthk")
-    if config.qk_norm != "none":
-        q = _head_norm(params["query_norm"], q, config)
-        k = _head_norm(params["key_norm"], k, config)
+    q, k, v = projections(params, x, config, kind)
     if rotary is not None:
         q = rotate(q, rotary, config.rope.interleaved)
         if kind != "nsa":
@@ -108,6 +99,22 @@ def attention(
     if config.has_output_bias:
         y = y + params["output_bias"].astype(x.dtype)[None, None]
     return y, cache, chosen
+
+
+def projections(
+    params: Params, x: Float[Array, "B T D"], config: ModelConfig, kind: str
+) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B ... T Hkv Dk"], Float[Array, "B ... T Hkv Dv"]]:
+    """Queries, keys and values of a layer, normed where the model has it, before their rotary positions.
+
+    With NSA keys and values of its three branches: [B, 3, T, Hkv, D].
+    """
+    equation = "btd,cdhk->bcthk" if kind == "nsa" else "btd,dhk->bthk"
+    q = _project(params, "query", x, "btd,dhk->bthk")
+    k, v = _project(params, "key", x, equation), _project(params, "value", x, equation)
+    if config.qk_norm != "none":
+        q = _head_norm(params["query_norm"], q, config)
+        k = _head_norm(params["key_norm"], k, config)
+    return q, k, v
 
 
 def _head_norm(

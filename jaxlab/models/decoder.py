@@ -48,19 +48,7 @@ def forward(
     if probe is not None and cache is not None:
         raise ValueError("a probe reads whole sequences; it cannot be used with a cache")
     batch = {name: jnp.asarray(value) for name, value in prepare_batch(batch, config).items()}
-    tokens = batch["tokens"]
-    where = _where(batch, config, cache)
-    x = params["embedding"]["table"].astype(config.compute_dtype)[tokens]
-    if config.embedding_scale != 1.0:
-        x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    additions = None
-    if "images" in batch:
-        images = encode_images(params, batch, config)
-        x = place_images(x, tokens, images.tokens, config.vision.image_token)
-        if images.deep is not None:
-            additions = scatter_deep(images.deep, tokens, config.vision.image_token)
-    if config.position == "learned":
-        x = x + params["position"]["table"].astype(x.dtype)[where.positions]
+    x, where, additions = embed(params, batch, config, cache)
     layers = stack(
         params["layers"], x, where, config, dense_params=params.get("dense_layers"),
         probe=probe, cache=cache, additions=additions,
@@ -82,6 +70,27 @@ def forward(
         offset = _next_position(batch, where, cache) - length if "positions" in batch else cache.offset
         intermediates["cache"] = Cache(*layers.caches, length, offset)
     return logits, intermediates
+
+
+def embed(
+    params: Params, batch: Batch, config: ModelConfig, cache: Cache | None = None
+) -> tuple[Float[Array, "B T D"], Where, Float[Array, "n B T D"] | None]:
+    """What the first layer reads of a prepared batch, where its tokens stand, and what is added to the
+    outputs of the first n layers (DeepStack)."""
+    tokens = batch["tokens"]
+    where = _where(batch, config, cache)
+    x = params["embedding"]["table"].astype(config.compute_dtype)[tokens]
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    additions = None
+    if "images" in batch:
+        images = encode_images(params, batch, config)
+        x = place_images(x, tokens, images.tokens, config.vision.image_token)
+        if images.deep is not None:
+            additions = scatter_deep(images.deep, tokens, config.vision.image_token)
+    if config.position == "learned":
+        x = x + params["position"]["table"].astype(x.dtype)[where.positions]
+    return x, where, additions
 
 
 def _where(batch: Batch, config: ModelConfig, cache: Cache | None) -> Where:

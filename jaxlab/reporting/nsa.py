@@ -17,7 +17,7 @@ _NAMES = {"full": FULL, "nsa": SPARSE}
 
 def build(runs: Sequence[RunFolder]) -> Section | None:
     """The section, or None where no run of text with NSA is among the runs."""
-    trained = [r for r in runs if r.task == "train" and r.setting("data", "kind") == "text"]
+    trained = [r for r in runs if r.task == "train" and _is_from_scratch_on_bytes(r)]
     groups = {
         name: [r for r in trained if r.setting("model", "attention") == kind] for kind, name in _NAMES.items()
     }
@@ -51,6 +51,11 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
         section.body.insert(2, note("No run with full attention was given: nothing to compare NSA with."))
     section.runs = [*trained, *evaluated]
     return section
+
+
+def _is_from_scratch_on_bytes(run: RunFolder) -> bool:
+    on_bytes = run.setting("data", "kind") == "text" and run.setting("data", "text", "tokenizer") is None
+    return on_bytes and run.get("retrofit") is None
 
 
 def _of(evaluation: RunFolder, trained: Sequence[RunFolder]) -> bool:

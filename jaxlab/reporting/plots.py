@@ -18,7 +18,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxlab.reporting.formats import Number
 from jaxlab.reporting.markup import Markup
@@ -181,6 +181,21 @@ def position_figure(series: Mapping[str, Sequence[tuple[Number, Number]]], unit:
         grid[0, 0].set(xlabel="position in the sequence (tokens)", ylabel=f"loss ({unit})")
         if len(series) > 1:
             grid[0, 0].legend(loc="upper right")
+        return figure
+
+
+def layer_figure(series: Mapping[str, Sequence[Number]], label: str) -> Figure:
+    """Shares by layer, one line per name."""
+    with style():
+        figure, grid = canvas(8.8, 3.1)
+        axes = grid[0, 0]
+        numbered = {name: (list(range(1, len(values) + 1)), values) for name, values in series.items()}
+        curves(axes, {name: [points] for name, points in numbered.items()}, markers=True)
+        layers = max(len(values) for values in series.values())
+        axes.set(xlabel="layer", ylabel=label, ylim=(0, 1.04), xlim=(0.5, layers + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxlab.files import write_atomic
-from jaxlab.reporting import generic, icl, injection, nsa
+from jaxlab.reporting import generic, icl, injection, nsa, retrofit
 from jaxlab.reporting.folders import RunFolder, read_runs
 from jaxlab.reporting.formats import NONE, duration, size
 from jaxlab.reporting.page import Section, page
@@ -45,7 +45,8 @@ def render(runs: Sequence[RunFolder]) -> str:
 def build(runs: Sequence[RunFolder]) -> list[Section]:
     """The sections that these runs give, the one for runs of no other section last."""
     runs = [r for r in runs if r.task != "quickstart"]
-    sections = [section for module, _, _ in _PARTS if (section := module.build(runs))]
+    modules = [*(module for module, _, _ in _PARTS), retrofit]
+    sections = [section for module in modules if (section := module.build(runs))]
     told = {id(r) for section in sections for r in section.runs}
     more = generic.build([r for r in runs if id(r) not in told])
     if sections and more:

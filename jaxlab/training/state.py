@@ -1,6 +1,8 @@
 """The state of training: where it lives, and how it begins."""
 
+import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from jaxlab.checkpoints.comparing import differences
 from jaxlab.checkpoints.loading import load_model, load_model_config, load_tokenizer, stored_shapes
 from jaxlab.checkpoints.native import check_same_tree
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import Source, check_same_words
-from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, Params, abstract_params, init_params
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, init_params
+from jaxlab.models.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
 
@@ -43,45 +47,86 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
     return State(everywhere, params, moments)  # type: ignore[arg-type]
 
 
+class Initial(NamedTuple):
+    """The model that training starts from."""
+
+    folder: Path | None = None
+    """None: there is none, all parameters are random."""
+    dense: ModelConfig | None = None
+    """Its config where it is dense and the model to train has NSA: it is retrofitted. None: its parameters
+    are taken as they are."""
+
+
+def read_initial(initial: Initial, model: ModelConfig, mesh: Mesh) -> Params:
+    """The initial model's parameters in float32, each where the state's will live; {} without one."""
+    if initial.folder is None:
+        return {}
+    shardings = param_shardings(initial.dense or model, mesh)
+    theirs = {name: shardings[name] for name in stored_shapes(initial.folder)}
+    _, loaded, _ = load_model(initial.folder, shardings=theirs, dtype=jnp.float32)
+    return loaded
+
+
 def init_state(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
     seed: int,
     shardings: State,
-    initial: Path | None = None,
+    loaded: Params,
+    *,
+    dense: ModelConfig | None = None,
+    gate: float = GATE,
 ) -> State:
-    """The state at step 0, made where it will live: random parameters, under those of `initial`."""
+    """The state at step 0, made where it will live: random parameters, under those that were `loaded`.
+
+    `dense`: their config, if they are those of a dense model to retrofit (`Initial.dense`); compression and
+    window begin with this `gate`.
+    """
 
     def make(key: Key[Array, ""], loaded: Params) -> State:
+        if dense is not None:
+            new = jax.random.fold_in(key, 1)
+            loaded, _ = retrofit(loaded, dense, model.nsa, key=new, gate=gate)
         params = {**init_params(model, key), **loaded}
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    loaded: Params = {}
-    if initial is not None:
-        theirs = {name: shardings.params[name] for name in stored_shapes(initial)}
-        _, loaded, _ = load_model(initial, shardings=theirs, dtype=jnp.float32)
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed), loaded)
 
 
-def find_initial(reference: str, model: ModelConfig, source: Source) -> Path:
-    """The folder of the model that training starts from; only a vision tower and a projector may be new.
+def find_initial(reference: str, model: ModelConfig, source: Source) -> Initial:
+    """The model that training starts from; only a vision tower and a projector may be new.
+
+    A dense model for a `model` with NSA is retrofitted: all else about the two must be the same.
 
     Raises:
       UserError: there is none, or it does not fit `model` or the data.
     """
     folder = model_folder(reference)
     theirs, stored = load_model_config(folder), stored_shapes(folder)
+    dense = None
+    if model.attention == "nsa" and theirs.attention != "nsa":
+        try:
+            retrofitted(theirs, model.nsa)
+        except ConfigError as error:
+            raise UserError(f"{folder}: it cannot be retrofitted to NSA: {error}") from error
+        dense = dataclasses.replace(model, attention="full", nsa=NSAConfig())
     expected = {
         name: tree
-        for name, tree in abstract_params(model).items()
+        for name, tree in abstract_params(dense or model).items()
         if name in stored or name not in ("vision", "projector")
     }
     check_same_tree(stored, expected, folder, expected_by="the model to train")
-    for name in _MEANING:
+    for name in _MEANING if dense is None else _different(theirs, dense):
         if getattr(theirs, name) != getattr(model, name):
             raise UserError(
                 f"{folder}: its {name} is {getattr(theirs, name)}, of the model to train "
                 f"{getattr(model, name)}; set model.{name}"
             )
     check_same_words(load_tokenizer(folder), source.tokenizer(), folder)
-    return folder
+    return Initial(folder, dense)
+
+
+def _different(theirs: ModelConfig, dense: ModelConfig) -> list[str]:
+    """The fields in which a model to retrofit is another function."""
+    free = [] if theirs.position == "learned" else ["max_length"]
+    return differences(theirs, dense, free if theirs.has_vision else [*free, "vision"])

@@ -1,5 +1,6 @@
-"""One training step: loss, gradient accumulation, update. Pure functions, jitted by the task."""
+"""One training step: loss, gradient accumulation, update. Pure functions; the task jits `train_step`."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +70,7 @@ def train_step(
     return new, {"loss": total / count, "gradient_norm": optax.tree.norm(grads)}
 
 
+@partial(jax.jit, static_argnames="config")
 def evaluate_step(params: Params, batch: Batch, config: ModelConfig) -> dict[str, Array]:
     """Sums over a batch: loss and number of targets, exact matches and number of rows."""
     logits, _ = forward(params, batch, config)

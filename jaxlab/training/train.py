@@ -1,9 +1,9 @@
-"""Task `train`: language models, vision-language models and fine-tuned experts. Reads top to bottom."""
+"""Task `train`: language models, vision-language models, fine-tuned experts and retrofits. Reads top to
+bottom."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +19,21 @@ from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import DataConfig, Source, check_fits, first_held_out, make_source
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import Batch, ModelConfig, Params, count_params
-from jaxlab.runs import Run
+from jaxlab.models.retrofit import GATE
+from jaxlab.runs import Run, read_metrics
 from jaxlab.training.memory import bytes_per_device, compiled_memory
 from jaxlab.training.metrics import Stopwatch, attended_tokens, peak_flops, train_flops_per_token
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxlab.training.retrofit import mean_loss, measure_retrofit, told
 from jaxlab.training.sharding import MeshConfig, batch_sharding, make_mesh, place_batch
-from jaxlab.training.state import abstract_state, find_initial, init_state, state_shardings
+from jaxlab.training.state import (
+    Initial,
+    abstract_state,
+    find_initial,
+    init_state,
+    read_initial,
+    state_shardings,
+)
 from jaxlab.training.step import State, evaluate_step, train_step
 
 
@@ -42,7 +51,10 @@ class Config:
     """How devices are arranged."""
     init_from: str | None = None
     """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
-    tower and a projector that it lacks start from random parameters."""
+    tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that
+    is otherwise the same is retrofitted."""
+    retrofit_gate: float = GATE
+    """Gates of compression and window at the start of a retrofit; selection has what they leave of 1."""
     steps: int = 1000
     """Updates."""
     batch_size: int = 32
@@ -74,6 +86,8 @@ class Config:
             raise ConfigError(
                 "digits with images need a model with vision; set model.vision.num_layers", key="model"
             )
+        if not 0 < self.retrofit_gate < 0.5:
+            raise ConfigError(f"must lie between 0 and 0.5, is {self.retrofit_gate}", key="retrofit_gate")
         if self.seed < 0:
             raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
         if self.optimizer.language_scale != 1 and not self.model.has_vision:
@@ -105,6 +119,7 @@ def check(config: Config) -> dict[str, Any]:
     rows = batch_sharding(setup.mesh, config.batch_size)
     batch = jax.tree.map(lambda x: _place(x, rows), setup.batch)
     return {
+        **({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}),
         "parameters": count_params(state.params),
         "tokens_per_step": int(setup.batch["tokens"].size),
         "devices": dict(setup.mesh.shape),
@@ -126,13 +141,26 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         (run.path / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
     )
     start = checkpoints.latest_step() or 0
+    # Metrics are numbered by the steps done: those of step `start` stay.
+    run.rewind(start + 1 if start else 0)
+    dense = setup.initial.dense
     if start:
         target = jax.tree.map(_place, abstract_state(model, setup.optimizer), setup.shardings)
         state = checkpoints.restore(start, args=ocp.args.StandardRestore(target))
         print(f"resuming at step {start} of {config.steps}")
     else:
-        state = init_state(model, setup.optimizer, config.seed, setup.shardings, setup.initial)
-    run.rewind(start + 1)  # metrics are numbered by the steps done: those of step `start` stay
+        loaded = read_initial(setup.initial, model, setup.mesh)
+        state = init_state(
+            model, setup.optimizer, config.seed, setup.shardings, loaded,
+            dense=dense, gate=config.retrofit_gate,
+        )  # fmt: skip
+        if dense is not None:
+            dense_params = {**state.params, **loaded}
+            found = measure_retrofit(dense_params, dense, state.params, model, _held_out(setup))
+            run.log(step=0, retrofit=found)
+            print(f"retrofit of the dense model {setup.initial.folder}: {told(found)}")
+            del dense_params
+        del loaded
 
     batch_size, length = setup.batch["tokens"].shape
     tokens = batch_size * length
@@ -178,6 +206,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "steps": config.steps,
         "tokens_per_step": tokens,
         **held_out,
+        **({} if dense is None else {"retrofit": _retrofit(setup, state.params, run)}),
         "seconds_per_step": median,
         "tokens_per_second": None if median is None else tokens / median,
         "mfu": None if median is None else flops / median / peak,
@@ -193,8 +222,7 @@ class Setup(NamedTuple):
     source: Source
     batch: dict[str, np.ndarray]
     """The first one, for its shapes."""
-    initial: Path | None
-    """The folder of the model that training starts from."""
+    initial: Initial
     optimizer: optax.GradientTransformation
     shardings: State
     update: Callable[[State, Batch], tuple[State, dict[str, Any]]]
@@ -223,19 +251,32 @@ def prepare(config: Config) -> Setup:
         *(first_held_out(source, config.batch_size, split) for split in ("validation", "test")),
     ):
         check_fits(seen, config.model)
-    initial = None if config.init_from is None else find_initial(config.init_from, config.model, source)
+    initial = Initial() if config.init_from is None else find_initial(config.init_from, config.model, source)
     optimizer = make_optimizer(config.optimizer, config.model, config.steps)
     shardings = state_shardings(config.model, optimizer, mesh)
     step = functools.partial(
         train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
     )
     update = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    evaluate = jax.jit(functools.partial(evaluate_step, config=config.model))
+    evaluate = functools.partial(evaluate_step, config=config.model)
     return Setup(mesh, source, batch, initial, optimizer, shardings, update, evaluate)
 
 
 def _place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _held_out(setup: Setup) -> Batch:
+    """The first validation batch, on the devices."""
+    batch = first_held_out(setup.source, len(setup.batch["tokens"]), "validation")
+    return place_batch(batch, setup.mesh)
+
+
+def _retrofit(setup: Setup, params: Params, run: Run) -> dict[str, Any]:
+    """What was measured before the first step, and the loss of the trained model on the same batch."""
+    before = read_metrics(run.path)[0]["retrofit"]
+    trained = mean_loss(setup.evaluate(params, _held_out(setup)))
+    return {**before, "loss": {**before["loss"], "trained": trained}}
 
 
 def _evaluate(setup: Setup, params: Params, config: Config, split: str) -> dict[str, float]:

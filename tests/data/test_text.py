@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, processors
 
 from jaxlab.data.text import SEPARATOR, TextConfig, TextSource
 from jaxlab.errors import ConfigError, UserError
@@ -70,6 +71,29 @@ def test_identity_changes_with_content_only(folder):
     assert changed.identity != first
     assert changed.training[0] == ord("B")
     assert source(folder, holdout_every=3).identity not in (first, changed.identity)
+
+
+def words_of(folder):
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "A" * 12: 1, "?": 2}, unk_token="?"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def test_the_tokens_of_a_model(folder, tmp_path_factory):
+    model = words_of(tmp_path_factory.mktemp("model"))
+    text = source(folder, tokenizer=str(model), sequence_length=2)
+    np.testing.assert_array_equal(text.training, [0, 1, *[0, 2] * 5])
+    held_out = [batch["tokens"] for batch in text.held_out_batches(1, 9, "validation")]
+    np.testing.assert_array_equal(held_out, [[[0, 2]]])
+    assert text.tokenizer().get_vocab_size() == 3
+    assert text.identity != source(folder, sequence_length=2).identity
+    with pytest.raises(UserError, match="12 tokens of training text cannot fill a sequence of 13"):
+        source(folder, tokenizer=str(model), sequence_length=13)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        source(folder, tokenizer=str(model))
 
 
 def test_other_patterns(folder):

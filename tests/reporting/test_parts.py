@@ -1,6 +1,6 @@
 """What the parts of the page read out of results: scenarios, roles of data sets, fair comparisons."""
 
-from jaxlab.reporting import icl, injection, nsa
+from jaxlab.reporting import icl, injection, nsa, report, retrofit
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.formats import change, count, duration, percent, size
 from jaxlab.reporting.generic import flat
@@ -45,6 +45,34 @@ def test_evaluations_find_their_models_by_folder_and_by_config(tmp_path):
         assert runs[0].is_named_by(name) == found, name
     section = nsa.build(runs)
     assert any("The blocks that queries chose." in part for part in section.body if part)
+
+
+def test_a_retrofit_has_a_part_of_its_own(tmp_path):
+    coverage = {"chosen": [0.5, 0.7], "with_window": [0.6, 0.8], "random": [0.4, 0.3], "best": [0.9, 0.9]}
+    measured = {
+        "sequences": 8, "length": 1024, "choice": 0.875, "coverage": coverage,
+        "loss": {"dense": 2.111, "retrofitted": 2.222, "trained": 2.055},
+    }  # fmt: skip
+    runs = [
+        made.train(tmp_path, "full-11111111"),
+        made.train(tmp_path, "made-22222222", "nsa", 1.5, init_from="full.yaml", retrofit=measured),
+    ]
+    read = read_runs(runs)
+    assert nsa.build(read) is None  # it did not learn the same from the start
+    section = retrofit.build(read)
+    assert section.headline[0] == "60\u00a0%"
+    assert section.runs == [read[1]]
+    page = report.render(read)
+    for said in (
+        "2.111",
+        "2.222",
+        "2.055",
+        "88\u00a0% of the queries",
+        "blocks by lot",
+        "share of attention",
+    ):
+        assert said in page
+    assert retrofit.build(read[:1]) is None
 
 
 def test_scenarios_and_roles_of_data_sets(tmp_path):

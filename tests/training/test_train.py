@@ -18,7 +18,7 @@ from jaxlab.runs import Run, execute
 from jaxlab.training import train
 from jaxlab.training.optimizer import make_optimizer
 from jaxlab.training.sharding import MeshConfig, make_mesh
-from jaxlab.training.state import find_initial, init_state, state_shardings
+from jaxlab.training.state import find_initial, init_state, read_initial, state_shardings
 from tests.models.tiny import draw_params, make_config
 
 MODEL = {"width": 8, "num_layers": 1, "num_heads": 2, "mlp_width": 8, "max_length": 8}
@@ -95,9 +95,10 @@ def test_check_counts_without_making_a_parameter(text, monkeypatch):
 def initial_state(folder, model, text):
     config = make(text)
     optimizer = make_optimizer(config.optimizer, model, 5)
-    shardings = state_shardings(model, optimizer, make_mesh(MeshConfig(data=1, fsdp=2)))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2))
     initial = find_initial(str(folder), model, train.make_source(config.data))
-    return init_state(model, optimizer, 7, shardings, initial)
+    shardings, loaded = state_shardings(model, optimizer, mesh), read_initial(initial, model, mesh)
+    return init_state(model, optimizer, 7, shardings, loaded, dense=initial.dense)
 
 
 def test_a_vision_language_model_starts_from_a_language_model(text, tmp_path):

@@ -1,0 +1,185 @@
+"""How much of a dense model's attention the blocks hold that NSA would choose, layer by layer."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.models.attention import Where, projections
+from jaxlab.models.config import ModelConfig, NSAConfig
+from jaxlab.models.decoder import Batch, embed
+from jaxlab.models.layers import norm
+from jaxlab.models.modules import Params
+from jaxlab.models.retrofit import averaging, retrofitted
+from jaxlab.models.rotary import rotary_table, rotate
+from jaxlab.models.stack import stack
+from jaxlab.models.vision import prepare_batch
+from kernels_pallas.nsa import compress_blocks, compressed_attention, select_blocks
+
+SCORES = 1 << 24
+"""Attention weights, over all rows and heads, that exist at once."""
+
+
+class Coverage(NamedTuple):
+    """Shares of attention: means over the queries of a batch and the heads of a group, each in [0, 1]."""
+
+    chosen: Float[Array, "L Hkv"]
+    """On the tokens of the blocks that the retrofitted model would choose, the forced ones included."""
+    with_window: Float[Array, "L Hkv"]
+    """On these tokens and those of the window."""
+    random: Float[Array, "L Hkv"]
+    """The expectation for as many blocks where those that are not forced are drawn by lot."""
+    best: Float[Array, "L Hkv"]
+    """For the blocks that hold most, as many of them."""
+    choice: Float[Array, " L"]
+    """Of the queries, those that see more blocks than they may choose; the others read all, and count as 1
+    in each of the above."""
+
+
+@partial(jax.jit, static_argnames=("config", "nsa", "query_chunk"))
+def attention_coverage(
+    params: Params, batch: Batch, config: ModelConfig, nsa: NSAConfig, *, query_chunk: int | None = None
+) -> Coverage:
+    """What share of its attention weights the dense model of `config` puts on what NSA would read.
+
+    Blocks are chosen as by the model that `retrofit` makes, were its input to the layer the dense one:
+    by mean keys of compressed blocks. Weights are taken for `query_chunk` queries at a time (None: as many as
+    `SCORES` allows), so that memory is linear in the length. Padding counts for nothing.
+
+    Raises:
+      ConfigError: the model cannot be retrofitted (see `retrofitted`).
+    """
+    retrofitted(config, nsa)
+    batch = {name: jnp.asarray(value) for name, value in prepare_batch(batch, config).items()}
+    x, where, _ = embed(params, batch, config)  # DeepStack's models have M-RoPE: they are refused above
+
+    def layer(x: Array, p: Params) -> tuple[Array, Coverage]:
+        found = _coverage(
+            p["attention"], norm(p["attention_norm"], x, config), where, config, nsa, query_chunk
+        )
+        return stack(jax.tree.map(lambda leaf: leaf[None], p), x, where, config).x, found
+
+    parts = []
+    for name in ("dense_layers", "layers"):
+        if name in params:
+            x, found = lax.scan(layer, x, params[name])
+            parts.append(found)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _coverage(
+    params: Params,
+    x: Float[Array, "B T D"],
+    where: Where,
+    config: ModelConfig,
+    nsa: NSAConfig,
+    query_chunk: int | None,
+) -> Coverage:
+    """Of one layer, whose normed input is x."""
+    q, k, _ = projections(params, x, config, "full")
+    batch, length, heads, dim = q.shape
+    sizes: dict[str, Any] = {"block_len": nsa.block_len, "stride": nsa.stride}
+    k_cmp = compress_blocks(k, averaging(nsa.block_len, dim, k.dtype), **sizes)
+    if where.rotary is not None:
+        starts = where.positions[:, : k_cmp.shape[1] * nsa.stride : nsa.stride]
+        at_starts = rotary_table(starts, config.rope, config.rotary_dim)
+        k_cmp = rotate(k_cmp, at_starts, config.rope.interleaved)
+        q, k = (rotate(y, where.rotary, config.rope.interleaved) for y in (q, k))
+    scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
+    segments = where.segment_ids
+    _, lse = compressed_attention(q, k_cmp, k_cmp, scale=scale, segment_ids=segments, **sizes)
+    chosen = select_blocks(
+        q, k_cmp, lse, block_size=nsa.block_size, num_blocks=nsa.num_blocks, num_init=nsa.num_init,
+        num_local=nsa.num_local, scale=scale, segment_ids=segments, **sizes,
+    )  # fmt: skip
+    if segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
+
+    size = query_chunk or min(length, max(1, SCORES // (batch * heads * length)))
+    rows = jnp.arange(length, dtype=jnp.int32)
+    chunks = lambda y, axis: _chunks(y, axis, size)  # noqa: E731
+    # A row that fills the last chunk up is of segment 0: padding.
+    of_queries = _Queries(chunks(rows, 0), chunks(q, 1), chunks(chosen, 2), chunks(segments, 1))
+    sums = lax.map(lambda part: _sums(part, k, segments, scale, nsa), of_queries)
+    totals, free, queries = (jnp.sum(y, axis=0) for y in sums)
+    queries = jnp.maximum(queries, 1.0)
+    means = totals / queries
+    return Coverage(means[0], means[1], means[2], means[3], free / queries)
+
+
+def _chunks(x: Array, axis: int, size: int) -> Array:
+    """Axis `axis` cut into pieces of `size`, zeros at the end, on a new first axis."""
+    missing = -x.shape[axis] % size
+    x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+class _Queries(NamedTuple):
+    """Some queries, or chunks of them on a new first axis: rows, vectors, chosen blocks, segments."""
+
+    rows: Int[Array, "*chunks c"]
+    q: Float[Array, "*chunks B c H Dk"]
+    chosen: Int[Array, "*chunks B Hkv c n"]
+    segments: Int[Array, "*chunks B c"]
+
+
+def _sums(
+    queries: _Queries,
+    k: Float[Array, "B S Hkv Dk"],
+    segments: Int[Array, "B S"],
+    scale: float,
+    nsa: NSAConfig,
+) -> tuple[Float[Array, "4 Hkv"], Float[Array, ""], Float[Array, ""]]:
+    """Over some queries: the four shares, how many have a choice, and how many there are."""
+    rows, q, chosen, query_segments = queries
+    age = (rows[:, None] - jnp.arange(k.shape[1], dtype=jnp.int32)[None])[None, None]  # [1, 1, c, S]
+    seen = (age >= 0) & ((query_segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None])[
+        :, None
+    ]
+    mass = _mass(q, k, seen, scale)
+
+    by_block = _by_block(mass, nsa.block_size)
+    visible = _by_block(seen.astype(jnp.int32), nsa.block_size) > 0  # [B, 1, c, N]
+    index = jnp.arange(visible.shape[-1], dtype=jnp.int32)[None, None, None]
+    first = jnp.argmax(visible, axis=-1, keepdims=True)
+    own = (rows // nsa.block_size)[None, None, :, None]
+    forced = visible & ((index < first + nsa.num_init) | (index > own - nsa.num_local))
+    count = lambda blocks: jnp.sum(blocks, axis=-1, dtype=jnp.float32)  # noqa: E731
+    slots, candidates = nsa.num_blocks - count(forced), count(visible & ~forced)
+    lot = jnp.minimum(slots / jnp.maximum(candidates, 1.0), 1.0)
+    on = lambda mask, values: jnp.sum(jnp.where(mask, values, 0.0), axis=-1)  # noqa: E731
+
+    is_chosen = jnp.any(chosen[..., None] == index[:, :, :, None], axis=-2)  # [B, Hkv, c, N]
+    read = jnp.repeat(is_chosen, nsa.block_size, axis=-1)[..., : mass.shape[-1]]
+    shares = jnp.stack([
+        on(is_chosen, by_block),
+        on(read | (age < nsa.window), mass),
+        on(forced, by_block) + lot * on(~forced, by_block),
+        jnp.sum(jnp.sort(by_block, axis=-1)[..., -nsa.num_blocks :], axis=-1),
+    ])  # fmt: skip
+    valid = query_segments != 0
+    totals = jnp.sum(shares, axis=(1, 3), where=valid[None, :, None])
+    free = jnp.sum(valid & (candidates > slots)[:, 0], dtype=jnp.float32)
+    return totals, free, jnp.sum(valid, dtype=jnp.float32)
+
+
+def _mass(
+    q: Float[Array, "B c H Dk"], k: Float[Array, "B S Hkv Dk"], seen: Bool[Array, "B 1 c S"], scale: float
+) -> Float[Array, "B Hkv c S"]:
+    """The attention weights of a group, the mean over its heads."""
+    batch, length, heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    scores = jnp.einsum("bchgd,bshd->bhgcs", grouped, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(seen[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(seen[:, :, None], jax.nn.softmax(scores, axis=-1), 0.0)
+    return jnp.mean(weights, axis=2)
+
+
+def _by_block(x: Array, block_size: int) -> Array:
+    """[..., S] summed over each block of tokens: [..., N]."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block_size)])
+    return jnp.sum(x.reshape(*x.shape[:-1], -1, block_size), axis=-1)

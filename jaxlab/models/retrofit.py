@@ -1,0 +1,164 @@
+"""Retrofit: a dense model's parameters as those of the same model with Native Sparse Attention.
+
+Every branch gets the dense keys and values, compression is their exact mean, and the gates let selection pass
+almost alone. So a query whose chosen blocks hold what it attends to gets what the dense model gives it, up to
+the gates of the other two branches; how much they hold is measured by `attention_coverage` (coverage.py).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxlab.errors import ConfigError
+from jaxlab.models.config import ModelConfig, NSAConfig
+from jaxlab.models.modules import BRANCHES, Params
+from jaxlab.models.parameters import abstract_params, language_model
+
+GATE = 0.05
+"""Of compression and of the window: small beside selection's 0.9, and far from where a sigmoid is flat."""
+
+
+def retrofit(
+    params: Params,
+    config: ModelConfig,
+    nsa: NSAConfig,
+    *,
+    key: Key[Array, ""] | None = None,
+    gate: float = GATE,
+) -> tuple[Params, ModelConfig]:
+    """The parameters and the config of the NSA model that begins as the dense one.
+
+    Keys, values and their biases are copied into the three branches; everything else stays as it is, and
+    what is new takes the dtype of the keys. The MLPs that compress give the mean of their block: silu(x) -
+    silu(-x) = x, so two units for each dimension pass on the sum of x / block_len; the other units are drawn
+    from `key` (None: key(0)) and do not reach the output before training. Gates do not depend on their
+    input: `gate` for compression and window, 1 - 2 * gate for selection. They sum to one, so that an output
+    is a weighted mean of the same values as the dense one, and where selection covers all that a query sees,
+    it differs from it by at most 4 * gate * max |v| in each component.
+
+    Raises:
+      ConfigError: `retrofitted` refuses the model.
+      ValueError: `params` are not those of `config`, or `gate` is not between 0 and 0.5.
+
+    Source of the branches: arXiv 2502.11089, sec. 3; the initialisation is ours.
+    """
+    new = retrofitted(config, nsa)
+    if not 0 < gate < 0.5:
+        raise ValueError(f"gate must lie between 0 and 0.5, is {gate}")
+    _check(params, config)
+    key = jax.random.key(0) if key is None else key
+    changed = dict(params)
+    for number, part in enumerate(("dense_layers", "layers")):
+        if part in params:
+            inner = jax.random.fold_in(key, number)
+            attention = _branched(params[part]["attention"], new, inner, gate)
+            changed[part] = {**params[part], "attention": attention}
+    return changed, new
+
+
+def retrofitted(config: ModelConfig, nsa: NSAConfig) -> ModelConfig:
+    """`config` with NSA in place of full attention.
+
+    Raises:
+      ConfigError: naming the field, if the model has what NSA has not, or `nsa` cannot hold a mean.
+    """
+    if config.attention == "nsa":
+        raise ConfigError("the model has NSA already; a dense one can be retrofitted", key="attention")
+    if set(config.kinds) != {"full"}:
+        raise ConfigError(
+            "the model has sliding layers; only full attention can be retrofitted",
+            key="pattern" if config.pattern else "attention",
+        )
+    if config.position == "rotary" and config.rope.sections:
+        raise ConfigError("NSA decodes by positions of one coordinate, not by M-RoPE", key="rope.sections")
+    if config.position == "rotary" and config.rope.scaling == "dynamic":
+        raise ConfigError(
+            "wavelengths that grow with the text differ between NSA's blocks and queries; take yarn",
+            key="rope.scaling",
+        )
+    if config.has_vision and config.vision.kind == "vit" and config.vision.vit.together != "none":
+        raise ConfigError("NSA is causal: no tokens see each other both ways", key="vision.vit.together")
+    dim = max(config.key_dim, config.value_dim)
+    if nsa.compress_width < 2 * dim:
+        raise ConfigError(
+            f"{nsa.compress_width} units cannot pass on the mean of a block: that takes 2 for each of the "
+            f"{dim} dimensions of a head; set at least {2 * dim}",
+            key="nsa.compress_width",
+        )
+    # The names of a family of Hugging Face have none for NSA's parameters.
+    return dataclasses.replace(config, attention="nsa", pattern=(), nsa=nsa, family="jaxlab")
+
+
+def averaging(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
+    """Parameters of `compress_blocks`, of width 2 * dim, with which it gives the mean of each block."""
+    unit = jnp.eye(dim, dtype=dtype)
+    hidden = jnp.concatenate([unit, -unit], axis=1) / jnp.asarray(block_len, dtype)
+    return {
+        "position": jnp.zeros((block_len, dim), dtype),
+        "hidden": jnp.broadcast_to(hidden[None], (block_len, dim, 2 * dim)),
+        "hidden_bias": jnp.zeros((2 * dim,), dtype),
+        "output": jnp.concatenate([unit, -unit], axis=0),
+        "output_bias": jnp.zeros((dim,), dtype),
+    }
+
+
+def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: float) -> Params:
+    """Attention of stacked layers with three branches."""
+    layers, dtype = params["key"].shape[0], params["key"].dtype
+    of_key, of_value, of_gate = jax.random.split(key, 3)
+    new = dict(params)
+    for name in ("key", "value", "key_bias", "value_bias"):
+        if name in params:
+            new[name] = jnp.repeat(params[name][:, None], BRANCHES, axis=1)
+    new["compress_key"] = _compressor(layers, config.key_dim, config.nsa, of_key, dtype)
+    new["compress_value"] = _compressor(layers, config.value_dim, config.nsa, of_value, dtype)
+    new["gate"] = _gate(layers, config, of_gate, gate, dtype)
+    return new
+
+
+def _compressor(layers: int, dim: int, nsa: NSAConfig, key: Key[Array, ""], dtype: Any) -> Params:
+    """`averaging` for each layer, with units beside it that can learn but say nothing yet."""
+    spare = nsa.compress_width - 2 * dim
+    drawn = _drawn(key, (layers, nsa.block_len, dim, spare), (nsa.block_len * dim) ** -0.5, dtype)
+    mean = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf[None], (layers, *leaf.shape)),
+        averaging(nsa.block_len, dim, dtype),
+    )
+    return mean | {
+        "hidden": jnp.concatenate([mean["hidden"], drawn], axis=-1),
+        "hidden_bias": jnp.pad(mean["hidden_bias"], ((0, 0), (0, spare))),
+        "output": jnp.pad(mean["output"], ((0, 0), (0, spare), (0, 0))),
+    }
+
+
+def _gate(layers: int, config: ModelConfig, key: Key[Array, ""], gate: float, dtype: Any) -> Params:
+    """Gates that say the same to every token, by their biases alone."""
+    width = config.nsa.gate_width or config.width
+    logits = [math.log(g / (1 - g)) for g in (gate, 1 - 2 * gate, gate)]
+    bias = jnp.broadcast_to(jnp.asarray(logits, dtype)[None, None], (layers, config.num_heads, BRANCHES))
+    params = {"output": jnp.zeros((layers, width, config.num_heads, BRANCHES), dtype), "bias": bias}
+    if config.nsa.gate_width:
+        params["hidden"] = _drawn(key, (layers, config.width, width), config.initializer_range, dtype)
+    return params
+
+
+def _drawn(key: Key[Array, ""], shape: tuple[int, ...], scale: float, dtype: Any) -> Float[Array, "..."]:
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _check(params: Params, config: ModelConfig) -> None:
+    have, want = (_shapes(language_model(p)) for p in (params, abstract_params(config.language)))
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise ValueError(
+                f"the parameters do not fit the config: {name} is {have.get(name)}, not {want.get(name)}"
+            )
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
