@@ -11,6 +11,7 @@ from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
+from jaxlab.models.sparse_inference import sparse_attention
 from kernels_pallas.nsa import compress_blocks, nsa_attention, window_attention
 
 
@@ -146,6 +147,10 @@ def _dense(
     cached: bool,
 ) -> Array:
     scale = config.key_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    if config.sparsity.method != "none":
+        if cached or probe is not None or where.segment_ids is not None or where.together is not None:
+            raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
+        return sparse_attention(q, k, v, config.sparsity, scale=scale)
     if probe is not None:
         if config.attention_softcap is not None or where.together is not None:
             raise ValueError("flows and blocking know no softcap and no images that see themselves whole")

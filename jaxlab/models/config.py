@@ -52,6 +52,45 @@ class NSAConfig:
 
 
 @dataclass(frozen=True)
+class SparsityConfig:
+    """Full attention that reads a part of the text only, on a model that was trained with all of it."""
+
+    method: Literal["none", "exact_tokens", "exact_blocks", "quest", "infllm", "h2o"] = "none"
+    """How a query chooses (jaxlab/models/sparse_inference.py); none reads everything."""
+    block_size: int = 64
+    """Tokens in a block."""
+    num_blocks: int = 16
+    """Blocks that a query reads, the forced ones included; where tokens are chosen, as many as these hold."""
+    num_init: int = 1
+    """Blocks at the start of the text that are always read (not with exact_tokens and h2o)."""
+    num_local: int = 2
+    """Blocks ending at the query's own that are always read; with h2o so many tokens stay (not with
+    exact_tokens)."""
+    representatives: int = 4
+    """infllm: tokens that stand for a block."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "num_local", "representatives"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.num_init < 0:
+            raise ConfigError(f"must not be negative, is {self.num_init}", key="num_init")
+        if self.num_init + self.num_local > self.num_blocks:
+            raise ConfigError(
+                f"{self.num_blocks} blocks cannot hold the forced {self.num_init} first "
+                f"and {self.num_local} local ones; raise num_blocks",
+                key="num_blocks",
+            )
+        if self.method == "infllm" and self.num_local < 2:
+            raise ConfigError("infllm rates tokens by the block after theirs; raise it to 2", key="num_local")
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a query reads at most."""
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary positions, and how they are stretched to sequences longer than those of training."""
 
@@ -270,6 +309,8 @@ class ModelConfig:
     """Tokens that sliding attention sees, the query's own included."""
     nsa: NSAConfig = NSAConfig()
     """Used where attention is nsa."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """Sparsity at inference of a model trained with full attention."""
     moe: MoEConfig = MoEConfig()
     """Used where moe.num_experts > 0."""
     vision: VisionConfig = VisionConfig()
@@ -335,6 +376,14 @@ class ModelConfig:
             raise ConfigError("a tied head has no bias; set tie_embeddings: false", key="head_bias")
         if self.attention == "nsa" and self.attention_softcap is not None:
             raise ConfigError("NSA's branches have no softcap", key="attention_softcap")
+        if self.sparsity.method != "none":
+            if self.attention != "full" or self.pattern or self.attention_softcap is not None:
+                raise ConfigError(
+                    f"{self.sparsity.method} is for models whose layers all have full attention, no softcap",
+                    key="sparsity.method",
+                )
+            if self.has_vision:
+                raise ConfigError("is for models without vision", key="sparsity.method")
         if len(self.pattern) > self.num_layers:
             raise ConfigError(
                 f"names {len(self.pattern)} layers, the model has {self.num_layers}", key="pattern"

@@ -16,17 +16,21 @@ def attended_tokens(config: ModelConfig, length: int) -> float:
     """Keys that a query reads, averaged over the positions of a sequence and the layers.
 
     For NSA the sum over its branches, compressed keys included, with as many selection blocks as it may
-    choose, the query's own among them.
+    choose, the query's own among them; with sparsity at inference those that it lets through.
     """
     within = lambda w: sum(min(t + 1, w) for t in range(length)) / length  # noqa: E731
+    before = lambda t, c: min(t // c.block_size, c.num_blocks - 1) * c.block_size  # noqa: E731
+    of_blocks = lambda c: sum(before(t, c) + t % c.block_size + 1 for t in range(length)) / length  # noqa: E731
+    if config.sparsity.method in ("exact_tokens", "h2o"):
+        return within(config.sparsity.budget)
+    if config.sparsity.method != "none":
+        return of_blocks(config.sparsity)
     if config.attention != "nsa":
         sliding = config.kinds.count("sliding") / config.num_layers
         return sliding * within(config.window) + (1 - sliding) * within(length)
     n = config.nsa
     compressed = sum(max(0, (t + 1 - n.block_len) // n.stride + 1) for t in range(length)) / length
-    before = lambda t: min(t // n.block_size, n.num_blocks - 1) * n.block_size  # noqa: E731
-    selected = sum(before(t) + t % n.block_size + 1 for t in range(length)) / length
-    return compressed + selected + within(n.window)
+    return compressed + of_blocks(n) + within(n.window)
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:

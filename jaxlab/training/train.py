@@ -74,6 +74,8 @@ class Config:
             raise ConfigError(
                 "digits with images need a model with vision; set model.vision.num_layers", key="model"
             )
+        if self.model.sparsity.method != "none":
+            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity.method")
         if self.seed < 0:
             raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
         if self.optimizer.language_scale != 1 and not self.model.has_vision:

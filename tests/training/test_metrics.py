@@ -5,6 +5,7 @@ import time
 import jax
 import pytest
 
+from jaxlab.models import SparsityConfig
 from jaxlab.training.metrics import Stopwatch, attended_tokens, peak_flops, train_flops_per_token
 from tests.models.tiny import NSA, make_config
 
@@ -54,3 +55,13 @@ def test_stopwatch_measures_whole_stretches_only(monkeypatch):
     watch.restart()
     assert watch.read() is None
     assert watch.stretches == [0.5]
+
+
+@pytest.mark.parametrize("method", ["exact_tokens", "exact_blocks", "quest", "infllm", "h2o"])
+def test_sparsity_at_inference_reads_its_budget(method):
+    sparsity = SparsityConfig(method, block_size=4, num_blocks=3)
+    # Of tokens exactly 12 once there are as many; of blocks two whole ones and the query's own, not yet full.
+    of_blocks = [t + 1 if t < 12 else 8 + t % 4 + 1 for t in range(18)]
+    of_tokens = [min(t + 1, 12) for t in range(18)]
+    expected = of_tokens if method in ("exact_tokens", "h2o") else of_blocks
+    assert attended_tokens(make_config(sparsity=sparsity), 18) == pytest.approx(sum(expected) / 18)
