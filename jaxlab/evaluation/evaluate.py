@@ -116,7 +116,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     }
     if (found := needles.results()) is not None:
         results["needle"] = found
-    if model.attention == "nsa":
+    if blocks[0] is not None:
         results["nsa"] = chosen_blocks.describe(np.asarray(blocks[0]), model.nsa)
     return results
 
@@ -158,5 +158,5 @@ def _measure(
     """Summed losses and numbers of targets at positions 1 ... T-1, right rows, and NSA's choice in row 0."""
     logits, intermediates = forward(params, batch, model)
     losses, mask = target_losses(logits, batch)
-    chosen = intermediates["chosen_blocks"][:, 0] if model.attention == "nsa" else None
+    chosen = intermediates["chosen_blocks"][:, 0] if "chosen_blocks" in intermediates else None
     return jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0), exact_match(logits, batch), chosen

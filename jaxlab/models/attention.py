@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
-from jaxlab.models.sparse_inference import sparse_attention
-from kernels_pallas.nsa import compress_blocks, nsa_attention, window_attention
+from jaxlab.models.sparse_inference import block_bounds, bound_scores, sparse_attention
+from kernels_pallas.nsa import best_blocks, compress_blocks, nsa_attention, window_attention
 
 
 class Where(NamedTuple):
@@ -121,6 +121,9 @@ def _head_norm(
 
 
 def _project(params: Params, name: str, x: Array, equation: str) -> Array:
+    if equation.startswith("btd,c") and params[name].ndim == 3:  # one projection for all of NSA's branches
+        y = _project(params, name, x, "btd,dhk->bthk")
+        return jnp.broadcast_to(y[:, None], (y.shape[0], len(BRANCHES), *y.shape[1:]))
     y = jnp.einsum(equation, x, params[name].astype(x.dtype))
     if f"{name}_bias" not in params:
         return y
@@ -256,16 +259,35 @@ def _nsa(
         k_cmp = rotate(k_cmp, at_starts, config.rope.interleaved)
         k_slc = rotate(k_slc, at_tokens, config.rope.interleaved)
         k_win = rotate(k_win, at_tokens, config.rope.interleaved)
-    operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], _gates(params["gate"], x))
+    there = [branch in n.branches for branch in BRANCHES]
+    gates = jnp.where(jnp.asarray(there)[None, None, None], _gates(params["gate"], x), 0)
+    operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], gates)
     sizes: dict[str, Any] = {
         "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
         "num_init": n.num_init, "num_local": n.num_local, "window": n.window, "scale": config.attention_scale,
     }  # fmt: skip
     if probe is not None:
+        if n.selector != "compressed":
+            raise ValueError("flows and blocking know no selector of NSA but compressed")
         return probed_nsa_attention(*operands, probe, segment_ids=where.segment_ids, **sizes), None
     segment_ids = None if cached else where.segment_ids
-    out, branches = nsa_attention(*operands, segment_ids=segment_ids, q_positions=where.rows, **sizes)
-    return out, branches.indices
+    indices = None
+    if n.selector == "min_max":
+        rows = q.reshape(*q.shape[:2], config.kv_heads, -1, config.key_dim)
+        importance = jnp.sum(bound_scores(rows, block_bounds(k_slc, n.block_size)), axis=2)
+        indices = best_blocks(
+            importance, block_size=n.block_size, num_blocks=n.num_blocks, num_init=n.num_init,
+            num_local=n.num_local, segment_ids=segment_ids, q_positions=where.rows,
+        )  # fmt: skip
+    out, branches = nsa_attention(
+        *operands, segment_ids=segment_ids, q_positions=where.rows, indices=indices, **sizes
+    )
+    if all(there):
+        return out, branches.indices
+    # What the other branches would give is not used, so it is not computed.
+    outputs = zip(there, (branches.compressed, branches.selected, branches.window), strict=True)
+    parts = [gates[..., i, None].astype(q.dtype) * y for i, (used, y) in enumerate(outputs) if used]
+    return jax.tree.reduce(jnp.add, parts), branches.indices if "selection" in n.branches else None
 
 
 def _gates(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:

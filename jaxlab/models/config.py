@@ -8,6 +8,10 @@ from jaxlab.errors import ConfigError
 from jaxlab.models.qwen_config import QwenVisionConfig
 from jaxlab.models.vit_config import MllamaConfig, ViTConfig
 
+Branch = Literal["compression", "selection", "window"]
+BRANCHES: tuple[Branch, ...] = ("compression", "selection", "window")
+"""NSA's branches in the order in which parameters and gates have them."""
+
 
 @dataclass(frozen=True)
 class NSAConfig:
@@ -31,6 +35,13 @@ class NSAConfig:
     """Hidden width of the MLP that compresses a block's keys (another one its values)."""
     gate_width: int = 0
     """Hidden width of the gate MLP; 0 makes it one linear layer."""
+    selector: Literal["compressed", "min_max"] = "compressed"
+    """What rates selection blocks: attention to compressed keys (eq. 9), or, without parameters, the bound of
+    a score by the least and the greatest of each channel of a block's keys (sec. 6.1, after Quest)."""
+    branches: tuple[Branch, ...] = BRANCHES
+    """Branches that are there (an ablation); the gates of the others are 0, their parameters stay unused."""
+    shared_kv: bool = False
+    """One key and one value projection for all branches (an ablation)."""
 
     def __post_init__(self) -> None:
         for name in ("block_len", "stride", "block_size", "num_blocks", "window", "compress_width"):
@@ -44,6 +55,22 @@ class NSAConfig:
                 f"{self.num_blocks} blocks cannot hold the forced {self.num_init} first "
                 f"and {self.num_local} local ones; raise num_blocks",
                 key="num_blocks",
+            )
+        if not self.branches or len({*self.branches}) < len(self.branches):
+            raise ConfigError(
+                f"name each at most once and at least one: {list(self.branches)}", key="branches"
+            )
+        if self.selector == "min_max" and not (self.num_init and self.num_local):
+            raise ConfigError(
+                "min_max rates whole blocks of the past only; keep num_init and num_local at 1 or more",
+                key="selector",
+            )
+        chooses_by = "compression" if self.selector == "compressed" else "selection"
+        if "selection" in self.branches and chooses_by not in self.branches:
+            raise ConfigError(
+                "compressed keys learn to choose through their branch only; add compression or set "
+                "selector: min_max",
+                key="branches",
             )
         if self.stride > self.block_len:
             raise ConfigError(

@@ -30,7 +30,8 @@ def attended_tokens(config: ModelConfig, length: int) -> float:
         return sliding * within(config.window) + (1 - sliding) * within(length)
     n = config.nsa
     compressed = sum(max(0, (t + 1 - n.block_len) // n.stride + 1) for t in range(length)) / length
-    return compressed + of_blocks(n) + within(n.window)
+    read = {"compression": compressed, "selection": of_blocks(n), "window": within(n.window)}
+    return sum(read[branch] for branch in n.branches)
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -46,7 +47,8 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
         matmul += count_params(params["dense_layers"])
     if config.attention == "nsa":
         compression = sum(count_params(layers["attention"][f"compress_{name}"]) for name in ("key", "value"))
-        matmul += compression * (config.kv_heads / config.nsa.stride - 1.0)
+        applied = config.kv_heads / config.nsa.stride if "compression" in config.nsa.branches else 0.0
+        matmul += compression * (applied - 1.0)
     if config.moe.num_experts:
         routed = sum(layers["moe"][name].size for name in ("gate", "up", "down"))
         matmul -= routed * (1.0 - config.moe.experts_per_token / config.moe.num_experts)

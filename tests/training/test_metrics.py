@@ -1,5 +1,6 @@
 """Counting by hand: keys that are read, floating-point operations, seconds."""
 
+import dataclasses
 import time
 
 import jax
@@ -21,6 +22,10 @@ def test_attended_tokens_by_counting():
         total += sum(1 for start in range(0, 20, NSA.stride) if start + NSA.block_len - 1 <= t)
         total += min(t + 1, NSA.window)
     assert attended_tokens(make_config("nsa"), 20) == pytest.approx(total / 20)
+    two = dataclasses.replace(NSA, branches=("window", "compression"))
+    window = sum(min(t + 1, NSA.window) for t in range(20))
+    blocks = sum(max(0, (t + 1 - NSA.block_len) // NSA.stride + 1) for t in range(20))
+    assert attended_tokens(make_config("nsa", nsa=two), 20) == pytest.approx((window + blocks) / 20)
 
 
 def test_flops_by_hand():
