@@ -35,16 +35,22 @@ class NSAConfig:
     """Hidden width of the MLP that compresses a block's keys (another one its values)."""
     gate_width: int = 0
     """Hidden width of the gate MLP; 0 makes it one linear layer."""
-    selector: Literal["compressed", "min_max"] = "compressed"
-    """What rates selection blocks: attention to compressed keys (eq. 9), or, without parameters, the bound of
-    a score by the least and the greatest of each channel of a block's keys (sec. 6.1, after Quest)."""
+    selector: Literal["compressed", "min_max", "auxiliary"] = "compressed"
+    """What rates selection blocks. compressed: attention to compressed keys (eq. 9). The paper rejects two
+    (sec. 6.1). min_max: without parameters, the bound of a score by the least and the greatest of each
+    channel of a block's keys, after Quest. auxiliary: a scorer trained beside, by the attention that blocks
+    get."""
+    selector_dim: int = 16
+    """auxiliary: dimension of the scorer's queries and keys."""
     branches: tuple[Branch, ...] = BRANCHES
     """Branches that are there (an ablation); the gates of the others are 0, their parameters stay unused."""
     shared_kv: bool = False
     """One key and one value projection for all branches (an ablation)."""
 
     def __post_init__(self) -> None:
-        for name in ("block_len", "stride", "block_size", "num_blocks", "window", "compress_width"):
+        for name in (
+            "block_len", "stride", "block_size", "num_blocks", "window", "compress_width", "selector_dim",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         for name in ("num_init", "num_local", "gate_width"):
@@ -60,16 +66,16 @@ class NSAConfig:
             raise ConfigError(
                 f"name each at most once and at least one: {list(self.branches)}", key="branches"
             )
-        if self.selector == "min_max" and not (self.num_init and self.num_local):
+        if self.selector != "compressed" and not (self.num_init and self.num_local):
             raise ConfigError(
-                "min_max rates whole blocks of the past only; keep num_init and num_local at 1 or more",
+                f"{self.selector} rates whole blocks of the past; keep num_init and num_local at 1 or more",
                 key="selector",
             )
         chooses_by = "compression" if self.selector == "compressed" else "selection"
         if "selection" in self.branches and chooses_by not in self.branches:
             raise ConfigError(
                 "compressed keys learn to choose through their branch only; add compression or set "
-                "selector: min_max",
+                "another selector",
                 key="branches",
             )
         if self.stride > self.block_len:

@@ -86,6 +86,11 @@ class Attention(nnx.Module):
             self.compress_key = Compressor(c, c.key_dim, numbers)
             self.compress_value = Compressor(c, c.value_dim, numbers)
             self.gate = Gate(c, numbers)
+            if c.nsa.selector == "auxiliary":
+                shape = (c.width, c.kv_heads, c.nsa.selector_dim)
+                self.selector = nnx.Dict(
+                    query=normal(numbers, shape, kv_axes, std), key=normal(numbers, shape, kv_axes, std)
+                )
 
 
 class Compressor(nnx.Module):

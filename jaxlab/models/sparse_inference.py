@@ -19,17 +19,20 @@ num_blocks * block_size tokens, its own among them:
 The methods of blocks always read the first num_init blocks and the num_local newest ones.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.config import SparsityConfig
+from jaxlab.models.selectors import (
+    block_bounds,
+    block_mass,
+    bound_scores,
+    by_queries,
+    causal_scores,
+    in_blocks,
+)
 from kernels_pallas.nsa import best_blocks
-
-CHUNK_ELEMENTS = 1 << 22
-"""Scores that are alive at once."""
 
 
 def sparse_attention(
@@ -51,36 +54,14 @@ def sparse_attention(
     return out.reshape(batch, length, heads, v.shape[-1])
 
 
-class Bounds(NamedTuple):
-    """The least and the greatest of each channel of a block's keys."""
-
-    low: Float[Array, "B N Hkv Dk"]
-    high: Float[Array, "B N Hkv Dk"]
-
-
-def block_bounds(k: Float[Array, "B S Hkv Dk"], block_size: int) -> Bounds:
-    """Bounds of the keys of each block; the last one may be shorter."""
-    blocks = _blocks(k, block_size, mode="edge")
-    return Bounds(jnp.min(blocks, axis=2), jnp.max(blocks, axis=2))
-
-
-def bound_scores(q: Float[Array, "B T Hkv G Dk"], bounds: Bounds) -> Float[Array, "B Hkv G T N"]:
-    """The sum over channels of max(q * low, q * high): no key of the block scores higher. float32."""
-    dot = lambda x, y: jnp.einsum("bthgd,bnhd->bhgtn", x, y, preferred_element_type=jnp.float32)  # noqa: E731
-    return dot(jnp.maximum(q, 0), bounds.high) + dot(jnp.minimum(q, 0), bounds.low)
-
-
 def _by_query(q: Array, k: Array, v: Array, sparsity: SparsityConfig, scale: float) -> Array:
-    """Every method that chooses for each query alone, in chunks of queries."""
-    batch, length, kv_heads, groups, _ = q.shape
-    bounds = block_bounds(k, sparsity.block_size) if sparsity.method == "quest" else None
+    """Every method that chooses for each query alone."""
+    length, size = q.shape[1], sparsity.block_size
+    bounds = block_bounds(k, size) if sparsity.method == "quest" else None
     representatives = _representatives(q, k, sparsity) if sparsity.method == "infllm" else None
 
-    def one_chunk(chunk: tuple[Array, Array]) -> Array:
-        q, positions = chunk
-        scores = jnp.einsum("bthgd,bshd->bhgts", q, k, preferred_element_type=jnp.float32) * scale
-        visible = jnp.arange(length)[None] <= positions[:, None]
-        scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
+    def attend(q: Array, positions: Array) -> Array:
+        scores = causal_scores(q, k, positions, scale)
         if sparsity.method == "exact_tokens":
             read = _largest(scores, min(sparsity.budget, length))
         else:
@@ -89,20 +70,12 @@ def _by_query(q: Array, k: Array, v: Array, sparsity: SparsityConfig, scale: flo
             elif representatives is not None:
                 importance = jnp.einsum("bthgd,bnhgd->btn", q, representatives)[:, None, None]
             else:
-                mass = jnp.moveaxis(jax.nn.softmax(scores, axis=-1), -1, 1)
-                importance = jnp.moveaxis(jnp.sum(_blocks(mass, sparsity.block_size), axis=2), 1, -1)
+                importance = block_mass(scores, size)
             read = _tokens_of_best(importance, positions, sparsity, length)
         weights = jax.nn.softmax(jnp.where(read, scores, -jnp.inf), axis=-1).astype(v.dtype)
         return jnp.einsum("bhgts,bshd->bthgd", weights, v)
 
-    size = max(1, min(length, CHUNK_ELEMENTS // (batch * kv_heads * groups * length)))
-    spare = -length % size
-    padded = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(padded.reshape(batch, -1, size, *q.shape[2:]), 1, 0)
-    # Queries that fill up the last chunk stand at the last position; they are cut off again.
-    positions = jnp.minimum(jnp.arange(length + spare, dtype=jnp.int32), length - 1).reshape(-1, size)
-    out = jnp.moveaxis(jax.lax.map(one_chunk, (chunks, positions)), 0, 1)
-    return out.reshape(batch, length + spare, *out.shape[3:])[:, :length]
+    return by_queries(attend, q)
 
 
 def _largest(scores: Float[Array, "*rows S"], count: int) -> Bool[Array, "*rows S"]:
@@ -147,9 +120,9 @@ def _representatives(q: Array, k: Array, sparsity: SparsityConfig) -> Float[Arra
     last = jnp.minimum(first + reach, length)
     following = (total[:, last] - total[:, first]) / reach
     rating = jnp.einsum("bthgd,bthd->bthg", following, k.astype(jnp.float32))
-    rating = jnp.moveaxis(_blocks(rating, size, constant_values=-jnp.inf), 2, -1)
+    rating = jnp.moveaxis(in_blocks(rating, size, constant_values=-jnp.inf), 2, -1)
     chosen = _largest(rating, min(sparsity.representatives, size)).astype(jnp.float32)
-    return jnp.einsum("bnhgs,bnshd->bnhgd", chosen, _blocks(k.astype(jnp.float32), size))
+    return jnp.einsum("bnhgs,bnshd->bnhgd", chosen, in_blocks(k.astype(jnp.float32), size))
 
 
 def _h2o(q: Array, k: Array, v: Array, sparsity: SparsityConfig, scale: float) -> Array:
@@ -176,12 +149,3 @@ def _h2o(q: Array, k: Array, v: Array, sparsity: SparsityConfig, scale: float) -
     start = (jnp.zeros((batch, kv_heads, length), bool), jnp.zeros((batch, kv_heads, length), jnp.float32))
     _, out = jax.lax.scan(one_query, start, (jnp.moveaxis(q, 1, 0), jnp.arange(length)))
     return jnp.moveaxis(out, 0, 1)
-
-
-def _blocks(
-    x: Float[Array, "B S *rest"], size: int, **padding: float | str
-) -> Float[Array, "B N size *rest"]:
-    """Cut into blocks of tokens, the last one filled up as jnp.pad does: by default with zeros."""
-    widths = [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)]
-    x = jnp.pad(x, widths, **padding)  # type: ignore[arg-type]
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:])

@@ -99,6 +99,13 @@ def bounds(queries, keys, t, n):
     )
 
 
+def auxiliary(p, x, group, t, n):
+    """Of the selection blocks up to t's own: the mean score of a query of its own with keys of their own."""
+    query, keys = x[t] @ p["query"][:, group], x @ p["key"][:, group]
+    blocks = [keys[j : j + n.block_size] for j in range(0, t + 1, n.block_size)]
+    return np.array([(block @ query).mean() / math.sqrt(len(query)) for block in blocks])
+
+
 def choose(scores, t, n):
     """Selection blocks that the query at t reads."""
     own = t // n.block_size
@@ -130,7 +137,10 @@ def nsa(p, xs, config):
             queries = [rotate(project(p, "query", x[t], head), t, theta) for head in heads]
             seen = max(0, (t + 1 - n.block_len) // n.stride + 1)
             compressed = [softmax_sum(q, k_cmp[:seen], v_cmp[:seen]) for q in queries]
-            if n.selector == "min_max":
+            if n.selector == "auxiliary":
+                scores = auxiliary(p["selector"], x, group, t, n)
+                chosen = choose(scores, t, n)
+            elif n.selector == "min_max":
                 chosen = choose(bounds(queries, k_slc, t, n), t, n)
             else:
                 chosen = choose(importance(sum(weights for _, weights in compressed), t, n), t, n)

@@ -21,7 +21,9 @@ def logits(params, batch, config):
     return np.asarray(run(params, batch, config)[0])
 
 
-@pytest.mark.parametrize("variant", ["rotary", "other", "sliding", "nsa", "nsa_min_max", "nsa_shared"])
+@pytest.mark.parametrize(
+    "variant", ["rotary", "other", "sliding", "nsa", "nsa_min_max", "nsa_auxiliary", "nsa_shared"]
+)
 def test_logits_are_those_of_plain_loops(variant):
     config = make_config(variant)
     params, tokens = draw_params(config), draw_tokens(config, *SHAPE)

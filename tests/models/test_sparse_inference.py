@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, Probe, SparsityConfig, forward, init_cache, sparse_inference
-from jaxlab.models.sparse_inference import block_bounds, bound_scores, sparse_attention
+from jaxlab.models import ModelConfig, Probe, SparsityConfig, forward, init_cache, selectors
+from jaxlab.models.selectors import block_bounds, bound_scores
+from jaxlab.models.sparse_inference import sparse_attention
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
 METHODS = ("exact_tokens", "exact_blocks", "quest", "infllm", "h2o")
@@ -101,7 +102,7 @@ def expected_h2o(q, k, v, c):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_loops_give_the_same(method, monkeypatch):
-    monkeypatch.setattr(sparse_inference, "CHUNK_ELEMENTS", 5 * 2 * HEADS * LENGTH)  # the last chunk is short
+    monkeypatch.setattr(selectors, "CHUNK_ELEMENTS", 5 * 2 * HEADS * LENGTH)  # the last chunk is short
     sparsity = dataclasses.replace(SMALL, method=method)
     q, k, v = draw()
     found = np.asarray(run(q, k, v, sparsity, scale=SCALE))

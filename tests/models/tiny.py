@@ -28,6 +28,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention": "nsa", "attention_bias": True,
         "nsa": replace(NSA, selector="min_max", branches=("selection", "window")),
     },
+    "nsa_auxiliary": {
+        "attention": "nsa", "attention_bias": True, "nsa": replace(NSA, selector="auxiliary", selector_dim=3),
+    },
     "nsa_shared": {
         "attention": "nsa", "attention_bias": True,
         "nsa": replace(NSA, shared_kv=True, branches=("compression", "window")),
