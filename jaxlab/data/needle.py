@@ -42,9 +42,11 @@ class NeedleConfig:
     sequence_length: int = 512
     """Tokens in a sequence (T), the answer included."""
     needles: int = 4
-    """Facts in a sequence; those that are not asked for distract."""
-    questions: int = 4
-    """Facts asked for at the end of a training sequence, one after the other; held-out sequences ask one."""
+    """Facts in a sequence, at most so many in training; those that are not asked for distract."""
+    min_needles: int = 1
+    """Fewest facts in a training sequence; how many is drawn anew for each. Few are learned first."""
+    questions: int = 8
+    """Questions at the end of a training sequence, each for any of its facts; held-out sequences ask one."""
     min_depth: float = 0.0
     """Depth of the first place where facts of training sequences may stand: 0 is the start of the text."""
     max_depth: float = 1.0
@@ -61,8 +63,10 @@ class NeedleConfig:
             raise ConfigError(
                 f"must be from 1 to {min(keys, len(VALUE_IDS))}, is {self.needles}", key="needles"
             )
-        if not 1 <= self.questions <= self.needles:
-            raise ConfigError(f"must be from 1 to needles {self.needles}", key="questions")
+        if not 1 <= self.min_needles <= self.needles:
+            raise ConfigError(f"must be from 1 to needles {self.needles}", key="min_needles")
+        if self.questions < 1:
+            raise ConfigError(f"must be at least 1, is {self.questions}", key="questions")
         if not 0 <= self.min_depth <= self.max_depth <= 1:
             raise ConfigError("0 <= min_depth <= max_depth <= 1 must hold", key="min_depth")
         if self.depths < 1:
@@ -94,7 +98,7 @@ def make_batch(
 ) -> dict[str, np.ndarray]:
     """The batch of a step, a pure function of its arguments: tokens int32[B, T], loss_mask bool[B, T].
 
-    train: `questions` of the facts are asked for in random order, and every answer is a target.
+    train: `questions` times one of the facts is asked for, and every answer is a target.
 
     validation, test: the last token is the answer and the one target; row r of step s asks for a fact at
     depth number (s * B + r) % depths. needle_positions int32[B] is where the value of that fact stands,
@@ -121,8 +125,15 @@ def make_batch(
     # Text that does not fill the last place stands before the first one.
     spare = config.sequence_length - questions * QUESTION - _slots(config, questions) * FACT
     starts = spare + places * FACT
-    tokens[rows[:, None, None], starts[..., None] + np.arange(FACT)] = facts
-    asked = facts[:, :questions].copy()
+    counts = np.full((batch_size, 1), config.needles)
+    which = np.zeros((batch_size, questions), np.int64)  # the fact whose depth is known is the first one
+    if training:
+        counts = rng.integers(config.min_needles, config.needles + 1, counts.shape)
+        which = (rng.random(which.shape) * counts).astype(np.int64)
+    at = (rows[:, None, None], starts[..., None] + np.arange(FACT))
+    there = np.arange(config.needles) < counts
+    tokens[at] = np.where(there[..., None], facts, tokens[at])
+    asked = np.take_along_axis(facts, which[..., None], axis=1)
     asked[..., 0] = RECALL_ID
     tokens[:, -questions * QUESTION :] = asked[..., :QUESTION].reshape(batch_size, -1)
 

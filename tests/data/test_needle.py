@@ -9,7 +9,7 @@ from jaxlab.data.needle import FACT, QUESTION, SPLITS, NeedleConfig, NeedleSourc
 from jaxlab.data.needle_words import COLOURS, SENTENCE, THINGS, VALUES, WORDS, needle_tokenizer
 from jaxlab.errors import ConfigError, UserError
 
-CONFIG = NeedleConfig(sequence_length=107, needles=5, questions=3, depths=4)
+CONFIG = NeedleConfig(sequence_length=107, needles=5, min_needles=2, questions=3, depths=4)
 
 
 def read(tokens):
@@ -40,16 +40,19 @@ def test_the_answer_is_in_one_fact_and_nowhere_else(split, asked):
     batch = make_batch(CONFIG, 0, 0, 64, split)
     assert batch["tokens"].shape == (64, 107)
     assert batch["tokens"].dtype == np.int32
+    counts = set()
     for tokens, mask in zip(batch["tokens"].tolist(), batch["loss_mask"], strict=True):
         facts, questions = read(tokens)
-        assert len(facts) == 5
-        assert len({value for value, _ in facts.values()}) == 5
-        assert len({key for key, _, _ in questions}) == len(questions) == asked
+        counts.add(len(facts))
+        assert len({value for value, _ in facts.values()}) == len(facts)
+        assert len(questions) == asked
         for key, answer, _ in questions:
             assert facts[key][0] == answer
-            assert tokens.count(WORDS.index(answer)) == 2  # in the fact and as the answer
+            # In the fact and as the answer, however often it is asked for.
+            assert tokens.count(WORDS.index(answer)) == 1 + [key for key, _, _ in questions].count(key)
         assert np.flatnonzero(mask).tolist() == [place for _, _, place in questions]
         assert questions[-1][2] == 106
+    assert counts == ({2, 3, 4, 5} if split == "train" else {5})
 
 
 def test_held_out_facts_stand_at_every_depth_in_turn():
@@ -86,7 +89,7 @@ def test_no_key_is_in_two_splits_and_every_word_is_trained_on():
 
 
 def test_filler_is_sentences():
-    batch = make_batch(dataclasses.replace(CONFIG, needles=1, questions=1), 0, 0, 16)
+    batch = make_batch(NeedleConfig(sequence_length=107, needles=1, questions=1), 0, 0, 16)
     phases = set()
     for tokens in batch["tokens"]:
         [(_, place)] = read(tokens)[0].values()
@@ -135,12 +138,14 @@ def test_the_source_and_its_words():
     [
         ({"needles": 0}, "needles"),
         ({"needles": 33}, "needles"),
-        ({"questions": 5}, "questions"),
+        ({"questions": 0}, "questions"),
+        ({"min_needles": 0}, "min_needles"),
+        ({"min_needles": 5}, "min_needles"),
         ({"min_depth": 0.7, "max_depth": 0.6}, "min_depth"),
         ({"max_depth": 1.1}, "min_depth"),
         ({"depths": 0}, "depths"),
         ({"filler_targets": 1.5}, "filler_targets"),
-        ({"sequence_length": 35}, "sequence_length"),
+        ({"sequence_length": 51}, "sequence_length"),
         ({"sequence_length": 2}, "sequence_length"),
         ({"min_depth": 0.5, "max_depth": 0.51}, "sequence_length"),
     ],
@@ -149,7 +154,7 @@ def test_impossible_settings_are_refused(values, key):
     with pytest.raises(ConfigError) as caught:
         NeedleConfig(**values)
     assert caught.value.key == key
-    assert NeedleConfig(sequence_length=36)  # four facts of five tokens, four questions of four
+    assert NeedleConfig(sequence_length=52)  # four facts of five tokens, eight questions of four
 
 
 def test_an_unknown_split_is_refused():
