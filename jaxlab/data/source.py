@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from jaxlab.data.digits import DigitsConfig, DigitsSource
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
+from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
@@ -19,14 +20,17 @@ from jaxlab.models import ModelConfig
 class DataConfig:
     """What a model is trained or evaluated on."""
 
-    kind: Literal["text", "digits", "episodes"] = "text"
-    """text: files; digits: questions about handwritten digits; episodes: in-context learning."""
+    kind: Literal["text", "digits", "episodes", "needle"] = "text"
+    """text: files; digits: questions about handwritten digits; episodes: in-context learning;
+    needle: facts in long filler."""
     text: TextConfig = TextConfig()
     """Used where kind is text."""
     digits: DigitsConfig = DigitsConfig()
     """Used where kind is digits."""
     episodes: EpisodesConfig = EpisodesConfig()
     """Used where kind is episodes."""
+    needle: NeedleConfig = NeedleConfig()
+    """Used where kind is needle."""
 
 
 @runtime_checkable
@@ -56,7 +60,9 @@ def make_source(config: DataConfig) -> Source:
         return TextSource(config.text)
     if config.kind == "digits":
         return DigitsSource(config.digits)
-    return EpisodesSource(config.episodes)
+    if config.kind == "episodes":
+        return EpisodesSource(config.episodes)
+    return NeedleSource(config.needle)
 
 
 def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
-"""Task `evaluate`: loss by position and exact match of a model on held-out data."""
+"""Task `evaluate`: loss by position, exact match and needles by depth, of a model on held-out data."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,19 @@ from jaxlab.checkpoints.loading import (
 from jaxlab.checkpoints.native import check_same_tree
 from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
-from jaxlab.errors import ConfigError
+from jaxlab.errors import ConfigError, UserError
 from jaxlab.evaluation import chosen_blocks
 from jaxlab.evaluation.measures import exact_match, target_losses
-from jaxlab.models import Batch, ModelConfig, Params, abstract_params, count_params, forward
+from jaxlab.evaluation.needle import ByDepth
+from jaxlab.models import (
+    Batch,
+    ModelConfig,
+    Params,
+    SparsityConfig,
+    abstract_params,
+    count_params,
+    forward,
+)
 from jaxlab.runs import Run
 from jaxlab.training.memory import bytes_per_device, compiled_memory
 from jaxlab.training.metrics import attended_tokens
@@ -38,6 +48,8 @@ class Config:
     """A model folder, a run folder, or the config of a finished train run."""
     data: DataConfig = DataConfig()
     """What it is measured on."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """Measure it as if it read a part of the text only; for models trained with full attention."""
     split: Literal["validation", "test"] = "test"
     """Which held-out split."""
     batch_size: int = 32
@@ -78,6 +90,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     folder, model, source, _ = _prepare(config)
     _, params, _ = load_model(folder)
     losses, counts, matches, blocks = [], [], [], []
+    needles = ByDepth()
     for batch in tqdm(
         source.held_out_batches(config.batch_size, config.batches, config.split),
         desc=f"evaluate {run.name}",
@@ -87,6 +100,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         losses.append(np.asarray(loss, np.float64))
         counts.append(np.asarray(count))
         matches.append(np.asarray(match))
+        needles.add(batch, matches[-1])
         blocks.append(chosen)
     loss, count = np.sum(losses, axis=0), np.sum(counts, axis=0)
     mean = loss.sum() / max(count.sum(), 1)
@@ -97,12 +111,13 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "exact_match": float(np.mean(np.concatenate(matches))),
         "sequences": int(sum(len(m) for m in matches)),
         "targets": int(count.sum()),
+        "attended_tokens": attended_tokens(model, len(loss) + 1),
         "by_position": by_position(loss, count, config.position_buckets),
     }
-    if model.attention == "nsa":
-        first = np.asarray(blocks[0])
-        attended = attended_tokens(model, first.shape[2])
-        results["nsa"] = {"attended_tokens": attended, **chosen_blocks.describe(first, model.nsa)}
+    if (found := needles.results()) is not None:
+        results["needle"] = found
+    if blocks[0] is not None:
+        results["nsa"] = chosen_blocks.describe(np.asarray(blocks[0]), model.nsa)
     return results
 
 
@@ -124,7 +139,13 @@ def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.nd
     """The model's folder and config, the data and its first batch; UserError if they do not fit together."""
     folder = model_folder(config.model)
     model, source = load_model_config(folder), make_source(config.data)
+    model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = first_held_out(source, config.batch_size, config.split)
+    if config.sparsity.method != "none" and "segment_ids" in batch:
+        raise UserError(
+            f"{config.sparsity.method} reads one whole text a row and the data has segments; set data.kind "
+            "to text, episodes or needle"
+        )
     check_fits(batch, model)
     check_same_words(load_tokenizer(folder), source.tokenizer(), folder)
     return folder, model, source, batch
@@ -137,5 +158,5 @@ def _measure(
     """Summed losses and numbers of targets at positions 1 ... T-1, right rows, and NSA's choice in row 0."""
     logits, intermediates = forward(params, batch, model)
     losses, mask = target_losses(logits, batch)
-    chosen = intermediates["chosen_blocks"][:, 0] if model.attention == "nsa" else None
+    chosen = intermediates["chosen_blocks"][:, 0] if "chosen_blocks" in intermediates else None
     return jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0), exact_match(logits, batch), chosen

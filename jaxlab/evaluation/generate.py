@@ -55,6 +55,8 @@ def run(arguments: Arguments) -> None:
     config, params, tokenizer = load_model(folder)
     if tokenizer is None and config.family != "jaxlab":
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
+    if config.attention == "nsa" and config.nsa.selector == "auxiliary":
+        raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     ends = frozenset() if arguments.past_end else end_tokens(folder)
     batch = read_prompt(arguments, folder, config, tokenizer)
     length = batch["tokens"].shape[1]

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlab.models.attention import Cache, init_cache
-    from jaxlab.models.config import ModelConfig, MoEConfig, NSAConfig, RopeConfig, VisionConfig
+    from jaxlab.models.config import (
+        ModelConfig,
+        MoEConfig,
+        NSAConfig,
+        RopeConfig,
+        SparsityConfig,
+        VisionConfig,
+    )
     from jaxlab.models.decoder import Batch, forward, positions_of
     from jaxlab.models.generation import generate, stream
     from jaxlab.models.modules import Params
@@ -29,6 +36,7 @@ __all__ = [
     "Params",
     "Probe",
     "RopeConfig",
+    "SparsityConfig",
     "VisionConfig",
     "abstract_params",
     "cast_floats",
@@ -46,7 +54,7 @@ __all__ = [
 
 _HOMES = {
     "attention": "Cache init_cache",
-    "config": "MoEConfig ModelConfig NSAConfig RopeConfig VisionConfig",
+    "config": "MoEConfig ModelConfig NSAConfig RopeConfig SparsityConfig VisionConfig",
     "decoder": "Batch forward positions_of",
     "generation": "generate stream",
     "modules": "Params",

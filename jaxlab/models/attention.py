@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
-from kernels_pallas.nsa import compress_blocks, nsa_attention, window_attention
+from jaxlab.models.selectors import auxiliary_loss, auxiliary_scores, block_bounds, bound_scores
+from jaxlab.models.sparse_inference import sparse_attention
+from kernels_pallas.nsa import best_blocks, compress_blocks, nsa_attention, window_attention
 
 
 class Where(NamedTuple):
@@ -50,6 +52,15 @@ class Cache(NamedTuple):
     """By how much the next position exceeds its row (M-RoPE: an image has fewer positions than rows)."""
 
 
+class Choice(NamedTuple):
+    """What one layer of NSA chose to read, and how far the choice is from where attention lies."""
+
+    blocks: Int[Array, "B Hkv T n"] | None = None
+    """None without a selection branch."""
+    loss: Float[Array, ""] | None = None
+    """Of the auxiliary selector."""
+
+
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype."""
     branch = (3,) if config.attention == "nsa" else ()
@@ -73,10 +84,10 @@ def attention(
     causal: bool = True,
     probe: Probe | None = None,
     cache: tuple[Array, Array] | None = None,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Int[Array, "B Hkv T n"] | None]:
+) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Choice]:
     """Attention of one layer, of a kind of `config.kinds`, on its normed input.
 
-    Returns the output, the layer's cache with these tokens in it, and the blocks that NSA chose. `probe` is
+    Returns the output, the layer's cache with these tokens in it, and NSA's choice of blocks. `probe` is
     the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
     """
     rotary = where.local_rotary if kind == "sliding" else where.rotary
@@ -89,16 +100,17 @@ def attention(
     if cache is not None:
         cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
     if kind == "nsa":
-        out, chosen = _nsa(params, x, q, k, v, where, config, probe, cached=cache is not None)
+        out, choice = _nsa(params, x, q, k, v, where, config, probe, cached=cache is not None)
     else:
         window = config.window if kind == "sliding" else None
         if kind == "sliding" and where.local_segments is not None:
             where, window = where._replace(segment_ids=where.local_segments), None
-        out, chosen = _dense(q, k, v, where, config, window, causal, probe, cached=cache is not None), None
+        out = _dense(q, k, v, where, config, window, causal, probe, cached=cache is not None)
+        choice = Choice()
     y = jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype))
     if config.has_output_bias:
         y = y + params["output_bias"].astype(x.dtype)[None, None]
-    return y, cache, chosen
+    return y, cache, choice
 
 
 def projections(
@@ -127,6 +139,9 @@ def _head_norm(
 
 
 def _project(params: Params, name: str, x: Array, equation: str) -> Array:
+    if equation.startswith("btd,c") and params[name].ndim == 3:  # one projection for all of NSA's branches
+        y = _project(params, name, x, "btd,dhk->bthk")
+        return jnp.broadcast_to(y[:, None], (y.shape[0], len(BRANCHES), *y.shape[1:]))
     y = jnp.einsum(equation, x, params[name].astype(x.dtype))
     if f"{name}_bias" not in params:
         return y
@@ -153,6 +168,10 @@ def _dense(
     cached: bool,
 ) -> Array:
     scale = config.key_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    if config.sparsity.method != "none":
+        if cached or probe is not None or where.segment_ids is not None or where.together is not None:
+            raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
+        return sparse_attention(q, k, v, config.sparsity, scale=scale)
     if probe is not None:
         if config.attention_softcap is not None or where.together is not None:
             raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
@@ -238,7 +257,7 @@ def _nsa(
     config: ModelConfig,
     probe: Probe | None,
     cached: bool,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Choice]:
     """Three branches with their own keys and values.
 
     Compressed keys are built from un-rotated keys and take the rotary position of their block's first token.
@@ -258,16 +277,43 @@ def _nsa(
         k_cmp = rotate(k_cmp, at_starts, config.rope.interleaved)
         k_slc = rotate(k_slc, at_tokens, config.rope.interleaved)
         k_win = rotate(k_win, at_tokens, config.rope.interleaved)
-    operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], _gates(params["gate"], x))
+    there = [branch in n.branches for branch in BRANCHES]
+    gates = jnp.where(jnp.asarray(there)[None, None, None], _gates(params["gate"], x), 0)
+    operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], gates)
     sizes: dict[str, Any] = {
         "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
         "num_init": n.num_init, "num_local": n.num_local, "window": n.window, "scale": config.attention_scale,
     }  # fmt: skip
     if probe is not None:
-        return probed_nsa_attention(*operands, probe, segment_ids=where.segment_ids, **sizes), None
+        if n.selector != "compressed":
+            raise ValueError("flows and blocking know no selector of NSA but compressed")
+        return probed_nsa_attention(*operands, probe, segment_ids=where.segment_ids, **sizes), Choice()
     segment_ids = None if cached else where.segment_ids
-    out, branches = nsa_attention(*operands, segment_ids=segment_ids, q_positions=where.rows, **sizes)
-    return out, branches.indices
+    indices, loss = None, None
+    if n.selector != "compressed" and "selection" in n.branches:
+        of_groups = q.reshape(*q.shape[:2], config.kv_heads, -1, config.key_dim)
+        if n.selector == "min_max":
+            importance = jnp.sum(bound_scores(of_groups, block_bounds(k_slc, n.block_size)), axis=2)
+        else:
+            if cached or segment_ids is not None:
+                raise ValueError("the auxiliary selector reads one whole text a row: no cache, no segments")
+            scale = config.key_dim**-0.5 if config.attention_scale is None else config.attention_scale
+            importance = auxiliary_scores(params["selector"], x, n.block_size)
+            loss = auxiliary_loss(importance, of_groups, k_slc, n, scale=scale)
+        indices = best_blocks(
+            importance, block_size=n.block_size, num_blocks=n.num_blocks, num_init=n.num_init,
+            num_local=n.num_local, segment_ids=segment_ids, q_positions=where.rows,
+        )  # fmt: skip
+    out, branches = nsa_attention(
+        *operands, segment_ids=segment_ids, q_positions=where.rows, indices=indices, **sizes
+    )
+    if all(there):
+        return out, Choice(branches.indices, loss)
+    # What the other branches would give is not used, so it is not computed.
+    outputs = zip(there, (branches.compressed, branches.selected, branches.window), strict=True)
+    parts = [gates[..., i, None].astype(q.dtype) * y for i, (used, y) in enumerate(outputs) if used]
+    chosen = branches.indices if "selection" in n.branches else None
+    return jax.tree.reduce(jnp.add, parts), Choice(chosen, loss)
 
 
 def _gates(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:

@@ -8,6 +8,10 @@ from jaxlab.errors import ConfigError
 from jaxlab.models.qwen_config import QwenVisionConfig
 from jaxlab.models.vit_config import MllamaConfig, ViTConfig
 
+Branch = Literal["compression", "selection", "window"]
+BRANCHES: tuple[Branch, ...] = ("compression", "selection", "window")
+"""NSA's branches in the order in which parameters and gates have them."""
+
 
 @dataclass(frozen=True)
 class NSAConfig:
@@ -31,9 +35,22 @@ class NSAConfig:
     """Hidden width of the MLP that compresses a block's keys (another one its values)."""
     gate_width: int = 0
     """Hidden width of the gate MLP; 0 makes it one linear layer."""
+    selector: Literal["compressed", "min_max", "auxiliary"] = "compressed"
+    """What rates selection blocks. compressed: attention to compressed keys (eq. 9). The paper rejects two
+    (sec. 6.1). min_max: without parameters, the bound of a score by the least and the greatest of each
+    channel of a block's keys, after Quest. auxiliary: a scorer trained beside, by the attention that blocks
+    get."""
+    selector_dim: int = 16
+    """auxiliary: dimension of the scorer's queries and keys."""
+    branches: tuple[Branch, ...] = BRANCHES
+    """Branches that are there (an ablation); the gates of the others are 0, their parameters stay unused."""
+    shared_kv: bool = False
+    """One key and one value projection for all branches (an ablation)."""
 
     def __post_init__(self) -> None:
-        for name in ("block_len", "stride", "block_size", "num_blocks", "window", "compress_width"):
+        for name in (
+            "block_len", "stride", "block_size", "num_blocks", "window", "compress_width", "selector_dim",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         for name in ("num_init", "num_local", "gate_width"):
@@ -45,10 +62,65 @@ class NSAConfig:
                 f"and {self.num_local} local ones; raise num_blocks",
                 key="num_blocks",
             )
+        if not self.branches or len({*self.branches}) < len(self.branches):
+            raise ConfigError(
+                f"name each at most once and at least one: {list(self.branches)}", key="branches"
+            )
+        if self.selector != "compressed" and not (self.num_init and self.num_local):
+            raise ConfigError(
+                f"{self.selector} rates whole blocks of the past; keep num_init and num_local at 1 or more",
+                key="selector",
+            )
+        chooses_by = "compression" if self.selector == "compressed" else "selection"
+        if "selection" in self.branches and chooses_by not in self.branches:
+            raise ConfigError(
+                "compressed keys learn to choose through their branch only; add compression or set "
+                "another selector",
+                key="branches",
+            )
         if self.stride > self.block_len:
             raise ConfigError(
                 f"stride {self.stride} exceeds block_len {self.block_len}: tokens would be lost", key="stride"
             )
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Full attention that reads a part of the text only, on a model that was trained with all of it."""
+
+    method: Literal["none", "exact_tokens", "exact_blocks", "quest", "infllm", "h2o"] = "none"
+    """How a query chooses (jaxlab/models/sparse_inference.py); none reads everything."""
+    block_size: int = 64
+    """Tokens in a block."""
+    num_blocks: int = 16
+    """Blocks that a query reads, the forced ones included; where tokens are chosen, as many as these hold."""
+    num_init: int = 1
+    """Blocks at the start of the text that are always read (not with exact_tokens and h2o)."""
+    num_local: int = 2
+    """Blocks ending at the query's own that are always read; with h2o so many tokens stay (not with
+    exact_tokens)."""
+    representatives: int = 4
+    """infllm: tokens that stand for a block."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "num_local", "representatives"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.num_init < 0:
+            raise ConfigError(f"must not be negative, is {self.num_init}", key="num_init")
+        if self.num_init + self.num_local > self.num_blocks:
+            raise ConfigError(
+                f"{self.num_blocks} blocks cannot hold the forced {self.num_init} first "
+                f"and {self.num_local} local ones; raise num_blocks",
+                key="num_blocks",
+            )
+        if self.method == "infllm" and self.num_local < 2:
+            raise ConfigError("infllm rates tokens by the block after theirs; raise it to 2", key="num_local")
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a query reads at most."""
+        return self.num_blocks * self.block_size
 
 
 @dataclass(frozen=True)
@@ -270,6 +342,8 @@ class ModelConfig:
     """Tokens that sliding attention sees, the query's own included."""
     nsa: NSAConfig = NSAConfig()
     """Used where attention is nsa."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """Sparsity at inference of a model trained with full attention."""
     moe: MoEConfig = MoEConfig()
     """Used where moe.num_experts > 0."""
     vision: VisionConfig = VisionConfig()
@@ -335,6 +409,14 @@ class ModelConfig:
             raise ConfigError("a tied head has no bias; set tie_embeddings: false", key="head_bias")
         if self.attention == "nsa" and self.attention_softcap is not None:
             raise ConfigError("NSA's branches have no softcap", key="attention_softcap")
+        if self.sparsity.method != "none":
+            if self.attention != "full" or self.pattern or self.attention_softcap is not None:
+                raise ConfigError(
+                    f"{self.sparsity.method} is for models whose layers all have full attention, no softcap",
+                    key="sparsity.method",
+                )
+            if self.has_vision:
+                raise ConfigError("is for models without vision", key="sparsity.method")
         if len(self.pattern) > self.num_layers:
             raise ConfigError(
                 f"names {len(self.pattern)} layers, the model has {self.num_layers}", key="pattern"

@@ -37,7 +37,8 @@ def forward(
 
     Returns:
       float32 logits and the named intermediates: "hidden" [B, T, D] after the last norm, "cache" where one
-      was given, "chosen_blocks" int32[L, B, Hkv, T, n] with NSA, "balance_loss" float32[layers] with experts.
+      was given, "chosen_blocks" int32[L, B, Hkv, T, n] with NSA, "selector_loss" float32[L] with its
+      auxiliary selector, "balance_loss" float32[layers] with experts.
       Unused ones cost nothing under jit.
 
     Raises:
@@ -61,8 +62,10 @@ def forward(
         logits = logits + params["head"]["bias"].astype(jnp.float32)[None, None]
     logits = softcap(logits, config.logit_softcap)
     intermediates: dict[str, Any] = {"hidden": x}
-    if layers.chosen_blocks is not None:
-        intermediates["chosen_blocks"] = layers.chosen_blocks
+    if layers.choice.blocks is not None:
+        intermediates["chosen_blocks"] = layers.choice.blocks
+    if layers.choice.loss is not None:
+        intermediates["selector_loss"] = layers.choice.loss
     if layers.balance is not None:
         intermediates["balance_loss"] = layers.balance
     if cache is not None and layers.caches is not None:

@@ -58,8 +58,9 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, numbers: Numbers, residual_scale: float):
         c, std = config, config.initializer_range
-        branch: tuple[int, ...] = (BRANCHES,) if c.attention == "nsa" else ()
-        branch_axes: tuple[str, ...] = ("branch",) if c.attention == "nsa" else ()
+        own = c.attention == "nsa" and not c.nsa.shared_kv
+        branch: tuple[int, ...] = (BRANCHES,) if own else ()
+        branch_axes: tuple[str, ...] = ("branch",) if own else ()
         kv_axes = ("embed", "kv_heads", "head_dim")
         self.query = normal(numbers, (c.width, c.num_heads, c.key_dim), ("embed", "heads", "head_dim"), std)
         self.key = normal(numbers, (*branch, c.width, c.kv_heads, c.key_dim), (*branch_axes, *kv_axes), std)
@@ -85,6 +86,11 @@ class Attention(nnx.Module):
             self.compress_key = Compressor(c, c.key_dim, numbers)
             self.compress_value = Compressor(c, c.value_dim, numbers)
             self.gate = Gate(c, numbers)
+            if c.nsa.selector == "auxiliary":
+                shape = (c.width, c.kv_heads, c.nsa.selector_dim)
+                self.selector = nnx.Dict(
+                    query=normal(numbers, shape, kv_axes, std), key=normal(numbers, shape, kv_axes, std)
+                )
 
 
 class Compressor(nnx.Module):

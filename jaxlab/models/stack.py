@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxlab.models.attention import Cache, Where, attention
+from jaxlab.models.attention import Cache, Choice, Where, attention
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import mlp, norm
 from jaxlab.models.modules import Params
@@ -19,7 +19,8 @@ class Stacked(NamedTuple):
 
     x: Float[Array, "B T D"]
     caches: tuple[Array, Array] | None
-    chosen_blocks: Int[Array, "L B Hkv T n"] | None
+    choice: Choice
+    """Of each layer, stacked."""
     balance: Float[Array, " L_moe"] | None
     """The load-balancing loss of each layer with experts."""
     outputs: Float[Array, "L B T D"] | None
@@ -75,8 +76,8 @@ def stack(
                 x = x + additions[start + run.start].astype(x.dtype)
             results.append(ys)
         start += count
-    caches, chosen, balance, outputs = (_joined([ys[i] for ys in results]) for i in range(4))
-    return Stacked(x, caches, chosen, balance, outputs)
+    caches, choice, balance, outputs = (_joined([ys[i] for ys in results]) for i in range(4))
+    return Stacked(x, caches, choice, balance, outputs)
 
 
 def _scan(
@@ -96,7 +97,7 @@ def _scan(
         if layer_probe is not None:
             layer_probe = layer_probe.join(shared)
         normed = norm(p["attention_norm"], x, config)
-        y, layer_cache, chosen = attention(
+        y, layer_cache, choice = attention(
             p["attention"],
             normed,
             where,
@@ -121,7 +122,7 @@ def _scan(
             z = norm(p["mlp_post_norm"], z, config)
         z = _gained(z, p, "mlp_gain")
         x = x + (y + z if config.parallel else z)
-        return x, (layer_cache, chosen, balance, x if keep_outputs else None)
+        return x, (layer_cache, choice, balance, x if keep_outputs else None)
 
     def period(x: Array, of_period: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
         results = []

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlab.reporting import plots, rules
+from jaxlab.reporting import long_input, plots, rules
 from jaxlab.reporting.claims import NSA, unexamined
 from jaxlab.reporting.folders import RunFolder, at
 from jaxlab.reporting.formats import Number, change, count, decimal, duration, mean, percent
@@ -12,27 +12,26 @@ from jaxlab.reporting.page import Section, best_cell, claim_list, figure, figure
 
 KEY = "nsa"
 FULL, SPARSE = "full attention", "NSA"
-_NAMES = {"full": FULL, "nsa": SPARSE}
 
 
 def build(runs: Sequence[RunFolder]) -> Section | None:
     """The section, or None where no run of text with NSA is among the runs."""
     trained = [r for r in runs if r.task == "train" and _is_from_scratch_on_bytes(r)]
-    groups = {
-        name: [r for r in trained if r.setting("model", "attention") == kind] for kind, name in _NAMES.items()
-    }
+    # Other selectors and ablations of NSA are told in the part on long input.
+    groups = {name: [r for r in trained if long_input.variant(r) == name] for name in (FULL, SPARSE)}
     if not groups[SPARSE]:
         return None
     evaluated = [r for r in runs if r.task == "evaluate" and _of(r, trained)]
     measured = {name: _by_model(evaluated, members) for name, members in groups.items()}
     section = Section(KEY, f"Part one · {NSA}", "Native sparse attention", _headline(groups))
-    section.verdicts = [
-        _n1(groups),
-        unexamined("N2", "No needle was searched for in these runs."),
-        _n3(groups),
-        unexamined("N4", "No training-free selection was run."),
-        unexamined("N5", "No other selector was trained."),
-    ]
+    section.verdicts = [_n1(groups), _n3(groups)]
+    if not long_input.speaks(runs):
+        section.verdicts += [
+            unexamined("N2", "No needle was searched for in these runs."),
+            unexamined("N4", "No training-free selection was run."),
+            unexamined("N5", "No other selector was trained."),
+        ]
+        section.verdicts.sort(key=lambda verdict: verdict.claim.id)
     section.body = [
         paragraph(
             "Each query reads three things only: summaries of blocks of the text before it, the few blocks "

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import tyro
 
 from jaxlab.files import write_atomic
-from jaxlab.reporting import generic, icl, injection, nsa, retrofit
+from jaxlab.reporting import generic, icl, injection, long_input, nsa, retrofit
 from jaxlab.reporting.folders import RunFolder, read_runs
 from jaxlab.reporting.formats import NONE, duration, size
 from jaxlab.reporting.page import Section, page
 
+# Modules, and what a page without them says is missing; long input is a part of the first paper.
 _PARTS = (
     (nsa, "native sparse attention", "a train run of text with NSA"),
+    (long_input, "", ""),
     (injection, "skill injection", "a merge-search run"),
     (icl, "in-context learning", "an icl run"),
 )
@@ -66,13 +68,15 @@ def compose(runs: Sequence[RunFolder], sections: Sequence[Section]) -> str:
         if whole and whole.setting("smoke"):
             notes.insert(0, "A smoke test: a few steps of everything. Its numbers and verdicts mean nothing.")
         notes += [
-            f"Not on this page: {words}. It needs {needs}." for m, words, needs in _PARTS if m.KEY not in keys
+            f"Not on this page: {words}. It needs {needs}."
+            for m, words, needs in _PARTS
+            if words and m.KEY not in keys
         ]
     return page(_title(parts, sections), _lede(parts), _header(whole, rest), sections, notes)
 
 
 def _title(parts: Sequence[Section], sections: Sequence[Section]) -> str:
-    if len(parts) > 1:
+    if len({part.kicker for part in parts}) > 1:
         return "Sparse attention, injected skills and information flow, on one model"
     return sections[0].title if sections else "Runs"
 
@@ -80,7 +84,8 @@ def _title(parts: Sequence[Section], sections: Sequence[Section]) -> str:
 def _lede(parts: Sequence[Section]) -> str:
     if not parts:
         return "Curves and numbers, as the runs wrote them."
-    which = ["A paper", "Two papers", "Three papers"][len(parts) - 1]
+    papers = len({part.kicker for part in parts})
+    which = ["A paper", "Two papers", "Three papers"][papers - 1]
     return (
         f"{which} in miniature, re-obtained with small models trained on this machine: what each claims, "
         "and what was seen here, including where it was not."

@@ -15,6 +15,10 @@ LOSS_TOLERANCE = 0.01
 """N1: how far NSA's loss may lie above full attention's: room for the noise of a single small run."""
 SIZE_TOLERANCE = 0.01
 """N1: how much two models of equal size may differ in parameters."""
+NEEDLE_FOUND = 0.95
+"""N2: share of needles to be found at each depth."""
+BUDGET_TOLERANCE = 0.1
+"""N4: how much the tokens read by two methods of equal budget may differ."""
 TRANSFER_GAIN = 0.20
 """M1-M3: accuracy on images, over the VLM without injection, from which a skill has arrived."""
 TRANSFER_SHARE = 0.50
@@ -55,6 +59,18 @@ def n1(
     return verdict("N1", rule, evidence, sparse <= dense * (1 + LOSS_TOLERANCE))
 
 
+def n2(found: Sequence[Number], length: int | None) -> Verdict:
+    """found: shares of needles found by NSA, one for each depth (and seed), at the trained length."""
+    rule = f"Seen if at least {percent(NEEDLE_FOUND)} of the needles are found at every depth."
+    if not found or length is None:
+        return unexamined("N2", "No needle was searched for with NSA at its trained length.")
+    evidence = (
+        f"Found at {count(length)} tokens: {percent(min(found))} at the worst depth, {percent(mean(found))} "
+        "on the mean."
+    )
+    return verdict("N2", rule, evidence, min(found) >= NEEDLE_FOUND)
+
+
 def n3(full: Sequence[Number], nsa: Sequence[Number], length: int | None, device: str) -> Verdict:
     """full, nsa: training speeds in tokens per second."""
     rule = (
@@ -70,6 +86,49 @@ def n3(full: Sequence[Number], nsa: Sequence[Number], length: int | None, device
         "to 64k tokens."
     )
     return verdict("N3", rule, evidence, sparse > dense)
+
+
+def n4(
+    nsa: Sequence[tuple[Number, Number]],
+    methods: Mapping[str, Sequence[tuple[Number, Number]]],
+    *,
+    by_loss: bool,
+) -> Verdict:
+    """nsa, methods: (tokens read per query, measure) of runs on one data set; the measure is a loss or an
+    accuracy."""
+    better = "below" if by_loss else "above"
+    rule = (
+        f"Seen if NSA's {'loss' if by_loss else 'accuracy'} (mean over seeds) lies {better} that of every "
+        f"training-free method that reads at least {percent(1 - BUDGET_TOLERANCE)} of as many tokens as NSA "
+        f"and at most {percent(1 + BUDGET_TOLERANCE)}."
+    )
+    read, own = mean([tokens for tokens, _ in nsa]), mean([value for _, value in nsa])
+    if read is None or own is None or not methods:
+        return unexamined("N4", "It needs NSA and a training-free method on the same data.")
+    fair = {
+        name: sum(value for _, value in points) / len(points)
+        for name, points in methods.items()
+        if all(abs(tokens / read - 1) <= BUDGET_TOLERANCE for tokens, _ in points)
+    }
+    told = lambda value: decimal(value, 3) if by_loss else percent(value, 1)  # noqa: E731
+    evidence = f"NSA {told(own)} at {decimal(read, 0)} tokens read; " + ", ".join(
+        f"{name} {told(value)}" for name, value in fair.items()
+    )
+    if not fair:
+        return verdict("N4", rule, f"{evidence}no method reads as many tokens.", None)
+    beaten = [own < value if by_loss else own > value for value in fair.values()]
+    return verdict("N4", rule, f"{evidence}.", all(beaten))
+
+
+def n5(losses: Mapping[str, Sequence[Number]]) -> Verdict:
+    """losses: test losses by selector, one per seed; NSA's own is called NSA."""
+    rule = "Seen if the test loss of NSA (mean over seeds) lies below that of every other selector."
+    means = {name: sum(values) / len(values) for name, values in losses.items() if values}
+    own = means.pop("NSA", None)
+    if own is None or not means:
+        return unexamined("N5", "It needs NSA and another selector, trained on the same data.")
+    others = ", ".join(f"{name} {decimal(value, 4)}" for name, value in means.items())
+    return verdict("N5", rule, f"NSA {decimal(own, 4)}, {others}.", all(own < v for v in means.values()))
 
 
 # Skill injection.

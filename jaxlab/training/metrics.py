@@ -16,17 +16,22 @@ def attended_tokens(config: ModelConfig, length: int) -> float:
     """Keys that a query reads, averaged over the positions of a sequence and the layers.
 
     For NSA the sum over its branches, compressed keys included, with as many selection blocks as it may
-    choose, the query's own among them.
+    choose, the query's own among them; with sparsity at inference those that it lets through.
     """
     within = lambda w: sum(min(t + 1, w) for t in range(length)) / length  # noqa: E731
+    before = lambda t, c: min(t // c.block_size, c.num_blocks - 1) * c.block_size  # noqa: E731
+    of_blocks = lambda c: sum(before(t, c) + t % c.block_size + 1 for t in range(length)) / length  # noqa: E731
+    if config.sparsity.method in ("exact_tokens", "h2o"):
+        return within(config.sparsity.budget)
+    if config.sparsity.method != "none":
+        return of_blocks(config.sparsity)
     if config.attention != "nsa":
         sliding = config.kinds.count("sliding") / config.num_layers
         return sliding * within(config.window) + (1 - sliding) * within(length)
     n = config.nsa
     compressed = sum(max(0, (t + 1 - n.block_len) // n.stride + 1) for t in range(length)) / length
-    before = lambda t: min(t // n.block_size, n.num_blocks - 1) * n.block_size  # noqa: E731
-    selected = sum(before(t) + t % n.block_size + 1 for t in range(length)) / length
-    return compressed + selected + within(n.window)
+    read = {"compression": compressed, "selection": of_blocks(n), "window": within(n.window)}
+    return sum(read[branch] for branch in n.branches)
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -42,7 +47,8 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
         matmul += count_params(params["dense_layers"])
     if config.attention == "nsa":
         compression = sum(count_params(layers["attention"][f"compress_{name}"]) for name in ("key", "value"))
-        matmul += compression * (config.kv_heads / config.nsa.stride - 1.0)
+        applied = config.kv_heads / config.nsa.stride if "compression" in config.nsa.branches else 0.0
+        matmul += compression * (applied - 1.0)
     if config.moe.num_experts:
         routed = sum(layers["moe"][name].size for name in ("gate", "up", "down"))
         matmul -= routed * (1.0 - config.moe.experts_per_token / config.moe.num_experts)

@@ -24,13 +24,16 @@ class State(NamedTuple):
 def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed cross-entropy (nats) of the targets, and their number.
 
-    With experts the balance loss, times its weight, is added to the loss of every target.
+    With experts the balance loss, times its weight, is added to the loss of every target; with NSA's
+    auxiliary selector its loss, which trains nothing else.
     """
     logits, intermediates = forward(params, batch, config)
     losses, mask = target_losses(logits, batch)
     total, count = jnp.sum(losses, where=mask), jnp.sum(mask, dtype=jnp.float32)
     if config.moe.num_experts and config.moe.balance_loss:
         total += config.moe.balance_loss * count * jnp.mean(intermediates["balance_loss"])
+    if "selector_loss" in intermediates:
+        total += count * jnp.mean(intermediates["selector_loss"])
     return total, count
 
 

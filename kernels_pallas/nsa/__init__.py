@@ -4,6 +4,7 @@ attention."""
 from kernels_pallas.nsa.api import (
     Implementation,
     NsaBranches,
+    best_blocks,
     compressed_attention,
     nsa_attention,
     select_blocks,
@@ -15,6 +16,7 @@ from kernels_pallas.nsa.compression import compress_blocks, num_compressed
 __all__ = [
     "Implementation",
     "NsaBranches",
+    "best_blocks",
     "compress_blocks",
     "compressed_attention",
     "nsa_attention",

@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.banded import Band, banded_attention
-from kernels_pallas.nsa.choice import Grid, choose
+from kernels_pallas.nsa.choice import Grid, best, candidates, choose
 from kernels_pallas.nsa.compression import block_segments, num_compressed
 from kernels_pallas.nsa.selection import Block, attend_to_blocks
 from kernels_pallas.nsa.tiling import Places, accumulator, default_scale, where_finite
@@ -117,15 +117,7 @@ def select_blocks(
     _check_attention(q, k_cmp, k_cmp, block_len=block_len, stride=stride)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse has shape {lse.shape}; for q {q.shape} it must be {q.shape[:3]}")
-    if min(block_size, num_blocks) < 1 or min(num_init, num_local) < 0:
-        raise ValueError(
-            f"block_size {block_size} and num_blocks {num_blocks} must be positive, "
-            f"num_init {num_init} and num_local {num_local} not negative"
-        )
-    if num_init + num_local > num_blocks:
-        raise ValueError(
-            f"{num_init} first and {num_local} local blocks do not fit into num_blocks={num_blocks}"
-        )
+    _check_choice(block_size, num_blocks, num_init, num_local)
     if kv_len is None:
         if segment_ids is None and q_positions is not None:
             raise ValueError("select_blocks with q_positions needs kv_len, the number of keys")
@@ -141,6 +133,35 @@ def select_blocks(
     q, k_cmp, lse = lax.stop_gradient((_clean_q(q, places), k_cmp, lse))
     q = _grouped(q, k_cmp)
     return choose(grid, q, k_cmp, lse.reshape(q.shape[:-1]), places, segments)
+
+
+def best_blocks(
+    importance: Float[Array, "B Hkv T N"],
+    *,
+    block_size: int,
+    num_blocks: int,
+    num_init: int = 1,
+    num_local: int = 2,
+    segment_ids: Int[Array, "B S"] | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+) -> Int[Array, "B Hkv T n"]:
+    """`select_blocks` by another importance of the N selection blocks than that of compressed keys.
+
+    importance: float32, larger is better, of any sign; that of candidates is read, except of the first and
+    local blocks, which are always chosen. Candidates, ties and order are those of `select_blocks`. No
+    gradient flows through the choice.
+
+    Raises ValueError for shapes or sizes that do not fit.
+    """
+    _check_choice(block_size, num_blocks, num_init, num_local)
+    batch, _, length, blocks = importance.shape
+    if segment_ids is not None and blocks * block_size < segment_ids.shape[1]:
+        raise ValueError(f"{blocks} blocks of {block_size} do not cover {segment_ids.shape[1]} tokens")
+    if q_positions is None and blocks * block_size < length:
+        raise ValueError(f"{blocks} blocks of {block_size} do not cover {length} tokens")
+    queries = jnp.zeros((batch, length, 1, 1), importance.dtype)
+    limits = candidates(block_size, _places(queries, segment_ids, q_positions, None))
+    return best(lax.stop_gradient(importance), limits, num_blocks, num_init, num_local)
 
 
 def selected_attention(
@@ -294,6 +315,18 @@ def _check_attention(q: Array, k: Array, v: Array, **sizes: int) -> None:
         raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q, k, v must be floating point, not {q.dtype}")
+
+
+def _check_choice(block_size: int, num_blocks: int, num_init: int, num_local: int) -> None:
+    if min(block_size, num_blocks) < 1 or min(num_init, num_local) < 0:
+        raise ValueError(
+            f"block_size {block_size} and num_blocks {num_blocks} must be positive, "
+            f"num_init {num_init} and num_local {num_local} not negative"
+        )
+    if num_init + num_local > num_blocks:
+        raise ValueError(
+            f"{num_init} first and {num_local} local blocks do not fit into num_blocks={num_blocks}"
+        )
 
 
 def _check_blocks(

@@ -106,10 +106,10 @@ def choose(
         tiles = -(-jnp.clip(last + 1, 0, blocks) // tile_keys)
         importance = jnp.zeros((batch, kv_heads, q_chunk.shape[1], padded_blocks), dtype)
         importance = lax.fori_loop(jnp.zeros_like(tiles), tiles, one_tile, importance)
-        return heads_first(_best(grid, importance, limits))
+        return heads_first(best(importance, limits, grid.num_blocks, grid.num_init, grid.num_local))
 
     chunked = (to_chunks(q, chunk), to_chunks(lse, chunk), chunk_places(places, chunk))
-    first, newest = _limits(grid, places)
+    first, newest = candidates(grid.block_size, places)
     limits = (to_chunks(first, chunk, fill=None), to_chunks(newest, chunk, fill=None))
     return heads_first(from_chunks(lax.map(one_chunk, (*chunked, limits)), length))
 
@@ -128,39 +128,48 @@ def _spread(grid: Grid, tile_keys: int) -> np.ndarray:
     return np.asarray(shared)
 
 
-def _limits(grid: Grid, places: Places) -> tuple[Array, Array]:
+def candidates(block_size: int, places: Places) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """First and newest candidate block of each query: those of its segment's first token and of its own
     position."""
-    newest = places.q_positions // grid.block_size
+    newest = places.q_positions // block_size
     if places.q_segments is None or places.key_segments is None:
         return jnp.zeros_like(newest), newest
     segments = places.key_segments
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
     changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     starts = lax.cummax(jnp.where(changed, index, jnp.zeros_like(index)), axis=1)
-    first = jnp.take_along_axis(starts, places.q_positions, axis=1) // grid.block_size
+    first = jnp.take_along_axis(starts, places.q_positions, axis=1) // block_size
     # A padding query chooses nothing.
     return first, jnp.where(places.q_segments == 0, first - 1, newest)
 
 
-def _best(grid: Grid, importance: Array, limits: tuple[Array, Array]) -> Array:
-    """[B, Hkv, T, n] from importances [B, Hkv, T, blocks] and first / newest candidate [B, T]."""
+def best(
+    importance: Float[Array, "B Hkv T blocks"],
+    limits: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    num_blocks: int,
+    num_init: int,
+    num_local: int,
+) -> Int[Array, "B Hkv T n"]:
+    """The best blocks by finite importance, in ascending order, then -1; `limits` are each query's first and
+    newest candidate."""
     first, newest = (x[:, None, :, None] for x in limits)
     index = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None, :]
-    forced = (index < first + grid.num_init) | (index > newest - grid.num_local)
+    forced = (index < first + num_init) | (index > newest - num_local)
     importance = jnp.where(forced, jnp.inf, importance)
-    importance = jnp.where((index >= first) & (index <= newest), importance, -1.0)
+    importance = jnp.where((index >= first) & (index <= newest), importance, -jnp.inf)
 
     # Rounds of taking the best, the lowest index among equals. Unlike top_k, which is a call that cannot be
     # partitioned, they leave a batch that is spread over devices where it is.
     def one_round(slot: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         left, chosen = state
-        best = jnp.max(left, axis=-1, keepdims=True)
-        at = jnp.min(jnp.where(left == best, index, NOWHERE), axis=-1, keepdims=True)
-        chosen = lax.dynamic_update_slice_in_dim(chosen, jnp.where(best >= 0, at, NOWHERE), slot, axis=3)
-        return jnp.where(index == at, -1.0, left), chosen
+        most = jnp.max(left, axis=-1, keepdims=True)
+        at = jnp.min(jnp.where(left == most, index, NOWHERE), axis=-1, keepdims=True)
+        chosen = lax.dynamic_update_slice_in_dim(
+            chosen, jnp.where(most > -jnp.inf, at, NOWHERE), slot, axis=3
+        )
+        return jnp.where(index == at, -jnp.inf, left), chosen
 
-    chosen = jnp.full((*importance.shape[:3], grid.num_blocks), NOWHERE, jnp.int32)
-    _, chosen = lax.fori_loop(0, grid.num_blocks, one_round, (importance, chosen))
+    chosen = jnp.full((*importance.shape[:3], num_blocks), NOWHERE, jnp.int32)
+    _, chosen = lax.fori_loop(0, num_blocks, one_round, (importance, chosen))
     chosen = jnp.sort(chosen, axis=-1)
     return jnp.where(chosen == NOWHERE, -1, chosen)

@@ -20,6 +20,8 @@ CONFIGS = {
     "untied": dataclasses.replace(SMALL, tie_embeddings=False, position="learned", max_length=9),
     "biases": dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True, norm="layer", mlp="plain"),
     "nsa": dataclasses.replace(SMALL, attention="nsa", attention_bias=True, nsa=NSAConfig()),
+    "nsa, one projection": dataclasses.replace(SMALL, attention="nsa", nsa=NSAConfig(shared_kv=True)),
+    "nsa, scorer": dataclasses.replace(SMALL, attention="nsa", nsa=NSAConfig(selector="auxiliary")),
     "vlm": dataclasses.replace(SMALL, vision=VISION),
     "three layers of nsa": dataclasses.replace(SMALL, attention="nsa", num_layers=3),
 }

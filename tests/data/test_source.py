@@ -49,7 +49,7 @@ def test_words_of_a_model_must_mean_the_same_in_the_data():
         check_same_words(None, words("a"), "model")
 
 
-@pytest.mark.parametrize("kind", ["text", "digits", "episodes"])
+@pytest.mark.parametrize("kind", ["text", "digits", "episodes", "needle"])
 def test_every_kind_makes_batches_of_one_form(kind):
     source = make_source(DataConfig(kind=kind))
     assert len(source.identity) == 64

@@ -10,6 +10,7 @@ import pytest
 
 from jaxlab.checkpoints.native import save_model
 from jaxlab.config import build
+from jaxlab.data.needle_words import WORDS, needle_tokenizer
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.evaluation import evaluate
 from jaxlab.models import count_params
@@ -47,6 +48,7 @@ def test_a_model_without_knowledge_pays_the_logarithm_of_the_vocabulary(make, tm
         (4, 5, 16),
         (6, 7, 16),
     ]
+    assert results["attended_tokens"] == (8 + 1) / 2
     assert "nsa" not in results
 
 
@@ -90,7 +92,34 @@ def test_nsa_tells_what_it_read(make, tmp_path):
             assert blocks == [b for b in chosen[0, entry["group"], t] if b >= 0]
             assert set(blocks) == set(range(t // NSA.block_size + 1))
     assert told["neighbour_overlap"] == [None]  # two blocks in all: nothing to choose
-    assert told["attended_tokens"] > 0
+
+
+def test_a_dense_model_is_measured_as_if_it_read_less(make, tmp_path):
+    dense, sparse, whole = (
+        evaluate.run(make(MODEL, draw_params(MODEL), **changes), Run(tmp_path, "sparse"))
+        for changes in (
+            {},
+            {"sparsity": {"method": "h2o", "block_size": 1, "num_blocks": 3}},
+            {"sparsity": {"method": "h2o", "block_size": 8}},
+        )
+    )
+    assert sparse["attended_tokens"] == (1 + 2 + 6 * 3) / 8
+    assert abs(sparse["loss"] - dense["loss"]) > 1e-3
+    assert whole["loss"] == pytest.approx(dense["loss"], rel=1e-6)
+    # Bytes 1 and 2 are predicted from one and two tokens.
+    assert sparse["by_position"][1]["loss"] == pytest.approx(dense["by_position"][1]["loss"], rel=1e-5)
+
+
+def test_needles_are_counted_by_depth(make, tmp_path):
+    model = make_config(vocab_size=len(WORDS), num_layers=1, max_length=40)
+    data = {"kind": "needle", "needle": {"sequence_length": 40, "questions": 4, "depths": 2}}
+    config = make(model, draw_params(model), data=data)
+    save_model(tmp_path / "model", model, draw_params(model), needle_tokenizer(), overwrite=True)
+    found = evaluate.run(config, Run(tmp_path, "needle"))["needle"]
+    # 36 tokens before the question hold seven facts; the first one stands after a spare word.
+    assert found["length"] == 40
+    assert [at["distance"] for at in found["depths"]] == [39 - 4, 39 - 34]
+    assert [at["sequences"] for at in found["depths"]] == [4, 4]
 
 
 def test_check_reads_no_parameter(make, monkeypatch):
@@ -110,6 +139,16 @@ def test_check_reads_no_parameter(make, monkeypatch):
         (MODEL, {"batch_size": 99}, "the test split of the data holds no full batch of 99"),
         (LONG, {"data": {"kind": "episodes"}}, "the model reads bytes, the data holds words"),
         (LONG, {"data": {"kind": "digits", "digits": {"mixture": {"image_words": 1.0}}}}, "has no vision"),
+        (
+            LONG,
+            {"data": {"kind": "digits"}, "sparsity": {"method": "quest"}},
+            "quest reads one whole text a row and the data has segments",
+        ),
+        (
+            make_config("nsa", vocab_size=256, num_layers=1),
+            {"sparsity": {"method": "quest"}},
+            "quest is for models whose layers all have full attention",
+        ),
     ],
 )
 def test_data_that_is_not_for_the_model_is_refused(make, tmp_path, model, changes, message):

@@ -128,3 +128,10 @@ def test_an_image_stands_before_the_prompt(tmp_path, capsys, monkeypatch):
     generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="a\t\t\t\tb", image=(image,)))
     assert seen[1]["tokens"].tolist() == [[97, 9, 9, 9, 9, 98]]
     capsys.readouterr()
+
+
+def test_a_selector_without_a_cache_is_refused(tmp_path):
+    model = make_config("nsa_auxiliary", num_layers=1, vocab_size=256)
+    save_model(tmp_path / "model", model, draw_params(model))
+    with pytest.raises(UserError, match="auxiliary selector keeps no cache to generate from"):
+        generate.run(generate.Arguments(str(tmp_path / "model"), prompt="ab"))

@@ -79,12 +79,35 @@ def compress(p, y, n):
     return np.concatenate(blocks)
 
 
-def choose(weights, t, n):
-    """Selection blocks that the query at t reads, from its group's weights on compressed blocks."""
+def importance(weights, t, n):
+    """Of the selection blocks up to t's own, from the weights on compressed blocks."""
     scores = np.zeros(t // n.block_size + 1)
     for i, weight in enumerate(weights):
         for token in range(i * n.stride, i * n.stride + n.block_len):
             scores[token // n.block_size] += weight
+    return scores
+
+
+def bounds(queries, keys, t, n):
+    """Of the selection blocks up to t's own: what no score of a query with a key of the block exceeds."""
+    blocks = [keys[j : j + n.block_size] for j in range(0, t + 1, n.block_size)]
+    return np.array(
+        [
+            sum(max(x * c.min(), x * c.max()) for q in queries for x, c in zip(q, block.T, strict=True))
+            for block in blocks
+        ]
+    )
+
+
+def auxiliary(p, x, group, t, n):
+    """Of the selection blocks up to t's own: the mean score of a query of its own with keys of their own."""
+    query, keys = x[t] @ p["query"][:, group], x @ p["key"][:, group]
+    blocks = [keys[j : j + n.block_size] for j in range(0, t + 1, n.block_size)]
+    return np.array([(block @ query).mean() / math.sqrt(len(query)) for block in blocks])
+
+
+def choose(scores, t, n):
+    """Selection blocks that the query at t reads."""
     own = t // n.block_size
     forced = [j for j in range(own + 1) if j < n.num_init or j > own - n.num_local]
     rest = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-scores[j], j))
@@ -95,10 +118,15 @@ def nsa(p, xs, config):
     """Native Sparse Attention: three branches with their own keys and values, gated."""
     n, theta, x, share = config.nsa, config.rope.theta, np.array(xs), config.num_heads // config.kv_heads
     gates = 1 / (1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"])))
+    gates *= [name in n.branches for name in ("compression", "selection", "window")]
     outs = np.zeros((len(x), config.width)) + p["output_bias"]
     for group in range(config.kv_heads):
         key, value = (
-            [x @ p[name][c, :, group] + p[f"{name}_bias"][c, group] for c in range(3)]
+            [
+                x @ (p[name] if n.shared_kv else p[name][c])[:, group]
+                + (p[f"{name}_bias"] if n.shared_kv else p[f"{name}_bias"][c])[group]
+                for c in range(3)
+            ]
             for name in ("key", "value")
         )
         k_cmp, v_cmp = compress(p["compress_key"], key[0], n), compress(p["compress_value"], value[0], n)
@@ -109,7 +137,13 @@ def nsa(p, xs, config):
             queries = [rotate(project(p, "query", x[t], head), t, theta) for head in heads]
             seen = max(0, (t + 1 - n.block_len) // n.stride + 1)
             compressed = [softmax_sum(q, k_cmp[:seen], v_cmp[:seen]) for q in queries]
-            chosen = choose(sum(weights for _, weights in compressed), t, n)
+            if n.selector == "auxiliary":
+                scores = auxiliary(p["selector"], x, group, t, n)
+                chosen = choose(scores, t, n)
+            elif n.selector == "min_max":
+                chosen = choose(bounds(queries, k_slc, t, n), t, n)
+            else:
+                chosen = choose(importance(sum(weights for _, weights in compressed), t, n), t, n)
             selected = [s for s in range(t + 1) if s // n.block_size in chosen]
             recent = range(max(0, t - n.window + 1), t + 1)
             for head, query, (first, _) in zip(heads, queries, compressed, strict=True):

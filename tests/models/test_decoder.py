@@ -1,5 +1,7 @@
 """The decoder against plain loops of numpy, and what must not matter to it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,9 @@ def logits(params, batch, config):
     return np.asarray(run(params, batch, config)[0])
 
 
-@pytest.mark.parametrize("variant", ["rotary", "other", "sliding", "nsa"])
+@pytest.mark.parametrize(
+    "variant", ["rotary", "other", "sliding", "nsa", "nsa_min_max", "nsa_auxiliary", "nsa_shared"]
+)
 def test_logits_are_those_of_plain_loops(variant):
     config = make_config(variant)
     params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
@@ -56,7 +60,7 @@ def test_rotary_by_hand():
     np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["other", "sliding", "nsa"])
+@pytest.mark.parametrize("variant", ["other", "sliding", "nsa", "nsa_min_max"])
 def test_packed_sequences_are_the_same_alone_and_padding_does_not_matter(variant):
     config = make_config(variant)
     params = draw_params(config)
@@ -80,7 +84,9 @@ def test_packed_sequences_are_the_same_alone_and_padding_does_not_matter(variant
     np.testing.assert_allclose(without_segments[2, :8], first_alone[:8], atol=2e-5)
 
 
-@pytest.mark.parametrize(("variant", "reach"), [("rotary", 18), ("sliding", 11), ("nsa", 18)])
+@pytest.mark.parametrize(
+    ("variant", "reach"), [("rotary", 18), ("sliding", 11), ("nsa", 18), ("nsa_min_max", 18)]
+)
 def test_a_token_is_seen_by_later_ones_only(variant, reach):
     config = make_config(variant)
     tokens = jnp.repeat(draw_tokens(config, 1, SHAPE[1]), SHAPE[0], axis=0)
@@ -172,3 +178,22 @@ def test_what_does_not_go_together():
         forward(params, {"tokens": tokens, "images": jnp.zeros((1, 1, 4, 4, 2))}, config)
     with pytest.raises(ValueError, match="cannot be used with a cache"):
         forward(params, {"tokens": tokens}, config, probe=Probe(), cache=init_cache(config, 1, 8))
+
+
+def test_what_an_absent_branch_would_do_is_not_done():
+    config = make_config("nsa", nsa=dataclasses.replace(NSA, branches=("compression", "window")))
+    params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
+    found, intermediates = run(params, {"tokens": tokens}, config)
+    assert "chosen_blocks" not in intermediates
+    # Neither its keys and values nor its gates matter, whatever they hold.
+    layers = params["layers"]["attention"]
+    for tree, name in ((layers, "key"), (layers, "value"), (layers["gate"], "bias")):
+        at = (slice(None), 1) if name != "bias" else (..., 1)
+        tree[name] = tree[name].at[at].set(jnp.nan)
+    np.testing.assert_array_equal(logits(params, {"tokens": tokens}, config), found)
+
+
+def test_flows_know_one_selector():
+    config = make_config("nsa_min_max")
+    with pytest.raises(ValueError, match="know no selector of NSA but compressed"):
+        forward(draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config, probe=Probe())

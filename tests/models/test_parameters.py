@@ -142,6 +142,10 @@ def test_sharding_table_refuses():
         (lambda: NSAConfig(stride=64), "stride"),
         (lambda: NSAConfig(window=0), "window"),
         (lambda: NSAConfig(num_init=-1), "num_init"),
+        (lambda: NSAConfig(branches=()), "branches"),
+        (lambda: NSAConfig(branches=("window", "window")), "branches"),
+        (lambda: NSAConfig(branches=("selection", "window")), "branches"),
+        (lambda: NSAConfig(selector="min_max", num_local=0), "selector"),
     ],
 )
 def test_impossible_combinations_name_the_key(make, key):

@@ -1,5 +1,6 @@
 """Small models and batches whose numbers are drawn, so that no bias is zero and no scale is one."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,6 +24,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "sliding": {"attention": "sliding", "window": 3, "mlp_bias": True, "activation": "relu"},
     "nsa": {"attention": "nsa", "nsa": NSA, "attention_bias": True},
+    "nsa_min_max": {
+        "attention": "nsa", "attention_bias": True,
+        "nsa": replace(NSA, selector="min_max", branches=("selection", "window")),
+    },
+    "nsa_auxiliary": {
+        "attention": "nsa", "attention_bias": True, "nsa": replace(NSA, selector="auxiliary", selector_dim=3),
+    },
+    "nsa_shared": {
+        "attention": "nsa", "attention_bias": True,
+        "nsa": replace(NSA, shared_kv=True, branches=("compression", "window")),
+    },
     "vision": {"vision": VISION},
 }  # fmt: skip
 """Options by a name; together they visit every one of them."""

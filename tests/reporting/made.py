@@ -101,7 +101,6 @@ def evaluate(root: Path, name: str, model: str, nsa: bool = False, loss: float =
                 layers.append({"layer": layer, "group": group, "chosen": chosen, "queries": queries})
         results["nsa"] = {
             "length": length,
-            "attended_tokens": 290.0,
             "block_size": block,
             "layers": layers,
             "neighbour_overlap": [0.9, 0.8, 0.7, 0.6],

@@ -1,6 +1,6 @@
 """What the parts of the page read out of results: scenarios, roles of data sets, fair comparisons."""
 
-from jaxlab.reporting import icl, injection, nsa, report, retrofit
+from jaxlab.reporting import icl, injection, long_input, nsa, report, retrofit
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.formats import change, count, duration, percent, size
 from jaxlab.reporting.generic import flat
@@ -25,6 +25,75 @@ def test_nsa_compares_only_what_is_alike(tmp_path):
     read[1].results["parameters"] = 900_000
     assert statuses(nsa.build(read))["N1"] == "not examined"
     assert nsa.build(read_runs(runs[:1])) is None
+
+
+def needle(root, name, model, found, method="none", attended=128.0, length=512):
+    """An evaluation on needles, `found` at each depth."""
+    last = max(len(found) - 1, 1)
+    depths = [
+        {"depth": i / last, "distance": 9, "sequences": 32, "exact_match": f} for i, f in enumerate(found)
+    ]
+    data = {"kind": "needle", "needle": {"sequence_length": length}}
+    results = {
+        "loss": 0.5, "exact_match": sum(found) / len(found), "attended_tokens": attended,
+        "needle": {"length": length, "depths": depths},
+    }  # fmt: skip
+    config = {"model": f"outputs/train/{model}", "data": data, "sparsity": {"method": method}}
+    return made.write_run(root, "evaluate", name, config, results)
+
+
+def needle_runs(tmp_path):
+    runs = [
+        made.train(tmp_path, "full-11111111", kind="needle"),
+        made.train(tmp_path, "nsa-22222222", "nsa", kind="needle"),
+        needle(tmp_path, "full_test-33333333", "full-11111111", [1.0, 1.0, 1.0], attended=256.0),
+        needle(tmp_path, "quest-44444444", "full-11111111", [0.2, 0.5, 0.9], "quest"),
+        needle(tmp_path, "nsa_test-55555555", "nsa-22222222", [1.0, 0.96, 1.0]),
+        needle(tmp_path, "nsa_test-66666666", "nsa-22222222", [0.1, 0.5, 1.0], length=1024),
+    ]
+    read = read_runs(runs)
+    for run in read[:2]:
+        run.config["data"]["needle"] = {"sequence_length": 512}
+    return read
+
+
+def test_needles_and_sparsity_without_training(tmp_path):
+    read = needle_runs(tmp_path)
+    section = long_input.build(read)
+    # What was found beyond the trained length says nothing of the claim.
+    assert statuses(section) == {"N2": "seen", "N4": "seen", "N5": "not examined"}
+    assert len(section.runs) == 6
+    text = "".join(part for part in section.body if part)
+    assert "Quest" in text
+    assert "full attention" in text
+    read[4].results["needle"]["depths"][1]["exact_match"] = 0.9
+    read[3].results["attended_tokens"] = 150.0
+    assert statuses(long_input.build(read)) == {
+        "N2": "not seen", "N4": "not examined", "N5": "not examined",
+    }  # fmt: skip
+    assert long_input.build(read[:2]) is None
+
+
+def test_variants_of_nsa_are_told_apart_and_kept_out_of_n1(tmp_path):
+    runs = [made.train(tmp_path, "full-11111111"), made.train(tmp_path, "nsa-22222222", "nsa", 1.99)]
+    runs += [made.train(tmp_path, f"variant-{i}{i}333333", "nsa", 2.5) for i in range(3)]
+    read = read_runs(runs)
+    read[2].config["model"]["nsa"]["selector"] = "min_max"
+    read[3].config["model"]["nsa"] |= {"branches": ["window"], "shared_kv": True}
+    read[4].config["model"]["nsa"]["selector"] = "auxiliary"
+    assert [long_input.variant(r) for r in read] == [
+        "full attention", "NSA", "min-max selector",
+        "NSA without compression and selection, one K/V projection", "auxiliary-loss selector",
+    ]  # fmt: skip
+    assert statuses(nsa.build(read)) == {"N1": "seen", "N3": "not seen"}
+    assert statuses(long_input.build(read)) == {
+        "N2": "not examined", "N4": "not examined", "N5": "seen",
+    }  # fmt: skip
+    sections = report.build(read)
+    assert [section.key for section in sections] == ["nsa", "long"]
+    page = report.compose(read, sections)
+    assert "A paper in miniature" in page
+    assert page.count("min-max selector") >= 2
 
 
 def test_seeds_are_averaged(tmp_path):

@@ -29,6 +29,46 @@ def test_n1(full, nsa, parameters, data_equal, status):
 
 
 @pytest.mark.parametrize(
+    ("found", "length", "status"),
+    [([1.0, 0.95], 512, SEEN), ([1.0, 0.94], 512, NOT_SEEN), ([], 512, OPEN), ([1.0], None, OPEN)],
+)
+def test_n2(found, length, status):
+    assert rules.n2(found, length).status == status
+
+
+@pytest.mark.parametrize(
+    ("nsa", "methods", "by_loss", "status"),
+    [
+        ([(100, 0.9)], {"Quest": [(109, 0.8)], "H2O": [(91, 0.89)]}, False, SEEN),
+        ([(100, 0.9)], {"Quest": [(109, 0.9)]}, False, NOT_SEEN),  # not better
+        ([(100, 0.9)], {"Quest": [(111, 0.95)], "H2O": [(100, 0.5)]}, False, SEEN),  # reads more
+        ([(100, 0.9)], {"Quest": [(111, 0.5)]}, False, OPEN),
+        ([(100, 2.0)], {"Quest": [(100, 2.1)]}, True, SEEN),
+        ([(100, 2.0)], {"Quest": [(100, 1.9)]}, True, NOT_SEEN),
+        ([(100, 0.9), (100, 0.5)], {"Quest": [(100, 0.6), (100, 0.6)]}, False, SEEN),  # means over seeds
+        ([], {"Quest": [(100, 0.6)]}, False, OPEN),
+        ([(100, 0.9)], {}, False, OPEN),
+    ],
+)
+def test_n4(nsa, methods, by_loss, status):
+    assert rules.n4(nsa, methods, by_loss=by_loss).status == status
+
+
+@pytest.mark.parametrize(
+    ("losses", "status"),
+    [
+        ({"NSA": [1.0, 1.2], "min-max selector": [1.11], "auxiliary-loss selector": [1.2]}, SEEN),
+        ({"NSA": [1.0], "min-max selector": [1.1], "auxiliary-loss selector": [1.0]}, NOT_SEEN),
+        ({"NSA": [1.0]}, OPEN),
+        ({"min-max selector": [1.1]}, OPEN),
+        ({}, OPEN),
+    ],
+)
+def test_n5(losses, status):
+    assert rules.n5(losses).status == status
+
+
+@pytest.mark.parametrize(
     ("full", "nsa", "status"), [([100.0], [101.0], SEEN), ([100.0], [100.0], NOT_SEEN), ([], [1.0], OPEN)]
 )
 def test_n3(full, nsa, status):

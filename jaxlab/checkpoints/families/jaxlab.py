@@ -52,6 +52,8 @@ LAYER: Rows = (
     Row("attention.gate.hidden", "self_attn.gate.fc1.weight", "g d -> d g"),
     Row("attention.gate.output", "self_attn.gate.fc2.weight", "(h c) d -> d h c"),
     Row("attention.gate.bias", "self_attn.gate.fc2.bias", "(h c) -> h c"),
+    Row("attention.selector.query", "self_attn.selector.q_proj.weight", "(h r) d -> d h r"),
+    Row("attention.selector.key", "self_attn.selector.k_proj.weight", "(h r) d -> d h r"),
     *_mlp("mlp", "mlp"),
     Row("moe.router", "mlp.gate.weight", "e d -> d e"),
     Row("moe.gate", "mlp.experts.{e}.gate_proj.weight", "f d -> d f"),

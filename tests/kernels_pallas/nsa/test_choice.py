@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.nsa import compressed_attention, num_compressed, select_blocks
+from kernels_pallas.nsa import best_blocks, compressed_attention, num_compressed, select_blocks
 from tests.kernels_pallas.nsa import oracle
 from tests.kernels_pallas.nsa.cases import Case, quick_jit, shrink_tiles
 
@@ -102,3 +102,37 @@ def test_no_gradient_flows_through_the_choice():
 
     gradients = quick_jit(jax.grad(choice_as_float, argnums=(0, 1)))(args["q"], args["k_cmp"])
     assert all((np.asarray(g) == 0).all() for g in gradients)
+
+
+def test_any_importance_can_choose():
+    # Blocks of two tokens; the lowest finite number is still better than no candidate.
+    importance = jnp.asarray([[[-5.0, -9.0, -1e30, -7.0, -9.0, 3.0, 8.0]] * 12])[:, None]
+    best = functools.partial(best_blocks, block_size=2, num_blocks=4, num_init=1, num_local=1)
+    chosen = np.asarray(quick_jit(best)(importance))[0, 0].tolist()
+    assert chosen[0] == chosen[1] == [0, -1, -1, -1]
+    assert chosen[5] == [0, 1, 2, -1]
+    assert chosen[9] == [0, 1, 3, 4]
+    assert chosen[11] == [0, 1, 3, 5]  # of equals the first
+    # A segment's first block is that of its first token, and padding chooses nothing.
+    segments = jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2])
+    packed = np.asarray(quick_jit(best)(importance, segment_ids=segments))[0, 0].tolist()
+    assert packed[3] == [0, 1, -1, -1]
+    assert packed[9] == [2, 3, 4, -1]
+    assert packed[11] == [-1] * 4
+    # One query at position 9 chooses as it does among all.
+    at = jnp.asarray([[9]], jnp.int32)
+    alone = quick_jit(best)(importance[:, :, :1], q_positions=at)
+    assert np.asarray(alone)[0, 0].tolist() == [chosen[9]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1, 1, 4, 1), {}, "1 blocks of 2 do not cover 4 tokens"),
+        ((1, 1, 4, 2), {"segment_ids": jnp.ones((1, 5), jnp.int32)}, "2 blocks of 2 do not cover 5 tokens"),
+        ((1, 1, 4, 2), {"num_blocks": 2}, "do not fit into num_blocks=2"),
+    ],
+)
+def test_importances_that_do_not_fit_are_refused(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        best_blocks(jnp.zeros(shape), **{"block_size": 2, "num_blocks": 4, **options})

@@ -1,0 +1,123 @@
+"""What selection blocks are worth to a query: bounds of scores, true attention, and a scorer trained beside.
+
+The choice from these numbers is `kernels_pallas.nsa.best_blocks`. Block j holds tokens [j * size, (j + 1) *
+size); the last one may be shorter. Scores of queries and tokens exist for a chunk of queries at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.models.config import NSAConfig
+
+CHUNK_ELEMENTS = 1 << 22
+"""Scores that are alive at once."""
+
+
+class Bounds(NamedTuple):
+    """The least and the greatest of each channel of a block's keys."""
+
+    low: Float[Array, "B N Hkv Dk"]
+    high: Float[Array, "B N Hkv Dk"]
+
+
+def block_bounds(k: Float[Array, "B S Hkv Dk"], size: int) -> Bounds:
+    """Bounds of the keys of each block."""
+    blocks = in_blocks(k, size, mode="edge")
+    return Bounds(jnp.min(blocks, axis=2), jnp.max(blocks, axis=2))
+
+
+def bound_scores(q: Float[Array, "B T Hkv G Dk"], bounds: Bounds) -> Float[Array, "B Hkv G T N"]:
+    """The sum over channels of max(q * low, q * high): no key of the block scores higher. float32.
+
+    Source: Quest, arXiv 2406.10774, section 3.3.
+    """
+    dot = lambda x, y: jnp.einsum("bthgd,bnhd->bhgtn", x, y, preferred_element_type=jnp.float32)  # noqa: E731
+    return dot(jnp.maximum(q, 0), bounds.high) + dot(jnp.minimum(q, 0), bounds.low)
+
+
+def causal_scores(
+    q: Float[Array, "B C Hkv G Dk"], k: Float[Array, "B S Hkv Dk"], positions: Int[Array, " C"], scale: float
+) -> Float[Array, "B Hkv G C S"]:
+    """Scaled scores of queries at `positions`, -inf after them. float32."""
+    scores = jnp.einsum("bthgd,bshd->bhgts", q, k, preferred_element_type=jnp.float32) * scale
+    visible = jnp.arange(k.shape[1])[None] <= positions[:, None]
+    return jnp.where(visible[None, None, None], scores, -jnp.inf)
+
+
+def block_mass(scores: Float[Array, "B Hkv G C S"], size: int) -> Float[Array, "B Hkv G C N"]:
+    """The attention, softmax of `scores`, that each block gets."""
+    tokens_first = jnp.moveaxis(jax.nn.softmax(scores, axis=-1), -1, 1)
+    return jnp.moveaxis(jnp.sum(in_blocks(tokens_first, size), axis=2), 1, -1)
+
+
+def by_queries(
+    function: Callable[[Array, Array], Array], q: Float[Array, "B T Hkv G Dk"]
+) -> Float[Array, "B T ..."]:
+    """`function(queries [B, C, ...], their positions [C]) -> [B, C, ...]`, chunk by chunk."""
+    batch, length, kv_heads, groups, _ = q.shape
+    size = max(1, min(length, CHUNK_ELEMENTS // (batch * kv_heads * groups * length)))
+    spare = -length % size
+    padded = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(padded.reshape(batch, -1, size, *q.shape[2:]), 1, 0)
+    # Queries that fill up the last chunk stand at the last position; they are cut off again.
+    positions = jnp.minimum(jnp.arange(length + spare, dtype=jnp.int32), length - 1).reshape(-1, size)
+    out = jnp.moveaxis(jax.lax.map(lambda chunk: function(*chunk), (chunks, positions)), 0, 1)
+    return out.reshape(batch, length + spare, *out.shape[3:])[:, :length]
+
+
+def auxiliary_scores(
+    params: Mapping[str, Any], x: Float[Array, "B T D"], size: int
+) -> Float[Array, "B Hkv T N"]:
+    """Scores of the auxiliary selector: queries of its own with the mean of its own keys over each block.
+
+    params: query and key [D, Hkv, R]. No gradient reaches x. float32. Source: arXiv 2502.11089, section 6.1,
+    which gives no sizes; one query for a GQA group, no positions.
+    """
+    x = jax.lax.stop_gradient(x)
+    queries, keys = (
+        jnp.einsum("btd,dhr->bthr", x, params[name].astype(x.dtype)) for name in ("query", "key")
+    )
+    means = jnp.mean(in_blocks(keys, size), axis=2)
+    scores = jnp.einsum("bthr,bnhr->bhtn", queries, means, preferred_element_type=jnp.float32)
+    return scores * queries.shape[-1] ** -0.5
+
+
+def auxiliary_loss(
+    scores: Float[Array, "B Hkv T N"],
+    q: Float[Array, "B T Hkv G Dk"],
+    k: Float[Array, "B T Hkv Dk"],
+    nsa: NSAConfig,
+    *,
+    scale: float,
+) -> Float[Array, ""]:
+    """KL divergence (nats) of softmax(scores) from the attention that blocks get, mean over heads of a group.
+
+    Over the blocks that a query may choose freely, mean over the queries that have any; no gradient reaches q
+    and k. Every query attends to everything here: the cost of dense attention, in training.
+    """
+    q, k = jax.lax.stop_gradient((q, k))
+    mass = lambda q, at: jnp.sum(block_mass(causal_scores(q, k, at, scale), nsa.block_size), axis=2)  # noqa: E731
+    attention = jnp.moveaxis(by_queries(lambda q, at: jnp.moveaxis(mass(q, at), 2, 1), q), 2, 1)
+    block = jnp.arange(scores.shape[-1])[None]
+    own = (jnp.arange(q.shape[1]) // nsa.block_size)[:, None]
+    free = ((block >= nsa.num_init) & (block <= own - nsa.num_local))[None, None]
+    target = jnp.where(free, attention, 0)
+    target = target / jnp.maximum(jnp.sum(target, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    log_found = jax.nn.log_softmax(jnp.where(free, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    log_target = jnp.log(jnp.where(target > 0, target, 1))
+    divergence = jnp.sum(target * (log_target - jnp.where(free, log_found, 0)), axis=-1)
+    queries = jnp.sum(jnp.any(free, axis=-1), dtype=jnp.float32)
+    return jnp.sum(divergence) / (scores.shape[0] * scores.shape[1] * jnp.maximum(queries, 1))
+
+
+def in_blocks(
+    x: Float[Array, "B S *rest"], size: int, **padding: float | str
+) -> Float[Array, "B N size *rest"]:
+    """Cut into blocks of tokens, the last one filled up as jnp.pad does: by default with zeros."""
+    widths = [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)]
+    x = jnp.pad(x, widths, **padding)  # type: ignore[arg-type]
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
