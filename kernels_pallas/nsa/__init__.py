@@ -2,7 +2,6 @@
 attention."""
 
 from kernels_pallas.nsa.api import (
-    Implementation,
     NsaBranches,
     best_blocks,
     compressed_attention,
@@ -12,6 +11,7 @@ from kernels_pallas.nsa.api import (
     window_attention,
 )
 from kernels_pallas.nsa.compression import compress_blocks, num_compressed
+from kernels_pallas.nsa.support import Implementation
 
 __all__ = [
     "Implementation",

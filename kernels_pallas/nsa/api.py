@@ -6,12 +6,14 @@ dim, Dv value head dim, M compressed blocks, N selection blocks, n chosen blocks
 
 Common to all functions:
 
-* `implementation`: "xla", "mosaic_gpu" or None (the best that supports the case: today "xla"). A named one
-  runs or raises NotImplementedError; none is replaced by another silently.
+* `implementation`: "xla", "mosaic_gpu" (kernels for Hopper) or None: the best that supports the case, told
+  at level DEBUG of the logger `kernels_pallas.nsa.support`; today "xla", as the kernels ran in an interpreter
+  only. A named one runs or raises NotImplementedError with the reason; none is replaced by another silently.
 * Queries stand at absolute positions among the keys: `q_positions` int32 [B, T] (decoding, prefill in
   chunks), or 0..T-1 when None, and then there must be as many queries as keys. A query sees no key after its
   own position.
-* `segment_ids` int32 [B, S] belong to the keys; a query has the segment of its position. Tokens see their own
+* `segment_ids` int32 [B, S] belong to the keys; a query has the segment of its position. The tokens of a
+  segment follow each other. Tokens see their own
   segment only; segment 0 is padding, which sees nothing, is seen by nothing, gives exactly 0, and whose
   contents (NaN included) reach neither outputs nor gradients. Blocks lie at multiples of the stride and the
   block size of the whole row, not of the segment: a compressed block is visible only to a segment that holds
@@ -23,7 +25,7 @@ Common to all functions:
   differentiation of first order only.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,9 +35,8 @@ from kernels_pallas.nsa.banded import Band, banded_attention
 from kernels_pallas.nsa.choice import Grid, best, candidates, choose
 from kernels_pallas.nsa.compression import block_segments, num_compressed
 from kernels_pallas.nsa.selection import Block, attend_to_blocks
+from kernels_pallas.nsa.support import MAX_VALUE_DIM, Implementation, reason_against, uses_kernels
 from kernels_pallas.nsa.tiling import Places, accumulator, default_scale, where_finite
-
-Implementation = Literal["xla", "mosaic_gpu"]
 
 
 class NsaBranches(NamedTuple):
@@ -67,9 +68,9 @@ def compressed_attention(
     block is visible. `scale` is 1 / sqrt(Dk) when None. Raises ValueError for shapes or sizes that do not
     fit, NotImplementedError for an implementation that is not there.
     """
-    _implementation(implementation)
     _check_attention(q, k_cmp, v_cmp, block_len=block_len, stride=stride)
     blocks = k_cmp.shape[1]
+    kernels = uses_kernels(implementation, "compressed_attention", reason_against(q, v_cmp, blocks))
     places = _places(q, segment_ids, q_positions, None)
     _check_blocks(blocks, segment_ids, q, q_positions, block_len, stride)
     if blocks == 0:
@@ -80,7 +81,15 @@ def compressed_attention(
         places = places._replace(key_segments=segments)
         k_cmp, v_cmp = _without_padding(segments, k_cmp), _without_padding(segments, v_cmp)
     band = Band(stride, block_len - 1, None, default_scale(scale, q.shape[-1]))
-    out, lse = banded_attention(band, _grouped(_clean_q(q, places), k_cmp), k_cmp, v_cmp, places)
+    grouped = _grouped(_clean_q(q, places), k_cmp)
+    if kernels:
+        from kernels_pallas.nsa import mosaic_gpu
+
+        # The kernels work out from the tokens' segments which blocks a query sees.
+        tokens = places._replace(key_segments=segment_ids)
+        out, lse = mosaic_gpu.banded(band, grouped, k_cmp, v_cmp, tokens)
+    else:
+        out, lse = banded_attention(band, grouped, k_cmp, v_cmp, places)
     return _finish(out, places), lse.reshape(q.shape[:3])
 
 
@@ -113,8 +122,9 @@ def select_blocks(
     Raises ValueError for shapes or sizes that do not fit, NotImplementedError for an implementation not
     there.
     """
-    _implementation(implementation)
     _check_attention(q, k_cmp, k_cmp, block_len=block_len, stride=stride)
+    reason = reason_against(q, k_cmp[..., :MAX_VALUE_DIM], k_cmp.shape[1])
+    kernels = uses_kernels(implementation, "select_blocks", reason)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse has shape {lse.shape}; for q {q.shape} it must be {q.shape[:3]}")
     _check_choice(block_size, num_blocks, num_init, num_local)
@@ -132,6 +142,10 @@ def select_blocks(
     grid = Grid(block_len, stride, block_size, num_blocks, num_init, num_local, kv_len, scale)
     q, k_cmp, lse = lax.stop_gradient((_clean_q(q, places), k_cmp, lse))
     q = _grouped(q, k_cmp)
+    if kernels:
+        from kernels_pallas.nsa import mosaic_gpu
+
+        return mosaic_gpu.choose(grid, q, k_cmp, lse.reshape(q.shape[:-1]), places)
     return choose(grid, q, k_cmp, lse.reshape(q.shape[:-1]), places, segments)
 
 
@@ -183,8 +197,9 @@ def selected_attention(
     Raises ValueError for shapes or sizes that do not fit, NotImplementedError for an implementation that is
     not there.
     """
-    _implementation(implementation)
     _check_attention(q, k, v, block_size=block_size)
+    reason = reason_against(q, v, k.shape[1], block_size)
+    kernels = uses_kernels(implementation, "selected_attention", reason)
     expected = (q.shape[0], k.shape[2], q.shape[1])
     if indices.ndim != 4 or indices.shape[:3] != expected or indices.shape[3] == 0:
         raise ValueError(f"indices have shape {indices.shape}, not {expected} and at least one slot")
@@ -192,7 +207,13 @@ def selected_attention(
     q, k, v = _clean(q, k, v, places)
     block = Block(block_size, default_scale(scale, q.shape[-1]))
     indices = jnp.moveaxis(lax.stop_gradient(indices), 1, 2)
-    return _finish(attend_to_blocks(block, _grouped(q, k), k, v, indices, places), places)
+    if kernels:
+        from kernels_pallas.nsa import mosaic_gpu
+
+        out = mosaic_gpu.selected(block, _grouped(q, k), k, v, indices, places)
+    else:
+        out = attend_to_blocks(block, _grouped(q, k), k, v, indices, places)
+    return _finish(out, places)
 
 
 def window_attention(
@@ -211,11 +232,15 @@ def window_attention(
     Raises ValueError for shapes or sizes that do not fit, NotImplementedError for an implementation not
     there.
     """
-    _implementation(implementation)
     _check_attention(q, k, v, window=window)
+    kernels = uses_kernels(implementation, "window_attention", reason_against(q, v, k.shape[1]))
     places = _places(q, segment_ids, q_positions, k.shape[1])
     q, k, v = _clean(q, k, v, places)
     band = Band(1, 0, window, default_scale(scale, q.shape[-1]))
+    if kernels:
+        from kernels_pallas.nsa import mosaic_gpu
+
+        return _finish(mosaic_gpu.banded(band, _grouped(q, k), k, v, places)[0], places)
     return _finish(banded_attention(band, _grouped(q, k), k, v, places)[0], places)
 
 
@@ -289,16 +314,14 @@ def nsa_attention(
         )
     selected = selected_attention(q, k_slc, v_slc, indices, block_size=block_size, **common)
     recent = window_attention(q, k_win, v_win, window=window, **common)
-    gates = gates.astype(q.dtype)
-    out = gates[..., 0, None] * compressed + gates[..., 1, None] * selected + gates[..., 2, None] * recent
+    # In float32: the gradient of a gate is a sum over the head dim.
+    dtype = accumulator(q.dtype)
+    weighted = [
+        gates[..., i, None].astype(dtype) * x.astype(dtype)
+        for i, x in enumerate((compressed, selected, recent))
+    ]
+    out = (weighted[0] + weighted[1] + weighted[2]).astype(q.dtype)
     return out, NsaBranches(compressed, selected, recent, lse, indices)
-
-
-def _implementation(name: Implementation | None) -> None:
-    if name == "mosaic_gpu":
-        raise NotImplementedError("nsa: implementation='mosaic_gpu' is not written yet; use 'xla' or None")
-    if name not in (None, "xla"):
-        raise ValueError(f"nsa: implementation must be 'xla', 'mosaic_gpu' or None, not {name!r}")
 
 
 def _check_attention(q: Array, k: Array, v: Array, **sizes: int) -> None:

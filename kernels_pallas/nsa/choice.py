@@ -23,6 +23,7 @@ from kernels_pallas.nsa.tiling import (
     overlap,
     pad_axis,
     query_chunk,
+    segment_starts,
     split,
     tile_elements,
     to_chunks,
@@ -134,13 +135,24 @@ def candidates(block_size: int, places: Places) -> tuple[Int[Array, "B T"], Int[
     newest = places.q_positions // block_size
     if places.q_segments is None or places.key_segments is None:
         return jnp.zeros_like(newest), newest
-    segments = places.key_segments
-    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
-    changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    starts = lax.cummax(jnp.where(changed, index, jnp.zeros_like(index)), axis=1)
+    starts = segment_starts(places.key_segments)
     first = jnp.take_along_axis(starts, places.q_positions, axis=1) // block_size
     # A padding query chooses nothing.
     return first, jnp.where(places.q_segments == 0, first - 1, newest)
+
+
+def prioritised(
+    importance: Float[Array, "B Hkv T blocks"],
+    limits: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    num_init: int,
+    num_local: int,
+) -> Float[Array, "B Hkv T blocks"]:
+    """Importance with inf for the blocks that are always chosen and -inf for those that are no candidates."""
+    first, newest = (x[:, None, :, None] for x in limits)
+    index = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None, :]
+    forced = (index < first + num_init) | (index > newest - num_local)
+    importance = jnp.where(forced, jnp.inf, importance)
+    return jnp.where((index >= first) & (index <= newest), importance, -jnp.inf)
 
 
 def best(
@@ -152,11 +164,8 @@ def best(
 ) -> Int[Array, "B Hkv T n"]:
     """The best blocks by finite importance, in ascending order, then -1; `limits` are each query's first and
     newest candidate."""
-    first, newest = (x[:, None, :, None] for x in limits)
+    importance = prioritised(importance, limits, num_init, num_local)
     index = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None, :]
-    forced = (index < first + num_init) | (index > newest - num_local)
-    importance = jnp.where(forced, jnp.inf, importance)
-    importance = jnp.where((index >= first) & (index <= newest), importance, -jnp.inf)
 
     # Rounds of taking the best, the lowest index among equals. Unlike top_k, which is a call that cannot be
     # partitioned, they leave a batch that is spread over devices where it is.

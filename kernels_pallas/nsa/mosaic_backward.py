@@ -3,7 +3,8 @@
 No atomics: each gradient is written by one warpgroup, in a fixed order. Axis letters as in mosaic_forward.py.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,14 +16,16 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.nsa.mosaic_forward import (
     LOG2_E,
     ROWS,
+    Channel,
     Lists,
     Ranges,
     Tuning,
     Visible,
     add_product,
     along,
-    drain,
     product,
+    route,
+    serve,
     swizzled,
     visible_keys,
     zeros,
@@ -60,20 +63,15 @@ def query_gradient(
     shape = (ROWS, tuning.keys)
 
     def nsa_query_gradient(*refs):  # type: ignore[no-untyped-def]
-        q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *plan_refs = refs[: 8 + len(plan)]
+        q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *plan_refs = refs[
+            : 8 + len(plan)
+        ]
         dq_ref, smem, barriers = refs[8 + len(plan) :]
         q_smem, do_smem, row_smem, number_smem, k_smem, v_smem, ds_smem, dq_smem = smem
         ready, k_full, v_full, k_free, v_free = barriers
         x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
         batch = lax.div(x, heads)
-        if listed:
-            start, steps = 0, plan_refs[0][x, p]
-        else:
-            start = plan_refs[0][batch, p, 0]
-            steps = plan_refs[0][batch, p, 3] - start
-
-        def key_tile(step):  # type: ignore[no-untyped-def]
-            return plan_refs[1][x, p, step] if listed else start + step
+        way = route(listed, plan_refs, x, batch, p)
 
         @pl.when(wg < wgs)
         def compute() -> None:
@@ -121,7 +119,7 @@ def query_gradient(
                     limit = end
                     if listed:
                         limit = jnp.where((bits & plan_refs[2][x, p, step]) != 0, end, 0)
-                    seen = visible_keys(first, limit, key_tile(step), shape, 0)
+                    seen = visible_keys(first, limit, way.key_tile(step), shape, 0)
                     scores = jnp.where(seen, scores, -jnp.inf)
                 weights = jnp.exp2(scores - along(lse, shape, 0))
                 plgpu.barrier_wait(v_full.at[slot])
@@ -134,14 +132,9 @@ def query_gradient(
                 return dq
 
             dq = zeros((ROWS, key_dim))
-            if listed:
-                phases = ((0, steps, True),)
-            else:
-                full = plan_refs[0][batch, p, 1] - start, plan_refs[0][batch, p, 2] - start
-                phases = ((0, full[0], True), (*full, False), (full[1], steps, True))
-            for begin, stop, masked in phases:
+            for begin, end_of_phase, masked in way.phases:
                 loop = lambda step, dq, masked=masked: one_step(step, dq, masked)  # noqa: E731
-                dq = lax.fori_loop(begin, stop, loop, dq)
+                dq = lax.fori_loop(begin, end_of_phase, loop, dq)
             dq_smem.at[wg][...] = dq.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_smem.at[wg], dq_ref.at[x, mine])
@@ -151,18 +144,11 @@ def query_gradient(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            @pl.loop(0, steps)
-            def one_step(step) -> None:  # type: ignore[no-untyped-def]
-                slot = lax.rem(step, stages)
-                here = pl.ds(key_tile(step) * tuning.keys, tuning.keys)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                plgpu.copy_gmem_to_smem(k_ref.at[x, here], k_smem.at[slot], k_full.at[slot])
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[x, here], v_smem.at[slot], v_full.at[slot])
+            where = lambda step: (x, pl.ds(way.key_tile(step) * tuning.keys, tuning.keys))  # noqa: E731
+            channels = Channel(k_ref, k_smem, k_full, k_free), Channel(v_ref, v_smem, v_full, v_free)
+            serve(way.steps, where, channels, stages)
 
-            drain(steps, stages, k_free, v_free)
-
-    smem = (
+    smem: Any = (
         swizzled((wgs, ROWS, key_dim), dtype),
         swizzled((wgs, ROWS, value_dim), dtype),
         plgpu.SMEM((wgs, 2, ROWS), jnp.float32),
@@ -298,7 +284,7 @@ def key_gradients(
                 slot = lax.rem(step, stages)
                 tile = plan_refs[1][x, start + step] if listed else start + step
                 rows = pl.ds(tile * ROWS, ROWS)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                pl.when(step >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
                 for source, target in (
                     (q_ref.at[x, rows], q_smem.at[slot]),
                     (do_ref.at[x, rows], do_smem.at[slot]),
@@ -309,9 +295,10 @@ def key_gradients(
                 ):
                     plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
-            drain(steps, stages, free)
+            for slot in range(stages):  # every barrier is waited for as often as it completes
+                pl.when(steps > slot)(partial(plgpu.barrier_wait, free.at[slot]))
 
-    smem = (
+    smem: Any = (
         swizzled((ROWS, key_dim), dtype),
         swizzled((ROWS, value_dim), dtype),
         swizzled((stages, ROWS, key_dim), dtype),

@@ -7,7 +7,9 @@ One warpgroup loads keys and values, the others compute, each on 64 rows: the M 
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -57,10 +59,10 @@ class Ranges(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Tile p reads `count` tiles of keys, `blocks` in ascending order; only the rows whose bit is in
+    """Tile p reads so many `steps` tiles of keys, `blocks` in ascending order; only the rows whose bit is in
     `members` see them."""
 
-    count: Int[Array, "X P"]
+    steps: Int[Array, "X P"]
     blocks: Int[Array, "X P U"]
     members: Int[Array, "X P U"]
     row_bits: Int[Array, " rows"]
@@ -69,33 +71,38 @@ class Lists(NamedTuple):
     """Bits of the rows of each warpgroup, which skips the tiles that none of them sees."""
 
 
-def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> object:
+# References to memory, barriers and accumulators are Any: Pallas has no types for them that fit.
+# mypy takes the transforms, whose bases are protocols, for abstract classes.
+_TILING: Any = plgpu.TilingTransform
+_SWIZZLE: Any = plgpu.SwizzleTransform
+
+
+def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
     """Shared memory for two-byte numbers that wgmma can read; the last axis is 32 or a multiple of 64."""
     width = min(shape[-1], 64)
-    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=(_TILING((8, width)), _SWIZZLE(2 * width)))
 
 
-def along(x: Array, shape: tuple[int, int], axis: int) -> Array:
+def along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Broadcast a vector that belongs to one axis of a tile."""
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def product(a: object, b: object, shape: tuple[int, int]) -> Array:
+def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
     """a @ b, both in shared memory, in float32."""
 
-    def run(acc: object) -> Array:
+    def run(acc: Any) -> Array:
         plgpu.wgmma(acc, a, b)
-        return acc[...]  # type: ignore[index]
+        return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))  # type: ignore[arg-type]
 
 
-def add_product(acc: Array, a: Array, b: object, through: object, registers: bool) -> Array:
+def add_product(acc: Array, a: Array, b: Any, through: Any, registers: bool) -> Array:
     """acc + a @ b with `a` in registers, or through a piece of shared memory (see `Tuning.registers`)."""
     if registers:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
-    through[...] = a  # type: ignore[index]
+        return pl.run_state(partial(plgpu.wgmma, a=a, b=b))(plgpu.ACC.init(acc))
+    through[...] = a
     plgpu.commit_smem()
     return acc + product(through, b, acc.shape)
 
@@ -108,14 +115,51 @@ def zeros(shape: tuple[int, int]) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def drain(steps: Array, stages: int, *barriers: object) -> None:
-    """Wait until what was loaded last is read too."""
-    for slot in range(stages):
+class Channel(NamedTuple):
+    """What the loading warpgroup brings: slices of `source` into the slots of `target`."""
 
-        @pl.when(steps > slot)
-        def wait(slot: int = slot) -> None:
-            for barrier in barriers:
-                plgpu.barrier_wait(barrier.at[slot])  # type: ignore[attr-defined]
+    source: Any
+    target: Any
+    full: Any
+    """Barriers of the slots: something has come."""
+    free: Any
+    """Barriers of the slots: it was read."""
+
+
+def serve(steps: Array, where: Callable[[Array], Any], channels: Sequence[Channel], stages: int) -> None:
+    """The loading warpgroup's work: in step s the slice `where(s)` of each channel."""
+
+    @pl.loop(0, steps)
+    def one_step(step: Array) -> None:
+        slot = lax.rem(step, stages)
+        here = where(step)
+        for channel in channels:
+            pl.when(step >= stages)(partial(plgpu.barrier_wait, channel.free.at[slot]))
+            plgpu.copy_gmem_to_smem(channel.source.at[here], channel.target.at[slot], channel.full.at[slot])
+
+    for slot in range(stages):  # every barrier is waited for as often as it completes
+        for channel in channels:
+            pl.when(steps > slot)(partial(plgpu.barrier_wait, channel.free.at[slot]))
+
+
+class Route(NamedTuple):
+    """The steps of one tile of rows, as the kernels see them."""
+
+    steps: Array
+    key_tile: Callable[[Array], Array]
+    phases: tuple[tuple[Any, Any, bool], ...]
+    """(begin, end, whether some row does not see all of the keys)."""
+
+
+def route(listed: bool, plan: Sequence[Any], x: Array, batch: Array, p: Array) -> Route:
+    """Read a plan, Lists or Ranges."""
+    if listed:
+        steps = plan[0][x, p]
+        return Route(steps, lambda step: plan[1][x, p, step], ((0, steps, True),))
+    start, full_start, full_end, end = (plan[0][batch, p, i] for i in range(4))
+    full_start, full_end, steps = full_start - start, full_end - start, end - start
+    phases = ((0, full_start, True), (full_start, full_end, False), (full_end, steps, True))
+    return Route(steps, lambda step: start + step, phases)
 
 
 def visible_keys(first: Array, end: Array, tile: Array, shape: tuple[int, int], rows_axis: int) -> Array:
@@ -154,14 +198,7 @@ def forward(
         ready, k_full, v_full, k_free, v_free = barriers
         x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
         batch = lax.div(x, heads)
-        if listed:
-            start, steps = 0, plan_refs[0][x, p]
-        else:
-            start = plan_refs[0][batch, p, 0]
-            steps = plan_refs[0][batch, p, 3] - start
-
-        def key_tile(step):  # type: ignore[no-untyped-def]
-            return plan_refs[1][x, p, step] if listed else start + step
+        way = route(listed, plan_refs, x, batch, p)
 
         @pl.when(wg < tuning.warpgroups)
         def compute() -> None:
@@ -204,7 +241,7 @@ def forward(
                     limit = end
                     if listed:
                         limit = jnp.where((bits & plan_refs[2][x, p, step]) != 0, end, 0)
-                    seen = visible_keys(first, limit, key_tile(step), shape, 0)
+                    seen = visible_keys(first, limit, way.key_tile(step), shape, 0)
                     scores = jnp.where(seen, scores, -jnp.inf)
                 new_top = jnp.maximum(top, scores.max(axis=1))
                 fade = jnp.exp2(top - new_top)
@@ -218,14 +255,9 @@ def forward(
                 return acc, new_top, total
 
             carry = zeros((ROWS, value_dim)), vector(FLOOR, 1), vector(0.0, 1)
-            if listed:
-                phases = ((0, steps, True),)
-            else:
-                full = plan_refs[0][batch, p, 1] - start, plan_refs[0][batch, p, 2] - start
-                phases = ((0, full[0], True), (*full, False), (full[1], steps, True))
-            for begin, stop, masked in phases:
+            for begin, end_of_phase, masked in way.phases:
                 loop = lambda step, carry, masked=masked: one_step(step, carry, masked)  # noqa: E731
-                carry = lax.fori_loop(begin, stop, loop, carry)
+                carry = lax.fori_loop(begin, end_of_phase, loop, carry)
             acc, top, total = carry
             whole = jnp.where(total > 0, total, 1.0)
             out_smem.at[wg][...] = (acc / along(whole, acc.shape, 0)).astype(dtype)
@@ -239,20 +271,13 @@ def forward(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            @pl.loop(0, steps)
-            def one_step(step) -> None:  # type: ignore[no-untyped-def]
-                slot = lax.rem(step, stages)
-                here = pl.ds(key_tile(step) * tuning.keys, tuning.keys)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                plgpu.copy_gmem_to_smem(k_ref.at[x, here], k_smem.at[slot], k_full.at[slot])
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[x, here], v_smem.at[slot], v_full.at[slot])
-
-            drain(steps, stages, k_free, v_free)
+            where = lambda step: (x, pl.ds(way.key_tile(step) * tuning.keys, tuning.keys))  # noqa: E731
+            channels = Channel(k_ref, k_smem, k_full, k_free), Channel(v_ref, v_smem, v_full, v_free)
+            serve(way.steps, where, channels, stages)
 
     wgs = tuning.warpgroups
     each = lambda dtype: plgpu.SMEM((wgs, ROWS), dtype)  # noqa: E731
-    smem = (
+    smem: Any = (
         swizzled((wgs, ROWS, key_dim), dtype),
         swizzled((stages, tuning.keys, key_dim), dtype),
         swizzled((stages, tuning.keys, value_dim), dtype),

@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.nsa import support
+from kernels_pallas.nsa.banded import Band
+from kernels_pallas.nsa.choice import Grid
 from kernels_pallas.nsa.mosaic_backward import Saved, key_gradients, query_gradient
+from kernels_pallas.nsa.mosaic_choice import choose_by_kernel
 from kernels_pallas.nsa.mosaic_forward import LOG2_E, ROWS, Lists, Ranges, Tuning, Visible, forward
 from kernels_pallas.nsa.mosaic_plan import (
     FEATURES,
+    Inverse,
     Rows,
     intervals,
     inverse,
@@ -22,6 +27,7 @@ from kernels_pallas.nsa.mosaic_plan import (
     readers,
     unpack_keys,
 )
+from kernels_pallas.nsa.selection import Block
 from kernels_pallas.nsa.tiling import Places, ceil_div, finite
 
 
@@ -46,6 +52,52 @@ class _Residuals(NamedTuple):
     places: Places
     out: Array
     lse: Array
+
+
+def _tuning() -> Tuning:
+    return Tuning(registers=support.place() != "interpreter")
+
+
+def banded(
+    band: Band,
+    q: Float[Array, "B T Hkv G Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    places: Places,
+) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
+    """As `banded.banded_attention`; segments in `places` are those of the tokens, not of the keys."""
+    tuning = _tuning()
+    kernels = Kernels(band.scale, band.stride, band.offset, band.window, tuning, tuning, tuning)
+    return attend(kernels, q, k, v, None, places)
+
+
+def selected(
+    block: Block,
+    q: Float[Array, "B T Hkv G Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    indices: Int[Array, "B T Hkv n"],
+    places: Places,
+) -> Float[Array, "B T Hkv G Dv"]:
+    """As `selection.attend_to_blocks`, for blocks of a multiple of 64 tokens."""
+    parts = block.size // support.BLOCK
+    if parts > 1:  # the kernels know blocks of 64
+        part = jnp.arange(parts, dtype=jnp.int32)[None, None, None, None]
+        split = jnp.where(indices[..., None] < 0, -1, indices[..., None] * parts + part)
+        indices = split.reshape(*indices.shape[:3], -1)
+    tuning = _tuning()
+    return attend(Kernels(block.scale, 1, 0, None, tuning, tuning, tuning), q, k, v, indices, places)[0]
+
+
+def choose(
+    grid: Grid,
+    q: Float[Array, "B T Hkv G Dk"],
+    k_cmp: Float[Array, "B M Hkv Dk"],
+    lse: Float[Array, "B T Hkv G"],
+    places: Places,
+) -> Int[Array, "B Hkv T n"]:
+    """As `choice.choose`."""
+    return choose_by_kernel(grid, q, k_cmp, lse, places, _tuning())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,9 +137,7 @@ def _prepare(kernels: Kernels, q: Array, k: Array, v: Array, places: Places) -> 
     return _Prepared(layout, layout.pack(q, FEATURES), pack_keys(k, tile), pack_keys(v, tile), visible)
 
 
-def _plan(
-    ready: _Prepared, indices: Array | None, tuning: Tuning
-) -> Ranges | Lists:
+def _plan(ready: _Prepared, indices: Array | None, tuning: Tuning) -> Ranges | Lists:
     if indices is None:
         return ranges(ready.visible, tuning.rows, tuning.keys)
     return lists(ready.layout, indices, ready.k.shape[1] // tuning.keys, tuning.rows, tuning.warpgroups)
@@ -134,6 +184,7 @@ def _backward(
 
     row_plan = _plan(ready, indices, dataclasses.replace(kernels.key, warpgroups=1, keys=ROWS))
     tiles = ceil_div(ready.k.shape[1], ROWS)
+    turned: Array | Inverse
     if isinstance(row_plan, Lists):
         turned, bits = inverse(row_plan, tiles), row_plan.row_bits
     else:

@@ -1,4 +1,4 @@
-"""What each tile of a Hopper kernel has to read, worked out in XLA: nothing here is of size queries times keys.
+"""What each tile of a Hopper kernel has to read, worked out in XLA; nothing is of size queries times keys.
 
 A row is one query of one head. The heads of a group are padded to a power of two and the queries to whole
 tiles, so a tile of rows is some queries with all of their heads, and every branch is attention to an interval
@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.mosaic_forward import ROWS, Lists, Ranges, Visible
-from kernels_pallas.nsa.tiling import Places, ceil_div, pad_axis, power_of_two_at_most
+from kernels_pallas.nsa.tiling import Places, ceil_div, pad_axis, power_of_two_at_most, segment_starts
 
 FEATURES = 64
 """Head dims are padded to multiples of this: a swizzled row of 128 bytes."""
@@ -35,14 +35,14 @@ class Rows(NamedTuple):
         """In a tile of so many rows."""
         return rows // self.padded_groups
 
-    def pack(self, x: Float[Array, "B T Hkv G D"], features: int | None = None) -> Float[Array, "X R D"]:
+    def pack(self, x: Float[Array, "B T Hkv G D"], features: int | None = None) -> Float[Array, "X R padded"]:
         """Rows of queries; the last axis is padded to a multiple of `features`."""
         x = x if features is None else pad_axis(x, 4, features)
         x = pad_axis(pad_axis(x, 3, self.padded_groups), 1, self.padded_length)
         batch, _, kv_heads, _, dim = x.shape
         return jnp.moveaxis(x, 2, 1).reshape(batch * kv_heads, self.padded_length * self.padded_groups, dim)
 
-    def unpack(self, x: Float[Array, "X R D"], kv_heads: int, dim: int) -> Float[Array, "B T Hkv G D"]:
+    def unpack(self, x: Float[Array, "X R padded"], kv_heads: int, dim: int) -> Float[Array, "B T Hkv G D"]:
         """The inverse of `pack`, padding cut off."""
         x = x.reshape(-1, kv_heads, self.padded_length, self.padded_groups, x.shape[-1])
         return jnp.moveaxis(x, 1, 2)[:, : self.length, :, : self.groups, :dim]
@@ -60,13 +60,15 @@ def plan_rows(length: int, groups: int, rows: int) -> Rows:
     return Rows(length, groups, padded, max(1, ceil_div(length, queries)) * queries)
 
 
-def pack_keys(x: Float[Array, "B S Hkv D"], tile: int) -> Float[Array, "X S D"]:
+def pack_keys(x: Float[Array, "B S Hkv D"], tile: int) -> Float[Array, "X S_padded D_padded"]:
     x = pad_axis(pad_axis(x, 3, FEATURES), 1, tile)
     batch, length, kv_heads, dim = x.shape
     return jnp.moveaxis(x, 2, 1).reshape(batch * kv_heads, length, dim)
 
 
-def unpack_keys(x: Float[Array, "X S D"], like: Float[Array, "B S Hkv D"]) -> Float[Array, "B S Hkv D"]:
+def unpack_keys(
+    x: Float[Array, "X S_padded D_padded"], like: Float[Array, "B S Hkv D"]
+) -> Float[Array, "B S Hkv D"]:
     """The inverse of `pack_keys`, in the dtype of `like`."""
     batch, length, kv_heads, dim = like.shape
     x = x.reshape(batch, kv_heads, *x.shape[1:])
@@ -91,13 +93,6 @@ def intervals(
     first = -(-oldest // stride)
     end = jnp.maximum((newest - offset) // stride + 1, 0)
     return first, end
-
-
-def segment_starts(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Position of the first token of the segment that each token belongs to."""
-    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
-    changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return lax.cummax(jnp.where(changed, index, jnp.zeros_like(index)), axis=1)
 
 
 def ranges(visible: Visible, rows: int, keys: int) -> Ranges:
@@ -161,7 +156,7 @@ class Inverse(NamedTuple):
 def inverse(plan: Lists, blocks: int) -> Inverse:
     """The lists turned round, in ascending order of the tiles."""
     groups, tiles, slots = plan.blocks.shape
-    used = jnp.arange(slots, dtype=jnp.int32)[None, None] < plan.count[..., None]
+    used = jnp.arange(slots, dtype=jnp.int32)[None, None] < plan.steps[..., None]
     block = jnp.where(used, plan.blocks, blocks).reshape(groups, tiles * slots)
     tile = jnp.repeat(jnp.arange(tiles, dtype=jnp.int32), slots)[None]
     operands = (block, jnp.broadcast_to(tile, block.shape), plan.members.reshape(block.shape))

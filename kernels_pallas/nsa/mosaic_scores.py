@@ -1,5 +1,7 @@
 """Kernel for Hopper behind the choice of blocks: how much of a group's attention each compressed key gets."""
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -10,12 +12,13 @@ from jaxtyping import Array, Float
 from kernels_pallas.nsa.mosaic_forward import (
     LOG2_E,
     ROWS,
+    Channel,
     Ranges,
     Tuning,
     Visible,
     along,
-    drain,
     product,
+    serve,
     swizzled,
     visible_keys,
 )
@@ -39,7 +42,7 @@ def group_shares(
 
     `lse` is in base 2, 0 for rows that see nothing. Tile p of 128 rows has its queries in the first columns.
     What lies outside of the tiles of keys that the plan names is not written. The sum over heads is a matrix
-    product with zeros and ones; each weight enters as a sum of two numbers of 16 bits, so it is exact to 2^-16.
+    product with zeros and ones; each weight enters as two numbers of 16 bits, together exact to 2^-16.
     R is a multiple of 128 * warpgroups, M of 64, Dk of 64.
     """
     groups, rows, dim = q.shape
@@ -52,9 +55,8 @@ def group_shares(
     of_query = jnp.arange(SCORE_ROWS, dtype=jnp.int32) // heads_per_query
     adding = (jnp.arange(columns, dtype=jnp.int32)[:, None] == of_query[None, :]).astype(dtype)
 
-    def nsa_group_shares(
-        q_ref, k_ref, lse_ref, first_ref, end_ref, bounds_ref, adding_ref, out_ref, smem, barriers
-    ):  # type: ignore[no-untyped-def]
+    def nsa_group_shares(*refs):  # type: ignore[no-untyped-def]
+        q_ref, k_ref, lse_ref, first_ref, end_ref, bounds_ref, adding_ref, out_ref, smem, barriers = refs
         q_smem, k_smem, lse_smem, number_smem, adding_smem, through = smem
         ready, k_full, k_free = barriers
         x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
@@ -112,16 +114,10 @@ def group_shares(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            @pl.loop(0, steps)
-            def one_step(step) -> None:  # type: ignore[no-untyped-def]
-                slot = lax.rem(step, stages)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                here = pl.ds((start + step) * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(k_ref.at[x, here], k_smem.at[slot], k_full.at[slot])
+            where = lambda step: (x, pl.ds((start + step) * ROWS, ROWS))  # noqa: E731
+            serve(steps, where, [Channel(k_ref, k_smem, k_full, k_free)], stages)
 
-            drain(steps, stages, k_free)
-
-    smem = (
+    smem: Any = (
         swizzled((wgs, SCORE_ROWS, dim), dtype),
         swizzled((stages, ROWS, dim), dtype),
         plgpu.SMEM((wgs, SCORE_ROWS), jnp.float32),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 # Elements of one tile of scores over all rows of the batch. On a CPU a tile should stay in the cache of a
@@ -65,6 +66,13 @@ def chunk_places(places: Places, size: int) -> Places:
     """Query side of the places in chunks; padded queries repeat the last one and are cut off later."""
     segments = None if places.q_segments is None else to_chunks(places.q_segments, size, fill=None)
     return Places(to_chunks(places.q_positions, size, fill=None), segments)
+
+
+def segment_starts(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Position of the first token of the segment that each token belongs to."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
+    changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return lax.cummax(jnp.where(changed, index, jnp.zeros_like(index)), axis=1)
 
 
 def heads_first(x: Array) -> Array:
