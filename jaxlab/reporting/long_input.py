@@ -187,7 +187,7 @@ def _methods(runs: Sequence[RunFolder], makers: Mapping[int, RunFolder | None]) 
             percent(run.get("exact_match"), 1) if run.get("needle") else NONE,
             decimal(run.get("loss"), 3),
         ]
-        for run in sorted(runs, key=lambda run: (len(_length(run)), _length(run), run.get("attended_tokens") or 0))
+        for run in sorted(runs, key=lambda run: (len(_length(run)), _length(run), run.get("attended_tokens")))
     ]
     head = ["attention", "data", "length", "tokens read per query", "needles found", "loss"]
     return table(
