@@ -187,7 +187,7 @@ def _methods(runs: Sequence[RunFolder], makers: Mapping[int, RunFolder | None]) 
             percent(run.get("exact_match"), 1) if run.get("needle") else NONE,
             decimal(run.get("loss"), 3),
         ]
-        for run in runs
+        for run in sorted(runs, key=_order)
     ]
     head = ["attention", "data", "length", "tokens read per query", "needles found", "loss"]
     return table(
@@ -195,6 +195,11 @@ def _methods(runs: Sequence[RunFolder], makers: Mapping[int, RunFolder | None]) 
         "Tokens read are a mean over positions. The exact choices know every score before they choose, so "
         "they show what is lost by reading less, not what a method could save.",
     )  # fmt: skip
+
+
+def _order(run: RunFolder) -> tuple[int, str, Number]:
+    """By length, shorter numbers first, then by tokens read."""
+    return len(_length(run)), _length(run), run.get("attended_tokens") or 0
 
 
 def _length(run: RunFolder) -> str:

@@ -105,11 +105,11 @@ def n4(
     read, own = mean([tokens for tokens, _ in nsa]), mean([value for _, value in nsa])
     if read is None or own is None or not methods:
         return unexamined("N4", "It needs NSA and a training-free method on the same data.")
-    fair = {
-        name: sum(value for _, value in points) / len(points)
-        for name, points in methods.items()
-        if all(abs(tokens / read - 1) <= BUDGET_TOLERANCE for tokens, _ in points)
-    }
+    fair = {}
+    for name, points in methods.items():
+        equal = [value for tokens, value in points if abs(tokens / read - 1) <= BUDGET_TOLERANCE]
+        if equal:
+            fair[name] = sum(equal) / len(equal)
     told = lambda value: decimal(value, 3) if by_loss else percent(value, 1)  # noqa: E731
     evidence = f"NSA {told(own)} at {decimal(read, 0)} tokens read; " + ", ".join(
         f"{name} {told(value)}" for name, value in fair.items()

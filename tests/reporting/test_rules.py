@@ -43,6 +43,7 @@ def test_n2(found, length, status):
         ([(100, 0.9)], {"Quest": [(109, 0.9)]}, False, NOT_SEEN),  # not better
         ([(100, 0.9)], {"Quest": [(111, 0.95)], "H2O": [(100, 0.5)]}, False, SEEN),  # reads more
         ([(100, 0.9)], {"Quest": [(111, 0.5)]}, False, OPEN),
+        ([(100, 0.9)], {"Quest": [(100, 0.95), (50, 0.5)]}, False, NOT_SEEN),  # only equal budgets count
         ([(100, 2.0)], {"Quest": [(100, 2.1)]}, True, SEEN),
         ([(100, 2.0)], {"Quest": [(100, 1.9)]}, True, NOT_SEEN),
         ([(100, 0.9), (100, 0.5)], {"Quest": [(100, 0.6), (100, 0.6)]}, False, SEEN),  # means over seeds
