@@ -11,7 +11,11 @@ from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
-from kernels_pallas.nsa import compress_blocks, nsa_attention, window_attention
+from kernels_pallas import nsa
+from kernels_pallas.nsa import NsaCache, compress_blocks, nsa_attention, window_attention
+
+LayerCache = tuple[Array, Array] | NsaCache
+"""Of one layer: keys and values, a row a position; or what NSA keeps."""
 
 
 class Where(NamedTuple):
@@ -37,13 +41,10 @@ class Where(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, one row a position; NSA keeps those of its three branches.
+    """What all layers keep of the tokens read so far."""
 
-    NSA's keys are kept un-rotated, since its compressed blocks are built from un-rotated keys.
-    """
-
-    key: Float[Array, "L B ..."]
-    value: Float[Array, "L B ..."]
+    layers: LayerCache
+    """Stacked on a leading axis L: keys and values [L, B, S, Hkv, D], or an NsaCache."""
     length: Int[Array, " B"]
     """Tokens held, for each sequence."""
     offset: Int[Array, " B"]
@@ -51,16 +52,31 @@ class Cache(NamedTuple):
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
-    """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype."""
-    branch = (3,) if config.attention == "nsa" else ()
-    shape = (config.num_layers, batch_size, *branch, length, config.kv_heads)
-    dtype = jnp.dtype(config.compute_dtype)
-    return Cache(
-        jnp.zeros((*shape, config.key_dim), dtype),
-        jnp.zeros((*shape, config.value_dim), dtype),
-        jnp.zeros((batch_size,), jnp.int32),
-        jnp.zeros((batch_size,), jnp.int32),
-    )
+    """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype.
+
+    Raises ValueError for NSA with positions of several coordinates: its blocks know one a token.
+    """
+    if config.attention == "nsa" and config.rope.sections and config.position == "rotary":
+        raise ValueError("NSA has no cache for positions of several coordinates; set rope.sections: []")
+    make = _empty_nsa if config.attention == "nsa" else _empty_dense
+    of_layer = jax.eval_shape(lambda: make(config, batch_size, length))
+    layers = jax.tree.map(lambda x: jnp.zeros((config.num_layers, *x.shape), x.dtype), of_layer)
+    empty = jnp.zeros((batch_size,), jnp.int32)
+    return Cache(layers, empty, jnp.zeros_like(empty))
+
+
+def _empty_dense(config: ModelConfig, batch_size: int, length: int) -> tuple[Array, Array]:
+    shape, dtype = (batch_size, length, config.kv_heads), jnp.dtype(config.compute_dtype)
+    return jnp.zeros((*shape, config.key_dim), dtype), jnp.zeros((*shape, config.value_dim), dtype)
+
+
+def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> NsaCache:
+    n = config.nsa
+    return nsa.init_cache(
+        batch_size, length, kv_heads=config.kv_heads, key_dim=config.key_dim, value_dim=config.value_dim,
+        dtype=jnp.dtype(config.compute_dtype), block_len=n.block_len, stride=n.stride,
+        block_size=n.block_size, window=n.window,
+    )  # fmt: skip
 
 
 def attention(
@@ -72,13 +88,14 @@ def attention(
     kind: str = "full",
     causal: bool = True,
     probe: Probe | None = None,
-    cache: tuple[Array, Array] | None = None,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Int[Array, "B Hkv T n"] | None]:
+    cache: LayerCache | None = None,
+) -> tuple[Float[Array, "B T D"], LayerCache | None, Int[Array, "B Hkv T n"] | None]:
     """Attention of one layer, of a kind of `config.kinds`, on its normed input.
 
     Returns the output, the layer's cache with these tokens in it, and the blocks that NSA chose. `probe` is
     the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
     """
+    chosen = None
     rotary = where.local_rotary if kind == "sliding" else where.rotary
     q = _project(params, "query", x, "btd,dhk->bthk")
     if kind == "nsa":
@@ -95,15 +112,17 @@ def attention(
         if kind != "nsa":
             k = rotate(k, rotary, config.rope.interleaved)
 
-    if cache is not None:
-        cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
-    if kind == "nsa":
-        out, chosen = _nsa(params, x, q, k, v, where, config, probe, cached=cache is not None)
+    if isinstance(cache, NsaCache):
+        out, cache, chosen = _nsa_cached(params, x, q, k, v, where, config, cache)
+    elif kind == "nsa":
+        out, chosen = _nsa(params, x, q, k, v, where, config, probe)
     else:
+        if cache is not None:
+            cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
         window = config.window if kind == "sliding" else None
         if kind == "sliding" and where.local_segments is not None:
             where, window = where._replace(segment_ids=where.local_segments), None
-        out, chosen = _dense(q, k, v, where, config, window, causal, probe, cached=cache is not None), None
+        out = _dense(q, k, v, where, config, window, causal, probe, cached=cache is not None)
     y = jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype))
     if config.has_output_bias:
         y = y + params["output_bias"].astype(x.dtype)[None, None]
@@ -129,8 +148,8 @@ def _project(params: Params, name: str, x: Array, equation: str) -> Array:
 
 
 def _write(cached: Array, new: Array, rows: Int[Array, "B T"] | None) -> Array:
-    """`cached` [B, ..., S, H, K] with row `rows[b, t]` replaced by token t of `new`; none past the end."""
-    put = lambda c, n, r: c.at[..., r, :, :].set(n.astype(c.dtype), mode="drop")  # noqa: E731
+    """`cached` [B, S, H, K] with row `rows[b, t]` replaced by token t of `new`; none past the end."""
+    put = lambda c, n, r: c.at[r].set(n.astype(c.dtype), mode="drop")  # noqa: E731
     return jax.vmap(put)(cached, new, rows)
 
 
@@ -230,37 +249,67 @@ def _nsa(
     where: Where,
     config: ModelConfig,
     probe: Probe | None,
-    cached: bool,
 ) -> tuple[Array, Array | None]:
-    """Three branches with their own keys and values.
-
-    Compressed keys are built from un-rotated keys and take the rotary position of their block's first token.
-    """
-    n = config.nsa
-    compress = lambda name, y: compress_blocks(  # noqa: E731
-        y, _cast(params[name], y.dtype), block_len=n.block_len, stride=n.stride
-    )
-    k_cmp, v_cmp = compress("compress_key", k[:, 0]), compress("compress_value", v[:, 0])
-    k_slc, k_win = k[:, 1], k[:, 2]
-    if config.position == "rotary":
-        # In a cache row s holds position s; without one the batch says which position stands where.
-        rows = jnp.arange(k_slc.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.broadcast_to(rows, k_slc.shape[:2]) if cached else where.positions
-        starts = positions[:, : k_cmp.shape[1] * n.stride : n.stride]
-        at_starts, at_tokens = (rotary_table(p, config.rope, config.rotary_dim) for p in (starts, positions))
-        k_cmp = rotate(k_cmp, at_starts, config.rope.interleaved)
-        k_slc = rotate(k_slc, at_tokens, config.rope.interleaved)
-        k_win = rotate(k_win, at_tokens, config.rope.interleaved)
+    """Three branches with their own keys and values."""
+    starts = where.positions[:, : max(0, k.shape[2] - config.nsa.block_len + 1) : config.nsa.stride]
+    k_cmp, v_cmp = _compress(params, config, k[:, 0], v[:, 0], starts)
+    k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
     operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], _gates(params["gate"], x))
-    sizes: dict[str, Any] = {
+    if probe is not None:
+        segment_ids = where.segment_ids
+        return probed_nsa_attention(*operands, probe, segment_ids=segment_ids, **_sizes(config)), None
+    out, branches = nsa_attention(*operands, segment_ids=where.segment_ids, **_sizes(config))
+    return out, branches.indices
+
+
+def _nsa_cached(
+    params: Params,
+    x: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    where: Where,
+    config: ModelConfig,
+    cache: NsaCache,
+) -> tuple[Array, NsaCache, Array]:
+    """The same for tokens that continue what the cache holds; segment_ids mark padding at their right end."""
+    k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
+    new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])
+    compress = lambda k, v, starts: _compress(params, config, k, v, starts)  # noqa: E731
+    num_new = None
+    if where.segment_ids is not None:
+        num_new = jnp.sum(where.segment_ids != 0, axis=1, dtype=jnp.int32)
+    cache, recent = nsa.append_tokens(
+        cache, new, compress, block_len=config.nsa.block_len, stride=config.nsa.stride, num_new=num_new
+    )
+    gates = _gates(params["gate"], x)
+    out, branches = nsa.cached_attention(cache, recent, q, gates, **_sizes(config))
+    return out, cache, branches.indices
+
+
+def _compress(
+    params: Params, config: ModelConfig, k: Array, v: Array, starts: Int[Array, "B M *axes"]
+) -> tuple[Array, Array]:
+    """Compressed keys are built from un-rotated keys and take the rotary position of their block's first
+    token."""
+    sizes: dict[str, Any] = {"block_len": config.nsa.block_len, "stride": config.nsa.stride}
+    k_cmp = compress_blocks(k, _cast(params["compress_key"], k.dtype), **sizes)
+    v_cmp = compress_blocks(v, _cast(params["compress_value"], v.dtype), **sizes)
+    if config.position == "rotary":
+        k_cmp = rotate(k_cmp, rotary_table(starts, config.rope, config.rotary_dim), config.rope.interleaved)
+    return k_cmp, v_cmp
+
+
+def _turned(k: Array, where: Where, config: ModelConfig) -> Array:
+    return k if where.rotary is None else rotate(k, where.rotary, config.rope.interleaved)
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    n = config.nsa
+    return {
         "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
         "num_init": n.num_init, "num_local": n.num_local, "window": n.window, "scale": config.attention_scale,
     }  # fmt: skip
-    if probe is not None:
-        return probed_nsa_attention(*operands, probe, segment_ids=where.segment_ids, **sizes), None
-    segment_ids = None if cached else where.segment_ids
-    out, branches = nsa_attention(*operands, segment_ids=segment_ids, q_positions=where.rows, **sizes)
-    return out, branches.indices
 
 
 def _gates(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:

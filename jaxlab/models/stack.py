@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.attention import Cache, Where, attention
+from jaxlab.models.attention import Cache, LayerCache, Where, attention
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import mlp, norm
 from jaxlab.models.modules import Params
@@ -18,7 +18,7 @@ class Stacked(NamedTuple):
     """What the layers return; None where it does not apply."""
 
     x: Float[Array, "B T D"]
-    caches: tuple[Array, Array] | None
+    caches: LayerCache | None
     chosen_blocks: Int[Array, "L B Hkv T n"] | None
     balance: Float[Array, " L_moe"] | None
     """The load-balancing loss of each layer with experts."""
@@ -56,7 +56,7 @@ def stack(
     `additions` are added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
     """
     per_layer, shared = (None, None) if probe is None else probe.split()
-    caches = None if cache is None else (cache.key, cache.value)
+    caches = None if cache is None else cache.layers
     results: list[tuple[Any, ...]] = []
     start = 0
     for part in (dense_params, params):

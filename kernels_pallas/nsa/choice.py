@@ -106,7 +106,7 @@ def choose(
         tiles = -(-jnp.clip(last + 1, 0, blocks) // tile_keys)
         importance = jnp.zeros((batch, kv_heads, q_chunk.shape[1], padded_blocks), dtype)
         importance = lax.fori_loop(jnp.zeros_like(tiles), tiles, one_tile, importance)
-        return heads_first(_best(grid, importance, limits))
+        return heads_first(best_blocks(grid, importance, limits))
 
     chunked = (to_chunks(q, chunk), to_chunks(lse, chunk), chunk_places(places, chunk))
     first, newest = _limits(grid, places)
@@ -143,7 +143,7 @@ def _limits(grid: Grid, places: Places) -> tuple[Array, Array]:
     return first, jnp.where(places.q_segments == 0, first - 1, newest)
 
 
-def _best(grid: Grid, importance: Array, limits: tuple[Array, Array]) -> Array:
+def best_blocks(grid: Grid, importance: Array, limits: tuple[Array, Array]) -> Array:
     """[B, Hkv, T, n] from importances [B, Hkv, T, blocks] and first / newest candidate [B, T]."""
     first, newest = (x[:, None, :, None] for x in limits)
     index = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None, :]
