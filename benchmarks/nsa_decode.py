@@ -24,6 +24,7 @@ from jaxlab.files import write_json
 from jaxlab.provenance import environment
 from kernels_pallas.nsa import (
     NewTokens,
+    NsaCache,
     append_tokens,
     bytes_per_decoded_token,
     cached_attention,
@@ -57,7 +58,7 @@ class Arguments:
     """Timed calls, after one that is not; the best counts."""
 
 
-def draw(a: Arguments, key: jax.Array, like: Any) -> Any:
+def draw(key: jax.Array, like: Any) -> Any:
     """Normal numbers in place of every floating leaf."""
     leaves, tree = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
@@ -75,7 +76,7 @@ def nsa(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], Any]
         batch, length + a.steps, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
         dtype=jnp.dtype(a.dtype), block_size=a.block_size, window=a.window, **blocks,
     )  # fmt: skip
-    cache = draw(a, jax.random.key(1), cache)._replace(length=jnp.full((batch,), length, jnp.int32))
+    cache = draw(jax.random.key(1), cache)._replace(length=jnp.full((batch,), length, jnp.int32))
 
     def compress(k, v, starts):
         return k.mean(axis=1, keepdims=True), v.mean(axis=1, keepdims=True)
@@ -95,7 +96,7 @@ def dense(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], An
     """As many heads and the same dimensions over all tokens."""
     rows = length + a.steps
     shapes = [jnp.zeros((batch, rows, a.kv_heads, d), jnp.dtype(a.dtype)) for d in (a.key_dim, a.value_dim)]
-    cache = (*draw(a, jax.random.key(1), shapes), jnp.asarray(length, jnp.int32))
+    cache = (*draw(jax.random.key(1), shapes), jnp.asarray(length, jnp.int32))
 
     def step(cache, q, k, v, gates):
         keys, values, at = cache
@@ -116,7 +117,7 @@ def measure(a: Arguments, make: Callable[..., Any], batch: int, length: int) -> 
     step, cache = make(a, batch, length)
     shapes = [(a.heads, a.key_dim), (a.kv_heads, a.key_dim), (a.kv_heads, a.value_dim), (a.heads, 3)]
     like = [jnp.zeros((batch, 1, *shape), jnp.dtype(a.dtype)) for shape in shapes]
-    inputs = draw(a, jax.random.key(2), like)
+    inputs = draw(jax.random.key(2), like)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def loop(cache, inputs):
@@ -131,13 +132,10 @@ def measure(a: Arguments, make: Callable[..., Any], batch: int, length: int) -> 
         return cache, total
 
     # Every call starts at `length` again: what was donated is the buffers, not the count.
-    reset = (
-        lambda cache: (  # noqa: E731
-            cache._replace(length=jnp.full((batch,), length, jnp.int32))
-            if hasattr(cache, "_replace")
-            else (*cache[:2], jnp.asarray(length, jnp.int32))
-        )
-    )
+    def reset(cache):
+        at = jnp.full((batch,), length, jnp.int32)
+        return cache._replace(length=at) if isinstance(cache, NsaCache) else (*cache[:2], at[0])
+
     cache, total = jax.block_until_ready(loop(cache, inputs))
     wall, processor = [], []
     for _ in range(a.repeats):

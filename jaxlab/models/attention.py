@@ -1,5 +1,6 @@
 """Attention of one layer: projections, positions, the cache, and the kinds full, sliding and nsa."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,9 @@ from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
 from kernels_pallas import nsa
-from kernels_pallas.nsa import NsaCache, compress_blocks, nsa_attention, window_attention
+from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, window_attention
 
-LayerCache = tuple[Array, Array] | NsaCache
+LayerCache = tuple[Array, Array] | PagedCache
 """Of one layer: keys and values, a row a position; or what NSA keeps."""
 
 
@@ -44,7 +45,8 @@ class Cache(NamedTuple):
     """What all layers keep of the tokens read so far."""
 
     layers: LayerCache
-    """Stacked on a leading axis L: keys and values [L, B, S, Hkv, D], or an NsaCache."""
+    """Stacked on a leading axis L: keys and values [L, B, S, Hkv, D]; or NSA's PagedCache, with a page for
+    every layer and sequence in one pool [L * B, ...] that all layers share."""
     length: Int[Array, " B"]
     """Tokens held, for each sequence."""
     offset: Int[Array, " B"]
@@ -59,24 +61,45 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     if config.attention == "nsa" and config.rope.sections and config.position == "rotary":
         raise ValueError("NSA has no cache for positions of several coordinates; set rope.sections: []")
     make = _empty_nsa if config.attention == "nsa" else _empty_dense
-    of_layer = jax.eval_shape(lambda: make(config, batch_size, length))
-    layers = jax.tree.map(lambda x: jnp.zeros((config.num_layers, *x.shape), x.dtype), of_layer)
     empty = jnp.zeros((batch_size,), jnp.int32)
-    return Cache(layers, empty, jnp.zeros_like(empty))
+    return Cache(make(config, batch_size, length), empty, jnp.zeros_like(empty))
 
 
 def _empty_dense(config: ModelConfig, batch_size: int, length: int) -> tuple[Array, Array]:
-    shape, dtype = (batch_size, length, config.kv_heads), jnp.dtype(config.compute_dtype)
+    shape = (config.num_layers, batch_size, length, config.kv_heads)
+    dtype = jnp.dtype(config.compute_dtype)
     return jnp.zeros((*shape, config.key_dim), dtype), jnp.zeros((*shape, config.value_dim), dtype)
 
 
-def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> NsaCache:
-    n = config.nsa
-    return nsa.init_cache(
-        batch_size, length, kv_heads=config.kv_heads, key_dim=config.key_dim, value_dim=config.value_dim,
-        dtype=jnp.dtype(config.compute_dtype), block_len=n.block_len, stride=n.stride,
-        block_size=n.block_size, window=n.window,
+def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:
+    n, count = config.nsa, config.num_layers
+    unit = math.lcm(n.block_size, n.stride)
+    pages = jnp.arange(count * batch_size, dtype=jnp.int32).reshape(count, batch_size, 1)
+    cache = nsa.init_paged_cache(
+        pages[0], num_pages=count * batch_size, page_size=-(-length // unit) * unit, kv_heads=config.kv_heads,
+        key_dim=config.key_dim, value_dim=config.value_dim, dtype=jnp.dtype(config.compute_dtype),
+        block_len=n.block_len, stride=n.stride, block_size=n.block_size, window=n.window,
     )  # fmt: skip
+    pool, own = part_cache(cache)
+    own = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), own)
+    return join_cache(pool, own._replace(page_table=pages))
+
+
+def part_cache(cache: Any) -> tuple[dict[str, Array] | None, Any]:
+    """What layers share, to be carried from one to the next and changed in place, and what is each one's own.
+
+    Scanned over, a layer's pages would be copied whole at every step.
+    """
+    if not isinstance(cache, PagedCache):
+        return None, cache
+    pool = {name: getattr(cache, name) for name in ("k_slc", "v_slc", "k_cmp", "v_cmp")}
+    nothing: dict[str, Any] = dict.fromkeys(pool)
+    return pool, cache._replace(**nothing)
+
+
+def join_cache(pool: dict[str, Array] | None, own: Any) -> Any:
+    """Undo `part_cache`."""
+    return own if pool is None else own._replace(**pool)
 
 
 def attention(
@@ -112,7 +135,7 @@ def attention(
         if kind != "nsa":
             k = rotate(k, rotary, config.rope.interleaved)
 
-    if isinstance(cache, NsaCache):
+    if isinstance(cache, PagedCache):
         out, cache, chosen = _nsa_cached(params, x, q, k, v, where, config, cache)
     elif kind == "nsa":
         out, chosen = _nsa(params, x, q, k, v, where, config, probe)
@@ -270,8 +293,8 @@ def _nsa_cached(
     v: Array,
     where: Where,
     config: ModelConfig,
-    cache: NsaCache,
-) -> tuple[Array, NsaCache, Array]:
+    cache: PagedCache,
+) -> tuple[Array, PagedCache, Array]:
     """The same for tokens that continue what the cache holds; segment_ids mark padding at their right end."""
     k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
     new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.models import RopeConfig, forward, generate, init_cache
+from jaxlab.models import NSAConfig, RopeConfig, forward, generate, init_cache
+from jaxlab.models.generation import _step
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
 CONFIG = make_config("nsa", num_layers=2)
@@ -63,6 +64,20 @@ def test_greedy_tokens_after_prompts_in_chunks_are_those_of_a_full_forward():
     likeliest = np.asarray(run(params, {"tokens": sequence}, CONFIG)[0]).argmax(axis=-1)
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(made[row], likeliest[row, length - 1 : length + 7])
+
+
+def test_a_step_copies_no_layer_of_the_cache():
+    """Temporary memory grows by the compressed blocks at most, a thirty-second part of the tokens here."""
+    config = make_config("nsa", nsa=NSAConfig(block_len=32, stride=32, num_blocks=3, compress_width=4))
+    params = draw_params(config)
+
+    def temporary(length: int) -> int:
+        arguments = params, {"tokens": jnp.zeros((1, 1), jnp.int32)}, init_cache(config, 1, length)
+        compiled = _step.lower(*arguments, jax.random.key(0), config, 0.0).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one_layer = 8192 * config.kv_heads * (config.key_dim + config.value_dim) * 4
+    assert temporary(2 * 8192) - temporary(8192) < one_layer / 4
 
 
 def test_errors():
