@@ -8,8 +8,9 @@ Every implementation is first compared with the XLA one in float32 on `check_len
 gradients, and whether a second call gives the same bits. The peers run in the same process on the same
 inputs: cuDNN on a GPU (values padded to the head dim of the keys, as it takes no other), tokamax where it is
 installed, and jax.nn.dot_product_attention, which keeps the whole matrix of scores and is left out above
-`dense_up_to` tokens. `--memory-only` compiles and runs nothing. Beside the median of the wall-clock times is the
-processor time of this process, which says more on a machine that others use too. A plot lies beside the JSON.
+`dense_up_to` tokens. `--memory-only` compiles and runs nothing. Beside the median of the wall-clock times is
+the processor time of this process, which says more on a machine that others use too. A plot lies beside the
+JSON.
 """
 
 import dataclasses

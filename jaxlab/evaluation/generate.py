@@ -42,12 +42,18 @@ class Arguments:
     """Stop after this token (a word of the model's tokenizer, or one byte)."""
     past_end: bool = False
     """Go on where the model ends its text."""
+    prefill_chunk: int | None = None
+    """Read the prompt so many tokens at a time: less memory for long ones. Not with images."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"must be at least 1, is {self.max_new_tokens}", key="max_new_tokens")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"must be finite and not negative, is {self.temperature}", key="temperature")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ConfigError(f"must be at least 1, is {self.prefill_chunk}", key="prefill_chunk")
+        if self.prefill_chunk is not None and self.image:
+            raise ConfigError("a prompt with images is read at once; leave it out", key="prefill_chunk")
 
 
 def run(arguments: Arguments) -> None:
@@ -70,7 +76,7 @@ def run(arguments: Arguments) -> None:
     decode = _decoder(tokenizer, batch["tokens"][0].tolist())
     for token in stream(
         params, batch, config, max_new_tokens=budget, temperature=arguments.temperature,
-        key=jax.random.key(arguments.seed),
+        key=jax.random.key(arguments.seed), prefill_chunk=arguments.prefill_chunk,
     ):  # fmt: skip
         if int(token[0]) in ends:
             break

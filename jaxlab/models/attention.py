@@ -1,5 +1,6 @@
 """Attention of one layer: projections, positions, the cache, and the kinds full, sliding and nsa."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,11 @@ from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
 from jaxlab.models.selectors import auxiliary_loss, auxiliary_scores, block_bounds, bound_scores
 from jaxlab.models.sparse_inference import sparse_attention
-from kernels_pallas.nsa import best_blocks, compress_blocks, nsa_attention, window_attention
+from kernels_pallas import nsa
+from kernels_pallas.nsa import PagedCache, best_blocks, compress_blocks, nsa_attention, window_attention
+
+LayerCache = tuple[Array, Array] | PagedCache
+"""Of one layer: keys and values, a row a position; or what NSA keeps."""
 
 
 class Where(NamedTuple):
@@ -39,13 +44,11 @@ class Where(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, one row a position; NSA keeps those of its three branches.
+    """What all layers keep of the tokens read so far."""
 
-    NSA's keys are kept un-rotated, since its compressed blocks are built from un-rotated keys.
-    """
-
-    key: Float[Array, "L B ..."]
-    value: Float[Array, "L B ..."]
+    layers: LayerCache
+    """Stacked on a leading axis L: keys and values [L, B, S, Hkv, D]; or NSA's PagedCache, with a page for
+    every layer and sequence in one pool [L * B, ...] that all layers share."""
     length: Int[Array, " B"]
     """Tokens held, for each sequence."""
     offset: Int[Array, " B"]
@@ -62,16 +65,52 @@ class Choice(NamedTuple):
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
-    """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype."""
-    branch = (3,) if config.attention == "nsa" else ()
-    shape = (config.num_layers, batch_size, *branch, length, config.kv_heads)
+    """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype.
+
+    Raises ValueError for NSA with positions of several coordinates: its blocks know one a token.
+    """
+    if config.attention == "nsa" and config.rope.sections and config.position == "rotary":
+        raise ValueError("NSA has no cache for positions of several coordinates; set rope.sections: []")
+    make = _empty_nsa if config.attention == "nsa" else _empty_dense
+    empty = jnp.zeros((batch_size,), jnp.int32)
+    return Cache(make(config, batch_size, length), empty, jnp.zeros_like(empty))
+
+
+def _empty_dense(config: ModelConfig, batch_size: int, length: int) -> tuple[Array, Array]:
+    shape = (config.num_layers, batch_size, length, config.kv_heads)
     dtype = jnp.dtype(config.compute_dtype)
-    return Cache(
-        jnp.zeros((*shape, config.key_dim), dtype),
-        jnp.zeros((*shape, config.value_dim), dtype),
-        jnp.zeros((batch_size,), jnp.int32),
-        jnp.zeros((batch_size,), jnp.int32),
-    )
+    return jnp.zeros((*shape, config.key_dim), dtype), jnp.zeros((*shape, config.value_dim), dtype)
+
+
+def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:
+    n, count = config.nsa, config.num_layers
+    unit = math.lcm(n.block_size, n.stride)
+    pages = jnp.arange(count * batch_size, dtype=jnp.int32).reshape(count, batch_size, 1)
+    cache = nsa.init_paged_cache(
+        pages[0], num_pages=count * batch_size, page_size=-(-length // unit) * unit, kv_heads=config.kv_heads,
+        key_dim=config.key_dim, value_dim=config.value_dim, dtype=jnp.dtype(config.compute_dtype),
+        block_len=n.block_len, stride=n.stride, block_size=n.block_size, window=n.window,
+    )  # fmt: skip
+    pool, own = part_cache(cache)
+    own = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), own)
+    return join_cache(pool, own._replace(page_table=pages))
+
+
+def part_cache(cache: Any) -> tuple[dict[str, Array] | None, Any]:
+    """What layers share, to be carried from one to the next and changed in place, and what is each one's own.
+
+    Scanned over, a layer's pages would be copied whole at every step.
+    """
+    if not isinstance(cache, PagedCache):
+        return None, cache
+    pool = {name: getattr(cache, name) for name in ("k_slc", "v_slc", "k_cmp", "v_cmp")}
+    nothing: dict[str, Any] = dict.fromkeys(pool)
+    return pool, cache._replace(**nothing)
+
+
+def join_cache(pool: dict[str, Array] | None, own: Any) -> Any:
+    """Undo `part_cache`."""
+    return own if pool is None else own._replace(**pool)
 
 
 def attention(
@@ -83,8 +122,8 @@ def attention(
     kind: str = "full",
     causal: bool = True,
     probe: Probe | None = None,
-    cache: tuple[Array, Array] | None = None,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Choice]:
+    cache: LayerCache | None = None,
+) -> tuple[Float[Array, "B T D"], LayerCache | None, Choice]:
     """Attention of one layer, of a kind of `config.kinds`, on its normed input.
 
     Returns the output, the layer's cache with these tokens in it, and NSA's choice of blocks. `probe` is
@@ -97,11 +136,13 @@ def attention(
         if kind != "nsa":
             k = rotate(k, rotary, config.rope.interleaved)
 
-    if cache is not None:
-        cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
-    if kind == "nsa":
-        out, choice = _nsa(params, x, q, k, v, where, config, probe, cached=cache is not None)
+    if isinstance(cache, PagedCache):
+        out, cache, choice = _nsa_cached(params, x, q, k, v, where, config, cache)
+    elif kind == "nsa":
+        out, choice = _nsa(params, x, q, k, v, where, config, probe)
     else:
+        if cache is not None:
+            cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
         window = config.window if kind == "sliding" else None
         if kind == "sliding" and where.local_segments is not None:
             where, window = where._replace(segment_ids=where.local_segments), None
@@ -151,8 +192,8 @@ def _project(params: Params, name: str, x: Array, equation: str) -> Array:
 
 
 def _write(cached: Array, new: Array, rows: Int[Array, "B T"] | None) -> Array:
-    """`cached` [B, ..., S, H, K] with row `rows[b, t]` replaced by token t of `new`; none past the end."""
-    put = lambda c, n, r: c.at[..., r, :, :].set(n.astype(c.dtype), mode="drop")  # noqa: E731
+    """`cached` [B, S, H, K] with row `rows[b, t]` replaced by token t of `new`; none past the end."""
+    put = lambda c, n, r: c.at[r].set(n.astype(c.dtype), mode="drop")  # noqa: E731
     return jax.vmap(put)(cached, new, rows)
 
 
@@ -256,57 +297,32 @@ def _nsa(
     where: Where,
     config: ModelConfig,
     probe: Probe | None,
-    cached: bool,
 ) -> tuple[Array, Choice]:
-    """Three branches with their own keys and values.
-
-    Compressed keys are built from un-rotated keys and take the rotary position of their block's first token.
-    """
+    """Three branches with their own keys and values."""
+    starts = where.positions[:, : max(0, k.shape[2] - config.nsa.block_len + 1) : config.nsa.stride]
+    k_cmp, v_cmp = _compress(params, config, k[:, 0], v[:, 0], starts)
+    k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
     n = config.nsa
-    compress = lambda name, y: compress_blocks(  # noqa: E731
-        y, _cast(params[name], y.dtype), block_len=n.block_len, stride=n.stride
-    )
-    k_cmp, v_cmp = compress("compress_key", k[:, 0]), compress("compress_value", v[:, 0])
-    k_slc, k_win = k[:, 1], k[:, 2]
-    if config.position == "rotary":
-        # In a cache row s holds position s; without one the batch says which position stands where.
-        rows = jnp.arange(k_slc.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.broadcast_to(rows, k_slc.shape[:2]) if cached else where.positions
-        starts = positions[:, : k_cmp.shape[1] * n.stride : n.stride]
-        at_starts, at_tokens = (rotary_table(p, config.rope, config.rotary_dim) for p in (starts, positions))
-        k_cmp = rotate(k_cmp, at_starts, config.rope.interleaved)
-        k_slc = rotate(k_slc, at_tokens, config.rope.interleaved)
-        k_win = rotate(k_win, at_tokens, config.rope.interleaved)
-    there = [branch in n.branches for branch in BRANCHES]
-    gates = jnp.where(jnp.asarray(there)[None, None, None], _gates(params["gate"], x), 0)
+    gates = _gates_of_branches(params, x, config)
     operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], gates)
-    sizes: dict[str, Any] = {
-        "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
-        "num_init": n.num_init, "num_local": n.num_local, "window": n.window, "scale": config.attention_scale,
-    }  # fmt: skip
+    segment_ids = where.segment_ids
     if probe is not None:
         if n.selector != "compressed":
             raise ValueError("flows and blocking know no selector of NSA but compressed")
-        return probed_nsa_attention(*operands, probe, segment_ids=where.segment_ids, **sizes), Choice()
-    segment_ids = None if cached else where.segment_ids
+        return probed_nsa_attention(*operands, probe, segment_ids=segment_ids, **_sizes(config)), Choice()
     indices, loss = None, None
     if n.selector != "compressed" and "selection" in n.branches:
-        of_groups = q.reshape(*q.shape[:2], config.kv_heads, -1, config.key_dim)
         if n.selector == "min_max":
-            importance = jnp.sum(bound_scores(of_groups, block_bounds(k_slc, n.block_size)), axis=2)
+            importance = _bounds_of_groups(q, k_slc, config)
         else:
-            if cached or segment_ids is not None:
-                raise ValueError("the auxiliary selector reads one whole text a row: no cache, no segments")
+            if segment_ids is not None:
+                raise ValueError("the auxiliary selector reads one whole text a row: no segments")
             scale = config.key_dim**-0.5 if config.attention_scale is None else config.attention_scale
             importance = auxiliary_scores(params["selector"], x, n.block_size)
-            loss = auxiliary_loss(importance, of_groups, k_slc, n, scale=scale)
-        indices = best_blocks(
-            importance, block_size=n.block_size, num_blocks=n.num_blocks, num_init=n.num_init,
-            num_local=n.num_local, segment_ids=segment_ids, q_positions=where.rows,
-        )  # fmt: skip
-    out, branches = nsa_attention(
-        *operands, segment_ids=segment_ids, q_positions=where.rows, indices=indices, **sizes
-    )
+            loss = auxiliary_loss(importance, _of_groups(q, config), k_slc, n, scale=scale)
+        indices = _best_blocks(importance, config, segment_ids=segment_ids)
+    out, branches = nsa_attention(*operands, segment_ids=segment_ids, indices=indices, **_sizes(config))
+    there = [branch in n.branches for branch in BRANCHES]
     if all(there):
         return out, Choice(branches.indices, loss)
     # What the other branches would give is not used, so it is not computed.
@@ -314,6 +330,88 @@ def _nsa(
     parts = [gates[..., i, None].astype(q.dtype) * y for i, (used, y) in enumerate(outputs) if used]
     chosen = branches.indices if "selection" in n.branches else None
     return jax.tree.reduce(jnp.add, parts), Choice(chosen, loss)
+
+
+def _nsa_cached(
+    params: Params,
+    x: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    where: Where,
+    config: ModelConfig,
+    cache: PagedCache,
+) -> tuple[Array, PagedCache, Choice]:
+    """The same for tokens that continue what the cache holds; segment_ids mark padding at their right end."""
+    assert where.rows is not None
+    n = config.nsa
+    if n.selector == "auxiliary" and "selection" in n.branches:
+        raise ValueError("the auxiliary selector reads one whole text a row: no cache")
+    k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
+    new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])
+    compress = lambda k, v, starts: _compress(params, config, k, v, starts)  # noqa: E731
+    num_new = None
+    if where.segment_ids is not None:
+        num_new = jnp.sum(where.segment_ids != 0, axis=1, dtype=jnp.int32)
+    cache, recent = nsa.append_tokens(
+        cache, new, compress, block_len=config.nsa.block_len, stride=config.nsa.stride, num_new=num_new
+    )
+    indices = None
+    if n.selector == "min_max" and "selection" in n.branches:
+        importance = _bounds_of_groups(q, nsa.whole(cache, cache.k_slc), config)
+        last = importance.shape[-1] * n.block_size - 1  # padding may stand past the cache's end
+        indices = _best_blocks(importance, config, q_positions=jnp.minimum(where.rows, last))
+    gates = _gates_of_branches(params, x, config)
+    out, branches = nsa.cached_attention(cache, recent, q, gates, indices=indices, **_sizes(config))
+    return out, cache, Choice(branches.indices if "selection" in config.nsa.branches else None)
+
+
+def _compress(
+    params: Params, config: ModelConfig, k: Array, v: Array, starts: Int[Array, "B M *axes"]
+) -> tuple[Array, Array]:
+    """Compressed keys are built from un-rotated keys and take the rotary position of their block's first
+    token."""
+    sizes: dict[str, Any] = {"block_len": config.nsa.block_len, "stride": config.nsa.stride}
+    k_cmp = compress_blocks(k, _cast(params["compress_key"], k.dtype), **sizes)
+    v_cmp = compress_blocks(v, _cast(params["compress_value"], v.dtype), **sizes)
+    if config.position == "rotary":
+        k_cmp = rotate(k_cmp, rotary_table(starts, config.rope, config.rotary_dim), config.rope.interleaved)
+    return k_cmp, v_cmp
+
+
+def _turned(k: Array, where: Where, config: ModelConfig) -> Array:
+    return k if where.rotary is None else rotate(k, where.rotary, config.rope.interleaved)
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    n = config.nsa
+    return {
+        "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
+        "num_init": n.num_init, "num_local": n.num_local, "window": n.window, "scale": config.attention_scale,
+    }  # fmt: skip
+
+
+def _of_groups(q: Array, config: ModelConfig) -> Float[Array, "B T Hkv G Dk"]:
+    return q.reshape(*q.shape[:2], config.kv_heads, -1, config.key_dim)
+
+
+def _bounds_of_groups(q: Array, k: Array, config: ModelConfig) -> Float[Array, "B Hkv T N"]:
+    """Quest's bound of the scores in each block, summed over the heads of a group."""
+    return jnp.sum(bound_scores(_of_groups(q, config), block_bounds(k, config.nsa.block_size)), axis=2)
+
+
+def _best_blocks(importance: Array, config: ModelConfig, **where: Array | None) -> Int[Array, "B Hkv T n"]:
+    n = config.nsa
+    return best_blocks(
+        importance, block_size=n.block_size, num_blocks=n.num_blocks, num_init=n.num_init,
+        num_local=n.num_local, **where,
+    )  # fmt: skip
+
+
+def _gates_of_branches(params: Params, x: Array, config: ModelConfig) -> Float[Array, "B T H 3"]:
+    """Exactly 0 for the branches that the model goes without."""
+    there = jnp.asarray([branch in config.nsa.branches for branch in BRANCHES])
+    return jnp.where(there[None, None, None], _gates(params["gate"], x), 0)
 
 
 def _gates(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:

@@ -42,12 +42,15 @@ def forward(
       Unused ones cost nothing under jit.
 
     Raises:
-      ValueError: images for a model without vision, or a probe together with a cache.
+      ValueError: images for a model without vision, a probe together with a cache, or positions that are
+        given together with a cache of NSA, which counts its blocks itself.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
     if probe is not None and cache is not None:
         raise ValueError("a probe reads whole sequences; it cannot be used with a cache")
+    if cache is not None and config.attention == "nsa" and "positions" in batch:
+        raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
     batch = {name: jnp.asarray(value) for name, value in prepare_batch(batch, config).items()}
     x, where, additions = embed(params, batch, config, cache)
     layers = stack(
@@ -71,7 +74,7 @@ def forward(
     if cache is not None and layers.caches is not None:
         length = cache.length + _lengths(batch)
         offset = _next_position(batch, where, cache) - length if "positions" in batch else cache.offset
-        intermediates["cache"] = Cache(*layers.caches, length, offset)
+        intermediates["cache"] = Cache(layers.caches, length, offset)
     return logits, intermediates
 
 

@@ -23,6 +23,7 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     key: Key[Array, ""] | None = None,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yield the next token of every sequence, `max_new_tokens` times.
 
@@ -31,10 +32,13 @@ def stream(
         segment_ids 1 on tokens and 0 on padding, and go on where each one ends.
       temperature: 0 takes the most likely token (the lowest id on a tie); otherwise logits are divided by it
         and sampled with `key`.
+      prefill_chunk: prompts are read so many tokens at a time, in memory that does not grow with their length
+        but for the cache; None reads them at once. Prompts with images or positions are read at once only.
 
     Raises:
       ValueError: sampling without a key, a negative temperature, an empty prompt, one that is packed or
-        padded at the left, or more tokens than config.max_length.
+        padded at the left, more tokens than config.max_length, or a prefill_chunk below 1 or for prompts that
+        are more than tokens.
     """
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, is {temperature}")
@@ -53,10 +57,13 @@ def stream(
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"
         )
+    chunks = [batch] if prefill_chunk is None else _chunks(batch, prefill_chunk)
     key = jax.random.key(0) if key is None else key
-    batch = prepare_batch(batch, config)
     cache = init_cache(config, batch_size, prompt_len + max_new_tokens)
-    token, cache = _step(params, batch, cache, jax.random.fold_in(key, 0), config, temperature)
+    logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
+    for chunk in chunks:
+        logits, cache = _read(params, prepare_batch(chunk, config), cache, logits, config)
+    token = sample(logits, jax.random.fold_in(key, 0), temperature)
     for i in range(1, max_new_tokens):
         yield np.asarray(token)
         token, cache = _step(
@@ -75,6 +82,7 @@ def generate(
     temperature: float = 0.0,
     key: Key[Array, ""] | None = None,
     stop_token: int | None = None,
+    prefill_chunk: int | None = None,
 ) -> Int[np.ndarray, "B new"]:
     """The tokens of `stream`, collected.
 
@@ -83,7 +91,13 @@ def generate(
     made: list[np.ndarray] = []
     stopped = np.zeros(batch["tokens"].shape[0], bool)
     for token in stream(
-        params, batch, config, max_new_tokens=max_new_tokens, temperature=temperature, key=key
+        params,
+        batch,
+        config,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        key=key,
+        prefill_chunk=prefill_chunk,
     ):
         if stop_token is not None:
             token = np.where(stopped, stop_token, token).astype(np.int32)
@@ -94,14 +108,39 @@ def generate(
     return np.stack(made, axis=1) if made else np.zeros((len(stopped), 0), np.int32)
 
 
+def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
+    """Prompts cut into chunks of `size` tokens, the last one padded: one program reads them all."""
+    if size < 1:
+        raise ValueError(f"prefill_chunk must be at least 1, is {size}")
+    if set(batch) - {"tokens", "segment_ids"}:
+        more = ", ".join(sorted(set(batch) - {"tokens", "segment_ids"}))
+        raise ValueError(f"prompts with {more} cannot be read in chunks; leave prefill_chunk out")
+    tokens = np.asarray(batch["tokens"])
+    segment_ids = np.asarray(batch.get("segment_ids", np.ones_like(tokens)))
+    pad = ((0, 0), (0, -tokens.shape[1] % size))
+    tokens, segment_ids = np.pad(tokens, pad), np.pad(segment_ids, pad)
+    for start in range(0, tokens.shape[1], size):
+        part = slice(start, start + size)
+        yield {"tokens": tokens[:, part], "segment_ids": segment_ids[:, part]}
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "logits"))
+def _read(
+    params: Params, batch: Batch, cache: Cache, logits: Float[Array, "B V"], config: ModelConfig
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after the last token of each row; those given where the batch holds none of the row's."""
+    new, intermediates = forward(params, batch, config, cache=cache)
+    read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
+    new = jnp.take_along_axis(new, jnp.maximum(read - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((read > 0)[:, None], new, logits), intermediates["cache"]
+
+
 @partial(jax.jit, static_argnames=("config", "temperature"), donate_argnames=("cache",))
 def _step(
     params: Params, batch: Batch, cache: Cache, key: Key[Array, ""], config: ModelConfig, temperature: float
 ) -> tuple[Int[Array, " B"], Cache]:
     logits, intermediates = forward(params, batch, config, cache=cache)
-    read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
-    logits = jnp.take_along_axis(logits, read[:, None, None] - 1, axis=1)[:, 0]
-    return sample(logits, key, temperature), intermediates["cache"]
+    return sample(logits[:, 0], key, temperature), intermediates["cache"]
 
 
 def sample(logits: Float[Array, "B V"], key: Key[Array, ""], temperature: float) -> Int[Array, " B"]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.models.attention import Cache, Choice, Where, attention
+from jaxlab.models.attention import Cache, Choice, LayerCache, Where, attention, join_cache, part_cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import mlp, norm
 from jaxlab.models.modules import Params
@@ -18,7 +18,7 @@ class Stacked(NamedTuple):
     """What the layers return; None where it does not apply."""
 
     x: Float[Array, "B T D"]
-    caches: tuple[Array, Array] | None
+    caches: LayerCache | None
     choice: Choice
     """Of each layer, stacked."""
     balance: Float[Array, " L_moe"] | None
@@ -57,7 +57,7 @@ def stack(
     `additions` are added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
     """
     per_layer, shared = (None, None) if probe is None else probe.split()
-    caches = None if cache is None else (cache.key, cache.value)
+    pool, caches = part_cache(None if cache is None else cache.layers)
     results: list[tuple[Any, ...]] = []
     start = 0
     for part in (dense_params, params):
@@ -70,18 +70,22 @@ def stack(
             of_run = (
                 _cut(part, slice(run.start, run.stop)), _cut(per_layer, rows), _cut(caches, rows),
             )  # fmt: skip
-            x, ys = _scan(x, of_run, run, where, config, shared, causal, keep_outputs)
+            (x, pool), ys = _scan((x, pool), of_run, run, where, config, shared, causal, keep_outputs)
             if start + run.start < (0 if additions is None else additions.shape[0]):
                 assert additions is not None
                 x = x + additions[start + run.start].astype(x.dtype)
             results.append(ys)
         start += count
     caches, choice, balance, outputs = (_joined([ys[i] for ys in results]) for i in range(4))
-    return Stacked(x, caches, choice, balance, outputs)
+    return Stacked(x, join_cache(pool, caches), choice, balance, outputs)
+
+
+Carry = tuple[Array, dict[str, Array] | None]
+"""What passes from layer to layer: x, and what their caches share."""
 
 
 def _scan(
-    x: Array,
+    carry: Carry,
     of_run: tuple[Any, ...],
     run: Run,
     where: Where,
@@ -89,11 +93,11 @@ def _scan(
     shared: Probe | None,
     causal: bool,
     keep_outputs: bool,
-) -> tuple[Array, tuple[Any, ...]]:
-    """One scan: x after it, and what each of its layers returned, stacked over them."""
+) -> tuple[Carry, tuple[Any, ...]]:
+    """One scan: the carry after it, and what each of its layers returned, stacked over them."""
 
-    def layer(x: Array, of_layer: tuple[Any, ...], kind: str) -> tuple[Array, tuple[Any, ...]]:
-        p, layer_probe, layer_cache = of_layer
+    def layer(carry: Carry, of_layer: tuple[Any, ...], kind: str) -> tuple[Carry, tuple[Any, ...]]:
+        (x, pool), (p, layer_probe, own) = carry, of_layer
         if layer_probe is not None:
             layer_probe = layer_probe.join(shared)
         normed = norm(p["attention_norm"], x, config)
@@ -105,8 +109,9 @@ def _scan(
             kind=kind,
             causal=causal,
             probe=layer_probe,
-            cache=layer_cache,
+            cache=join_cache(pool, own),
         )
+        pool, own = part_cache(layer_cache)
         if config.post_norms:
             y = norm(p["attention_post_norm"], y, config)
         y = _gained(y, p, "attention_gain")
@@ -122,26 +127,26 @@ def _scan(
             z = norm(p["mlp_post_norm"], z, config)
         z = _gained(z, p, "mlp_gain")
         x = x + (y + z if config.parallel else z)
-        return x, (layer_cache, choice, balance, x if keep_outputs else None)
+        return (x, pool), (own, choice, balance, x if keep_outputs else None)
 
-    def period(x: Array, of_period: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+    def period(carry: Carry, of_period: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
         results = []
         for i, kind in enumerate(run.kinds):
-            step = lambda x, of_layer, kind=kind: layer(x, of_layer, kind)  # noqa: E731
+            step = lambda carry, of_layer, kind=kind: layer(carry, of_layer, kind)  # noqa: E731
             if config.remat == "layer":
                 step = jax.checkpoint(step, prevent_cse=False)  # the scan already keeps the two passes apart
-            x, result = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], of_period))
+            carry, result = step(carry, jax.tree.map(lambda leaf, i=i: leaf[i], of_period))
             results.append(result)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
     if len(run.kinds) == 1:  # no axis for the period: what most models are
-        single = lambda x, of_layer: layer(x, of_layer, run.kinds[0])  # noqa: E731
+        single = lambda carry, of_layer: layer(carry, of_layer, run.kinds[0])  # noqa: E731
         if config.remat == "layer":
             single = jax.checkpoint(single, prevent_cse=False)
-        return jax.lax.scan(single, x, of_run)
+        return jax.lax.scan(single, carry, of_run)
     fold = lambda leaf: leaf.reshape(run.repeats, len(run.kinds), *leaf.shape[1:])  # noqa: E731
-    x, ys = jax.lax.scan(period, x, jax.tree.map(fold, of_run))
-    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
+    carry, ys = jax.lax.scan(period, carry, jax.tree.map(fold, of_run))
+    return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
 
 
 def _gained(y: Array, params: Params, name: str) -> Array:

@@ -314,14 +314,20 @@ def nsa_attention(
         )
     selected = selected_attention(q, k_slc, v_slc, indices, block_size=block_size, **common)
     recent = window_attention(q, k_win, v_win, window=window, **common)
-    # In float32: the gradient of a gate is a sum over the head dim.
-    dtype = accumulator(q.dtype)
-    weighted = [
-        gates[..., i, None].astype(dtype) * x.astype(dtype)
-        for i, x in enumerate((compressed, selected, recent))
-    ]
-    out = (weighted[0] + weighted[1] + weighted[2]).astype(q.dtype)
+    out = weigh(gates, compressed, selected, recent)
     return out, NsaBranches(compressed, selected, recent, lse, indices)
+
+
+def weigh(
+    gates: Float[Array, "B T H 3"],
+    compressed: Float[Array, "B T H Dv"],
+    selected: Float[Array, "B T H Dv"],
+    recent: Float[Array, "B T H Dv"],
+) -> Float[Array, "B T H Dv"]:
+    """Sum of the branches times their gates, in float32: a gate's gradient is a sum over the head dim."""
+    dtype = accumulator(compressed.dtype)
+    of = lambda i, x: gates[..., i, None].astype(dtype) * x.astype(dtype)  # noqa: E731
+    return (of(0, compressed) + of(1, selected) + of(2, recent)).astype(compressed.dtype)
 
 
 def _check_attention(q: Array, k: Array, v: Array, **sizes: int) -> None:

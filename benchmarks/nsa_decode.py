@@ -1,0 +1,176 @@
+"""Decode steps of one layer's attention, Native Sparse Attention beside dense, over a cache that is filled.
+
+    JAX_PLATFORMS=cpu python benchmarks/nsa_decode.py --lengths 8192 16384 --out nsa_decode.json
+
+`steps` tokens are decoded by one program (lax.fori_loop) that carries the cache, so that nothing is launched
+from Python in between: each appends its K/V, compresses a block when one is complete (a mean, so that
+attention is what is timed) and attends. The dense peer appends K/V and attends to all of them. Beside the
+times stand the tokens and bytes that one decoded token reads of the cache by the paper's count.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from tqdm import tqdm
+
+from jaxlab.files import write_json
+from jaxlab.provenance import environment
+from kernels_pallas.nsa import (
+    NewTokens,
+    NsaCache,
+    append_tokens,
+    bytes_per_decoded_token,
+    cached_attention,
+    init_cache,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Sizes of the measurement; the defaults are the paper's blocks with 16 heads in one group."""
+
+    out: Path
+    """JSON file to write."""
+    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
+    """Tokens in the cache before the first step."""
+    batches: tuple[int, ...] = (1,)
+    """Sequences decoded at once."""
+    steps: int = 16
+    """Tokens decoded by one call."""
+    heads: int = 16
+    kv_heads: int = 1
+    key_dim: int = 192
+    value_dim: int = 128
+    block_len: int = 32
+    stride: int = 16
+    block_size: int = 64
+    num_blocks: int = 16
+    window: int = 512
+    dtype: str = "float32"
+    repeats: int = 3
+    """Timed calls, after one that is not; the best counts."""
+
+
+def draw(key: jax.Array, like: Any) -> Any:
+    """Normal numbers in place of every floating leaf."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        jax.random.normal(k, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def nsa(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
+    """One step, and the cache that it carries."""
+    blocks = {"block_len": a.block_len, "stride": a.stride}
+    cache = init_cache(
+        batch, length + a.steps, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
+        dtype=jnp.dtype(a.dtype), block_size=a.block_size, window=a.window, **blocks,
+    )  # fmt: skip
+    cache = draw(jax.random.key(1), cache)._replace(length=jnp.full((batch,), length, jnp.int32))
+
+    def compress(k, v, starts):
+        return k.mean(axis=1, keepdims=True), v.mean(axis=1, keepdims=True)
+
+    def step(cache, q, k, v, gates):
+        cache, recent = append_tokens(cache, NewTokens(k, v, k, v, k, v), compress, **blocks)
+        out, _ = cached_attention(
+            cache, recent, q, gates, block_size=a.block_size, num_blocks=a.num_blocks, window=a.window,
+            **blocks,
+        )  # fmt: skip
+        return cache, out
+
+    return step, cache
+
+
+def dense(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
+    """As many heads and the same dimensions over all tokens."""
+    rows = length + a.steps
+    shapes = [jnp.zeros((batch, rows, a.kv_heads, d), jnp.dtype(a.dtype)) for d in (a.key_dim, a.value_dim)]
+    cache = (*draw(jax.random.key(1), shapes), jnp.asarray(length, jnp.int32))
+
+    def step(cache, q, k, v, gates):
+        keys, values, at = cache
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, at, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, at, axis=1)
+        q = q.reshape(batch, a.kv_heads, a.heads // a.kv_heads, a.key_dim)
+        scores = jnp.einsum("bhgd,bshd->bhgs", q, keys, preferred_element_type=jnp.float32)
+        seen = jnp.arange(rows, dtype=jnp.int32) <= at
+        weights = jax.nn.softmax(jnp.where(seen, scores * a.key_dim**-0.5, -jnp.inf), axis=-1)
+        out = jnp.einsum("bhgs,bshd->bhgd", weights.astype(values.dtype), values)
+        return (keys, values, at + 1), out.reshape(batch, 1, a.heads, a.value_dim)
+
+    return step, cache
+
+
+def measure(a: Arguments, make: Callable[..., Any], batch: int, length: int) -> dict[str, float]:
+    """Seconds for one decoded token of every sequence."""
+    step, cache = make(a, batch, length)
+    shapes = [(a.heads, a.key_dim), (a.kv_heads, a.key_dim), (a.kv_heads, a.value_dim), (a.heads, 3)]
+    like = [jnp.zeros((batch, 1, *shape), jnp.dtype(a.dtype)) for shape in shapes]
+    inputs = draw(jax.random.key(2), like)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def loop(cache, inputs):
+        def one(_, carry):
+            cache, inputs, total = carry
+            cache, out = step(cache, *inputs)
+            # A step's query depends on the step before, as in a model.
+            q = inputs[0] + 1e-3 * jnp.mean(out).astype(inputs[0].dtype)
+            return cache, [q, *inputs[1:]], total + jnp.sum(out.astype(jnp.float32))
+
+        cache, _, total = jax.lax.fori_loop(0, a.steps, one, (cache, inputs, jnp.float32(0)))
+        return cache, total
+
+    # Every call starts at `length` again: what was donated is the buffers, not the count.
+    def reset(cache):
+        at = jnp.full((batch,), length, jnp.int32)
+        return cache._replace(length=at) if isinstance(cache, NsaCache) else (*cache[:2], at[0])
+
+    cache, total = jax.block_until_ready(loop(cache, inputs))
+    wall, processor = [], []
+    for _ in range(a.repeats):
+        cache = jax.block_until_ready(reset(cache))
+        start, used = time.perf_counter(), time.process_time()
+        cache, total = jax.block_until_ready(loop(cache, inputs))
+        wall.append(time.perf_counter() - start)
+        processor.append(time.process_time() - used)
+    if not jnp.isfinite(total):
+        raise FloatingPointError(f"{make.__name__} at {length} tokens gave {total}")
+    return {"wall_s": min(wall) / a.steps, "processor_s": min(processor) / a.steps}
+
+
+def main(a: Arguments) -> None:
+    rows = []
+    points = [(length, batch) for length in a.lengths for batch in a.batches]
+    for length, batch in (bar := tqdm(points)):
+        bar.set_postfix_str(f"{length} tokens x {batch}")
+        traffic = bytes_per_decoded_token(
+            length, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
+            itemsize=jnp.dtype(a.dtype).itemsize, stride=a.stride, block_size=a.block_size,
+            num_blocks=a.num_blocks, window=a.window,
+        )  # fmt: skip
+        row: dict[str, Any] = {"length": length, "batch": batch, **traffic._asdict()}
+        rows.append(row | {"nsa": measure(a, nsa, batch, length), "dense": measure(a, dense, batch, length)})
+    write_json(a.out, {"arguments": dataclasses.asdict(a), "environment": environment(), "rows": rows})
+    print("length batch  tokens read nsa / dense  MiB read nsa / dense   ms a step nsa / dense  factor")
+    for r in rows:
+        mib = [r["batch"] * r[f"{name}_bytes"] / 2**20 for name in ("nsa", "dense")]
+        ms = [1e3 * r[name]["wall_s"] for name in ("nsa", "dense")]
+        print(
+            f"{r['length']:6d} {r['batch']:5d} {r['nsa_tokens']:12d} / {r['dense_tokens']:6d} "
+            f"{mib[0]:13.2f} / {mib[1]:7.2f} {ms[0]:13.3f} / {ms[1]:8.3f} {ms[1] / ms[0]:7.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
