@@ -36,6 +36,7 @@ def bytes_model(tmp_path_factory):
     ("options", "text"),
     [
         ({"max_new_tokens": 4}, "cdef"),
+        ({"max_new_tokens": 4, "prefill_chunk": 1}, "cdef"),
         ({}, "cdef"),  # up to max_length
         ({"stop": "e"}, "cde"),
     ],
@@ -79,7 +80,15 @@ def test_errors(bytes_model, options, message):
         generate.run(generate.Arguments(bytes_model, **options))
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"max_new_tokens": 0},
+        {"prefill_chunk": 0},
+        {"prefill_chunk": 8, "image": ("a",)},
+    ],
+)
 def test_impossible_arguments(options):
     with pytest.raises(ConfigError) as raised:
         generate.Arguments("model", prompt="a", **options)
