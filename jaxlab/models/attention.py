@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.errors import ConfigError
 from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
@@ -321,7 +322,13 @@ def _nsa(
             importance = auxiliary_scores(params["selector"], x, n.block_size)
             loss = auxiliary_loss(importance, _of_groups(q, config), k_slc, n, scale=scale)
         indices = _best_blocks(importance, config, segment_ids=segment_ids)
-    out, branches = nsa_attention(*operands, segment_ids=segment_ids, indices=indices, **_sizes(config))
+    try:
+        out, branches = nsa_attention(
+            *operands, segment_ids=segment_ids, indices=indices, **_sizes(config),
+            implementation=None if n.implementation == "auto" else n.implementation,
+        )  # fmt: skip
+    except NotImplementedError as error:  # the kernel that was named does not take the case, or not here
+        raise ConfigError(str(error), key="model.nsa.implementation") from error
     there = [branch in n.branches for branch in BRANCHES]
     if all(there):
         return out, Choice(branches.indices, loss)

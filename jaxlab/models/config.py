@@ -46,6 +46,9 @@ class NSAConfig:
     """Branches that are there (an ablation); the gates of the others are 0, their parameters stay unused."""
     shared_kv: bool = False
     """One key and one value projection for all branches (an ablation)."""
+    implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
+    """auto: the best that takes the case; mosaic_gpu: the kernels for Hopper, which take a compute_dtype of
+    16 bits. Decoding with a cache always runs as xla."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.errors import ConfigError
 from jaxlab.models import Probe, RopeConfig, forward, init_cache, positions_of
 from jaxlab.models.rotary import rotary_table, rotate
 from tests.models import oracle
@@ -155,6 +156,13 @@ def test_one_trace_serves_all_batches_of_a_shape_and_one_token_is_enough():
     assert a.shape == b.shape == (2, 1, 13)
     expected = oracle.logits(params, np.asarray(draw_tokens(config, 2, 1, 1))[1], config)
     np.testing.assert_allclose(b[1], expected, atol=1e-5)
+
+
+def test_a_kernel_that_is_named_and_cannot_run_is_refused_with_its_key():
+    config = make_config("nsa", nsa=dataclasses.replace(NSA, implementation="mosaic_gpu"))
+    with pytest.raises(ConfigError, match="TF32") as error:
+        forward(draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config)
+    assert error.value.key == "model.nsa.implementation"
 
 
 def test_nsa_tells_which_blocks_it_chose():
