@@ -35,7 +35,7 @@ def shares(p, xs, config, n):
             seen = max(0, (t + 1 - n.block_len) // n.stride + 1)
             summaries = np.array(means[:seen]).reshape(seen, config.key_dim)
             weights = sum(oracle.softmax_sum(q, summaries, summaries)[1] for q in queries)
-            chosen = blocks[group][t] = oracle.choose(weights, t, n)
+            chosen = blocks[group][t] = oracle.choose(oracle.importance(weights, t, n), t, n)
             mass = np.mean([oracle.softmax_sum(q, turned[: t + 1], turned[: t + 1])[1] for q in queries], 0)
             of = lambda some, mass=mass: sum(m for s, m in enumerate(mass) if s // n.block_size in some)  # noqa: E731
             visible = range(t // n.block_size + 1)
