@@ -21,10 +21,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from jaxlab.checkpoints.families import read_config
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.names import entries
 from jaxlab.checkpoints.write import Planned, write_folder
 from jaxlab.files import write_json
+from jaxlab.models import abstract_params
 from jaxlab.provenance import environment
 
 READERS = {
@@ -104,9 +106,6 @@ def config_of(layers: int) -> Json:
 
 def make(folder: Path, layers: int) -> None:
     """A checkpoint of random numbers."""
-    from jaxlab.checkpoints.huggingface import read_config
-    from jaxlab.models import abstract_params
-
     config = config_of(layers)
     template = abstract_params(read_config(config, folder))
     drawn = np.random.default_rng(0).standard_normal(1 << 20).astype(ml_dtypes.bfloat16)

@@ -1,20 +1,26 @@
-"""The examples in docs/ run."""
+"""The examples in docs/ run; the benchmarks fit what they import."""
 
 import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+ROOT = Path(__file__).parents[2]
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def load(name: str, folder: Path = ROOT / "docs" / "examples"):
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_benchmarks_can_be_imported(name):
+    assert callable(load(name, ROOT / "benchmarks").main)
 
 
 def test_information_flow():
