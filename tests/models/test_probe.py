@@ -241,7 +241,12 @@ def dense_branch(q, k, v, mask, weight, ones):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "packed", "nsa_edges"), [(3, False, "token"), (41, True, "token"), (41, False, "block")]
+    ("tokens", "packed", "nsa_edges"),
+    [
+        (3, False, "token"),
+        pytest.param(41, True, "token", marks=pytest.mark.slow),
+        (41, False, "block"),
+    ],
 )
 def test_flows_through_native_sparse_attention(tokens, packed, nsa_edges):
     sizes = {"block_len": 4, "stride": 2, "block_size": 6, "num_blocks": 3, "window": 5}

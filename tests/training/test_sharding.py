@@ -48,7 +48,7 @@ def on_one_device(variant):
     [
         ("rotary", 4, 1, 1),
         ("rotary", 1, 4, 2),
-        ("vision", 2, 2, 1),
+        pytest.param("vision", 2, 2, 1, marks=pytest.mark.slow),
         pytest.param("nsa", 2, 2, 1, marks=pytest.mark.slow),
     ],
 )
