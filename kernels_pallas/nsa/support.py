@@ -14,6 +14,8 @@ Place = Literal["device", "interpreter", "compiler"]
 
 MAX_GROUP, MAX_KEY_DIM, MAX_VALUE_DIM, BLOCK = 64, 192, 128, 64
 """Compiled for Hopper without spilled registers up to these head dims."""
+OLDEST_JAX = (0, 11, 2)
+"""Before, Pallas cannot load a part of a vector into the layout of a matrix product."""
 CHECKED_ON_A_GPU = False
 """Until the kernels ran on one, not in the interpreter alone, they run where they are named only."""
 
@@ -64,6 +66,8 @@ def reason_against(q: Array, v: Array, keys: int, block_size: int = BLOCK) -> st
         return f"block_size {block_size} is no multiple of {BLOCK}"
     if not q.size or not keys:
         return "there are no queries or no keys"
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"they need jax {'.'.join(map(str, OLDEST_JAX))} or newer, not {jax.__version__}"
     if _place == "device" and not _is_hopper():
         return "the default device is no Hopper GPU"
     return None

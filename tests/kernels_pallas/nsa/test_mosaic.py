@@ -14,10 +14,13 @@ from kernels_pallas.nsa import (
 )
 from kernels_pallas.nsa.mosaic_forward import Visible
 from kernels_pallas.nsa.mosaic_plan import inverse, lists, plan_rows, ranges, readers
-from kernels_pallas.nsa.support import interpreted
+from kernels_pallas.nsa.support import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa import oracle
 from tests.kernels_pallas.nsa.cases import Case, relative_error
 
+needs_pallas = pytest.mark.skipif(
+    jax.__version_info__ < OLDEST_JAX, reason=f"the kernels need jax {OLDEST_JAX}, this is {jax.__version__}"
+)
 PACKED = Case(
     96,
     heads=3,
@@ -46,6 +49,7 @@ def poisoned(case: Case, args: dict) -> dict:
     }
 
 
+@needs_pallas
 def test_whole_attention_with_packed_sequences_and_poisoned_padding():
     """Outputs, chosen blocks and all gradients."""
     case = PACKED
@@ -82,6 +86,7 @@ def test_whole_attention_with_packed_sequences_and_poisoned_padding():
         assert relative_error(gradients[name], reference) < 0.005, name
 
 
+@needs_pallas
 def test_a_chunk_of_queries_with_sixteen_heads_at_the_end_of_the_keys():
     """Positions, two tiles of rows that share the union of their blocks, tiles seen in full; a second run
     gives the same bits."""
@@ -174,6 +179,7 @@ def test_ranges_cover_what_rows_see_and_no_more():
                 assert readers_of[b, tile, 0] <= p < readers_of[b, tile, 1]
 
 
+@needs_pallas
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
