@@ -23,6 +23,7 @@ from kernels_pallas.nsa.mosaic_forward import (
     Visible,
     add_product,
     along,
+    go_through,
     product,
     route,
     serve,
@@ -72,6 +73,7 @@ def query_gradient(
         x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
         batch = lax.div(x, heads)
         way = route(listed, plan_refs, x, batch, p)
+        channels = Channel(k_ref, k_smem, k_full, k_free), Channel(v_ref, v_smem, v_full, v_free)
 
         @pl.when(wg < wgs)
         def compute() -> None:
@@ -95,22 +97,6 @@ def query_gradient(
             first, end = load(number_smem.at[wg, 0]), load(number_smem.at[wg, 1])
             bits = load(number_smem.at[wg, 2]) if listed else None
 
-            def release(slot, dq):  # type: ignore[no-untyped-def]
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_arrive(v_free.at[slot])
-                plgpu.barrier_arrive(k_free.at[slot])
-                return dq
-
-            def one_step(step, dq, masked):  # type: ignore[no-untyped-def]
-                slot = lax.rem(step, stages)
-                if not listed:
-                    return differentiate(slot, step, dq, masked)
-                concerned = (plan_refs[2][x, p, step] & plan_refs[4][wg]) != 0
-                return lax.cond(
-                    concerned, lambda d: differentiate(slot, step, d, masked), lambda d: release(slot, d), dq
-                )
-
             def differentiate(slot, step, dq, masked):  # type: ignore[no-untyped-def]
                 plgpu.barrier_wait(k_full.at[slot])
                 scores = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), shape)
@@ -132,9 +118,8 @@ def query_gradient(
                 return dq
 
             dq = zeros((ROWS, key_dim))
-            for begin, end_of_phase, masked in way.phases:
-                loop = lambda step, dq, masked=masked: one_step(step, dq, masked)  # noqa: E731
-                dq = lax.fori_loop(begin, end_of_phase, loop, dq)
+            listing = plan_refs if listed else None
+            dq = go_through(way, listing, (x, p, wg), channels, stages, differentiate, dq)
             dq_smem.at[wg][...] = dq.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_smem.at[wg], dq_ref.at[x, mine])
@@ -145,7 +130,6 @@ def query_gradient(
             plgpu.set_max_registers(40, action="decrease")
 
             where = lambda step: (x, pl.ds(way.key_tile(step) * tuning.keys, tuning.keys))  # noqa: E731
-            channels = Channel(k_ref, k_smem, k_full, k_free), Channel(v_ref, v_smem, v_full, v_free)
             serve(way.steps, where, channels, stages)
 
     smem: Any = (

@@ -170,6 +170,41 @@ def visible_keys(first: Array, end: Array, tile: Array, shape: tuple[int, int], 
     return (index >= along(first, shape, rows_axis)) & (index < along(end, shape, rows_axis))
 
 
+def go_through(
+    way: Route,
+    plan: Sequence[Any] | None,
+    here: tuple[Array, Array, Array],
+    channels: Sequence[Channel],
+    stages: int,
+    work: Callable[..., Any],
+    carry: Any,
+) -> Any:
+    """A computing warpgroup's steps: carry = work(slot, step, carry, masked) for each.
+
+    With the operands of a list in `plan`, it passes over the tiles that none of its rows sees; `here` is
+    (x, tile of rows, warpgroup).
+    """
+    x, p, wg = here
+
+    def one_step(step: Array, carry: Any, masked: bool) -> Any:
+        slot = lax.rem(step, stages)
+        if plan is None:
+            return work(slot, step, carry, masked)
+
+        def pass_over(carry: Any) -> Any:
+            for channel in channels:
+                plgpu.barrier_wait(channel.full.at[slot])
+                plgpu.barrier_arrive(channel.free.at[slot])
+            return carry
+
+        concerned = (plan[2][x, p, step] & plan[4][wg]) != 0
+        return lax.cond(concerned, lambda c: work(slot, step, c, masked), pass_over, carry)
+
+    for begin, end, masked in way.phases:
+        carry = lax.fori_loop(begin, end, partial(one_step, masked=masked), carry)
+    return carry
+
+
 def forward(
     q: Float[Array, "X R Dk"],
     k: Float[Array, "X S Dk"],
@@ -199,6 +234,7 @@ def forward(
         x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
         batch = lax.div(x, heads)
         way = route(listed, plan_refs, x, batch, p)
+        channels = Channel(k_ref, k_smem, k_full, k_free), Channel(v_ref, v_smem, v_full, v_free)
 
         @pl.when(wg < tuning.warpgroups)
         def compute() -> None:
@@ -214,22 +250,6 @@ def forward(
             load = lambda ref: plgpu.load(ref.at[wg], layout=plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
             first, end = load(first_smem), load(end_smem)
             bits = load(bits_smem) if listed else None
-
-            def release(slot, carry):  # type: ignore[no-untyped-def]
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_arrive(k_free.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_arrive(v_free.at[slot])
-                return carry
-
-            def one_step(step, carry, masked):  # type: ignore[no-untyped-def]
-                slot = lax.rem(step, stages)
-                if not listed:
-                    return attend(slot, step, carry, masked)
-                concerned = (plan_refs[2][x, p, step] & plan_refs[4][wg]) != 0
-                return lax.cond(
-                    concerned, lambda c: attend(slot, step, c, masked), lambda c: release(slot, c), carry
-                )
 
             def attend(slot, step, carry, masked):  # type: ignore[no-untyped-def]
                 acc, top, total = carry
@@ -255,9 +275,8 @@ def forward(
                 return acc, new_top, total
 
             carry = zeros((ROWS, value_dim)), vector(FLOOR, 1), vector(0.0, 1)
-            for begin, end_of_phase, masked in way.phases:
-                loop = lambda step, carry, masked=masked: one_step(step, carry, masked)  # noqa: E731
-                carry = lax.fori_loop(begin, end_of_phase, loop, carry)
+            listing = plan_refs if listed else None
+            carry = go_through(way, listing, (x, p, wg), channels, stages, attend, carry)
             acc, top, total = carry
             whole = jnp.where(total > 0, total, 1.0)
             out_smem.at[wg][...] = (acc / along(whole, acc.shape, 0)).astype(dtype)
@@ -272,7 +291,6 @@ def forward(
             plgpu.set_max_registers(40, action="decrease")
 
             where = lambda step: (x, pl.ds(way.key_tile(step) * tuning.keys, tuning.keys))  # noqa: E731
-            channels = Channel(k_ref, k_smem, k_full, k_free), Channel(v_ref, v_smem, v_full, v_free)
             serve(way.steps, where, channels, stages)
 
     wgs = tuning.warpgroups
