@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlab.checkpoints.layout import Layout, parse
-from jaxlab.checkpoints.rows import BRANCHES, Path, Row
+from jaxlab.checkpoints.rows import Path, Row
 from jaxlab.errors import UserError
+from jaxlab.models.sparse_config import BRANCHES
 
 Leaf = Float[Array, "..."] | Float[np.ndarray, "..."]
 Stack = Float[Array, "N ..."] | Float[np.ndarray, "N ..."]

@@ -9,8 +9,6 @@ Path = tuple[str, ...]
 """Of a leaf in our tree."""
 EMBEDDING: Path = ("embedding", "table")
 HEAD: Path = ("head", "table")
-BRANCHES = ("compression", "selection", "window")
-"""NSA's, in their order."""
 
 
 @dataclasses.dataclass(frozen=True)

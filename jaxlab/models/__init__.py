@@ -8,9 +8,7 @@ if TYPE_CHECKING:
     from jaxlab.models.config import (
         ModelConfig,
         MoEConfig,
-        NSAConfig,
         RopeConfig,
-        SparsityConfig,
         VisionConfig,
     )
     from jaxlab.models.decoder import Batch, forward, positions_of
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
         logical_axes,
     )
     from jaxlab.models.probe import Probe
+    from jaxlab.models.sparse_config import NSAConfig, SparsityConfig
     from jaxlab.models.vision import prepare_batch
 
 __all__ = [
@@ -54,7 +53,8 @@ __all__ = [
 
 _HOMES = {
     "attention": "Cache init_cache",
-    "config": "MoEConfig ModelConfig NSAConfig RopeConfig SparsityConfig VisionConfig",
+    "config": "MoEConfig ModelConfig RopeConfig VisionConfig",
+    "sparse_config": "NSAConfig SparsityConfig",
     "decoder": "Batch forward positions_of",
     "generation": "generate stream",
     "modules": "Params",

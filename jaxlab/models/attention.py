@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.errors import ConfigError
-from jaxlab.models.config import BRANCHES, ModelConfig
+from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import norm, softcap
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
 from jaxlab.models.selectors import auxiliary_loss, auxiliary_scores, block_bounds, bound_scores
+from jaxlab.models.sparse_config import BRANCHES
 from jaxlab.models.sparse_inference import sparse_attention
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache, best_blocks, compress_blocks, nsa_attention, window_attention

@@ -9,12 +9,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.attention import Where, projections
-from jaxlab.models.config import ModelConfig, NSAConfig
+from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import Batch, embed
 from jaxlab.models.layers import norm
 from jaxlab.models.modules import Params
 from jaxlab.models.retrofit import averaging, retrofitted
 from jaxlab.models.rotary import rotary_table, rotate
+from jaxlab.models.sparse_config import NSAConfig
 from jaxlab.models.stack import stack
 from jaxlab.models.vision import prepare_batch
 from kernels_pallas.nsa import compress_blocks, compressed_attention, select_blocks

@@ -12,12 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxlab.models.config import ModelConfig
+from jaxlab.models.sparse_config import BRANCHES
 
 Params = dict[str, Any]
 """A nested dict of arrays."""
-
-BRANCHES = 3
-"""NSA's branches, in the order compression, selection, window."""
 
 
 class Numbers:
@@ -59,7 +57,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, numbers: Numbers, residual_scale: float):
         c, std = config, config.initializer_range
         own = c.attention == "nsa" and not c.nsa.shared_kv
-        branch: tuple[int, ...] = (BRANCHES,) if own else ()
+        branch: tuple[int, ...] = (len(BRANCHES),) if own else ()
         branch_axes: tuple[str, ...] = ("branch",) if own else ()
         kv_axes = ("embed", "kv_heads", "head_dim")
         self.query = normal(numbers, (c.width, c.num_heads, c.key_dim), ("embed", "heads", "head_dim"), std)
@@ -116,9 +114,9 @@ class Gate(nnx.Module):
             self.hidden = normal(numbers, (c.width, c.nsa.gate_width), ("embed", "gate"), c.initializer_range)
             width = c.nsa.gate_width
         self.output = normal(
-            numbers, (width, c.num_heads, BRANCHES), ("gate", "heads", "branch"), c.initializer_range
+            numbers, (width, c.num_heads, len(BRANCHES)), ("gate", "heads", "branch"), c.initializer_range
         )
-        self.bias = zeros((c.num_heads, BRANCHES), ("heads", "branch"))
+        self.bias = zeros((c.num_heads, len(BRANCHES)), ("heads", "branch"))
 
 
 class MLP(nnx.Module):

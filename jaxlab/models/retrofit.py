@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxlab.errors import ConfigError
-from jaxlab.models.config import ModelConfig, NSAConfig
-from jaxlab.models.modules import BRANCHES, Params
+from jaxlab.models.config import ModelConfig
+from jaxlab.models.modules import Params
 from jaxlab.models.parameters import abstract_params, language_model
+from jaxlab.models.sparse_config import BRANCHES, NSAConfig
 
 GATE = 0.05
 """Of compression and of the window: small beside selection's 0.9, and far from where a sigmoid is flat."""
@@ -113,7 +114,7 @@ def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: fl
     new = dict(params)
     for name in ("key", "value", "key_bias", "value_bias"):
         if name in params:
-            new[name] = jnp.repeat(params[name][:, None], BRANCHES, axis=1)
+            new[name] = jnp.repeat(params[name][:, None], len(BRANCHES), axis=1)
     new["compress_key"] = _compressor(layers, config.key_dim, config.nsa, of_key, dtype)
     new["compress_value"] = _compressor(layers, config.value_dim, config.nsa, of_value, dtype)
     new["gate"] = _gate(layers, config, of_gate, gate, dtype)
@@ -139,8 +140,8 @@ def _gate(layers: int, config: ModelConfig, key: Key[Array, ""], gate: float, dt
     """Gates that say the same to every token, by their biases alone."""
     width = config.nsa.gate_width or config.width
     logits = [math.log(g / (1 - g)) for g in (gate, 1 - 2 * gate, gate)]
-    bias = jnp.broadcast_to(jnp.asarray(logits, dtype)[None, None], (layers, config.num_heads, BRANCHES))
-    params = {"output": jnp.zeros((layers, width, config.num_heads, BRANCHES), dtype), "bias": bias}
+    bias = jnp.broadcast_to(jnp.asarray(logits, dtype)[None, None], (layers, config.num_heads, len(BRANCHES)))
+    params = {"output": jnp.zeros((layers, width, config.num_heads, len(BRANCHES)), dtype), "bias": bias}
     if config.nsa.gate_width:
         params["hidden"] = _drawn(key, (layers, config.width, width), config.initializer_range, dtype)
     return params

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.config import NSAConfig
+from jaxlab.models.sparse_config import NSAConfig
 
 CHUNK_ELEMENTS = 1 << 22
 """Scores that are alive at once."""

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.models.config import SparsityConfig
 from jaxlab.models.selectors import (
     block_bounds,
     block_mass,
@@ -32,6 +31,7 @@ from jaxlab.models.selectors import (
     causal_scores,
     in_blocks,
 )
+from jaxlab.models.sparse_config import SparsityConfig
 from kernels_pallas.nsa import best_blocks
 
 

@@ -1,0 +1,123 @@
+"""Attention that reads a part of the text: trained so (NSA), or at inference only."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxlab.errors import ConfigError
+
+Branch = Literal["compression", "selection", "window"]
+BRANCHES: tuple[Branch, ...] = ("compression", "selection", "window")
+"""NSA's branches in the order in which parameters and gates have them."""
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """Native Sparse Attention (ACL 2025, sec. 3); the defaults are the paper's."""
+
+    block_len: int = 32
+    """Tokens in a compression block (l)."""
+    stride: int = 16
+    """Tokens between the starts of compression blocks (d)."""
+    block_size: int = 64
+    """Tokens in a selection block (l')."""
+    num_blocks: int = 16
+    """Selection blocks that a query reads (n), the forced ones included."""
+    num_init: int = 1
+    """Blocks at the start of the sequence that are always read."""
+    num_local: int = 2
+    """Blocks ending at the query's own that are always read."""
+    window: int = 512
+    """Tokens of the sliding window (w), the query's own included."""
+    compress_width: int = 256
+    """Hidden width of the MLP that compresses a block's keys (another one its values)."""
+    gate_width: int = 0
+    """Hidden width of the gate MLP; 0 makes it one linear layer."""
+    selector: Literal["compressed", "min_max", "auxiliary"] = "compressed"
+    """What rates selection blocks. compressed: attention to compressed keys (eq. 9). The paper rejects two
+    (sec. 6.1). min_max: without parameters, the bound of a score by the least and the greatest of each
+    channel of a block's keys, after Quest. auxiliary: a scorer trained beside, by the attention that blocks
+    get."""
+    selector_dim: int = 16
+    """auxiliary: dimension of the scorer's queries and keys."""
+    branches: tuple[Branch, ...] = BRANCHES
+    """Branches that are there (an ablation); the gates of the others are 0, their parameters stay unused."""
+    shared_kv: bool = False
+    """One key and one value projection for all branches (an ablation)."""
+    implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
+    """auto: the best that takes the case; mosaic_gpu: the kernels for Hopper, which take a compute_dtype of
+    16 bits. Decoding with a cache always runs as xla."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "block_len", "stride", "block_size", "num_blocks", "window", "compress_width", "selector_dim",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        for name in ("num_init", "num_local", "gate_width"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"must not be negative, is {getattr(self, name)}", key=name)
+        if self.num_init + self.num_local > self.num_blocks:
+            raise ConfigError(
+                f"{self.num_blocks} blocks cannot hold the forced {self.num_init} first "
+                f"and {self.num_local} local ones; raise num_blocks",
+                key="num_blocks",
+            )
+        if not self.branches or len({*self.branches}) < len(self.branches):
+            raise ConfigError(
+                f"name each at most once and at least one: {list(self.branches)}", key="branches"
+            )
+        if self.selector != "compressed" and not (self.num_init and self.num_local):
+            raise ConfigError(
+                f"{self.selector} rates whole blocks of the past; keep num_init and num_local at 1 or more",
+                key="selector",
+            )
+        chooses_by = "compression" if self.selector == "compressed" else "selection"
+        if "selection" in self.branches and chooses_by not in self.branches:
+            raise ConfigError(
+                "compressed keys learn to choose through their branch only; add compression or set "
+                "another selector",
+                key="branches",
+            )
+        if self.stride > self.block_len:
+            raise ConfigError(
+                f"stride {self.stride} exceeds block_len {self.block_len}: tokens would be lost", key="stride"
+            )
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Full attention that reads a part of the text only, on a model that was trained with all of it."""
+
+    method: Literal["none", "exact_tokens", "exact_blocks", "quest", "infllm", "h2o"] = "none"
+    """How a query chooses (jaxlab/models/sparse_inference.py); none reads everything."""
+    block_size: int = 64
+    """Tokens in a block."""
+    num_blocks: int = 16
+    """Blocks that a query reads, the forced ones included; where tokens are chosen, as many as these hold."""
+    num_init: int = 1
+    """Blocks at the start of the text that are always read (not with exact_tokens and h2o)."""
+    num_local: int = 2
+    """Blocks ending at the query's own that are always read; with h2o so many tokens stay (not with
+    exact_tokens)."""
+    representatives: int = 4
+    """infllm: tokens that stand for a block."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "num_local", "representatives"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.num_init < 0:
+            raise ConfigError(f"must not be negative, is {self.num_init}", key="num_init")
+        if self.num_init + self.num_local > self.num_blocks:
+            raise ConfigError(
+                f"{self.num_blocks} blocks cannot hold the forced {self.num_init} first "
+                f"and {self.num_local} local ones; raise num_blocks",
+                key="num_blocks",
+            )
+        if self.method == "infllm" and self.num_local < 2:
+            raise ConfigError("infllm rates tokens by the block after theirs; raise it to 2", key="num_local")
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a query reads at most."""
+        return self.num_blocks * self.block_size
