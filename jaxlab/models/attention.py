@@ -1,6 +1,5 @@
 """Attention of one layer: projections, positions, the cache, and the kinds full, sliding and nsa."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -86,10 +85,10 @@ def _empty_dense(config: ModelConfig, batch_size: int, length: int) -> tuple[Arr
 
 def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:
     n, count = config.nsa, config.num_layers
-    unit = math.lcm(n.block_size, n.stride)
+    page_size = nsa.page_for(length, block_size=n.block_size, stride=n.stride)
     pages = jnp.arange(count * batch_size, dtype=jnp.int32).reshape(count, batch_size, 1)
     cache = nsa.init_paged_cache(
-        pages[0], num_pages=count * batch_size, page_size=-(-length // unit) * unit, kv_heads=config.kv_heads,
+        pages[0], num_pages=count * batch_size, page_size=page_size, kv_heads=config.kv_heads,
         key_dim=config.key_dim, value_dim=config.value_dim, dtype=jnp.dtype(config.compute_dtype),
         block_len=n.block_len, stride=n.stride, block_size=n.block_size, window=n.window,
     )  # fmt: skip
@@ -370,7 +369,13 @@ def _nsa_cached(
         last = importance.shape[-1] * n.block_size - 1  # padding may stand past the cache's end
         indices = _best_blocks(importance, config, q_positions=jnp.minimum(where.rows, last))
     gates = _gates_of_branches(params, x, config)
-    out, branches = nsa.cached_attention(cache, recent, q, gates, indices=indices, **_sizes(config))
+    try:
+        out, branches = nsa.cached_attention(
+            cache, recent, q, gates, indices=indices, **_sizes(config),
+            implementation=None if n.implementation == "auto" else n.implementation,
+        )  # fmt: skip
+    except NotImplementedError as error:
+        raise ConfigError(str(error), key="model.nsa.implementation") from error
     return out, cache, Choice(branches.indices if "selection" in config.nsa.branches else None)
 
 

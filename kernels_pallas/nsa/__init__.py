@@ -18,6 +18,7 @@ from kernels_pallas.nsa.cache import (
     append_tokens,
     init_cache,
     init_paged_cache,
+    page_for,
     whole,
 )
 from kernels_pallas.nsa.compression import compress_blocks, num_compressed
@@ -43,6 +44,7 @@ __all__ = [
     "init_paged_cache",
     "nsa_attention",
     "num_compressed",
+    "page_for",
     "select_blocks",
     "selected_attention",
     "whole",

@@ -3,10 +3,11 @@ new tokens gets in.
 
 Kept are selection K/V of every token, compressed K/V of every complete block, window K/V of the tokens that
 the next one can still see, and the K/V of the tokens of blocks that are not complete yet. Axis letters as in
-api.py, and P pages, R = max(1, window - 1) slots of the window, W = block_len - 1 waiting tokens. A layer
-axis may be stacked in front and scanned.
+api.py, and P pages, R = window slots, W = block_len - 1 waiting tokens. A layer axis may be stacked in front
+and scanned.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,10 +22,12 @@ from kernels_pallas.nsa.tiling import ceil_div
 
 NOWHERE = np.iinfo(np.int32).max
 """Index of an entry that is neither written nor read."""
+TILE = 64
+"""Compressed blocks that a kernel reads at once."""
 
 
 class NsaCache(NamedTuple):
-    """One layer; S is a multiple of the selection block and M = num_compressed(S)."""
+    """One layer; S is a multiple of the selection block and M is num_compressed(S) rounded up to tiles."""
 
     k_slc: Float[Array, "*layers B S Hkv Dk"]
     v_slc: Float[Array, "*layers B S Hkv Dv"]
@@ -76,12 +79,13 @@ class NewTokens(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """What the window of a chunk's queries can reach: the R tokens before the chunk, and the chunk's own."""
+    """What the window of a chunk's queries can reach: the R tokens before the chunk and the chunk's own, or
+    for a single token the ring that holds it, as it lies (then X = R)."""
 
-    k: Float[Array, "B R+T Hkv Dk"]
-    v: Float[Array, "B R+T Hkv Dv"]
-    positions: Int[Array, "B R+T"]
-    """-1: no token. In ascending order if T > 1; of a single token's, the first R as they lie in the ring."""
+    k: Float[Array, "B X Hkv Dk"]
+    v: Float[Array, "B X Hkv Dv"]
+    positions: Int[Array, "B X"]
+    """-1: no token. In ascending order if T > 1."""
     num_new: Int[Array, " B"]
     """Tokens of the chunk that are not padding, for each sequence."""
 
@@ -113,8 +117,8 @@ def init_cache(
     length = ceil_div(length, block_size) * block_size
     sizes = {
         "slc": (batch, length),
-        "cmp": (batch, num_compressed(length, block_len, stride)),
-        "win": (batch, max(1, window - 1)),
+        "cmp": (batch, max(1, ceil_div(num_compressed(length, block_len, stride), TILE)) * TILE),
+        "win": (batch, window),
         "wait": (batch, block_len - 1),
     }
     arrays = _arrays(sizes, kv_heads, key_dim, value_dim, dtype)
@@ -149,12 +153,18 @@ def init_paged_cache(
     sizes = {
         "slc": (num_pages, page_size),
         "cmp": (num_pages, page_size // stride),
-        "win": (batch, max(1, window - 1)),
+        "win": (batch, window),
         "wait": (batch, block_len - 1),
     }
     arrays = _arrays(sizes, kv_heads, key_dim, value_dim, dtype)
     length = jnp.zeros((batch,), jnp.int32)
     return PagedCache(**arrays, length=length, page_table=page_table.astype(jnp.int32))
+
+
+def page_for(length: int, *, block_size: int = 64, stride: int = 16) -> int:
+    """Tokens of a page that holds a whole sequence of at most `length`, of a size that the kernels take."""
+    unit = math.lcm(block_size, stride * (TILE if length >= TILE * stride else TILE // 8))
+    return ceil_div(length, unit) * unit
 
 
 def append_tokens[C: (NsaCache, PagedCache)](
@@ -181,7 +191,7 @@ def append_tokens[C: (NsaCache, PagedCache)](
     index = jnp.arange(count, dtype=jnp.int32)[None]
     valid = index < num_new[:, None]
     rows = cache.length[:, None] + index
-    recent = _recent(cache, new, jnp.where(valid, rows, -1), num_new)
+    before = cache
 
     token = jnp.where(valid, rows, NOWHERE)
     ring = cache.k_win.shape[1]
@@ -199,7 +209,9 @@ def append_tokens[C: (NsaCache, PagedCache)](
         v_wait=v_wait,
         length=cache.length + num_new,
     )
-    return cache, recent
+    if count == 1:
+        return cache, Recent(cache.k_win, cache.v_win, _held(cache.length - 1, ring), num_new)
+    return cache, _recent(before, new, jnp.where(valid, rows, -1), num_new)
 
 
 def address(cache: Cache, index: Int[Array, "B *dims"], size: int) -> tuple[Array, Array]:
@@ -235,20 +247,19 @@ def _put(cache: Cache, kept: Array, index: Int[Array, "B T"], new: Array) -> Arr
     return kept.at[address(cache, index, kept.shape[1])].set(new, mode="drop")
 
 
+def _held(newest: Int[Array, " B"], ring: int) -> Int[Array, "B R"]:
+    """Position of the token in each slot of the ring, -1 for none."""
+    newest, slots = newest[:, None], jnp.arange(ring, dtype=jnp.int32)[None]
+    return jnp.maximum(newest - (newest - slots) % ring, -1)
+
+
 def _recent(cache: Cache, new: NewTokens, rows: Array, num_new: Array) -> Recent:
-    """The ring, and the chunk after it."""
+    """The ring in order, and the chunk after it."""
     ring = cache.k_win.shape[1]
-    slots = jnp.arange(ring, dtype=jnp.int32)[None]
-    if rows.shape[1] == 1:  # a single query does not care for the order
-        newest = cache.length[:, None] - 1
-        held = newest - (newest - slots) % ring
-        k, v = cache.k_win, cache.v_win
-    else:
-        held = cache.length[:, None] - ring + slots
-        k, v = (_rows(x, held % ring) for x in (cache.k_win, cache.v_win))
-    held = jnp.maximum(held, -1)
+    held = cache.length[:, None] - ring + jnp.arange(ring, dtype=jnp.int32)[None]
+    k, v = (_rows(x, held % ring) for x in (cache.k_win, cache.v_win))
     k, v = jnp.concatenate([k, new.k_win], axis=1), jnp.concatenate([v, new.v_win], axis=1)
-    return Recent(k, v, jnp.concatenate([held, rows], axis=1), num_new)
+    return Recent(k, v, jnp.concatenate([jnp.maximum(held, -1), rows], axis=1), num_new)
 
 
 def _complete(

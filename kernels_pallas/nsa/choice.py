@@ -129,6 +129,26 @@ def _spread(grid: Grid, tile_keys: int) -> np.ndarray:
     return np.asarray(shared)
 
 
+def spread_over_blocks(grid: Grid, shares: Float[Array, "B Hkv T M"]) -> Float[Array, "B Hkv T N"]:
+    """The same of all compressed blocks at once: a block's importance is the shares of those that overlap it,
+    each times the tokens in common, counted in strides. A few taps, added in full float32."""
+    blocks = np.arange(grid.candidates)
+    lowest = np.maximum(0, -(-(blocks * grid.block_size - grid.block_len + 1) // grid.stride))
+    taps = (grid.block_size + grid.block_len - 2) // grid.stride + 1
+    total = jnp.zeros((*shares.shape[:3], grid.candidates), shares.dtype)
+    for tap in range(taps):
+        index = lowest + tap
+        shared = [
+            overlap(i * grid.stride, grid.block_len, j * grid.block_size, grid.block_size) / grid.stride
+            for i, j in zip(index.tolist(), blocks.tolist(), strict=True)
+        ]
+        inside = index < shares.shape[-1]
+        weight = np.where(inside, shared, 0.0).astype(np.float32)
+        taken = shares[..., np.where(inside, index, 0)]
+        total = total + taken * jnp.asarray(weight)[None, None, None]
+    return total
+
+
 def candidates(block_size: int, places: Places) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """First and newest candidate block of each query: those of its segment's first token and of its own
     position."""

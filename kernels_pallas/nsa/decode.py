@@ -7,7 +7,6 @@ the selection keys n blocks, whatever the length. A longer chunk (prefill) runs 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.api import (
@@ -19,15 +18,14 @@ from kernels_pallas.nsa.api import (
     window_attention,
 )
 from kernels_pallas.nsa.cache import NOWHERE, Cache, PagedCache, Recent, address, whole
-from kernels_pallas.nsa.choice import Grid, best
+from kernels_pallas.nsa.choice import Grid, best, spread_over_blocks
 from kernels_pallas.nsa.compression import num_compressed
+from kernels_pallas.nsa.support import Implementation, uses_kernels
 from kernels_pallas.nsa.tiling import (
     accumulator,
-    ceil_div,
     default_scale,
     finite,
     heads_first,
-    overlap,
     where_finite,
 )
 
@@ -47,15 +45,16 @@ def cached_attention(
     window: int = 512,
     scale: float | None = None,
     indices: Int[Array, "B Hkv T n"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], NsaBranches]:
     """Attention of the T tokens that `append_tokens` put in last; it returned `cache` and `recent`.
 
-    `indices` replaces the choice of blocks. The sizes are those of the cache; dtypes as in api.py. Queries of
-    padding get exactly 0. Returns what `nsa_attention` returns. Raises ValueError for shapes or sizes that do
-    not fit.
+    `indices` replaces the choice of blocks. The sizes are those of the cache; dtypes and `implementation` as
+    in api.py. Queries of padding get exactly 0. Returns what `nsa_attention` returns. Raises ValueError for
+    shapes or sizes that do not fit, NotImplementedError for an implementation that cannot take the case.
     """
     count, ring = q.shape[1], cache.k_win.shape[1]
-    if recent.k.shape[1] != ring + count or ring != max(1, window - 1):
+    if recent.k.shape[1] != ring + (count if count > 1 else 0) or ring != window:
         raise ValueError(
             f"{count} queries and a window of {window} do not fit {recent.k.shape[1]} recent keys and a "
             f"cache with {ring} slots of the window"
@@ -67,9 +66,16 @@ def cached_attention(
         length *= cache.page_table.shape[1]
     scale = default_scale(scale, q.shape[-1])
     grid = Grid(block_len, stride, block_size, num_blocks, num_init, num_local, length, scale)
-    blocks = num_compressed(length, block_len, stride)
-    k_cmp, v_cmp = whole(cache, cache.k_cmp)[:, :blocks], whole(cache, cache.v_cmp)[:, :blocks]
-    branches = (_one if count == 1 else _many)(grid, cache, recent, q, k_cmp, v_cmp, window, indices)
+    if count > 1:
+        branches = _many(grid, cache, recent, q, window, indices, implementation)
+    else:
+        from kernels_pallas.nsa import mosaic_cached
+
+        reason = mosaic_cached.reason_against_decoding(q, cache, block_size)
+        if uses_kernels(implementation, "cached_attention of one token", reason):
+            branches = mosaic_cached.one_token(grid, cache, recent.num_new, q, indices)
+        else:
+            branches = _one(grid, cache, recent, q, window, indices)
     out = weigh(gates, branches.compressed, branches.selected, branches.window)
     padding = jnp.arange(count, dtype=jnp.int32)[None] >= recent.num_new[:, None]
     return where_finite(~padding[:, :, None, None], out), branches
@@ -80,11 +86,11 @@ def _many(
     cache: Cache,
     recent: Recent,
     q: Array,
-    k_cmp: Array,
-    v_cmp: Array,
     window: int,
     indices: Array | None,
+    implementation: Implementation | None,
 ) -> NsaBranches:
+    k_cmp, v_cmp = _compressed(grid, cache)
     ring, count = cache.k_win.shape[1], q.shape[1]
     held = jnp.arange(grid.kv_len, dtype=jnp.int32)[None] < cache.length[:, None]
     rows = (cache.length - recent.num_new)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
@@ -92,6 +98,7 @@ def _many(
         "scale": grid.scale,
         "segment_ids": held.astype(jnp.int32),
         "q_positions": jnp.minimum(rows, grid.kv_len - 1),
+        "implementation": implementation,
     }
     blocks: dict[str, Any] = {"block_len": grid.block_len, "stride": grid.stride}
     compressed, lse = compressed_attention(q, k_cmp, v_cmp, **blocks, **common)
@@ -106,8 +113,9 @@ def _many(
     places = jnp.broadcast_to(ring + jnp.arange(count, dtype=jnp.int32)[None], q.shape[:2])
     held_recently = (recent.positions >= 0).astype(jnp.int32)
     near = window_attention(
-        q, recent.k, recent.v, window=window, scale=grid.scale, segment_ids=held_recently, q_positions=places
-    )
+        q, recent.k, recent.v, window=window,
+        **(common | {"segment_ids": held_recently, "q_positions": places}),
+    )  # fmt: skip
     return NsaBranches(compressed, selected, near, lse, indices)
 
 
@@ -116,11 +124,10 @@ def _one(
     cache: Cache,
     recent: Recent,
     q: Array,
-    k_cmp: Array,
-    v_cmp: Array,
     window: int,
     indices: Array | None,
 ) -> NsaBranches:
+    k_cmp, v_cmp = _compressed(grid, cache)
     batch, _, heads, dim = q.shape
     kv_heads = recent.k.shape[2]
     rows = q.reshape(batch, kv_heads, heads // kv_heads, dim)
@@ -131,10 +138,10 @@ def _one(
     visible = (ends[None] <= position[:, None])[:, None]
     compressed = _softmax(rows, heads_first(k_cmp), heads_first(v_cmp), visible, grid.scale)
     if indices is None:
-        importance = _importance(grid, jnp.sum(compressed.weights, axis=2))
+        importance = spread_over_blocks(grid, jnp.sum(compressed.weights, axis=2)[:, :, None])
         newest = (position // grid.block_size)[:, None]
         limits = (jnp.zeros_like(newest), newest)
-        indices = best(importance[:, :, None], limits, grid.num_blocks, grid.num_init, grid.num_local)
+        indices = best(importance, limits, grid.num_blocks, grid.num_init, grid.num_local)
 
     chosen = indices[:, :, 0]
     k, v = (_blocks(grid, cache, x, chosen) for x in (cache.k_slc, cache.v_slc))
@@ -151,6 +158,11 @@ def _one(
         part.out.astype(q.dtype).reshape(batch, 1, heads, -1) for part in (compressed, selected, window_part)
     ]
     return NsaBranches(outs[0], outs[1], outs[2], compressed.lse.reshape(batch, 1, heads), indices)
+
+
+def _compressed(grid: Grid, cache: Cache) -> tuple[Float[Array, "B M Hkv Dk"], Float[Array, "B M Hkv Dv"]]:
+    blocks = num_compressed(grid.kv_len, grid.block_len, grid.stride)
+    return whole(cache, cache.k_cmp)[:, :blocks], whole(cache, cache.v_cmp)[:, :blocks]
 
 
 def _blocks(
@@ -191,18 +203,3 @@ def _softmax(
     v = where_finite(mask[..., None], v)
     out = jnp.einsum("bhgs,bhsd->bhgd", weights.astype(v.dtype), v, preferred_element_type=dtype)
     return _Attended(out, lse, weights)
-
-
-def _importance(grid: Grid, shares: Float[Array, "B Hkv M"]) -> Float[Array, "B Hkv N"]:
-    """Eq. 9 in overlap form for all blocks at once: each sums the compressed blocks that touch it."""
-    blocks = shares.shape[-1]
-    taps = ceil_div(grid.block_size + grid.block_len, grid.stride) + 1
-    starts = np.arange(grid.candidates) * grid.block_size
-    index = (starts - grid.block_len)[:, None] // grid.stride + np.arange(taps)[None]
-    weights = [
-        [overlap(i * grid.stride, grid.block_len, s, grid.block_size) / grid.stride for i in row]
-        for s, row in zip(starts.tolist(), index.tolist(), strict=True)
-    ]
-    index = np.where((index >= 0) & (index < blocks), index, NOWHERE)
-    got = shares.at[:, :, index].get(mode="fill", fill_value=0)
-    return jnp.sum(got * jnp.asarray(weights, shares.dtype)[None, None], axis=-1)

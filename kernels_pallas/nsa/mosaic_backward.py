@@ -129,8 +129,8 @@ def query_gradient(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            where = lambda step: (x, pl.ds(way.key_tile(step) * tuning.keys, tuning.keys))  # noqa: E731
-            serve(way.steps, where, channels, stages)
+            tile = lambda step: pl.ds(way.key_tile(step) * tuning.keys, tuning.keys)  # noqa: E731
+            serve(way.steps, lambda step: [((x, tile(step)), ())], channels, stages)
 
     smem: Any = (
         swizzled((wgs, ROWS, key_dim), dtype),

@@ -5,11 +5,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.choice import NOWHERE, Grid, candidates, prioritised
+from kernels_pallas.nsa.choice import NOWHERE, Grid, candidates, prioritised, spread_over_blocks
 from kernels_pallas.nsa.mosaic_forward import LOG2_E, ROWS, Tuning, Visible
 from kernels_pallas.nsa.mosaic_plan import FEATURES, intervals, pack_keys, plan_rows, ranges
 from kernels_pallas.nsa.mosaic_scores import SCORE_ROWS, group_shares
-from kernels_pallas.nsa.tiling import Places, finite, from_chunks, overlap, to_chunks
+from kernels_pallas.nsa.tiling import Places, finite, from_chunks, to_chunks
 
 CHUNK_ELEMENTS = 1 << 25
 """Shares that exist at once: 128 MiB."""
@@ -53,34 +53,26 @@ def choose_by_kernel(
         index = jnp.arange(shares.shape[-1], dtype=jnp.int32)[None, None]
         seen = (index >= first[..., None]) & (index < end[..., None])
         shares = jnp.where(seen[:, None], shares, 0.0)  # the kernel writes no more than it has to
-        importance = _spread_over_blocks(grid, shares)
-        importance = prioritised(importance, (oldest, newest), grid.num_init, grid.num_local)
-        if importance.shape[-1] < grid.num_blocks:
-            missing = grid.num_blocks - importance.shape[-1]
-            importance = jnp.pad(importance, ((0, 0),) * 3 + ((0, missing),), constant_values=-np.inf)
-        best, chosen = lax.top_k(importance, grid.num_blocks)  # of equals the lower index
-        chosen = jnp.sort(jnp.where(best > -jnp.inf, chosen, NOWHERE), axis=-1)
-        return jnp.moveaxis(jnp.where(chosen == NOWHERE, -1, chosen), 1, 2)
+        chosen = top_blocks(grid, spread_over_blocks(grid, shares), (oldest, newest))
+        return jnp.moveaxis(ascending(chosen), 1, 2)
 
     chosen = lax.map(one_chunk, (to_chunks(q, chunk), to_chunks(lse, chunk), *parts))
     return jnp.moveaxis(from_chunks(chosen, length), 2, 1)
 
 
-def _spread_over_blocks(grid: Grid, shares: Float[Array, "B Hkv T M"]) -> Float[Array, "B Hkv T N"]:
-    """Eq. 9 in overlap form: a block's importance is the shares of the compressed blocks that it overlaps,
-    each times the tokens in common, counted in strides. A few taps, added in full float32."""
-    blocks = np.arange(grid.candidates)
-    lowest = np.maximum(0, -(-(blocks * grid.block_size - grid.block_len + 1) // grid.stride))
-    taps = (grid.block_size + grid.block_len - 2) // grid.stride + 1
-    total = jnp.zeros((*shares.shape[:3], grid.candidates), shares.dtype)
-    for tap in range(taps):
-        index = lowest + tap
-        shared = [
-            overlap(i * grid.stride, grid.block_len, j * grid.block_size, grid.block_size) / grid.stride
-            for i, j in zip(index.tolist(), blocks.tolist(), strict=True)
-        ]
-        inside = index < shares.shape[-1]
-        weight = np.where(inside, shared, 0.0).astype(np.float32)
-        taken = shares[..., np.where(inside, index, 0)]
-        total = total + taken * jnp.asarray(weight)[None, None, None]
-    return total
+def top_blocks(
+    grid: Grid, importance: Float[Array, "B Hkv T N"], limits: tuple[Int[Array, "B T"], Int[Array, "B T"]]
+) -> Int[Array, "B Hkv T n"]:
+    """As `choice.best`, in one call of top_k rather than in rounds; the best one first."""
+    importance = prioritised(importance, limits, grid.num_init, grid.num_local)
+    if importance.shape[-1] < grid.num_blocks:
+        missing = grid.num_blocks - importance.shape[-1]
+        importance = jnp.pad(importance, ((0, 0),) * 3 + ((0, missing),), constant_values=-np.inf)
+    best, chosen = lax.top_k(importance, grid.num_blocks)  # of equals the lower index
+    return jnp.where(best > -jnp.inf, chosen, -1)
+
+
+def ascending(chosen: Int[Array, "*dims n"]) -> Int[Array, "*dims n"]:
+    """Missing slots, -1, come last."""
+    chosen = jnp.sort(jnp.where(chosen < 0, NOWHERE, chosen), axis=-1)
+    return jnp.where(chosen == NOWHERE, -1, chosen)

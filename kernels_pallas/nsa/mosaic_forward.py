@@ -126,16 +126,24 @@ class Channel(NamedTuple):
     """Barriers of the slots: it was read."""
 
 
-def serve(steps: Array, where: Callable[[Array], Any], channels: Sequence[Channel], stages: int) -> None:
-    """The loading warpgroup's work: in step s the slice `where(s)` of each channel."""
+def serve(
+    steps: Array,
+    where: Callable[[Array], Sequence[tuple[Any, tuple[Any, ...]]]],
+    channels: Sequence[Channel],
+    stages: int,
+) -> None:
+    """The loading warpgroup's work: in step s, of each channel, the slices of the source that `where(s)`
+    gives, with their places in the slot."""
 
     @pl.loop(0, steps)
     def one_step(step: Array) -> None:
         slot = lax.rem(step, stages)
-        here = where(step)
+        pieces = where(step)
         for channel in channels:
             pl.when(step >= stages)(partial(plgpu.barrier_wait, channel.free.at[slot]))
-            plgpu.copy_gmem_to_smem(channel.source.at[here], channel.target.at[slot], channel.full.at[slot])
+            for here, there in pieces:
+                target = channel.target.at[(slot, *there)]
+                plgpu.copy_gmem_to_smem(channel.source.at[here], target, channel.full.at[slot])
 
     for slot in range(stages):  # every barrier is waited for as often as it completes
         for channel in channels:
@@ -290,8 +298,8 @@ def forward(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            where = lambda step: (x, pl.ds(way.key_tile(step) * tuning.keys, tuning.keys))  # noqa: E731
-            serve(way.steps, where, channels, stages)
+            tile = lambda step: pl.ds(way.key_tile(step) * tuning.keys, tuning.keys)  # noqa: E731
+            serve(way.steps, lambda step: [((x, tile(step)), ())], channels, stages)
 
     wgs = tuning.warpgroups
     each = lambda dtype: plgpu.SMEM((wgs, ROWS), dtype)  # noqa: E731

@@ -114,7 +114,7 @@ def group_shares(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            where = lambda step: (x, pl.ds((start + step) * ROWS, ROWS))  # noqa: E731
+            where = lambda step: [((x, pl.ds((start + step) * ROWS, ROWS)), ())]  # noqa: E731
             serve(steps, where, [Channel(k_ref, k_smem, k_full, k_free)], stages)
 
     smem: Any = (
