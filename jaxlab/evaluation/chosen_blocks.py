@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxlab.models import NSAConfig
+from jaxlab.models import ModelConfig, NSAConfig
+from kernels_pallas.nsa import bytes_per_decoded_token
 
 QUERIES = 32
 """So many queries, evenly spaced, are listed."""
@@ -39,6 +40,23 @@ def describe(chosen: Int[np.ndarray, "L Hkv T n"], nsa: NSAConfig) -> dict[str, 
         "neighbour_overlap": [seen for seen, _ in overlaps],
         "chance_overlap": [chance for _, chance in overlaps],
     }
+
+
+def decoding_reads(config: ModelConfig, length: int) -> list[dict[str, int]]:
+    """Tokens and bytes that a decoded token reads of its cache, all layers together, beside dense attention:
+    after `length` tokens, and after 2, 4 ... 32 times as many."""
+    n = config.nsa
+    rows = []
+    for tokens in (length << i for i in range(6)):
+        traffic = bytes_per_decoded_token(
+            tokens, kv_heads=config.kv_heads, key_dim=config.key_dim, value_dim=config.value_dim,
+            itemsize=np.dtype(config.compute_dtype).itemsize, stride=n.stride, block_size=n.block_size,
+            num_blocks=n.num_blocks, window=n.window, branches=n.branches,
+        )  # fmt: skip
+        of_layer = traffic._asdict()
+        all_layers = {k: v * config.num_layers if k.endswith("bytes") else v for k, v in of_layer.items()}
+        rows.append({"length": tokens, **all_layers})
+    return rows
 
 
 def _overlap(chosen: Int[np.ndarray, "Hkv T n"], nsa: NSAConfig) -> tuple[float | None, float | None]:

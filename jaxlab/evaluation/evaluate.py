@@ -117,7 +117,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if (found := needles.results()) is not None:
         results["needle"] = found
     if blocks[0] is not None:
-        results["nsa"] = chosen_blocks.describe(np.asarray(blocks[0]), model.nsa)
+        described = chosen_blocks.describe(np.asarray(blocks[0]), model.nsa)
+        results["nsa"] = described | {"decoding": chosen_blocks.decoding_reads(model, len(loss) + 1)}
     return results
 
 

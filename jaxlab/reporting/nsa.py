@@ -6,7 +6,7 @@ from typing import Any
 from jaxlab.reporting import long_input, plots, rules
 from jaxlab.reporting.claims import NSA, unexamined
 from jaxlab.reporting.folders import RunFolder, at
-from jaxlab.reporting.formats import Number, change, count, decimal, duration, mean, percent
+from jaxlab.reporting.formats import Number, change, count, decimal, duration, mean, percent, size
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, best_cell, claim_list, figure, figure_row, note, paragraph, table
 
@@ -45,6 +45,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
         _speed(groups),
         _positions(measured),
         *_blocks(measured[SPARSE], groups[SPARSE]),
+        _decoding(measured[SPARSE]),
     ]
     if not groups[FULL]:
         section.body.insert(2, note("No run with full attention was given: nothing to compare NSA with."))
@@ -215,3 +216,27 @@ def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> lis
             "The blocks that queries chose.", look,
         )
     ]  # fmt: skip
+
+
+def _decoding(evaluated: Sequence[RunFolder]) -> Markup | None:
+    """What claim N3 says of decoding, by count: bytes are what a decoded token waits for."""
+    rows = next((run.get("nsa", "decoding") for run in evaluated if run.get("nsa", "decoding")), None)
+    if not rows:
+        return None
+    cells = [
+        [
+            count(row["length"]),
+            count(row["nsa_tokens"]),
+            count(row["dense_tokens"]),
+            size(row["nsa_bytes"]),
+            size(row["dense_bytes"]),
+            f"{row['dense_bytes'] / row['nsa_bytes']:.1f}",
+        ]
+        for row in rows
+    ]
+    return table(
+        ["tokens so far", "tokens read, NSA", "full", "bytes read, NSA", "full", "times fewer"], cells,
+        "What a decoded token reads.",
+        "Counted from the sizes of this model, keys and values of all layers. Full attention reads all the "
+        "text; of what NSA reads only the summaries grow with it, so NSA gains the more the longer it is.",
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """What decoding reads of the cache for one token, by the paper's count."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -23,6 +24,7 @@ def bytes_per_decoded_token(
     block_size: int = 64,
     num_blocks: int = 16,
     window: int = 512,
+    branches: Sequence[str] = ("compression", "selection", "window"),
 ) -> Traffic:
     """K/V that a token reads at `length` tokens: length / stride compressed ones, the chosen blocks and the
     window, against all with dense attention (arXiv 2502.11089, table 4; the defaults are its model, bf16).
@@ -33,6 +35,11 @@ def bytes_per_decoded_token(
     sizes = (length, kv_heads, key_dim, value_dim, itemsize, stride, block_size, num_blocks, window)
     if min(sizes) < 1:
         raise ValueError(f"sizes must be positive, not {min(sizes)}")
-    nsa = length // stride + min(length, num_blocks * block_size) + min(length, window)
+    read = {
+        "compression": length // stride,
+        "selection": min(length, num_blocks * block_size),
+        "window": min(length, window),
+    }
+    nsa = sum(read[branch] for branch in branches)
     of_token = kv_heads * (key_dim + value_dim) * itemsize
     return Traffic(nsa, length, nsa * of_token, length * of_token)

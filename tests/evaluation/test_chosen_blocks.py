@@ -1,10 +1,12 @@
 """Lists of chosen blocks and how alike those of neighbours are, by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from jaxlab.evaluation.chosen_blocks import describe
-from jaxlab.models import NSAConfig
+from jaxlab.evaluation.chosen_blocks import decoding_reads, describe
+from jaxlab.models import ModelConfig, NSAConfig
 
 # Blocks of two tokens, three to read: the first, the query's own, and one free.
 NSA = NSAConfig(block_len=2, stride=2, block_size=2, num_blocks=3, num_init=1, num_local=1)
@@ -46,3 +48,19 @@ def test_without_a_choice_there_is_no_overlap():
 def test_long_sequences_list_some_queries():
     told = describe(np.zeros((1, 1, 96, 3), np.int32), NSA)
     assert told["layers"][0]["queries"] == list(range(0, 96, 3))
+
+
+def test_what_a_decoded_token_reads():
+    """Three layers of two key/value heads of 8 and 4 numbers in float32, after 64 and 128 tokens."""
+    config = ModelConfig(
+        num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, value_head_dim=4, attention="nsa",
+        nsa=dataclasses.replace(NSA, block_len=8, stride=4, block_size=8, num_blocks=3, window=16),
+    )  # fmt: skip
+    first, second, *_, last = decoding_reads(config, 64)
+    of_token = 3 * 2 * 12 * 4
+    assert first == {
+        "length": 64, "nsa_tokens": 16 + 24 + 16, "dense_tokens": 64,
+        "nsa_bytes": 56 * of_token, "dense_bytes": 64 * of_token,
+    }  # fmt: skip
+    assert (second["length"], second["nsa_tokens"]) == (128, 32 + 24 + 16)
+    assert last["length"] == 2048

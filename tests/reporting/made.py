@@ -104,6 +104,15 @@ def evaluate(root: Path, name: str, model: str, nsa: bool = False, loss: float =
             "block_size": block,
             "layers": layers,
             "neighbour_overlap": [0.9, 0.8, 0.7, 0.6],
+            "decoding": [
+                {
+                    "length": 1024,
+                    "nsa_tokens": 500,
+                    "dense_tokens": 1024,
+                    "nsa_bytes": 256_000,
+                    "dense_bytes": 524_288,
+                },
+            ],
         }
     return write_run(root, "evaluate", name, {"model": f"outputs/train/{model}"}, results)
 

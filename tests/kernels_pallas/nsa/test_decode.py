@@ -177,6 +177,7 @@ def test_bytes_are_the_papers():
         assert traffic.nsa_tokens == tokens
         assert traffic.nsa_bytes == tokens * 4 * (192 + 128) * 2
         assert round(traffic.dense_bytes / traffic.nsa_bytes, 1) == factor
+    assert bytes_per_decoded_token(8192, branches=("compression", "window")).nsa_tokens == 512 + 512
     assert bytes_per_decoded_token(20, itemsize=1, kv_heads=1).nsa_tokens == 1 + 20 + 20
 
 
