@@ -23,6 +23,9 @@ MAX_QUERIES = 32
 """In a tile, as each has a bit of an int32."""
 
 
+LARGEST = np.iinfo(np.int32).max
+
+
 class Rows(NamedTuple):
     """How queries become rows: static."""
 
@@ -100,7 +103,7 @@ def ranges(visible: Visible, rows: int, keys: int) -> Ranges:
     batch = visible.first.shape[0]
     first, end = (x.reshape(batch, -1, rows) for x in visible)
     empty = end <= first
-    start = jnp.min(jnp.where(empty, np.iinfo(np.int32).max, first), axis=2) // keys
+    start = jnp.min(jnp.where(empty, LARGEST, first), axis=2) // keys
     stop = _ceil_div(jnp.max(jnp.where(empty, 0, end), axis=2), keys)
     start = jnp.minimum(start, stop)
     full_start = jnp.clip(_ceil_div(jnp.max(first, axis=2), keys), start, stop)
@@ -114,7 +117,7 @@ def readers(plan: Ranges, tiles: int) -> Int[Array, "B tiles 2"]:
     start, stop = plan.bounds[:, None, :, 0], plan.bounds[:, None, :, 3]
     reads = (start <= key_tile) & (key_tile < stop)
     number = jnp.arange(reads.shape[2], dtype=jnp.int32)[None, None]
-    first = jnp.min(jnp.where(reads, number, np.iinfo(np.int32).max), axis=2)
+    first = jnp.min(jnp.where(reads, number, LARGEST), axis=2)
     end = jnp.max(jnp.where(reads, number + 1, 0), axis=2)
     return jnp.stack([jnp.minimum(first, end), end], axis=2)
 
@@ -129,7 +132,8 @@ def lists(layout: Rows, indices: Int[Array, "B T Hkv n"], blocks: int, rows: int
     block = jnp.where((block >= 0) & (block < blocks), block, blocks)
     of_query = jnp.asarray((np.uint32(1) << np.arange(queries, dtype=np.uint32)).view(np.int32))
     bit = jnp.broadcast_to(jnp.repeat(of_query, chosen)[None, None], block.shape)
-    block, bit = lax.sort((block, bit), dimension=2, num_keys=1)
+    # Not stable, which would cost a third operand: the order among equal blocks does not matter.
+    block, bit = lax.sort((block, bit), dimension=2, num_keys=1, is_stable=False)
     new = jnp.pad(block[..., 1:] != block[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=True)
     slot = jnp.cumsum(new.astype(jnp.int32), axis=2) - 1
     count = jnp.sum((new & (block < blocks)).astype(jnp.int32), axis=2)
@@ -154,14 +158,22 @@ class Inverse(NamedTuple):
 
 
 def inverse(plan: Lists, blocks: int) -> Inverse:
-    """The lists turned round, in ascending order of the tiles."""
+    """The lists turned round, in ascending order of the tiles.
+
+    Where it fits an int32 the key is block and tile in one: for a single key XLA has CUB's radix sort.
+    """
     groups, tiles, slots = plan.blocks.shape
     used = jnp.arange(slots, dtype=jnp.int32)[None, None] < plan.steps[..., None]
     block = jnp.where(used, plan.blocks, blocks).reshape(groups, tiles * slots)
     tile = jnp.repeat(jnp.arange(tiles, dtype=jnp.int32), slots)[None]
-    operands = (block, jnp.broadcast_to(tile, block.shape), plan.members.reshape(block.shape))
-    block, tile, members = lax.sort(operands, dimension=1, num_keys=2)
-    start = jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(blocks + 1, dtype=jnp.int32)))(block)
+    tile, members = jnp.broadcast_to(tile, block.shape), plan.members.reshape(block.shape)
+    number = jnp.arange(blocks + 1, dtype=jnp.int32)
+    if (blocks + 1) * tiles <= LARGEST:
+        key, members = lax.sort((block * tiles + tile, members), dimension=1, num_keys=1, is_stable=False)
+        block, tile = key // tiles, key % tiles
+    else:
+        block, tile, members = lax.sort((block, tile, members), dimension=1, num_keys=2, is_stable=False)
+    start = jax.vmap(lambda row: jnp.searchsorted(row, number))(block)
     return Inverse(start.astype(jnp.int32), tile, members)
 
 

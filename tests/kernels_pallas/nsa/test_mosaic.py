@@ -124,8 +124,11 @@ def test_a_chunk_of_queries_with_sixteen_heads_at_the_end_of_the_keys():
         assert relative_error(x, reference) < 0.005
 
 
-def test_unions_and_their_inverse_hold_every_choice():
-    """Against sets, for queries that do not fill a tile and slots that are missing."""
+@pytest.mark.parametrize("largest", [np.iinfo(np.int32).max, 8])
+def test_unions_and_their_inverse_hold_every_choice(monkeypatch, largest):
+    """Against sets, for queries that do not fill a tile and slots that are missing; block and tile as one key
+    and, as if they were too many for that, as two."""
+    monkeypatch.setattr("kernels_pallas.nsa.mosaic_plan.LARGEST", largest)
     random = np.random.default_rng(0)
     length, chosen, blocks, rows = 37, 3, 9, 64
     layout = plan_rows(length, 5, rows)
