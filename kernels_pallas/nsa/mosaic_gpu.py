@@ -12,6 +12,7 @@ from kernels_pallas.nsa import support
 from kernels_pallas.nsa.banded import Band
 from kernels_pallas.nsa.choice import Grid
 from kernels_pallas.nsa.mosaic_backward import Saved, key_gradients, query_gradient
+from kernels_pallas.nsa.mosaic_blocks import ByBlock, Order, attend_by_block, best_order
 from kernels_pallas.nsa.mosaic_choice import choose_by_kernel
 from kernels_pallas.nsa.mosaic_forward import LOG2_E, ROWS, Lists, Ranges, Tuning, Visible, forward
 from kernels_pallas.nsa.mosaic_plan import (
@@ -78,14 +79,26 @@ def selected(
     v: Float[Array, "B S Hkv Dv"],
     indices: Int[Array, "B T Hkv n"],
     places: Places,
+    *,
+    order: Order | None = None,
 ) -> Float[Array, "B T Hkv G Dv"]:
-    """As `selection.attend_to_blocks`, for blocks of a multiple of 64 tokens."""
+    """As `selection.attend_to_blocks`, for blocks of a multiple of 64 tokens.
+
+    `order`: "queries", whose neighbours read the union of their blocks, or "blocks", which read the queries
+    that chose them (mosaic_blocks.py); None: what suits the size of the groups. Raises ValueError for others.
+    """
+    order = best_order(q.shape[3]) if order is None else order
+    if order not in ("queries", "blocks"):
+        raise ValueError(f"nsa: order of the selection must be 'queries', 'blocks' or None, not {order!r}")
     parts = block.size // support.BLOCK
     if parts > 1:  # the kernels know blocks of 64
         part = jnp.arange(parts, dtype=jnp.int32)[None, None, None, None]
         split = jnp.where(indices[..., None] < 0, -1, indices[..., None] * parts + part)
         indices = split.reshape(*indices.shape[:3], -1)
     tuning = _tuning()
+    if order == "blocks":
+        by_block = ByBlock(block.scale, dataclasses.replace(tuning, keys=support.BLOCK))
+        return attend_by_block(by_block, q, k, v, indices, places)[0]
     return attend(Kernels(block.scale, 1, 0, None, tuning, tuning, tuning), q, k, v, indices, places)[0]
 
 

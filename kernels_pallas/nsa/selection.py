@@ -79,24 +79,26 @@ def _sizes(q: Array, v: Array, block: Block, blocks: int, chosen: int) -> Sizes:
     return Sizes(queries, pairs, step, ceil_div(tiles, step) * step)
 
 
-def _plan(sizes: Sizes, indices: Int[Array, "B Hkv T n"], blocks: int) -> Plan:
-    """Sort the pairs by block and lay each block's pairs into tiles of their own."""
+def plan_pairs(sizes: Sizes, indices: Int[Array, "B Hkv T n"], blocks: int) -> Plan:
+    """Sort the pairs by block, then by query, and lay each block's pairs into tiles of their own."""
     *rows, queries, chosen = indices.shape
     pairs = queries * chosen
     valid = (indices >= 0) & (indices < blocks)
     block = jnp.where(valid, indices, blocks).reshape(*rows, pairs)
     number = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32)[None, None], block.shape)
-    # One integer for block and pair: `_sizes` keeps it below 2^31.
-    packed = lax.sort(block * pairs + number, dimension=2, is_stable=False)
-    sorted_block, order = packed // pairs, packed % pairs
-    start = _first_at_least(sorted_block, jnp.arange(blocks + 1, dtype=jnp.int32))
+    if (blocks + 1) * pairs <= np.iinfo(np.int32).max:  # one integer for block and pair is sorted sooner
+        packed = lax.sort(block * pairs + number, dimension=2, is_stable=False)
+        sorted_block, order = packed // pairs, packed % pairs
+    else:
+        sorted_block, order = lax.sort((block, number), dimension=2, num_keys=1)
+    start = first_at_least(sorted_block, jnp.arange(blocks + 1, dtype=jnp.int32))
     start, count = start[..., :-1], start[..., 1:] - start[..., :-1]
     block_tiles = _ceil_div(count, sizes.pairs)
     tiles_end = jnp.cumsum(block_tiles, axis=2, dtype=jnp.int32)
     tiles_start = tiles_end - block_tiles
 
     tile = jnp.arange(sizes.tiles, dtype=jnp.int32)
-    tile_block = _first_at_least(tiles_end, tile + 1)
+    tile_block = first_at_least(tiles_end, tile + 1)
     used = tile_block < blocks
     tile_block = jnp.minimum(tile_block, blocks - 1)
     before = (tile[None, None] - take_rows(tiles_start, tile_block)) * sizes.pairs
@@ -121,7 +123,7 @@ def _inverse(order: Int[Array, "B Hkv E"]) -> Int[Array, "B Hkv E"]:
     return jax.vmap(jax.vmap(invert))(order)
 
 
-def _first_at_least(ascending: Int[Array, "B Hkv R"], values: Int[Array, " V"]) -> Int[Array, "B Hkv V"]:
+def first_at_least(ascending: Int[Array, "B Hkv R"], values: Int[Array, " V"]) -> Int[Array, "B Hkv V"]:
     """Index of the first entry that is at least each value."""
 
     def search(row: Array) -> Array:
@@ -246,7 +248,8 @@ def _forward(
     sizes = _sizes(q, v, block, blocks, chosen)
 
     def one_chunk(chunk: tuple[Array, Array, Places]) -> tuple[Array, Array]:
-        q_chunk, plan, here = heads_first(chunk[0]), _plan(sizes, heads_first(chunk[1]), blocks), chunk[2]
+        q_chunk, here = heads_first(chunk[0]), chunk[2]
+        plan = plan_pairs(sizes, heads_first(chunk[1]), blocks)
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             tiles = _step(block, sizes, plan, data, q_chunk, here, step)
@@ -329,7 +332,7 @@ def _backward(block: Block, saved: _Saved, d_out: Array) -> tuple[Array, Array, 
     ) -> tuple[tuple[Array, Array], Array]:
         q_chunk, d_chunk, floor, shift_chunk = map(heads_first, chunk[0])
         chosen_chunk, here = heads_first(chunk[1]), chunk[2]
-        plan = _plan(sizes, chosen_chunk, blocks)
+        plan = plan_pairs(sizes, chosen_chunk, blocks)
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
