@@ -8,10 +8,10 @@ First each implementation is compared with XLA in float32 on `check_length` toke
 blocks, and whether a second call gives the same bits. Then come, by importance: the whole attention at every
 overlap of the blocks that neighbouring queries read, beside dense attention (cuDNN, tokamax where it is
 installed), forward, backward (from saved residuals) and both (a forward that saves them, then that
-backward), and forward alone at `forward_lengths`; decode
-steps in one jitted loop; with `--torch-python`, torch's attention and flash-linear-attention's NSA on the
-same device; whole layers with projections; the branches alone. What does not fit into `budget_s` is left out
-and told, in the table and in the JSON. Elsewhere than on a GPU the defaults are small.
+backward), and forward alone at `forward_lengths`; decode steps in one jitted loop; with `--torch-python`,
+torch's attention and flash-linear-attention's NSA on the same device; whole layers with projections; the
+branches alone. What does not fit into `budget_s` is left out and told, in the table and in the JSON.
+Elsewhere than on a GPU the defaults are small.
 
 Seconds are those of one call, with all samples in the JSON, beside which a plot lies.
 """
@@ -25,7 +25,8 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,7 +193,7 @@ def timed(a: Arguments, spec: ArgSpec, table: list[timing.Subject], data: dict[s
 def jobs(a: Arguments) -> list[Job]:
     """By importance."""
 
-    def attention(spec: ArgSpec, parts: tuple[str, ...], left: float) -> list[Row]:
+    def attention(parts: tuple[str, ...], spec: ArgSpec, left: float) -> list[Row]:
         table = [subjects.nsa(spec, i) for i in a.implementations] + subjects.peers(spec, a.dense_up_to)
         return timed(a, spec, [s._replace(parts=parts) for s in table], subjects.draw(spec))
 
@@ -209,26 +210,28 @@ def jobs(a: Arguments) -> list[Job]:
         table = [s for i in a.implementations for s in subjects.branches(spec, i)]
         return timed(a, spec, table, subjects.draw(spec))
 
-    found, lengths = [], by_importance(a.lengths)
-    for length in lengths:
-        for spec in specs(a, length):
-            run = functools.partial(attention, spec, timing.PARTS)
-            found.append(Job("attention", length, run, spec.name))
-    for length in a.forward_lengths:
-        for spec in specs(a, length):
-            found.append(Job("forward", length, functools.partial(attention, spec, ("forward",)), spec.name))
-    for length in a.decode_lengths:
-        for spec in list(specs(a, length))[:1]:
-            found.append(Job("decode", length, functools.partial(decode, a, spec), spec.name))
-    if a.torch_python is not None:
-        for length in lengths:
-            for spec in specs(a, length):
-                found.append(Job("torch", length, functools.partial(torch_rows, a, spec), spec.name))
-    for kind, run in (("layers", layers), ("branches", branches)):
-        for length in lengths:
-            for spec in specs(a, length):
-                found.append(Job(kind, length, functools.partial(run, spec), spec.name))
-    return found
+    def of(kind: str, run: Callable[[ArgSpec, float], list[Row]], lengths: Sequence[int]) -> list[Job]:
+        points = [(length, spec) for length in lengths for spec in specs(a, length)]
+        return [Job(kind, length, functools.partial(run, spec), spec.name) for length, spec in points]
+
+    all_parts, forward = (functools.partial(attention, parts) for parts in (timing.PARTS, ("forward",)))
+    torch = functools.partial(torch_rows, a)
+    lengths = by_importance(a.lengths)
+    with_torch = [] if a.torch_python is None else lengths
+    decoding = of("decode", functools.partial(decode, a), a.decode_lengths)
+    first, rest = slice(0, 3), slice(3, None)
+    return [
+        *of("attention", all_parts, lengths[first]),
+        *of("forward", forward, a.forward_lengths),
+        *(job for job in decoding if job.spec == a.specs[0]),
+        *of("torch", torch, with_torch[first]),
+        *of("layers", layers, lengths[:1]),
+        *of("attention", all_parts, lengths[rest]),
+        *of("torch", torch, with_torch[rest]),
+        *of("branches", branches, lengths[:1]),
+        *of("layers", layers, lengths[1:]),
+        *of("branches", branches, lengths[1:]),
+    ]
 
 
 def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
@@ -266,7 +269,7 @@ def torch_rows(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
     return [{**about, **row} for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-def check(a: Arguments, spec: ArgSpec, implementation: str) -> Row:
+def check(spec: ArgSpec, implementation: str) -> Row:
     """Relative errors of outputs and gradients against XLA in float32, the blocks given to both."""
     data = subjects.draw(spec)
     wide = {name: x.astype(jnp.float32) for name, x in data.items()}
@@ -308,15 +311,15 @@ def main(a: Arguments) -> None:
     result: Row = {"arguments": arguments(a), "environment": environment()}
     if importlib.util.find_spec("tokamax"):
         result["environment"]["versions"]["tokamax"] = importlib.metadata.version("tokamax")
-    checks = []
-    for implementation in a.implementations if a.check_length else ():
-        for spec in specs(a, a.check_length):
-            checks.append(check(a, spec, implementation))
-            worst = max(checks[-1]["relative_errors"].values())
-            print(
-                f"{spec.name}, {implementation}: largest relative error {worst:.1e}, blocks as in float32 "
-                f"{checks[-1]['same_blocks']:.4f}, same bits again: {checks[-1]['same_bits_again']}"
-            )
+    wanted = [(spec, i) for i in a.implementations for spec in specs(a, a.check_length)]
+    with ThreadPoolExecutor(a.threads) as pool:  # they compile side by side
+        checks = list(pool.map(lambda pair: check(*pair), wanted if a.check_length else []))
+    for found in checks:
+        worst = max(found["relative_errors"].values())
+        print(
+            f"{found['spec']}, {found['implementation']}: largest relative error {worst:.1e}, blocks as in "
+            f"float32 {found['same_blocks']:.4f}, same bits again: {found['same_bits_again']}"
+        )
     schedule, rows = Schedule(a.budget_s, start), []
     with contextlib.closing(tqdm(jobs(a))) as bar:
         for job in bar:

@@ -11,7 +11,7 @@ import jax
 
 PARTS = ("forward", "backward", "both")
 STEPS = {"forward": ("forward",), "backward": ("backward",), "both": ("saving", "backward")}
-"""Programs of each part: forward(*moving, *fixed), saving(moving, fixed) -> (output, pullback),
+"""Programs of each part: forward(*moving, *fixed), saving(moving, fixed) -> (output, pullback, anything),
 backward(pullback, cotangent) -> gradients."""
 L2_BYTES = 100e6
 """Twice an H100's: inputs go round among so many bytes, so that none of a call's are still there."""
@@ -38,16 +38,16 @@ class Program(NamedTuple):
 Programs = dict[str, Program]
 
 
-def _pulled(subject: Subject, moving: tuple[Any, ...], fixed: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-    out, pull, _ = jax.vjp(lambda *first: subject.function(*first, *fixed), *moving, has_aux=True)
-    return out, pull
+def _pulled(subject: Subject, moving: tuple[Any, ...], fixed: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Output, pullback and what else the function returns: dropped, it would not be computed."""
+    return jax.vjp(lambda *first: subject.function(*first, *fixed), *moving, has_aux=True)
 
 
 def gradients(subject: Subject) -> Callable[..., Any]:
     """(moving, fixed, cotangent) -> output and gradients of `moving`, in one program."""
 
     def both(moving: tuple[Any, ...], fixed: tuple[Any, ...], d_out: jax.Array) -> Any:
-        out, pull = _pulled(subject, moving, fixed)
+        out, pull, _ = _pulled(subject, moving, fixed)
         return out, pull(d_out)
 
     return both
@@ -65,7 +65,7 @@ def build(subjects: list[Subject], data: dict[str, Any], threads: int) -> dict[s
                 steps = {"forward": jax.jit(subject.function).lower(*moving, *fixed)}
                 if "backward" in subject.parts:
                     save = functools.partial(_pulled, subject)
-                    _, pull = jax.eval_shape(save, moving, fixed)
+                    _, pull, _ = jax.eval_shape(save, moving, fixed)
                     steps["saving"] = jax.jit(save).lower(moving, fixed)
                     steps["backward"] = jax.jit(lambda pull, d_out: pull(d_out)).lower(pull, like["d_out"])
                 waiting[subject.name] = {n: pool.submit(_compile, step) for n, step in steps.items()}
@@ -131,8 +131,8 @@ def _chain(programs: list[Program]) -> Callable[..., Any]:
     saving, backward = programs
 
     def both(operands: tuple[Any, ...], d_out: jax.Array) -> Any:
-        out, pull = saving.call(*operands)
-        return out, backward.call(pull, d_out)
+        out, pull, more = saving.call(*operands)
+        return out, more, backward.call(pull, d_out)
 
     return both
 

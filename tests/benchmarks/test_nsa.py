@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from nsa_parts import report, subjects, timing
 
+from kernels_pallas.nsa import nsa_attention, window_attention
 from kernels_pallas.nsa.arg_specs import ArgSpec
 from tests.kernels_pallas.nsa.cases import quick_jit
 
@@ -51,6 +52,22 @@ def test_the_longest_and_shortest_come_first_and_then_the_widest_gap():
     assert nsa.by_importance((1024, 2048, 4096, 8192, 65536)) == [65536, 1024, 8192, 2048, 4096]
     assert nsa.by_importance((7,)) == [7]
     assert nsa.by_importance(()) == []
+
+
+def test_every_kind_has_a_turn_before_the_rest_of_the_lengths():
+    arguments = nsa.Arguments(
+        Path("x.json"), ("xla",), lengths=(1024, 2048, 8192, 65536), forward_lengths=(131072,), heads=4,
+        kv_heads=1, dtype="float32", specs=("paper",), decode_lengths=(1024,), torch_python=Path("python"),
+    )  # fmt: skip
+    order = [(job.kind, job.length) for job in nsa.jobs(arguments)]
+    assert order[:8] == [
+        ("attention", 65536), ("attention", 1024), ("attention", 8192), ("forward", 131072),
+        ("decode", 1024), ("torch", 65536), ("torch", 1024), ("torch", 8192),
+    ]  # fmt: skip
+    assert order[8:11] == [("layers", 65536), ("attention", 2048), ("torch", 2048)]
+    assert sorted(order[11:]) == sorted(
+        [("layers", n) for n in (1024, 2048, 8192)] + [("branches", n) for n in (1024, 2048, 8192, 65536)]
+    )
 
 
 def test_what_does_not_fit_is_dropped_and_told(monkeypatch):
@@ -100,12 +117,26 @@ def test_every_part_is_timed_at_every_overlap_and_failures_have_reasons(measured
     json.dumps(rows)
 
 
+def test_the_choice_is_in_what_is_timed(measured):
+    """Though given blocks are read in place of those that are chosen."""
+    _, built = measured
+    data = subjects.draw(TINY) | subjects.given(TINY, 0.5)
+    subject = subjects.nsa(TINY, "xla")
+    moving, fixed = timing.operands(subject, data)
+    _, branches = nsa_attention(*moving, **TINY.sizes)
+    for chosen in (
+        built[subject.name]["forward"].call(*moving, *fixed)[1],
+        built[subject.name]["saving"].call(moving, fixed)[2],
+    ):
+        np.testing.assert_array_equal(chosen, branches.indices)
+
+
 def test_backward_from_residuals_gives_the_gradients_of_one_program(measured):
     _, built = measured
     for subject in (subjects.nsa(TINY, "xla"), subjects.peers(TINY, 4096)[0]):
         data = subjects.draw(TINY) | subjects.given(TINY, 0.5)
         moving, fixed = timing.operands(subject, data)
-        out, pull = built[subject.name]["saving"].call(moving, fixed)
+        out, pull, _ = built[subject.name]["saving"].call(moving, fixed)
         expected_out, expected = quick_jit(timing.gradients(subject))(moving, fixed, data["d_out"])
         found = built[subject.name]["backward"].call(pull, data["d_out"])
         for x, y in zip((out, *found), (expected_out, *expected), strict=True):
@@ -113,8 +144,6 @@ def test_backward_from_residuals_gives_the_gradients_of_one_program(measured):
 
 
 def test_dense_peer_is_the_attention_of_a_long_window():
-    from kernels_pallas.nsa import window_attention
-
     data = subjects.draw(TINY)
     args = [data[name] for name in subjects.DENSE]
     expected = window_attention(*args, window=TINY.length)
