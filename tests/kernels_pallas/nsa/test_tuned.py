@@ -1,15 +1,23 @@
 """Tile sizes from data files: by device, kernel, branch and padded head dims."""
 
+import dataclasses
 import json
 import logging
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.nsa import mosaic_gpu, tuned
-from kernels_pallas.nsa.arg_specs import with_tag
+from kernels_pallas.nsa import mosaic_gpu, tuned, window_attention
+from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
 from kernels_pallas.nsa.mosaic_forward import Tuning
-from kernels_pallas.nsa.support import compiled_elsewhere, interpreted
+from kernels_pallas.nsa.support import OLDEST_JAX, compiled_elsewhere, interpreted
+from kernels_pallas.nsa.tiling import Places
+from tests.kernels_pallas.nsa.cases import cotangents, quick_jit, relative_error
+
+needs_pallas = pytest.mark.skipif(
+    jax.__version_info__ < OLDEST_JAX, reason=f"the kernels need jax {OLDEST_JAX}, this is {jax.__version__}"
+)
 
 
 @pytest.fixture
@@ -69,6 +77,40 @@ def test_each_kernel_has_its_own_sizes(folder):
     with compiled_elsewhere():
         found = mosaic_gpu._tuned(mosaic_gpu.Kernels(1.0), "selection", k, k)
     assert (found.forward.stages, found.query.stages, found.key.stages) == (2, 3, 4)
+
+
+@needs_pallas
+@pytest.mark.parametrize(
+    "sizes", [((1, 128, 3), (2, 64, 2), 3), ((2, 64, 3), (1, 128, 2), 2)], ids=["one and two", "two and one"]
+)
+def test_sizes_that_tuning_may_find_give_the_same(sizes):
+    """In the interpreter: tiles and warpgroups that differ between the kernels of one attention."""
+    spec = ArgSpec(150, heads=3, kv_heads=1, key_dim=64, value_dim=64, window=90, dtype="bfloat16")
+    forward, query, key = (Tuning(*sizes[0]), Tuning(*sizes[1]), Tuning(stages=sizes[2]))
+    tunings = {"forward": forward, "query": query, "key": key}
+    tunings = {name: dataclasses.replace(t, registers=False) for name, t in tunings.items()}
+    kernels = mosaic_gpu.Kernels(spec.key_dim**-0.5, window=spec.window, **tunings)
+    args = spec.arguments()
+    operands = [args[name] for name in ("q", "k_win", "v_win")]
+    places = Places(jnp.arange(spec.length, dtype=jnp.int32)[None])
+
+    def by_kernels(q, k, v):
+        return mosaic_gpu.attend(kernels, q[:, :, None], k, v, None, places)[0][:, :, 0]
+
+    def by_xla(q, k, v):
+        return window_attention(q, k, v, window=spec.window, implementation="xla")
+
+    def step(attend, operands, d_out):
+        out, pull = jax.vjp(attend, *operands)
+        return out, *pull(d_out)
+
+    d_out = cotangents(spec)[0]
+    with interpreted():
+        found = jax.jit(lambda *x: step(by_kernels, *x))(operands, d_out.astype(jnp.bfloat16))
+    wide = [x.astype(jnp.float32) for x in operands]
+    expected = quick_jit(lambda *x: step(by_xla, *x))(wide, d_out.astype(jnp.bfloat16).astype(jnp.float32))
+    for x, reference in zip(found, expected, strict=True):
+        assert relative_error(x, reference) < 0.005
 
 
 def test_the_file_that_is_shipped_covers_what_is_tuned_and_says_how_it_was_found():
