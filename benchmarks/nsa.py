@@ -1,252 +1,300 @@
-"""Native Sparse Attention beside dense causal attention: errors, seconds and memory, forward and backward.
+"""Native Sparse Attention checked and timed beside dense causal attention, in one command.
 
-    JAX_PLATFORMS=cpu python benchmarks/nsa.py --lengths 2048 8192 --out nsa.json
-    python benchmarks/nsa.py --implementations mosaic_gpu xla --heads 64 --kv-heads 4 --head-dim 128 \
-        --dtype bfloat16 --lengths 1024 4096 16384 65536 --repeats 10 --out h100.json
+    python benchmarks/nsa.py --out nsa_h100.json --torch-python torch/bin/python
+    JAX_PLATFORMS=cpu python benchmarks/nsa.py --lengths 256 512 1024 --forward-lengths 2048 --heads 4 \
+        --kv-heads 1 --out nsa_cpu.json
 
-Every implementation is first compared with the XLA one in float32 on `check_length` tokens: outputs and
-gradients, and whether a second call gives the same bits. The peers run in the same process on the same
-inputs: cuDNN on a GPU (values padded to the head dim of the keys, as it takes no other), tokamax where it is
-installed, and jax.nn.dot_product_attention, which keeps the whole matrix of scores and is left out above
-`dense_up_to` tokens. `--memory-only` compiles and runs nothing. Beside the median of the wall-clock times is
-the processor time of this process, which says more on a machine that others use too. A plot lies beside the
-JSON.
+First each implementation is compared with XLA in float32 on `check_length` tokens: outputs, gradients, chosen
+blocks, and whether a second call gives the same bits. Then come, by importance: the whole attention at every
+overlap of the blocks that neighbouring queries read, beside dense attention (cuDNN, tokamax where it is
+installed), forward, backward (from saved residuals) and both (a forward that saves them, then that
+backward), and forward alone at `forward_lengths`; decode steps in one jitted loop; with `--torch-python`,
+torch's attention and flash-linear-attention's NSA on the same device; whole layers with projections; the
+branches alone. What does not fit into `budget_s` is left out and told, in the table and in the JSON.
+Elsewhere than on a GPU the defaults are small.
+
+Seconds are those of one call, with all samples in the JSON, beside which a plot lies.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import statistics
+import json
+import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
+import nsa_decode
 import numpy as np
 import tyro
+from nsa_parts import report, subjects, timing
 from tqdm import tqdm
 
 from jaxlab.files import write_json
 from jaxlab.provenance import environment
-from kernels_pallas.nsa import (
-    compressed_attention,
-    nsa_attention,
-    num_compressed,
-    select_blocks,
-    selected_attention,
-    window_attention,
-)
+from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
+from kernels_pallas.nsa.support import is_hopper
 
-Implementation = Literal["xla", "mosaic_gpu"]
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Sizes of the measurement; the defaults are the paper's blocks with 16 heads in one group."""
+    """What is measured; None: by the device."""
 
     out: Path
-    """JSON file to write."""
-    implementations: tuple[Implementation, ...] = ("xla",)
-    """Of NSA."""
-    lengths: tuple[int, ...] = (2048, 8192)
-    """Tokens."""
+    """JSON file to write; the plot gets its name with .png."""
+    implementations: tuple[Literal["xla", "mosaic_gpu"], ...] | None = None
+    """Of NSA; None: the kernels on a Hopper GPU, else XLA."""
+    specs: tuple[str, ...] = tuple(with_tag("benchmark"))
+    """Names in kernels_pallas/nsa/arg_specs.py."""
+    lengths: tuple[int, ...] | None = None
+    forward_lengths: tuple[int, ...] | None = None
+    """Forward only."""
+    overlaps: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)
+    """Share of a query's free blocks that the one before it reads too: random ... a trained model."""
     batch: int = 1
-    heads: int = 16
-    kv_heads: int = 1
-    head_dim: int = 64
-    value_dim: int | None = None
-    """That of the keys where it is not given."""
-    block_len: int = 32
-    stride: int = 16
-    block_size: int = 64
-    num_blocks: int = 16
-    window: int = 512
-    overlap: float | None = None
-    """Share of the free blocks that a query takes over from the one before it; None: the choice by scores of
-    random keys."""
-    dtype: str = "float32"
-    repeats: int = 3
-    """Timed calls, after one that is not."""
-    branches: bool = True
-    """Time the branches on their own too."""
-    peers: bool = True
-    """Measure the dense peers."""
-    dense_up_to: int = 4096
-    """Longest sequence for the peer that keeps all scores."""
+    heads: int | None = None
+    kv_heads: int | None = None
+    dtype: str | None = None
+    decode_lengths: tuple[int, ...] | None = None
+    decode_batches: tuple[int, ...] = (1, 8, 64)
+    samples: int = 20
+    seconds: float = 0.4
+    """About so long for the samples of one number."""
+    budget_s: float = 480
+    """For everything, compiling included."""
     check_length: int = 1024
     """Tokens of the comparison with float32; 0 leaves it out."""
-    memory_only: bool = False
-    """Compile only."""
+    dense_up_to: int = 4096
+    """Longest sequence for the dense peer without a GPU, which keeps all scores."""
+    torch_python: Path | None = None
+    """Python of an environment with torch, and flash-linear-attention if that is to be timed too."""
+    threads: int = os.cpu_count() or 1
+    """That compile."""
 
 
-def inputs(a: Arguments, length: int) -> dict[str, jax.Array]:
-    blocks = num_compressed(length, a.block_len, a.stride)
-    value_dim = a.value_dim or a.head_dim
-    shapes = {
-        "q": (length, a.heads, a.head_dim),
-        "gates": (length, a.heads, 3),
-        "d_out": (length, a.heads, value_dim),
+def resolve(a: Arguments) -> Arguments:
+    """With every None replaced by what fits the device."""
+    gpu = jax.default_backend() == "gpu"
+    defaults: dict[str, Any] = {
+        "implementations": ("mosaic_gpu",) if is_hopper() else ("xla",),
+        "lengths": tuple(1024 << i for i in range(7)) if gpu else (256, 512, 1024, 2048),
+        "forward_lengths": (131072,) if gpu else (4096,),
+        "heads": 64 if gpu else 16,
+        "kv_heads": 4 if gpu else 1,
+        "dtype": "bfloat16" if gpu else "float32",
+        "decode_lengths": (65536, 8192) if gpu else (1024,),
     }
-    for name, size in (("cmp", blocks), ("slc", length), ("win", length)):
-        shapes |= {f"k_{name}": (size, a.kv_heads, a.head_dim), f"v_{name}": (size, a.kv_heads, value_dim)}
-    keys = dict(zip(shapes, jax.random.split(jax.random.key(0), len(shapes)), strict=True))
-    data = {
-        name: jax.random.normal(keys[name], (a.batch, *s), jnp.dtype(a.dtype)) for name, s in shapes.items()
-    }
-    if a.overlap is not None:
-        data["indices"] = jnp.asarray(overlapping_indices(a, length))
-    return data
+    return dataclasses.replace(a, **{n: x for n, x in defaults.items() if getattr(a, n) is None})
 
 
-def overlapping_indices(a: Arguments, length: int) -> np.ndarray:
-    """[B, Hkv, T, n]: the first and the two newest blocks, and others of which `overlap` stay from one query
-    to the next."""
-    random = np.random.default_rng(0)
-    indices = np.full((a.batch, a.kv_heads, length, a.num_blocks), -1, np.int32)
-    for row in indices.reshape(-1, length, a.num_blocks):
-        kept: set[int] = set()
-        for t in range(length):
-            newest = t // a.block_size
-            forced = {0, newest, max(newest - 1, 0)}
-            free = newest + 1 - len(forced)
-            wanted = min(a.num_blocks - len(forced), free)
-            kept = {block for block in kept if block not in forced and random.random() < a.overlap}
-            while len(kept) < wanted:
-                kept.add(int(random.integers(1, newest)))
-                kept -= forced
-            chosen = sorted(forced | set(sorted(kept)[:wanted]))
-            row[t, : len(chosen)] = chosen
-    return indices
+def specs(a: Arguments, length: int) -> Iterator[ArgSpec]:
+    for name in a.specs:
+        changes = {"heads": a.heads, "kv_heads": a.kv_heads, "dtype": a.dtype}
+        yield dataclasses.replace(with_tag("benchmark")[name], length=length, batch=a.batch, **changes)
 
 
-Table = dict[str, tuple[Callable[..., jax.Array], tuple[str, ...]]]
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A piece of the measurement that is done or left out as a whole."""
+
+    kind: str
+    length: int
+    run: Callable[[float], list[Row]]
+    """Given the seconds that are left."""
+    spec: str = ""
 
 
-def attentions(a: Arguments, implementation: Implementation) -> Table:
-    """Name -> function and the names of its arguments."""
-    geometry: dict[str, Any] = {
-        "block_len": a.block_len,
-        "stride": a.stride,
-        "implementation": implementation,
-    }
-    choice = {**geometry, "block_size": a.block_size, "num_blocks": a.num_blocks}
-
-    def compressed(q, k, v):
-        return compressed_attention(q, k, v, **geometry)[0]
-
-    def chosen(q, k_cmp):
-        return select_blocks(q, k_cmp, compressed_attention(q, k_cmp, k_cmp, **geometry)[1], **choice)
-
-    def whole(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, indices=None):
-        operands = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        return nsa_attention(*operands, **choice, window=a.window, indices=indices)[0]
-
-    operands = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
-    table: Table = {"nsa": (whole, operands)}
-    if a.overlap is not None:
-        table["nsa, given blocks"] = (whole, (*operands, "indices"))
-    if a.branches:
-        common = {"implementation": implementation}
-        select = functools.partial(selected_attention, block_size=a.block_size, **common)
-        recent = functools.partial(window_attention, window=a.window, **common)
-        table |= {
-            "compression": (compressed, ("q", "k_cmp", "v_cmp")),
-            "compression scores and choice": (chosen, ("q", "k_cmp")),
-            "selection": (select, ("q", "k_slc", "v_slc", "indices")),
-            "window": (recent, ("q", "k_win", "v_win")),
-        }
-    return {f"{name} [{implementation}]": entry for name, entry in table.items()}
+FIRST_GUESS_S = 60.0
+"""Of the first job: compiling, mostly."""
+LIKE_ATTENTION = {"forward": 0.5, "decode": 1.0, "torch": 1.0, "layers": 0.8, "branches": 1.0}
+"""How long the first job of another kind takes, as a share of the shortest of the whole attention."""
 
 
-def peers(a: Arguments, length: int) -> Table:
-    table: Table = {}
-    dense = ("q", "k_win", "v_win")
-    if jax.default_backend() == "gpu" and a.dtype != "float32":
-
-        def cudnn(q, k, v):
-            padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[3] - v.shape[3])))
-            out = jax.nn.dot_product_attention(q, k, padded, is_causal=True, implementation="cudnn")
-            return out[..., : v.shape[3]]
-
-        table["cuDNN dense"] = (cudnn, dense)
-    if length <= a.dense_up_to and a.value_dim in (None, a.head_dim):
-        table["jax.nn dense"] = (functools.partial(jax.nn.dot_product_attention, is_causal=True), dense)
-    if importlib.util.find_spec("tokamax"):
-        import tokamax
-
-        names = ("mosaic_gpu", "xla_chunked") if jax.default_backend() == "gpu" else ("xla_chunked",)
-        for name in names:
-            attend = functools.partial(tokamax.dot_product_attention, is_causal=True, implementation=name)
-            table[f"tokamax {name}"] = (attend, dense)
-    return table
+MARGIN = 1.2
+"""By which estimates may be too low."""
 
 
-def measure(a: Arguments, function: Callable[..., Any], args: tuple[jax.Array, ...]) -> dict[str, Any]:
-    """Compile and, unless only memory is wanted, time one function."""
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    memory = compiled.memory_analysis()
-    sizes = (memory.temp_size_in_bytes, memory.argument_size_in_bytes, memory.output_size_in_bytes)
-    result: dict[str, Any] = {
-        "compile_s": time.perf_counter() - start,
-        "temporary_mib": sizes[0] / 2**20,
-        "total_mib": sum(sizes) / 2**20,
-    }
-    if a.memory_only:
-        return result
-    jax.block_until_ready(compiled(*args))
-    wall, processor = [], []
-    for _ in range(a.repeats):
-        start, used = time.perf_counter(), time.process_time()
-        jax.block_until_ready(compiled(*args))
-        wall.append(time.perf_counter() - start)
-        processor.append(time.process_time() - used)
-    return result | {
-        "wall_s": statistics.median(wall),
-        "wall_min_s": min(wall),
-        "processor_s": statistics.median(processor),
-    }
+class Schedule:
+    """Runs jobs in their order while the budget lasts."""
+
+    def __init__(self, budget_s: float, start: float):
+        self.budget_s, self.start = budget_s, start
+        self.taken: dict[str, list[tuple[int, float]]] = {}
+        self.dropped: list[Row] = []
+
+    def left(self) -> float:
+        return self.budget_s - (time.perf_counter() - self.start)
+
+    def estimate(self, job: Job) -> float:
+        """No more than what the kind took at this length or a longer one; beyond, by its square."""
+        taken = self.taken.get(job.kind, [])
+        if not taken:
+            shares = [seconds for _, seconds in self.taken.get("attention", [])]
+            return LIKE_ATTENTION.get(job.kind, 1.0) * min(shares, default=FIRST_GUESS_S)
+        bounds = [seconds for length, seconds in taken if length >= job.length]
+        length, seconds = max(taken)
+        return min(bounds, default=seconds * (job.length / length) ** 2)
+
+    def __call__(self, job: Job) -> list[Row]:
+        estimate, left = self.estimate(job), self.left()
+        if MARGIN * estimate > left:
+            about = {"job": job.kind, "spec": job.spec, "length": job.length}
+            self.dropped.append(about | {"estimate_s": estimate, "left_s": left})
+            return []
+        start = time.perf_counter()
+        rows = job.run(left)
+        self.taken.setdefault(job.kind, []).append((job.length, time.perf_counter() - start))
+        return rows
 
 
-def with_gradients(function: Callable[..., jax.Array], moving: int) -> Callable[..., Any]:
-    """Output and gradients of the first `moving` arguments, given the output's cotangent."""
-
-    def step(d_out: jax.Array, *args: jax.Array) -> Any:
-        out, pull = jax.vjp(lambda *first: function(*first, *args[moving:]), *args[:moving])
-        return out, pull(d_out)
-
-    return step
-
-
-def moving_arguments(names: tuple[str, ...]) -> int:
-    return len([name for name in names if name != "indices"])
+def by_importance(lengths: tuple[int, ...]) -> list[int]:
+    """The longest and the shortest, then always the middle of the widest gap."""
+    left, chosen = sorted(lengths), []
+    for end in (-1, 0):
+        if left:
+            chosen.append(left.pop(end))
+    while left:
+        gap = lambda x: min(abs(np.log(x / y)) for y in chosen)  # noqa: E731
+        chosen.append(left.pop(int(np.argmax([gap(x) for x in left]))))
+    return chosen
 
 
-def check(a: Arguments, implementation: Implementation) -> dict[str, Any]:
+def timed(a: Arguments, spec: ArgSpec, table: list[timing.Subject], data: dict[str, Any]) -> list[Row]:
+    """Rows of the subjects; those that read `indices` once for every overlap."""
+    about = {"spec": spec.name, "length": spec.length}
+    if any("indices" in subject.fixed for subject in table):
+        data = data | subjects.given(spec, a.overlaps[0])
+    built = timing.build(table, data, a.threads)
+    sets, rows = timing.copies(data), []
+    for subject in table:
+        programs = built[subject.name]
+        if isinstance(programs, str):
+            rows.append({**about, "name": subject.name, "part": "forward", "reason": programs})
+            continue
+        for overlap in a.overlaps if "indices" in subject.fixed else (None,):
+            if overlap is not None:
+                indices = subjects.given(spec, overlap)
+                sets = [each | indices for each in sets]
+            measured = timing.time_parts(subject, programs, sets, a.samples, a.seconds)
+            rows += [{**about, "overlap": overlap, **row} for row in measured]
+    return rows
+
+
+def jobs(a: Arguments) -> list[Job]:
+    """By importance."""
+
+    def attention(parts: tuple[str, ...], spec: ArgSpec, left: float) -> list[Row]:
+        table = [subjects.nsa(spec, i) for i in a.implementations] + subjects.peers(spec, a.dense_up_to)
+        return timed(a, spec, [s._replace(parts=parts) for s in table], subjects.draw(spec))
+
+    def layers(spec: ArgSpec, left: float) -> list[Row]:
+        rows = []
+        for implementation in a.implementations:
+            table, data = subjects.layers(spec, implementation)
+            if jax.default_backend() != "gpu" and spec.length > a.dense_up_to:
+                table = table[:1]
+            rows += timed(a, spec, table, data)
+        return rows
+
+    def branches(spec: ArgSpec, left: float) -> list[Row]:
+        table = [s for i in a.implementations for s in subjects.branches(spec, i)]
+        return timed(a, spec, table, subjects.draw(spec))
+
+    def of(kind: str, run: Callable[[ArgSpec, float], list[Row]], lengths: Sequence[int]) -> list[Job]:
+        points = [(length, spec) for length in lengths for spec in specs(a, length)]
+        return [Job(kind, length, functools.partial(run, spec), spec.name) for length, spec in points]
+
+    all_parts, forward = (functools.partial(attention, parts) for parts in (timing.PARTS, ("forward",)))
+    torch = functools.partial(torch_rows, a)
+    lengths = by_importance(a.lengths)
+    with_torch = [] if a.torch_python is None else lengths
+    decoding = of("decode", functools.partial(decode, a), a.decode_lengths)
+    first, rest = slice(0, 3), slice(3, None)
+    return [
+        *of("attention", all_parts, lengths[first]),
+        *of("forward", forward, a.forward_lengths),
+        *(job for job in decoding if job.spec == a.specs[0]),
+        *of("torch", torch, with_torch[first]),
+        *of("layers", layers, lengths[:1]),
+        *of("attention", all_parts, lengths[rest]),
+        *of("torch", torch, with_torch[rest]),
+        *of("branches", branches, lengths[:1]),
+        *of("layers", layers, lengths[1:]),
+        *of("branches", branches, lengths[1:]),
+    ]
+
+
+def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
+    """Steps of one layer over a cache, NSA beside dense."""
+    shape = {n: getattr(spec, n) for n in ("heads", "kv_heads", "key_dim", "value_dim", "dtype")}
+    blocks = {n: spec.sizes[n] for n in ("block_len", "stride", "block_size", "num_blocks", "window")}
+    arguments = nsa_decode.Arguments(
+        a.out, lengths=(spec.length,), batches=a.decode_batches, **shape, **blocks
+    )
+    rows = []
+    for row in nsa_decode.rows(arguments):
+        for name in ("nsa", "dense"):
+            about = {"spec": spec.name, "length": row["length"], "batch": row["batch"], "part": "decode"}
+            title = f"decode, {name}, batch {row['batch']}"
+            counted = {what: row[f"{name}_{what}"] for what in ("tokens", "bytes")}
+            rows.append({**about, "name": title, "median_s": row[name]["wall_s"], **counted})
+    return rows
+
+
+def torch_rows(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
+    """Of a process of its own with another Python: nsa_torch.py beside this file."""
+    sizes = {n: getattr(spec, n) for n in ("batch", "length", "heads", "kv_heads", "key_dim", "value_dim")}
+    sizes |= {n: spec.sizes[n] for n in ("block_size", "num_blocks", "window")} | {"dtype": spec.dtype}
+    sizes |= {"device": "cuda" if jax.default_backend() == "gpu" else "cpu"}
+    sizes |= {"samples": a.samples, "seconds": a.seconds}
+    command = [str(a.torch_python), str(Path(__file__).with_name("nsa_torch.py")), json.dumps(sizes)]
+    about = {"spec": spec.name, "length": spec.length, "overlap": None}
+    failed = {**about, "name": "torch", "part": "forward"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, left))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [{**failed, "reason": timing.reason(error)}]
+    if done.returncode:
+        return [{**failed, "reason": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}]
+    return [{**about, **row} for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def check(spec: ArgSpec, implementation: str) -> Row:
     """Relative errors of outputs and gradients against XLA in float32, the blocks given to both."""
-    length = a.check_length
-    data = inputs(a, length)
-    choose, names = attentions(a, implementation)[f"compression scores and choice [{implementation}]"]
-    indices = data.get("indices")
-    if indices is None:
-        indices = jax.jit(choose)(*(data[n] for n in names))
-    wide = {name: x.astype(jnp.float32) for name, x in data.items() if name != "indices"}
-    reference = attentions(a, "xla")["nsa [xla]"]
-    function, names = attentions(a, implementation)[f"nsa [{implementation}]"]
-    step = jax.jit(with_gradients(function, len(names)))
-    found = step(data["d_out"], *(data[n] for n in names), indices)
-    again = step(data["d_out"], *(data[n] for n in names), indices)
+    data = subjects.draw(spec)
+    wide = {name: x.astype(jnp.float32) for name, x in data.items()}
+    subject, reference = subjects.nsa(spec, implementation), subjects.nsa(spec, "xla")
+    given = subjects.given(spec, 0.5)
+    step = jax.jit(timing.gradients(subject))
+    args = (*timing.operands(subject, data | given), data["d_out"])
+    found, again = step(*args), step(*args)
     with jax.default_matmul_precision("highest"):
-        exact = jax.jit(with_gradients(reference[0], len(names)))
-        expected = exact(wide["d_out"], *(wide[n] for n in names), indices)
+        exact = jax.jit(timing.gradients(reference))
+        expected = exact(*timing.operands(reference, wide | given), wide["d_out"])
+        choose = jax.jit(reference.function)
+        own = choose(*(wide[n] for n in reference.moving), given["indices"])[1]
+    chosen = jax.jit(subject.function)(*(data[n] for n in subject.moving), given["indices"])[1]
     errors = jax.tree.map(relative_error, found, expected)
     same = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), found, again)
-    by_name = {"output": errors[0], **{f"d_{n}": e for n, e in zip(names, errors[1], strict=True)}}
-    return {"length": length, "relative_errors": by_name, "same_bits_again": all(jax.tree.leaves(same))}
+    names = ("output", *(f"d_{name}" for name in subject.moving))
+    return {
+        "spec": spec.name,
+        "implementation": implementation,
+        "length": spec.length,
+        "relative_errors": dict(zip(names, (errors[0], *errors[1]), strict=True)),
+        "same_blocks": float(np.mean(np.asarray(chosen) == np.asarray(own))),
+        "same_bits_again": all(jax.tree.leaves(same)),
+    }
 
 
 def relative_error(x: jax.Array, reference: jax.Array) -> float:
@@ -255,75 +303,45 @@ def relative_error(x: jax.Array, reference: jax.Array) -> float:
     return float(np.sqrt(np.mean(difference**2) / np.mean(np.asarray(reference, np.float64) ** 2)))
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds by length, forward and with backward."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, part, title in zip(
-        axes, ("forward", "forward_backward"), ("forward", "and backward"), strict=True
-    ):
-        for name in dict.fromkeys(row["name"] for row in rows):
-            points = [
-                (r["length"], r[part]["wall_s"] * 1e3)
-                for r in rows
-                if r["name"] == name and "wall_s" in r.get(part, {})
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("milliseconds")
-    axes[1].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main(a: Arguments) -> None:
-    checks = {}
-    if a.check_length and not a.memory_only:
-        full = dataclasses.replace(a, branches=True)
-        checks = {name: check(full, name) for name in a.implementations}
-        for name, result in checks.items():
-            worst = max(result["relative_errors"].values())
-            print(f"{name}: largest relative error {worst:.1e}, same bits again: {result['same_bits_again']}")
-    rows = []
-    for length in a.lengths:
-        data = inputs(a, length)
-        table = {name: e for i in a.implementations for name, e in attentions(a, i).items()}
-        if "indices" not in data:
-            choose = table.get(f"compression scores and choice [{a.implementations[0]}]")
-            if choose is not None:
-                data["indices"] = jax.jit(choose[0])(data["q"], data["k_cmp"])
-        if a.peers:
-            table |= peers(a, length)
-        for name, (function, names) in (bar := tqdm(table.items(), desc=f"{length} tokens")):
-            bar.set_postfix_str(name)
-            args = tuple(data[n] for n in names)
-            row: dict[str, Any] = {"name": name, "length": length, "forward": measure(a, function, args)}
-            if not name.startswith("compression scores"):
-                step = with_gradients(function, moving_arguments(names))
-                row["forward_backward"] = measure(a, step, (data["d_out"], *args))
-            rows.append(row)
-    report = {
-        "arguments": dataclasses.asdict(a),
-        "environment": environment(),
-        "checks": checks,
-        "rows": rows,
-    }
+    start = time.perf_counter()
+    if a.torch_python is not None:  # two processes share the GPU: this one must not take all of its memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    a = resolve(a)
+    result: Row = {"arguments": arguments(a), "environment": environment()}
     if importlib.util.find_spec("tokamax"):
-        report["environment"]["versions"]["tokamax"] = importlib.metadata.version("tokamax")
-    write_json(a.out, report)
-    if not a.memory_only:
-        plot(rows, a.out.with_suffix(".png"))
-    for row in rows:
-        both = row.get("forward_backward", {})
-        numbers = [
-            part.get(key, float("nan"))
-            for part in (row["forward"], both)
-            for key in ("wall_s", "processor_s")
-        ]
-        mib = both.get("total_mib", row["forward"]["total_mib"])
-        seconds = "{:9.4f} s ({:8.2f} processor), with backward {:9.4f} s ({:8.2f})".format(*numbers)
-        print(f"{row['length']:7d} {row['name']:42s} {seconds} {mib:8.0f} MiB")
+        result["environment"]["versions"]["tokamax"] = importlib.metadata.version("tokamax")
+    wanted = [(spec, i) for i in a.implementations for spec in specs(a, a.check_length)]
+    with ThreadPoolExecutor(a.threads) as pool:  # they compile side by side
+        checks = list(pool.map(lambda pair: check(*pair), wanted if a.check_length else []))
+    for found in checks:
+        worst = max(found["relative_errors"].values())
+        print(
+            f"{found['spec']}, {found['implementation']}: largest relative error {worst:.1e}, blocks as in "
+            f"float32 {found['same_blocks']:.4f}, same bits again: {found['same_bits_again']}"
+        )
+    schedule, rows = Schedule(a.budget_s, start), []
+    with contextlib.closing(tqdm(jobs(a))) as bar:
+        for job in bar:
+            bar.set_postfix_str(f"{job.kind} {job.spec} {job.length}")
+            rows += schedule(job)
+            result |= {"checks": checks, "rows": rows, "crossovers": report.crossovers(rows)}
+            result |= {"dropped": schedule.dropped, "seconds": time.perf_counter() - start}
+            write_json(a.out, result)
+    report.plot(rows, a.out.with_suffix(".png"))
+    print(report.table(rows))
+    for crossover in result.get("crossovers", ()):
+        print(report.describe(crossover))
+    for kind in dict.fromkeys(job["job"] for job in schedule.dropped):
+        which = [f"{j['spec']} at {j['length']}" for j in schedule.dropped if j["job"] == kind]
+        print(f"left out, as {a.budget_s:g} s did not suffice: {kind}: {', '.join(which)}")
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+def arguments(a: Arguments) -> Row:
+    """Without the machine's paths."""
+    plain = dataclasses.asdict(a) | {"out": a.out.name}
+    return plain | {"torch_python": a.torch_python is not None}
 
 
 if __name__ == "__main__":

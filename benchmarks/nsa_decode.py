@@ -149,10 +149,11 @@ def measure(a: Arguments, make: Callable[..., Any], batch: int, length: int) -> 
     return {"wall_s": min(wall) / a.steps, "processor_s": min(processor) / a.steps}
 
 
-def main(a: Arguments) -> None:
-    rows = []
+def rows(a: Arguments) -> list[dict[str, Any]]:
+    """One for every length and batch."""
+    found = []
     points = [(length, batch) for length in a.lengths for batch in a.batches]
-    for length, batch in (bar := tqdm(points)):
+    for length, batch in (bar := tqdm(points, leave=False)):
         bar.set_postfix_str(f"{length} tokens x {batch}")
         traffic = bytes_per_decoded_token(
             length, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
@@ -160,10 +161,15 @@ def main(a: Arguments) -> None:
             num_blocks=a.num_blocks, window=a.window,
         )  # fmt: skip
         row: dict[str, Any] = {"length": length, "batch": batch, **traffic._asdict()}
-        rows.append(row | {"nsa": measure(a, nsa, batch, length), "dense": measure(a, dense, batch, length)})
-    write_json(a.out, {"arguments": dataclasses.asdict(a), "environment": environment(), "rows": rows})
+        found.append(row | {"nsa": measure(a, nsa, batch, length), "dense": measure(a, dense, batch, length)})
+    return found
+
+
+def main(a: Arguments) -> None:
+    found = rows(a)
+    write_json(a.out, {"arguments": dataclasses.asdict(a), "environment": environment(), "rows": found})
     print("length batch  tokens read nsa / dense  MiB read nsa / dense   ms a step nsa / dense  factor")
-    for r in rows:
+    for r in found:
         mib = [r["batch"] * r[f"{name}_bytes"] / 2**20 for name in ("nsa", "dense")]
         ms = [1e3 * r[name]["wall_s"] for name in ("nsa", "dense")]
         print(

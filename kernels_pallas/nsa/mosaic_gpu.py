@@ -30,6 +30,7 @@ from kernels_pallas.nsa.mosaic_plan import (
 )
 from kernels_pallas.nsa.selection import Block
 from kernels_pallas.nsa.tiling import Places, ceil_div, finite
+from kernels_pallas.nsa.tuned import COMPILED_FOR, Branch, Kernel, tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,19 @@ class _Residuals(NamedTuple):
     lse: Array
 
 
-def _tuning() -> Tuning:
-    return Tuning(registers=support.place() != "interpreter")
+def _tuning(kernel: Kernel, branch: Branch, k: Array, v: Array) -> Tuning:
+    if support.place() == "interpreter":
+        return Tuning(registers=False)
+    kind = COMPILED_FOR if support.place() == "compiler" else jax.devices()[0].device_kind
+    return tuned(kind, kernel, branch, k.shape[-1], v.shape[-1])
+
+
+def _tuned(kernels: Kernels, branch: Branch, k: Array, v: Array) -> Kernels:
+    """With the tile sizes of its three kernels."""
+    forward, query, key = (
+        _tuning(kernel, branch, k, v) for kernel in ("forward", "query_gradient", "key_gradients")
+    )
+    return dataclasses.replace(kernels, forward=forward, query=query, key=key)
 
 
 def banded(
@@ -67,8 +79,8 @@ def banded(
     places: Places,
 ) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
     """As `banded.banded_attention`; segments in `places` are those of the tokens, not of the keys."""
-    tuning = _tuning()
-    kernels = Kernels(band.scale, band.stride, band.offset, band.window, tuning, tuning, tuning)
+    branch: Branch = "compression" if band.window is None else "window"
+    kernels = _tuned(Kernels(band.scale, band.stride, band.offset, band.window), branch, k, v)
     return attend(kernels, q, k, v, None, places)
 
 
@@ -95,11 +107,11 @@ def selected(
         part = jnp.arange(parts, dtype=jnp.int32)[None, None, None, None]
         split = jnp.where(indices[..., None] < 0, -1, indices[..., None] * parts + part)
         indices = split.reshape(*indices.shape[:3], -1)
-    tuning = _tuning()
+    kernels = _tuned(Kernels(block.scale), "selection", k, v)
     if order == "blocks":
-        by_block = ByBlock(block.scale, dataclasses.replace(tuning, keys=support.BLOCK))
+        by_block = ByBlock(block.scale, dataclasses.replace(kernels.forward, keys=support.BLOCK))
         return attend_by_block(by_block, q, k, v, indices, places)[0]
-    return attend(Kernels(block.scale, 1, 0, None, tuning, tuning, tuning), q, k, v, indices, places)[0]
+    return attend(kernels, q, k, v, indices, places)[0]
 
 
 def choose(
@@ -110,7 +122,7 @@ def choose(
     places: Places,
 ) -> Int[Array, "B Hkv T n"]:
     """As `choice.choose`."""
-    return choose_by_kernel(grid, q, k_cmp, lse, places, _tuning())
+    return choose_by_kernel(grid, q, k_cmp, lse, places, _tuning("scores", "choice", k_cmp, k_cmp))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

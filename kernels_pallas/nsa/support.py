@@ -68,7 +68,7 @@ def reason_against(q: Array, v: Array, keys: int, block_size: int = BLOCK) -> st
         return "there are no queries or no keys"
     if jax.__version_info__ < OLDEST_JAX:
         return f"they need jax {'.'.join(map(str, OLDEST_JAX))} or newer, not {jax.__version__}"
-    if _place == "device" and not _is_hopper():
+    if _place == "device" and not is_hopper():
         return "the default device is no Hopper GPU"
     return None
 
@@ -94,6 +94,7 @@ def uses_kernels(name: Implementation | None, op: str, reason: str | None) -> bo
     return False
 
 
-def _is_hopper() -> bool:
+def is_hopper() -> bool:
+    """Whether the default device runs the kernels."""
     device = jax.devices()[0]
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"

@@ -52,6 +52,16 @@ def missing() -> str | None:
     return None
 
 
+SHARED_BYTES, BARRIER_BYTES = 232448, 8
+"""Shared memory that one block may have; what a barrier takes of it."""
+
+
+def dump_to(folder: Path) -> None:
+    """Where reports of kernels go; read from the environment when the first kernel is compiled."""
+    flags = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"}
+    os.environ |= {**flags, "MOSAIC_GPU_DUMP_TO": str(folder)}
+
+
 @functools.cache
 def mesh() -> Mesh:
     """One abstract H100."""
@@ -69,6 +79,7 @@ class Kernel:
     name: str
     registers: int
     spilled_bytes: int
+    shared_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Report:
 
 
 def compile_for_h100(function: Callable[..., Any], *args: Any, dump: Path) -> Report:
-    """Compile for one H100; `dump` is a folder that MOSAIC_GPU_DUMP_TO named before the first kernel."""
+    """Compile for one H100; `dump` is a folder that was given to `dump_to` before the first kernel."""
     for old in dump.iterdir():
         old.unlink()
     here = NamedSharding(mesh(), PartitionSpec())
@@ -91,14 +102,20 @@ def compile_for_h100(function: Callable[..., Any], *args: Any, dump: Path) -> Re
         .compile()
     )
     memory = compiled.memory_analysis()
-    kernels = tuple(_read(path.read_text()) for path in sorted(dump.glob("*.ptxas")))
+    kernels = tuple(_read(path) for path in sorted(dump.glob("*.ptxas")))
     return Report(kernels, memory.argument_size_in_bytes, memory.temp_size_in_bytes, compiled)
 
 
-def _read(log: str) -> Kernel:
+def _read(path: Path) -> Kernel:
+    log, resources = path.read_text(), path.with_suffix(".resources.txt").read_text()
     name = re.search(r"entry function '([^']+)'", log)
     registers = re.search(r"Used (\d+) registers", log)
+    scratch = re.search(r"smem_scratch_bytes=(\d+)", resources)
     assert name is not None, log
     assert registers is not None, log
+    assert scratch is not None, resources
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
-    return Kernel(name.group(1).removesuffix("_mosaic_gpu_kernel"), int(registers.group(1)), spilled)
+    barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
+    shared = int(scratch.group(1)) + sum(BARRIER_BYTES * int(n) * int(times) for n, times in barriers)
+    name_of_op = name.group(1).removesuffix("_mosaic_gpu_kernel")
+    return Kernel(name_of_op, int(registers.group(1)), spilled, shared)

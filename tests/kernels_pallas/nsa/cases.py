@@ -6,68 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.nsa import banded, choice, num_compressed, selection, tiling
+from kernels_pallas.nsa import banded, choice, selection, tiling
+from kernels_pallas.nsa.arg_specs import SMALL, ArgSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """Shapes and sizes of one call; `segments` are lengths of packed sequences, negative ones of padding."""
+class Case(ArgSpec):
+    """A spec that is not in the list, with the sizes of the small ones there."""
 
-    length: int
-    heads: int = 4
-    kv_heads: int = 2
-    key_dim: int = 12
-    value_dim: int = 10
-    batch: int = 1
-    block_len: int = 8
-    stride: int = 4
-    block_size: int = 8
-    num_blocks: int = 4
-    num_init: int = 1
-    num_local: int = 2
-    window: int = 16
-    segments: tuple[int, ...] = ()
+    heads: int = SMALL.heads
+    kv_heads: int = SMALL.kv_heads
+    key_dim: int = SMALL.key_dim
+    value_dim: int = SMALL.value_dim
+    block_len: int = SMALL.block_len
+    stride: int = SMALL.stride
+    block_size: int = SMALL.block_size
+    num_blocks: int = SMALL.num_blocks
+    window: int = SMALL.window
+    dtype: str = SMALL.dtype
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        names = ("block_len", "stride", "block_size", "num_blocks", "num_init", "num_local", "window")
-        return {name: getattr(self, name) for name in names}
 
-    @property
-    def choice_sizes(self) -> dict[str, int]:
-        return {name: size for name, size in self.sizes.items() if name != "window"}
-
-    @property
-    def blocks(self) -> int:
-        return num_compressed(self.length, self.block_len, self.stride)
-
-    @property
-    def segment_ids(self) -> jax.Array | None:
-        if not self.segments:
-            return None
-        ids = [np.full(abs(n), i + 1 if n > 0 else 0) for i, n in enumerate(self.segments)]
-        row = np.concatenate(ids).astype(np.int32)
-        return jnp.asarray(np.tile(row, (self.batch, 1)))
-
-    def arguments(self, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.Array]:
-        """Arguments of nsa_attention, normally distributed."""
-        keys = {"cmp": self.blocks, "slc": self.length, "win": self.length}
-        shapes = {"q": (self.length, self.heads, self.key_dim)}
-        for name, length in keys.items():
-            shapes[f"k_{name}"] = (length, self.kv_heads, self.key_dim)
-            shapes[f"v_{name}"] = (length, self.kv_heads, self.value_dim)
-        shapes["gates"] = (self.length, self.heads, 3)
-        random = np.random.default_rng(seed)
-        return {
-            name: jnp.asarray(random.standard_normal((self.batch, *shape)), dtype)
-            for name, shape in shapes.items()
-        }
-
-    def weights(self, seed: int = 1) -> list[jax.Array]:
-        """Cotangents for the total and the three branches."""
-        random = np.random.default_rng(seed)
-        shape = (self.batch, self.length, self.heads, self.value_dim)
-        return [jnp.asarray(random.standard_normal(shape), jnp.float32) for _ in range(4)]
+def cotangents(spec: ArgSpec, seed: int = 1) -> list[jax.Array]:
+    """For the total and the three branches, float32."""
+    random = np.random.default_rng(seed)
+    return [jnp.asarray(random.standard_normal(spec.output().shape), jnp.float32) for _ in range(4)]
 
 
 def quick_jit(function):

@@ -7,37 +7,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kernels_pallas.nsa import nsa_attention
+from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
 from tests.kernels_pallas.nsa import oracle
-from tests.kernels_pallas.nsa.cases import Case, quick_jit, relative_error, shrink_tiles
+from tests.kernels_pallas.nsa.cases import Case, cotangents, quick_jit, relative_error, shrink_tiles
 
-SMALL_TILES = {
-    "many tiles": Case(127, batch=2),
-    "one head per group": Case(65, heads=3, kv_heads=3, key_dim=5, value_dim=7),
-    "sixteen heads per group": Case(97, heads=16, kv_heads=1, key_dim=10, value_dim=6),
-    "nothing divides anything": Case(
-        90, heads=6, kv_heads=3, block_len=10, stride=3, block_size=7, num_blocks=5, window=9
-    ),
-    "packed, with padding": Case(
-        110,
-        heads=4,
-        kv_heads=4,
-        block_size=16,
-        num_blocks=3,
-        num_local=1,
-        window=20,
-        segments=(30, 41, -3, 16, 11, -9),
-    ),
-}
-LENGTHS = {
-    "one token": Case(1, block_len=32, stride=16, block_size=64, window=512),
-    "odd head dims": Case(63, heads=2, kv_heads=1, key_dim=60, value_dim=100, block_len=32, stride=16),
-}
+SPECS = with_tag("test")
+USUAL_TILES = ("one token", "odd head dims", "paper's blocks")
 
 
-def run(case: Case, dtype=jnp.float32, mesh=None):
+def run(case: ArgSpec, dtype=jnp.float32, mesh=None):
     """Arguments, cotangents, the four outputs, the chosen blocks, gradients; two calls agree bit for bit."""
     args = case.arguments(dtype=dtype)
-    d_outputs = [w.astype(dtype) for w in case.weights()]
+    d_outputs = [w.astype(dtype) for w in cotangents(case)]
 
     def attention(args):
         out, branches = nsa_attention(**args, **case.sizes, segment_ids=case.segment_ids)
@@ -56,7 +37,7 @@ def run(case: Case, dtype=jnp.float32, mesh=None):
     return args, d_outputs, *results
 
 
-def compare(case: Case, mesh=None) -> None:
+def compare(case: ArgSpec, mesh=None) -> None:
     args, d_outputs, outputs, indices, gradients = run(case, mesh=mesh)
     expected, expected_gradients = oracle.batched_nsa(args, indices, case.sizes, d_outputs, case.segment_ids)
     for name, x, reference in zip(("total", "cmp", "slc", "win"), outputs, expected, strict=True):
@@ -77,31 +58,15 @@ def compare(case: Case, mesh=None) -> None:
         assert all((np.asarray(x)[padding] == 0).all() for x in outputs)
 
 
-@pytest.mark.parametrize("name", SMALL_TILES)
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in USUAL_TILES])
 def test_many_chunks_and_tiles(name, monkeypatch):
     shrink_tiles(monkeypatch)
-    compare(SMALL_TILES[name])
+    compare(SPECS[name])
 
 
-@pytest.mark.parametrize("name", LENGTHS)
-def test_short_and_odd(name):
-    compare(LENGTHS[name])
-
-
-def test_tiles_of_the_usual_size():
-    compare(
-        Case(
-            1025,
-            heads=4,
-            kv_heads=1,
-            key_dim=16,
-            value_dim=8,
-            block_len=32,
-            stride=16,
-            block_size=64,
-            window=200,
-        )
-    )
+@pytest.mark.parametrize("name", USUAL_TILES)
+def test_tiles_of_the_usual_size(name):
+    compare(SPECS[name])
 
 
 def test_a_batch_spread_over_devices():
@@ -127,7 +92,7 @@ def test_the_oracle_by_differences():
         13, heads=2, kv_heads=1, key_dim=3, value_dim=2, block_len=4, stride=2, block_size=4, window=5
     )
     args = {name: np.asarray(x, np.float64) for name, x in case.arguments().items()}
-    d_outputs = [np.asarray(w, np.float64) for w in case.weights()]
+    d_outputs = [np.asarray(w, np.float64) for w in cotangents(case)]
     chosen = np.full((1, 1, 13, 4), -1)
     chosen[..., 0], chosen[..., 1] = 0, np.arange(13) // 4
 

@@ -1,59 +1,57 @@
-"""The Hopper kernels compiled for an H100 at the paper's sizes: no spilled registers, linear memory."""
+"""The Hopper kernels compiled for an H100 at the sizes of the list: no spilled registers, shared memory that
+a block may have, linear memory."""
 
-import os
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from kernels_pallas.nsa import nsa_attention
+from kernels_pallas.nsa.arg_specs import with_tag
 from kernels_pallas.nsa.support import compiled_elsewhere
 from tests.kernels_pallas import h100
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 
-LENGTH, HEADS, KV_HEADS = 65536, 64, 4
+SPECS = with_tag("compile")
 KERNELS = {"nsa_forward": 3, "nsa_group_shares": 1, "nsa_query_gradient": 3, "nsa_key_gradients": 3}
 """One of each for compression, selection and window."""
+QUICK = [name for name, spec in SPECS.items() if spec.length == 65536]
 
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
-    """Where ptxas' reports go: read from the environment when the first kernel is compiled."""
     folder = tmp_path_factory.mktemp("ptxas")
-    os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
+    h100.dump_to(folder)
     return folder
 
 
-def shapes(key_dim: int, value_dim: int, length: int = LENGTH) -> dict[str, jax.ShapeDtypeStruct]:
-    blocks = length // 16 - 1
-    sizes = {
-        "q": (length, HEADS, key_dim),
-        "k_cmp": (blocks, KV_HEADS, key_dim),
-        "v_cmp": (blocks, KV_HEADS, value_dim),
-        "k_slc": (length, KV_HEADS, key_dim),
-        "v_slc": (length, KV_HEADS, value_dim),
-        "k_win": (length, KV_HEADS, key_dim),
-        "v_win": (length, KV_HEADS, value_dim),
-        "gates": (length, HEADS, 3),
-    }
-    return {name: jax.ShapeDtypeStruct((1, *size), jnp.bfloat16) for name, size in sizes.items()}
+def step(args, d_out):
+    out, pull = jax.vjp(lambda a: nsa_attention(**a, implementation="mosaic_gpu")[0], args)
+    return out, pull(d_out)[0]
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(192, 128), (128, 128)])
-def test_forward_and_backward_at_64k(dump, key_dim, value_dim):
-    def step(args, d_out):
-        out, pull = jax.vjp(lambda a: nsa_attention(**a, implementation="mosaic_gpu")[0], args)
-        return out, pull(d_out)[0]
-
-    d_out = jax.ShapeDtypeStruct((1, LENGTH, HEADS, value_dim), jnp.bfloat16)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SPECS]
+)
+def test_forward_and_backward(dump, name):
+    spec = SPECS[name]
     with compiled_elsewhere():
-        report = h100.compile_for_h100(step, shapes(key_dim, value_dim), d_out, dump=dump)
+        report = h100.compile_for_h100(step, spec.shapes(), spec.output(), dump=dump)
     print(report)
     assert Counter(kernel.name for kernel in report.kernels) == KERNELS
     for kernel in report.kernels:
         assert kernel.spilled_bytes == 0, kernel
         assert kernel.registers <= 168, kernel  # three warpgroups fill the register file with more
-    # A score of every query for every block would take 4 * 65536 * 1024 * 4 bytes = 1 GiB by itself.
-    assert report.temporary_bytes < 12 * 2**30
+        assert 0 < kernel.shared_bytes <= h100.SHARED_BYTES, kernel
+    # Shares of attention exist in chunks (128 MiB and a few copies) and the rest is linear in the tokens: at
+    # 65,536 tokens a score of every query for every block would take 1 GiB by itself.
+    assert report.temporary_bytes < 2**30 + 2.5 * report.argument_bytes
+
+
+def test_forward_and_backward_at_a_million_tokens_are_lowered(dump):
+    """Through Pallas into what XLA would compile: shapes only."""
+    spec = with_tag("shapes")["a million tokens"]
+    with compiled_elsewhere():
+        lowered = jax.jit(step).trace(spec.shapes(), spec.output()).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu_v2") >= sum(KERNELS.values())

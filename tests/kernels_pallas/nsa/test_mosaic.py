@@ -17,7 +17,7 @@ from kernels_pallas.nsa.mosaic_forward import Visible
 from kernels_pallas.nsa.mosaic_plan import inverse, lists, plan_rows, ranges, readers
 from kernels_pallas.nsa.support import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa import oracle
-from tests.kernels_pallas.nsa.cases import Case, relative_error
+from tests.kernels_pallas.nsa.cases import Case, cotangents, relative_error
 
 needs_pallas = pytest.mark.skipif(
     jax.__version_info__ < OLDEST_JAX, reason=f"the kernels need jax {OLDEST_JAX}, this is {jax.__version__}"
@@ -56,7 +56,7 @@ def test_whole_attention_with_packed_sequences_and_poisoned_padding(monkeypatch)
     monkeypatch.setattr(mosaic_blocks, "MOST_HEADS", 0)
     case = PACKED
     args = {k: x.astype(jnp.bfloat16) for k, x in case.arguments().items()}
-    d_outputs = [w.astype(jnp.bfloat16) for w in case.weights()]
+    d_outputs = [w.astype(jnp.bfloat16) for w in cotangents(case)]
 
     def attention(args):
         out, branches = nsa_attention(

@@ -16,7 +16,7 @@ from kernels_pallas.nsa import (
     window_attention,
 )
 from tests.kernels_pallas.nsa import oracle
-from tests.kernels_pallas.nsa.cases import Case, quick_jit, relative_error
+from tests.kernels_pallas.nsa.cases import Case, cotangents, quick_jit, relative_error
 
 
 def compression(case: Case, dim: int, width: int = 6, seed: int = 5) -> dict[str, jax.Array]:
@@ -107,7 +107,7 @@ def test_padding_full_of_nan_reaches_nothing():
 
     run = quick_jit(step)
     args = layer_arguments(case)
-    d_out = case.weights()[0]
+    d_out = cotangents(case)[0]
     clean = run(args, d_out)
     poison = {name: x.at[:, padding].set(jnp.nan) if name in TOKEN_ARRAYS else x for name, x in args.items()}
     poisoned = run(poison, d_out.at[:, padding].set(jnp.nan))
@@ -194,9 +194,8 @@ def test_what_does_not_fit_is_refused(call, message):
 def test_memory_grows_with_the_length_not_its_square():
     def temporaries(length: int) -> int:
         case = Case(length, heads=4, kv_heads=1, block_len=32, stride=16, block_size=64, window=512)
-        args = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in case.arguments().items()}
         step = jax.value_and_grad(lambda a: jnp.sum(nsa_attention(**a, **case.sizes)[0] ** 2))
-        compiled = quick_jit(step).lower(args).compile()
+        compiled = quick_jit(step).lower(case.shapes()).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = temporaries(8192), temporaries(16384)

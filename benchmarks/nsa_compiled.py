@@ -1,0 +1,157 @@
+"""What limits the Hopper kernels, worked out without a GPU: compiled for an H100, FLOPs and bytes counted.
+
+    JAX_PLATFORMS=cpu python benchmarks/nsa_compiled.py --out benchmarks/nsa_compiled.json
+
+Needs the extra `gpu-compile`. For each spec with the tag "compile": registers, spilled bytes and shared
+memory of each kernel, temporary memory of each branch, forward and backward; FLOPs that products run (masked
+parts of tiles included) and useful ones, bytes from L2 into shared memory and the least of device memory, and
+the milliseconds that the rates of an H100 allow them (kernels_pallas/nsa/counts.py). Nothing here was timed:
+a kernel takes longer than the largest of its floors.
+"""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+from nsa_parts import compiler
+from tqdm import tqdm
+
+from jaxlab.files import write_json
+from jaxlab.provenance import environment
+from kernels_pallas.nsa import counts
+from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
+from kernels_pallas.nsa.synthetic import overlapping_indices
+
+Row = dict[str, Any]
+KERNELS = {
+    "nsa_forward": "forward",
+    "nsa_query_gradient": "query_gradient",
+    "nsa_key_gradients": "key_gradients",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to compile and count."""
+
+    out: Path
+    """JSON file to write."""
+    specs: tuple[str, ...] = tuple(with_tag("compile"))
+    overlaps: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)
+    """Of the free blocks that neighbouring queries read."""
+    compile: bool = True
+    """False only counts: no compiler is needed."""
+
+
+def counted(spec: ArgSpec, overlaps: tuple[float, ...]) -> list[Row]:
+    rows = []
+    for branch in compiler.BRANCHES:
+        for overlap in overlaps if branch == "selection" else (None,):
+            indices = None if overlap is None else overlapping_indices(spec, overlap)
+            for kernel, count in counts.kernels(spec, branch, indices).items():
+                rows.append({"branch": branch, "overlap": overlap, "kernel": kernel, **described(count)})
+    return [
+        *rows,
+        {"branch": "choice", "overlap": None, "kernel": "scores", **described(counts.scores(spec))},
+    ]
+
+
+def described(count: counts.Count) -> Row:
+    return {**count._asdict(), "floors_ms": count.floors_ms(), "floor_ms": count.floor_ms()}
+
+
+def compiled(spec: ArgSpec, dump: Path) -> tuple[list[Row], Row]:
+    """Kernels, and bytes of temporary memory by branch."""
+    rows, memory = [], {}
+    for branch in (*compiler.BRANCHES, "choice"):
+        if branch == "choice":
+            report = compiler.compile_choice(spec, dump)
+        else:
+            report = compiler.compile_branch(spec, branch, dump)
+        memory[branch] = report.temporary_bytes
+        for kernel in report.kernels:
+            name = KERNELS.get(kernel.name, "scores")
+            facts = {n: x for n, x in dataclasses.asdict(kernel).items() if n != "name"}
+            rows.append({"branch": branch, "kernel": name, **facts})
+    return rows, memory
+
+
+def whole(spec: ArgSpec, rows: list[Row], overlaps: tuple[float, ...]) -> list[Row]:
+    """Sums over the kernels, beside dense attention by the same rate of products."""
+    found = []
+    dense = counts.forward_flops(spec, "dense")
+    for overlap in overlaps:
+        mine = [row for row in rows if row["overlap"] in (None, overlap)]
+        forward = sum(row["floor_ms"] for row in mine if row["kernel"] in ("forward", "scores"))
+        backward = sum(row["floor_ms"] for row in mine if row["kernel"].endswith(("gradient", "gradients")))
+        dense_ms = 1e3 * dense / counts.H100.flops
+        # Backward of dense attention: five products for the two of the forward pass.
+        back = (3 * spec.key_dim + 2 * spec.value_dim) / (spec.key_dim + spec.value_dim)
+        found.append({
+            "overlap": overlap, "forward_ms": forward, "backward_ms": backward,
+            "dense_forward_ms": dense_ms, "dense_backward_ms": back * dense_ms,
+        })  # fmt: skip
+    return found
+
+
+def main(a: Arguments) -> None:
+    result: Row = {
+        "arguments": dataclasses.asdict(a) | {"out": a.out.name},
+        "environment": environment(),
+        "rates": dataclasses.asdict(counts.H100),
+        "note": "compiled and counted, not run: every time is a floor",
+        "specs": [],
+    }
+    dump = compiler.dump_folder()
+    if a.compile and (missing := compiler.h100.missing()):
+        raise SystemExit(f"nsa_compiled: {missing}; or count only, with --no-compile")
+    for name in (bar := tqdm(a.specs)):
+        bar.set_postfix_str(name)
+        spec, start = with_tag("compile")[name], time.perf_counter()
+        rows = counted(spec, a.overlaps)
+        entry: Row = {"name": name, **dataclasses.asdict(spec) | {"tags": sorted(spec.tags)}}
+        if a.compile:
+            facts, entry["temporary_bytes"] = compiled(spec, dump)
+            entry["compiled"] = facts
+        entry |= {"counted": rows, "whole": whole(spec, rows, a.overlaps)}
+        result["specs"].append(entry | {"seconds": time.perf_counter() - start})
+    shutil.rmtree(dump)
+    write_json(a.out, result)
+    for entry in result["specs"]:
+        show(entry)
+
+
+TITLES = (
+    "branch", "overlap", "kernel", "regs", "spill", "KiB", "TFLOP", "useful",
+    "L2 GB", "HBM GB", "ms: FLOP", "L2", "HBM",
+)  # fmt: skip
+LINE = "{:11s} {:>7s} {:14s} {:>4s} {:>5s} {:>6s} {:>7s} {:>7s} {:>7s} {:>7s} {:>9s} {:>7s} {:>7s}"
+
+
+def show(entry: Row) -> None:
+    facts = {(row["branch"], row["kernel"]): row for row in entry.get("compiled", ())}
+    heads = f"{entry['heads']}/{entry['kv_heads']} heads, {entry['key_dim']}/{entry['value_dim']}"
+    print(f"\n{entry['name']}: {entry['length']} tokens, {heads}")
+    print(LINE.format(*TITLES))
+    for row in entry["counted"]:
+        fact = facts.get((row["branch"], row["kernel"]), {})
+        numbers = [row[name] / 1e12 for name in ("flops", "useful_flops")]
+        numbers += [row[name] / 1e9 for name in ("l2_bytes", "hbm_bytes")]
+        numbers += [row["floors_ms"][name] for name in ("products", "l2", "hbm")]
+        said = [str(fact.get(name, "")) for name in ("registers", "spilled_bytes")]
+        said.append(f"{fact['shared_bytes'] / 1024:.0f}" if fact else "")
+        overlap = "" if row["overlap"] is None else f"{row['overlap']:g}"
+        print(LINE.format(row["branch"], overlap, row["kernel"], *said, *(f"{n:.2f}" for n in numbers)))
+    for row in entry["whole"]:
+        ours = f"forward {row['forward_ms']:.2f} ms, backward {row['backward_ms']:.2f} ms"
+        dense = f"dense {row['dense_forward_ms']:.2f} and {row['dense_backward_ms']:.2f} ms"
+        print(f"whole at overlap {row['overlap']:g}: {ours}; {dense}")
+    for branch, size in entry.get("temporary_bytes", {}).items():
+        print(f"temporary memory of {branch}, forward and backward: {size / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

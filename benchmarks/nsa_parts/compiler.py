@@ -1,0 +1,74 @@
+"""The Hopper kernels of one branch compiled for an H100 that is not there."""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.nsa import compressed_attention, select_blocks, selected_attention, window_attention
+from kernels_pallas.nsa.arg_specs import ArgSpec
+from kernels_pallas.nsa.support import compiled_elsewhere
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.kernels_pallas import h100
+
+BRANCHES = ("compression", "selection", "window")
+OPERANDS = {
+    "compression": ("q", "k_cmp", "v_cmp"),
+    "selection": ("q", "k_slc", "v_slc"),
+    "window": ("q", "k_win", "v_win"),
+}
+
+
+def dump_folder() -> Path:
+    """Where reports of kernels go, from here on; must come before the first kernel."""
+    folder = Path(tempfile.mkdtemp(prefix="nsa_reports_"))
+    h100.dump_to(folder)
+    return folder
+
+
+def attend(spec: ArgSpec, branch: str) -> Callable[..., jax.Array]:
+    """(q, k, v, indices) -> output of a branch by the kernels."""
+    common: dict[str, Any] = {"implementation": "mosaic_gpu"}
+
+    def run(q, k, v, indices):
+        if branch == "compression":
+            return compressed_attention(q, k, v, block_len=spec.block_len, stride=spec.stride, **common)[0]
+        if branch == "selection":
+            return selected_attention(q, k, v, indices, block_size=spec.block_size, **common)
+        return window_attention(q, k, v, window=spec.window, **common)
+
+    return run
+
+
+def indices_of(spec: ArgSpec) -> jax.ShapeDtypeStruct:
+    shape = (spec.batch, spec.kv_heads, spec.length, spec.num_blocks)
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def compile_branch(spec: ArgSpec, branch: str, dump: Path) -> Any:
+    """Forward and backward of a branch: a report with one kernel for each of its three."""
+    shapes = spec.shapes()
+
+    def step(d_out, indices, *operands):
+        out, pull = jax.vjp(lambda *x: attend(spec, branch)(*x, indices), *operands)
+        return out, pull(d_out)
+
+    operands = [shapes[name] for name in OPERANDS[branch]]
+    with compiled_elsewhere():
+        return h100.compile_for_h100(step, spec.output(), indices_of(spec), *operands, dump=dump)
+
+
+def compile_choice(spec: ArgSpec, dump: Path) -> Any:
+    shapes = spec.shapes()
+    lse = jax.ShapeDtypeStruct(shapes["q"].shape[:3], jnp.float32)
+
+    def choice(q, k_cmp, lse):
+        return select_blocks(q, k_cmp, lse, **spec.choice_sizes, implementation="mosaic_gpu")
+
+    with compiled_elsewhere():
+        return h100.compile_for_h100(choice, shapes["q"], shapes["k_cmp"], lse, dump=dump)

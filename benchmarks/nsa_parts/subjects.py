@@ -1,0 +1,168 @@
+"""What is timed beside each other: Native Sparse Attention, its branches, dense peers, whole layers."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from nsa_parts.timing import Subject
+
+from jaxlab.models import ModelConfig, init_params
+from jaxlab.models.attention import Where, attention, projections
+from jaxlab.models.rotary import rotate, tables
+from jaxlab.models.sparse_config import NSAConfig
+from kernels_pallas.nsa import (
+    compressed_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from kernels_pallas.nsa.arg_specs import ArgSpec
+from kernels_pallas.nsa.synthetic import overlapping_indices
+
+OPERANDS = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+DENSE = ("q", "k_win", "v_win")
+WIDTH = 2560
+"""Of the paper's model: the input of a layer."""
+
+
+def draw(spec: ArgSpec, seed: int = 0) -> dict[str, jax.Array]:
+    """Normal numbers for everything that attention takes, and the output's cotangent, made on the device."""
+    like = {**spec.shapes(), "d_out": spec.output()}
+    keys = dict(zip(like, jax.random.split(jax.random.key(seed), len(like)), strict=True))
+    make = jax.jit(lambda keys: {n: jax.random.normal(keys[n], x.shape, x.dtype) for n, x in like.items()})
+    return make(keys)
+
+
+def given(spec: ArgSpec, overlap: float) -> dict[str, jax.Array]:
+    return {"indices": jnp.asarray(overlapping_indices(spec, overlap))}
+
+
+def nsa(spec: ArgSpec, implementation: str) -> Subject:
+    """The whole attention. The blocks are chosen, and then those of `indices` are read in their place, so
+    that every overlap has its cost and the choice is in all of them."""
+    geometry: dict[str, Any] = {
+        "block_len": spec.block_len, "stride": spec.stride, "implementation": implementation,
+    }  # fmt: skip
+
+    def whole(*args):
+        operands, indices = args[:-1], args[-1]
+        out, branches = nsa_attention(*operands, **spec.sizes, indices=indices, implementation=implementation)
+        chosen = select_blocks(*operands[:2], branches.lse, **geometry, **_without_geometry(spec))
+        return out, chosen
+
+    return Subject(f"nsa [{implementation}]", whole, OPERANDS, ("indices",))
+
+
+def _without_geometry(spec: ArgSpec) -> dict[str, int]:
+    return {name: x for name, x in spec.choice_sizes.items() if name not in ("block_len", "stride")}
+
+
+def branches(spec: ArgSpec, implementation: str) -> list[Subject]:
+    """Each branch by itself, and the choice (with the compression whose log-sum-exp it needs)."""
+    common: dict[str, Any] = {"implementation": implementation}
+    geometry = {"block_len": spec.block_len, "stride": spec.stride, **common}
+
+    def choice(q, k_cmp, v_cmp):
+        out, lse = compressed_attention(q, k_cmp, v_cmp, **geometry)
+        return out, select_blocks(q, k_cmp, lse, **geometry, **_without_geometry(spec))
+
+    def selection(q, k, v, indices):
+        return selected_attention(q, k, v, indices, block_size=spec.block_size, **common), None
+
+    window = functools.partial(window_attention, window=spec.window, **common)
+    name = f"[{implementation}]"
+    return [
+        Subject(
+            f"compression {name}", functools.partial(compressed_attention, **geometry),
+            ("q", "k_cmp", "v_cmp"),
+        ),
+        Subject(f"compression and choice {name}", choice, ("q", "k_cmp", "v_cmp"), parts=("forward",)),
+        Subject(f"selection {name}", selection, ("q", "k_slc", "v_slc"), ("indices",)),
+        Subject(f"window {name}", lambda *args: (window(*args), None), DENSE),
+    ]  # fmt: skip
+
+
+def peers(spec: ArgSpec, dense_up_to: int) -> list[Subject]:
+    """Dense causal attention of others, on the queries, keys and values of the window branch."""
+    on_gpu = jax.default_backend() == "gpu"
+    found = []
+    if on_gpu:
+        found.append(Subject(cudnn_name(spec), lambda *args: (cudnn(*args), None), DENSE))
+    elif spec.length <= dense_up_to:
+        found.append(Subject("dense, all scores kept", lambda *args: (kept_scores(*args), None), DENSE))
+    if importlib.util.find_spec("tokamax"):
+        name = "mosaic_gpu" if on_gpu else "xla_chunked"
+        found.append(Subject(f"dense, tokamax {name}", functools.partial(_tokamax, name), DENSE))
+    return found
+
+
+def cudnn_name(spec: ArgSpec) -> str:
+    padded = "" if spec.key_dim == spec.value_dim else f" (V padded to {spec.key_dim})"
+    return f"dense, cuDNN{padded}"
+
+
+def cudnn(q, k, v):
+    """It takes no other head dim of values than that of keys."""
+    padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[3] - v.shape[3])))
+    out = jax.nn.dot_product_attention(q, k, padded, is_causal=True, implementation="cudnn")
+    return out[..., : v.shape[3]]
+
+
+def kept_scores(q, k, v):
+    batch, length, heads, dim = q.shape
+    rows = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    scores = jnp.einsum("bthgd,bshd->bhgts", rows, k, preferred_element_type=jnp.float32) * dim**-0.5
+    seen = jnp.arange(length)[:, None] >= jnp.arange(length)[None]
+    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhgts,bshd->bthgd", weights, v).reshape(batch, length, heads, v.shape[3])
+
+
+def _tokamax(name, q, k, v):
+    import tokamax
+
+    return tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name), None
+
+
+def layers(spec: ArgSpec, implementation: str) -> tuple[list[Subject], dict[str, Any]]:
+    """One attention layer with its projections: NSA's (three pairs of keys and values, compression MLPs,
+    gates) and one with full attention by cuDNN (elsewhere by what keeps all scores), and their inputs."""
+    shared: dict[str, Any] = {
+        "vocab_size": 8, "width": WIDTH, "num_layers": 1, "num_heads": spec.heads,
+        "num_kv_heads": spec.kv_heads, "head_dim": spec.key_dim, "value_head_dim": spec.value_dim,
+        "mlp_width": 8, "compute_dtype": spec.dtype,
+    }  # fmt: skip
+    sparse = ModelConfig(
+        **shared, attention="nsa", nsa=NSAConfig(**spec.sizes, implementation=implementation)
+    )
+    full = ModelConfig(**shared)
+    positions = jnp.broadcast_to(jnp.arange(spec.length, dtype=jnp.int32)[None], (spec.batch, spec.length))
+    dense = cudnn if jax.default_backend() == "gpu" else kept_scores
+
+    def nsa_layer(x, params):
+        where = Where(positions, rotary=tables(positions, sparse)[0])
+        return attention(params, x, where, sparse, kind="nsa")[0], None
+
+    def full_layer(x, params):
+        q, k, v = projections(params, x, full, "full")
+        turn = tables(positions, full)[0]
+        out = dense(rotate(q, turn), rotate(k, turn), v)
+        return jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype)), None
+
+    make = lambda config: jax.tree.map(  # noqa: E731
+        lambda p: p[0], init_params(config, jax.random.key(0))["layers"]["attention"]
+    )
+    shape, dtype = (spec.batch, spec.length, WIDTH), jnp.dtype(spec.dtype)
+    x, d_out = (jax.random.normal(jax.random.key(i), shape, dtype) for i in (1, 2))
+    data = {
+        "x": x,
+        "d_out": d_out,
+        "sparse": jax.jit(make, static_argnums=0)(sparse),
+        "full": jax.jit(make, static_argnums=0)(full),
+    }
+    return [
+        Subject(f"layer, nsa [{implementation}]", nsa_layer, ("x", "sparse")),
+        Subject("layer, full attention", full_layer, ("x", "full")),
+    ], data
