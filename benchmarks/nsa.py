@@ -239,15 +239,16 @@ def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
     shape = {n: getattr(spec, n) for n in ("heads", "kv_heads", "key_dim", "value_dim", "dtype")}
     blocks = {n: spec.sizes[n] for n in ("block_len", "stride", "block_size", "num_blocks", "window")}
     arguments = nsa_decode.Arguments(
-        a.out, lengths=(spec.length,), batches=a.decode_batches, **shape, **blocks
-    )
+        a.out, implementations=tuple(dict.fromkeys(("xla", *a.implementations))),
+        lengths=(spec.length,), batches=a.decode_batches, **shape, **blocks,
+    )  # fmt: skip
     rows = []
     for row in nsa_decode.rows(arguments):
-        for name in ("nsa", "dense"):
-            about = {"spec": spec.name, "length": row["length"], "batch": row["batch"], "part": "decode"}
-            title = f"decode, {name}, batch {row['batch']}"
-            counted = {what: row[f"{name}_{what}"] for what in ("tokens", "bytes")}
-            rows.append({**about, "name": title, "median_s": row[name]["wall_s"], **counted})
+        about = {"spec": spec.name, "length": row["length"], "batch": row["batch"], "part": "decode"}
+        found = {what: value for what, value in row.items() if what in ("tokens", "bytes", "reason")}
+        if "wall_s" in row:
+            found |= {"median_s": row["wall_s"], "differs": row["differs_from_first_of_kind"]}
+        rows.append({**about, "name": f"decode, {row['name']}, batch {row['batch']}", **found})
     return rows
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from tqdm import tqdm
 
 from jaxlab.files import write_json
 from jaxlab.provenance import environment
 from kernels_pallas.nsa import (
+    Implementation,
     NewTokens,
     NsaCache,
     append_tokens,
@@ -38,6 +40,8 @@ class Arguments:
 
     out: Path
     """JSON file to write."""
+    implementations: tuple[Implementation, ...] = ("xla",)
+    """Of NSA."""
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
     """Tokens in the cache before the first step."""
     batches: tuple[int, ...] = (1,)
@@ -69,14 +73,19 @@ def draw(key: jax.Array, like: Any) -> Any:
     return jax.tree.unflatten(tree, drawn)
 
 
-def nsa(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
-    """One step, and the cache that it carries."""
+Step = Callable[..., tuple[Any, jax.Array]]
+"""(cache, q, k, v, gates) -> cache, output"""
+
+
+def nsa(implementation: Implementation, a: Arguments, batch: int, length: int) -> tuple[Step, Any]:
+    """One step, and the cache that it carries; all sequences hold the same."""
     blocks = {"block_len": a.block_len, "stride": a.stride}
     cache = init_cache(
-        batch, length + a.steps, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
+        1, length + a.steps, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
         dtype=jnp.dtype(a.dtype), block_size=a.block_size, window=a.window, **blocks,
     )  # fmt: skip
-    cache = draw(jax.random.key(1), cache)._replace(length=jnp.full((batch,), length, jnp.int32))
+    cache = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), draw(jax.random.key(1), cache))
+    cache = cache._replace(length=jnp.full((batch,), length, jnp.int32))
 
     def compress(k, v, starts):
         return k.mean(axis=1, keepdims=True), v.mean(axis=1, keepdims=True)
@@ -85,23 +94,31 @@ def nsa(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], Any]
         cache, recent = append_tokens(cache, NewTokens(k, v, k, v, k, v), compress, **blocks)
         out, _ = cached_attention(
             cache, recent, q, gates, block_size=a.block_size, num_blocks=a.num_blocks, window=a.window,
-            **blocks,
+            implementation=implementation, **blocks,
         )  # fmt: skip
         return cache, out
 
     return step, cache
 
 
-def dense(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
-    """As many heads and the same dimensions over all tokens."""
+def dense(cudnn: bool, a: Arguments, batch: int, length: int) -> tuple[Step, Any]:
+    """As many heads and the same dimensions over all tokens; for cuDNN values are padded to the keys' dim."""
     rows = length + a.steps
-    shapes = [jnp.zeros((batch, rows, a.kv_heads, d), jnp.dtype(a.dtype)) for d in (a.key_dim, a.value_dim)]
-    cache = (*draw(jax.random.key(1), shapes), jnp.asarray(length, jnp.int32))
+    dims = (a.key_dim, a.key_dim if cudnn else a.value_dim)
+    drawn = draw(jax.random.key(1), [jnp.zeros((1, rows, a.kv_heads, d), jnp.dtype(a.dtype)) for d in dims])
+    cache = (*(jnp.repeat(x, batch, axis=0) for x in drawn), jnp.asarray(length, jnp.int32))
 
     def step(cache, q, k, v, gates):
         keys, values, at = cache
+        v = jnp.pad(v, ((0, 0),) * 3 + ((0, dims[1] - v.shape[3]),))
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, at, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v, at, axis=1)
+        if cudnn:
+            held = jnp.full((batch,), at + 1, jnp.int32)
+            out = jax.nn.dot_product_attention(
+                q, keys, values, key_value_seq_lengths=held, implementation="cudnn"
+            )
+            return (keys, values, at + 1), out[..., : a.value_dim]
         q = q.reshape(batch, a.kv_heads, a.heads // a.kv_heads, a.key_dim)
         scores = jnp.einsum("bhgd,bshd->bhgs", q, keys, preferred_element_type=jnp.float32)
         seen = jnp.arange(rows, dtype=jnp.int32) <= at
@@ -112,8 +129,20 @@ def dense(a: Arguments, batch: int, length: int) -> tuple[Callable[..., Any], An
     return step, cache
 
 
-def measure(a: Arguments, make: Callable[..., Any], batch: int, length: int) -> dict[str, float]:
-    """Seconds for one decoded token of every sequence."""
+Make = Callable[[Arguments, int, int], tuple[Step, Any]]
+
+
+def peers(a: Arguments) -> dict[str, Make]:
+    """Name -> what makes the step and the cache."""
+    found: dict[str, Make] = {f"nsa {name}": functools.partial(nsa, name) for name in a.implementations}
+    found["dense"] = functools.partial(dense, False)
+    if jax.default_backend() == "gpu":
+        found["dense cuDNN"] = functools.partial(dense, True)
+    return found
+
+
+def measure(a: Arguments, make: Make, batch: int, length: int) -> dict[str, Any]:
+    """Seconds for one decoded token of every sequence, and the sum of the outputs."""
     step, cache = make(a, batch, length)
     shapes = [(a.heads, a.key_dim), (a.kv_heads, a.key_dim), (a.kv_heads, a.value_dim), (a.heads, 3)]
     like = [jnp.zeros((batch, 1, *shape), jnp.dtype(a.dtype)) for shape in shapes]
@@ -145,13 +174,14 @@ def measure(a: Arguments, make: Callable[..., Any], batch: int, length: int) -> 
         wall.append(time.perf_counter() - start)
         processor.append(time.process_time() - used)
     if not jnp.isfinite(total):
-        raise FloatingPointError(f"{make.__name__} at {length} tokens gave {total}")
-    return {"wall_s": min(wall) / a.steps, "processor_s": min(processor) / a.steps}
+        raise FloatingPointError(f"the outputs at {length} tokens sum up to {total}")
+    times = {"wall_s": min(wall) / a.steps, "processor_s": min(processor) / a.steps}
+    return times | {"output": np.asarray(jax.jit(step)(reset(cache), *inputs)[1], np.float32)}
 
 
 def rows(a: Arguments) -> list[dict[str, Any]]:
     """One for every length and batch."""
-    found = []
+    found: list[dict[str, Any]] = []
     points = [(length, batch) for length in a.lengths for batch in a.batches]
     for length, batch in (bar := tqdm(points, leave=False)):
         bar.set_postfix_str(f"{length} tokens x {batch}")
@@ -160,22 +190,42 @@ def rows(a: Arguments) -> list[dict[str, Any]]:
             itemsize=jnp.dtype(a.dtype).itemsize, stride=a.stride, block_size=a.block_size,
             num_blocks=a.num_blocks, window=a.window,
         )  # fmt: skip
-        row: dict[str, Any] = {"length": length, "batch": batch, **traffic._asdict()}
-        found.append(row | {"nsa": measure(a, nsa, batch, length), "dense": measure(a, dense, batch, length)})
+        outputs: dict[str, np.ndarray] = {}
+        for name, make in peers(a).items():
+            kind = name.partition(" ")[0]
+            row: dict[str, Any] = {"name": name, "length": length, "batch": batch}
+            row |= {what: getattr(traffic, f"{kind}_{what}") for what in ("tokens", "bytes")}
+            try:
+                row |= measure(a, make, batch, length)
+            except Exception as error:  # any reason why a peer does not run belongs into its row
+                found.append({**row, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
+                continue
+            output = row.pop("output")
+            # Of a step; where scores are nearly equal bfloat16 may choose another block.
+            row["differs_from_first_of_kind"] = relative_error(output, outputs.setdefault(kind, output))
+            found.append(row)
     return found
+
+
+def relative_error(x: np.ndarray, reference: np.ndarray) -> float:
+    """RMS of the difference over RMS of the reference."""
+    return float(np.sqrt(np.mean((x - reference) ** 2) / np.mean(reference**2)))
 
 
 def main(a: Arguments) -> None:
     found = rows(a)
     write_json(a.out, {"arguments": dataclasses.asdict(a), "environment": environment(), "rows": found})
-    print("length batch  tokens read nsa / dense  MiB read nsa / dense   ms a step nsa / dense  factor")
+    print(" tokens batch name               tokens read   MiB read  ms a step  times dense  differs")
     for r in found:
-        mib = [r["batch"] * r[f"{name}_bytes"] / 2**20 for name in ("nsa", "dense")]
-        ms = [1e3 * r[name]["wall_s"] for name in ("nsa", "dense")]
-        print(
-            f"{r['length']:6d} {r['batch']:5d} {r['nsa_tokens']:12d} / {r['dense_tokens']:6d} "
-            f"{mib[0]:13.2f} / {mib[1]:7.2f} {ms[0]:13.3f} / {ms[1]:8.3f} {ms[1] / ms[0]:7.2f}"
-        )
+        about = f"{r['length']:7d} {r['batch']:5d} {r['name']:18s} {r['tokens']:11d}"
+        about += f" {r['batch'] * r['bytes'] / 2**20:10.2f}"
+        if "reason" in r:
+            print(f"{about}  {r['reason']}")
+            continue
+        here = [d for d in found if (d["length"], d["batch"]) == (r["length"], r["batch"])]
+        peer = [d["wall_s"] for d in here if d["name"].startswith("dense") and "wall_s" in d]
+        factor = f"{min(peer) / r['wall_s']:12.2f}" if peer else " " * 12
+        print(f"{about} {1e3 * r['wall_s']:10.3f} {factor} {r['differs_from_first_of_kind']:8.1e}")
 
 
 if __name__ == "__main__":

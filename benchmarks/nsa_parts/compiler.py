@@ -1,6 +1,5 @@
 """The Hopper kernels of one branch compiled for an H100 that is not there."""
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import h100
 from kernels_pallas.nsa import compressed_attention, select_blocks, selected_attention, window_attention
 from kernels_pallas.nsa.arg_specs import ArgSpec
 from kernels_pallas.nsa.support import compiled_elsewhere
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from tests.kernels_pallas import h100
 
 BRANCHES = ("compression", "selection", "window")
 OPERANDS = {

@@ -112,14 +112,20 @@ def ranges(visible: Visible, rows: int, keys: int) -> Ranges:
 
 
 def readers(plan: Ranges, tiles: int) -> Int[Array, "B tiles 2"]:
-    """First and end of the tiles of rows that read each tile of keys."""
-    key_tile = jnp.arange(tiles, dtype=jnp.int32)[None, :, None]
-    start, stop = plan.bounds[:, None, :, 0], plan.bounds[:, None, :, 3]
-    reads = (start <= key_tile) & (key_tile < stop)
-    number = jnp.arange(reads.shape[2], dtype=jnp.int32)[None, None]
-    first = jnp.min(jnp.where(reads, number, LARGEST), axis=2)
-    end = jnp.max(jnp.where(reads, number + 1, 0), axis=2)
-    return jnp.stack([jnp.minimum(first, end), end], axis=2)
+    """First and end of the tiles of rows among which are all that read each tile of keys."""
+    start, stop = plan.bounds[..., 0], plan.bounds[..., 3]
+    start = jnp.where(stop > start, start, LARGEST)
+    key_tile = jnp.arange(tiles, dtype=jnp.int32)
+
+    def of_row(start: Array, stop: Array) -> tuple[Array, Array]:
+        # The first that stops behind the tile, and the last that starts no later: by maxima from the front
+        # and minima from the back, which are in order.
+        first = jnp.searchsorted(lax.cummax(stop), key_tile, side="right")
+        end = jnp.searchsorted(lax.cummin(start, reverse=True), key_tile, side="right")
+        return first, end
+
+    first, end = jax.vmap(of_row)(start, stop)
+    return jnp.stack([jnp.minimum(first, end), end], axis=2).astype(jnp.int32)
 
 
 def lists(layout: Rows, indices: Int[Array, "B T Hkv n"], blocks: int, rows: int, warpgroups: int) -> Lists:

@@ -1,13 +1,13 @@
-"""Where ptxas' reports go."""
-
-import os
+"""Where reports of compiled kernels go."""
 
 import pytest
+
+from kernels_pallas import h100
 
 
 @pytest.fixture(scope="session")
 def dump(tmp_path_factory):
-    """A folder for `h100.compile_for_h100`; its name is read when the first kernel is compiled."""
+    """One folder for all of them: its name is read when the first kernel is compiled."""
     folder = tmp_path_factory.mktemp("ptxas")
-    os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
+    h100.dump_to(folder)
     return folder

@@ -6,10 +6,10 @@ from collections import Counter
 import jax
 import pytest
 
+from kernels_pallas import h100
 from kernels_pallas.nsa import nsa_attention
 from kernels_pallas.nsa.arg_specs import with_tag
 from kernels_pallas.nsa.support import compiled_elsewhere
-from tests.kernels_pallas import h100
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 
@@ -17,13 +17,6 @@ SPECS = with_tag("compile")
 KERNELS = {"nsa_forward": 3, "nsa_group_shares": 1, "nsa_query_gradient": 3, "nsa_key_gradients": 3}
 """One of each for compression, selection and window."""
 QUICK = [name for name, spec in SPECS.items() if spec.length == 65536]
-
-
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ptxas")
-    h100.dump_to(folder)
-    return folder
 
 
 def step(args, d_out):

@@ -1,29 +1,19 @@
 """Selection in the order of the blocks, compiled for an H100 with 64 heads: no spilled registers, and memory
 that does not hold the parts of all heads at once."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels_pallas import h100
 from kernels_pallas.nsa import mosaic_gpu
 from kernels_pallas.nsa.selection import Block
 from kernels_pallas.nsa.support import compiled_elsewhere
 from kernels_pallas.nsa.tiling import Places
-from tests.kernels_pallas import h100
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 
 LENGTH, HEADS, KEY_DIM, VALUE_DIM, SLOTS = 65536, 64, 192, 128, 16
-
-
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory):
-    """Where ptxas' reports go: read from the environment when the first kernel is compiled."""
-    folder = tmp_path_factory.mktemp("ptxas")
-    os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
-    return folder
 
 
 @pytest.mark.parametrize("groups", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
