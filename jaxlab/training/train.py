@@ -164,7 +164,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         )  # fmt: skip
         if dense is not None:
             dense_params = {**state.params, **loaded}
-            found = measure_retrofit(dense_params, dense, state.params, model, _held_out(setup))
+            measure = on_mesh(measure_retrofit, setup.mesh)
+            found = measure(dense_params, dense, state.params, model, _held_out(setup))
             run.log(step=0, retrofit=found)
             print(f"retrofit of the dense model {setup.initial.folder}: {told(found)}")
             del dense_params

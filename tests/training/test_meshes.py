@@ -1,20 +1,32 @@
 """Heads and sequences split over devices: loss and gradients are those of one device, and refusals."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxlab.config import build
+from jaxlab.data.source import make_source
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import forward
+from jaxlab.models import forward, init_params
 from jaxlab.models.mesh import Part, in_parts, split_tokens
+from jaxlab.training import train
 from jaxlab.training.sharding import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings
+from jaxlab.training.step import loss_sum
 from tests.models.tiny import draw_params, draw_tokens, make_config
-from tests.training.on_meshes import MODELS, compare
+from tests.training.on_meshes import LENGTH, MODELS, compare
 
 BOTH = MeshConfig(data=1, model=2, context=2)
 CONTEXT = MeshConfig(data=1, context=4)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -101,3 +113,36 @@ def test_models_that_cannot_be_split():
         run(draw_tokens(config, 2, 8), MeshConfig(data=1, model=4))
     with pytest.raises(ConfigError, match=r"mesh\.context: sequences of 6 tokens cannot"):
         run(draw_tokens(config, 2, 6), CONTEXT)
+
+
+def test_run_py_trains_on_eight_devices(tmp_path):
+    """With NSA, examples over two devices, heads over two, sequences over two."""
+    (tmp_path / "text.py").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(99)))
+    config = {
+        "model": asdict(replace(MODELS["nsa"], vocab_size=256)),
+        "mesh": {"data": 2, "model": 2, "context": 2},
+        "data": {"text": {"path": str(tmp_path / "text.py"), "sequence_length": LENGTH, "holdout_every": 4}},
+        "steps": 2, "batch_size": 4, "accumulation": 2, "log_every": 1, "eval_batches": 1,
+    }  # fmt: skip
+    (tmp_path / "eight.yaml").write_text(json.dumps(config))
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "train",
+        str(tmp_path / "eight.yaml"),
+        "--outputs",
+        str(tmp_path),
+    ]
+    run = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    (metrics,) = tmp_path.glob("train/eight-*/metrics.jsonl")
+    first = json.loads(metrics.read_text().splitlines()[0])
+
+    here = build(train.Config, config)
+    params = jax.jit(init_params, static_argnums=0)(here.model, jax.random.key(0))
+    batch = make_source(here.data).batch(0, 0, 4)
+    total, count = jax.jit(loss_sum, static_argnums=2)(params, batch, here.model)
+    assert first["loss"] == pytest.approx(float(total / count), abs=1e-5)
