@@ -63,11 +63,11 @@ def dump_to(folder: Path) -> None:
 
 
 @functools.cache
-def mesh() -> Mesh:
-    """One abstract H100."""
+def mesh(devices: int = 1) -> Mesh:
+    """Abstract H100s of one host."""
     jax.devices()  # the CPU's backend has to be there first
     topology = topologies.get_topology_desc(
-        topology_name="h100", platform="cuda", target_config=_DEVICE, topology="1x1x1"
+        topology_name="h100", platform="cuda", target_config=_DEVICE, topology=f"1x1x{devices}"
     )
     return Mesh(np.array(topology.devices), ("x",))
 
@@ -102,8 +102,11 @@ def compile_for_h100(function: Callable[..., Any], *args: Any, dump: Path) -> Re
         .compile()
     )
     memory = compiled.memory_analysis()
-    kernels = tuple(_read(path) for path in sorted(dump.glob("*.ptxas")))
-    return Report(kernels, memory.argument_size_in_bytes, memory.temp_size_in_bytes, compiled)
+    return Report(kernels_in(dump), memory.argument_size_in_bytes, memory.temp_size_in_bytes, compiled)
+
+
+def kernels_in(dump: Path) -> tuple[Kernel, ...]:
+    return tuple(_read(path) for path in sorted(dump.glob("*.ptxas")))
 
 
 def _read(path: Path) -> Kernel:

@@ -1,5 +1,6 @@
 """Attention of one layer: projections, positions, the cache, and the kinds full, sliding and nsa."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlab.errors import ConfigError
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import norm, softcap
+from jaxlab.models.mesh import Part, in_parts
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from jaxlab.models.rotary import Rotary, rotary_table, rotate
@@ -218,19 +220,52 @@ def _dense(
         if config.attention_softcap is not None or where.together is not None:
             raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
         return probed_attention(q, k, v, probe, segment_ids=where.segment_ids, window=window, scale=scale)
+    if cached or not causal:
+        return _dense_part(q, k, v, where, config, window, causal, cached, scale)
+
+    def core(
+        tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
+    ) -> tuple[Array, None]:
+        q, k, v = tokens
+        if part is not None:
+            k, v = part.whole(k), part.whole(v)
+        here = where._replace(**dict(zip(of_keys, rows, strict=True)))
+        return _dense_part(q, k, v, here, config, window, causal, cached, scale, part), None
+
+    of_keys = ("segment_ids", "together", "visible")
+    return in_parts(core, (q, k, v), tuple(getattr(where, name) for name in of_keys), None)[0]
+
+
+def _dense_part(
+    q: Array,
+    k: Array,
+    v: Array,
+    where: Where,
+    config: ModelConfig,
+    window: int | None,
+    causal: bool,
+    cached: bool,
+    scale: float,
+    part: Part | None = None,
+) -> Array:
+    """Of all queries, or of those of one stretch; `where` is of all keys."""
     if config.attention_implementation == "chunked" and not cached:
         if not causal or where.together is not None or where.visible is not None:
             raise ValueError("chunked attention is causal and knows no images; use xla")
-        reach = q.shape[1] if window is None else window
-        return window_attention(q, k, v, window=reach, scale=scale, segment_ids=where.segment_ids)
+        reach = k.shape[1] if window is None else window
+        positions = None if part is None else part.positions(q.shape[0])
+        return window_attention(
+            q, k, v, window=reach, scale=scale, segment_ids=where.segment_ids, q_positions=positions
+        )
+    mask = lambda: _mask(where, q, k.shape[1], window, causal, cached, part)  # noqa: E731
     if config.attention_implementation in ("xla", "chunked"):
-        mask = _mask(where, k.shape[1], window, causal, cached)
-        return _softmax_attention(q, k, v, mask, scale, config.attention_softcap)
+        return _softmax_attention(q, k, v, mask(), scale, config.attention_softcap)
     kwargs: dict[str, Any] = {"implementation": config.attention_implementation, "scale": scale}
-    if not cached and where.segment_ids is None and where.together is None and where.visible is None:
+    plain = where.segment_ids is None and where.together is None and where.visible is None
+    if plain and not cached and part is None:
         kwargs |= {"is_causal": causal, "local_window_size": None if window is None else (window - 1, 0)}
     else:
-        kwargs["mask"] = _mask(where, k.shape[1], window, causal, cached)[:, None]
+        kwargs["mask"] = mask()[:, None]
     with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
         return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
@@ -262,11 +297,23 @@ def _softmax_attention(
 
 
 def _mask(
-    where: Where, source_len: int, window: int | None, causal: bool, cached: bool
+    where: Where,
+    q: Float[Array, "B T H Dk"],
+    source_len: int,
+    window: int | None,
+    causal: bool,
+    cached: bool,
+    part: Part | None,
 ) -> Bool[Array, "B T S"]:
-    batch, target_len = where.positions.shape[:2]
-    targets = where.rows if cached else jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
-    assert targets is not None
+    batch, target_len = q.shape[:2]
+    if part is not None:
+        targets = part.positions(batch)
+    elif cached:
+        assert where.rows is not None
+        targets = where.rows
+    else:
+        targets = jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
+    of_targets = lambda x: x if part is None else part.own(x)  # noqa: E731
     behind = targets[:, :, None] - jnp.arange(source_len)[None, None]
     mask = behind >= 0 if causal else jnp.ones_like(behind, dtype=bool)
     if window is not None and not where.together_in_window:
@@ -278,14 +325,14 @@ def _mask(
             of_sources = jax.vmap(lambda e, n, r: e.at[r].set(n, mode="drop"))(
                 empty, where.together, where.rows
             )
-        same = where.together[:, :, None] == of_sources[:, None, :]
-        mask |= same & (where.together > 0)[:, :, None]
+        together = of_targets(where.together)
+        mask |= (together[:, :, None] == of_sources[:, None, :]) & (together > 0)[:, :, None]
     if window is not None and where.together_in_window:
         mask &= behind < window
     if where.visible is not None and not cached:
         mask &= where.visible[:, None, :]
     if where.segment_ids is not None and not cached:
-        mask &= where.segment_ids[:, :, None] == where.segment_ids[:, None, :]
+        mask &= of_targets(where.segment_ids)[:, :, None] == where.segment_ids[:, None, :]
     return mask
 
 
@@ -300,16 +347,15 @@ def _nsa(
     probe: Probe | None,
 ) -> tuple[Array, Choice]:
     """Three branches with their own keys and values."""
-    starts = where.positions[:, : max(0, k.shape[2] - config.nsa.block_len + 1) : config.nsa.stride]
-    k_cmp, v_cmp = _compress(params, config, k[:, 0], v[:, 0], starts)
+    n, segment_ids = config.nsa, where.segment_ids
+    starts = where.positions[:, : max(0, k.shape[2] - n.block_len + 1) : n.stride]
     k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
-    n = config.nsa
     gates = _gates_of_branches(params, x, config)
-    operands = (q, k_cmp, v_cmp, k_slc, v[:, 1], k_win, v[:, 2], gates)
-    segment_ids = where.segment_ids
     if probe is not None:
         if n.selector != "compressed":
             raise ValueError("flows and blocking know no selector of NSA but compressed")
+        compressed = _compress(params, config, k[:, 0], v[:, 0], starts)
+        operands = (q, *compressed, k_slc, v[:, 1], k_win, v[:, 2], gates)
         return probed_nsa_attention(*operands, probe, segment_ids=segment_ids, **_sizes(config)), Choice()
     indices, loss = None, None
     if n.selector != "compressed" and "selection" in n.branches:
@@ -322,21 +368,49 @@ def _nsa(
             importance = auxiliary_scores(params["selector"], x, n.block_size)
             loss = auxiliary_loss(importance, _of_groups(q, config), k_slc, n, scale=scale)
         indices = _best_blocks(importance, config, segment_ids=segment_ids)
+    out, chosen = in_parts(
+        functools.partial(_nsa_part, config=config),
+        (q, k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2], gates), (starts, segment_ids),
+        {name: params[name] for name in ("compress_key", "compress_value")}, indices,
+        unit=n.stride, least=n.block_len - n.stride,
+    )  # fmt: skip
+    return out, Choice(chosen, loss)
+
+
+def _nsa_part(
+    tokens: tuple[Array, ...],
+    rows: tuple[Array, Array | None],
+    params: Params,
+    indices: Array | None,
+    part: Part | None,
+    config: ModelConfig,
+) -> tuple[Array, Array | None]:
+    """Output and choice of all queries, or of those of one stretch of the sequence.
+
+    A stretch compresses the blocks that begin in it, the last ones with the first tokens of the next, so that
+    their tokens are never gathered, only the compressed keys and values of all stretches.
+    """
+    (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
+    n, positions = config.nsa, None
+    k_cmp, v_cmp = _compress(params, config, k, v, starts, part)
+    if part is not None:
+        others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
+    k_slc, v_slc, k_win, v_win = others
     try:
         out, branches = nsa_attention(
-            *operands, segment_ids=segment_ids, indices=indices, **_sizes(config),
-            implementation=None if n.implementation == "auto" else n.implementation,
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates,
+            segment_ids=segment_ids, indices=indices, q_positions=positions,
+            implementation=None if n.implementation == "auto" else n.implementation, **_sizes(config),
         )  # fmt: skip
     except NotImplementedError as error:  # the kernel that was named does not take the case, or not here
         raise ConfigError(str(error), key="model.nsa.implementation") from error
     there = [branch in n.branches for branch in BRANCHES]
     if all(there):
-        return out, Choice(branches.indices, loss)
+        return out, branches.indices
     # What the other branches would give is not used, so it is not computed.
     outputs = zip(there, (branches.compressed, branches.selected, branches.window), strict=True)
     parts = [gates[..., i, None].astype(q.dtype) * y for i, (used, y) in enumerate(outputs) if used]
-    chosen = branches.indices if "selection" in n.branches else None
-    return jax.tree.reduce(jnp.add, parts), Choice(chosen, loss)
+    return jax.tree.reduce(jnp.add, parts), branches.indices if "selection" in n.branches else None
 
 
 def _nsa_cached(
@@ -380,13 +454,23 @@ def _nsa_cached(
 
 
 def _compress(
-    params: Params, config: ModelConfig, k: Array, v: Array, starts: Int[Array, "B M *axes"]
+    params: Params,
+    config: ModelConfig,
+    k: Array,
+    v: Array,
+    starts: Int[Array, "B M *axes"],
+    part: Part | None = None,
 ) -> tuple[Array, Array]:
     """Compressed keys are built from un-rotated keys and take the rotary position of their block's first
-    token."""
+    token; all of them, where k and v are one stretch of the tokens."""
+    if part is not None:
+        beyond = config.nsa.block_len - config.nsa.stride
+        k, v = part.with_next(k, beyond), part.with_next(v, beyond)
     sizes: dict[str, Any] = {"block_len": config.nsa.block_len, "stride": config.nsa.stride}
     k_cmp = compress_blocks(k, _cast(params["compress_key"], k.dtype), **sizes)
     v_cmp = compress_blocks(v, _cast(params["compress_value"], v.dtype), **sizes)
+    if part is not None:  # blocks that run past the end are no blocks
+        k_cmp, v_cmp = part.whole(k_cmp)[:, : starts.shape[1]], part.whole(v_cmp)[:, : starts.shape[1]]
     if config.position == "rotary":
         k_cmp = rotate(k_cmp, rotary_table(starts, config.rope, config.rotary_dim), config.rope.interleaved)
     return k_cmp, v_cmp

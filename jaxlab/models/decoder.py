@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.models.attention import Cache, Where
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import norm, softcap
+from jaxlab.models.mesh import split_tokens
 from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import tables
@@ -58,7 +59,7 @@ def forward(
         probe=probe, cache=cache, additions=additions,
     )  # fmt: skip
 
-    x = norm(params["final_norm"], layers.x, config)
+    x = norm(params["final_norm"], split_tokens(layers.x), config)
     head = params["embedding"]["table"].T if config.tie_embeddings else params["head"]["table"]
     logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     if config.head_bias:

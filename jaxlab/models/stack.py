@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxlab.models.attention import Cache, Choice, LayerCache, Where, attention, join_cache, part_cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import mlp, norm
+from jaxlab.models.mesh import split_tokens
 from jaxlab.models.modules import Params
 from jaxlab.models.moe import experts
 from jaxlab.models.probe import Probe
@@ -100,6 +101,8 @@ def _scan(
         (x, pool), (p, layer_probe, own) = carry, of_layer
         if layer_probe is not None:
             layer_probe = layer_probe.join(shared)
+        if causal:
+            x = split_tokens(x)
         normed = norm(p["attention_norm"], x, config)
         y, layer_cache, choice = attention(
             p["attention"],

@@ -1,17 +1,20 @@
 """The mesh, and the one table from logical axis names to mesh axes."""
 
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import Batch, ModelConfig, Params, abstract_params, logical_axes
+from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH,
     "embed": "fsdp",
     "block": None,
     "branch": None,
@@ -21,14 +24,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "frames": None,
     "gate": None,
     "head_dim": None,
-    "heads": None,
-    "kv_heads": None,
+    "heads": HEADS,
+    "kv_heads": HEADS,
     "layers": None,
-    "mlp": None,
+    "mlp": HEADS,
     "pixels": None,
     "position": None,
     "ratio": None,
     "tile": None,
+    "tokens": CONTEXT,
     "vocab": None,
 }
 """Logical axis -> mesh axis (None: not split). An axis that is not named here is an error."""
@@ -43,14 +47,19 @@ class MeshConfig:
     fsdp: int = 1
     """Devices that see different examples and split the parameters and the optimizer's state."""
 
+    model: int = 1
+    """Devices that see the same examples, each for its heads and hidden units; it divides their numbers."""
+    context: int = 1
+    """Devices that split each sequence, a stretch each; queries stay, keys and values are gathered."""
+
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise ConfigError(
-                    f"must be at least 1, or -1 for the rest, is {getattr(self, name)}", key=name
-                )
-        if self.data == -1 and self.fsdp == -1:
-            raise ConfigError("only one axis can take the rest (-1)", key="fsdp")
+        rest = False
+        for name, devices in asdict(self).items():
+            if devices < 1 and devices != -1:
+                raise ConfigError(f"must be at least 1, or -1 for the rest, is {devices}", key=name)
+            if rest and devices == -1:
+                raise ConfigError("only one axis can take the rest (-1)", key=name)
+            rest = rest or devices == -1
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -60,13 +69,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices()
-    sizes = {"data": config.data, "fsdp": config.fsdp}
-    named = int(np.prod([n for n in sizes.values() if n != -1]))
+    sizes: dict[str, int] = asdict(config)
+    named = math.prod(n for n in sizes.values() if n != -1)
     sizes = {axis: max(1, len(devices) // named) if n == -1 else n for axis, n in sizes.items()}
-    total = int(np.prod(list(sizes.values())))
-    if total > len(devices) or (total < len(devices) and -1 in (config.data, config.fsdp)):
+    total = math.prod(sizes.values())
+    if total > len(devices) or (total < len(devices) and -1 in asdict(config).values()):
         raise UserError(
-            f"mesh {sizes} needs {total} devices, {len(devices)} are here; set mesh.data and mesh.fsdp"
+            f"mesh {sizes} needs {total} devices, {len(devices)} are here; set mesh.data and its other axes"
         )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total]
@@ -112,11 +121,49 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     return jax.tree_util.tree_map_with_path(place, abstract_params(config), logical_axes(config))
 
 
-def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Examples split over every device; whole on each one where their number does not allow it."""
-    return NamedSharding(mesh, PartitionSpec() if rows % mesh.size else partition_spec(("batch",)))
+def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
+    """Whether batches of `rows` sequences of `length` tokens can be split over `mesh`.
+
+    Raises:
+      UserError: they cannot.
+    """
+    parts = _batch_parts(mesh)
+    if rows % parts:
+        raise UserError(
+            f"a part of {rows} sequences cannot be split over {parts} devices; "
+            "change batch_size, accumulation or mesh"
+        )
+    n = model.nsa
+    sizes = {"unit": n.stride, "least": n.block_len - n.stride} if model.attention == "nsa" else {}
+    check_length(length, mesh.shape[CONTEXT], **sizes)
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Examples split over devices, whole on each one where their number does not allow it; what a batch holds
+    of each token over `context` besides."""
+    rows, length = batch["tokens"].shape
+    examples = None if rows % _batch_parts(mesh) else RULES["batch"]
+    of_tokens = PartitionSpec(examples, RULES["tokens"])
+    spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else PartitionSpec(examples)  # noqa: E731
+    return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """`batch` on the devices of `mesh`."""
-    return jax.device_put(batch, batch_sharding(mesh, len(batch["tokens"])))
+    return jax.device_put(batch, batch_shardings(batch, mesh))
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function` traced with `mesh` set, as its attention has to know it (jaxlab/models/mesh.py); to be
+    jitted."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def _batch_parts(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in BATCH)

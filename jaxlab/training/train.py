@@ -25,7 +25,14 @@ from jaxlab.training.memory import bytes_per_device, compiled_memory
 from jaxlab.training.metrics import Stopwatch, attended_tokens, peak_flops, train_flops_per_token
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxlab.training.retrofit import mean_loss, measure_retrofit, told
-from jaxlab.training.sharding import MeshConfig, batch_sharding, make_mesh, place_batch
+from jaxlab.training.sharding import (
+    MeshConfig,
+    batch_shardings,
+    check_batch,
+    make_mesh,
+    on_mesh,
+    place_batch,
+)
 from jaxlab.training.state import (
     Initial,
     abstract_state,
@@ -118,8 +125,7 @@ def check(config: Config) -> dict[str, Any]:
     """
     setup = prepare(config)
     state = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
-    rows = batch_sharding(setup.mesh, config.batch_size)
-    batch = jax.tree.map(lambda x: _place(x, rows), setup.batch)
+    batch = jax.tree.map(_place, setup.batch, batch_shardings(setup.batch, setup.mesh))
     return {
         **({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}),
         "parameters": count_params(state.params),
@@ -158,7 +164,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         )  # fmt: skip
         if dense is not None:
             dense_params = {**state.params, **loaded}
-            found = measure_retrofit(dense_params, dense, state.params, model, _held_out(setup))
+            measure = on_mesh(measure_retrofit, setup.mesh)
+            found = measure(dense_params, dense, state.params, model, _held_out(setup))
             run.log(step=0, retrofit=found)
             print(f"retrofit of the dense model {setup.initial.folder}: {told(found)}")
             del dense_params
@@ -240,12 +247,6 @@ def prepare(config: Config) -> Setup:
       UserError: mesh, data, model and initial model do not fit together.
     """
     mesh = make_mesh(config.mesh)
-    part = config.batch_size // config.accumulation
-    if part % mesh.size:
-        raise UserError(
-            f"a part of {part} sequences cannot be split over {mesh.size} devices; "
-            "change batch_size, accumulation or mesh"
-        )
     source = make_source(config.data)
     batch = source.batch(config.seed, 0, config.batch_size)
     for seen in (
@@ -253,14 +254,15 @@ def prepare(config: Config) -> Setup:
         *(first_held_out(source, config.batch_size, split) for split in ("validation", "test")),
     ):
         check_fits(seen, config.model)
+        check_batch(len(seen["tokens"]) // config.accumulation, seen["tokens"].shape[1], config.model, mesh)
     initial = Initial() if config.init_from is None else find_initial(config.init_from, config.model, source)
     optimizer = make_optimizer(config.optimizer, config.model, config.steps)
     shardings = state_shardings(config.model, optimizer, mesh)
     step = functools.partial(
         train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
     )
-    update = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    evaluate = functools.partial(evaluate_step, config=config.model)
+    update = jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
+    evaluate = jax.jit(on_mesh(functools.partial(evaluate_step, config=config.model), mesh))
     return Setup(mesh, source, batch, initial, optimizer, shardings, update, evaluate)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlab.training.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings, place_batch
+from jaxlab.training.sharding import MeshConfig, batch_shardings, make_mesh, param_shardings, place_batch
 from jaxlab.training.state import state_shardings
 from jaxlab.training.step import State, train_step
 from tests.models.tiny import VISION, draw_params, draw_tokens, make_config
@@ -66,17 +66,24 @@ def test_four_devices_train_as_one_does(variant, data, fsdp, accumulation):
 
 
 def test_meshes():
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 4, "fsdp": 1}
-    assert dict(make_mesh(MeshConfig(data=2, fsdp=-1)).shape) == {"data": 2, "fsdp": 2}
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 4, "fsdp": 1, "model": 1, "context": 1}
+    assert dict(make_mesh(MeshConfig(data=2, fsdp=-1)).shape) == {
+        "data": 2, "fsdp": 2, "model": 1, "context": 1,
+    }  # fmt: skip
     assert make_mesh(MeshConfig(data=1, fsdp=2)).size == 2
-    mesh = make_mesh(MeshConfig())
-    assert batch_sharding(mesh, 8).shard_shape((8, 5)) == (2, 5)
-    assert batch_sharding(mesh, 6).shard_shape((6, 5)) == (6, 5)
+    batch = {"tokens": np.zeros((8, 6)), "images": np.zeros((8, 6, 2))[:, :3]}
+    stretch = lambda batch, mesh, name="tokens": (  # noqa: E731
+        batch_shardings(batch, make_mesh(mesh))[name].shard_shape(batch[name].shape)
+    )
+    assert stretch(batch, MeshConfig()) == (2, 6)
+    assert stretch({"tokens": np.zeros((6, 6))}, MeshConfig()) == (6, 6)
+    assert stretch(batch, MeshConfig(fsdp=2, context=2, data=1)) == (4, 3)
+    assert stretch(batch, MeshConfig(context=2), "images") == (4, 3, 2)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (-1, 3), (-1, 8), (3, 2)])
 def test_a_mesh_that_does_not_fit_the_devices(data, fsdp):
-    with pytest.raises(UserError, match=r"devices, 4 are here; set mesh\.data and mesh\.fsdp"):
+    with pytest.raises(UserError, match=r"devices, 4 are here; set mesh\.data and its other axes"):
         make_mesh(MeshConfig(data=data, fsdp=fsdp))
 
 

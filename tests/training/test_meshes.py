@@ -1,0 +1,148 @@
+"""Heads and sequences split over devices: loss and gradients are those of one device, and refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxlab.config import build
+from jaxlab.data.source import make_source
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.models import forward, init_params
+from jaxlab.models.mesh import Part, in_parts, split_tokens
+from jaxlab.training import train
+from jaxlab.training.sharding import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings
+from jaxlab.training.step import loss_sum
+from tests.models.tiny import draw_params, draw_tokens, make_config
+from tests.training.on_meshes import LENGTH, MODELS, compare
+
+BOTH = MeshConfig(data=1, model=2, context=2)
+CONTEXT = MeshConfig(data=1, context=4)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "packed"),
+    [
+        ("nsa", BOTH, True),
+        ("full", CONTEXT, True),
+        pytest.param("sliding", MeshConfig(data=1, model=2), False, marks=pytest.mark.slow),
+        pytest.param("chunked", MeshConfig(data=1, fsdp=2, context=2), True, marks=pytest.mark.slow),
+        pytest.param("nsa", CONTEXT, True, marks=pytest.mark.slow),
+        pytest.param("nsa", MeshConfig(data=1, model=2), False, marks=pytest.mark.slow),
+        pytest.param("nsa_wide", CONTEXT, False, marks=pytest.mark.slow),
+        pytest.param("nsa_min_max", BOTH, True, marks=pytest.mark.slow),
+        pytest.param("nsa_auxiliary", BOTH, False, marks=pytest.mark.slow),
+        pytest.param("nsa_shared", BOTH, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_gives_what_one_device_gives(name, mesh, packed):
+    compare(name, mesh, packed=packed)
+
+
+def test_a_stretch_of_a_sequence():
+    mesh = make_mesh(CONTEXT)
+    x = jax.device_put(jnp.arange(24.0).reshape(2, 12, 1), NamedSharding(mesh, PartitionSpec()))
+
+    def core(tokens, rows, weights, blocks, part: Part):
+        assert (part.parts, part.length) == (4, 3)
+        assert part.whole(tokens).shape == (2, 12, 1)
+        after = part.with_next(tokens, 2)[:, 3:]
+        check = jnp.sum(jnp.abs(part.whole(tokens) - rows)) + jnp.sum(jnp.abs(part.own(rows) - tokens))
+        return jnp.pad(after, ((0, 0), (0, 1), (0, 0))) + check, part.positions(2)[:, None]
+
+    after, positions = jax.jit(on_mesh(lambda x: in_parts(core, x, x, None), mesh))(x)
+    expected = np.zeros((2, 12))
+    for start in (0, 3, 6):
+        expected[:, start : start + 2] = x[:, start + 3 : start + 5, 0]
+    np.testing.assert_array_equal(after[..., 0], expected)
+    np.testing.assert_array_equal(positions, np.broadcast_to(np.arange(12), (2, 1, 12)))
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 1, "model": 1}, {"all": 4}])
+def test_without_several_devices_of_our_axes_nothing_happens(axes):
+    seen = []
+    core = lambda *operands: (operands[0], seen.append(operands[4]))  # noqa: E731
+    run = lambda x: split_tokens(in_parts(core, x, None, None)[0])  # noqa: E731
+    if axes is not None:
+        sizes = tuple(axes.values())
+        kinds = (AxisType.Auto,) * len(sizes)
+        mesh = jax.make_mesh(sizes, tuple(axes), kinds, devices=jax.devices()[: np.prod(sizes)])
+        run = on_mesh(run, mesh)
+    assert not jax.make_jaxpr(run)(jnp.zeros((4, 8, 2))).eqns
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "mesh", "message"),
+    [
+        (6, 32, MeshConfig(), "a part of 6 sequences cannot be split over 4 devices"),
+        (
+            4, 30, CONTEXT,
+            "mesh.context: sequences of 30 tokens cannot be split over 4 devices; make their length a "
+            "multiple of 8 and at least 32, or lower mesh.context",
+        ),
+        (4, 24, CONTEXT, "of 8 and at least 32, or lower mesh.context"),
+    ],
+)  # fmt: skip
+def test_batches_that_cannot_be_split(rows, length, mesh, message):
+    with pytest.raises(UserError, match=message):
+        check_batch(rows, length, MODELS["nsa_wide"], make_mesh(mesh))
+    check_batch(8, 32, MODELS["nsa_wide"], make_mesh(mesh))
+
+
+def test_models_that_cannot_be_split():
+    config = make_config(num_heads=6, num_kv_heads=2, mlp_width=8)
+    mesh = make_mesh(MeshConfig(data=1, model=4))
+    with pytest.raises(
+        UserError, match=r"heads axis of \d cannot be split over 4 devices of mesh axis model"
+    ):
+        param_shardings(config, mesh)
+    run = lambda tokens, context: jax.eval_shape(  # noqa: E731
+        on_mesh(lambda t: forward(draw_params(config), {"tokens": t}, config)[0], make_mesh(context)), tokens
+    )
+    with pytest.raises(ConfigError, match=r"mesh\.model: 6 heads cannot be split over 4 devices"):
+        run(draw_tokens(config, 2, 8), MeshConfig(data=1, model=4))
+    with pytest.raises(ConfigError, match=r"mesh\.context: sequences of 6 tokens cannot"):
+        run(draw_tokens(config, 2, 6), CONTEXT)
+
+
+def test_run_py_trains_on_eight_devices(tmp_path):
+    """With NSA, examples over two devices, heads over two, sequences over two."""
+    (tmp_path / "text.py").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(99)))
+    config = {
+        "model": asdict(replace(MODELS["nsa"], vocab_size=256)),
+        "mesh": {"data": 2, "model": 2, "context": 2},
+        "data": {"text": {"path": str(tmp_path / "text.py"), "sequence_length": LENGTH, "holdout_every": 4}},
+        "steps": 2, "batch_size": 4, "accumulation": 2, "log_every": 1, "eval_batches": 1,
+    }  # fmt: skip
+    (tmp_path / "eight.yaml").write_text(json.dumps(config))
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "train",
+        str(tmp_path / "eight.yaml"),
+        "--outputs",
+        str(tmp_path),
+    ]
+    run = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    (metrics,) = tmp_path.glob("train/eight-*/metrics.jsonl")
+    first = json.loads(metrics.read_text().splitlines()[0])
+
+    here = build(train.Config, config)
+    params = jax.jit(init_params, static_argnums=0)(here.model, jax.random.key(0))
+    batch = make_source(here.data).batch(0, 0, 4)
+    total, count = jax.jit(loss_sum, static_argnums=2)(params, batch, here.model)
+    assert first["loss"] == pytest.approx(float(total / count), abs=1e-5)
