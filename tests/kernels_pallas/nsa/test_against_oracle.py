@@ -69,6 +69,17 @@ def test_tiles_of_the_usual_size(name):
     compare(SPECS[name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2, 31, 32, 33, 63, 64, 65, 127, 511, 512, 513, 1000, 2047, 2048, 2049])
+def test_lengths_around_the_papers_blocks(length):
+    compare(
+        Case(
+            length, heads=2, kv_heads=1, key_dim=8, value_dim=4, block_len=32, stride=16, block_size=64,
+            num_blocks=16, num_local=2, window=512,
+        )
+    )  # fmt: skip
+
+
 def test_a_batch_spread_over_devices():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     compare(Case(33, batch=4, heads=2, kv_heads=1), mesh)
