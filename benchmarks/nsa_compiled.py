@@ -10,6 +10,7 @@ a kernel takes longer than the largest of its floors.
 """
 
 import dataclasses
+import re
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from jaxlab.files import write_json
 from jaxlab.provenance import environment
-from kernels_pallas.nsa import counts
+from kernels_pallas.nsa import bytes_per_decoded_token, counts
 from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
 from kernels_pallas.nsa.synthetic import overlapping_indices
 
@@ -42,6 +43,8 @@ class Arguments:
     specs: tuple[str, ...] = tuple(with_tag("compile"))
     overlaps: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)
     """Of the free blocks that neighbouring queries read."""
+    decode_batches: tuple[int, ...] = (1, 8, 64)
+    """Sequences of which one token is decoded at the length of each spec."""
     compile: bool = True
     """False only counts: no compiler is needed."""
 
@@ -97,6 +100,27 @@ def whole(spec: ArgSpec, rows: list[Row], overlaps: tuple[float, ...]) -> list[R
     return found
 
 
+def decoding(spec: ArgSpec, batch: int, dump: Path | None) -> Row:
+    """What a step reads at the least and how long an H100 takes for that, and what was compiled for it."""
+    names = ("stride", "block_size", "num_blocks", "window")
+    traffic = bytes_per_decoded_token(
+        spec.length, kv_heads=spec.kv_heads, key_dim=spec.key_dim, value_dim=spec.value_dim, itemsize=2,
+        **{name: spec.sizes[name] for name in names},
+    )  # fmt: skip
+    bytes_read = {"nsa": batch * traffic.nsa_bytes, "dense": batch * traffic.dense_bytes}
+    row: Row = {"batch": batch}
+    for name, size in bytes_read.items():
+        row |= {f"{name}_bytes": size, f"{name}_floor_ms": 1e3 * size / counts.H100.hbm_bytes}
+    if dump is not None:
+        report = compiler.compile_decoding(spec, batch, dump)
+        row["kernels"] = [dataclasses.asdict(kernel) for kernel in report.kernels]
+        program = report.compiled.as_text()
+        program = program[program.index("ENTRY") :]
+        row["launches"] = len(re.findall(r"= .* (?:fusion|sort|copy|while|custom-call)\(", program))
+        row["temporary_bytes"] = report.temporary_bytes
+    return row
+
+
 def main(a: Arguments) -> None:
     result: Row = {
         "arguments": dataclasses.asdict(a) | {"out": a.out.name},
@@ -117,6 +141,7 @@ def main(a: Arguments) -> None:
             facts, entry["temporary_bytes"] = compiled(spec, dump)
             entry["compiled"] = facts
         entry |= {"counted": rows, "whole": whole(spec, rows, a.overlaps)}
+        entry["decoding"] = [decoding(spec, batch, dump if a.compile else None) for batch in a.decode_batches]
         result["specs"].append(entry | {"seconds": time.perf_counter() - start})
     shutil.rmtree(dump)
     write_json(a.out, result)
@@ -149,6 +174,10 @@ def show(entry: Row) -> None:
         ours = f"forward {row['forward_ms']:.2f} ms, backward {row['backward_ms']:.2f} ms"
         dense = f"dense {row['dense_forward_ms']:.2f} and {row['dense_backward_ms']:.2f} ms"
         print(f"whole at overlap {row['overlap']:g}: {ours}; {dense}")
+    for row in entry["decoding"]:
+        floors = "{nsa_floor_ms:.3f} ms, dense {dense_floor_ms:.3f} ms".format(**row)
+        facts = f"; {row['launches']} launches" if "launches" in row else ""
+        print(f"one token of {row['batch']} sequences: by bytes {floors}{facts}")
     for branch, size in entry.get("temporary_bytes", {}).items():
         print(f"temporary memory of {branch}, forward and backward: {size / 2**20:.0f} MiB")
 

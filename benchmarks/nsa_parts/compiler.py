@@ -1,5 +1,6 @@
 """The Hopper kernels of one branch compiled for an H100 that is not there."""
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import h100
-from kernels_pallas.nsa import compressed_attention, select_blocks, selected_attention, window_attention
+from kernels_pallas.nsa import (
+    Recent,
+    cached_attention,
+    compressed_attention,
+    init_cache,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
 from kernels_pallas.nsa.arg_specs import ArgSpec
 from kernels_pallas.nsa.support import compiled_elsewhere
 
@@ -69,3 +78,22 @@ def compile_choice(spec: ArgSpec, dump: Path) -> Any:
 
     with compiled_elsewhere():
         return h100.compile_for_h100(choice, shapes["q"], shapes["k_cmp"], lse, dump=dump)
+
+
+def compile_decoding(spec: ArgSpec, batch: int, dump: Path) -> Any:
+    """One token of `batch` sequences over caches of `spec.length` tokens."""
+    sizes = {name: spec.sizes[name] for name in ("block_len", "stride", "block_size", "window")}
+    shapes = {"kv_heads": spec.kv_heads, "key_dim": spec.key_dim, "value_dim": spec.value_dim}
+    cache = jax.eval_shape(
+        functools.partial(init_cache, batch, spec.length, **sizes, **shapes, dtype=jnp.dtype(spec.dtype))
+    )
+
+    def step(cache, q, gates, num_new):
+        positions = jnp.zeros((batch, spec.window), jnp.int32)
+        recent = Recent(cache.k_win, cache.v_win, positions, num_new)
+        return cached_attention(cache, recent, q, gates, **spec.sizes, implementation="mosaic_gpu")[0]
+
+    like = lambda *shape: jax.ShapeDtypeStruct((batch, 1, spec.heads, *shape), jnp.dtype(spec.dtype))  # noqa: E731
+    num_new = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    with compiled_elsewhere():
+        return h100.compile_for_h100(step, cache, like(spec.key_dim), like(3), num_new, dump=dump)
