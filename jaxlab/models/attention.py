@@ -232,7 +232,7 @@ def _dense(
         here = where._replace(**dict(zip(of_keys, rows, strict=True)))
         return _dense_part(q, k, v, here, config, window, causal, cached, scale, part), None
 
-    of_keys = ("segment_ids", "together", "visible")
+    of_keys = ("positions", "segment_ids", "together", "visible")
     return in_parts(core, (q, k, v), tuple(getattr(where, name) for name in of_keys), None)[0]
 
 
@@ -257,7 +257,7 @@ def _dense_part(
         return window_attention(
             q, k, v, window=reach, scale=scale, segment_ids=where.segment_ids, q_positions=positions
         )
-    mask = lambda: _mask(where, q, k.shape[1], window, causal, cached, part)  # noqa: E731
+    mask = lambda: _mask(where, k.shape[1], window, causal, cached, part)  # noqa: E731
     if config.attention_implementation in ("xla", "chunked"):
         return _softmax_attention(q, k, v, mask(), scale, config.attention_softcap)
     kwargs: dict[str, Any] = {"implementation": config.attention_implementation, "scale": scale}
@@ -297,22 +297,13 @@ def _softmax_attention(
 
 
 def _mask(
-    where: Where,
-    q: Float[Array, "B T H Dk"],
-    source_len: int,
-    window: int | None,
-    causal: bool,
-    cached: bool,
-    part: Part | None,
+    where: Where, source_len: int, window: int | None, causal: bool, cached: bool, part: Part | None = None
 ) -> Bool[Array, "B T S"]:
-    batch, target_len = q.shape[:2]
+    batch, target_len = where.positions.shape[:2]
+    targets = where.rows if cached else jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
     if part is not None:
         targets = part.positions(batch)
-    elif cached:
-        assert where.rows is not None
-        targets = where.rows
-    else:
-        targets = jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
+    assert targets is not None
     of_targets = lambda x: x if part is None else part.own(x)  # noqa: E731
     behind = targets[:, :, None] - jnp.arange(source_len)[None, None]
     mask = behind >= 0 if causal else jnp.ones_like(behind, dtype=bool)

@@ -154,8 +154,10 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function` traced with `mesh` set, as its attention has to know it (jaxlab/models/mesh.py); to be
-    jitted."""
+    """`function` traced with `mesh` set, as its attention has to know it (jaxlab/models/mesh.py).
+
+    To be jitted, and called with arguments that live on the devices of `mesh`.
+    """
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
