@@ -325,6 +325,12 @@ class ModelConfig:
                 )
             if self.attention_softcap is not None:
                 raise ConfigError("cudnn attention has no softcap", key="attention_implementation")
+        least = 2 * max(self.key_dim, self.value_dim)
+        if self.attention == "nsa" and self.nsa.compress_init == "mean" and self.nsa.compress_width < least:
+            raise ConfigError(
+                f"mean takes 2 hidden units for each dimension of a head; set nsa.compress_width to {least}",
+                key="nsa.compress_init",
+            )
         if self.has_vision and not 0 <= self.vision.image_token < self.embedding_rows:
             raise ConfigError(
                 f"image_token {self.vision.image_token} is outside the vocabulary of {self.embedding_rows}",

@@ -12,8 +12,8 @@ from jaxlab.models.attention import Where, projections
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import Batch, embed
 from jaxlab.models.layers import norm
-from jaxlab.models.modules import Params
-from jaxlab.models.retrofit import averaging, retrofitted
+from jaxlab.models.modules import Params, averaging
+from jaxlab.models.retrofit import retrofitted
 from jaxlab.models.rotary import rotary_table, rotate
 from jaxlab.models.sparse_config import NSAConfig
 from jaxlab.models.stack import stack

@@ -7,6 +7,7 @@ and attention.py. Towers and projectors have their modules beside their arithmet
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -95,14 +96,34 @@ class Compressor(nnx.Module):
     """NSA's phi: an MLP over a block's keys or values with an intra-block position embedding (sec. 3.3.1)."""
 
     def __init__(self, config: ModelConfig, dim: int, numbers: Numbers):
-        length, hidden = config.nsa.block_len, config.nsa.compress_width
-        self.position = normal(numbers, (length, dim), ("block", "head_dim"), config.initializer_range)
-        self.hidden = normal(
-            numbers, (length, dim, hidden), ("block", "head_dim", "compress"), (length * dim) ** -0.5
-        )
-        self.hidden_bias = zeros((hidden,), ("compress",))
-        self.output = normal(numbers, (hidden, dim), ("compress", "head_dim"), hidden**-0.5)
+        length, width = config.nsa.block_len, config.nsa.compress_width
+        position = config.initializer_range * numbers.take((length, dim))
+        hidden = (length * dim) ** -0.5 * numbers.take((length, dim, width))
+        output = width**-0.5 * numbers.take((width, dim))
+        if config.nsa.compress_init == "mean":
+            mean = averaging(length, dim, jnp.float32)
+            position = mean["position"]
+            hidden = jnp.concatenate([mean["hidden"], hidden[..., 2 * dim :]], axis=-1)
+            output = jnp.pad(mean["output"], ((0, width - 2 * dim), (0, 0)))
+        self.position = nnx.Param(position, axes=("block", "head_dim"))
+        self.hidden = nnx.Param(hidden, axes=("block", "head_dim", "compress"))
+        self.hidden_bias = zeros((width,), ("compress",))
+        self.output = nnx.Param(output, axes=("compress", "head_dim"))
         self.output_bias = zeros((dim,), ("head_dim",))
+
+
+def averaging(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
+    """Parameters of `compress_blocks`, of width 2 * dim, with which it gives the mean of each block, as
+    silu(x) - silu(-x) = x."""
+    unit = jnp.eye(dim, dtype=dtype)
+    hidden = jnp.concatenate([unit, -unit], axis=1) / jnp.asarray(block_len, dtype)
+    return {
+        "position": jnp.zeros((block_len, dim), dtype),
+        "hidden": jnp.broadcast_to(hidden[None], (block_len, dim, 2 * dim)),
+        "hidden_bias": jnp.zeros((2 * dim,), dtype),
+        "output": jnp.concatenate([unit, -unit], axis=0),
+        "output_bias": jnp.zeros((dim,), dtype),
+    }
 
 
 class Gate(nnx.Module):

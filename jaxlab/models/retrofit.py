@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.config import ModelConfig
-from jaxlab.models.modules import Params
+from jaxlab.models.modules import Params, averaging
 from jaxlab.models.parameters import abstract_params, language_model
 from jaxlab.models.sparse_config import BRANCHES, NSAConfig
 
@@ -92,19 +92,6 @@ def retrofitted(config: ModelConfig, nsa: NSAConfig) -> ModelConfig:
         )
     # The names of a family of Hugging Face have none for NSA's parameters.
     return dataclasses.replace(config, attention="nsa", pattern=(), nsa=nsa, family="jaxlab")
-
-
-def averaging(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
-    """Parameters of `compress_blocks`, of width 2 * dim, with which it gives the mean of each block."""
-    unit = jnp.eye(dim, dtype=dtype)
-    hidden = jnp.concatenate([unit, -unit], axis=1) / jnp.asarray(block_len, dtype)
-    return {
-        "position": jnp.zeros((block_len, dim), dtype),
-        "hidden": jnp.broadcast_to(hidden[None], (block_len, dim, 2 * dim)),
-        "hidden_bias": jnp.zeros((2 * dim,), dtype),
-        "output": jnp.concatenate([unit, -unit], axis=0),
-        "output_bias": jnp.zeros((dim,), dtype),
-    }
 
 
 def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: float) -> Params:

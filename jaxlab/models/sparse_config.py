@@ -30,6 +30,9 @@ class NSAConfig:
     """Tokens of the sliding window (w), the query's own included."""
     compress_width: int = 256
     """Hidden width of the MLP that compresses a block's keys (another one its values)."""
+    compress_init: Literal["random", "mean"] = "random"
+    """How these MLPs start. mean: as the exact mean of the block, so that the choice of blocks means
+    something from the first step; takes 2 hidden units for each dimension of a head, others start silent."""
     gate_width: int = 0
     """Hidden width of the gate MLP; 0 makes it one linear layer."""
     selector: Literal["compressed", "min_max", "auxiliary"] = "compressed"
@@ -45,7 +48,7 @@ class NSAConfig:
     """One key and one value projection for all branches (an ablation)."""
     implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
     """auto: the best that takes the case; mosaic_gpu: the kernels for Hopper, which take a compute_dtype of
-    16 bits. Decoding with a cache always runs as xla."""
+    16 bits, for decoding too."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -1,5 +1,7 @@
 """Which parameters there are: names, shapes, logical axes, numbers; and what a config refuses."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from jaxlab.models import (
     logical_axes,
 )
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings, partition_spec
+from kernels_pallas.nsa import compress_blocks
 from tests.models.tiny import NSA, VARIANTS, VISION, make_config
 
 
@@ -101,6 +104,22 @@ def test_count_by_hand():
     assert count_params(abstract_params(config)) == 13 * 12 + 2 * layer + 12
 
 
+def test_compression_that_starts_as_the_mean():
+    nsa = replace(make_config("nsa").nsa, compress_init="mean", compress_width=20)
+    config = make_config("nsa", nsa=nsa)
+    attention = init_params(config, jax.random.key(0))["layers"]["attention"]
+    rng = np.random.default_rng(0)
+    for name, dim in (("compress_key", config.key_dim), ("compress_value", config.value_dim)):
+        for layer in range(config.num_layers):
+            params = jax.tree.map(lambda leaf: leaf[layer], attention[name])  # noqa: B023
+            x = jnp.asarray(rng.standard_normal((1, 12, 2, dim)), jnp.float32)
+            got = compress_blocks(x, params, block_len=nsa.block_len, stride=nsa.stride)
+            mean = np.stack([x[:, s : s + 4].mean(axis=1) for s in range(0, 9, 2)], axis=1)
+            np.testing.assert_allclose(got, mean, atol=1e-6)
+    # Units beyond have something to learn from, and nothing to say yet.
+    assert (np.asarray(attention["compress_key"]["hidden"][..., 2 * config.key_dim :]) != 0).all()
+
+
 def test_initial_values_do_not_depend_on_where_they_are_made():
     config = make_config("vision", width=16)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
@@ -127,6 +146,10 @@ def test_sharding_table_refuses():
 @pytest.mark.parametrize(
     ("make", "key"),
     [
+        (
+            lambda: make_config("nsa", nsa=NSAConfig(compress_init="mean", compress_width=3)),
+            "nsa.compress_init",
+        ),
         (lambda: ModelConfig(num_layers=0), "num_layers"),
         (lambda: ModelConfig(num_heads=4, num_kv_heads=3), "num_kv_heads"),
         (lambda: ModelConfig(width=10, num_heads=4), "num_heads"),
