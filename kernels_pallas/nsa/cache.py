@@ -23,7 +23,9 @@ from kernels_pallas.nsa.tiling import ceil_div
 NOWHERE = np.iinfo(np.int32).max
 """Index of an entry that is neither written nor read."""
 TILE = 64
-"""Compressed blocks that a kernel reads at once."""
+"""Keys that the decode kernel reads at once."""
+PIECE = 8
+"""Of the compressed keys of a tile at least so many lie beside each other, in a page."""
 
 
 class NsaCache(NamedTuple):
@@ -163,7 +165,7 @@ def init_paged_cache(
 
 def page_for(length: int, *, block_size: int = 64, stride: int = 16) -> int:
     """Tokens of a page that holds a whole sequence of at most `length`, of a size that the kernels take."""
-    unit = math.lcm(block_size, stride * (TILE if length >= TILE * stride else TILE // 8))
+    unit = math.lcm(block_size, stride * (TILE if length >= TILE * stride else PIECE))
     return ceil_div(length, unit) * unit
 
 

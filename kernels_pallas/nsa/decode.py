@@ -4,6 +4,7 @@ A single query (decoding) reads the compressed keys, the chosen blocks and its w
 the selection keys n blocks, whatever the length. A longer chunk (prefill) runs the tiled functions of api.py.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from kernels_pallas.nsa.api import (
     weigh,
     window_attention,
 )
-from kernels_pallas.nsa.cache import NOWHERE, Cache, PagedCache, Recent, address, whole
+from kernels_pallas.nsa.cache import NOWHERE, PIECE, TILE, Cache, PagedCache, Recent, address, whole
 from kernels_pallas.nsa.choice import Grid, best, spread_over_blocks
 from kernels_pallas.nsa.compression import num_compressed
-from kernels_pallas.nsa.support import Implementation, uses_kernels
+from kernels_pallas.nsa.support import Implementation, reason_against, uses_kernels
 from kernels_pallas.nsa.tiling import (
     accumulator,
     default_scale,
@@ -68,17 +69,30 @@ def cached_attention(
     grid = Grid(block_len, stride, block_size, num_blocks, num_init, num_local, length, scale)
     if count > 1:
         branches = _many(grid, cache, recent, q, window, indices, implementation)
-    else:
+    elif uses_kernels(implementation, "cached_attention of one token", _reason_against(q, cache, block_size)):
         from kernels_pallas.nsa import mosaic_cached
 
-        reason = mosaic_cached.reason_against_decoding(q, cache, block_size)
-        if uses_kernels(implementation, "cached_attention of one token", reason):
-            branches = mosaic_cached.one_token(grid, cache, recent.num_new, q, indices)
-        else:
-            branches = _one(grid, cache, recent, q, window, indices)
+        branches = mosaic_cached.one_token(grid, cache, recent.num_new, q, indices)
+    else:
+        branches = _one(grid, cache, recent, q, window, indices)
     out = weigh(gates, branches.compressed, branches.selected, branches.window)
     padding = jnp.arange(count, dtype=jnp.int32)[None] >= recent.num_new[:, None]
     return where_finite(~padding[:, :, None, None], out), branches
+
+
+def _reason_against(q: Array, cache: Cache, block_size: int) -> str | None:
+    """Why the kernel cannot take one token of every sequence; None if it can."""
+    dims = cache.k_slc.shape[-1], cache.v_slc.shape[-1]
+    if dims[0] % TILE or dims[1] % TILE:
+        return f"head dims {dims[0]}/{dims[1]} of a cache must be multiples of {TILE}"
+    if cache.k_win.shape[1] % TILE:
+        return f"a window of {cache.k_win.shape[1]} is no multiple of {TILE}"
+    if isinstance(cache, PagedCache) and math.gcd(cache.k_cmp.shape[1], TILE) < PIECE:
+        return (
+            f"{cache.k_cmp.shape[1]} compressed blocks a page do not make up tiles of {TILE}: "
+            f"take pages of a multiple of {PIECE} strides"
+        )
+    return reason_against(q, cache.v_win, cache.k_slc.shape[1], block_size)
 
 
 def _many(

@@ -1,7 +1,5 @@
 """One token of every sequence over a cache by the Hopper kernel: two launches, the choice between them."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,23 +10,7 @@ from kernels_pallas.nsa.compression import num_compressed
 from kernels_pallas.nsa.mosaic_choice import ascending, top_blocks
 from kernels_pallas.nsa.mosaic_decode import HEADS, KEYS, Kept, attend_to_kept, join
 from kernels_pallas.nsa.mosaic_forward import LOG2_E
-from kernels_pallas.nsa.support import reason_against
 from kernels_pallas.nsa.tiling import ceil_div, pad_axis
-
-
-def reason_against_decoding(q: Array, cache: Cache, block_size: int) -> str | None:
-    """Why the kernel cannot take one token of every sequence; None if it can."""
-    dims = cache.k_slc.shape[-1], cache.v_slc.shape[-1]
-    if dims[0] % KEYS or dims[1] % KEYS:
-        return f"head dims {dims[0]}/{dims[1]} of a cache must be multiples of {KEYS}"
-    if cache.k_win.shape[1] % KEYS:
-        return f"a window of {cache.k_win.shape[1]} is no multiple of {KEYS}"
-    if isinstance(cache, PagedCache) and math.gcd(cache.k_cmp.shape[1], KEYS) < HEADS:
-        return (
-            f"{cache.k_cmp.shape[1]} compressed blocks a page do not make up tiles of {KEYS}: "
-            f"take pages of a multiple of {HEADS} strides"
-        )
-    return reason_against(q, cache.v_win, cache.k_slc.shape[1], block_size)
 
 
 def one_token(

@@ -2,6 +2,8 @@
 sequences."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +170,19 @@ def test_compression_runs_only_when_a_block_is_complete():
     assert starts == [0, 2, 4, 6]
     np.testing.assert_array_equal(cache.k_cmp[0, :5, 0, 0], [0, 2, 4, 6, 0])
     np.testing.assert_array_equal(cache.k_wait[0, :, 0, 0], [8, 9, 10])
+
+
+def test_without_kernels_decoding_does_not_need_pallas():
+    """Where Mosaic GPU cannot be imported, XLA decodes all the same."""
+    program = """
+import sys
+sys.modules["jax.experimental.pallas.mosaic_gpu"] = None
+from tests.kernels_pallas.nsa.test_decode import contiguous, step, whole
+import jax.numpy as jnp
+step(contiguous(), {name: x[:, :1] for name, x in whole()[0].items()}, jnp.ones((3,), jnp.int32))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bytes_are_the_papers():
