@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.nsa.tiling import (
     Places,
+    Residuals,
     accumulator,
     ceil_div,
     chunk_places,
@@ -27,6 +28,7 @@ from kernels_pallas.nsa.tiling import (
     merge,
     pad_axis,
     query_chunk,
+    softmax_shift,
     split,
     tile_elements,
     to_chunks,
@@ -106,17 +108,6 @@ def _tile(x: Array, tile: Array, size: int) -> Array:
     return lax.dynamic_slice_in_dim(x, tile * size, size, axis=2)
 
 
-class _Saved(NamedTuple):
-    """What the backward pass needs; nothing of size queries times keys."""
-
-    q: Array
-    k: Array
-    v: Array
-    places: Places
-    out: Array
-    lse: Array
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def banded_attention(
     band: Band,
@@ -185,21 +176,22 @@ def _padded(tiles: Tiles, k: Array, v: Array, places: Places) -> tuple[Array, Ar
 
 def _forward_saving(
     band: Band, q: Array, k: Array, v: Array, places: Places
-) -> tuple[tuple[Array, Array], _Saved]:
+) -> tuple[tuple[Array, Array], Residuals]:
     out, lse = _forward(band, q, k, v, places)
-    return (out, lse), _Saved(q, k, v, places, out, lse)
+    return (out, lse), Residuals(q, k, v, None, places, out, lse)
 
 
-def _backward(band: Band, saved: _Saved, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
-    q, k, v, places, out, lse = saved
+def _backward(
+    band: Band, saved: Residuals, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, _, places, _, lse = saved
     d_out, d_lse = cotangents
     length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
     tiles = _tiles(q, k.shape[1])
     keys, values, key_segments = _padded(tiles, k, v, places)
     # d softmax: the mean of d_out . v under the softmax is d_out . out; a cotangent of the log-sum-exp adds
     # to it.
-    d_lse = jnp.where(lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
-    shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
+    shift = softmax_shift(saved, d_out, d_lse)
 
     def one_chunk(
         sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Places]

@@ -21,7 +21,7 @@ from kernels_pallas.nsa.mosaic_forward import LOG2_E, Tuning, forward
 from kernels_pallas.nsa.mosaic_plan import FEATURES, intervals, pack_keys, unpack_keys
 from kernels_pallas.nsa.mosaic_sorted import Layout, Sorted, gather, lay_out, sort_entries, sum_over_slots
 from kernels_pallas.nsa.support import BLOCK
-from kernels_pallas.nsa.tiling import Places, finite
+from kernels_pallas.nsa.tiling import Places, Residuals, finite, softmax_shift
 
 Order = Literal["queries", "blocks"]
 MOST_HEADS = 4
@@ -43,16 +43,6 @@ class ByBlock(NamedTuple):
 
     scale: float
     tuning: Tuning
-
-
-class _Residuals(NamedTuple):
-    q: Array
-    k: Array
-    v: Array
-    indices: Array
-    places: Places
-    out: Array
-    lse: Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,18 +118,18 @@ def _join(layout: Layout, entries: Sorted, parts: Array, part_lse: Array) -> tup
 
 def _forward_saving(
     op: ByBlock, q: Array, k: Array, v: Array, indices: Array, places: Places
-) -> tuple[tuple[Array, Array], _Residuals]:
+) -> tuple[tuple[Array, Array], Residuals]:
     out, lse = _forward(op, q, k, v, indices, places)
-    return (out, lse), _Residuals(q, k, v, indices, places, out, lse)
+    return (out, lse), Residuals(q, k, v, indices, places, out, lse)
 
 
 def _backward(
-    op: ByBlock, saved: _Residuals, cotangents: tuple[Array, Array]
+    op: ByBlock, saved: Residuals, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, indices, places, out, lse = saved
+    q, k, v, indices, places, _, lse = saved
+    assert indices is not None
     d_out, d_lse = cotangents
-    d_lse = jnp.where(lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
-    shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    shift = softmax_shift(saved, d_out, d_lse)
     ready = _prepare(op, q, k, v, indices, places)
     layout = ready.layout
     of_rows = (

@@ -29,7 +29,7 @@ from kernels_pallas.nsa.mosaic_plan import (
     unpack_keys,
 )
 from kernels_pallas.nsa.selection import Block
-from kernels_pallas.nsa.tiling import Places, ceil_div, finite
+from kernels_pallas.nsa.tiling import Places, Residuals, ceil_div, finite, softmax_shift
 from kernels_pallas.nsa.tuned import COMPILED_FOR, Branch, Kernel, tuned
 
 
@@ -44,16 +44,6 @@ class Kernels:
     forward: Tuning = Tuning()
     query: Tuning = Tuning()
     key: Tuning = Tuning()
-
-
-class _Residuals(NamedTuple):
-    q: Array
-    k: Array
-    v: Array
-    indices: Array | None
-    places: Places
-    out: Array
-    lse: Array
 
 
 def _tuning(kernel: Kernel, branch: Branch, k: Array, v: Array) -> Tuning:
@@ -182,18 +172,17 @@ def _forward(
 
 def _forward_saving(
     kernels: Kernels, q: Array, k: Array, v: Array, indices: Array | None, places: Places
-) -> tuple[tuple[Array, Array], _Residuals]:
+) -> tuple[tuple[Array, Array], Residuals]:
     out, lse = _forward(kernels, q, k, v, indices, places)
-    return (out, lse), _Residuals(q, k, v, indices, places, out, lse)
+    return (out, lse), Residuals(q, k, v, indices, places, out, lse)
 
 
 def _backward(
-    kernels: Kernels, saved: _Residuals, cotangents: tuple[Array, Array]
+    kernels: Kernels, saved: Residuals, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, indices, places, out, lse = saved
+    q, k, v, indices, places, _, lse = saved
     d_out, d_lse = cotangents
-    d_lse = jnp.where(lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
-    shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    shift = softmax_shift(saved, d_out, d_lse)
     ready = _prepare(kernels, q, k, v, places)
     pack = ready.layout.pack
     rows = Saved(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.nsa.tiling import (
     Places,
+    Residuals,
     accumulator,
     ceil_div,
     chunk_places,
@@ -211,18 +212,6 @@ def _blocks(block: Block, k: Array, v: Array, places: Places) -> _Data:
     return _Data(jnp.moveaxis(cut(k), 3, 1), jnp.moveaxis(cut(v), 3, 1), segments, k.shape[1])
 
 
-class _Saved(NamedTuple):
-    """What the backward pass needs; nothing of size queries times keys."""
-
-    q: Array
-    k: Array
-    v: Array
-    indices: Array
-    places: Places
-    out: Array
-    lse: Array
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend_to_blocks(
     block: Block,
@@ -314,13 +303,14 @@ def _combine(plan: Plan, top: Array, total: Array, part: Array, dtype: jnp.dtype
 
 def _forward_saving(
     block: Block, q: Array, k: Array, v: Array, indices: Array, places: Places
-) -> tuple[Array, _Saved]:
+) -> tuple[Array, Residuals]:
     out, lse = _forward(block, q, k, v, indices, places)
-    return out, _Saved(q, k, v, indices, places, out, lse)
+    return out, Residuals(q, k, v, indices, places, out, lse)
 
 
-def _backward(block: Block, saved: _Saved, d_out: Array) -> tuple[Array, Array, Array, None, None]:
+def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Array, Array, None, None]:
     q, k, v, indices, places, out, lse = saved
+    assert indices is not None
     length, chosen, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
     data = _blocks(block, k, v, places)
     blocks = data.keys.shape[2]

@@ -23,6 +23,27 @@ class Places(NamedTuple):
     key_segments: Int[Array, "B S"] | None = None
 
 
+class Residuals(NamedTuple):
+    """What an attention's forward pass leaves to its backward pass; nothing of size queries times keys."""
+
+    q: Array
+    k: Array
+    v: Array
+    indices: Array | None
+    """Of chosen blocks, where there are some."""
+    places: Places
+    out: Array
+    lse: Array
+
+
+def softmax_shift(saved: Residuals, d_out: Array, d_lse: Array) -> Array:
+    """By what a softmax's gradient lessens the gradient of each weight: the sum of d_out * out over the head
+    dim, less the gradient of the log-sum-exp, which is none for a query that saw nothing."""
+    dtype = accumulator(saved.q.dtype)
+    d_lse = jnp.where(saved.lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
+    return jnp.sum(d_out.astype(dtype) * saved.out.astype(dtype), axis=-1) - d_lse
+
+
 def tile_elements() -> int:
     """Size of one tile of scores on the default backend."""
     return CPU_TILE_ELEMENTS if jax.default_backend() == "cpu" else ACCELERATOR_TILE_ELEMENTS
