@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from nsa_parts.timing import Subject
 
 from jaxlab.models import ModelConfig, init_params
-from jaxlab.models.attention import Where, attention, projections
+from jaxlab.models.attention import attention, projections
 from jaxlab.models.rotary import rotate, tables
 from jaxlab.models.sparse_config import NSAConfig
+from jaxlab.models.where import Where
 from kernels_pallas.nsa import (
     compressed_attention,
     nsa_attention,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.models.attention import Where, projections
+from jaxlab.models.attention import projections
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import Batch, embed
 from jaxlab.models.layers import norm
@@ -18,6 +18,7 @@ from jaxlab.models.rotary import rotary_table, rotate
 from jaxlab.models.sparse_config import NSAConfig
 from jaxlab.models.stack import stack
 from jaxlab.models.vision import prepare_batch
+from jaxlab.models.where import Where
 from kernels_pallas.nsa import compress_blocks, compressed_attention, select_blocks
 
 SCORES = 1 << 24

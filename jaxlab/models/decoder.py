@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.attention import Cache, Where
+from jaxlab.models.attention import Cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import norm, softcap
 from jaxlab.models.mesh import split_tokens
@@ -15,6 +15,7 @@ from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import tables
 from jaxlab.models.stack import stack
 from jaxlab.models.vision import encode_images, place_images, prepare_batch, scatter_deep
+from jaxlab.models.where import Where
 
 Batch = dict[str, Any]
 """tokens int32[B, T]; where they apply segment_ids int32[B, T] (0 = padding), positions int32[B, T] or with

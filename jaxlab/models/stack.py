@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.models.attention import Cache, Choice, LayerCache, Where, attention, join_cache, part_cache
+from jaxlab.models.attention import Cache, LayerCache, attention, join_cache, part_cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import mlp, norm
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.modules import Params
 from jaxlab.models.moe import experts
+from jaxlab.models.native_sparse import Choice
 from jaxlab.models.probe import Probe
+from jaxlab.models.where import Where
 
 
 class Stacked(NamedTuple):

@@ -37,9 +37,10 @@ def test_a_pattern_is_its_layers_one_after_the_other():
     config = make_config(num_layers=5, pattern=(S, S, F), window=2, local_rope_theta=50.0)
     params, tokens = draw_params(config), draw_tokens(config, 2, 9)
     found = forward(params, {"tokens": tokens}, config)[0]
-    from jaxlab.models.attention import Where, attention
+    from jaxlab.models.attention import attention
     from jaxlab.models.layers import mlp, norm
     from jaxlab.models.rotary import tables
+    from jaxlab.models.where import Where
 
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
     full, local = tables(positions, config)

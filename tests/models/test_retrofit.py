@@ -10,10 +10,11 @@ import pytest
 
 from jaxlab.errors import ConfigError
 from jaxlab.models import MoEConfig, RopeConfig, VisionConfig, abstract_params, forward
-from jaxlab.models.attention import Where, attention
+from jaxlab.models.attention import attention
 from jaxlab.models.retrofit import GATE, retrofit, retrofitted
 from jaxlab.models.rotary import tables
 from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models.where import Where
 from kernels_pallas.nsa import compress_blocks
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
 

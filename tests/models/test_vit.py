@@ -12,10 +12,11 @@ import pytest
 
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, VisionConfig, forward, prepare_batch
-from jaxlab.models.attention import Where, _mask
+from jaxlab.models.dense import _mask
 from jaxlab.models.vision import connectors
 from jaxlab.models.vision.vit import encode
 from jaxlab.models.vit_config import ResamplerConfig, ViTConfig
+from jaxlab.models.where import Where
 from tests.models.tiny import draw_params
 
 IMAGE = 3

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlab.models.attention import Where
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import norm
 from jaxlab.models.modules import Layer, Norm, Numbers, Params, normal, zeros
 from jaxlab.models.stack import stack
 from jaxlab.models.vision.tower import Encoded, Tower
+from jaxlab.models.where import Where
 
 
 class VisionEdges(nnx.Module):

@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.attention import Where
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import ACTIVATIONS, norm
 from jaxlab.models.modules import Layer, Numbers, Params, normal, zeros
@@ -23,6 +22,7 @@ from jaxlab.models.rotary import Rotary
 from jaxlab.models.stack import stack
 from jaxlab.models.vision import qwen_positions
 from jaxlab.models.vision.tower import Encoded, Tower
+from jaxlab.models.where import Where
 
 EPSILON = 1e-6
 """In norms."""

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.attention import Where
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.layers import norm
 from jaxlab.models.modules import Layer, Norm, Numbers, Params, normal, zeros
@@ -25,6 +24,7 @@ from jaxlab.models.stack import stack
 from jaxlab.models.vision import tiles
 from jaxlab.models.vision.connectors import Projector, connect, refuse, tokens_per_tile
 from jaxlab.models.vision.tower import Encoded, Tower
+from jaxlab.models.where import Where
 
 
 def tower_config(config: ModelConfig) -> ModelConfig:
