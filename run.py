@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxlab.cli import main
+from jaxlab.tasks import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,13 +21,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from jaxlab.app.provenance import environment
 from jaxlab.checkpoints.families import read_config
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.names import entries
 from jaxlab.checkpoints.write import Planned, write_folder
 from jaxlab.files import write_json
 from jaxlab.models import abstract_params
-from jaxlab.provenance import environment
 
 READERS = {
     "bytes": """
@@ -97,11 +97,21 @@ class Arguments:
 
 def config_of(layers: int) -> Json:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
-        "intermediate_size": 5632, "num_hidden_layers": layers, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048, "hidden_act": "silu",
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
 
 
 def make(folder: Path, layers: int) -> None:
@@ -114,7 +124,7 @@ def make(folder: Path, layers: int) -> None:
         for entry in entries(template, "llama"):
             shape = entry.shape(template)
             for name in entry.names:
-                get = lambda shape=shape: np.resize(drawn, shape)  # noqa: E731
+                get = lambda shape=shape: np.resize(drawn, shape)
                 yield Planned(name, np.dtype(ml_dtypes.bfloat16), shape, get)
 
     write_folder(folder, planned(), config=config, shard_bytes=1_500_000_000)
@@ -136,7 +146,7 @@ def main(arguments: Arguments) -> None:
     results = {}
     for name, runs in found.items():
         failed = [run["failed"] for run in runs if "failed" in run]
-        median = lambda key, runs=runs: statistics.median(run[key] for run in runs)  # noqa: E731
+        median = lambda key, runs=runs: statistics.median(run[key] for run in runs)
         results[name] = {"failed": failed[0]} if failed else {key: median(key) for key in runs[0]}
         print(name, results[name])
     write_json(arguments.out, {"layers": arguments.layers, "readers": results, "env": environment()})

@@ -38,8 +38,8 @@ import tyro
 from nsa_parts import report, subjects, timing
 from tqdm import tqdm
 
+from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from jaxlab.provenance import environment
 from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
 from kernels_pallas.nsa.support import is_hopper
 
@@ -164,7 +164,7 @@ def by_importance(lengths: tuple[int, ...]) -> list[int]:
         if left:
             chosen.append(left.pop(end))
     while left:
-        gap = lambda x: min(abs(np.log(x / y)) for y in chosen)  # noqa: E731
+        gap = lambda x: min(abs(np.log(x / y)) for y in chosen)
         chosen.append(left.pop(int(np.argmax([gap(x) for x in left]))))
     return chosen
 
@@ -239,9 +239,13 @@ def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
     shape = {n: getattr(spec, n) for n in ("heads", "kv_heads", "key_dim", "value_dim", "dtype")}
     blocks = {n: spec.sizes[n] for n in ("block_len", "stride", "block_size", "num_blocks", "window")}
     arguments = nsa_decode.Arguments(
-        a.out, implementations=tuple(dict.fromkeys(("xla", *a.implementations))),
-        lengths=(spec.length,), batches=a.decode_batches, **shape, **blocks,
-    )  # fmt: skip
+        a.out,
+        implementations=tuple(dict.fromkeys(("xla", *a.implementations))),
+        lengths=(spec.length,),
+        batches=a.decode_batches,
+        **shape,
+        **blocks,
+    )
     rows = []
     for row in nsa_decode.rows(arguments):
         about = {"spec": spec.name, "length": row["length"], "batch": row["batch"], "part": "decode"}

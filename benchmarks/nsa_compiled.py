@@ -20,8 +20,8 @@ import tyro
 from nsa_parts import compiler
 from tqdm import tqdm
 
+from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from jaxlab.provenance import environment
 from kernels_pallas.nsa import bytes_per_decoded_token, counts
 from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
 from kernels_pallas.nsa.synthetic import overlapping_indices
@@ -93,10 +93,15 @@ def whole(spec: ArgSpec, rows: list[Row], overlaps: tuple[float, ...]) -> list[R
         dense_ms = 1e3 * dense / counts.H100.flops
         # Backward of dense attention: five products for the two of the forward pass.
         back = (3 * spec.key_dim + 2 * spec.value_dim) / (spec.key_dim + spec.value_dim)
-        found.append({
-            "overlap": overlap, "forward_ms": forward, "backward_ms": backward,
-            "dense_forward_ms": dense_ms, "dense_backward_ms": back * dense_ms,
-        })  # fmt: skip
+        found.append(
+            {
+                "overlap": overlap,
+                "forward_ms": forward,
+                "backward_ms": backward,
+                "dense_forward_ms": dense_ms,
+                "dense_backward_ms": back * dense_ms,
+            }
+        )
     return found
 
 
@@ -104,9 +109,13 @@ def decoding(spec: ArgSpec, batch: int, dump: Path | None) -> Row:
     """What a step reads at the least and how long an H100 takes for that, and what was compiled for it."""
     names = ("stride", "block_size", "num_blocks", "window")
     traffic = bytes_per_decoded_token(
-        spec.length, kv_heads=spec.kv_heads, key_dim=spec.key_dim, value_dim=spec.value_dim, itemsize=2,
+        spec.length,
+        kv_heads=spec.kv_heads,
+        key_dim=spec.key_dim,
+        value_dim=spec.value_dim,
+        itemsize=2,
         **{name: spec.sizes[name] for name in names},
-    )  # fmt: skip
+    )
     bytes_read = {"nsa": batch * traffic.nsa_bytes, "dense": batch * traffic.dense_bytes}
     row: Row = {"batch": batch}
     for name, size in bytes_read.items():
@@ -150,9 +159,20 @@ def main(a: Arguments) -> None:
 
 
 TITLES = (
-    "branch", "overlap", "kernel", "regs", "spill", "KiB", "TFLOP", "useful",
-    "L2 GB", "HBM GB", "ms: FLOP", "L2", "HBM",
-)  # fmt: skip
+    "branch",
+    "overlap",
+    "kernel",
+    "regs",
+    "spill",
+    "KiB",
+    "TFLOP",
+    "useful",
+    "L2 GB",
+    "HBM GB",
+    "ms: FLOP",
+    "L2",
+    "HBM",
+)
 LINE = "{:11s} {:>7s} {:14s} {:>4s} {:>5s} {:>6s} {:>7s} {:>7s} {:>7s} {:>7s} {:>9s} {:>7s} {:>7s}"
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from jaxlab.provenance import environment
 from kernels_pallas.nsa import (
     Implementation,
     NewTokens,
@@ -81,9 +81,16 @@ def nsa(implementation: Implementation, a: Arguments, batch: int, length: int) -
     """One step, and the cache that it carries; all sequences hold the same."""
     blocks = {"block_len": a.block_len, "stride": a.stride}
     cache = init_cache(
-        1, length + a.steps, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
-        dtype=jnp.dtype(a.dtype), block_size=a.block_size, window=a.window, **blocks,
-    )  # fmt: skip
+        1,
+        length + a.steps,
+        kv_heads=a.kv_heads,
+        key_dim=a.key_dim,
+        value_dim=a.value_dim,
+        dtype=jnp.dtype(a.dtype),
+        block_size=a.block_size,
+        window=a.window,
+        **blocks,
+    )
     cache = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), draw(jax.random.key(1), cache))
     cache = cache._replace(length=jnp.full((batch,), length, jnp.int32))
 
@@ -93,9 +100,16 @@ def nsa(implementation: Implementation, a: Arguments, batch: int, length: int) -
     def step(cache, q, k, v, gates):
         cache, recent = append_tokens(cache, NewTokens(k, v, k, v, k, v), compress, **blocks)
         out, _ = cached_attention(
-            cache, recent, q, gates, block_size=a.block_size, num_blocks=a.num_blocks, window=a.window,
-            implementation=implementation, **blocks,
-        )  # fmt: skip
+            cache,
+            recent,
+            q,
+            gates,
+            block_size=a.block_size,
+            num_blocks=a.num_blocks,
+            window=a.window,
+            implementation=implementation,
+            **blocks,
+        )
         return cache, out
 
     return step, cache
@@ -186,10 +200,16 @@ def rows(a: Arguments) -> list[dict[str, Any]]:
     for length, batch in (bar := tqdm(points, leave=False)):
         bar.set_postfix_str(f"{length} tokens x {batch}")
         traffic = bytes_per_decoded_token(
-            length, kv_heads=a.kv_heads, key_dim=a.key_dim, value_dim=a.value_dim,
-            itemsize=jnp.dtype(a.dtype).itemsize, stride=a.stride, block_size=a.block_size,
-            num_blocks=a.num_blocks, window=a.window,
-        )  # fmt: skip
+            length,
+            kv_heads=a.kv_heads,
+            key_dim=a.key_dim,
+            value_dim=a.value_dim,
+            itemsize=jnp.dtype(a.dtype).itemsize,
+            stride=a.stride,
+            block_size=a.block_size,
+            num_blocks=a.num_blocks,
+            window=a.window,
+        )
         outputs: dict[str, np.ndarray] = {}
         for name, make in peers(a).items():
             kind = name.partition(" ")[0]

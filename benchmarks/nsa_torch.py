@@ -13,10 +13,20 @@ import sys
 import time
 
 DEFAULTS = {
-    "batch": 1, "length": 1024, "heads": 64, "kv_heads": 4, "key_dim": 128, "value_dim": 128,
-    "block_size": 64, "num_blocks": 16, "window": 512, "dtype": "bfloat16", "device": "cuda",
-    "samples": 20, "seconds": 1.0,
-}  # fmt: skip
+    "batch": 1,
+    "length": 1024,
+    "heads": 64,
+    "kv_heads": 4,
+    "key_dim": 128,
+    "value_dim": 128,
+    "block_size": 64,
+    "num_blocks": 16,
+    "window": 512,
+    "dtype": "bfloat16",
+    "device": "cuda",
+    "samples": 20,
+    "seconds": 1.0,
+}
 L2_BYTES = 100e6
 
 
@@ -42,9 +52,16 @@ def flash_linear_attention(torch, sizes):
     def run(q, k, v):
         gates = torch.ones(*q.shape[:3], dtype=q.dtype, device=q.device)
         return parallel_nsa(
-            q, k, v, g_cmp=gates, g_slc=gates, g_swa=gates, block_counts=sizes["num_blocks"],
-            block_size=sizes["block_size"], window_size=sizes["window"],
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            g_cmp=gates,
+            g_slc=gates,
+            g_swa=gates,
+            block_counts=sizes["num_blocks"],
+            block_size=sizes["block_size"],
+            window_size=sizes["window"],
+        )
 
     return run
 
@@ -104,7 +121,7 @@ def rows_of(torch, name, function, sizes):
     graphs = [(function(*args), args) for args in inputs]
     rows.append({"name": name, "part": "backward", **measure(torch, lambda g: gradients(*g), graphs, sizes)})
     del graphs
-    both = lambda args: torch.autograd.grad(function(*args), args, d_out)  # noqa: E731
+    both = lambda args: torch.autograd.grad(function(*args), args, d_out)
     return [*rows, {"name": name, "part": "both", **measure(torch, both, inputs, sizes)}]
 
 
@@ -116,7 +133,7 @@ def main(argument):
     peers = {f"dense, torch sdpa{padded}": lambda: dense(torch, None, sizes)}
     if sizes["device"] == "cuda":
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-            make = lambda b=backend: dense(torch, getattr(torch.nn.attention.SDPBackend, b), sizes)  # noqa: E731
+            make = lambda b=backend: dense(torch, getattr(torch.nn.attention.SDPBackend, b), sizes)
             peers[f"dense, torch {backend.lower()}{padded}"] = make
     peers["flash-linear-attention nsa"] = lambda: flash_linear_attention(torch, sizes)
     rows = []

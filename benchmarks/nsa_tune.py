@@ -23,8 +23,8 @@ import tyro
 from nsa_parts import compiler, subjects, timing
 from tqdm import tqdm
 
+from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from jaxlab.provenance import environment
 from kernels_pallas.nsa import mosaic_gpu, tuned
 from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
 from kernels_pallas.nsa.choice import Grid
@@ -38,9 +38,11 @@ FIELDS = {"forward": "forward", "query_gradient": "query", "key_gradients": "key
 """Of mosaic_gpu.Kernels."""
 COMPILED_ONLY = "compiled only, not timed: nothing says which candidate is faster"
 NAMES = {
-    "forward": "nsa_forward", "query_gradient": "nsa_query_gradient", "key_gradients": "nsa_key_gradients",
+    "forward": "nsa_forward",
+    "query_gradient": "nsa_query_gradient",
+    "key_gradients": "nsa_key_gradients",
     "scores": "nsa_group_shares",
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def points(a: Arguments) -> list[tuple[ArgSpec, str, str]]:
 def program(spec: ArgSpec, kernel: str, branch: str, tuning: Tuning) -> tuple[Callable[..., Any], list[Any]]:
     """A function in which the kernel is the one that takes time, and the shapes of its arguments."""
     shapes = spec.shapes()
-    grouped = lambda x: x.reshape(*x.shape[:2], spec.kv_heads, spec.groups, x.shape[3])  # noqa: E731
+    grouped = lambda x: x.reshape(*x.shape[:2], spec.kv_heads, spec.groups, x.shape[3])
     positions = jax.ShapeDtypeStruct((spec.batch, spec.length), jnp.int32)
     if kernel == "scores":
         rule = [spec.sizes[n] for n in ("num_blocks", "num_init", "num_local")]

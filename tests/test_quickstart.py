@@ -8,12 +8,10 @@ import jax
 import pytest
 
 from jaxlab import config as configs
-from jaxlab import quickstart, tasks
-from jaxlab.cli import main
-from jaxlab.command_words import from_mapping
-from jaxlab.reporting import report
+from jaxlab.app.runs import RunResult
+from jaxlab.config.command_line import from_mapping
 from jaxlab.reporting.folders import read_runs
-from jaxlab.runs import RunResult
+from jaxlab.tasks import TASKS, main, quickstart, report
 from tests.reporting import made
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("stage", quickstart.STAGES, ids=lambda stage: stage.config)
 def test_stages_are_configs_that_name_the_models_of_earlier_stages(stage, monkeypatch):
     monkeypatch.chdir(ROOT)
-    schema = tasks.find(stage.task).schema()
+    schema = TASKS.find(stage.task).schema()
     config = configs.load(schema, stage.path)
     names = [earlier.config for earlier in quickstart.STAGES]
     for key, name in stage.reads.items():
@@ -38,7 +36,7 @@ def test_stages_are_configs_that_name_the_models_of_earlier_stages(stage, monkey
 def test_only_other_folders_and_settings_need_overrides():
     stage = quickstart.Stage("train", "b", {"init_from": "a"})
     ran = {"a": RunResult(Path("elsewhere/train/a-12345678"), {})}
-    given = lambda **options: quickstart.overrides(stage, ran, quickstart.Arguments(**options))  # noqa: E731
+    given = lambda **options: quickstart.overrides(stage, ran, quickstart.Arguments(**options))
     assert given() == {}
     assert given(outputs="elsewhere") == {"init_from": "elsewhere/train/a-12345678"}
     assert given(smoke=True) == {"init_from": "elsewhere/train/a-12345678", **quickstart.SMOKE["train"]}
@@ -107,7 +105,7 @@ def test_a_smoke_test_says_that_it_is_one(tmp_path):
 
 
 def test_stages_share_compiled_programs():
-    place = lambda: jax.config.jax_compilation_cache_dir  # noqa: E731
+    place = lambda: jax.config.jax_compilation_cache_dir
     before = place()
     jax.config.update("jax_compilation_cache_dir", None)
     with quickstart.compiled_once():

@@ -93,7 +93,7 @@ def compile_decoding(spec: ArgSpec, batch: int, dump: Path) -> Any:
         recent = Recent(cache.k_win, cache.v_win, positions, num_new)
         return cached_attention(cache, recent, q, gates, **spec.sizes, implementation="mosaic_gpu")[0]
 
-    like = lambda *shape: jax.ShapeDtypeStruct((batch, 1, spec.heads, *shape), jnp.dtype(spec.dtype))  # noqa: E731
+    like = lambda *shape: jax.ShapeDtypeStruct((batch, 1, spec.heads, *shape), jnp.dtype(spec.dtype))
     num_new = jax.ShapeDtypeStruct((batch,), jnp.int32)
     with compiled_elsewhere():
         return h100.compile_for_h100(step, cache, like(spec.key_dim), like(3), num_new, dump=dump)

@@ -45,8 +45,10 @@ def nsa(spec: ArgSpec, implementation: str) -> Subject:
     """The whole attention. The blocks are chosen, and then those of `indices` are read in their place, so
     that every overlap has its cost and the choice is in all of them."""
     geometry: dict[str, Any] = {
-        "block_len": spec.block_len, "stride": spec.stride, "implementation": implementation,
-    }  # fmt: skip
+        "block_len": spec.block_len,
+        "stride": spec.stride,
+        "implementation": implementation,
+    }
 
     def whole(*args):
         operands, indices = args[:-1], args[-1]
@@ -77,13 +79,14 @@ def branches(spec: ArgSpec, implementation: str) -> list[Subject]:
     name = f"[{implementation}]"
     return [
         Subject(
-            f"compression {name}", functools.partial(compressed_attention, **geometry),
+            f"compression {name}",
+            functools.partial(compressed_attention, **geometry),
             ("q", "k_cmp", "v_cmp"),
         ),
         Subject(f"compression and choice {name}", choice, ("q", "k_cmp", "v_cmp"), parts=("forward",)),
         Subject(f"selection {name}", selection, ("q", "k_slc", "v_slc"), ("indices",)),
         Subject(f"window {name}", lambda *args: (window(*args), None), DENSE),
-    ]  # fmt: skip
+    ]
 
 
 def peers(spec: ArgSpec, dense_up_to: int) -> list[Subject]:
@@ -131,10 +134,16 @@ def layers(spec: ArgSpec, implementation: str) -> tuple[list[Subject], dict[str,
     """One attention layer with its projections: NSA's (three pairs of keys and values, compression MLPs,
     gates) and one with full attention by cuDNN (elsewhere by what keeps all scores), and their inputs."""
     shared: dict[str, Any] = {
-        "vocab_size": 8, "width": WIDTH, "num_layers": 1, "num_heads": spec.heads,
-        "num_kv_heads": spec.kv_heads, "head_dim": spec.key_dim, "value_head_dim": spec.value_dim,
-        "mlp_width": 8, "compute_dtype": spec.dtype,
-    }  # fmt: skip
+        "vocab_size": 8,
+        "width": WIDTH,
+        "num_layers": 1,
+        "num_heads": spec.heads,
+        "num_kv_heads": spec.kv_heads,
+        "head_dim": spec.key_dim,
+        "value_head_dim": spec.value_dim,
+        "mlp_width": 8,
+        "compute_dtype": spec.dtype,
+    }
     sparse = ModelConfig(
         **shared, attention="nsa", nsa=NSAConfig(**spec.sizes, implementation=implementation)
     )
@@ -152,7 +161,7 @@ def layers(spec: ArgSpec, implementation: str) -> tuple[list[Subject], dict[str,
         out = dense(rotate(q, turn), rotate(k, turn), v)
         return jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype)), None
 
-    make = lambda config: jax.tree.map(  # noqa: E731
+    make = lambda config: jax.tree.map(
         lambda p: p[0], init_params(config, jax.random.key(0))["layers"]["attention"]
     )
     shape, dtype = (spec.batch, spec.length, WIDTH), jnp.dtype(spec.dtype)

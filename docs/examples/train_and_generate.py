@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxlab import generate, load_model
 from jaxlab.config import load
-from jaxlab.runs import execute
-from jaxlab.training.train import Config
+from jaxlab.tasks import execute
+from jaxlab.tasks.train import Config
 
 
 def main(outputs: str = "outputs", steps: int = 150) -> str:

@@ -104,9 +104,7 @@ def _account(tensors: Mapping[str, Tensor], config: ModelConfig, template: Param
             )
     ignored = [n for n in left if n not in copies and families.ignored(name).fullmatch(n)]
     unmapped = [n for n in left if n not in copies and n not in set(ignored)]
-    return Account(
-        name, known, tuple(copies), tuple(ignored), tuple(missing), tuple(unmapped), tuple(wrong)
-    )  # fmt: skip
+    return Account(name, known, tuple(copies), tuple(ignored), tuple(missing), tuple(unmapped), tuple(wrong))
 
 
 def is_float(dtype: Any) -> bool:

@@ -37,7 +37,7 @@ def language_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     free = ["vocab_size", "vision", "tie_embeddings", "extra_embeddings"]
     if one.position != "learned":
         free.append("max_length")
-    plain = lambda c: dataclasses.replace(  # noqa: E731
+    plain = lambda c: dataclasses.replace(
         c, rope=dataclasses.replace(c.rope, sections=(), sections_interleaved=False)
     )
     return differences(plain(one), plain(other), free)
@@ -46,9 +46,13 @@ def language_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
 def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
     """Whether a field that differs means the same, or nothing, in both."""
     resolved = {
-        "num_kv_heads": "kv_heads", "head_dim": "key_dim", "value_head_dim": "value_dim",
-        "output_bias": "has_output_bias", "attention": "kinds", "pattern": "kinds",
-    }  # fmt: skip
+        "num_kv_heads": "kv_heads",
+        "head_dim": "key_dim",
+        "value_head_dim": "value_dim",
+        "output_bias": "has_output_bias",
+        "attention": "kinds",
+        "pattern": "kinds",
+    }
     if field in resolved:
         return bool(getattr(one, resolved[field]) == getattr(other, resolved[field]))
     if field == "attention_scale":
@@ -64,5 +68,5 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
         "local_rope_theta": lambda c: c.position != "rotary",
         "mlp_width": lambda c: c.moe.num_experts and not c.dense_layers,
         "vision": lambda c: not c.has_vision,
-    }  # fmt: skip
+    }
     return field in unused and bool(unused[field](one) and unused[field](other))

@@ -40,9 +40,12 @@ def snapshot(
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     try:
         folder = hub.snapshot_download(
-            name, revision=named or revision, local_files_only=offline,
-            allow_patterns=[*PATTERNS, *(PICKLES if allow_pickle else ())], ignore_patterns=list(IGNORED),
-        )  # fmt: skip
+            name,
+            revision=named or revision,
+            local_files_only=offline,
+            allow_patterns=[*PATTERNS, *(PICKLES if allow_pickle else ())],
+            ignore_patterns=list(IGNORED),
+        )
     except errors.RevisionNotFoundError:
         raise UserError(f"{name}: has no revision {named or revision!r} on the hub") from None
     except errors.GatedRepoError:

@@ -50,7 +50,7 @@ class Checkpoint:
     def shapes(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
         """Shapes and dtypes that the parameters will have."""
         dtypes = {p: leaf_dtype(self.folder, e, dtype) for e in self.account.entries for p in e.paths}
-        place = lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[tuple(key.key for key in path)])  # noqa: E731
+        place = lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[tuple(key.key for key in path)])
         return jax.tree_util.tree_map_with_path(place, self.template)
 
 
@@ -108,9 +108,13 @@ def read(
     """The parameters of an open folder, and the config, which computes in `dtype` if that is given."""
     try:
         params = read_params(
-            checkpoint.folder, checkpoint.account, checkpoint.template,
-            shardings=shardings, dtype=dtype, check_finite=check_finite,
-        )  # fmt: skip
+            checkpoint.folder,
+            checkpoint.account,
+            checkpoint.template,
+            shardings=shardings,
+            dtype=dtype,
+            check_finite=check_finite,
+        )
     except UserError as error:
         raise UserError(f"{checkpoint.folder.path}: {error}") from error
     config = checkpoint.config
@@ -145,10 +149,13 @@ def save(
     largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
     text = _with_dtype(text, np.dtype(largest.dtype if dtype is None else dtype).name)
     write_folder(
-        path, _planned(params, config.family, () if kept is None else kept.copies, dtype), config=text,
-        copy_from=None if kept is None else kept.folder, overwrite=overwrite,
+        path,
+        _planned(params, config.family, () if kept is None else kept.copies, dtype),
+        config=text,
+        copy_from=None if kept is None else kept.folder,
+        overwrite=overwrite,
         texts={} if tokenizer is None else {TOKENIZER: tokenizer.to_str(pretty=True)},
-    )  # fmt: skip
+    )
 
 
 def hf_family(config: ModelConfig, kept: Kept | None = None) -> str:

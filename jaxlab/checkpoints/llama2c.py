@@ -69,10 +69,16 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, bool]:
         raise UserError(f"{path}: no checkpoint of llama2.c: its header holds the sizes {sizes}")
     try:
         config = ModelConfig(
-            vocab_size=abs(vocabulary), width=width, num_layers=layers, num_heads=heads,
-            num_kv_heads=kv_heads, mlp_width=hidden, max_length=length, tie_embeddings=vocabulary > 0,
+            vocab_size=abs(vocabulary),
+            width=width,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            mlp_width=hidden,
+            max_length=length,
+            tie_embeddings=vocabulary > 0,
             family="llama",
-        )  # fmt: skip
+        )
     except ConfigError as error:
         raise UserError(f"{path}: no checkpoint of llama2.c: {error}") from None
     return config, vocabulary > 0
@@ -160,9 +166,12 @@ def read_tokenizer(path: str | os.PathLike[str], config: ModelConfig) -> Tokeniz
         if index > 258 and piece[:cut] in vocabulary and piece[cut:] in vocabulary
     )  # 0 ... 258: <unk>, <s>, </s> and the bytes
     model = models.BPE(
-        vocabulary, [(left, right) for *_, left, right in merges], unk_token="<unk>", fuse_unk=True,
+        vocabulary,
+        [(left, right) for *_, left, right in merges],
+        unk_token="<unk>",
+        fuse_unk=True,
         byte_fallback=True,
-    )  # fmt: skip
+    )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 def resolve(
     path: str | Path, *, revision: str | None = None, offline: bool = False, allow_pickle: bool = False
 ) -> Path:
-    """The file or folder of a model; one on the hub is fetched into the cache.
+    """The file or folder of a model: of a run its model; one on the hub is fetched into the cache.
 
     Args:
       revision: commit, tag or branch of a hub id that names none.
@@ -29,7 +29,9 @@ def resolve(
       UserError: there is none, and the name is no hub id.
     """
     if os.path.exists(path):  # not Path.exists, which raises for names that are too long
-        return Path(path)
+        path = Path(path)
+        is_run = (path / "model").is_dir() and not (path / CONFIG).exists()
+        return path / "model" if is_run else path
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(
             f"{path}: no such model: a model folder, a run folder, the config of a train run, a .bin file of "

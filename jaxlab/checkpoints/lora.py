@@ -18,14 +18,28 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 # From the names of modules in memory to those of tensors on disk, where a name is not the same on both.
 _PLACES = (
-    (r"^model\.", ""), (r"^transformer\.", ""), (r"^", "transformer."), (r"^", "model."),
-    (r"^model\.language_model\.", "language_model.model."), (r"^model\.language_model\.", "model."),
-    (r"^language_model\.", "model.language_model."), (r"^lm_head", "language_model.lm_head"),
-)  # fmt: skip
+    (r"^model\.", ""),
+    (r"^transformer\.", ""),
+    (r"^", "transformer."),
+    (r"^", "model."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.language_model\.", "model."),
+    (r"^language_model\.", "model.language_model."),
+    (r"^lm_head", "language_model.lm_head"),
+)
 _REFUSED = (
-    "use_dora", "lora_bias", "use_qalora", "megatron_config", "trainable_token_indices", "layer_replication",
-    "target_parameters", "alora_invocation_tokens", "arrow_config", "use_bdlora", "lora_ga_config",
-)  # fmt: skip
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "megatron_config",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+    "lora_ga_config",
+)
 """Settings under which the model is not W + scale * B A."""
 MAX_ALPHA = 1e30
 MAX_PATTERNS = 10_000

@@ -110,9 +110,12 @@ def _needed(path: str, config: ModelConfig) -> bool:
     if path == ".".join(HEAD):
         return not c.tie_embeddings
     edges = {
-        ".".join(EMBEDDING): True, "position.table": c.position == "learned", "final_norm.scale": True,
-        "final_norm.bias": c.norm == "layer", "head.bias": c.head_bias,
-    }  # fmt: skip
+        ".".join(EMBEDDING): True,
+        "position.table": c.position == "learned",
+        "final_norm.scale": True,
+        "final_norm.bias": c.norm == "layer",
+        "head.bias": c.head_bias,
+    }
     if path in edges:
         return edges[path]
     stack, _, leaf = path.partition(".")
@@ -126,16 +129,24 @@ def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     mlp, gated, biased = not experts, c.mlp == "gated", c.mlp_bias
     layer_norm, normed = c.norm == "layer", c.qk_norm != "none"
     norms: dict[str, Any] = {
-        "attention_norm": True, "mlp_norm": not c.parallel, "attention_post_norm": c.post_norms,
-        "mlp_post_norm": c.post_norms, "attention.query_norm": normed, "attention.key_norm": normed,
-    }  # fmt: skip
+        "attention_norm": True,
+        "mlp_norm": not c.parallel,
+        "attention_post_norm": c.post_norms,
+        "mlp_post_norm": c.post_norms,
+        "attention.query_norm": normed,
+        "attention.key_norm": normed,
+    }
     leaves = {f"attention.{part}": True for part in ("query", "key", "value", "output")}
     leaves |= {f"attention.{part}_bias": c.attention_bias for part in ("query", "key", "value")}
     leaves |= {f"{norm}.scale": there for norm, there in norms.items()}
     leaves |= {f"{norm}.bias": there and layer_norm for norm, there in norms.items()}
     leaves |= {f"moe.{part}": experts for part in ("router", "gate", "up", "down")}
     return leaves | {
-        "attention.output_bias": c.has_output_bias, "mlp.gate": mlp and gated, "mlp.up": mlp, "mlp.down": mlp,
-        "mlp.gate_bias": mlp and gated and biased, "mlp.up_bias": mlp and biased,
+        "attention.output_bias": c.has_output_bias,
+        "mlp.gate": mlp and gated,
+        "mlp.up": mlp,
+        "mlp.down": mlp,
+        "mlp.gate_bias": mlp and gated and biased,
+        "mlp.up_bias": mlp and biased,
         "mlp.down_bias": mlp and biased,
-    }  # fmt: skip
+    }

@@ -70,7 +70,7 @@ def entries(params: Mapping[str, Any], family: str = "jaxlab") -> tuple[Entry, .
 
     rows = {row.paths[0]: row for row in families.rows_of(family)}
     joined = {path for row in rows.values() for path in row.paths[1:]}
-    dotted = lambda path: ".".join(str(key.key) for key in path)  # noqa: E731
+    dotted = lambda path: ".".join(str(key.key) for key in path)
     leaves = {dotted(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
     # Layers that stand before others, with an MLP where those have experts, are numbered first.
     before = next((shape[0] for path, shape in leaves.items() if path.startswith("dense_layers.")), 0)
@@ -109,10 +109,14 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
     if row.numbers or path.startswith("dense_layers."):  # patterns stay different from those of other layers
         pattern = pattern.replace("{i}", f"{{{','.join(map(str, theirs))}}}")
     return Entry(
-        paths=tuple(tuple(p.split(".")) for p in row.paths), pattern=pattern, names=names,
+        paths=tuple(tuple(p.split(".")) for p in row.paths),
+        pattern=pattern,
+        names=names,
         layers=tuple(ours.get(number.get("i")) for number in numbers),
-        lead=lead, layout=layout, join=row.join,
-    )  # fmt: skip
+        lead=lead,
+        layout=layout,
+        join=row.join,
+    )
 
 
 def to_hf(params: Mapping[str, Any], entry: Entry) -> Stack:

@@ -86,7 +86,7 @@ def load_model(
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, expected)
-    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=where)  # noqa: E731
+    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=where)
     with _damage(path), ocp.StandardCheckpointer() as checkpointer:
         return config, checkpointer.restore(path / PARAMS, jax.tree.map(place, stored, shardings)), tokenizer
 

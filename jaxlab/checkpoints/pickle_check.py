@@ -11,13 +11,32 @@ OF_TENSOR = 100
 """Weight of what a call makes, at most a tensor of 32 axes: its storage, shape and strides are 71 objects."""
 _PUT, _GET = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
 _LEAVES = (
-    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE",
-    "BINUNICODE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "GLOBAL",
-)  # fmt: skip
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "EMPTY_TUPLE",
+    "EMPTY_LIST",
+    "EMPTY_DICT",
+    "GLOBAL",
+)
 _TAKES = {
-    "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BUILD": 2, "BINPERSID": 1, "STACK_GLOBAL": 2,
-    "APPEND": 2, "SETITEM": 3,
-}  # fmt: skip
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "REDUCE": 2,
+    "BUILD": 2,
+    "BINPERSID": 1,
+    "STACK_GLOBAL": 2,
+    "APPEND": 2,
+    "SETITEM": 3,
+}
 """Objects that an opcode takes from the stack, to put one back."""
 _TAKES_TO_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}
 """The same, for those that take all down to the last mark, the mark, and so many below it."""

@@ -22,11 +22,18 @@ from jaxlab.errors import UserError
 MAX_PICKLE = 16_000_000
 """Bytes of a description, which needs about 150 for a tensor; its objects may take sixty times as much."""
 STORAGES = {
-    "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
-    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
     "UntypedStorage": np.uint8,
-}  # fmt: skip
+}
 
 
 class _Kind(NamedTuple):
@@ -121,7 +128,7 @@ class _RebuildTensor:
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
-        whole = lambda values: all(type(v) is int and 0 <= v < 1 << 48 for v in values)  # noqa: E731
+        whole = lambda values: all(type(v) is int and 0 <= v < 1 << 48 for v in values)
         if (
             not isinstance(storage, _Storage)
             or not whole((offset, *shape, *strides))
@@ -156,7 +163,7 @@ def _tensor(path: Path, root: str, members: dict[str, zipfile.ZipInfo], name: st
     if not member.compress_size == member.file_size >= view.storage.size * dtype.itemsize:
         raise UserError(f"{where}: its storage has another size than the file says")
     empty = math.prod(shape) == 0
-    span = lambda rows: 1 + sum((n - 1) * s for n, s in zip((*rows, *shape[1:]), strides, strict=True))  # noqa: E731
+    span = lambda rows: 1 + sum((n - 1) * s for n, s in zip((*rows, *shape[1:]), strides, strict=True))
     if not empty and (view.offset + span(shape[:1])) * dtype.itemsize > member.file_size:
         raise UserError(f"{where}: its storage is too small for its shape")
     if empty and math.prod(n or 1 for n in shape) > 1 << 48:

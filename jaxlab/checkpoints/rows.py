@@ -47,7 +47,7 @@ Rows = tuple[Row, ...]
 
 def in_layers(path: str, name: str, rows: Rows) -> Rows:
     """The rows of one layer as rows of a stack of layers at `path`, named `name`.{i}."""
-    place = lambda row: tuple(f"{path}.{p}" for p in row.paths)  # noqa: E731
+    place = lambda row: tuple(f"{path}.{p}" for p in row.paths)
     return tuple(
         dataclasses.replace(
             row, path=place(row) if len(row.paths) > 1 else place(row)[0], name=f"{name}.{{i}}.{row.name}"

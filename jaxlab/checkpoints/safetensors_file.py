@@ -154,7 +154,7 @@ def _span(name: str, entry: Any, path: Path) -> tuple[np.dtype, tuple[int, ...],
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{where}: unknown dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
-    whole = lambda values: (  # noqa: E731
+    whole = lambda values: (
         isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_BYTES for v in values)
     )
     if not whole(shape) or len(shape) > 32:

@@ -19,11 +19,22 @@ from jaxlab.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 COMPANIONS = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
-    "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "video_preprocessor_config.json", "vocab.json",
-)  # fmt: skip
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
 """Files beside the tensors that a folder takes over from the one it was made from."""
 
 
@@ -152,8 +163,10 @@ def _begin(path: Path, shard: Sequence[Planned]) -> int:
     for tensor in shard:
         span = [end, end + tensor.nbytes]
         header[tensor.name] = {
-            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span
-        }  # fmt: skip
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
         end = span[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8

@@ -18,9 +18,31 @@ TOPICS = {
 }
 FILLERS = ("the", "a", "my", "this", "some", "near", "with", "very", "quite", "old")
 LABELS = (
-    "blick", "dax", "wug", "toma", "zup", "fep", "kiv", "lorp", "mib", "narg", "plim", "quon",
-    "rask", "snib", "tave", "ulp", "vock", "wuff", "yarb", "zelt", "gorp", "hask", "jeb", "crun",
-)  # fmt: skip
+    "blick",
+    "dax",
+    "wug",
+    "toma",
+    "zup",
+    "fep",
+    "kiv",
+    "lorp",
+    "mib",
+    "narg",
+    "plim",
+    "quon",
+    "rask",
+    "snib",
+    "tave",
+    "ulp",
+    "vock",
+    "wuff",
+    "yarb",
+    "zelt",
+    "gorp",
+    "hask",
+    "jeb",
+    "crun",
+)
 """Words without a meaning: what they stand for is drawn anew in every episode."""
 
 WORDS = (UNKNOWN, ANSWER, *(word for words in TOPICS.values() for word in words), *FILLERS, *LABELS)

@@ -8,10 +8,11 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxlab.checkpoints.locate import resolve
 from jaxlab.data.digits import DigitsConfig, DigitsSource
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
-from jaxlab.data.text import TextConfig, TextSource
+from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 
@@ -55,9 +56,14 @@ class Source(Protocol):
         ...
 
 
-def make_source(config: DataConfig) -> Source:
+def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
+    """The source that `config` describes; `find_model` says where a model is that it names.
+
+    Raises:
+      UserError: what the source reads is not there.
+    """
     if config.kind == "text":
-        return TextSource(config.text)
+        return TextSource(config.text, find_model)
     if config.kind == "digits":
         return DigitsSource(config.digits)
     if config.kind == "episodes":

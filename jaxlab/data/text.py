@@ -4,7 +4,7 @@ standard library."""
 import functools
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.loading import load_tokenizer
-from jaxlab.checkpoints.reference import model_folder
+from jaxlab.checkpoints.locate import resolve
 from jaxlab.errors import ConfigError, UserError
+
+FindModel = Callable[[str], Path]
+"""From the name of a model to its folder or file. Raises UserError if there is none."""
 
 SEPARATOR = 0
 """The byte between files; none of the text files holds it."""
@@ -47,9 +50,9 @@ class TextConfig:
 class TextSource:
     """Random crops of the training files; the held-out files in order, without overlap."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, find_model: FindModel = resolve):
         self.config = config
-        self._tokenizer = None if config.tokenizer is None else _tokenizer_of(config.tokenizer)
+        self._tokenizer = None if config.tokenizer is None else _tokenizer_of(config.tokenizer, find_model)
         self.training, held_out, self.identity = read_text(config, self._tokenizer)
         half, unit = len(held_out) // 2, "bytes" if self._tokenizer is None else "tokens"
         self.held_out = {"validation": held_out[:half], "test": held_out[half:]}
@@ -84,8 +87,8 @@ class TextSource:
         return {"tokens": crops, "loss_mask": mask}
 
 
-def _tokenizer_of(model: str) -> Tokenizer:
-    found = load_tokenizer(model_folder(model))
+def _tokenizer_of(model: str, find_model: FindModel) -> Tokenizer:
+    found = load_tokenizer(find_model(model))
     if found is None:
         raise UserError(f"{model}: has no tokenizer; name another model, or leave data.text.tokenizer out")
     return found

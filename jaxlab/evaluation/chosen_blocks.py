@@ -49,10 +49,17 @@ def decoding_reads(config: ModelConfig, length: int) -> list[dict[str, int]]:
     rows = []
     for tokens in (length << i for i in range(6)):
         traffic = bytes_per_decoded_token(
-            tokens, kv_heads=config.kv_heads, key_dim=config.key_dim, value_dim=config.value_dim,
-            itemsize=np.dtype(config.compute_dtype).itemsize, stride=n.stride, block_size=n.block_size,
-            num_blocks=n.num_blocks, window=n.window, branches=n.branches,
-        )  # fmt: skip
+            tokens,
+            kv_heads=config.kv_heads,
+            key_dim=config.key_dim,
+            value_dim=config.value_dim,
+            itemsize=np.dtype(config.compute_dtype).itemsize,
+            stride=n.stride,
+            block_size=n.block_size,
+            num_blocks=n.num_blocks,
+            window=n.window,
+            branches=n.branches,
+        )
         of_layer = traffic._asdict()
         all_layers = {k: v * config.num_layers if k.endswith("bytes") else v for k, v in of_layer.items()}
         rows.append({"length": tokens, **all_layers})

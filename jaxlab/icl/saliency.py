@@ -157,7 +157,7 @@ def flow_memory(
 ) -> tuple[int, int]:
     """(bytes of the parameters, bytes of XLA's temporaries) of `flows` on one device, from compiling it
     alone."""
-    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     params = abstract_params(config)
     targets = {
         "positions": integers(batch_size),

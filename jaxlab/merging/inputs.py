@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from jaxlab.app.references import model_folder
 from jaxlab.checkpoints.comparing import language_differences
 from jaxlab.checkpoints.loading import load_model
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.checkpoints.tokenizer_files import common_prefix
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params
@@ -37,10 +37,15 @@ def load_trio(vlm: str, expert: str, base: str) -> Trio:
     same_architecture(vlm, vlm_config, expert, expert_config)
     same_architecture(vlm, vlm_config, base, base_config)
     return Trio(
-        config=vlm_config, tokenizer=tokenizer, vlm=vlm_params, expert=expert_params, base=base_params,
+        config=vlm_config,
+        tokenizer=tokenizer,
+        vlm=vlm_params,
+        expert=expert_params,
+        base=base_params,
         common_rows=common_prefix([tokenizer, expert_tokenizer, base_tokenizer]),
-        expert_config=expert_config, base_config=base_config,
-    )  # fmt: skip
+        expert_config=expert_config,
+        base_config=base_config,
+    )
 
 
 def same_architecture(name: str, config: ModelConfig, other_name: str, other: ModelConfig) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxlab.data.source import DataConfig, make_source
 from jaxlab.errors import UserError
-from jaxlab.evaluation.measures import exact_match
+from jaxlab.losses import exact_match
 from jaxlab.merging.grid import Measure
 from jaxlab.models import Batch, ModelConfig, Params, forward
 

@@ -93,10 +93,12 @@ def _dropped(vectors: Vectors, settings: Settings, key: Any, masks: Any) -> Prep
         masks = list(
             jax.vmap(lambda share, stream: keep_mask(key, shape, share, stream=stream))(shares, streams)
         )
-    return Prepared([
-        drop(x, mask, density, rescale=settings.rescale, mode=settings.mode, dtype=settings.dtype)
-        for x, mask, density in zip(vectors, masks, settings.density, strict=True)
-    ])  # fmt: skip
+    return Prepared(
+        [
+            drop(x, mask, density, rescale=settings.rescale, mode=settings.mode, dtype=settings.dtype)
+            for x, mask, density in zip(vectors, masks, settings.density, strict=True)
+        ]
+    )
 
 
 def _with_angle(vectors: Vectors, settings: Settings, key: Any, masks: Any) -> Prepared:
@@ -132,19 +134,27 @@ OPERATORS: dict[str, Operator] = {
         "Ilharco et al. 2022, arXiv 2212.04089", _as_they_are, _sum, {"lambda": 1.0, "normalize": False}
     ),
     "ties": Operator(
-        "Yadav et al. 2023, arXiv 2306.01708", _trimmed, _election,
+        "Yadav et al. 2023, arXiv 2306.01708",
+        _trimmed,
+        _election,
         {"density": 1.0, "lambda": 1.0, "normalize": True, "rescale": False},
     ),
     "dare_linear": Operator(
-        "Yu et al. 2023, arXiv 2311.03099", _dropped, _sum,
-        {"density": 1.0, "lambda": 1.0, "normalize": False, "rescale": True}, random=True,
-    ),
-    "dare_ties": Operator(
-        "Yu et al. 2023, arXiv 2311.03099, with TIES' election", _dropped, _election,
-        {"density": 1.0, "lambda": 1.0, "normalize": True, "rescale": True}, {"normalize": False},
+        "Yu et al. 2023, arXiv 2311.03099",
+        _dropped,
+        _sum,
+        {"density": 1.0, "lambda": 1.0, "normalize": False, "rescale": True},
         random=True,
     ),
-}  # fmt: skip
+    "dare_ties": Operator(
+        "Yu et al. 2023, arXiv 2311.03099, with TIES' election",
+        _dropped,
+        _election,
+        {"density": 1.0, "lambda": 1.0, "normalize": True, "rescale": True},
+        {"normalize": False},
+        random=True,
+    ),
+}
 
 
 def operator_named(method: str) -> Operator:
@@ -201,9 +211,11 @@ def merge_tensors(
         x.astype(jnp.float32) if origin is None else difference(x, origin, settings.dtype) for x in models
     ]
     prepared = operator.prepare(
-        vectors, settings, None if key is None else key_words(key),
+        vectors,
+        settings,
+        None if key is None else key_words(key),
         as_masks(None if mask is None else list(mask), vectors),
-    )  # fmt: skip
+    )
     if method == "slerp":
         t = _scalar(_required(parameters, "t", method))
         assert prepared.angle is not None
@@ -257,7 +269,7 @@ def settings_for(
     operator = operator_named(method)
     if mode not in ("paper", "mergekit"):
         raise UserError(f"mode is paper or mergekit, not {mode!r}")
-    value = lambda name: parameters.get(name, operator.default(name, mode))  # noqa: E731
+    value = lambda name: parameters.get(name, operator.default(name, mode))
     density = value("density")
     # mergekit computes the methods that merge models themselves in float32.
     dtype = jnp.dtype(jnp.float32) if operator.of_models else working_dtype(mode, stored)

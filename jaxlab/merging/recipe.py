@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlab import config as configs
-from jaxlab import yaml_text
+from jaxlab.config import yaml_text
+from jaxlab.config.schema import suggestion
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.inject import PatternValue
 from jaxlab.merging.operators import OPERATORS
 from jaxlab.merging.stages import Method
-from jaxlab.schema import suggestion
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,14 @@ def trim(deltas: list[Float[Array, "*shape"]], densities: Sequence[Density]) -> 
 
 
 def drop(
-    delta: Float[Array, "*shape"], mask: Bool[Array, "*shape"], density: Density, *, rescale: bool, mode:
-    Mode,
+    delta: Float[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    density: Density,
+    *,
+    rescale: bool,
+    mode: Mode,
     dtype: jnp.dtype,
-) -> Float[Array, "*shape"]:  # fmt: skip
+) -> Float[Array, "*shape"]:
     """DARE (arXiv 2311.03099): zeroes what the random mask drops and rescales what stays by 1 / density.
 
     In mode mergekit the scale makes the L1 norm what it was before (`same_norm`).

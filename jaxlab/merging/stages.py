@@ -22,10 +22,10 @@ from jaxlab.merging.randomness import tensor_key
 from jaxlab.merging.sparsify import Share, kept_count
 
 Params = dict[str, Any]
-Weights = dict[str, Float[Array, "_"]]
+Weights = dict[str, Float[Array, " tensors"]]
 """By pattern: a lambda for each tensor."""
 
-Keys = dict[str, UInt32[np.ndarray, "_ 2"] | UInt32[Array, "_ 2"]]
+Keys = dict[str, UInt32[np.ndarray, "tensors 2"] | UInt32[Array, "tensors 2"]]
 Shares = dict[str, list[Share]]
 """By pattern: densities of the two task vectors."""
 

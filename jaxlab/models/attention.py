@@ -57,10 +57,18 @@ def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:
     page_size = nsa.page_for(length, block_size=n.block_size, stride=n.stride)
     pages = jnp.arange(count * batch_size, dtype=jnp.int32).reshape(count, batch_size, 1)
     cache = nsa.init_paged_cache(
-        pages[0], num_pages=count * batch_size, page_size=page_size, kv_heads=config.kv_heads,
-        key_dim=config.key_dim, value_dim=config.value_dim, dtype=jnp.dtype(config.compute_dtype),
-        block_len=n.block_len, stride=n.stride, block_size=n.block_size, window=n.window,
-    )  # fmt: skip
+        pages[0],
+        num_pages=count * batch_size,
+        page_size=page_size,
+        kv_heads=config.kv_heads,
+        key_dim=config.key_dim,
+        value_dim=config.value_dim,
+        dtype=jnp.dtype(config.compute_dtype),
+        block_len=n.block_len,
+        stride=n.stride,
+        block_size=n.block_size,
+        window=n.window,
+    )
     pool, own = part_cache(cache)
     own = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), own)
     return join_cache(pool, own._replace(page_table=pages))
@@ -163,5 +171,5 @@ def _project(params: Params, name: str, x: Array, equation: str) -> Array:
 
 def _write(cached: Array, new: Array, rows: Int[Array, "B T"] | None) -> Array:
     """`cached` [B, S, H, K] with row `rows[b, t]` replaced by token t of `new`; none past the end."""
-    put = lambda c, n, r: c.at[r].set(n.astype(c.dtype), mode="drop")  # noqa: E731
+    put = lambda c, n, r: c.at[r].set(n.astype(c.dtype), mode="drop")
     return jax.vmap(put)(cached, new, rows)

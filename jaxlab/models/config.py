@@ -262,8 +262,12 @@ class ModelConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         for name in (
-            "norm_eps", "local_rope_theta", "attention_scale", "attention_softcap", "logit_softcap",
-        ):  # fmt: skip
+            "norm_eps",
+            "local_rope_theta",
+            "attention_scale",
+            "attention_softcap",
+            "logit_softcap",
+        ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"must be positive and finite, is {getattr(self, name)}", key=name)
         if not 0 <= self.initializer_range < float("inf"):
@@ -393,8 +397,20 @@ class ModelConfig:
         """The vision transformer in the decoder's terms: a pre-norm ViT with LayerNorm, GELU and biases."""
         v = self.vision
         return ModelConfig(
-            vocab_size=1, width=v.width, num_layers=v.num_layers, num_heads=v.num_heads, mlp="plain",
-            mlp_width=v.mlp_width, activation="gelu", norm="layer", norm_eps=1e-6, position="none",
-            max_length=v.num_patches, attention_bias=True, mlp_bias=True, compute_dtype=self.compute_dtype,
-            remat=self.remat, initializer_range=self.initializer_range,
-        )  # fmt: skip
+            vocab_size=1,
+            width=v.width,
+            num_layers=v.num_layers,
+            num_heads=v.num_heads,
+            mlp="plain",
+            mlp_width=v.mlp_width,
+            activation="gelu",
+            norm="layer",
+            norm_eps=1e-6,
+            position="none",
+            max_length=v.num_patches,
+            attention_bias=True,
+            mlp_bias=True,
+            compute_dtype=self.compute_dtype,
+            remat=self.remat,
+            initializer_range=self.initializer_range,
+        )

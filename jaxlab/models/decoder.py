@@ -56,9 +56,15 @@ def forward(
     batch = {name: jnp.asarray(value) for name, value in prepare_batch(batch, config).items()}
     x, where, additions = embed(params, batch, config, cache)
     layers = stack(
-        params["layers"], x, where, config, dense_params=params.get("dense_layers"),
-        probe=probe, cache=cache, additions=additions,
-    )  # fmt: skip
+        params["layers"],
+        x,
+        where,
+        config,
+        dense_params=params.get("dense_layers"),
+        probe=probe,
+        cache=cache,
+        additions=additions,
+    )
 
     x = norm(params["final_norm"], split_tokens(layers.x), config)
     head = params["embedding"]["table"].T if config.tie_embeddings else params["head"]["table"]
@@ -117,9 +123,14 @@ def _where(batch: Batch, config: ModelConfig, cache: Cache | None) -> Where:
         positions = positions_of(tokens, segment_ids)
     rotary, local_rotary = tables(positions, config)
     return Where(
-        positions, segment_ids, rows, batch.get("together"), rotary=rotary, local_rotary=local_rotary,
+        positions,
+        segment_ids,
+        rows,
+        batch.get("together"),
+        rotary=rotary,
+        local_rotary=local_rotary,
         together_in_window=config.vision.vit.together == "images",
-    )  # fmt: skip
+    )
 
 
 def _next_position(batch: Batch, where: Where, cache: Cache) -> Int[Array, " B"]:

@@ -72,7 +72,7 @@ def _dense_part(
         return window_attention(
             q, k, v, window=reach, scale=scale, segment_ids=where.segment_ids, q_positions=positions
         )
-    mask = lambda: _mask(where, k.shape[1], window, causal, cached, part)  # noqa: E731
+    mask = lambda: _mask(where, k.shape[1], window, causal, cached, part)
     if config.attention_implementation in ("xla", "chunked"):
         return _softmax_attention(q, k, v, mask(), scale, config.attention_softcap)
     kwargs: dict[str, Any] = {"implementation": config.attention_implementation, "scale": scale}
@@ -119,7 +119,7 @@ def _mask(
     if part is not None:
         targets = part.positions(batch)
     assert targets is not None
-    of_targets = lambda x: x if part is None else part.own(x)  # noqa: E731
+    of_targets = lambda x: x if part is None else part.own(x)
     behind = targets[:, :, None] - jnp.arange(source_len)[None, None]
     mask = behind >= 0 if causal else jnp.ones_like(behind, dtype=bool)
     if window is not None and not where.together_in_window:

@@ -22,7 +22,7 @@ def norm(
     params: Mapping[str, Any], x: Float[Array, "*rows D"], config: ModelConfig
 ) -> Float[Array, "*rows D"]:
     """RMSNorm, or LayerNorm where there is a bias; statistics in float32, result in the dtype of `x`."""
-    along = lambda name: params[name].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + x.shape[-1:])  # noqa: E731
+    along = lambda name: params[name].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + x.shape[-1:])
     y = x.astype(jnp.float32)
     if "bias" in params:
         y = y - jnp.mean(y, axis=-1, keepdims=True)

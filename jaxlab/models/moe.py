@@ -26,7 +26,7 @@ def experts(
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     sizes = jnp.bincount(chosen.reshape(-1), length=m.num_experts).astype(jnp.int32)
     rows = flat[order // m.experts_per_token]
-    linear = lambda name, y: jax.lax.ragged_dot(y, params[name].astype(y.dtype), sizes)  # noqa: E731
+    linear = lambda name, y: jax.lax.ragged_dot(y, params[name].astype(y.dtype), sizes)
     hidden = ACTIVATIONS[config.activation](linear("gate", rows)) * linear("up", rows)
     out = linear("down", hidden)[jnp.argsort(order)].reshape(*chosen.shape, -1)
     y = jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype))

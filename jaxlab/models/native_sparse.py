@@ -63,10 +63,13 @@ def whole_attention(
         indices = _best_blocks(importance, config, segment_ids=segment_ids)
     out, chosen = in_parts(
         functools.partial(_nsa_part, config=config),
-        (q, k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2], gates), (starts, segment_ids),
-        {name: params[name] for name in ("compress_key", "compress_value")}, indices,
-        unit=n.stride, least=n.block_len - n.stride,
-    )  # fmt: skip
+        (q, k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2], gates),
+        (starts, segment_ids),
+        {name: params[name] for name in ("compress_key", "compress_value")},
+        indices,
+        unit=n.stride,
+        least=n.block_len - n.stride,
+    )
     return out, Choice(chosen, loss)
 
 
@@ -91,10 +94,20 @@ def _nsa_part(
     k_slc, v_slc, k_win, v_win = others
     try:
         out, branches = nsa_attention(
-            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates,
-            segment_ids=segment_ids, indices=indices, q_positions=positions,
-            implementation=None if n.implementation == "auto" else n.implementation, **_sizes(config),
-        )  # fmt: skip
+            q,
+            k_cmp,
+            v_cmp,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
+            gates,
+            segment_ids=segment_ids,
+            indices=indices,
+            q_positions=positions,
+            implementation=None if n.implementation == "auto" else n.implementation,
+            **_sizes(config),
+        )
     except NotImplementedError as error:  # the kernel that was named does not take the case, or not here
         raise ConfigError(str(error), key="model.nsa.implementation") from error
     there = [branch in n.branches for branch in BRANCHES]
@@ -123,7 +136,7 @@ def cached_attention(
         raise ValueError("the auxiliary selector reads one whole text a row: no cache")
     k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
     new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])
-    compress = lambda k, v, starts: _compress(params, config, k, v, starts)  # noqa: E731
+    compress = lambda k, v, starts: _compress(params, config, k, v, starts)
     num_new = None
     if where.segment_ids is not None:
         num_new = jnp.sum(where.segment_ids != 0, axis=1, dtype=jnp.int32)
@@ -138,9 +151,14 @@ def cached_attention(
     gates = _gates_of_branches(params, x, config)
     try:
         out, branches = nsa.cached_attention(
-            cache, recent, q, gates, indices=indices, **_sizes(config),
+            cache,
+            recent,
+            q,
+            gates,
+            indices=indices,
+            **_sizes(config),
             implementation=None if n.implementation == "auto" else n.implementation,
-        )  # fmt: skip
+        )
     except NotImplementedError as error:
         raise ConfigError(str(error), key="model.nsa.implementation") from error
     return out, cache, Choice(branches.indices if "selection" in config.nsa.branches else None)
@@ -176,9 +194,15 @@ def _turned(k: Array, where: Where, config: ModelConfig) -> Array:
 def _sizes(config: ModelConfig) -> dict[str, Any]:
     n = config.nsa
     return {
-        "block_len": n.block_len, "stride": n.stride, "block_size": n.block_size, "num_blocks": n.num_blocks,
-        "num_init": n.num_init, "num_local": n.num_local, "window": n.window, "scale": config.attention_scale,
-    }  # fmt: skip
+        "block_len": n.block_len,
+        "stride": n.stride,
+        "block_size": n.block_size,
+        "num_blocks": n.num_blocks,
+        "num_init": n.num_init,
+        "num_local": n.num_local,
+        "window": n.window,
+        "scale": config.attention_scale,
+    }
 
 
 def _of_groups(q: Array, config: ModelConfig) -> Float[Array, "B T Hkv G Dk"]:
@@ -193,9 +217,13 @@ def _bounds_of_groups(q: Array, k: Array, config: ModelConfig) -> Float[Array, "
 def _best_blocks(importance: Array, config: ModelConfig, **where: Array | None) -> Int[Array, "B Hkv T n"]:
     n = config.nsa
     return best_blocks(
-        importance, block_size=n.block_size, num_blocks=n.num_blocks, num_init=n.num_init,
-        num_local=n.num_local, **where,
-    )  # fmt: skip
+        importance,
+        block_size=n.block_size,
+        num_blocks=n.num_blocks,
+        num_init=n.num_init,
+        num_local=n.num_local,
+        **where,
+    )
 
 
 def _gates_of_branches(params: Params, x: Array, config: ModelConfig) -> Float[Array, "B T H 3"]:

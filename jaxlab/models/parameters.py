@@ -18,7 +18,7 @@ def _values(module: nnx.Module) -> Params:
 
 def _axes(make: Callable[[], nnx.Module]) -> Params:
     state = nnx.state(nnx.eval_shape(make), nnx.Param)
-    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
+    is_param = lambda leaf: isinstance(leaf, nnx.Param)
     return nnx.to_pure_dict(jax.tree.map(lambda p: Axes(p.axes), state, is_leaf=is_param))
 
 
@@ -34,7 +34,7 @@ def _draw(make: Callable[[Numbers], Params], key: Key[Array, ""]) -> Params:
 
 def _stack(layer: Callable[[Numbers], nnx.Module], key: Key[Array, ""], count: int) -> Params:
     """Layers, one after the other: only one layer's numbers exist besides the result."""
-    one = lambda k: _draw(lambda numbers: _values(layer(numbers)), k)  # noqa: E731
+    one = lambda k: _draw(lambda numbers: _values(layer(numbers)), k)
     return jax.lax.map(one, jax.random.split(key, count))
 
 
@@ -46,10 +46,10 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     """
     edges, layers, vision_edges, vision_layers = jax.random.split(key, 4)
     params = _draw(lambda numbers: _values(Edges(config, numbers)), edges)
-    layer = lambda numbers: Layer(config, numbers)  # noqa: E731
+    layer = lambda numbers: Layer(config, numbers)
     params["layers"] = _stack(layer, layers, config.num_layers - config.dense_layers)
     if config.dense_layers:
-        dense = lambda numbers: Layer(config, numbers, dense=True)  # noqa: E731
+        dense = lambda numbers: Layer(config, numbers, dense=True)
         key = jax.random.fold_in(layers, config.num_layers)
         params["dense_layers"] = _stack(dense, key, config.dense_layers)
     if not config.has_vision:
@@ -61,7 +61,7 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
         return {"vision": edges, "projector": _values(tower.projector(config, numbers))}
 
     params |= _draw(vision, vision_edges)
-    of_tower = lambda numbers: tower.layer(config, numbers)  # noqa: E731
+    of_tower = lambda numbers: tower.layer(config, numbers)
     params["vision"]["layers"] = _stack(of_tower, vision_layers, config.vision.num_layers)
     return params
 
@@ -73,7 +73,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """Logical axis names of every parameter, in the tree of `init_params`."""
-    stacked = lambda make: jax.tree.map(lambda a: Axes(("layers", *a)), _axes(make))  # noqa: E731
+    stacked = lambda make: jax.tree.map(lambda a: Axes(("layers", *a)), _axes(make))
     axes = {
         **_axes(lambda: Edges(config, Numbers())),
         "layers": stacked(lambda: Layer(config, Numbers())),
@@ -94,7 +94,7 @@ def count_params(params: Params) -> int:
 
 def cast_floats(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     """`params` with every floating leaf cast to `dtype`."""
-    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     return jax.tree.map(cast, params)
 
 

@@ -128,9 +128,19 @@ def probed_nsa_attention(
         q, k_cmp, v_cmp, block_len=block_len, stride=stride, scale=scale, segment_ids=segment_ids
     )
     chosen = select_blocks(
-        q, k_cmp, lse, block_len=block_len, stride=stride, block_size=block_size, num_blocks=num_blocks,
-        num_init=num_init, num_local=num_local, scale=scale, segment_ids=segment_ids, kv_len=q.shape[1],
-    )  # fmt: skip
+        q,
+        k_cmp,
+        lse,
+        block_len=block_len,
+        stride=stride,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_init=num_init,
+        num_local=num_local,
+        scale=scale,
+        segment_ids=segment_ids,
+        kv_len=q.shape[1],
+    )
     branches = (
         Branch(length=block_len, stride=stride, whole=probe.nsa_edges == "block"),
         Branch(chosen_block=block_size),

@@ -104,7 +104,7 @@ class _Stream:
         self, q: Array, chosen: Array | None, segment_ids: Array | None, probe: Any
     ) -> dict[str, Any]:
         """Everything that goes with the rows, cut into blocks."""
-        some = lambda x, *fill: None if x is None else self.cut(x, *fill)  # noqa: E731
+        some = lambda x, *fill: None if x is None else self.cut(x, *fill)
         if chosen is not None:
             chosen = self.cut(chosen.swapaxes(1, 2), -1).transpose(0, 3, 1, 2, 4)
         row = jnp.arange(self.blocks * self.rows, dtype=jnp.int32).reshape(self.blocks, self.rows)
@@ -336,7 +336,7 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
     d_q, signed_map = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     if signed_map is not None:
         signed_map = signed_map.swapaxes(0, 1).reshape(stream.batch, -1, stream.tokens)[:, : stream.tokens]
-    like = lambda ds, xs: tuple(d.transpose(1, 2, 0, 3).astype(x.dtype) for d, x in zip(ds, xs, strict=True))  # noqa: E731
+    like = lambda ds, xs: tuple(d.transpose(1, 2, 0, 3).astype(x.dtype) for d, x in zip(ds, xs, strict=True))
     d_probe = dataclasses.replace(
         probe,
         class_tap=totals.get("flow"),

@@ -35,7 +35,7 @@ def bound_scores(q: Float[Array, "B T Hkv G Dk"], bounds: Bounds) -> Float[Array
 
     Source: Quest, arXiv 2406.10774, section 3.3.
     """
-    dot = lambda x, y: jnp.einsum("bthgd,bnhd->bhgtn", x, y, preferred_element_type=jnp.float32)  # noqa: E731
+    dot = lambda x, y: jnp.einsum("bthgd,bnhd->bhgtn", x, y, preferred_element_type=jnp.float32)
     return dot(jnp.maximum(q, 0), bounds.high) + dot(jnp.minimum(q, 0), bounds.low)
 
 
@@ -100,7 +100,7 @@ def auxiliary_loss(
     and k. Every query attends to everything here: the cost of dense attention, in training.
     """
     q, k = jax.lax.stop_gradient((q, k))
-    mass = lambda q, at: jnp.sum(block_mass(causal_scores(q, k, at, scale), nsa.block_size), axis=2)  # noqa: E731
+    mass = lambda q, at: jnp.sum(block_mass(causal_scores(q, k, at, scale), nsa.block_size), axis=2)
     attention = jnp.moveaxis(by_queries(lambda q, at: jnp.moveaxis(mass(q, at), 2, 1), q), 2, 1)
     block = jnp.arange(scores.shape[-1])[None]
     own = (jnp.arange(q.shape[1]) // nsa.block_size)[:, None]

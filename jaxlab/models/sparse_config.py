@@ -52,8 +52,14 @@ class NSAConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "block_len", "stride", "block_size", "num_blocks", "window", "compress_width", "selector_dim",
-        ):  # fmt: skip
+            "block_len",
+            "stride",
+            "block_size",
+            "num_blocks",
+            "window",
+            "compress_width",
+            "selector_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         for name in ("num_init", "num_local", "gate_width"):

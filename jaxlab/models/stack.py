@@ -71,8 +71,10 @@ def stack(
         for run in _runs(config.kinds[start : start + count], min(alone, count)):
             rows = slice(start + run.start, start + run.stop)
             of_run = (
-                _cut(part, slice(run.start, run.stop)), _cut(per_layer, rows), _cut(caches, rows),
-            )  # fmt: skip
+                _cut(part, slice(run.start, run.stop)),
+                _cut(per_layer, rows),
+                _cut(caches, rows),
+            )
             (x, pool), ys = _scan((x, pool), of_run, run, where, config, shared, causal, keep_outputs)
             if start + run.start < (0 if additions is None else additions.shape[0]):
                 assert additions is not None
@@ -137,7 +139,7 @@ def _scan(
     def period(carry: Carry, of_period: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
         results = []
         for i, kind in enumerate(run.kinds):
-            step = lambda carry, of_layer, kind=kind: layer(carry, of_layer, kind)  # noqa: E731
+            step = lambda carry, of_layer, kind=kind: layer(carry, of_layer, kind)
             if config.remat == "layer":
                 step = jax.checkpoint(step, prevent_cse=False)  # the scan already keeps the two passes apart
             carry, result = step(carry, jax.tree.map(lambda leaf, i=i: leaf[i], of_period))
@@ -145,11 +147,11 @@ def _scan(
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
     if len(run.kinds) == 1:  # no axis for the period: what most models are
-        single = lambda carry, of_layer: layer(carry, of_layer, run.kinds[0])  # noqa: E731
+        single = lambda carry, of_layer: layer(carry, of_layer, run.kinds[0])
         if config.remat == "layer":
             single = jax.checkpoint(single, prevent_cse=False)
         return jax.lax.scan(single, carry, of_run)
-    fold = lambda leaf: leaf.reshape(run.repeats, len(run.kinds), *leaf.shape[1:])  # noqa: E731
+    fold = lambda leaf: leaf.reshape(run.repeats, len(run.kinds), *leaf.shape[1:])
     carry, ys = jax.lax.scan(period, carry, jax.tree.map(fold, of_run))
     return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
 

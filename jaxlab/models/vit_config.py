@@ -157,8 +157,15 @@ class MllamaConfig:
     max_tiles: int = 4
     """Most tiles of an image."""
     aspect_ratios: tuple[tuple[int, int], ...] = (
-        (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1),
-    )  # fmt: skip
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (1, 4),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (4, 1),
+    )
     """Tiles down and across, for each way to cut an image."""
     read_layers: tuple[int, ...] = (3, 7, 15, 23, 30)
     """Layers of the tower whose outputs are joined to the features."""

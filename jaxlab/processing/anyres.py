@@ -16,11 +16,16 @@ from jaxlab.processing.square import CLIP_DEFAULTS, LlavaText, Square, join, vis
 
 Pairs = tuple[tuple[int, int], ...]
 
-NEXT_DEFAULTS = {**CLIP_DEFAULTS, "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336],
-                                                           [336, 1008]]}  # fmt: skip
+NEXT_DEFAULTS = {
+    **CLIP_DEFAULTS,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+}
 SIDES = range(384, 2305, 384)
-ONEVISION_DEFAULTS = {**CLIP, "size": {"height": 384, "width": 384},
-                      "image_grid_pinpoints": [[h, w] for h in SIDES for w in SIDES]}  # fmt: skip
+ONEVISION_DEFAULTS = {
+    **CLIP,
+    "size": {"height": 384, "width": 384},
+    "image_grid_pinpoints": [[h, w] for h in SIDES for w in SIDES],
+}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,13 @@ from jaxlab.processing.settings import Settings
 from jaxlab.processing.square import Square, join
 
 DEFAULTS = {**PLAIN, "size": {"height": 224, "width": 224}, "resample": int(Image.Resampling.BILINEAR)}
-ALWAYS = {"do_convert_rgb": True, "do_pan_and_scan": False, "pan_and_scan_min_crop_size": 256,
-          "pan_and_scan_max_num_crops": 4, "pan_and_scan_min_ratio_to_activate": 1.2}  # fmt: skip
+ALWAYS = {
+    "do_convert_rgb": True,
+    "do_pan_and_scan": False,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
 """What Gemma 3's processor asks for, whatever the folder's image processor says."""
 
 
@@ -64,9 +69,11 @@ class Gemma3Text(TextPart):
     """<start_of_image>, an image token so many times, <end_of_image>, apart from the text."""
 
     count: int
-    tokens: ClassVar = {"mark": Token(("boi_token_index", "boi_token_id"), "<start_of_image>"),
-              "image": Token(("image_token_index", "image_token_id"), "<image_soft_token>"),
-              "end": Token(("eoi_token_index", "eoi_token_id"), "<end_of_image>")}  # fmt: skip
+    tokens: ClassVar = {
+        "mark": Token(("boi_token_index", "boi_token_id"), "<start_of_image>"),
+        "image": Token(("image_token_index", "image_token_id"), "<image_soft_token>"),
+        "end": Token(("eoi_token_index", "eoi_token_id"), "<end_of_image>"),
+    }
     mark: ClassVar = "mark"
 
     @classmethod

@@ -14,8 +14,14 @@ from jaxlab.processing.pixels import PLAIN, Pixels, Scale, cut, read_resample, r
 from jaxlab.processing.settings import Settings, Size, shown
 from jaxlab.processing.square import join
 
-DEFAULTS = {**PLAIN, "resample": int(Image.Resampling.LANCZOS), "size": {"longest_edge": 4 * 364},
-            "max_image_size": {"longest_edge": 364}, "do_image_splitting": True, "do_pad": True}  # fmt: skip
+DEFAULTS = {
+    **PLAIN,
+    "resample": int(Image.Resampling.LANCZOS),
+    "size": {"longest_edge": 4 * 364},
+    "max_image_size": {"longest_edge": 364},
+    "do_image_splitting": True,
+    "do_pad": True,
+}
 
 LONGEST = 4096
 """No image is made longer, whatever the folder says."""
@@ -117,8 +123,10 @@ class Idefics3Text(TextPart):
     """Every tile after a separator and its name, row by row, then the whole image as <global-img>."""
 
     count: int
-    tokens: ClassVar = {"image": Token(("image_token_id", "image_token_index"), "<image>"),
-              "separator": Token((), "<fake_token_around_image>")}  # fmt: skip
+    tokens: ClassVar = {
+        "image": Token(("image_token_id", "image_token_index"), "<image>"),
+        "separator": Token((), "<fake_token_around_image>"),
+    }
 
     @classmethod
     def read(cls, settings: Settings, model: Settings) -> "Idefics3Text":

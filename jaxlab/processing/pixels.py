@@ -28,8 +28,14 @@ MOST_TILES = 4096
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-RESCALE = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-           "do_convert_rgb": True, "resample": int(Image.Resampling.BICUBIC)}  # fmt: skip
+RESCALE = {
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "resample": int(Image.Resampling.BICUBIC),
+}
 """What all image processors do unless told otherwise."""
 CLIP = {**RESCALE, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 PLAIN = {**RESCALE, "image_mean": HALF, "image_std": HALF}

@@ -12,8 +12,13 @@ from jaxlab.processing.base import ImagePart, One, TextPart, Token, int32
 from jaxlab.processing.pixels import CLIP, Pixels, Scale, read_resample, resize, size_of
 from jaxlab.processing.settings import Settings, shown
 
-DEFAULTS = {**CLIP, "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}, "patch_size": 14,
-            "temporal_patch_size": 2, "merge_size": 2}  # fmt: skip
+DEFAULTS = {
+    **CLIP,
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
 
 MOST_ASPECT = 200
 
@@ -96,9 +101,11 @@ class QwenText(TextPart):
     """<|image_pad|> once for each merged token; the prompt has vision's start and end around it."""
 
     merge: int
-    tokens: ClassVar = {"image": Token(("image_token_id",), "<|image_pad|>"),
-              "start": Token(("vision_start_token_id",), "<|vision_start|>"),
-              "end": Token(("vision_end_token_id",), "<|vision_end|>")}  # fmt: skip
+    tokens: ClassVar = {
+        "image": Token(("image_token_id",), "<|image_pad|>"),
+        "start": Token(("vision_start_token_id",), "<|vision_start|>"),
+        "end": Token(("vision_end_token_id",), "<|vision_end|>"),
+    }
 
     @classmethod
     def read(cls, settings: Settings, model: Settings) -> "QwenText":

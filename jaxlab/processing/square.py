@@ -22,8 +22,12 @@ from jaxlab.processing.pixels import (
 )
 from jaxlab.processing.settings import Settings, Size, shown
 
-CLIP_DEFAULTS = {**CLIP, "size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224},
-                 "do_center_crop": True}  # fmt: skip
+CLIP_DEFAULTS = {
+    **CLIP,
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+}
 SIGLIP_DEFAULTS = {**PLAIN, "size": {"height": 224, "width": 224}}
 
 
@@ -126,8 +130,10 @@ class PaliGemmaText(TextPart):
     """Image tokens, the first token, the prompt, a new line."""
 
     count: int
-    tokens: ClassVar = {"image": Token(("image_token_index", "image_token_id"), "<image>"),
-              "first": Token(("bos_token_id",), "<bos>")}  # fmt: skip
+    tokens: ClassVar = {
+        "image": Token(("image_token_index", "image_token_id"), "<image>"),
+        "first": Token(("bos_token_id",), "<bos>"),
+    }
     special_tokens: ClassVar = False
 
     @classmethod

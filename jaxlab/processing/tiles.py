@@ -11,8 +11,13 @@ from jaxlab.processing.pixels import CLIP, Pixels, Scale, cut, read_resample, re
 from jaxlab.processing.settings import Settings
 from jaxlab.processing.square import join
 
-DEFAULTS = {**CLIP, "size": {"height": 384, "width": 384}, "crop_to_patches": False, "min_patches": 1,
-            "max_patches": 12}  # fmt: skip
+DEFAULTS = {
+    **CLIP,
+    "size": {"height": 384, "width": 384},
+    "crop_to_patches": False,
+    "min_patches": 1,
+    "max_patches": 12,
+}
 ALWAYS = {"crop_to_patches": True}
 """What InternVL's processor asks for, whatever the folder's image processor says."""
 
@@ -75,8 +80,11 @@ class InternVLText(TextPart):
     """<img>, <IMG_CONTEXT> so many times for each tile, </img>."""
 
     count: int
-    tokens: ClassVar = {"image": Token(("image_token_id", "image_token_index"), "<IMG_CONTEXT>"),
-              "start": Token((), "<img>"), "end": Token((), "</img>")}  # fmt: skip
+    tokens: ClassVar = {
+        "image": Token(("image_token_id", "image_token_index"), "<IMG_CONTEXT>"),
+        "start": Token((), "<img>"),
+        "end": Token((), "</img>"),
+    }
     separator: ClassVar = "\n"
 
     @classmethod

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from jaxlab.app.runs import read_metrics, read_results
 from jaxlab.errors import UserError
 from jaxlab.reporting.formats import Number
-from jaxlab.runs import read_metrics, read_results
 
 
 @dataclass(frozen=True)

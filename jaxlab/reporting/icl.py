@@ -91,13 +91,15 @@ def _flows(run: RunFolder) -> list[Markup]:
         return [note("Flows were not analysed in this run.")]
     return [
         figure(
-            icl_plots.flow_shares_figure(run.results), "icl-shares", "Where information flows, by layer.",
+            icl_plots.flow_shares_figure(run.results),
+            "icl-shares",
+            "Where information flows, by layer.",
             "Shares of the three mean flows in their sum. The paper sees words gather in label words in "
             "shallow layers and label words feed the answer in deep ones: the first line should fall and "
             "the second rise. In the last layer nothing that reaches a label word can reach the answer any "
             "more, so S_wp is 0 there by definition.",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _blocking(run: RunFolder) -> list[Markup]:
@@ -115,16 +117,20 @@ def _blocking(run: RunFolder) -> list[Markup]:
     ]
     return [
         figure(
-            icl_plots.blocking_figure(run.results), "icl-blocking", "What blocking costs.",
+            icl_plots.blocking_figure(run.results),
+            "icl-blocking",
+            "What blocking costs.",
             "Nothing may flow into the label words, or into as many random words, in the first or in the "
             "last layers. The paper sees label words in first layers matter most.",
         ),
         table(
-            ["blocked", "accuracy", "label loyalty", "word loyalty"], body, "The same in numbers.",
+            ["blocked", "accuracy", "label loyalty", "word loyalty"],
+            body,
+            "The same in numbers.",
             "Label loyalty: how often the answer stays what it was without blocking. Word loyalty: how "
             f"much of the {run.get('blocking', 'top_words')} likeliest next words stays (Jaccard).",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _prompt(run: RunFolder) -> list[Markup]:
@@ -133,10 +139,12 @@ def _prompt(run: RunFolder) -> list[Markup]:
     right = run.get("figure1", "answer") == run.get("figure1", "prediction")
     return [
         figure(
-            icl_plots.prompt_figure(run.results), "icl-prompt", "One prompt, after Figure 1 of the paper.",
+            icl_plots.prompt_figure(run.results),
+            "icl-prompt",
+            "One prompt, after Figure 1 of the paper.",
             "Lines are flows, thicker where stronger. In shallow layers words should flow into the label "
             "words that follow them, in deep layers label words into the end. The answer is "
             f"{run.get('figure1', 'answer')}, which the model "
             f"{'gives' if right else 'misses: it says ' + str(run.get('figure1', 'prediction'))}.",
         )
-    ]  # fmt: skip
+    ]

@@ -79,9 +79,16 @@ def blocking_figure(results: Results) -> Figure:
                     np.mean([p for p, group in zip(places, groups, strict=True) if group[0] == where])
                 )
                 axes.annotate(
-                    f"{where} layers", (middle, 0), (0, -21), xycoords=("data", "axes fraction"),
-                    textcoords="offset points", ha="center", va="top", fontsize=9, color=FAINT,
-                )  # fmt: skip
+                    f"{where} layers",
+                    (middle, 0),
+                    (0, -21),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top",
+                    fontsize=9,
+                    color=FAINT,
+                )
         axes = grid[0, 0]
         axes.axhline(
             results["accuracy"], color=INK, linewidth=0.9, linestyle=DASHES[1], label="nothing blocked"
@@ -149,14 +156,27 @@ def _words(axes: Axes, prompt: Results, column: float, heights: np.ndarray) -> N
         colour = {"label": ORANGE, "target": BLUE, "word": INK}[kind]
         if kind != "word":
             box = FancyBboxPatch(
-                (column - 0.72, height - 0.42), 1.44, 0.84, boxstyle="round,pad=0,rounding_size=0.12",
-                facecolor=colour, alpha=0.16, edgecolor="none", mutation_aspect=4,
-            )  # fmt: skip
+                (column - 0.72, height - 0.42),
+                1.44,
+                0.84,
+                boxstyle="round,pad=0,rounding_size=0.12",
+                facecolor=colour,
+                alpha=0.16,
+                edgecolor="none",
+                mutation_aspect=4,
+            )
             axes.add_patch(box)
         axes.text(
-            column, height, _readable(token), ha="center", va="center_baseline", fontsize=8.6, color=colour,
-            fontweight="normal" if kind == "word" else "bold", clip_on=True,
-        )  # fmt: skip
+            column,
+            height,
+            _readable(token),
+            ha="center",
+            va="center_baseline",
+            fontsize=8.6,
+            color=colour,
+            fontweight="normal" if kind == "word" else "bold",
+            clip_on=True,
+        )
 
 
 def _readable(token: str) -> str:
@@ -194,7 +214,11 @@ def _lines(
         )
         axes.add_patch(
             PathPatch(
-                path, fill=False, edgecolor=SETS[kind][1], linewidth=0.4 + 4.2 * strength,
-                alpha=0.25 + 0.6 * strength, capstyle="round",
+                path,
+                fill=False,
+                edgecolor=SETS[kind][1],
+                linewidth=0.4 + 4.2 * strength,
+                alpha=0.25 + 0.6 * strength,
+                capstyle="round",
             )
-        )  # fmt: skip
+        )

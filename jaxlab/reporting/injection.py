@@ -208,11 +208,13 @@ def _methods(scenarios: Sequence[Scenario]) -> Markup:
         rows.append(row)
     head = ["scenario", "VLM alone", *map(_operator_name, names), "VLM's own skill", "expert, on text"]
     return table(
-        head, rows, "Accuracy on images of the skill that only the expert was taught.",
+        head,
+        rows,
+        "Accuracy on images of the skill that only the expert was taught.",
         "Exact match on the test split, every operator at the setting that was best on the validation "
         "split. Bold: the best of a row. Below each: what the model kept of the VLM's own skill on images. "
         "The two last columns show what there was to keep and to transfer.",
-    )  # fmt: skip
+    )
 
 
 def _skills(scenarios: Sequence[Scenario]) -> Markup:
@@ -220,16 +222,18 @@ def _skills(scenarios: Sequence[Scenario]) -> Markup:
     for s in scenarios:
         for i, (name, operator) in enumerate(s.operators.items()):
             best = operator.get("best") or {}
-            rows.append([
-                s.name if i == 0 else "",
-                _operator_name(name),
-                decimal(best.get("lambda_v"), 2),
-                decimal(best.get("lambda_e"), 2),
-                decimal(best.get("density"), 2),
-                percent(at(best, "validation", str(s.target)), 1),
-                percent(at(best, "test", str(s.target)), 1),
-                str(operator.get("evaluations", NONE)),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    s.name if i == 0 else "",
+                    _operator_name(name),
+                    decimal(best.get("lambda_v"), 2),
+                    decimal(best.get("lambda_e"), 2),
+                    decimal(best.get("density"), 2),
+                    percent(at(best, "validation", str(s.target)), 1),
+                    percent(at(best, "test", str(s.target)), 1),
+                    str(operator.get("evaluations", NONE)),
+                ]
+            )
     head = ["scenario", "operator", _LAMBDA_V, _LAMBDA_E, "density", "validation", "test", "settings tried"]
     look = join([_LAMBDA_V, " weighs what the VLM changed, ", _LAMBDA_E, " what the expert changed."])
     return folded(
@@ -250,22 +254,28 @@ def _heat_maps(s: Scenario) -> Markup | None:
             i, j = rows.index(p["lambda_v"]), columns.index(p["lambda_e"])
             values[i][j] = at(p, "validation", str(s.target))
         density = best.get("density")
-        panels.append({
-            "title": _operator_name(name) + (f", density {density:g}" if density is not None else ""),
-            "rows": rows, "columns": columns, "values": values,
-            "chosen": (rows.index(best["lambda_v"]), columns.index(best["lambda_e"])),
-        })  # fmt: skip
+        panels.append(
+            {
+                "title": _operator_name(name) + (f", density {density:g}" if density is not None else ""),
+                "rows": rows,
+                "columns": columns,
+                "values": values,
+                "chosen": (rows.index(best["lambda_v"]), columns.index(best["lambda_e"])),
+            }
+        )
     if not panels:
         return None
     drawing = plots.heat_maps(
         panels, 4 if len(panels) == 4 else min(3, len(panels)), "λᵥ (VLM)", "λₑ (expert)"
     )
     return figure(
-        drawing, f"injection-{s.run.name}", f"How the weights decide: {s.name}.",
+        drawing,
+        f"injection-{s.run.name}",
+        f"How the weights decide: {s.name}.",
         "Accuracy in per cent on images of the validation split; darker is better, the chosen setting is "
         "framed. A skill that transfers shows as a broad dark field, one that depends on luck as a lone "
         "dark cell.",
-    )  # fmt: skip
+    )
 
 
 def _examples(s: Scenario) -> Markup | None:

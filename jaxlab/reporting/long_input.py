@@ -164,10 +164,11 @@ def _maps(needles: Sequence[RunFolder], makers: Mapping[int, RunFolder | None]) 
         return None
     return figure(
         plots.heat_maps(panels, min(3, len(panels)), "depth of the fact", "length (tokens)"),
-        "needle-maps", "Facts found, by depth and length.",
+        "needle-maps",
+        "Facts found, by depth and length.",
         "Per cent of the questions answered right; depth 0 is the start of the text, the greatest distance. "
         "Every cell dark: nothing that was asked for is out of reach.",
-    )  # fmt: skip
+    )
 
 
 def _at_depth(members: Sequence[RunFolder], length: int, row: int, most: int) -> Number | None:
@@ -191,10 +192,12 @@ def _methods(runs: Sequence[RunFolder], makers: Mapping[int, RunFolder | None]) 
     ]
     head = ["attention", "data", "length", "tokens read per query", "needles found", "loss"]
     return table(
-        head, rows, "Sparsity without training, beside models trained as they are read.",
+        head,
+        rows,
+        "Sparsity without training, beside models trained as they are read.",
         "Tokens read are a mean over positions. The exact choices know every score before they choose, so "
         "they show what is lost by reading less, not what a method could save.",
-    )  # fmt: skip
+    )
 
 
 def _order(run: RunFolder) -> tuple[int, str, Number]:
@@ -229,6 +232,8 @@ def _variant_table(variants: Mapping[str, Sequence[RunFolder]]) -> Markup | None
     ]
     head = ["variant", "seeds", "test loss", "exact match", "tokens read per query"]
     return table(
-        head, rows, "Selectors and ablations, on equal data and steps.",
+        head,
+        rows,
+        "Selectors and ablations, on equal data and steps.",
         "The exact match is of whole sequences of targets: of use on needles, not on text.",
-    )  # fmt: skip
+    )

@@ -127,15 +127,17 @@ def _numbers(groups: dict[str, list[RunFolder]]) -> Markup:
         if not members:
             continue
         run, loss = members[0], losses[name]
-        rows.append([
-            name,
-            count(run.get("parameters")),
-            best_cell(decimal(loss)) if loss == lowest else decimal(loss),
-            decimal(None if loss is None else loss / 0.6931471805599453, 3),
-            count(mean(_speeds(members))),
-            decimal(run.get("attended_tokens"), 1),
-            duration(run.seconds),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                count(run.get("parameters")),
+                best_cell(decimal(loss)) if loss == lowest else decimal(loss),
+                decimal(None if loss is None else loss / 0.6931471805599453, 3),
+                count(mean(_speeds(members))),
+                decimal(run.get("attended_tokens"), 1),
+                duration(run.seconds),
+            ]
+        )
     head = [
         "attention",
         "parameters",
@@ -146,10 +148,12 @@ def _numbers(groups: dict[str, list[RunFolder]]) -> Markup:
         "time",
     ]
     return table(
-        head, rows, "Two models of one size.",
+        head,
+        rows,
+        "Two models of one size.",
         "Equal sizes need a narrower MLP in the sparse model, whose three branches have their own keys and "
         "values. Tokens read are counted over its branches: compressed blocks, chosen blocks, window.",
-    )  # fmt: skip
+    )
 
 
 def _speed(groups: dict[str, list[RunFolder]]) -> Markup:
@@ -161,10 +165,11 @@ def _speed(groups: dict[str, list[RunFolder]]) -> Markup:
             plots.bars(names, attended, "Tokens read per query (mean over positions)", digits=1),
             plots.bars(names, speeds, "Training speed (tokens per second)"),
         ],
-        "nsa-speed", "What is saved, and what it is worth here.",
+        "nsa-speed",
+        "What is saved, and what it is worth here.",
         "Fewer tokens read (left) become time saved (right) only with kernels made for it, or on texts "
         "long enough: this run uses the reference in plain XLA, on short text.",
-    )  # fmt: skip
+    )
 
 
 def _positions(measured: dict[str, list[RunFolder]]) -> Markup | None:
@@ -181,10 +186,12 @@ def _positions(measured: dict[str, list[RunFolder]]) -> Markup | None:
     if not series:
         return None
     return figure(
-        plots.position_figure(series, "nats per byte"), "nsa-position", "Test loss by position.",
+        plots.position_figure(series, "nats per byte"),
+        "nsa-position",
+        "Test loss by position.",
         "Falling to the right means that the model uses text from far before. A line that stops falling "
         "where the window ends would mean that the chosen blocks bring nothing.",
-    )  # fmt: skip
+    )
 
 
 def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> list[Markup]:
@@ -212,10 +219,12 @@ def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> lis
         look += f" Of the blocks chosen freely, the query before reads too: {told}."
     return [
         figure(
-            plots.chosen_blocks(chosen["layers"], chosen["block_size"]), "nsa-blocks",
-            "The blocks that queries chose.", look,
+            plots.chosen_blocks(chosen["layers"], chosen["block_size"]),
+            "nsa-blocks",
+            "The blocks that queries chose.",
+            look,
         )
-    ]  # fmt: skip
+    ]
 
 
 def _decoding(evaluated: Sequence[RunFolder]) -> Markup | None:
@@ -235,8 +244,9 @@ def _decoding(evaluated: Sequence[RunFolder]) -> Markup | None:
         for row in rows
     ]
     return table(
-        ["tokens so far", "tokens read, NSA", "full", "bytes read, NSA", "full", "times fewer"], cells,
+        ["tokens so far", "tokens read, NSA", "full", "bytes read, NSA", "full", "times fewer"],
+        cells,
         "What a decoded token reads.",
         "Counted from the sizes of this model, keys and values of all layers. Full attention reads all the "
         "text; of what NSA reads only the summaries grow with it, so NSA gains the more the longer it is.",
-    )  # fmt: skip
+    )

@@ -65,7 +65,7 @@ def table(
     head: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str, look: str, texts: int = 1
 ) -> Markup:
     """A table with a caption. The first `texts` columns hold words, the others numbers."""
-    kind = lambda column: None if column < texts else "number"  # noqa: E731
+    kind = lambda column: None if column < texts else "number"
 
     def cell(value: Any, column: int) -> Markup:
         if isinstance(value, Markup) and value.startswith("<td"):
@@ -109,25 +109,33 @@ def claim_list(verdicts: Sequence[Verdict]) -> Markup:
     for v in verdicts:
         rule = tag("details", tag("summary", "rule"), v.rule) if v.rule else None
         items.append(
-            tag("li",
+            tag(
+                "li",
                 tag("span", v.claim.id, class_="id"),
-                tag("span", v.claim.statement, " ", tag("span", v.claim.source, class_="where"),
-                    class_="what"),
+                tag(
+                    "span", v.claim.statement, " ", tag("span", v.claim.source, class_="where"), class_="what"
+                ),
                 tag("span", badge(v.status), class_="verdict"),
                 tag("span", v.evidence, class_="here"),
                 rule,
-                class_="quiet" if not v.rule else None)
-        )  # fmt: skip
+                class_="quiet" if not v.rule else None,
+            )
+        )
     return tag("ul", *items, class_="claims")
 
 
 def run_list(runs: Sequence[RunFolder]) -> Markup:
     """The command of every run, so that a reader can do it again."""
     rows = [
-        tag("div", tag("b", run.label), f" · {run.task} · {duration(run.seconds)} · ", tag("code", run.name),
-            tag("code", run.command, class_="command") if run.command else None)
+        tag(
+            "div",
+            tag("b", run.label),
+            f" · {run.task} · {duration(run.seconds)} · ",
+            tag("code", run.name),
+            tag("code", run.command, class_="command") if run.command else None,
+        )
         for run in runs
-    ]  # fmt: skip
+    ]
     return tag("div", *rows, class_="runs")
 
 
@@ -176,11 +184,15 @@ def page(
     """
     judged = any(section.verdicts for section in sections)
     key = paragraph(
-        badge("seen"), " ", badge("not seen"), " ", badge("not examined"),
+        badge("seen"),
+        " ",
+        badge("not seen"),
+        " ",
+        badge("not examined"),
         "  Whether these runs show what a paper claims; decided from their numbers by the rule given with "
         "each claim.",
         class_="key",
-    )  # fmt: skip
+    )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -201,7 +213,10 @@ def page(
             class_="top",
         ),
         tag("main", *(_section(section) for section in sections)),
-        tag("footer", "Every number and every plot on this page was read from results.json, metrics.jsonl, "
-            "config.yaml and env.json of the run folders named on it."),
-    )  # fmt: skip
+        tag(
+            "footer",
+            "Every number and every plot on this page was read from results.json, metrics.jsonl, "
+            "config.yaml and env.json of the run folders named on it.",
+        ),
+    )
     return join([Markup("<!doctype html>\n"), tag("html", head, body, lang="en")]) + "\n"

@@ -70,15 +70,19 @@ def _losses(run: RunFolder) -> Markup:
         [f"NSA after {count(run.get('steps'))} steps", decimal(loss["trained"])],
     ]
     return table(
-        ["model", "loss"], rows, "Loss before and after training.",
+        ["model", "loss"],
+        rows,
+        "Loss before and after training.",
         "All three on the batch on which the attention was measured. The dense model was not trained on: "
         "that the last may lie below the first says nothing for NSA.",
-    )  # fmt: skip
+    )
 
 
 def _curves(run: RunFolder, index: int) -> Markup:
     training, held_out = ({run.label: [run.curve(key)]} for key in ("loss", "eval_loss"))
     return figure(
-        plots.loss_figure(training, held_out), f"retrofit-{index}-loss", "Loss while training on.",
+        plots.loss_figure(training, held_out),
+        f"retrofit-{index}-loss",
+        "Loss while training on.",
         "From the dense model's parameters, not from random ones.",
-    )  # fmt: skip
+    )

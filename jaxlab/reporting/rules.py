@@ -110,7 +110,7 @@ def n4(
         equal = [value for tokens, value in points if abs(tokens / read - 1) <= BUDGET_TOLERANCE]
         if equal:
             fair[name] = sum(equal) / len(equal)
-    told = lambda value: decimal(value, 3) if by_loss else percent(value, 1)  # noqa: E731
+    told = lambda value: decimal(value, 3) if by_loss else percent(value, 1)
     evidence = f"NSA {told(own)} at {decimal(read, 0)} tokens read; " + ", ".join(
         f"{name} {told(value)}" for name, value in fair.items()
     )

@@ -73,9 +73,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
-        make_schedule(config, steps), config.beta1, config.beta2, config.eps,
-        weight_decay=config.weight_decay, mask=_decayed(model),
-    )  # fmt: skip
+        make_schedule(config, steps),
+        config.beta1,
+        config.beta2,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decayed(model),
+    )
     if config.language_scale == 1.0:
         return optax.chain(clip, adamw)
     scale = optax.masked(optax.scale(config.language_scale), _is_language(model))

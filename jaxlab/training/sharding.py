@@ -144,7 +144,7 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> dict[str, NamedSharding]:
     rows, length = batch["tokens"].shape
     examples = None if rows % _batch_parts(mesh) else RULES["batch"]
     of_tokens = PartitionSpec(examples, RULES["tokens"])
-    spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else PartitionSpec(examples)  # noqa: E731
+    spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else PartitionSpec(examples)
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 

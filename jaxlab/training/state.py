@@ -13,19 +13,25 @@ from jaxtyping import Array, Key
 from jaxlab.checkpoints.comparing import differences
 from jaxlab.checkpoints.loading import load_model, load_model_config, load_tokenizer, stored_shapes
 from jaxlab.checkpoints.native import check_same_tree
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, init_params
-from jaxlab.models.retrofit import GATE, retrofit, retrofitted
+from jaxlab.retrofit.convert import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
 
 # What shows in no shape and makes another function of the same parameters.
 _MEANING = (
-    "activation", "norm", "norm_offset", "position", "embedding_scale", "parallel", "attention_scale",
-    "attention_softcap", "logit_softcap",
-)  # fmt: skip
+    "activation",
+    "norm",
+    "norm_offset",
+    "position",
+    "embedding_scale",
+    "parallel",
+    "attention_scale",
+    "attention_softcap",
+    "logit_softcap",
+)
 
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation) -> State:
@@ -40,9 +46,9 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
     params = param_shardings(model, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     like_params = jax.tree.structure(params)
-    is_params = lambda node: jax.tree.structure(node) == like_params  # type: ignore[operator]  # noqa: E731
+    is_params = lambda node: jax.tree.structure(node) == like_params  # type: ignore[operator]
     optimizer_state = abstract_state(model, optimizer).optimizer
-    place = lambda node: params if is_params(node) else everywhere  # noqa: E731
+    place = lambda node: params if is_params(node) else everywhere
     moments = jax.tree.map(place, optimizer_state, is_leaf=is_params)
     return State(everywhere, params, moments)  # type: ignore[arg-type]
 
@@ -93,7 +99,7 @@ def init_state(
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed), loaded)
 
 
-def find_initial(reference: str, model: ModelConfig, source: Source) -> Initial:
+def find_initial(folder: Path, model: ModelConfig, source: Source) -> Initial:
     """The model that training starts from; only a vision tower and a projector may be new.
 
     A dense model for a `model` with NSA is retrofitted: all else about the two must be the same.
@@ -101,7 +107,6 @@ def find_initial(reference: str, model: ModelConfig, source: Source) -> Initial:
     Raises:
       UserError: there is none, or it does not fit `model` or the data.
     """
-    folder = model_folder(reference)
     theirs, stored = load_model_config(folder), stored_shapes(folder)
     dense = None
     if model.attention == "nsa" and theirs.attention != "nsa":

@@ -1,15 +1,14 @@
 """One training step: loss, gradient accumulation, update. Pure functions; the task jits `train_step`."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from jaxlab.evaluation.measures import exact_match, target_losses
-from jaxlab.models import Batch, ModelConfig, Params, forward
+from jaxlab.losses import loss_sum
+from jaxlab.models import Batch, ModelConfig, Params
 
 
 class State(NamedTuple):
@@ -19,22 +18,6 @@ class State(NamedTuple):
     params: Params
     """float32 master parameters."""
     optimizer: optax.OptState
-
-
-def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed cross-entropy (nats) of the targets, and their number.
-
-    With experts the balance loss, times its weight, is added to the loss of every target; with NSA's
-    auxiliary selector its loss, which trains nothing else.
-    """
-    logits, intermediates = forward(params, batch, config)
-    losses, mask = target_losses(logits, batch)
-    total, count = jnp.sum(losses, where=mask), jnp.sum(mask, dtype=jnp.float32)
-    if config.moe.num_experts and config.moe.balance_loss:
-        total += config.moe.balance_loss * count * jnp.mean(intermediates["balance_loss"])
-    if "selector_loss" in intermediates:
-        total += count * jnp.mean(intermediates["selector_loss"])
-    return total, count
 
 
 def train_step(
@@ -60,7 +43,7 @@ def train_step(
             return (total + part_total, count + part_count, jax.tree.map(jnp.add, grads, part_grads)), None
 
         # Part i takes rows i, i + accumulation, ...: every device then holds an equal share of every part.
-        split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+        split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
         zero = jnp.zeros((), jnp.float32)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         (total, count, grads), _ = jax.lax.scan(add, (zero, zero, zeros), jax.tree.map(split, batch))
@@ -71,16 +54,3 @@ def train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     new = State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
     return new, {"loss": total / count, "gradient_norm": optax.tree.norm(grads)}
-
-
-@partial(jax.jit, static_argnames="config")
-def evaluate_step(params: Params, batch: Batch, config: ModelConfig) -> dict[str, Array]:
-    """Sums over a batch: loss and number of targets, exact matches and number of rows."""
-    logits, _ = forward(params, batch, config)
-    losses, mask = target_losses(logits, batch)
-    return {
-        "loss": jnp.sum(losses, where=mask),
-        "targets": jnp.sum(mask, dtype=jnp.float32),
-        "matches": jnp.sum(exact_match(logits, batch), dtype=jnp.float32),
-        "rows": jnp.float32(mask.shape[0]),
-    }

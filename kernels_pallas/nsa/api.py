@@ -326,7 +326,7 @@ def weigh(
 ) -> Float[Array, "B T H Dv"]:
     """Sum of the branches times their gates, in float32: a gate's gradient is a sum over the head dim."""
     dtype = accumulator(compressed.dtype)
-    of = lambda i, x: gates[..., i, None].astype(dtype) * x.astype(dtype)  # noqa: E731
+    of = lambda i, x: gates[..., i, None].astype(dtype) * x.astype(dtype)
     return (of(0, compressed) + of(1, selected) + of(2, recent)).astype(compressed.dtype)
 
 

@@ -92,9 +92,18 @@ class ArgSpec:
 
 
 SMALL = ArgSpec(
-    1, heads=4, kv_heads=2, key_dim=12, value_dim=10, block_len=8, stride=4, block_size=8, num_blocks=4,
-    window=16, dtype="float32",
-)  # fmt: skip
+    1,
+    heads=4,
+    kv_heads=2,
+    key_dim=12,
+    value_dim=10,
+    block_len=8,
+    stride=4,
+    block_size=8,
+    num_blocks=4,
+    window=16,
+    dtype="float32",
+)
 """What small specs have in common."""
 
 
@@ -113,11 +122,24 @@ ARG_SPECS = (
     small(65, "one head per group", heads=3, kv_heads=3, key_dim=5, value_dim=7),
     small(97, "sixteen heads per group", heads=16, kv_heads=1, key_dim=10, value_dim=6),
     small(
-        90, "nothing divides anything", heads=6, kv_heads=3, block_len=10, stride=3, block_size=7,
-        num_blocks=5, window=9,
+        90,
+        "nothing divides anything",
+        heads=6,
+        kv_heads=3,
+        block_len=10,
+        stride=3,
+        block_size=7,
+        num_blocks=5,
+        window=9,
     ),
     small(
-        110, "packed, with padding", kv_heads=4, block_size=16, num_blocks=3, num_local=1, window=20,
+        110,
+        "packed, with padding",
+        kv_heads=4,
+        block_size=16,
+        num_blocks=3,
+        num_local=1,
+        window=20,
         segments=(30, 41, -3, 16, 11, -9),
     ),
     small(1, "one token", **PAPER_BLOCKS, window=512),
@@ -129,7 +151,7 @@ ARG_SPECS = (
     paper(8192, "eight heads a group", "compile", heads=32, key_dim=128),
     paper(8192, "sixty-four heads a group", "compile", heads=64, kv_heads=1),
     paper(2**20, "a million tokens", "shapes"),
-)  # fmt: skip
+)
 
 
 def with_tag(tag: Tag) -> dict[str, ArgSpec]:

@@ -216,7 +216,7 @@ def append_tokens[C: (NsaCache, PagedCache)](
     return cache, _recent(before, new, jnp.where(valid, rows, -1), num_new)
 
 
-def address(cache: Cache, index: Int[Array, "B *dims"], size: int) -> tuple[Array, Array]:
+def address(cache: Cache, index: Int[Array, "B ..."], size: int) -> tuple[Array, Array]:
     """Where entries `index` of the sequences lie on the two first axes of a kept array, of which the second
     has `size` of them; out of range if nowhere."""
     batch = index.shape[0]

@@ -144,8 +144,12 @@ def scores(spec: ArgSpec, tuning: Tuning = Tuning()) -> Count:  # noqa: B008
     """The kernel behind the choice; what it writes is read once more by XLA, which is not counted here."""
     rows_of_tile = tuning.warpgroups * SCORE_ROWS
     layout = plan_rows(spec.length, spec.groups, rows_of_tile)
-    bounds = np.asarray(_ranges(_visible(spec, "compression", layout.padded_groups, layout.padded_length),
-                               rows_of_tile, ROWS).bounds, np.int64)  # fmt: skip
+    bounds = np.asarray(
+        _ranges(
+            _visible(spec, "compression", layout.padded_groups, layout.padded_length), rows_of_tile, ROWS
+        ).bounds,
+        np.int64,
+    )
     steps = int((bounds[..., 3] - bounds[..., 0]).sum()) * spec.batch * spec.kv_heads
     dim = ceil_div(spec.key_dim, FEATURES) * FEATURES
     columns = max(8, SCORE_ROWS // layout.padded_groups)

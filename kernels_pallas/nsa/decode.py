@@ -118,18 +118,29 @@ def _many(
     compressed, lse = compressed_attention(q, k_cmp, v_cmp, **blocks, **common)
     if indices is None:
         indices = select_blocks(
-            q, k_cmp, lse, block_size=grid.block_size, num_blocks=grid.num_blocks, num_init=grid.num_init,
-            num_local=grid.num_local, kv_len=grid.kv_len, **blocks, **common,
-        )  # fmt: skip
+            q,
+            k_cmp,
+            lse,
+            block_size=grid.block_size,
+            num_blocks=grid.num_blocks,
+            num_init=grid.num_init,
+            num_local=grid.num_local,
+            kv_len=grid.kv_len,
+            **blocks,
+            **common,
+        )
     k, v = whole(cache, cache.k_slc), whole(cache, cache.v_slc)
     selected = selected_attention(q, k, v, indices, block_size=grid.block_size, **common)
     # Within `recent` the chunk's first query stands after the ring.
     places = jnp.broadcast_to(ring + jnp.arange(count, dtype=jnp.int32)[None], q.shape[:2])
     held_recently = (recent.positions >= 0).astype(jnp.int32)
     near = window_attention(
-        q, recent.k, recent.v, window=window,
+        q,
+        recent.k,
+        recent.v,
+        window=window,
         **(common | {"segment_ids": held_recently, "q_positions": places}),
-    )  # fmt: skip
+    )
     return NsaBranches(compressed, selected, near, lse, indices)
 
 

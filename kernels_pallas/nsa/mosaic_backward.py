@@ -92,7 +92,7 @@ def query_gradient(
             for source, target in copies:
                 plgpu.copy_gmem_to_smem(source, target, ready.at[wg])
             plgpu.barrier_wait(ready.at[wg])
-            load = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
+            load = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
             lse, shift = load(row_smem.at[wg, 0]), load(row_smem.at[wg, 1])
             first, end = load(number_smem.at[wg, 0]), load(number_smem.at[wg, 1])
             bits = load(number_smem.at[wg, 2]) if listed else None
@@ -129,7 +129,7 @@ def query_gradient(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            tile = lambda step: pl.ds(way.key_tile(step) * tuning.keys, tuning.keys)  # noqa: E731
+            tile = lambda step: pl.ds(way.key_tile(step) * tuning.keys, tuning.keys)
             serve(way.steps, lambda step: [((x, tile(step)), ())], channels, stages)
 
     smem: Any = (

@@ -74,8 +74,8 @@ def _prepare(op: ByBlock, q: Array, k: Array, v: Array, indices: Array, places: 
     layout = lay_out(indices.shape, q.shape[3], k_rows.shape[1] // BLOCK, op.tuning.rows)
     first, end = intervals(places, 1, 0, None)
     end = jnp.minimum(end, k.shape[1])
-    of_heads = lambda x: layout.cut(jnp.broadcast_to(x[..., None], indices.shape[:3]))  # noqa: E731
-    slabs = lambda x: x.reshape(-1, layout.heads, *x.shape[1:])  # noqa: E731
+    of_heads = lambda x: layout.cut(jnp.broadcast_to(x[..., None], indices.shape[:3]))
+    slabs = lambda x: x.reshape(-1, layout.heads, *x.shape[1:])
     choice = layout.cut(indices, -1), of_heads(first), of_heads(end)
     return _Prepared(layout, layout.cut_rows(q, FEATURES), slabs(k_rows), slabs(v_rows), choice)
 

@@ -44,9 +44,15 @@ def choose_by_kernel(
         floor = layout.pack((finite(lse_chunk) * LOG2_E)[..., None])[..., 0]
         visible = Visible(layout.spread(first, 0), layout.spread(end, 0))
         shares = group_shares(
-            rows, keys, floor, visible, ranges(visible, tile_rows, ROWS),
-            heads_per_query=layout.padded_groups, scale=grid.scale, tuning=tuning,
-        )  # fmt: skip
+            rows,
+            keys,
+            floor,
+            visible,
+            ranges(visible, tile_rows, ROWS),
+            heads_per_query=layout.padded_groups,
+            scale=grid.scale,
+            tuning=tuning,
+        )
         of_tile = SCORE_ROWS // layout.padded_groups
         shares = jnp.moveaxis(shares[..., :of_tile], 3, 2)
         shares = shares.reshape(batch, kv_heads, layout.padded_length, -1)[:, :, :chunk]

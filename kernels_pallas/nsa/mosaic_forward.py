@@ -255,7 +255,7 @@ def forward(
                 here = pl.ds(wg * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(plan_refs[3].at[here], bits_smem.at[wg], ready.at[wg])
             plgpu.barrier_wait(ready.at[wg])
-            load = lambda ref: plgpu.load(ref.at[wg], layout=plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
+            load = lambda ref: plgpu.load(ref.at[wg], layout=plgpu.Layout.WGMMA.reduce(1))
             first, end = load(first_smem), load(end_smem)
             bits = load(bits_smem) if listed else None
 
@@ -298,11 +298,11 @@ def forward(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            tile = lambda step: pl.ds(way.key_tile(step) * tuning.keys, tuning.keys)  # noqa: E731
+            tile = lambda step: pl.ds(way.key_tile(step) * tuning.keys, tuning.keys)
             serve(way.steps, lambda step: [((x, tile(step)), ())], channels, stages)
 
     wgs = tuning.warpgroups
-    each = lambda dtype: plgpu.SMEM((wgs, ROWS), dtype)  # noqa: E731
+    each = lambda dtype: plgpu.SMEM((wgs, ROWS), dtype)
     smem: Any = (
         swizzled((wgs, ROWS, key_dim), dtype),
         swizzled((stages, tuning.keys, key_dim), dtype),

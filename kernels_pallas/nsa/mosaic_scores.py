@@ -77,7 +77,7 @@ def group_shares(
             ):
                 plgpu.copy_gmem_to_smem(source, target, ready.at[wg])
             plgpu.barrier_wait(ready.at[wg])
-            load = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))  # noqa: E731
+            load = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
             add_up = adding_smem.at[wg].transpose((1, 0))
 
             @pl.loop(0, steps)
@@ -114,7 +114,7 @@ def group_shares(
         def memory() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            where = lambda step: [((x, pl.ds((start + step) * ROWS, ROWS)), ())]  # noqa: E731
+            where = lambda step: [((x, pl.ds((start + step) * ROWS, ROWS)), ())]
             serve(steps, where, [Channel(k_ref, k_smem, k_full, k_free)], stages)
 
     smem: Any = (

@@ -111,7 +111,7 @@ def sort_entries(
     def rows(limit: Array) -> Array:
         return jnp.repeat(limit.reshape(query.shape), layout.padded_groups, axis=1)
 
-    of_query = lambda x: take_rows(x[None], query[None])[0].reshape(valid.shape)  # noqa: E731
+    of_query = lambda x: take_rows(x[None], query[None])[0].reshape(valid.shape)
     block_start = block[..., None] * BLOCK
     stop = jnp.where(valid, jnp.minimum(of_query(end), block_start + BLOCK), 0)
     visible = Visible(rows(jnp.maximum(of_query(first), block_start)), rows(stop))

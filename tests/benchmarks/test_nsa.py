@@ -16,9 +16,19 @@ from kernels_pallas.nsa.arg_specs import ArgSpec
 from tests.kernels_pallas.nsa.cases import quick_jit
 
 TINY = ArgSpec(
-    64, "tiny", heads=4, kv_heads=2, key_dim=8, value_dim=4, block_len=8, stride=4, block_size=8,
-    num_blocks=4, window=16, dtype="float32",
-)  # fmt: skip
+    64,
+    "tiny",
+    heads=4,
+    kv_heads=2,
+    key_dim=8,
+    value_dim=4,
+    block_len=8,
+    stride=4,
+    block_size=8,
+    num_blocks=4,
+    window=16,
+    dtype="float32",
+)
 
 
 def test_the_crossing_is_between_the_lengths_where_the_ratio_passes_one():
@@ -36,11 +46,15 @@ def test_crossovers_take_the_fastest_dense_peer_and_each_overlap():
         return {**about, "name": name, "length": length, "median_s": seconds}
 
     rows = [
-        row("dense, a", 1024, 1.0), row("dense, b", 1024, 4.0), row("dense, b", 4096, 16.0),
-        row("nsa [xla]", 1024, 2.0, 0.0), row("nsa [xla]", 4096, 8.0, 0.0),
-        row("nsa [xla]", 1024, 0.5, 1.0), row("nsa [xla]", 4096, 2.0, 1.0),
+        row("dense, a", 1024, 1.0),
+        row("dense, b", 1024, 4.0),
+        row("dense, b", 4096, 16.0),
+        row("nsa [xla]", 1024, 2.0, 0.0),
+        row("nsa [xla]", 4096, 8.0, 0.0),
+        row("nsa [xla]", 1024, 0.5, 1.0),
+        row("nsa [xla]", 4096, 2.0, 1.0),
         {"spec": "s", "part": "forward", "length": 1024, "name": "dense, c", "reason": "not here"},
-    ]  # fmt: skip
+    ]
     random, same = report.crossovers(rows)
     assert random["tokens"] == pytest.approx(2048)
     assert random["speedups"] == {1024: 0.5, 4096: 2.0}
@@ -56,14 +70,28 @@ def test_the_longest_and_shortest_come_first_and_then_the_widest_gap():
 
 def test_every_kind_has_a_turn_before_the_rest_of_the_lengths():
     arguments = nsa.Arguments(
-        Path("x.json"), ("xla",), lengths=(1024, 2048, 8192, 65536), forward_lengths=(131072,), heads=4,
-        kv_heads=1, dtype="float32", specs=("paper",), decode_lengths=(1024,), torch_python=Path("python"),
-    )  # fmt: skip
+        Path("x.json"),
+        ("xla",),
+        lengths=(1024, 2048, 8192, 65536),
+        forward_lengths=(131072,),
+        heads=4,
+        kv_heads=1,
+        dtype="float32",
+        specs=("paper",),
+        decode_lengths=(1024,),
+        torch_python=Path("python"),
+    )
     order = [(job.kind, job.length) for job in nsa.jobs(arguments)]
     assert order[:8] == [
-        ("attention", 65536), ("attention", 1024), ("attention", 8192), ("forward", 131072),
-        ("decode", 1024), ("torch", 65536), ("torch", 1024), ("torch", 8192),
-    ]  # fmt: skip
+        ("attention", 65536),
+        ("attention", 1024),
+        ("attention", 8192),
+        ("forward", 131072),
+        ("decode", 1024),
+        ("torch", 65536),
+        ("torch", 1024),
+        ("torch", 8192),
+    ]
     assert order[8:11] == [("layers", 65536), ("attention", 2048), ("torch", 2048)]
     assert sorted(order[11:]) == sorted(
         [("layers", n) for n in (1024, 2048, 8192)] + [("branches", n) for n in (1024, 2048, 8192, 65536)]

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import convert, native
+from jaxlab.checkpoints import native
 from jaxlab.checkpoints.loading import end_tokens, load_model, load_model_config, model_identity
-from jaxlab.cli import main
+from jaxlab.tasks import convert, main
 from tests.checkpoints import folders
 from tests.checkpoints.test_tokenizer_files import byte_pairs
 

@@ -19,9 +19,18 @@ LAYOUTS = [(case, i) for case in CASES for i in range(len(folders.layouts(case))
 DYNAMIC = "llama_dynamic"
 """Its positions turn by the longest sequence of a batch."""
 GENERATED = (
-    "gpt2", "gptj", "llama_tied", DYNAMIC, "mistral", "qwen2_window", "qwen3", "gemma2", "gemma3_text",
-    "mixtral_window", "qwen3_moe",
-)  # fmt: skip
+    "gpt2",
+    "gptj",
+    "llama_tied",
+    DYNAMIC,
+    "mistral",
+    "qwen2_window",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "mixtral_window",
+    "qwen3_moe",
+)
 """One of each kind of cache: two programs are compiled for each."""
 
 

@@ -66,9 +66,17 @@ def test_only_tensors_and_settings_are_asked_for(cache, monkeypatch):
     assert (asked["name"], asked["revision"], asked["local_files_only"]) == ("owner/name", "v1", False)
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["allow_patterns"])
     files = [
-        "config.json", "model-1.safetensors", "model.safetensors.index.json", "spiece.model", "merges.txt",
-        "modeling.py", "pytorch_model.bin", "consolidated.safetensors", "original/x.safetensors", "a.gguf",
-    ]  # fmt: skip
+        "config.json",
+        "model-1.safetensors",
+        "model.safetensors.index.json",
+        "spiece.model",
+        "merges.txt",
+        "modeling.py",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/x.safetensors",
+        "a.gguf",
+    ]
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
     assert list(hub.utils.filter_repo_objects(files, **patterns)) == files[:5]
     snapshot("owner/name", allow_pickle=True)

@@ -30,9 +30,12 @@ HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 def test_one_error_lists_all_that_is_missing_unknown_or_wrong(tmp_path):
     changes = {
-        NORM: None, UP: np.zeros((44, 31), np.float32), "model.layers.2.mlp.up_proj.weight": np.zeros((2, 2)),
-        "model.layers.0.mlp.up_proj.weight": np.zeros((44, 32), np.int32), "extra": np.zeros(3),
-    }  # fmt: skip
+        NORM: None,
+        UP: np.zeros((44, 31), np.float32),
+        "model.layers.2.mlp.up_proj.weight": np.zeros((2, 2)),
+        "model.layers.0.mlp.up_proj.weight": np.zeros((44, 32), np.int32),
+        "extra": np.zeros(3),
+    }
     with pytest.raises(UserError) as raised:
         huggingface.load(made(tmp_path, changes=changes))
     assert str(raised.value) == (
@@ -53,7 +56,7 @@ def test_one_error_lists_all_that_is_missing_unknown_or_wrong(tmp_path):
         ("llama_tied", {}, {"num_hidden_layers": 4000}, "says 4000 layers of 1 experts, the folder holds 20"),
         ("gpt2", {"h.0.attn.bias": np.zeros(3)}, {"n_layer": 2}, "not known: transformer.h.2.attn"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(tmp_path, case, changes, config, message):
     with pytest.raises(UserError, match=message):
         huggingface.load(made(tmp_path, case, changes=changes, config=config))
@@ -111,7 +114,7 @@ def test_each_tensor_is_read_once_and_straight_to_its_devices(tmp_path, case):
     read = []
 
     def counting(tensor):
-        rows = lambda i, j: (read.append(tensor.name), tensor.read_rows(i, j))[1]  # noqa: E731
+        rows = lambda i, j: (read.append(tensor.name), tensor.read_rows(i, j))[1]
         return dataclasses.replace(tensor, read_rows=rows)
 
     counted = {name: counting(tensor) for name, tensor in checkpoint.folder.items()}
@@ -126,8 +129,9 @@ def test_each_tensor_is_read_once_and_straight_to_its_devices(tmp_path, case):
         assert leaf.sharding == where
         np.testing.assert_array_equal(leaf, expected)
     assert params["embedding"]["table"].addressable_shards[1].data.shape == (
-        whole["embedding"]["table"].shape[0], config.width // 4
-    )  # fmt: skip
+        whole["embedding"]["table"].shape[0],
+        config.width // 4,
+    )
 
 
 def test_the_host_holds_the_model_and_one_tensor(tmp_path):
@@ -158,10 +162,14 @@ def test_the_host_holds_the_model_and_one_tensor(tmp_path):
 
 
 LAYOUTS = [
-    ("(h k) d -> d h k", (700, 3, 200)), ("d (h k) -> h k d", (3, 200, 700)), ("v d -> v d", (7, 3)),
-    ("d c y x -> c y x d", (3, 14, 14, 600)), ("e f d -> e d f", (3, 600, 500)), ("d -> d", (5,)),
+    ("(h k) d -> d h k", (700, 3, 200)),
+    ("d (h k) -> h k d", (3, 200, 700)),
+    ("v d -> v d", (7, 3)),
+    ("d c y x -> c y x d", (3, 14, 14, 600)),
+    ("e f d -> e d f", (3, 600, 500)),
+    ("d -> d", (5,)),
     ("() () d -> d", (9,)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "own"), LAYOUTS)

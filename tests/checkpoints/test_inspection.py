@@ -10,12 +10,12 @@ from tokenizers import Tokenizer, models
 
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.accounting import account
-from jaxlab.checkpoints.inspection import compare, look
 from jaxlab.checkpoints.matching import match
 from jaxlab.checkpoints.native import save_model
 from jaxlab.checkpoints.safetensors_file import Tensor
-from jaxlab.cli import main
 from jaxlab.models import abstract_params
+from jaxlab.tasks import main
+from jaxlab.tasks.inspect import compare, look
 from tests.checkpoints import folders
 from tests.models.tiny import draw_params, make_config
 
@@ -157,7 +157,7 @@ def test_what_is_wrong_is_one_line_after_the_rest(tmp_path, capsys):
 def test_jax_is_not_imported(tmp_path):
     path = folders.make(tmp_path / "model", "llava")
     program = (
-        "import sys; from jaxlab.cli import main; "
+        "import sys; from jaxlab.tasks import main; "
         f"assert main(['inspect', {str(path)!r}]) == 0; assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True)

@@ -22,11 +22,20 @@ def made(path, shared=True):
     """A checkpoint of random numbers; returns them by llama2.c's names."""
     rng = np.random.default_rng(0)
     shapes = {
-        "embedding": (V, D), "rms_att": (L, D), "wq": (L, H * K, D), "wk": (L, HKV * K, D),
-        "wv": (L, HKV * K, D), "wo": (L, D, H * K), "rms_ffn": (L, D), "w1": (L, F, D), "w2": (L, D, F),
-        "w3": (L, F, D), "rms_final": (D,), "freq_cis": (2, T, K // 2),
+        "embedding": (V, D),
+        "rms_att": (L, D),
+        "wq": (L, H * K, D),
+        "wk": (L, HKV * K, D),
+        "wv": (L, HKV * K, D),
+        "wo": (L, D, H * K),
+        "rms_ffn": (L, D),
+        "w1": (L, F, D),
+        "w2": (L, D, F),
+        "w3": (L, F, D),
+        "rms_final": (D,),
+        "freq_cis": (2, T, K // 2),
         **({} if shared else {"wcls": (V, D)}),
-    }  # fmt: skip
+    }
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     header = struct.pack("<7i", D, F, L, H, HKV, V if shared else -V, T)
     path.write_bytes(header + b"".join(x.tobytes() for x in tensors.values()))
@@ -40,8 +49,8 @@ def test_a_model_is_the_one_that_turns_neighbours(tmp_path, shared):
     config, params, tokenizer = load(tmp_path / "model.bin")
     assert tokenizer is None
     assert config.tie_embeddings == shared
-    heads = lambda x, n: jnp.asarray(x.reshape(L, n, K, D).transpose(0, 3, 1, 2))  # noqa: E731
-    linear = lambda x: jnp.asarray(x.swapaxes(1, 2))  # noqa: E731
+    heads = lambda x, n: jnp.asarray(x.reshape(L, n, K, D).transpose(0, 3, 1, 2))
+    linear = lambda x: jnp.asarray(x.swapaxes(1, 2))
     plain = {
         "embedding": {"table": jnp.asarray(t["embedding"])},
         "final_norm": {"scale": jnp.asarray(t["rms_final"])},
@@ -49,12 +58,14 @@ def test_a_model_is_the_one_that_turns_neighbours(tmp_path, shared):
             "attention_norm": {"scale": jnp.asarray(t["rms_att"])},
             "mlp_norm": {"scale": jnp.asarray(t["rms_ffn"])},
             "attention": {
-                "query": heads(t["wq"], H), "key": heads(t["wk"], HKV), "value": heads(t["wv"], HKV),
+                "query": heads(t["wq"], H),
+                "key": heads(t["wk"], HKV),
+                "value": heads(t["wv"], HKV),
                 "output": jnp.asarray(t["wo"].transpose(0, 2, 1).reshape(L, H, K, D)),
             },
             "mlp": {"gate": linear(t["w1"]), "down": linear(t["w2"]), "up": linear(t["w3"])},
         },
-    }  # fmt: skip
+    }
     if not shared:
         plain["head"] = {"table": jnp.asarray(t["wcls"].T)}
     neighbours = dataclasses.replace(config, rope=dataclasses.replace(config.rope, interleaved=True))
@@ -92,14 +103,23 @@ def test_better_scores_merge_first_and_bytes_catch_the_rest(tmp_path):
 def test_files_that_lie_are_one_line(tmp_path):
     made(tmp_path / "good.bin")
     good = (tmp_path / "good.bin").read_bytes()
-    header = lambda *sizes: struct.pack("<7i", *sizes) + good[28:]  # noqa: E731
+    header = lambda *sizes: struct.pack("<7i", *sizes) + good[28:]
     variants = [
-        b"", good[:20], good[:28], good[:-1], good + b"\0", header(D, F, L, H, HKV, V + 1, T),
-        header(0, F, L, H, HKV, V, T), header(D, F, L, 3, HKV, V, T), header(D, F, L, H, 3, V, T),
-        header(D, F, L, H, HKV, -(2**31), T), header(2**30, F, L, H, HKV, V, T),
+        b"",
+        good[:20],
+        good[:28],
+        good[:-1],
+        good + b"\0",
+        header(D, F, L, H, HKV, V + 1, T),
+        header(0, F, L, H, HKV, V, T),
+        header(D, F, L, 3, HKV, V, T),
+        header(D, F, L, H, 3, V, T),
+        header(D, F, L, H, HKV, -(2**31), T),
+        header(2**30, F, L, H, HKV, V, T),
         header(D, F, L, H, HKV, -V, T),
-        header(D, F, L, H, -1, V, T), b"PK\x03\x04" + bytes(100),
-    ]  # fmt: skip
+        header(D, F, L, H, -1, V, T),
+        b"PK\x03\x04" + bytes(100),
+    ]
     for index, data in enumerate(variants):
         file = tmp_path / f"{index}.bin"
         file.write_bytes(data)

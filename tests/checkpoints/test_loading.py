@@ -21,8 +21,8 @@ from jaxlab.checkpoints.loading import (
 )
 from jaxlab.checkpoints.locate import kind_of, resolve
 from jaxlab.checkpoints.native import save_model
-from jaxlab.cli import main
 from jaxlab.errors import UserError
+from jaxlab.tasks import main
 from tests.checkpoints import folders, test_llama2c
 from tests.models.tiny import draw_params, make_config
 

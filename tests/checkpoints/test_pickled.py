@@ -16,8 +16,11 @@ from jaxlab.checkpoints.pickled import pickled_tensors
 from jaxlab.errors import UserError
 
 TYPES = {
-    "float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage", "bool": "BoolStorage"
-}  # fmt: skip
+    "float32": "FloatStorage",
+    "bfloat16": "BFloat16Storage",
+    "int64": "LongStorage",
+    "bool": "BoolStorage",
+}
 
 
 class Global:
@@ -101,9 +104,15 @@ def test_views_of_storages(tmp_path):
     }
     found = pickled_tensors(torch_file(tmp_path / "x.bin", state, {"0": A, "1": B, "2": C}))
     expected = {
-        "whole": A, "transposed": A.T, "part": A.reshape(-1)[[[5, 6], [9, 10]]], "bf16": B, "bool": C,
-        "scalar": np.float32(7), "empty": A[:0], "parameter": B,
-    }  # fmt: skip
+        "whole": A,
+        "transposed": A.T,
+        "part": A.reshape(-1)[[[5, 6], [9, 10]]],
+        "bf16": B,
+        "bool": C,
+        "scalar": np.float32(7),
+        "empty": A[:0],
+        "parameter": B,
+    }
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name].shape == np.shape(value)

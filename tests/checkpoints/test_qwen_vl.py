@@ -71,7 +71,7 @@ def test_experts_are_read_whichever_way_they_lie(tmp_path, expert_width):
     settings = folders.config("qwen3_vl_moe")
     settings["text_config"]["moe_intermediate_size"] = expert_width
     rng = np.random.default_rng(0)
-    draw = lambda name: rng.standard_normal(  # noqa: E731
+    draw = lambda name: rng.standard_normal(
         {"gate_up_proj": (5, 48, 2 * expert_width), "down_proj": (5, expert_width, 48)}[name], np.float32
     )
     hub = {
@@ -114,20 +114,41 @@ def test_a_config_as_on_the_hub():
     """Qwen2.5-VL-7B's, shortened to what matters."""
     config = read(
         {
-            "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944,
-            "max_position_embeddings": 128000, "max_window_layers": 28, "num_attention_heads": 28,
-            "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
-            "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
-            "use_sliding_window": False, "vocab_size": 152064, "vision_token_id": 151654,
-            "image_token_id": 151655, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "model_type": "qwen2_5_vl",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "max_position_embeddings": 128000,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+            "vision_token_id": 151654,
+            "image_token_id": 151655,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
             "vision_config": {
-                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
-                "num_heads": 16, "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14,
-                "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-                "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+                "depth": 32,
+                "hidden_act": "silu",
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "in_chans": 3,
+                "out_hidden_size": 3584,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "spatial_patch_size": 14,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+                "tokens_per_second": 2,
+                "temporal_patch_size": 2,
             },
         }
-    )  # fmt: skip
+    )
     assert config.rope.sections == (16, 24, 24)
     assert (config.rope.theta, config.kinds, config.max_length) == (1e6, ("full",) * 28, 128000)
     assert config.vision.qwen.window_side(config.vision.patch_size) == 4
@@ -187,7 +208,7 @@ def test_the_head_is_tied_if_either_level_says_so(case):
         ("qwen3_vl_moe", "text_config", "num_experts_per_tok", 9, "at most the 5 experts"),
         ("qwen3_vl_moe", "text_config", "mlp_only_layers", [1], "must be the first ones"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_supported_is_refused_with_a_line(case, level, key, value, message):
     config = folders.config(case)
     config[level][key] = value

@@ -2,11 +2,11 @@
 
 import pytest
 
-from jaxlab import runs
-from jaxlab.checkpoints.reference import model_folder
+from jaxlab.app import runs
+from jaxlab.app.references import model_folder
 from jaxlab.config import load
 from jaxlab.errors import UserError
-from jaxlab.training import train
+from jaxlab.tasks import train
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
 from jaxlab.errors import UserError
-from jaxlab.evaluation.generate import _decoder
+from jaxlab.tasks.generate import _decoder
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = [*LETTERS, "th", "the", "Ġthe", "<|endoftext|>"]

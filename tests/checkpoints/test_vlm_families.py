@@ -13,9 +13,17 @@ from jaxlab.models import abstract_params, forward, generate, prepare_batch
 from tests.checkpoints import folders
 
 FAMILIES = (
-    "llava", "llava_next", "llava_onevision", "internvl", "paligemma", "gemma3", "idefics3", "idefics2",
-    "mistral3", "mllama",
-)  # fmt: skip
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "paligemma",
+    "gemma3",
+    "idefics3",
+    "idefics2",
+    "mistral3",
+    "mllama",
+)
 CASES = [case for case in folders.CASES if folders.config(case)["model_type"] in FAMILIES]
 
 
@@ -188,10 +196,14 @@ def test_configs_that_are_wrong_or_not_known(case, change, message):
 @pytest.mark.parametrize(
     ("top", "inner", "version", "expected"),
     [
-        (None, None, "5.0", True), (None, False, "5.0", False), (False, None, "4.49", False),
-        (False, True, "5.1.0", False), (False, True, "4.49.0", True), (True, False, "4.49.0", False),
+        (None, None, "5.0", True),
+        (None, False, "5.0", False),
+        (False, None, "4.49", False),
+        (False, True, "5.1.0", False),
+        (False, True, "4.49.0", True),
+        (True, False, "4.49.0", False),
     ],
-)  # fmt: skip
+)
 def test_the_flag_of_a_tied_head_at_either_level(top, inner, version, expected):
     config = folders.config("gemma3") | {"transformers_version": version}
     config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "tie_word_embeddings"}
@@ -204,33 +216,51 @@ def test_the_flag_of_a_tied_head_at_either_level(top, inner, version, expected):
 
 
 ORIGINAL = {
-    "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096,
-    "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000,
-    "rms_norm_eps": 1e-05, "max_position_embeddings": 4096, "mm_hidden_size": 1024,
-    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
-    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "image_aspect_ratio": "pad",
-}  # fmt: skip
+    "model_type": "llava_llama",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 4096,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "image_aspect_ratio": "pad",
+}
 
 
 def test_llava_as_its_authors_wrote_it():
     config = read(ORIGINAL)
     assert config.family == "llava+llama/original"
     assert (config.vision.num_layers, config.vision.vit.feature_layers) == (24, (-2,))
-    hf = {"model_type": "llava", "vocab_size": 32000, "text_config": {"max_position_embeddings": 4096,
-          "rms_norm_eps": 1e-5}, "image_token_index": 0}  # fmt: skip
+    hf = {
+        "model_type": "llava",
+        "vocab_size": 32000,
+        "text_config": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        "image_token_index": 0,
+    }
     assert read(hf).vision == config.vision
     found = {name for row in families.rows_of(config.family) for name in [row.name]}
     assert {
-        "model.mm_projector.0.weight", "model.layers.{i}.mlp.up_proj.weight", "lm_head.weight",
+        "model.mm_projector.0.weight",
+        "model.layers.{i}.mlp.up_proj.weight",
+        "lm_head.weight",
         "model.vision_tower.vision_tower.vision_model.encoder.layers.{i}.mlp.fc1.bias",
-    } <= found  # fmt: skip
+    } <= found
     tiled = ORIGINAL | {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672], [1008, 336]]}
     assert read(tiled).family == "llava_next+llama/original"
     assert read(tiled).vision.vit.grid == ((672, 336), (336, 1008))  # theirs are widths and heights
     many = ORIGINAL | {
-        "model_type": "llava_qwen", "image_aspect_ratio": "anyres_max_9",
-        "image_grid_pinpoints": "(1x1),...,(6x6)", "mm_vision_tower": "google/siglip-so400m-patch14-384",
-    }  # fmt: skip
+        "model_type": "llava_qwen",
+        "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": "(1x1),...,(6x6)",
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    }
     assert read(many).family == "llava_onevision+qwen2/original"
     assert len(read(many).vision.vit.grid) == 36
     with pytest.raises(UserError, match="mm_vision_tower 'eva' is not supported: known: openai/clip"):

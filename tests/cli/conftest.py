@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from jaxlab import provenance, tasks
+from jaxlab.app import provenance
+from jaxlab.app.registry import Task
+from jaxlab.tasks import TASKS
 from tests.cli import fake_command, fake_task
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for task in (
-        tasks.Task("fake", fake_task.__name__, "log a falling loss"),
-        tasks.Task("fake-command", fake_command.__name__, "do as told", "arguments"),
+        Task("fake", fake_task.__name__, "log a falling loss"),
+        Task("fake-command", fake_command.__name__, "do as told", "arguments"),
     ):
-        monkeypatch.setitem(tasks._TASKS, task.name, task)
+        monkeypatch.setitem(TASKS._by_name, task.name, task)
     monkeypatch.setattr(provenance, "code", lambda: provenance.Code("1.0", "c0ffee", ""))
     fake_task.calls.clear()
     fake_command.calls.clear()

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from jaxlab.app.runs import Run
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxlab import config as configs
-from jaxlab import tasks
-from jaxlab.cli import main
-from jaxlab.schema import leaves
+from jaxlab.config.schema import leaves
+from jaxlab.tasks import TASKS, main
 from tests.cli import fake_command, fake_task
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +22,12 @@ def folders() -> list[Path]:
 
 
 def test_the_list_of_tasks_is_printed_without_jax() -> None:
-    code = "import sys; from jaxlab.cli import main; main(['--help']); sys.exit('jax' in sys.modules)"
+    code = "import sys; from jaxlab.tasks import main; main(['--help']); sys.exit('jax' in sys.modules)"
     started = time.monotonic()
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert time.monotonic() - started < 10  # about 0.3 s where nothing else runs
     assert process.returncode == 0, process.stderr
-    for name in tasks.names():
+    for name in TASKS.names():
         if not name.startswith("fake"):
             assert f"  {name} " in process.stdout
 

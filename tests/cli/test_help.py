@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from jaxlab import tasks
-from jaxlab.cli import RunOptions, main
-from jaxlab.cli_help import field_docs
-from jaxlab.schema import fields_of, is_config, leaves
+from jaxlab.app.cli import RunOptions
+from jaxlab.app.help import field_docs
+from jaxlab.config.schema import fields_of, is_config, leaves
+from jaxlab.tasks import TASKS, main
 
 ROOT = Path(__file__).parents[2]
-NAMES = [name for name in tasks.names() if not name.startswith("fake")]
+NAMES = [name for name in TASKS.names() if not name.startswith("fake")]
 
 
 def undocumented(cls: type) -> list[str]:
@@ -29,7 +29,7 @@ def undocumented(cls: type) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_of_a_task_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    task = tasks.find(name)
+    task = TASKS.find(name)
     assert main([name, "--help"]) == 0
     page = capsys.readouterr().out
     for dotted, field in leaves(task.schema()).items():

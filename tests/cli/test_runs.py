@@ -9,21 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab import provenance, runs
+from jaxlab.app import provenance, runs
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable, write_atomic
+from jaxlab.tasks import execute
 from tests.cli import fake_task
 
 
 def test_execute_takes_files_and_objects() -> None:
-    by_file = runs.execute("fake", "small.yaml", ["--rate", "2"])
+    by_file = execute("fake", "small.yaml", ["--rate", "2"])
     assert by_file.results == {"loss": 8.0, "started_at": 0, "depth": 2}
     assert by_file.path.name.startswith("small-")
     assert len(by_file.path.name) == len("small-") + 8
-    again = runs.execute("fake", "small.yaml", {"rate": 2.0})
+    again = execute("fake", "small.yaml", {"rate": 2.0})
     assert again.reused
     assert (again.path, again.results) == (by_file.path, by_file.results)
-    by_object = runs.execute("fake", fake_task.Config(steps=3), {"rate": 2}, name="small")
+    by_object = execute("fake", fake_task.Config(steps=3), {"rate": 2}, name="small")
     assert by_object.path == by_file.path
     assert len(fake_task.calls) == 1
     assert runs.read_results(by_file.path) == by_file.results
@@ -34,22 +35,22 @@ def test_what_decides_the_results_decides_the_folder(monkeypatch: pytest.MonkeyP
     note = tmp_path / "note"
     note.write_text("first")
     names = {
-        runs.execute("fake", "small.yaml").path.name,
-        runs.execute("fake", "small.yaml", {"steps": 4}).path.name,
+        execute("fake", "small.yaml").path.name,
+        execute("fake", "small.yaml", {"steps": 4}).path.name,
     }
-    names.add(runs.execute("fake", "small.yaml", {"note": str(note)}).path.name)
+    names.add(execute("fake", "small.yaml", {"note": str(note)}).path.name)
     note.write_text("second")  # the same config, another input
-    names.add(runs.execute("fake", "small.yaml", {"note": str(note)}).path.name)
+    names.add(execute("fake", "small.yaml", {"note": str(note)}).path.name)
     for code in (("2.0", "c0ffee", ""), ("1.0", "decade", ""), ("1.0", "c0ffee", "facade")):
         monkeypatch.setattr(provenance, "code", lambda code=code: provenance.Code(*code))
-        names.add(runs.execute("fake", "small.yaml").path.name)
+        names.add(execute("fake", "small.yaml").path.name)
     assert len(names) == 7
 
 
 @pytest.mark.usefixtures("changed_code")
 def test_changed_code_reuses_nothing_finished() -> None:
-    first = runs.execute("fake", "small.yaml")
-    second = runs.execute("fake", "small.yaml")
+    first = execute("fake", "small.yaml")
+    second = execute("fake", "small.yaml")
     assert first.path == second.path
     assert not second.reused
     assert len(fake_task.calls) == 2
@@ -59,24 +60,24 @@ def test_changed_code_reuses_nothing_finished() -> None:
 @pytest.mark.usefixtures("changed_code")
 def test_changed_code_takes_its_own_killed_run_up() -> None:
     with pytest.raises(KeyboardInterrupt):
-        runs.execute("fake", "small.yaml", {"stop": "killed"})
+        execute("fake", "small.yaml", {"stop": "killed"})
     (counter,) = Path("outputs/fake").glob("*/counter")
     counter.write_text("2")
-    assert runs.execute("fake", "small.yaml", {"stop": "killed"}).results["started_at"] == 2
+    assert execute("fake", "small.yaml", {"stop": "killed"}).results["started_at"] == 2
 
 
 def test_overwrite_begins_from_nothing() -> None:
     with pytest.raises(KeyboardInterrupt):
-        runs.execute("fake", "small.yaml", {"stop": "killed"})
+        execute("fake", "small.yaml", {"stop": "killed"})
     with pytest.raises(KeyboardInterrupt):
-        runs.execute("fake", "small.yaml", {"stop": "killed"}, overwrite=True)
+        execute("fake", "small.yaml", {"stop": "killed"}, overwrite=True)
     (folder,) = Path("outputs/fake").iterdir()
     assert [record["step"] for record in runs.read_metrics(folder)] == [0, 1]
 
 
 @pytest.mark.multiprocess
 def test_two_processes_do_not_write_one_folder() -> None:
-    folder = runs.execute("fake", "small.yaml").path
+    folder = execute("fake", "small.yaml").path
     code = f"import fcntl, time; f = open({str(folder / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
     code += "print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -84,11 +85,11 @@ def test_two_processes_do_not_write_one_folder() -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another process is at work on this run"):
-            runs.execute("fake", "small.yaml")
+            execute("fake", "small.yaml")
     finally:
         holder.kill()
         holder.wait()
-    assert runs.execute("fake", "small.yaml").reused  # the lock went with the process
+    assert execute("fake", "small.yaml").reused  # the lock went with the process
 
 
 def test_steps_count_on_or_are_given(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_results_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results\.json: not the JSON that a run writes"):
         runs.read_results(tmp_path)
     with pytest.raises(UserError, match="fake-command takes no config"):
-        runs.execute("fake-command", "small.yaml")
+        execute("fake-command", "small.yaml")
 
 
 def test_files_appear_whole(tmp_path: Path) -> None:

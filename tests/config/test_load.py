@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jaxlab import config as configs
+from jaxlab.config.schema import fields_of
 from jaxlab.errors import ConfigError
-from jaxlab.schema import fields_of
 from tests.config.examples import Attention, Example, Model, Rule
 
 

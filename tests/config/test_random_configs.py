@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxlab import config as configs
-from jaxlab import yaml_text
-from jaxlab.command_words import from_mapping
+from jaxlab.config import yaml_text
+from jaxlab.config.command_line import from_mapping
+from jaxlab.config.schema import ABSENT, fields_of, is_config, leaves, members
 from jaxlab.errors import ConfigError
-from jaxlab.schema import ABSENT, fields_of, is_config, leaves, members
 from tests.config.examples import Attention, Example
 
 SOME = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])

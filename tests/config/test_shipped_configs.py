@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxlab import config as configs
-from jaxlab import tasks
-from jaxlab.cli import main
+from jaxlab.tasks import TASKS, main
 from tests.config.headers import KEYS, read_header
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +36,7 @@ def test_the_command_of_the_header_is_valid(
     program, script, task_name, *words = shlex.split(read_header(ROOT / path)["command"])
     assert (program, script) == ("python", "run.py")
     assert words[0] == str(path), "the command runs another file"
-    task = tasks.find(task_name)
+    task = TASKS.find(task_name)
     if task.takes == "config":
         assert main([task_name, *words, "--print-config"]) == 0, capsys.readouterr().err
         config = configs.load(task.schema(), path)

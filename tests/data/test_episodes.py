@@ -78,15 +78,18 @@ def test_label_words_mean_one_topic_in_an_episode_and_another_in_the_next():
 
 
 def test_the_curriculum_grows_the_task():
-    at = lambda step: [pair for row in make_batch(CONFIG, 0, step, 64)["tokens"]  # noqa: E731
-                       for pair in demonstrations(row, stage_at(CONFIG, step).answer)]  # fmt: skip
+    at = lambda step: [
+        pair
+        for row in make_batch(CONFIG, 0, step, 64)["tokens"]
+        for pair in demonstrations(row, stage_at(CONFIG, step).answer)
+    ]
     start, words, long, end = (at(s) for s in (0, CONFIG.all_words_from, CONFIG.longer_from[1], END))
     assert {len(item) for item, _ in start} == {1} == {len(item) for item, _ in words}
     assert len({item[0] for item, _ in start}) == len(TOPIC_IDS)
     assert {item[0] for item, _ in words} == set(TOPIC_OF)
     assert {len(item) for item, _ in long} == {1, 2, 3}
     assert {len(item) for item, _ in end} == set(range(1, CONFIG.item_length + 1))
-    fillers = lambda pairs: any(word in FILLER_IDS for item, _ in pairs for word in item)  # noqa: E731
+    fillers = lambda pairs: any(word in FILLER_IDS for item, _ in pairs for word in item)
     assert fillers(end)
     assert not fillers(words)
 

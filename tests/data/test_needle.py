@@ -77,10 +77,14 @@ def test_facts_of_training_keep_to_their_depths_and_go_everywhere_within():
 
 def test_no_key_is_in_two_splits_and_every_word_is_trained_on():
     keys = {
-        split: {key for step in range(8) for row in make_batch(CONFIG, 0, step, 64, split)["tokens"]
-                for key in read(row)[0]}
+        split: {
+            key
+            for step in range(8)
+            for row in make_batch(CONFIG, 0, step, 64, split)["tokens"]
+            for key in read(row)[0]
+        }
         for split in SPLITS
-    }  # fmt: skip
+    }
     assert [len(keys[split]) for split in SPLITS] == [240, 80, 80]
     assert len(set().union(*keys.values())) == 400
     assert {word for key in keys["train"] for word in key} == {*COLOURS, *THINGS}
@@ -149,7 +153,7 @@ def test_the_source_and_its_words():
         ({"sequence_length": 2}, "sequence_length"),
         ({"min_depth": 0.5, "max_depth": 0.51}, "sequence_length"),
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_are_refused(values, key):
     with pytest.raises(ConfigError) as caught:
         NeedleConfig(**values)

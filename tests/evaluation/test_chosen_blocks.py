@@ -53,14 +53,22 @@ def test_long_sequences_list_some_queries():
 def test_what_a_decoded_token_reads():
     """Three layers of two key/value heads of 8 and 4 numbers in float32, after 64 and 128 tokens."""
     config = ModelConfig(
-        num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, value_head_dim=4, attention="nsa",
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        value_head_dim=4,
+        attention="nsa",
         nsa=dataclasses.replace(NSA, block_len=8, stride=4, block_size=8, num_blocks=3, window=16),
-    )  # fmt: skip
+    )
     first, second, *_, last = decoding_reads(config, 64)
     of_token = 3 * 2 * 12 * 4
     assert first == {
-        "length": 64, "nsa_tokens": 16 + 24 + 16, "dense_tokens": 64,
-        "nsa_bytes": 56 * of_token, "dense_bytes": 64 * of_token,
-    }  # fmt: skip
+        "length": 64,
+        "nsa_tokens": 16 + 24 + 16,
+        "dense_tokens": 64,
+        "nsa_bytes": 56 * of_token,
+        "dense_bytes": 64 * of_token,
+    }
     assert (second["length"], second["nsa_tokens"]) == (128, 32 + 24 + 16)
     assert last["length"] == 2048

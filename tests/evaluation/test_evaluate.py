@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.app.runs import Run
 from jaxlab.checkpoints.native import save_model
 from jaxlab.config import build
 from jaxlab.data.needle_words import WORDS, needle_tokenizer
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation import evaluate
 from jaxlab.models import count_params
-from jaxlab.runs import Run
+from jaxlab.tasks import evaluate
 from tests.models.tiny import NSA, draw_params, make_config
 
 MODEL = make_config(vocab_size=256, num_layers=1)

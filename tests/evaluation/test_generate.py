@@ -9,8 +9,8 @@ from PIL import Image
 from jaxlab.checkpoints.native import save_model
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation import generate
 from jaxlab.models import VisionConfig
+from jaxlab.tasks import generate
 from tests.models.tiny import draw_params, make_config
 
 
@@ -121,9 +121,21 @@ def test_images_are_read_in_the_size_and_channels_of_the_model(tmp_path):
 
 
 def test_an_image_stands_before_the_prompt(tmp_path, capsys, monkeypatch):
-    model = make_config("vision", vocab_size=256, num_layers=1, vision=VisionConfig(
-        num_layers=1, image_size=4, patch_size=2, channels=1, width=4, num_heads=1, mlp_width=4, image_token=9
-    ))  # fmt: skip
+    model = make_config(
+        "vision",
+        vocab_size=256,
+        num_layers=1,
+        vision=VisionConfig(
+            num_layers=1,
+            image_size=4,
+            patch_size=2,
+            channels=1,
+            width=4,
+            num_heads=1,
+            mlp_width=4,
+            image_token=9,
+        ),
+    )
     save_model(tmp_path / "vlm", model, draw_params(model))
     Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
     seen = []

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.evaluation.measures import exact_match, target_losses
+from jaxlab.losses import exact_match, target_losses
 
 TOKENS = jnp.asarray([[0, 1, 2, 1], [2, 2, 0, 0]], jnp.int32)
 

@@ -10,11 +10,11 @@ import pytest
 from jaxlab.checkpoints.native import save_model
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl import analyse
 from jaxlab.icl.prompts import PromptsConfig, make_prompts, token_texts
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.reporting import icl_plots
-from jaxlab.runs import execute
+from jaxlab.tasks import execute
+from jaxlab.tasks import icl as analyse
 
 EPISODES = EpisodesConfig(longer_from=(5,), classes=2, shots=2, sequence_length=16)
 

@@ -12,9 +12,19 @@ from jaxlab.icl import Roles, flow_shares, flows, saliency_maps
 from jaxlab.models import ModelConfig, NSAConfig, init_params
 
 MODEL = ModelConfig(
-    vocab_size=19, width=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp="plain", mlp_width=24,
-    activation="relu", norm="rms", position="learned", max_length=16, initializer_range=0.4,
-)  # fmt: skip
+    vocab_size=19,
+    width=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp="plain",
+    mlp_width=24,
+    activation="relu",
+    norm="rms",
+    position="learned",
+    max_length=16,
+    initializer_range=0.4,
+)
 TOKENS, BATCH = 11, 3
 
 
@@ -96,7 +106,7 @@ def test_flows_of_a_model_are_those_of_autodiff(params, prompts, loss):
 
 def test_padding_and_labels_per_prompt_change_nothing(params, prompts):
     sums, counts = flows(params, prompts["batch"], MODEL, prompts["classes"], prompts["targets"])
-    pad = lambda x, fill: np.pad(x, ((0, 0), (0, 2)), constant_values=fill)  # noqa: E731
+    pad = lambda x, fill: np.pad(x, ((0, 0), (0, 2)), constant_values=fill)
     tokens = prompts["batch"]["tokens"]
     batch = {"tokens": pad(tokens, 7), "segment_ids": pad(np.ones_like(tokens), 0)}
     names = np.tile(prompts["targets"]["label_tokens"], (BATCH, 1))

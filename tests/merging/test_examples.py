@@ -10,11 +10,17 @@ from jaxlab.models import ModelConfig, generate, init_params
 from jaxlab.models.config import VisionConfig
 
 CONFIG = ModelConfig(
-    vocab_size=len(VOCABULARY), width=32, num_layers=1, num_heads=2, mlp_width=64, max_length=64,
-    initializer_range=0.5, vision=VisionConfig(
+    vocab_size=len(VOCABULARY),
+    width=32,
+    num_layers=1,
+    num_heads=2,
+    mlp_width=64,
+    max_length=64,
+    initializer_range=0.5,
+    vision=VisionConfig(
         num_layers=1, patch_size=4, width=16, num_heads=2, mlp_width=32, image_token=IMAGE_ID
     ),
-)  # fmt: skip
+)
 
 
 def test_answers_of_rows_of_different_lengths():

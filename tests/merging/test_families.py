@@ -9,7 +9,7 @@ import pytest
 
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.folder import open_folder
-from jaxlab.cli import main
+from jaxlab.tasks import main
 from tests.checkpoints import folders
 
 VLMS = {  # case: where its language model's tensors are, beside a model of language alone
@@ -50,10 +50,15 @@ def test_an_expert_reaches_the_language_model_and_nothing_else(tmp_path, case, c
     base = text_folder(tmp_path / "base", case, pattern, seed=0)
     expert = text_folder(tmp_path / "expert", case, pattern, seed=1)
     recipe = {
-        "kind": "inject", "vlm": str(tmp_path / "vlm"), "expert": str(tmp_path / "expert"),
-        "base": str(tmp_path / "base"), "operator": "task_arithmetic", "lambda_v": LAMBDA_V,
-        "lambda_e": LAMBDA_E, "embeddings": "vlm",
-    }  # fmt: skip
+        "kind": "inject",
+        "vlm": str(tmp_path / "vlm"),
+        "expert": str(tmp_path / "expert"),
+        "base": str(tmp_path / "base"),
+        "operator": "task_arithmetic",
+        "lambda_v": LAMBDA_V,
+        "lambda_e": LAMBDA_E,
+        "embeddings": "vlm",
+    }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     merged = str(tmp_path / "merged")
     assert main(["merge", str(tmp_path / "recipe.yaml"), "--out", merged, "--verify"]) == 0

@@ -111,7 +111,7 @@ def test_lambdas_by_layer_and_by_pattern():
     vlm, expert, base = trio(position="learned", max_length=5, **UNTIED)
     merged, _ = inject(vlm, expert, base, lambda_v=[1.0, 0.0, 0.5], lambda_e=0.0, embeddings="merge")
     v, b, got = tensors(vlm), tensors(base), tensors(merged)
-    share = lambda name, w: b[name] + np.float32(w) * (v[name][: len(b[name])] - b[name])  # noqa: E731
+    share = lambda name, w: b[name] + np.float32(w) * (v[name][: len(b[name])] - b[name])
     expected = {
         "model.embed_positions.weight": 1.0,
         "model.layers.0.mlp.up_proj.weight": 1.0,

@@ -227,7 +227,7 @@ def test_float32_arithmetic_is_that_of_numpy():
 @pytest.mark.parametrize("method", ["ties", "dare_linear"])
 def test_density_may_be_traced(method):
     base, x, y = random_tensors()
-    merge = lambda density: merge_tensors(method, [x, y], base=base, key=KEY, density=density)  # noqa: E731
+    merge = lambda density: merge_tensors(method, [x, y], base=base, key=KEY, density=density)
     for density in (0.0, 0.25, 0.5, 1.0):
         np.testing.assert_array_equal(jax.jit(merge)(jnp.float32(density)), merge(density))
 

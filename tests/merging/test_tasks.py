@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab import cli
+from jaxlab.app import cli
 from jaxlab.checkpoints.names import host_tensors
 from jaxlab.checkpoints.native import load_model, save_model
 from jaxlab.config import build, dump, load
@@ -19,12 +19,12 @@ from jaxlab.merging.grid import Point, evaluate_grid
 from jaxlab.merging.inject import layer_weights
 from jaxlab.merging.inputs import Trio, common_prefix, load_trio
 from jaxlab.merging.measure import stack_batches
-from jaxlab.merging.merge import verify
 from jaxlab.merging.plan import plan_injection
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, load_recipe
-from jaxlab.merging.search import Config, Grid
 from jaxlab.merging.stages import Method, combine, prepare
 from jaxlab.models import ModelConfig, VisionConfig, abstract_params
+from jaxlab.tasks.merge import verify
+from jaxlab.tasks.merge_search import Config, Grid
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 
 LM = ModelConfig(
@@ -200,9 +200,16 @@ def test_a_point_of_the_search_has_the_bits_of_the_injection(method):
     for point, got in zip(grid, measured, strict=True):
         thin = {} if point.density is None else {"density": point.density}
         params, _ = inject(
-            trio.vlm, trio.expert, trio.base, operator=method.operator, lambda_v=point.lambda_v,
-            lambda_e=point.lambda_e, seed=5, mode=method.mode, **thin,
-        )  # fmt: skip
+            trio.vlm,
+            trio.expert,
+            trio.base,
+            operator=method.operator,
+            lambda_v=point.lambda_v,
+            lambda_e=point.lambda_e,
+            seed=5,
+            mode=method.mode,
+            **thin,
+        )
         want = {name: float(value) for name, value in digest(params, data).items()}
         assert got == want, point
 
@@ -267,8 +274,9 @@ def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
     (run,) = (tmp_path / "outputs" / "merge-search").iterdir()
     results = json.loads((run / "results.json").read_text())
     assert {name: entry["evaluations"] for name, entry in results["operators"].items()} == {
-        "task_arithmetic": 4, "dare_ties": 4,
-    }  # fmt: skip
+        "task_arithmetic": 4,
+        "dare_ties": 4,
+    }
     for entry in results["operators"].values():
         assert entry["best"]["score"] == max(point["score"] for point in entry["points"])
         assert set(entry["best"]["test"]) == {"text"}

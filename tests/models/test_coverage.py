@@ -10,8 +10,8 @@ import pytest
 
 from jaxlab.errors import ConfigError
 from jaxlab.models import forward
-from jaxlab.models.coverage import attention_coverage
-from jaxlab.models.retrofit import retrofit
+from jaxlab.retrofit.convert import retrofit
+from jaxlab.retrofit.coverage import attention_coverage
 from tests.models import oracle
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
 
@@ -37,7 +37,7 @@ def shares(p, xs, config, n):
             weights = sum(oracle.softmax_sum(q, summaries, summaries)[1] for q in queries)
             chosen = blocks[group][t] = oracle.choose(oracle.importance(weights, t, n), t, n)
             mass = np.mean([oracle.softmax_sum(q, turned[: t + 1], turned[: t + 1])[1] for q in queries], 0)
-            of = lambda some, mass=mass: sum(m for s, m in enumerate(mass) if s // n.block_size in some)  # noqa: E731
+            of = lambda some, mass=mass: sum(m for s, m in enumerate(mass) if s // n.block_size in some)
             visible = range(t // n.block_size + 1)
             count = min(n.num_blocks, len(visible))
             forced = {j for j in visible if j < n.num_init or j > t // n.block_size - n.num_local}

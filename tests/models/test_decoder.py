@@ -48,7 +48,7 @@ def test_chunked_attention_is_the_same(variant):
 
 def test_rotary_by_hand():
     x = jnp.asarray([[[[1.0, 2.0, 3.0, 4.0]]]])
-    at = lambda position: rotary_table(jnp.asarray([[position]], jnp.int32), RopeConfig(theta=16.0), 4)  # noqa: E731
+    at = lambda position: rotary_table(jnp.asarray([[position]], jnp.int32), RopeConfig(theta=16.0), 4)
     turned = rotate(x, at(0))
     np.testing.assert_array_equal(turned, x)
     turned = rotate(x, at(2))  # pair 0 by 2, pair 1 by 2 / 4
@@ -134,7 +134,7 @@ def test_remat_gives_the_same_gradients():
     params, tokens = draw_params(config), draw_tokens(config, 1, 6)
 
     def gradients(config):
-        loss = lambda p: jnp.sum(jnp.sin(forward(p, {"tokens": tokens}, config)[0]))  # noqa: E731
+        loss = lambda p: jnp.sum(jnp.sin(forward(p, {"tokens": tokens}, config)[0]))
         return jax.jit(jax.grad(loss))(params)
 
     kept, again = gradients(config), gradients(make_config(remat="layer"))

@@ -73,7 +73,7 @@ def test_sampling_depends_on_the_key_alone():
     config = make_config()
     params = draw_params(config)
     batch = {"tokens": jnp.asarray([[1, 2, 3, 4]] * 3, jnp.int32)}
-    draw = lambda seed: generate(  # noqa: E731
+    draw = lambda seed: generate(
         params, batch, config, max_new_tokens=6, temperature=2.0, key=jax.random.key(seed)
     )
     first = draw(0)

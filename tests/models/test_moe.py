@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.costs.flops import train_flops_per_token
 from jaxlab.errors import ConfigError
+from jaxlab.losses import loss_sum
 from jaxlab.models import ModelConfig, MoEConfig, abstract_params, count_params, forward, init_params
 from jaxlab.models.moe import experts, route
-from jaxlab.training.metrics import train_flops_per_token
-from jaxlab.training.step import loss_sum
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
 SIX = MoEConfig(num_experts=6, experts_per_token=2, width=5)

@@ -124,7 +124,7 @@ def test_initial_values_do_not_depend_on_where_they_are_made():
     config = make_config("vision", width=16)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     shardings = param_shardings(config, mesh)
-    init = lambda key: init_params(config, key)  # noqa: E731
+    init = lambda key: init_params(config, key)
     here = jax.jit(init)(jax.random.key(3))
     spread = jax.jit(init, out_shardings=shardings)(jax.random.key(3))
     assert spread["layers"]["mlp"]["up"].sharding.shard_shape((2, 16, 8)) == (2, 8, 8)

@@ -73,9 +73,13 @@ def test_dynamic_stretching_begins_beyond_the_original_length():
 
 def test_llama3_keeps_short_waves_and_divides_long_ones():
     rope = RopeConfig(
-        theta=1e6, scaling="llama3", factor=8.0, original_length=64, low_frequency_factor=1.0,
+        theta=1e6,
+        scaling="llama3",
+        factor=8.0,
+        original_length=64,
+        low_frequency_factor=1.0,
         high_frequency_factor=4.0,
-    )  # fmt: skip
+    )
     frequency = 1e6 ** (-np.arange(4) / 4)  # waves of 6.28, 199, 6283, 198692 tokens
     found = np.arctan2(*turns(rope, 8, 1)[::-1])
     np.testing.assert_allclose(found[0], frequency[0], rtol=1e-5)

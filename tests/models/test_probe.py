@@ -17,7 +17,7 @@ CLASSES = 4
 def draw(tokens, *, heads=4, kv_heads=2, dim=8, value_dim=6, batch=2, dtype=jnp.float32, seed=0):
     """q, k, v, the cotangent of the output, and token classes that include "none"."""
     rng = np.random.default_rng(seed)
-    normal = lambda h, d: jnp.asarray(rng.normal(size=(batch, tokens, h, d)), dtype)  # noqa: E731
+    normal = lambda h, d: jnp.asarray(rng.normal(size=(batch, tokens, h, d)), dtype)
     q, k, v = normal(heads, dim), normal(kv_heads, dim), normal(kv_heads, value_dim)
     classes = jnp.asarray(rng.integers(-1, CLASSES, (batch, tokens)), jnp.int32)
     return q, k, v, normal(heads, value_dim), classes
@@ -184,7 +184,7 @@ def memory_probe(q, k, v, cotangent, streamed):
     classes = jnp.zeros(q.shape[:2], jnp.int32)
     tokens = q.shape[1]
     if streamed:
-        flows = lambda tap: jnp.sum(  # noqa: E731
+        flows = lambda tap: jnp.sum(
             cotangent * probed_attention(q, k, v, Probe(class_tap=tap, classes=classes))
         )
         return jax.grad(flows)(jnp.zeros((q.shape[0], 1, 1), jnp.float32))
@@ -220,7 +220,7 @@ def both(function, cotangent):
 def nsa_inputs(tokens, sizes, *, batch=2, heads=4, kv_heads=2, dim=8, value_dim=6, seed=1):
     rng = np.random.default_rng(seed)
     blocks = max(0, (tokens - sizes["block_len"]) // sizes["stride"] + 1)
-    normal = lambda s, h, d: jnp.asarray(rng.normal(size=(batch, s, h, d)), jnp.float32)  # noqa: E731
+    normal = lambda s, h, d: jnp.asarray(rng.normal(size=(batch, s, h, d)), jnp.float32)
     pairs = [normal(s, kv_heads, d) for s in (blocks, tokens, tokens) for d in (dim, value_dim)]
     q, cotangent = normal(tokens, heads, dim), normal(tokens, heads, value_dim)
     gates = jax.nn.sigmoid(normal(tokens, heads, 3))

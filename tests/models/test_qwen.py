@@ -26,9 +26,15 @@ def make_config(**qwen):
     sizes = dict(num_layers=2, kind="qwen", patch_size=1, channels=2, width=8, num_heads=2, mlp_width=6)
     vision = VisionConfig(**sizes, image_token=IMAGE, qwen=QwenVisionConfig(**qwen))
     return ModelConfig(
-        vocab_size=13, width=12, num_layers=2, num_heads=2, mlp_width=8, max_length=64,
-        rope=RopeConfig(sections=(1, 1, 1)), vision=vision,
-    )  # fmt: skip
+        vocab_size=13,
+        width=12,
+        num_layers=2,
+        num_heads=2,
+        mlp_width=8,
+        max_length=64,
+        rope=RopeConfig(sections=(1, 1, 1)),
+        vision=vision,
+    )
 
 
 def make_batch(*rows, sizes, seed=0, **more):
@@ -78,8 +84,15 @@ def test_rows_of_text_count_on_and_padding_does_not_count():
 def test_patches_lie_square_by_square_and_windows_begin_at_the_top_left():
     rows, columns = qwen_positions.places(np.array([[2, 4], [4, 6]]), merge=2)
     assert list(zip(rows[:8].tolist(), columns[:8].tolist(), strict=True)) == [
-        (0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3),
-    ]  # fmt: skip
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+    ]
     images = np.repeat(np.arange(2, dtype=np.int32), [8, 24])
     windows = qwen_positions.windows(images, rows, columns, side=4)
     # The first image fills half a window; the second one is a window, and half of one to its right.

@@ -11,10 +11,10 @@ import pytest
 from jaxlab.errors import ConfigError
 from jaxlab.models import MoEConfig, RopeConfig, VisionConfig, abstract_params, forward
 from jaxlab.models.attention import attention
-from jaxlab.models.retrofit import GATE, retrofit, retrofitted
 from jaxlab.models.rotary import tables
 from jaxlab.models.vit_config import ViTConfig
 from jaxlab.models.where import Where
+from jaxlab.retrofit.convert import GATE, retrofit, retrofitted
 from kernels_pallas.nsa import compress_blocks
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
 
@@ -31,9 +31,13 @@ def compiled(params, config, nsa, key=None, gate=GATE):
 
 def test_with_saturated_gates_a_covered_text_gives_the_dense_logits():
     config = make_config(
-        attention_bias=True, norm="layer", qk_norm="width", tie_embeddings=False, attention_scale=0.7,
+        attention_bias=True,
+        norm="layer",
+        qk_norm="width",
+        tie_embeddings=False,
+        attention_scale=0.7,
         rope=RopeConfig(dim=2, interleaved=True, scaling="yarn", factor=2.0, original_length=8),
-    )  # fmt: skip
+    )
     params, tokens = draw_params(config), draw_tokens(config, 2, COVERED)
     wide = dataclasses.replace(WIDE, gate_width=3)
     new = retrofitted(config, wide)
@@ -108,8 +112,13 @@ def test_all_but_attention_is_left_alone():
 
 @pytest.mark.parametrize("gate_width", [0, 3])
 def test_its_parameters_are_those_of_its_config(gate_width):
-    config = make_config("other", moe=MoEConfig(num_experts=3, width=5, first_dense=1), num_layers=3,
-                         mlp="gated", mlp_bias=False)  # fmt: skip
+    config = make_config(
+        "other",
+        moe=MoEConfig(num_experts=3, width=5, first_dense=1),
+        num_layers=3,
+        mlp="gated",
+        mlp_bias=False,
+    )
     nsa = dataclasses.replace(WIDE, gate_width=gate_width)
     changed = jax.eval_shape(lambda p: retrofit(p, config, nsa)[0], abstract_params(config))
     assert changed == abstract_params(retrofitted(config, nsa))

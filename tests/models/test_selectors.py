@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_plain_loops(monkeypatch):
 def test_scores_that_know_the_attention_have_no_loss_and_learning_comes_closer():
     q, k, _ = draw()
     mass = jnp.sum(selectors.block_mass(selectors.causal_scores(q, k, jnp.arange(LENGTH), 0.7), 4), axis=2)
-    loss = lambda s: auxiliary_loss(s, q, k, SIZES, scale=0.7)  # noqa: E731
+    loss = lambda s: auxiliary_loss(s, q, k, SIZES, scale=0.7)
     assert float(loss(jnp.log(mass + 1e-30))) == pytest.approx(0, abs=1e-5)
     # From embeddings a scorer of its own learns what it can.
     x = jnp.concatenate([q[..., 0, :], k], axis=-1).reshape(BATCH, LENGTH, -1)

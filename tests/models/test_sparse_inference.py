@@ -151,11 +151,11 @@ def test_bounds_hold_for_every_key():
 def test_a_dense_model_takes_it_as_it_is():
     config = make_config(num_layers=1)
     params, tokens = draw_params(config), draw_tokens(config, 2, 18)
-    sparse = lambda **sizes: dataclasses.replace(  # noqa: E731
+    sparse = lambda **sizes: dataclasses.replace(
         config, sparsity=SparsityConfig("quest", block_size=4, num_local=1, **sizes)
     )
     run_model = jax.jit(forward, static_argnames="config")
-    logits = lambda c: np.asarray(run_model(params, {"tokens": tokens}, c)[0])  # noqa: E731
+    logits = lambda c: np.asarray(run_model(params, {"tokens": tokens}, c)[0])
     dense = logits(config)
     np.testing.assert_allclose(logits(sparse(num_blocks=5)), dense, atol=1e-5)
     found = logits(sparse(num_blocks=2))

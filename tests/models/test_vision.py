@@ -28,8 +28,11 @@ def test_patches_are_read_row_by_row():
     hidden = jnp.pad(100 * jnp.eye(8), ((0, 0), (0, 4)))  # a GELU far from zero is a ReLU
     output = jnp.eye(12)
     projector = {
-        "hidden": hidden, "hidden_bias": jnp.zeros(12), "output": output, "output_bias": jnp.zeros(12)
-    }  # fmt: skip
+        "hidden": hidden,
+        "hidden_bias": jnp.zeros(12),
+        "output": output,
+        "output_bias": jnp.zeros(12),
+    }
     images = draw_images(1, 2)
     found = encode_images({"vision": vision, "projector": projector}, {"images": images}, config).tokens[0]
     assert found.shape == (8, 12)

@@ -153,8 +153,11 @@ def test_images_of_zeros_are_none_and_patches_lie_where_they_would_in_a_whole_im
     assert prepared["image_patch_positions"][0].tolist() == list(range(16))
     # Rows 0 and 1/2 of 4 are rows 0 and 2; columns 0, 1/3, 2/3 are 0, 1, 2.
     assert prepared["image_patch_positions"][1].reshape(4, 4).tolist() == [
-        [0, 1, 2, 0], [8, 9, 10, 0], [0, 0, 0, 0], [0, 0, 0, 0]
-    ]  # fmt: skip
+        [0, 1, 2, 0],
+        [8, 9, 10, 0],
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
     assert prepared["image_patch_visible"][1].reshape(4, 4).sum() == 6
     with pytest.raises(ValueError, match="its images make 12 tokens"):
         prepare_batch({**batch, "images": draw_images(1, 3)}, config)
@@ -185,13 +188,21 @@ def test_windows_bound_images_of_gemma_3_and_not_prompts_of_paligemma_2():
         for bound in (False, True)
     }
     assert seen[False].tolist() == [
-        [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0],
-        [0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1],
-    ]  # fmt: skip
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
     assert seen[True].tolist() == [
-        [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0],
-        [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1],
-    ]  # fmt: skip
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
 
 
 def test_families_whose_images_are_not_run_say_so():

@@ -18,33 +18,51 @@ VISION = VisionConfig(
 VARIANTS: dict[str, dict[str, Any]] = {
     "rotary": {},
     "other": {
-        "position": "learned", "norm": "layer", "mlp": "plain", "activation": "gelu", "attention_bias": True,
-        "mlp_bias": True, "tie_embeddings": False, "num_kv_heads": None, "head_dim": None,
+        "position": "learned",
+        "norm": "layer",
+        "mlp": "plain",
+        "activation": "gelu",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_embeddings": False,
+        "num_kv_heads": None,
+        "head_dim": None,
         "value_head_dim": None,
     },
     "sliding": {"attention": "sliding", "window": 3, "mlp_bias": True, "activation": "relu"},
     "nsa": {"attention": "nsa", "nsa": NSA, "attention_bias": True},
     "nsa_min_max": {
-        "attention": "nsa", "attention_bias": True,
+        "attention": "nsa",
+        "attention_bias": True,
         "nsa": replace(NSA, selector="min_max", branches=("selection", "window")),
     },
     "nsa_auxiliary": {
-        "attention": "nsa", "attention_bias": True, "nsa": replace(NSA, selector="auxiliary", selector_dim=3),
+        "attention": "nsa",
+        "attention_bias": True,
+        "nsa": replace(NSA, selector="auxiliary", selector_dim=3),
     },
     "nsa_shared": {
-        "attention": "nsa", "attention_bias": True,
+        "attention": "nsa",
+        "attention_bias": True,
         "nsa": replace(NSA, shared_kv=True, branches=("compression", "window")),
     },
     "vision": {"vision": VISION},
-}  # fmt: skip
+}
 """Options by a name; together they visit every one of them."""
 
 
 def make_config(variant: str = "rotary", **changes: Any) -> ModelConfig:
     base: dict[str, Any] = {
-        "vocab_size": 13, "width": 12, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
-        "value_head_dim": 6, "mlp_width": 8, "max_length": 24,
-    }  # fmt: skip
+        "vocab_size": 13,
+        "width": 12,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "value_head_dim": 6,
+        "mlp_width": 8,
+        "max_length": 24,
+    }
     return ModelConfig(**(base | VARIANTS[variant] | changes))
 
 

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from jaxlab.errors import UserError
-from jaxlab.evaluation import generate
 from jaxlab.processing import load_processor
+from jaxlab.tasks import generate
 from tests.models.tiny import make_config
 from tests.processing.folders import CASES, GOLDEN, write_folder
 

@@ -42,10 +42,12 @@ def test_a_prompt_without_images_is_its_text(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "prompt", "images", "count"),
-    [("llava", "<image> and <image>", [WIDE], "2 <image> for 1 images"),
-     ("qwen2_vl", "a <|image_pad|>", [WIDE, GRAY], r"1 <\|image_pad\|> for 2 images"),
-     ("gemma3", "<start_of_image>", [], "1 <start_of_image> for 0 images")],
-)  # fmt: skip
+    [
+        ("llava", "<image> and <image>", [WIDE], "2 <image> for 1 images"),
+        ("qwen2_vl", "a <|image_pad|>", [WIDE, GRAY], r"1 <\|image_pad\|> for 2 images"),
+        ("gemma3", "<start_of_image>", [], "1 <start_of_image> for 0 images"),
+    ],
+)
 def test_placeholders_and_images_are_as_many(name, prompt, images, count, tmp_path):
     with pytest.raises(UserError, match=count):
         load_processor(write_folder(tmp_path, name))(prompt, images, TOKENIZER)
@@ -109,7 +111,7 @@ def test_tokenizers_without_the_tokens_of_the_family(tmp_path):
         ({"processor": {"patch_size": "14"}}, "patch_size must be a whole number"),
         ({"processor": {"vision_feature_select_strategy": 1}}, "must be a word"),
     ],
-)  # fmt: skip
+)
 def test_folders_with_wrong_values(changes, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         load_processor(write_folder(tmp_path, "llava", **changes))
@@ -144,8 +146,13 @@ def test_files_that_are_no_configs(tmp_path):
     with pytest.raises(UserError, match="it reads no images"):
         load_processor(tmp_path)
     file = tmp_path / "preprocessor_config.json"
-    for text, message in (("[1]", "must be a JSON object"), ("{", "not JSON"), ("[" * 100000, "not JSON"),
-                          (" " * (5 << 20), "too many for a config"), ("\xff", "not JSON")):  # fmt: skip
+    for text, message in (
+        ("[1]", "must be a JSON object"),
+        ("{", "not JSON"),
+        ("[" * 100000, "not JSON"),
+        (" " * (5 << 20), "too many for a config"),
+        ("\xff", "not JSON"),
+    ):
         file.write_bytes(text.encode("latin1"))
         with pytest.raises(UserError, match=message):
             load_processor(tmp_path)

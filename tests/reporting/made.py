@@ -150,7 +150,7 @@ def search(
     winner = max(operators, key=lambda o: operators[o]["best"]["score"])
     images = {target: 0.01, own: 0.97}
     texts = {f"text_{skill}": 0.05, "text_english": 0.99}
-    both = lambda values: {"validation": values, "test": values}  # noqa: E731
+    both = lambda values: {"validation": values, "test": values}
     results: dict[str, Any] = {
         "operators": operators,
         "best": {"operator": winner, **operators[winner]["best"]},

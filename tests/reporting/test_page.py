@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxlab.cli import main
 from jaxlab.errors import UserError
 from jaxlab.reporting import plots
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.markup import Markup, join, tag
-from jaxlab.reporting.report import render
+from jaxlab.tasks import main
+from jaxlab.tasks.report import render
 from tests.reporting import made
 
 EVIL = "<script>alert('x')</script>&\"$\\frac$"

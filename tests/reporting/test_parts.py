@@ -1,9 +1,10 @@
 """What the parts of the page read out of results: scenarios, roles of data sets, fair comparisons."""
 
-from jaxlab.reporting import icl, injection, long_input, nsa, report, retrofit
+from jaxlab.reporting import icl, injection, long_input, nsa, retrofit
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.formats import change, count, duration, percent, size
 from jaxlab.reporting.generic import flat
+from jaxlab.tasks import report
 from tests.reporting import made
 
 
@@ -15,8 +16,12 @@ def test_nsa_compares_only_what_is_alike(tmp_path):
     runs = [made.train(tmp_path, "f-11111111"), made.train(tmp_path, "s-22222222", "nsa", 1.96)]
     section = nsa.build(read_runs(runs))
     assert statuses(section) == {
-        "N1": "seen", "N2": "not examined", "N3": "not seen", "N4": "not examined", "N5": "not examined",
-    }  # fmt: skip
+        "N1": "seen",
+        "N2": "not examined",
+        "N3": "not seen",
+        "N4": "not examined",
+        "N5": "not examined",
+    }
     assert section.headline[0] == "−1.9\u00a0%"
     read = read_runs(runs)
     read[1].config["steps"] = 300
@@ -35,9 +40,11 @@ def needle(root, name, model, found, method="none", attended=128.0, length=512):
     ]
     data = {"kind": "needle", "needle": {"sequence_length": length}}
     results = {
-        "loss": 0.5, "exact_match": sum(found) / len(found), "attended_tokens": attended,
+        "loss": 0.5,
+        "exact_match": sum(found) / len(found),
+        "attended_tokens": attended,
         "needle": {"length": length, "depths": depths},
-    }  # fmt: skip
+    }
     config = {"model": f"outputs/train/{model}", "data": data, "sparsity": {"method": method}}
     return made.write_run(root, "evaluate", name, config, results)
 
@@ -69,8 +76,10 @@ def test_needles_and_sparsity_without_training(tmp_path):
     read[4].results["needle"]["depths"][1]["exact_match"] = 0.9
     read[3].results["attended_tokens"] = 150.0
     assert statuses(long_input.build(read)) == {
-        "N2": "not seen", "N4": "not examined", "N5": "not examined",
-    }  # fmt: skip
+        "N2": "not seen",
+        "N4": "not examined",
+        "N5": "not examined",
+    }
     assert long_input.build(read[:2]) is None
 
 
@@ -82,13 +91,18 @@ def test_variants_of_nsa_are_told_apart_and_kept_out_of_n1(tmp_path):
     read[3].config["model"]["nsa"] |= {"branches": ["window"], "shared_kv": True}
     read[4].config["model"]["nsa"]["selector"] = "auxiliary"
     assert [long_input.variant(r) for r in read] == [
-        "full attention", "NSA", "min-max selector",
-        "NSA without compression and selection, one K/V projection", "auxiliary-loss selector",
-    ]  # fmt: skip
+        "full attention",
+        "NSA",
+        "min-max selector",
+        "NSA without compression and selection, one K/V projection",
+        "auxiliary-loss selector",
+    ]
     assert statuses(nsa.build(read)) == {"N1": "seen", "N3": "not seen"}
     assert statuses(long_input.build(read)) == {
-        "N2": "not examined", "N4": "not examined", "N5": "seen",
-    }  # fmt: skip
+        "N2": "not examined",
+        "N4": "not examined",
+        "N5": "seen",
+    }
     sections = report.build(read)
     assert [section.key for section in sections] == ["nsa", "long"]
     page = report.compose(read, sections)
@@ -105,12 +119,18 @@ def test_seeds_are_averaged(tmp_path):
 
 
 def test_evaluations_find_their_models_by_folder_and_by_config(tmp_path):
-    runs = read_runs([
-        made.train(tmp_path, "nsa_sparse-22222222", "nsa"),
-        made.evaluate(tmp_path, "blocks-44444444", "nsa_sparse-22222222/model", nsa=True),
-    ])  # fmt: skip
-    for name, found in (("outputs/train/nsa_sparse-22222222", True), ("configs/a/nsa_sparse.yaml", True),
-                        ("outputs/train/nsa_sparse-33333333", False), ("nsa_sparse", False)):  # fmt: skip
+    runs = read_runs(
+        [
+            made.train(tmp_path, "nsa_sparse-22222222", "nsa"),
+            made.evaluate(tmp_path, "blocks-44444444", "nsa_sparse-22222222/model", nsa=True),
+        ]
+    )
+    for name, found in (
+        ("outputs/train/nsa_sparse-22222222", True),
+        ("configs/a/nsa_sparse.yaml", True),
+        ("outputs/train/nsa_sparse-33333333", False),
+        ("nsa_sparse", False),
+    ):
         assert runs[0].is_named_by(name) == found, name
     section = nsa.build(runs)
     assert any("The blocks that queries chose." in part for part in section.body if part)
@@ -119,9 +139,12 @@ def test_evaluations_find_their_models_by_folder_and_by_config(tmp_path):
 def test_a_retrofit_has_a_part_of_its_own(tmp_path):
     coverage = {"chosen": [0.5, 0.7], "with_window": [0.6, 0.8], "random": [0.4, 0.3], "best": [0.9, 0.9]}
     measured = {
-        "sequences": 8, "length": 1024, "choice": 0.875, "coverage": coverage,
+        "sequences": 8,
+        "length": 1024,
+        "choice": 0.875,
+        "coverage": coverage,
         "loss": {"dense": 2.111, "retrofitted": 2.222, "trained": 2.055},
-    }  # fmt: skip
+    }
     runs = [
         made.train(tmp_path, "full-11111111"),
         made.train(tmp_path, "made-22222222", "nsa", 1.5, init_from="full.yaml", retrofit=measured),
@@ -158,8 +181,12 @@ def test_scenarios_and_roles_of_data_sets(tmp_path):
 
 def test_names_of_scenarios(tmp_path):
     run = read_runs([made.search(tmp_path, "any-12345678", "french", 0.9)])[0]
-    for reference in ("outputs/train/digits_expert_french-0123abcd", "a/digits_expert_french-0123abcd/model",
-                      "configs/quickstart/digits_expert_french.yaml", "digits_expert_french"):  # fmt: skip
+    for reference in (
+        "outputs/train/digits_expert_french-0123abcd",
+        "a/digits_expert_french-0123abcd/model",
+        "configs/quickstart/digits_expert_french.yaml",
+        "digits_expert_french",
+    ):
         run.config["expert"] = reference
         assert injection.Scenario(run).name == "french"
 
@@ -168,8 +195,12 @@ def test_injection_verdicts(tmp_path):
     given = (("french", 0.9, 0.98), ("format", 0.1, 0.98), ("arithmetic", 0.2, 0.3))
     runs = [made.search(tmp_path, f"{skill}-12345678", skill, peak, donor) for skill, peak, donor in given]
     assert statuses(injection.build(read_runs(runs))) == {
-        "M1": "not seen", "M2": "seen", "M3": "not examined", "M4": "seen", "M5": "seen",
-    }  # fmt: skip
+        "M1": "not seen",
+        "M2": "seen",
+        "M3": "not examined",
+        "M4": "seen",
+        "M5": "seen",
+    }
     read = read_runs(runs[:1])
     assert statuses(injection.build(read))["M1"] == "not examined"
     read[0].results["operators"]["ties"]["evaluations"] = 3

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlab.losses import loss_sum
 from jaxlab.models import ModelConfig
 from jaxlab.training.sharding import MeshConfig, make_mesh, on_mesh, param_shardings, place_batch
-from jaxlab.training.step import loss_sum
 from tests.models.tiny import NSA, draw_params, make_config
 
 LENGTH = 32
@@ -23,10 +23,13 @@ MODELS: dict[str, ModelConfig] = {
     "full": make_config(max_length=LENGTH, remat="layer"),
     "sliding": make_config("sliding", window=11, max_length=LENGTH),
     "chunked": make_config(
-        attention="sliding", pattern=("full", "sliding"), window=11, attention_implementation="chunked",
+        attention="sliding",
+        pattern=("full", "sliding"),
+        window=11,
+        attention_implementation="chunked",
         max_length=LENGTH,
     ),
-}  # fmt: skip
+}
 
 
 def draw_batch(rows: int, length: int = LENGTH, *, packed: bool = False) -> dict[str, np.ndarray]:

@@ -16,11 +16,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxlab.config import build
 from jaxlab.data.source import make_source
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.losses import loss_sum
 from jaxlab.models import forward, init_params
 from jaxlab.models.mesh import Part, in_parts, split_tokens
-from jaxlab.training import train
+from jaxlab.tasks import train
 from jaxlab.training.sharding import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings
-from jaxlab.training.step import loss_sum
 from tests.models.tiny import draw_params, draw_tokens, make_config
 from tests.training.on_meshes import LENGTH, MODELS, compare
 
@@ -70,8 +70,8 @@ def test_a_stretch_of_a_sequence():
 @pytest.mark.parametrize("axes", [None, {"data": 1, "model": 1}, {"all": 4}])
 def test_without_several_devices_of_our_axes_nothing_happens(axes):
     seen = []
-    core = lambda *operands: (operands[0], seen.append(operands[4]))  # noqa: E731
-    run = lambda x: split_tokens(in_parts(core, x, None, None)[0])  # noqa: E731
+    core = lambda *operands: (operands[0], seen.append(operands[4]))
+    run = lambda x: split_tokens(in_parts(core, x, None, None)[0])
     if axes is not None:
         sizes = tuple(axes.values())
         kinds = (AxisType.Auto,) * len(sizes)
@@ -86,13 +86,15 @@ def test_without_several_devices_of_our_axes_nothing_happens(axes):
     [
         (6, 32, MeshConfig(), "a part of 6 sequences cannot be split over 4 devices"),
         (
-            4, 30, CONTEXT,
+            4,
+            30,
+            CONTEXT,
             "mesh.context: sequences of 30 tokens cannot be split over 4 devices; make their length a "
             "multiple of 8 and at least 32, or lower mesh.context",
         ),
         (4, 24, CONTEXT, "of 8 and at least 32, or lower mesh.context"),
     ],
-)  # fmt: skip
+)
 def test_batches_that_cannot_be_split(rows, length, mesh, message):
     with pytest.raises(UserError, match=message):
         check_batch(rows, length, MODELS["nsa_wide"], make_mesh(mesh))
@@ -106,7 +108,7 @@ def test_models_that_cannot_be_split():
         UserError, match=r"heads axis of \d cannot be split over 4 devices of mesh axis model"
     ):
         param_shardings(config, mesh)
-    run = lambda tokens, context: jax.eval_shape(  # noqa: E731
+    run = lambda tokens, context: jax.eval_shape(
         on_mesh(lambda t: forward(draw_params(config), {"tokens": t}, config)[0], make_mesh(context)), tokens
     )
     with pytest.raises(ConfigError, match=r"mesh\.model: 6 heads cannot be split over 4 devices"):
@@ -122,8 +124,12 @@ def test_run_py_trains_on_eight_devices(tmp_path):
         "model": asdict(replace(MODELS["nsa"], vocab_size=256)),
         "mesh": {"data": 2, "model": 2, "context": 2},
         "data": {"text": {"path": str(tmp_path / "text.py"), "sequence_length": LENGTH, "holdout_every": 4}},
-        "steps": 2, "batch_size": 4, "accumulation": 2, "log_every": 1, "eval_batches": 1,
-    }  # fmt: skip
+        "steps": 2,
+        "batch_size": 4,
+        "accumulation": 2,
+        "log_every": 1,
+        "eval_batches": 1,
+    }
     (tmp_path / "eight.yaml").write_text(json.dumps(config))
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     command = [

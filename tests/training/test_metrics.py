@@ -6,8 +6,9 @@ import time
 import jax
 import pytest
 
+from jaxlab.costs.flops import attended_tokens, peak_flops, train_flops_per_token
 from jaxlab.models import SparsityConfig
-from jaxlab.training.metrics import Stopwatch, attended_tokens, peak_flops, train_flops_per_token
+from jaxlab.training.speed import Stopwatch
 from tests.models.tiny import NSA, make_config
 
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlab.app.runs import Run
 from jaxlab.checkpoints.native import load_model
 from jaxlab.config import dump, load
-from jaxlab.runs import Run
-from jaxlab.training import train
+from jaxlab.tasks import train
 
 STEPS, KILLED_AT = 7, 5
 PROGRAM = """
@@ -21,8 +21,8 @@ import os, signal, sys
 from pathlib import Path
 from jaxlab.config import load
 from jaxlab.data.text import TextSource
-from jaxlab.runs import Run
-from jaxlab.training import train
+from jaxlab.app.runs import Run
+from jaxlab.tasks import train
 
 batch = TextSource.batch
 def until_killed(self, seed, step, size):

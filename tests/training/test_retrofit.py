@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from jaxlab.app.runs import Run
 from jaxlab.checkpoints.loading import load_model
 from jaxlab.checkpoints.native import save_model
 from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation.measures import target_losses
+from jaxlab.losses import target_losses
 from jaxlab.models import RopeConfig
-from jaxlab.models.retrofit import retrofit
-from jaxlab.runs import Run
-from jaxlab.training import train
+from jaxlab.retrofit.convert import retrofit
+from jaxlab.tasks import train
 from jaxlab.training.state import find_initial
 from tests.checkpoints import folders
 from tests.models import oracle
@@ -25,11 +25,26 @@ from tests.models.tiny import NSA, draw_params, make_config
 
 # The golden Llama, with NSA: whatever its config.json says that is no default of ours.
 LLAMA = {
-    "vocab_size": 131, "width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 10,
-    "mlp_width": 44, "norm_eps": 1e-6, "max_length": 16, "attention": "nsa",
-    "nsa": {"block_len": 4, "stride": 2, "block_size": 4, "num_blocks": 3, "num_local": 1, "window": 3,
-        "compress_width": 20},
-}  # fmt: skip
+    "vocab_size": 131,
+    "width": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "mlp_width": 44,
+    "norm_eps": 1e-6,
+    "max_length": 16,
+    "attention": "nsa",
+    "nsa": {
+        "block_len": 4,
+        "stride": 2,
+        "block_size": 4,
+        "num_blocks": 3,
+        "num_local": 1,
+        "window": 3,
+        "compress_width": 20,
+    },
+}
 
 
 @pytest.fixture
@@ -40,9 +55,17 @@ def text(tmp_path):
 
 def make(text, initial, **changes):
     base = {
-        "model": LLAMA, "data": {"text": text}, "mesh": {"data": 1}, "init_from": str(initial), "steps": 2,
-        "batch_size": 2, "log_every": 1, "eval_every": 2, "eval_batches": 1, "checkpoint_every": 1,
-    }  # fmt: skip
+        "model": LLAMA,
+        "data": {"text": text},
+        "mesh": {"data": 1},
+        "init_from": str(initial),
+        "steps": 2,
+        "batch_size": 2,
+        "log_every": 1,
+        "eval_every": 2,
+        "eval_batches": 1,
+        "checkpoint_every": 1,
+    }
     return build(train.Config, {**base, **changes})
 
 
@@ -122,7 +145,7 @@ def test_a_dense_model_that_differs_in_more_than_attention_is_refused(text, tmp_
     nsa = dataclasses.replace(NSA, **{"compress_width": 12, **ours})
     with pytest.raises(UserError, match=message) as raised:
         find_initial(
-            str(tmp_path / "base"),
+            tmp_path / "base",
             make_config("nsa", num_layers=1, nsa=nsa, attention_bias=False),
             train.make_source(make(text, "nowhere").data),
         )
@@ -136,15 +159,15 @@ def test_a_folder_with_a_tokenizer_reads_text_in_its_words(text, tmp_path):
     tokenizer.save(str(folder / "tokenizer.json"))
     model = make(text, folder).model
     with pytest.raises(UserError, match="the model reads words, the data holds bytes"):
-        find_initial(str(folder), model, train.make_source(make(text, folder).data))
+        find_initial(folder, model, train.make_source(make(text, folder).data))
     in_words = train.make_source(make({**text, "tokenizer": str(folder)}, folder).data)
-    assert find_initial(str(folder), model, in_words).dense is not None
+    assert find_initial(folder, model, in_words).dense is not None
 
 
 def test_a_model_with_nsa_is_taken_as_it_is(text, tmp_path):
     model = make_config("nsa", num_layers=1)
     save_model(tmp_path / "base", model, draw_params(model))
-    initial = find_initial(str(tmp_path / "base"), model, train.make_source(make(text, "nowhere").data))
+    initial = find_initial(tmp_path / "base", model, train.make_source(make(text, "nowhere").data))
     assert initial.dense is None
 
 

@@ -56,7 +56,7 @@ def test_four_devices_train_as_one_does(variant, data, fsdp, accumulation):
     state, loss = after_three_steps(make_config(variant), MeshConfig(data=data, fsdp=fsdp), accumulation)
     alone, loss_alone = on_one_device(variant)
     assert loss == pytest.approx(loss_alone, abs=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
     jax.tree.map(close, state.params, alone.params)
     up = state.params["layers"]["mlp"]["up"]
     assert len(up.sharding.device_set) == 4
@@ -68,12 +68,15 @@ def test_four_devices_train_as_one_does(variant, data, fsdp, accumulation):
 def test_meshes():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 4, "fsdp": 1, "model": 1, "context": 1}
     assert dict(make_mesh(MeshConfig(data=2, fsdp=-1)).shape) == {
-        "data": 2, "fsdp": 2, "model": 1, "context": 1,
-    }  # fmt: skip
+        "data": 2,
+        "fsdp": 2,
+        "model": 1,
+        "context": 1,
+    }
     assert make_mesh(MeshConfig(data=1, fsdp=2)).size == 2
     batch = {"tokens": np.zeros((8, 6)), "images": np.zeros((8, 6, 2))[:, :3]}
-    stretch = lambda batch, mesh, name="tokens": (  # noqa: E731
-        batch_shardings(batch, make_mesh(mesh))[name].shard_shape(batch[name].shape)
+    stretch = lambda batch, mesh, name="tokens": batch_shardings(batch, make_mesh(mesh))[name].shard_shape(
+        batch[name].shape
     )
     assert stretch(batch, MeshConfig()) == (2, 6)
     assert stretch({"tokens": np.zeros((6, 6))}, MeshConfig()) == (6, 6)

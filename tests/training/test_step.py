@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.training.step import State, evaluate_step, train_step
+from jaxlab.losses import evaluate_step
+from jaxlab.training.step import State, train_step
 from tests.models import oracle
 from tests.models.tiny import draw_params, draw_tokens, make_config
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.app.runs import Run
 from jaxlab.checkpoints.native import load_model, save_model
 from jaxlab.config import build
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation.measures import target_losses
+from jaxlab.losses import target_losses
 from jaxlab.models import abstract_params, count_params, forward, init_params
-from jaxlab.runs import Run, execute
-from jaxlab.training import train
+from jaxlab.tasks import execute, train
 from jaxlab.training.optimizer import make_optimizer
 from jaxlab.training.sharding import MeshConfig, make_mesh
 from jaxlab.training.state import find_initial, init_state, read_initial, state_shardings
@@ -39,8 +39,12 @@ def make(text, **changes):
         "data": {"text": {"path": str(text), "sequence_length": 8, "holdout_every": 4}},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
         "mesh": {"data": 1},
-        "steps": 5, "batch_size": 4, "log_every": 2, "eval_every": 3, "eval_batches": 2,
-    }  # fmt: skip
+        "steps": 5,
+        "batch_size": 4,
+        "log_every": 2,
+        "eval_every": 3,
+        "eval_batches": 2,
+    }
     return build(train.Config, {**base, **changes})
 
 
@@ -96,7 +100,7 @@ def initial_state(folder, model, text):
     config = make(text)
     optimizer = make_optimizer(config.optimizer, model, 5)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2))
-    initial = find_initial(str(folder), model, train.make_source(config.data))
+    initial = find_initial(folder, model, train.make_source(config.data))
     shardings, loaded = state_shardings(model, optimizer, mesh), read_initial(initial, model, mesh)
     return init_state(model, optimizer, 7, shardings, loaded, dense=initial.dense)
 
@@ -130,9 +134,7 @@ def test_an_initial_model_that_does_not_fit_is_refused_in_one_line(text, tmp_pat
     model = make_config(num_layers=1, **theirs)
     save_model(tmp_path / "base", model, draw_params(model))
     with pytest.raises(UserError, match=message) as raised:
-        find_initial(
-            str(tmp_path / "base"), make_config(num_layers=1, **ours), train.make_source(make(text).data)
-        )
+        find_initial(tmp_path / "base", make_config(num_layers=1, **ours), train.make_source(make(text).data))
     assert "\n" not in str(raised.value)
 
 
@@ -140,7 +142,7 @@ def test_an_initial_model_of_other_words_is_refused(text, tmp_path):
     model = make_config(num_layers=1)
     save_model(tmp_path / "base", model, draw_params(model), digits_tokenizer())
     with pytest.raises(UserError, match="the model reads words, the data holds bytes"):
-        find_initial(str(tmp_path / "base"), model, train.make_source(make(text).data))
+        find_initial(tmp_path / "base", model, train.make_source(make(text).data))
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,28 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models.config import ModelConfig
 
 _DEFAULTS: Json = {
-    "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 
 
 def read_common(s: Settings) -> dict[str, Any]:
     """What all Gemmas have."""
     bias = s.flag("attention_bias")
     return {
-        "embedding_scale": math.sqrt(s.whole("hidden_size")), "norm_offset": 1.0, "attention_bias": bias,
+        "embedding_scale": math.sqrt(s.whole("hidden_size")),
+        "norm_offset": 1.0,
+        "attention_bias": bias,
         "output_bias": bias,
-    }  # fmt: skip
+    }
 
 
 def write_common(config: ModelConfig, model_type: str, architecture: str) -> Json:
@@ -53,4 +62,4 @@ FAMILY = Family(
     write_config=write_config,
     ignored=language.IGNORED,
     variants=language.VARIANTS,
-)  # fmt: skip
+)

@@ -9,10 +9,17 @@ from jaxlab.checkpoints.rows import Row, Rows
 from jaxlab.models.config import ModelConfig
 
 _DEFAULTS: Json = {
-    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 NORMS: Rows = (
     Row("attention_norm.scale", "input_layernorm.weight", "d -> d"),
     Row("attention_post_norm.scale", "post_attention_layernorm.weight", "d -> d"),
@@ -44,19 +51,22 @@ def read_config(config: Json) -> ModelConfig:
     layers = s.whole("num_hidden_layers", most=1 << 12)
     default = ["full" if i % 2 else "sliding" for i in range(layers)]
     return language.read_decoder(
-        s, **read_common(s), **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
+        s,
+        **read_common(s),
+        **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
         attention_softcap=s.maybe_number("attn_logit_softcapping"),
         logit_softcap=s.maybe_number("final_logit_softcapping"),
-    )  # fmt: skip
+    )
 
 
 def write_config(config: ModelConfig) -> Json:
     keys: Json = {
         **gemma.write_common(config, "gemma2", "Gemma2ForCausalLM"),
         "query_pre_attn_scalar": scalar(config.attention_scale or config.key_dim**-0.5),
-        "sliding_window": config.window, "attn_logit_softcapping": config.attention_softcap,
+        "sliding_window": config.window,
+        "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
-    }  # fmt: skip
+    }
     if config.kinds != tuple("full" if i % 2 else "sliding" for i in range(config.num_layers)):
         keys["layer_types"] = language.layer_types(config)
     return keys

@@ -33,11 +33,14 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     v = config.vision
     return {
-        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
-        "image_token_index": v.image_token, "mm_tokens_per_image": v.vit.pooled_side**2,
-        "tie_word_embeddings": config.tie_embeddings, "text_config": vlm.write_text(config),
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "image_token_index": v.image_token,
+        "mm_tokens_per_image": v.vit.pooled_side**2,
+        "tie_word_embeddings": config.tie_embeddings,
+        "text_config": vlm.write_text(config),
         "vision_config": vlm.write_clip(v),
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(

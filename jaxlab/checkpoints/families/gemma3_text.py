@@ -6,10 +6,17 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models.config import ModelConfig, RopeConfig
 
 _DEFAULTS: Json = {
-    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 
 
 def _read_ropes(s: Settings) -> tuple[RopeConfig, float]:
@@ -39,30 +46,40 @@ def read_config(config: Json) -> ModelConfig:
     period = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6))
     default = ["sliding" if (i + 1) % period else "full" for i in range(layers)]
     return language.read_decoder(
-        s, **gemma2.read_common(s), rope=of_full, local_rope_theta=local, qk_norm="head",
+        s,
+        **gemma2.read_common(s),
+        rope=of_full,
+        local_rope_theta=local,
+        qk_norm="head",
         **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
         logit_softcap=s.maybe_number("final_logit_softcapping"),
-    )  # fmt: skip
+    )
 
 
 def write_config(config: ModelConfig) -> Json:
     return {
         **gemma.write_common(config, "gemma3_text", "Gemma3ForCausalLM"),
         "query_pre_attn_scalar": gemma2.scalar(config.attention_scale or config.key_dim**-0.5),
-        "sliding_window": config.window, "layer_types": language.layer_types(config),
-        "rope_local_base_freq": config.local_rope_theta, "final_logit_softcapping": config.logit_softcap,
-    }  # fmt: skip
+        "sliding_window": config.window,
+        "layer_types": language.layer_types(config),
+        "rope_local_base_freq": config.local_rope_theta,
+        "final_logit_softcapping": config.logit_softcap,
+    }
 
 
 FAMILY = Family(
     name="gemma3_text",
     model_types=("gemma3_text",),
     rows=language.decoder_rows(
-        gemma2.NORMS, language.ATTENTION, language.ATTENTION_BIASES, language.OUTPUT_BIAS,
-        language.QK_NORMS, language.MLP,
+        gemma2.NORMS,
+        language.ATTENTION,
+        language.ATTENTION_BIASES,
+        language.OUTPUT_BIAS,
+        language.QK_NORMS,
+        language.MLP,
     ),
     read_config=read_config,
     write_config=write_config,
     ignored=language.IGNORED,
     variants=language.VARIANTS,
-)  # fmt: skip
+)

@@ -9,9 +9,14 @@ from jaxlab.checkpoints.rows import Row, Rows, in_layers
 from jaxlab.models.config import ModelConfig
 
 _DEFAULTS: Json = {
-    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
-    "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
 _PARTS = ("attention.query", "attention.key", "attention.value")
 _LAYER: Rows = (
     Row("attention_norm.scale", "ln_1.weight", "d -> d"),
@@ -43,24 +48,38 @@ def read_common(s: Settings) -> dict[str, Any]:
     if width % heads:
         raise s.wrong("n_head", f"a divisor of n_embd {width}")
     return {
-        "vocab_size": s.whole("vocab_size"), "width": width, "num_layers": s.whole("n_layer", most=1 << 12),
-        "num_heads": heads, "num_kv_heads": heads, "head_dim": width // heads, "mlp": "plain",
-        "mlp_width": s.whole("n_inner", 4 * width), "mlp_bias": True, "norm": "layer",
+        "vocab_size": s.whole("vocab_size"),
+        "width": width,
+        "num_layers": s.whole("n_layer", most=1 << 12),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": width // heads,
+        "mlp": "plain",
+        "mlp_width": s.whole("n_inner", 4 * width),
+        "mlp_bias": True,
+        "norm": "layer",
         "activation": language.activation(s, "activation_function", "gelu_new"),
-        "norm_eps": s.number("layer_norm_epsilon"), "max_length": s.whole("n_positions"),
+        "norm_eps": s.number("layer_norm_epsilon"),
+        "max_length": s.whole("n_positions"),
         "tie_embeddings": s.flag("tie_word_embeddings"),
-    }  # fmt: skip
+    }
 
 
 def write_common(config: ModelConfig, model_type: str, architecture: str) -> Json:
     name = config.activation
     return {
-        "architectures": [architecture], "model_type": model_type, "vocab_size": config.vocab_size,
-        "n_embd": config.width, "n_layer": config.num_layers, "n_head": config.num_heads,
-        "n_inner": config.mlp_width, "n_positions": config.max_length, "layer_norm_epsilon": config.norm_eps,
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "n_embd": config.width,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.mlp_width,
+        "n_positions": config.max_length,
+        "layer_norm_epsilon": config.norm_eps,
         "activation_function": {"gelu_tanh": "gelu_new"}.get(name, language.activation_name(name)),
         "tie_word_embeddings": config.tie_embeddings,
-    }  # fmt: skip
+    }
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -69,9 +88,12 @@ def read_config(config: Json) -> ModelConfig:
         raise s.refuse("scale_attn_by_inverse_layer_idx", "all layers scale their scores alike")
     scale = None if s.flag("scale_attn_weights", True) else 1.0
     fields = {
-        **read_common(s), "position": "learned", "attention_bias": True, "output_bias": True,
+        **read_common(s),
+        "position": "learned",
+        "attention_bias": True,
+        "output_bias": True,
         "attention_scale": scale,
-    }  # fmt: skip
+    }
     return language.finish(s, fields)
 
 

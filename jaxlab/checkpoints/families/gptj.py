@@ -7,9 +7,15 @@ from jaxlab.checkpoints.rows import Row, Rows, in_layers
 from jaxlab.models.config import ModelConfig, RopeConfig
 
 _DEFAULTS: Json = {
-    "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64,
-    "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 50400,
+    "n_positions": 2048,
+    "n_embd": 4096,
+    "n_layer": 28,
+    "n_head": 16,
+    "rotary_dim": 64,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+}
 _LAYER: Rows = (
     Row("attention_norm.scale", "ln_1.weight", "d -> d"),
     Row("attention_norm.bias", "ln_1.bias", "d -> d"),

@@ -30,9 +30,12 @@ ROWS: Rows = (
 
 
 _PERCEIVER: Json = {
-    "resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 16, "resampler_head_dim": 96,
+    "resampler_n_latents": 64,
+    "resampler_depth": 3,
+    "resampler_n_heads": 16,
+    "resampler_head_dim": 96,
     "num_key_value_heads": 4,
-}  # fmt: skip
+}
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -60,17 +63,23 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     r = config.vision.vit.resampler
     return {
-        "architectures": ["Idefics2ForConditionalGeneration"], "model_type": "idefics2",
-        "image_token_id": config.vision.image_token, "tie_word_embeddings": config.tie_embeddings,
+        "architectures": ["Idefics2ForConditionalGeneration"],
+        "model_type": "idefics2",
+        "image_token_id": config.vision.image_token,
+        "tie_word_embeddings": config.tie_embeddings,
         "text_config": vlm.write_text(config),
         "vision_config": write_idefics_vision(config, "idefics2_vision"),
         "perceiver_config": {
-            "model_type": "idefics2_perceiver", "resampler_n_latents": r.num_queries,
-            "resampler_depth": r.num_layers, "resampler_n_heads": r.num_heads,
-            "num_key_value_heads": r.num_kv_heads, "resampler_head_dim": r.head_dim,
-            "hidden_size": config.width, "rms_norm_eps": config.norm_eps,
+            "model_type": "idefics2_perceiver",
+            "resampler_n_latents": r.num_queries,
+            "resampler_depth": r.num_layers,
+            "resampler_n_heads": r.num_heads,
+            "num_key_value_heads": r.num_kv_heads,
+            "resampler_head_dim": r.head_dim,
+            "hidden_size": config.width,
+            "rms_norm_eps": config.norm_eps,
         },
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(

@@ -11,10 +11,16 @@ from jaxlab.models.vit_config import ViTConfig
 
 WITHIN_IDEFICS: Renames = ((r"^model\.", "model.text_model."),)
 VISION: Json = {
-    "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
-    "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
-}  # fmt: skip
+}
 
 
 def read_idefics_vit(v: Settings, **more: Any) -> ViTConfig:
@@ -34,9 +40,11 @@ def read_idefics_vit(v: Settings, **more: Any) -> ViTConfig:
 def write_idefics_vision(config: ModelConfig, model_type: str) -> Json:
     v = config.vision
     return {
-        **vlm.write_tower(v), "model_type": model_type, "layer_norm_eps": v.vit.norm_eps,
+        **vlm.write_tower(v),
+        "model_type": model_type,
+        "layer_norm_eps": v.vit.norm_eps,
         "hidden_act": language.activation_name(v.vit.activation),
-    }  # fmt: skip
+    }
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -49,11 +57,14 @@ def read_config(config: Json) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> Json:
     return {
-        "architectures": ["Idefics3ForConditionalGeneration"], "model_type": "idefics3",
-        "image_token_id": config.vision.image_token, "scale_factor": config.vision.vit.shuffle,
-        "tie_word_embeddings": config.tie_embeddings, "text_config": vlm.write_text(config),
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "model_type": "idefics3",
+        "image_token_id": config.vision.image_token,
+        "scale_factor": config.vision.vit.shuffle,
+        "tie_word_embeddings": config.tie_embeddings,
+        "text_config": vlm.write_text(config),
         "vision_config": write_idefics_vision(config, "idefics3_vision"),
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(

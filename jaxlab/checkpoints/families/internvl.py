@@ -30,11 +30,22 @@ ROWS: Rows = (
 )
 
 _DEFAULTS: Json = {
-    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-    "num_channels": 3, "image_size": 448, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
-    "attention_bias": False, "use_qk_norm": False, "norm_type": "layer_norm", "use_mask_token": False,
-    "use_absolute_position_embeddings": True, "use_mean_pooling": True,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "num_channels": 3,
+    "image_size": 448,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "norm_type": "layer_norm",
+    "use_mask_token": False,
+    "use_absolute_position_embeddings": True,
+    "use_mean_pooling": True,
+}
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 
 
@@ -79,23 +90,32 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     v, t = config.vision, config.vision.vit
     vision = {
-        **vlm.write_tower(v), "model_type": "internvl_vision", "image_size": [v.image_size] * 2,
-        "patch_size": [v.patch_size] * 2, "hidden_act": language.activation_name(t.activation),
-        "layer_norm_eps": t.norm_eps, "attention_bias": t.attention_bias, "use_qk_norm": t.qk_norm,
+        **vlm.write_tower(v),
+        "model_type": "internvl_vision",
+        "image_size": [v.image_size] * 2,
+        "patch_size": [v.patch_size] * 2,
+        "hidden_act": language.activation_name(t.activation),
+        "layer_norm_eps": t.norm_eps,
+        "attention_bias": t.attention_bias,
+        "use_qk_norm": t.qk_norm,
         "norm_type": next(theirs for theirs, ours in _NORMS.items() if ours == t.norm),
-        "use_mask_token": t.mask_token, "use_absolute_position_embeddings": t.position == "learned",
+        "use_mask_token": t.mask_token,
+        "use_absolute_position_embeddings": t.position == "learned",
         "use_mean_pooling": t.final_norm == "none",
-    }  # fmt: skip
+    }
     return {
-        "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl",
-        "image_token_id": v.image_token, "downsample_ratio": 1 / t.shuffle,
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": v.image_token,
+        "downsample_ratio": 1 / t.shuffle,
         "image_seq_length": t.features(v.image_size // v.patch_size) // t.shuffle**2,
         "projector_hidden_act": language.activation_name(t.connector_activation),
         "vision_feature_layer": t.feature_layers[0],
         "vision_feature_select_strategy": "default" if t.drop_first else "full",
-        "tie_word_embeddings": config.tie_embeddings, "text_config": vlm.write_text(config),
+        "tie_word_embeddings": config.tie_embeddings,
+        "text_config": vlm.write_text(config),
         "vision_config": vision,
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(

@@ -99,13 +99,20 @@ def finish(s: Settings, fields: Mapping[str, Any]) -> ModelConfig:
 def write_decoder(config: ModelConfig, model_type: str, architecture: str) -> Json:
     """The keys of `read_decoder`."""
     return {
-        "architectures": [architecture], "model_type": model_type, "vocab_size": config.vocab_size,
-        "hidden_size": config.width, "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads, "head_dim": config.key_dim,
-        "hidden_act": activation_name(config.activation), "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings, **write_rope(config),
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.key_dim,
+        "hidden_act": activation_name(config.activation),
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_rope(config),
+    }
 
 
 def activation(s: Settings, key: str, default: str) -> str:

@@ -6,9 +6,14 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models.config import ModelConfig
 
 _DEFAULTS: Json = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -20,19 +25,24 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     return {
         **language.write_decoder(config, "llama", "LlamaForCausalLM"),
-        "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias,
-    }  # fmt: skip
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    }
 
 
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
     rows=language.decoder_rows(
-        language.NORMS, language.ATTENTION, language.ATTENTION_BIASES, language.OUTPUT_BIAS,
-        language.MLP, language.MLP_BIASES,
+        language.NORMS,
+        language.ATTENTION,
+        language.ATTENTION_BIASES,
+        language.OUTPUT_BIAS,
+        language.MLP,
+        language.MLP_BIASES,
     ),
     read_config=read_config,
     write_config=write_config,
     ignored=language.IGNORED,
     variants=language.VARIANTS,
-)  # fmt: skip
+)

@@ -27,13 +27,17 @@ def write_llava(config: ModelConfig, model_type: str, model_class: str) -> Json:
     """The keys that LLaVA shares with its successors."""
     v, t = config.vision, config.vision.vit
     return {
-        "architectures": [model_class], "model_type": model_type, "image_token_index": v.image_token,
+        "architectures": [model_class],
+        "model_type": model_type,
+        "image_token_index": v.image_token,
         "vision_feature_layer": vlm.write_feature_layers(t.feature_layers),
         "vision_feature_select_strategy": "default" if t.drop_first else "full",
         "projector_hidden_act": language.activation_name(t.connector_activation),
-        "multimodal_projector_bias": t.connector_bias, "tie_word_embeddings": config.tie_embeddings,
-        "text_config": vlm.write_text(config), "vision_config": vlm.write_clip(v),
-    }  # fmt: skip
+        "multimodal_projector_bias": t.connector_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "text_config": vlm.write_text(config),
+        "vision_config": vlm.write_clip(v),
+    }
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -46,9 +50,7 @@ def read_config(config: Json) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> Json:
     features = config.vision.vit.features(config.vision.image_size // config.vision.patch_size)
-    return {
-        **write_llava(config, "llava", "LlavaForConditionalGeneration"), "image_seq_length": features
-    }  # fmt: skip
+    return {**write_llava(config, "llava", "LlavaForConditionalGeneration"), "image_seq_length": features}
 
 
 FAMILY = Family(

@@ -6,10 +6,15 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models.config import ModelConfig
 
 _DEFAULTS: Json = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-6,
-}  # fmt: skip
+}
 
 
 def read_config(config: Json) -> ModelConfig:

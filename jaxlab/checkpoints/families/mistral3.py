@@ -22,9 +22,16 @@ ROWS: Rows = (
     *towers.MLP_ROWS,
 )
 _PIXTRAL: Json = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "num_channels": 3, "image_size": 1540, "patch_size": 14, "hidden_act": "gelu", "rope_theta": 10000.0,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 1540,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "rope_theta": 10000.0,
+}
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -36,13 +43,25 @@ def read_config(config: Json) -> ModelConfig:
     if "head_dim" in v and v.whole("head_dim") * v.whole("num_attention_heads") != v.whole("hidden_size"):
         raise v.refuse("head_dim", "it must be hidden_size / num_attention_heads")
     vit = vlm.build(
-        ViTConfig, patch_bias=False, position="rotary", pre_norm=True, norm="rms", norm_eps=1e-5, mlp="gated",
-        activation=language.activation(v, "hidden_act", "gelu"), attention_bias=False, output_bias=False,
-        mlp_bias=False, final_norm="none", feature_layers=vlm.feature_layers(s, -1),
-        shuffle=s.whole("spatial_merge_size", 2), connector="merger", connector_norm="rms",
+        ViTConfig,
+        patch_bias=False,
+        position="rotary",
+        pre_norm=True,
+        norm="rms",
+        norm_eps=1e-5,
+        mlp="gated",
+        activation=language.activation(v, "hidden_act", "gelu"),
+        attention_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        final_norm="none",
+        feature_layers=vlm.feature_layers(s, -1),
+        shuffle=s.whole("spatial_merge_size", 2),
+        connector="merger",
+        connector_norm="rms",
         connector_bias=s.flag("multimodal_projector_bias"),
         connector_activation=language.activation(s, "projector_hidden_act", "gelu"),
-    )  # fmt: skip
+    )
     tower = vlm.read_tower(v, vlm.image_token(s, 10), vit)
     return vlm.read_text(s, tower, default="mistral", tie=vlm.tied(s, either=False, default=True))
 
@@ -50,17 +69,23 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     v, t = config.vision, config.vision.vit
     return {
-        "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
-        "image_token_index": v.image_token, "spatial_merge_size": t.shuffle,
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "image_token_index": v.image_token,
+        "spatial_merge_size": t.shuffle,
         "vision_feature_layer": vlm.write_feature_layers(t.feature_layers),
-        "multimodal_projector_bias": t.connector_bias, "tie_word_embeddings": config.tie_embeddings,
+        "multimodal_projector_bias": t.connector_bias,
+        "tie_word_embeddings": config.tie_embeddings,
         "projector_hidden_act": language.activation_name(t.connector_activation),
         "text_config": vlm.write_text(config),
         "vision_config": {
-            **vlm.write_tower(v), "model_type": "pixtral", "head_dim": v.width // v.num_heads,
-            "hidden_act": language.activation_name(t.activation), "rope_theta": 10000.0,
+            **vlm.write_tower(v),
+            "model_type": "pixtral",
+            "head_dim": v.width // v.num_heads,
+            "hidden_act": language.activation_name(t.activation),
+            "rope_theta": 10000.0,
         },
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(

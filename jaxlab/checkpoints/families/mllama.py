@@ -61,15 +61,28 @@ ROWS: Rows = (
     *in_layers("projector.cross_layers", "language_model.model.layers", _CROSS_LAYER),
 )
 _VISION: Json = {
-    "hidden_size": 1280, "hidden_act": "gelu", "num_hidden_layers": 32, "num_global_layers": 8,
-    "num_channels": 3, "intermediate_size": 5120, "image_size": 448, "patch_size": 14, "norm_eps": 1e-5,
-    "max_num_tiles": 4, "intermediate_layers_indices": [3, 7, 15, 23, 30],
-}  # fmt: skip
+    "hidden_size": 1280,
+    "hidden_act": "gelu",
+    "num_hidden_layers": 32,
+    "num_global_layers": 8,
+    "num_channels": 3,
+    "intermediate_size": 5120,
+    "image_size": 448,
+    "patch_size": 14,
+    "norm_eps": 1e-5,
+    "max_num_tiles": 4,
+    "intermediate_layers_indices": [3, 7, 15, 23, 30],
+}
 _TEXT: Json = {
-    "vocab_size": 128256, "hidden_size": 4096, "hidden_act": "silu", "num_attention_heads": 32,
-    "num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5,
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "hidden_act": "silu",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131072,
-}  # fmt: skip
+}
 
 
 _PAD = 128004
@@ -110,9 +123,15 @@ def read_config(config: Json) -> ModelConfig:
     if v.whole("vision_output_dim", width) != width:
         raise v.refuse("vision_output_dim", f"the layers that are read make {width}")
     vit = vlm.build(
-        ViTConfig, class_token=True, patch_bias=False, pre_norm=True, norm_eps=v.number("norm_eps"),
-        activation=language.activation(v, "hidden_act", "gelu"), attention_bias=False, output_bias=False,
-    )  # fmt: skip
+        ViTConfig,
+        class_token=True,
+        patch_bias=False,
+        pre_norm=True,
+        norm_eps=v.number("norm_eps"),
+        activation=language.activation(v, "hidden_act", "gelu"),
+        attention_bias=False,
+        output_bias=False,
+    )
     v.config["num_attention_heads"] = v.whole("attention_heads", v.whole("num_attention_heads", 16))
     token = vlm.image_token(s, 128256)
     tower = dataclasses.replace(vlm.read_tower(v, token, vit), kind="mllama", mllama=extra)
@@ -121,9 +140,15 @@ def read_config(config: Json) -> ModelConfig:
     theta = {} if "rope_parameters" in text or "rope_theta" in text else {"rope_theta": 500000.0}
     s.config["text_config"] = {**_TEXT, **theta, **text.config}
     model = vlm.read_text(
-        s, VisionConfig(), default="mllama_text_model", tie=False, without=("cross_attention_layers",),
-        known=("mllama_text_model",), model_type="llama", num_hidden_layers=layers - len(cross),
-    )  # fmt: skip
+        s,
+        VisionConfig(),
+        default="mllama_text_model",
+        tie=False,
+        without=("cross_attention_layers",),
+        known=("mllama_text_model",),
+        model_type="llama",
+        num_hidden_layers=layers - len(cross),
+    )
     name = f"{model.family}@{','.join(map(str, cross))}"
     return vlm.build(partial(dataclasses.replace, model), vision=tower, extra_embeddings=8, family=name)
 
@@ -133,22 +158,30 @@ def write_config(config: ModelConfig) -> Json:
     text = vlm.write_text(dataclasses.replace(config, vision=VisionConfig(), extra_embeddings=0))
     tower = vlm.write_tower(v)
     return {
-        "architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama",
-        "image_token_index": v.image_token, "tie_word_embeddings": False,
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": v.image_token,
+        "tie_word_embeddings": False,
         "text_config": {
-            **text, "model_type": "mllama_text_model", "cross_attention_layers": list(m.cross_layers),
+            **text,
+            "model_type": "mllama_text_model",
+            "cross_attention_layers": list(m.cross_layers),
             "num_hidden_layers": config.num_layers + len(m.cross_layers),
             **({} if config.vocab_size > _PAD else {"pad_token_id": None}),
         },
         "vision_config": {
-            **tower, "model_type": "mllama_vision_model", "attention_heads": tower.pop("num_attention_heads"),
-            "hidden_act": language.activation_name(v.vit.activation), "norm_eps": v.vit.norm_eps,
-            "num_global_layers": m.num_global_layers, "max_num_tiles": m.max_tiles,
+            **tower,
+            "model_type": "mllama_vision_model",
+            "attention_heads": tower.pop("num_attention_heads"),
+            "hidden_act": language.activation_name(v.vit.activation),
+            "norm_eps": v.vit.norm_eps,
+            "num_global_layers": m.num_global_layers,
+            "max_num_tiles": m.max_tiles,
             "intermediate_layers_indices": list(m.read_layers),
             "supported_aspect_ratios": [list(ratio) for ratio in m.aspect_ratios],
             "vision_output_dim": v.width * (1 + len(m.read_layers)),
         },
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(

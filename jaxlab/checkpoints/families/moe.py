@@ -9,14 +9,26 @@ from jaxlab.checkpoints.rows import Row, Rows, in_layers
 from jaxlab.models.config import ModelConfig, MoEConfig
 
 _MIXTRAL_DEFAULTS: Json = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 _QWEN3_DEFAULTS: Json = {
-    **qwen2.DEFAULTS, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
-    "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
-}  # fmt: skip
+    **qwen2.DEFAULTS,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+}
 
 _MIXTRAL_EXPERTS: Rows = (
     Row("moe.router", "block_sparse_moe.gate.weight", "e d -> d e"),
@@ -36,9 +48,12 @@ _STACKED: Rows = (
 )
 """All experts of a layer in one tensor, as transformers 5 has them in memory."""
 _QWEN3_LAYER: Rows = (
-    *language.NORMS, *language.ATTENTION, *language.ATTENTION_BIASES, *language.OUTPUT_BIAS,
+    *language.NORMS,
+    *language.ATTENTION,
+    *language.ATTENTION_BIASES,
+    *language.OUTPUT_BIAS,
     *language.QK_NORMS,
-)  # fmt: skip
+)
 
 
 def _qwen3_rows(experts: Rows) -> Rows:
@@ -63,9 +78,11 @@ def read_mixtral(config: Json) -> ModelConfig:
 def write_mixtral(config: ModelConfig) -> Json:
     return {
         **language.write_decoder(config, "mixtral", "MixtralForCausalLM"),
-        "sliding_window": language.window_of(config), "num_local_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.experts_per_token, "intermediate_size": config.moe.width,
-    }  # fmt: skip
+        "sliding_window": language.window_of(config),
+        "num_local_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "intermediate_size": config.moe.width,
+    }
 
 
 def read_qwen3(config: Json) -> ModelConfig:
@@ -99,12 +116,16 @@ def write_qwen3(config: ModelConfig) -> Json:
     window = language.window_of(config)
     return {
         **language.write_decoder(config, "qwen3_moe", "Qwen3MoeForCausalLM"),
-        "attention_bias": config.attention_bias, "use_sliding_window": window is not None,
-        "sliding_window": window, "num_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.experts_per_token, "moe_intermediate_size": config.moe.width,
-        "norm_topk_prob": config.moe.normalize, "decoder_sparse_step": 1,
+        "attention_bias": config.attention_bias,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "moe_intermediate_size": config.moe.width,
+        "norm_topk_prob": config.moe.normalize,
+        "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(config.dense_layers)),
-    }  # fmt: skip
+    }
 
 
 def _chosen(s: Settings, count: int) -> int:

@@ -6,9 +6,15 @@ from jaxlab.models.config import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
 SIGLIP: Json = {
-    "model_type": "siglip_vision_model", "intermediate_size": 4096, "hidden_size": 1152, "patch_size": 14,
-    "image_size": 224, "num_hidden_layers": 27, "num_attention_heads": 16, "vision_use_head": False,
-}  # fmt: skip
+    "model_type": "siglip_vision_model",
+    "intermediate_size": 4096,
+    "hidden_size": 1152,
+    "patch_size": 14,
+    "image_size": 224,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "vision_use_head": False,
+}
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -21,9 +27,13 @@ def read_config(config: Json) -> ModelConfig:
     if text.flag("use_bidirectional_attention", True) is not True:
         raise text.refuse("use_bidirectional_attention", "PaliGemma's prompts see themselves whole")
     model = vlm.read_text(
-        s, vision, default="gemma", tie=vlm.tied(s, either=False, default=True), known=("gemma", "gemma2"),
+        s,
+        vision,
+        default="gemma",
+        tie=vlm.tied(s, either=False, default=True),
+        known=("gemma", "gemma2"),
         without=("use_bidirectional_attention", "num_image_tokens"),
-    )  # fmt: skip
+    )
     if projected != model.width:
         raise s.refuse("projection_dim", f"the language model's width is {model.width}")
     return model
@@ -32,12 +42,15 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     v = config.vision
     return {
-        "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
-        "image_token_index": v.image_token, "projection_dim": config.width, "hidden_size": config.width,
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "image_token_index": v.image_token,
+        "projection_dim": config.width,
+        "hidden_size": config.width,
         "tie_word_embeddings": config.tie_embeddings,
         "text_config": {**vlm.write_text(config), "num_image_tokens": v.num_patches},
         "vision_config": {**vlm.write_clip(v), "projection_dim": config.width},
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(

@@ -8,10 +8,15 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models.config import ModelConfig
 
 DEFAULTS: Json = {
-    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
-}  # fmt: skip
+}
 
 
 def read_window(s: Settings) -> dict[str, Any]:
@@ -30,8 +35,10 @@ def write_window(config: ModelConfig) -> Json:
     window, kinds = language.window_of(config), config.kinds
     first = kinds.index("sliding") if window is not None else len(kinds)
     keys: Json = {
-        "use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": first
-    }  # fmt: skip
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": first,
+    }
     if "full" in kinds[first:]:
         keys["layer_types"] = language.layer_types(config)
     return keys
@@ -49,11 +56,9 @@ def write_config(config: ModelConfig) -> Json:
 FAMILY = Family(
     name="qwen2",
     model_types=("qwen2",),
-    rows=language.decoder_rows(
-        language.NORMS, language.ATTENTION, language.ATTENTION_BIASES, language.MLP
-    ),
+    rows=language.decoder_rows(language.NORMS, language.ATTENTION, language.ATTENTION_BIASES, language.MLP),
     read_config=read_config,
     write_config=write_config,
     ignored=language.IGNORED,
     variants=language.VARIANTS,
-)  # fmt: skip
+)

@@ -10,10 +10,18 @@ from jaxlab.models.config import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 
 _VISION: Json = {
-    "depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420, "num_heads": 16,
-    "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-    "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
-}  # fmt: skip
+    "depth": 32,
+    "hidden_size": 3584,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 
 _LAYER: Rows = (
     Row("attention_norm.scale", "norm1.weight", "d -> d"),
@@ -28,25 +36,38 @@ def read_config(config: Json) -> ModelConfig:
     s = qwen_vl.settings(config, "qwen2_5_vl")
     v = qwen_vl.tower_settings(s, _VISION)
     qwen = vlm.build(
-        QwenVisionConfig, norm="rms", mlp="gated", window=v.whole("window_size"),
+        QwenVisionConfig,
+        norm="rms",
+        mlp="gated",
+        window=v.whole("window_size"),
         full_layers=qwen_vl.numbers(v, "fullatt_block_indexes"),
-    )  # fmt: skip
+    )
     vision = qwen_vl.read_tower(
         s, v, width="hidden_size", out="out_hidden_size", mlp_width=v.whole("intermediate_size"), qwen=qwen
     )
     return qwen_vl.read_text(
-        s, vision, like="qwen2", defaults=TEXT, theta=1e6, sections=SECTIONS, interleaved=False,
+        s,
+        vision,
+        like="qwen2",
+        defaults=TEXT,
+        theta=1e6,
+        sections=SECTIONS,
+        interleaved=False,
         tie=vlm.tied(s, either=True, default=False),
-    )  # fmt: skip
+    )
 
 
 def write_config(config: ModelConfig) -> Json:
     v, q = config.vision, config.vision.qwen
     vision = {
-        **qwen_vl.write_tower(config), "model_type": "qwen2_5_vl", "hidden_size": v.width,
-        "out_hidden_size": config.width, "intermediate_size": v.mlp_width, "window_size": q.window,
+        **qwen_vl.write_tower(config),
+        "model_type": "qwen2_5_vl",
+        "hidden_size": v.width,
+        "out_hidden_size": config.width,
+        "intermediate_size": v.mlp_width,
+        "window_size": q.window,
         "fullatt_block_indexes": list(q.full_layers),
-    }  # fmt: skip
+    }
     top = qwen_vl.write_config(config, "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", flat=True)
     return {**top, "vision_config": vision}
 

@@ -16,20 +16,25 @@ def read_config(config: Json) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> Json:
     return {
-        **language.write_decoder(config, "qwen3", "Qwen3ForCausalLM"), **qwen2.write_window(config),
+        **language.write_decoder(config, "qwen3", "Qwen3ForCausalLM"),
+        **qwen2.write_window(config),
         "attention_bias": config.attention_bias,
-    }  # fmt: skip
+    }
 
 
 FAMILY = Family(
     name="qwen3",
     model_types=("qwen3",),
     rows=language.decoder_rows(
-        language.NORMS, language.ATTENTION, language.ATTENTION_BIASES, language.OUTPUT_BIAS,
-        language.QK_NORMS, language.MLP,
+        language.NORMS,
+        language.ATTENTION,
+        language.ATTENTION_BIASES,
+        language.OUTPUT_BIAS,
+        language.QK_NORMS,
+        language.MLP,
     ),
     read_config=read_config,
     write_config=write_config,
     ignored=language.IGNORED,
     variants=language.VARIANTS,
-)  # fmt: skip
+)

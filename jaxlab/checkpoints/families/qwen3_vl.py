@@ -10,15 +10,29 @@ from jaxlab.models.qwen_config import QwenVisionConfig
 
 _MERGER = ("norm", "linear_fc1", "linear_fc2")
 _TEXT: Json = {
-    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
-    "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6,
+}
 _VISION: Json = {
-    "depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304,
-    "num_heads": 16, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
-    "out_hidden_size": 3584, "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
-}  # fmt: skip
+    "depth": 27,
+    "hidden_size": 1152,
+    "hidden_act": "gelu_pytorch_tanh",
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 3584,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
 
 _LAYER: Rows = (
     *towers.norm("attention_norm", "norm1"),
@@ -44,9 +58,11 @@ def read(config: Json, family: str, like: str, defaults: Json) -> ModelConfig:
     s = qwen_vl.settings(config, family)
     v = qwen_vl.tower_settings(s, _VISION)
     qwen = vlm.build(
-        QwenVisionConfig, patch_bias=True, position_side=qwen_vl.side_of(v, "num_position_embeddings"),
+        QwenVisionConfig,
+        patch_bias=True,
+        position_side=qwen_vl.side_of(v, "num_position_embeddings"),
         deep_layers=qwen_vl.numbers(v, "deepstack_visual_indexes"),
-    )  # fmt: skip
+    )
     vision = qwen_vl.read_tower(
         s, v, width="hidden_size", out="out_hidden_size", mlp_width=v.whole("intermediate_size"), qwen=qwen
     )
@@ -54,18 +70,28 @@ def read(config: Json, family: str, like: str, defaults: Json) -> ModelConfig:
     if text.flag("use_sliding_window"):
         raise text.refuse("use_sliding_window", "layers of this family do not slide")
     return qwen_vl.read_text(
-        s, vision, like=like, defaults=defaults, theta=5e5, sections=(24, 20, 20), interleaved=True,
+        s,
+        vision,
+        like=like,
+        defaults=defaults,
+        theta=5e5,
+        sections=(24, 20, 20),
+        interleaved=True,
         tie=vlm.tied(s, either=False, default=False),
-    )  # fmt: skip
+    )
 
 
 def write(config: ModelConfig, family: str, architecture: str) -> Json:
     v, q = config.vision, config.vision.qwen
     vision = {
-        **qwen_vl.write_tower(config), "model_type": family, "hidden_size": v.width,
-        "out_hidden_size": config.width, "intermediate_size": v.mlp_width,
-        "num_position_embeddings": q.position_side**2, "deepstack_visual_indexes": list(q.deep_layers),
-    }  # fmt: skip
+        **qwen_vl.write_tower(config),
+        "model_type": family,
+        "hidden_size": v.width,
+        "out_hidden_size": config.width,
+        "intermediate_size": v.mlp_width,
+        "num_position_embeddings": q.position_side**2,
+        "deepstack_visual_indexes": list(q.deep_layers),
+    }
     return {**qwen_vl.write_config(config, family, architecture, flat=False), "vision_config": vision}
 
 

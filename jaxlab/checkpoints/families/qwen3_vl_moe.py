@@ -8,10 +8,18 @@ from jaxlab.checkpoints.rows import Row, Rows, in_layers
 from jaxlab.models.config import ModelConfig
 
 _TEXT: Json = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 128000,
-    "rms_norm_eps": 1e-6, "moe_intermediate_size": 1408, "num_experts_per_tok": 4, "norm_topk_prob": True,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+}
 
 
 def _experts(gate_up: str, down: str, join: int) -> Rows:

@@ -28,11 +28,26 @@ BASE: Renames = ((r"^model\.", "language_model."),)
 """To those of a model saved without its head."""
 
 _EDGE = ("rope_scaling", "rope_parameters", "rope_theta")
-_TEXT_KEYS = frozenset([
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "attention_bias", *_EDGE,
-])  # fmt: skip
+_TEXT_KEYS = frozenset(
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "use_sliding_window",
+        "sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "attention_bias",
+        *_EDGE,
+    ]
+)
 """Keys of the text model, which older versions wrote at the top; text_config goes before them."""
 
 
@@ -91,14 +106,20 @@ def read_tower(
       qwen: what the family says of the rest.
     """
     fields: dict[str, Any] = {
-        "num_layers": v.whole("depth", most=1 << 12), "patch_size": vlm.square(v, "patch_size"),
-        "channels": v.whole("in_channels", 3), "width": v.whole(width), "num_heads": v.whole("num_heads"),
-        "mlp_width": mlp_width, "image_token": vlm.image_token(s, 151655),
-    }  # fmt: skip
+        "num_layers": v.whole("depth", most=1 << 12),
+        "patch_size": vlm.square(v, "patch_size"),
+        "channels": v.whole("in_channels", 3),
+        "width": v.whole(width),
+        "num_heads": v.whole("num_heads"),
+        "mlp_width": mlp_width,
+        "image_token": vlm.image_token(s, 151655),
+    }
     qwen = vlm.build(
-        partial(dataclasses.replace, qwen), frames=vlm.square(v, "temporal_patch_size"),
-        merge=v.whole("spatial_merge_size"), activation=language.activation(v, "hidden_act", "gelu"),
-    )  # fmt: skip
+        partial(dataclasses.replace, qwen),
+        frames=vlm.square(v, "temporal_patch_size"),
+        merge=v.whole("spatial_merge_size"),
+        activation=language.activation(v, "hidden_act", "gelu"),
+    )
     text = Settings(s.value("text_config", {}), s.family, within="text_config.")
     if "hidden_size" in text and v.whole(out) != text.whole("hidden_size"):
         raise v.refuse(out, f"the text model's hidden_size is {text.config['hidden_size']}")
@@ -118,10 +139,14 @@ def write_tower(config: ModelConfig) -> Json:
     """The keys that all three share."""
     v, q = config.vision, config.vision.qwen
     return {
-        "depth": v.num_layers, "num_heads": v.num_heads, "in_channels": v.channels,
-        "patch_size": v.patch_size, "spatial_merge_size": q.merge, "temporal_patch_size": q.frames,
+        "depth": v.num_layers,
+        "num_heads": v.num_heads,
+        "in_channels": v.channels,
+        "patch_size": v.patch_size,
+        "spatial_merge_size": q.merge,
+        "temporal_patch_size": q.frames,
         "hidden_act": language.activation_name(q.activation),
-    }  # fmt: skip
+    }
 
 
 def read_text(
@@ -160,13 +185,14 @@ def read_text(
         model = families.find(like).read_config(told)
     except UserError as error:
         raise UserError(str(error).replace("config.json: ", "config.json: text_config.", 1)) from None
-    rope = dataclasses.replace(
-        rope, sections=rope.sections or sections, sections_interleaved=interleaved
-    )  # fmt: skip
+    rope = dataclasses.replace(rope, sections=rope.sections or sections, sections_interleaved=interleaved)
     return vlm.build(
-        partial(dataclasses.replace, model), family=f"{s.family}+{like}", vision=vision, rope=rope,
+        partial(dataclasses.replace, model),
+        family=f"{s.family}+{like}",
+        vision=vision,
+        rope=rope,
         max_length=max_length(text, rope),
-    )  # fmt: skip
+    )
 
 
 def write_config(config: ModelConfig, family: str, architecture: str, *, flat: bool) -> Json:
@@ -177,10 +203,12 @@ def write_config(config: ModelConfig, family: str, architecture: str, *, flat: b
     del text["tie_word_embeddings"]
     inner = {**text, "model_type": f"{family}_text"}
     return {
-        **(text if flat else {"text_config": inner}), "architectures": [architecture],
-        "model_type": family, "tie_word_embeddings": config.tie_embeddings,
+        **(text if flat else {"text_config": inner}),
+        "architectures": [architecture],
+        "model_type": family,
+        "tie_word_embeddings": config.tie_embeddings,
         "image_token_id": config.vision.image_token,
-    }  # fmt: skip
+    }
 
 
 def side_of(s: Settings, key: str) -> int:

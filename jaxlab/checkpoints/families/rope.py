@@ -77,7 +77,7 @@ def _attention_factor(s: Settings, factor: float) -> float | None:
     )
     if given is not None or scale is None or scale_all is None:
         return given
-    grown = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
+    grown = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
     return grown(scale) / grown(scale_all)
 
 
@@ -110,8 +110,9 @@ def write_rope(config: ModelConfig) -> Json:
         scaling["original_max_position_embeddings"] = rope.original_length
     if scaling is not None and rope.scaling == "llama3":
         scaling |= {
-            "low_freq_factor": rope.low_frequency_factor, "high_freq_factor": rope.high_frequency_factor
-        }  # fmt: skip
+            "low_freq_factor": rope.low_frequency_factor,
+            "high_freq_factor": rope.high_frequency_factor,
+        }
     if scaling is not None and rope.scaling == "yarn":
         scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
         if rope.attention_factor is not None:

@@ -23,9 +23,15 @@ LLAVA_VARIANTS: Mapping[str, Renames] = {
 since 4.52 (flat since 5.24), and as some folders have them."""
 
 ACTIVATIONS = {
-    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "quick_gelu": "quick_gelu", "silu": "silu", "swish": "silu", "relu": "relu",
-}  # fmt: skip
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
 
 
 def linear(path: str, name: str, layout: str) -> Rows:

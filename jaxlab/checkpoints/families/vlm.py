@@ -13,27 +13,47 @@ from jaxlab.models.config import ModelConfig, VisionConfig
 from jaxlab.models.vit_config import ViTConfig
 
 _CLIP = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
-}  # fmt: skip
+}
 _SIGLIP = {
-    **_CLIP, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+    **_CLIP,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
     "vision_use_head": True,
-}  # fmt: skip
+}
 DEFAULTS: dict[str, Json] = {"clip_vision_model": _CLIP, "siglip_vision_model": _SIGLIP}
 """What a vision_config of each type means where it says nothing."""
 
 CLIP_LARGE: Json = {
-    "model_type": "clip_vision_model", "intermediate_size": 4096, "hidden_size": 1024, "patch_size": 14,
-    "image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16,
-}  # fmt: skip
+    "model_type": "clip_vision_model",
+    "intermediate_size": 4096,
+    "hidden_size": 1024,
+    "patch_size": 14,
+    "image_size": 336,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 """LLaVA's tower."""
 
 SIGLIP_LARGE: Json = {
-    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14,
-    "image_size": 384, "num_hidden_layers": 26, "num_attention_heads": 16, "vision_use_head": False,
-}  # fmt: skip
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "patch_size": 14,
+    "image_size": 384,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "vision_use_head": False,
+}
 """LLaVA-OneVision's."""
 
 
@@ -41,10 +61,18 @@ def settings(config: Json, family: str) -> Settings:
     """The top level of a config.json, without keys that say nothing of the model."""
     s = Settings(config, family)
     s.ignore(
-        "model_type", "ignore_index", "image_seq_length", "image_seq_len", "video_token_index", "vocab_size",
-        "initializer_range", "use_image_newline_parameter", "boi_token_index", "eoi_token_index",
+        "model_type",
+        "ignore_index",
+        "image_seq_length",
+        "image_seq_len",
+        "video_token_index",
+        "vocab_size",
+        "initializer_range",
+        "use_image_newline_parameter",
+        "boi_token_index",
+        "eoi_token_index",
         "hidden_size",
-    )  # fmt: skip
+    )
     return s
 
 
@@ -91,10 +119,14 @@ def read_tower(v: Settings, image_token: int, vit: ViTConfig) -> VisionConfig:
 def write_tower(v: VisionConfig) -> Json:
     """The keys of `read_tower`."""
     return {
-        "num_hidden_layers": v.num_layers, "image_size": v.image_size, "patch_size": v.patch_size,
-        "num_channels": v.channels, "hidden_size": v.width, "num_attention_heads": v.num_heads,
+        "num_hidden_layers": v.num_layers,
+        "image_size": v.image_size,
+        "patch_size": v.patch_size,
+        "num_channels": v.channels,
+        "hidden_size": v.width,
+        "num_attention_heads": v.num_heads,
         "intermediate_size": v.mlp_width,
-    }  # fmt: skip
+    }
 
 
 def read_clip(
@@ -118,11 +150,14 @@ def read_clip(
     v.ignore("projector_hidden_act", "num_image_tokens", "initializer_factor")
     clip = kind == "clip_vision_model"
     vit = build(
-        partial(dataclasses.replace, vit), class_token=clip, pre_norm=clip, patch_bias=not clip,
+        partial(dataclasses.replace, vit),
+        class_token=clip,
+        pre_norm=clip,
+        patch_bias=not clip,
         norm_eps=v.number("layer_norm_eps"),
         activation=language.activation(v, "hidden_act", "gelu"),
         pooling_head=not clip and v.flag("vision_use_head"),
-    )  # fmt: skip
+    )
     return read_tower(v, image_token, vit)
 
 
@@ -130,9 +165,12 @@ def write_clip(v: VisionConfig) -> Json:
     """The vision_config of `read_clip`."""
     extra = {} if v.vit.class_token else {"vision_use_head": v.vit.pooling_head}
     return {
-        "model_type": "clip_vision_model" if v.vit.class_token else "siglip_vision_model", **write_tower(v),
-        "hidden_act": language.activation_name(v.vit.activation), "layer_norm_eps": v.vit.norm_eps, **extra,
-    }  # fmt: skip
+        "model_type": "clip_vision_model" if v.vit.class_token else "siglip_vision_model",
+        **write_tower(v),
+        "hidden_act": language.activation_name(v.vit.activation),
+        "layer_norm_eps": v.vit.norm_eps,
+        **extra,
+    }
 
 
 def image_token(s: Settings, default: int) -> int:

@@ -52,9 +52,15 @@ class Resampler(nnx.Module):
         r, d = config.vision.vit.resampler, config.width
         self.latents = nnx.Param(jnp.ones((r.num_queries, d), jnp.float32), axes=("position", "embed"))
         layer_config = ModelConfig(
-            vocab_size=1, width=d, num_layers=r.num_layers, num_heads=r.num_heads, position="none",
-            num_kv_heads=r.num_kv_heads, head_dim=r.head_dim, mlp_width=4 * d,
-        )  # fmt: skip
+            vocab_size=1,
+            width=d,
+            num_layers=r.num_layers,
+            num_heads=r.num_heads,
+            position="none",
+            num_kv_heads=r.num_kv_heads,
+            head_dim=r.head_dim,
+            mlp_width=4 * d,
+        )
         self.layers = stacked(ResamplerLayer(layer_config, numbers), r.num_layers)
         self.norm = Norm(layer_config)
 
@@ -95,9 +101,14 @@ def _modules(tree: Any) -> Any:
 def _norm_config(config: ModelConfig, size: int) -> ModelConfig:
     t = config.vision.vit
     return ModelConfig(
-        vocab_size=1, width=size, num_heads=1, position="none", norm_eps=t.connector_norm_eps,
-        norm="layer" if t.connector_norm == "layer" else "rms", norm_offset=t.connector_norm_offset,
-    )  # fmt: skip
+        vocab_size=1,
+        width=size,
+        num_heads=1,
+        position="none",
+        norm_eps=t.connector_norm_eps,
+        norm="layer" if t.connector_norm == "layer" else "rms",
+        norm_offset=t.connector_norm_offset,
+    )
 
 
 def refuse(config: ModelConfig) -> NoReturn:

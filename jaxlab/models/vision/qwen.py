@@ -34,11 +34,22 @@ def tower_config(config: ModelConfig) -> ModelConfig:
     """The vision transformer in the decoder's terms."""
     v, q = config.vision, config.vision.qwen
     return ModelConfig(
-        vocab_size=1, width=v.width, num_layers=v.num_layers, num_heads=v.num_heads, mlp=q.mlp,
-        mlp_width=v.mlp_width, activation=q.activation, norm=q.norm, norm_eps=EPSILON, position="none",
-        attention_bias=True, mlp_bias=True, compute_dtype=config.compute_dtype, remat=config.remat,
+        vocab_size=1,
+        width=v.width,
+        num_layers=v.num_layers,
+        num_heads=v.num_heads,
+        mlp=q.mlp,
+        mlp_width=v.mlp_width,
+        activation=q.activation,
+        norm=q.norm,
+        norm_eps=EPSILON,
+        position="none",
+        attention_bias=True,
+        mlp_bias=True,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
         initializer_range=config.initializer_range,
-    )  # fmt: skip
+    )
 
 
 class VisionEdges(nnx.Module):
@@ -99,7 +110,7 @@ def encode(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Enc
         near = vision["position"]["table"].astype(x.dtype)[jnp.asarray(batch["image_corners"])]
         x = x + jnp.einsum("ncd,nc->nd", near, jnp.asarray(batch["image_corner_weights"], x.dtype))
     x, outputs = _layers(vision["layers"], x, batch, config)
-    joined = lambda y: y.reshape(*y.shape[:-2], -1, q.merge**2 * y.shape[-1])  # noqa: E731
+    joined = lambda y: y.reshape(*y.shape[:-2], -1, q.merge**2 * y.shape[-1])
     projector = params["projector"]
     tokens = _merge(projector, joined(norm(projector["norm"], x, tower)))
     if outputs is None:
@@ -131,7 +142,7 @@ def _layers(
 
 def _merge(params: Params, x: Float[Array, "P W"]) -> Float[Array, "P D"]:
     """Joined and normed patches to tokens."""
-    linear = lambda name, y: y @ params[name].astype(y.dtype) + params[f"{name}_bias"].astype(y.dtype)[None]  # noqa: E731
+    linear = lambda name, y: y @ params[name].astype(y.dtype) + params[f"{name}_bias"].astype(y.dtype)[None]
     return linear("output", ACTIVATIONS["gelu"](linear("hidden", x)))
 
 

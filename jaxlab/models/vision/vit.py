@@ -31,12 +31,24 @@ def tower_config(config: ModelConfig) -> ModelConfig:
     """The vision transformer in the decoder's terms."""
     v, t = config.vision, config.vision.vit
     return ModelConfig(
-        vocab_size=1, width=v.width, num_layers=v.num_layers, num_heads=v.num_heads, mlp=t.mlp,
-        mlp_width=v.mlp_width, activation=t.activation, norm=t.norm, norm_eps=t.norm_eps, position="none",
-        attention_bias=t.attention_bias, output_bias=t.output_bias, mlp_bias=t.mlp_bias,
-        qk_norm="width" if t.qk_norm else "none", compute_dtype=config.compute_dtype, remat=config.remat,
+        vocab_size=1,
+        width=v.width,
+        num_layers=v.num_layers,
+        num_heads=v.num_heads,
+        mlp=t.mlp,
+        mlp_width=v.mlp_width,
+        activation=t.activation,
+        norm=t.norm,
+        norm_eps=t.norm_eps,
+        position="none",
+        attention_bias=t.attention_bias,
+        output_bias=t.output_bias,
+        mlp_bias=t.mlp_bias,
+        qk_norm="width" if t.qk_norm else "none",
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
         initializer_range=config.initializer_range,
-    )  # fmt: skip
+    )
 
 
 class VisionEdges(nnx.Module):

@@ -7,9 +7,17 @@ import transformers as hf
 from case import Case
 
 BASE: dict[str, Any] = dict(
-    vocab_size=131, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    intermediate_size=44, max_position_embeddings=64, rope_theta=10000.0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=131,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=44,
+    max_position_embeddings=64,
+    rope_theta=10000.0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 TIED_HEAD_WRITTEN = {
     "name": "tied head written out",
     "rename": [],
@@ -54,9 +62,15 @@ STACKED_EXPERTS = {
 
 
 def case(
-    name: str, kind: str, settings: dict[str, Any], awkward: str, *, length: int = 29, prompt: int = 7,
+    name: str,
+    kind: str,
+    settings: dict[str, Any],
+    awkward: str,
+    *,
+    length: int = 29,
+    prompt: int = 7,
     **more: Any,
-) -> Case:  # fmt: skip
+) -> Case:
     """A case of transformers' classes `kind`Config(**settings) and `kind`ForCausalLM."""
     vocabulary = settings["vocab_size"]
     model = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
@@ -66,11 +80,14 @@ def case(
         return {"input_ids": generator.integers(3, vocabulary, (rows, length))}
 
     return Case(
-        name=name, model=model, config=lambda: getattr(hf, config)(**settings), awkward=awkward,
+        name=name,
+        model=model,
+        config=lambda: getattr(hf, config)(**settings),
+        awkward=awkward,
         inputs=lambda generator: tokens(generator, 2, length),
         prompt=lambda generator, long: tokens(generator, 1, 21 if long else prompt),
         **more,
-    )  # fmt: skip
+    )
 
 
 def llama(name: str, awkward: str, settings: dict[str, Any], **more: Any) -> Case:
@@ -83,9 +100,14 @@ def scaled(name: str, awkward: str, rope: dict[str, Any], **more: Any) -> Case:
 
 
 GEMMA = dict(
-    vocab_size=127, hidden_size=32, intermediate_size=44, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=12, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=127,
+    hidden_size=32,
+    intermediate_size=44,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=64,
+)
 QWEN3_MOE = BASE | dict(
     head_dim=12, num_hidden_layers=3, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20
 )

@@ -97,10 +97,15 @@ def generate(model: torch.nn.Module, inputs: Inputs) -> tuple[np.ndarray, float]
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         result = model.generate(
-            **tensors, attention_mask=torch.ones_like(tensors["input_ids"]), do_sample=False,
-            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, output_logits=True,
-            return_dict_in_generate=True, pad_token_id=0,
-        )  # fmt: skip
+            **tensors,
+            attention_mask=torch.ones_like(tensors["input_ids"]),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
     best = torch.stack(result.logits, 1).float().topk(2, dim=-1).values
     margin = (best[..., 0] - best[..., 1]).min().item()
     return result.sequences[:, length:].numpy().astype(np.int32), margin
@@ -138,9 +143,13 @@ def make(case: Case) -> None:
     out = HERE / case.name
     out.mkdir(exist_ok=True)
     about = {
-        "model": case.model, "seed": case.seed, "centered_norms": case.centered_norms,
-        "embedding": case.embedding, "awkward": case.awkward, "transformers": transformers.__version__,
-    }  # fmt: skip
+        "model": case.model,
+        "seed": case.seed,
+        "centered_norms": case.centered_norms,
+        "embedding": case.embedding,
+        "awkward": case.awkward,
+        "transformers": transformers.__version__,
+    }
     (out / "case.json").write_text(json.dumps(about, indent=2) + "\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -187,10 +196,21 @@ def make(case: Case) -> None:
 def defaults() -> dict[str, dict[str, object]]:
     """What a config.json that leaves a setting out means, by model_type, also of configs inside others."""
     left_out = {
-        "transformers_version", "architectures", "dtype", "initializer_range", "initializer_factor",
-        "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder",
-        "problem_type", "_name_or_path", "output_attentions", "use_cache", "layer_types",
-    }  # fmt: skip
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "initializer_range",
+        "initializer_factor",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "problem_type",
+        "_name_or_path",
+        "output_attentions",
+        "use_cache",
+        "layer_types",
+    }
     found: dict[str, dict[str, object]] = {}
     for case in CASES.values():
         whole = case.config()
@@ -198,9 +218,10 @@ def defaults() -> dict[str, dict[str, object]]:
         for kind in (type(config) for config in (whole, *inside)):
             settings = kind().to_dict()
             found[kind.model_type] = {
-                key: value for key, value in settings.items()
+                key: value
+                for key, value in settings.items()
                 if key not in left_out and "dropout" not in key and not isinstance(value, dict)
-            }  # fmt: skip
+            }
     return dict(sorted(found.items()))
 
 

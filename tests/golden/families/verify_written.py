@@ -41,7 +41,7 @@ def verify(name: str, folder: Path) -> dict[str, Any]:
         golden = dict(file)
     logits = golden["logits"]
     inputs = {"input_ids": golden["tokens"].astype(np.int64)}
-    of_prompt = lambda key: key.partition(".")[0].removesuffix("_long") in PROMPT  # noqa: E731
+    of_prompt = lambda key: key.partition(".")[0].removesuffix("_long") in PROMPT
     inputs |= {k: v for k, v in golden.items() if k != "tokens" and not of_prompt(k)}
     expected = {key: shape for key, shape, _ in json.loads((HERE / name / "keys.json").read_text())}
     result: dict[str, Any] = {"transformers": transformers.__version__}

@@ -39,9 +39,12 @@ def case(name, method, inputs, parameters, has_base):
     for model, mask in enumerate(drawn):
         tensors[f"{name}/mask{model}"] = mask.clone()
     cases[name] = {
-        "method": method, "inputs": inputs, "parameters": parameters, "has_base": has_base,
+        "method": method,
+        "inputs": inputs,
+        "parameters": parameters,
+        "has_base": has_base,
         "masks": len(drawn),
-    }  # fmt: skip
+    }
 
 
 torch.manual_seed(0)

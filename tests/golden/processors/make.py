@@ -21,19 +21,41 @@ from transformers import PreTrainedTokenizerFast, processing_utils
 
 HERE = Path(__file__).parent
 WORDS = [
-    "<pad>", "<bos>", "<eos>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
-    "<|vision_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<start_of_image>", "<image_soft_token>",
-    "<end_of_image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<image>",
+    "<video>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<start_of_image>",
+    "<image_soft_token>",
+    "<end_of_image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
     *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
-]  # fmt: skip
+]
 IDS = {word: 257 + k for k, word in enumerate(WORDS)}
 TOKEN_NAMES = {
-    "internvl": {"start_image_token": "<img>", "end_image_token": "</img>",
-                 "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
-    "gemma3": {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>",
-               "eoi_token": "<end_of_image>"},
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
+    "gemma3": {
+        "boi_token": "<start_of_image>",
+        "image_token": "<image_soft_token>",
+        "eoi_token": "<end_of_image>",
+    },
     "paligemma": {"image_token": "<image>"},
-}  # fmt: skip
+}
 WITHOUT_FIRST = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 RENAMED = {"input_ids": "tokens", "pixel_values": "images"}
 UNUSED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "num_crops")
@@ -73,87 +95,253 @@ def make_images() -> None:
 def case(family: str, text: str, images: list[str], around: dict, pixels: dict, model: dict, **more) -> dict:
     """`around`: processor_config.json; `pixels`: the image processor's settings; `model`: config.json."""
     return {
-        "family": family, "text": text, "images": images, "processor": around, "preprocessor": pixels,
-        "config": {"model_type": family, **model}, "overrides": {}, "opened": False, "nested": False, **more,
-    }  # fmt: skip
+        "family": family,
+        "text": text,
+        "images": images,
+        "processor": around,
+        "preprocessor": pixels,
+        "config": {"model_type": family, **model},
+        "overrides": {},
+        "opened": False,
+        "nested": False,
+        **more,
+    }
 
 
 LLAVA = {"image_token_index": IDS["<image>"]}
-QWEN = {"image_token_id": IDS["<|image_pad|>"], "vision_start_token_id": IDS["<|vision_start|>"],
-        "vision_end_token_id": IDS["<|vision_end|>"]}  # fmt: skip
-GEMMA = {"image_token_index": IDS["<image_soft_token>"], "boi_token_index": IDS["<start_of_image>"],
-         "eoi_token_index": IDS["<end_of_image>"]}  # fmt: skip
+QWEN = {
+    "image_token_id": IDS["<|image_pad|>"],
+    "vision_start_token_id": IDS["<|vision_start|>"],
+    "vision_end_token_id": IDS["<|vision_end|>"],
+}
+GEMMA = {
+    "image_token_index": IDS["<image_soft_token>"],
+    "boi_token_index": IDS["<start_of_image>"],
+    "eoi_token_index": IDS["<end_of_image>"],
+}
 PINS = [[12, 24], [24, 12], [24, 24], [36, 12], [12, 36]]
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 ALL = ["turned.png", "wide.png", "transparent.png", "gray.png", "palette.png"]
 
 CASES = {
-    "llava": case("llava", "<image>\nOne <image> two", ["wide.png", "transparent.png"],
+    "llava": case(
+        "llava",
+        "<image>\nOne <image> two",
+        ["wide.png", "transparent.png"],
         {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
-        {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 18},
-         "crop_size": {"height": 18, "width": 18}}, LLAVA),
-    "llava_padded": case("llava", "<image>" * 5, ALL,
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 18},
+            "crop_size": {"height": 18, "width": 18},
+        },
+        LLAVA,
+    ),
+    "llava_padded": case(
+        "llava",
+        "<image>" * 5,
+        ALL,
         {"patch_size": 5, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
-        {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "size": {"height": 17, "width": 15},
-         "crop_size": {"height": 16, "width": 20}, "resample": 2}, LLAVA, opened=True, nested=True),
-    "llava_next": case("llava_next", "a<image>b<image>c<image>", ["turned.png", "wide.png", "gray.png"],
+        {
+            "image_processor_type": "LlavaImageProcessor",
+            "do_pad": True,
+            "size": {"height": 17, "width": 15},
+            "crop_size": {"height": 16, "width": 20},
+            "resample": 2,
+        },
+        LLAVA,
+        opened=True,
+        nested=True,
+    ),
+    "llava_next": case(
+        "llava_next",
+        "a<image>b<image>c<image>",
+        ["turned.png", "wide.png", "gray.png"],
         {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
-        {"image_processor_type": "LlavaNextImageProcessor", "size": {"shortest_edge": 12},
-         "crop_size": {"height": 12, "width": 12}, "image_grid_pinpoints": PINS}, LLAVA),
-    "llava_onevision": case("llava_onevision", "<image>\nWhat?", ["turned.png"],
-        {"num_image_tokens": 9, "vision_feature_select_strategy": "full",
-         "vision_aspect_ratio": "anyres_max_2"},
-        {"image_processor_type": "LlavaOnevisionImageProcessorFast", "size": {"height": 12, "width": 12},
-         "image_grid_pinpoints": [*PINS, [36, 36], [48, 24]]}, LLAVA),
-    "llava_onevision_several": case("llava_onevision", "<image>\n<image>\nWhat?", ["wide.png", "palette.png"],
-        {"num_image_tokens": 9, "vision_feature_select_strategy": "full",
-         "vision_aspect_ratio": "anyres_max_9"},
-        {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 12, "width": 12},
-         "image_grid_pinpoints": PINS}, LLAVA, nested=True),
-    "qwen2_vl": case("qwen2_vl", f"{VISION}Is it {VISION}?", ["turned.png", "transparent.png"], {},
-        {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 256, "max_pixels": 900,
-         "patch_size": 4, "merge_size": 2}, QWEN),
-    "qwen2_5_vl": case("qwen2_5_vl", f"{VISION}{VISION}{VISION}", ["gray.png", "palette.png", "wide.png"], {},
-        {"image_processor_type": "Qwen2VLImageProcessorFast", "min_pixels": 900, "max_pixels": 2500,
-         "patch_size": 3, "merge_size": 3, "temporal_patch_size": 2}, QWEN),
-    "qwen3_vl": case("qwen3_vl", f"One{VISION}", ["transparent.png"], {},
-        {"image_processor_type": "Qwen2VLImageProcessor",
-         "size": {"shortest_edge": 300, "longest_edge": 1500}, "patch_size": 4,
-         "merge_size": 2, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.2, 0.3]}, QWEN,
-        opened=True, nested=True),
-    "internvl": case("internvl", "<IMG_CONTEXT>\nLong? <IMG_CONTEXT>", ["wide.png", "gray.png"],
+        {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": {"shortest_edge": 12},
+            "crop_size": {"height": 12, "width": 12},
+            "image_grid_pinpoints": PINS,
+        },
+        LLAVA,
+    ),
+    "llava_onevision": case(
+        "llava_onevision",
+        "<image>\nWhat?",
+        ["turned.png"],
+        {
+            "num_image_tokens": 9,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_2",
+        },
+        {
+            "image_processor_type": "LlavaOnevisionImageProcessorFast",
+            "size": {"height": 12, "width": 12},
+            "image_grid_pinpoints": [*PINS, [36, 36], [48, 24]],
+        },
+        LLAVA,
+    ),
+    "llava_onevision_several": case(
+        "llava_onevision",
+        "<image>\n<image>\nWhat?",
+        ["wide.png", "palette.png"],
+        {
+            "num_image_tokens": 9,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_9",
+        },
+        {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": {"height": 12, "width": 12},
+            "image_grid_pinpoints": PINS,
+        },
+        LLAVA,
+        nested=True,
+    ),
+    "qwen2_vl": case(
+        "qwen2_vl",
+        f"{VISION}Is it {VISION}?",
+        ["turned.png", "transparent.png"],
+        {},
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": 256,
+            "max_pixels": 900,
+            "patch_size": 4,
+            "merge_size": 2,
+        },
+        QWEN,
+    ),
+    "qwen2_5_vl": case(
+        "qwen2_5_vl",
+        f"{VISION}{VISION}{VISION}",
+        ["gray.png", "palette.png", "wide.png"],
+        {},
+        {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "min_pixels": 900,
+            "max_pixels": 2500,
+            "patch_size": 3,
+            "merge_size": 3,
+            "temporal_patch_size": 2,
+        },
+        QWEN,
+    ),
+    "qwen3_vl": case(
+        "qwen3_vl",
+        f"One{VISION}",
+        ["transparent.png"],
+        {},
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "size": {"shortest_edge": 300, "longest_edge": 1500},
+            "patch_size": 4,
+            "merge_size": 2,
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_std": [0.5, 0.2, 0.3],
+        },
+        QWEN,
+        opened=True,
+        nested=True,
+    ),
+    "internvl": case(
+        "internvl",
+        "<IMG_CONTEXT>\nLong? <IMG_CONTEXT>",
+        ["wide.png", "gray.png"],
         {"image_seq_length": 3},
-        {"image_processor_type": "GotOcr2ImageProcessorFast", "size": {"height": 14, "width": 14},
-         "crop_to_patches": False, "max_patches": 6}, {"image_token_id": IDS["<IMG_CONTEXT>"]}),
-    "paligemma": case("paligemma", "caption en", ["palette.png"], {},
-        {"image_processor_type": "SiglipImageProcessor", "size": {"height": 20, "width": 20},
-         "image_seq_length": 4}, {**LLAVA, "text_config": {"bos_token_id": IDS["<bos>"]}}),
-    "paligemma_marked": case("paligemma", "<image>answer en", ["turned.png"], {},
-        {"image_processor_type": "SiglipImageProcessor", "size": {"height": 20, "width": 18},
-         "image_seq_length": 4}, {**LLAVA, "bos_token_id": IDS["<bos>"]}, nested=True),
-    "gemma3": case("gemma3", "<start_of_image>Compare.<start_of_image>", ["wide.png", "transparent.png"],
+        {
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "size": {"height": 14, "width": 14},
+            "crop_to_patches": False,
+            "max_patches": 6,
+        },
+        {"image_token_id": IDS["<IMG_CONTEXT>"]},
+    ),
+    "paligemma": case(
+        "paligemma",
+        "caption en",
+        ["palette.png"],
+        {},
+        {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": 20, "width": 20},
+            "image_seq_length": 4,
+        },
+        {**LLAVA, "text_config": {"bos_token_id": IDS["<bos>"]}},
+    ),
+    "paligemma_marked": case(
+        "paligemma",
+        "<image>answer en",
+        ["turned.png"],
+        {},
+        {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": 20, "width": 18},
+            "image_seq_length": 4,
+        },
+        {**LLAVA, "bos_token_id": IDS["<bos>"]},
+        nested=True,
+    ),
+    "gemma3": case(
+        "gemma3",
+        "<start_of_image>Compare.<start_of_image>",
+        ["wide.png", "transparent.png"],
         {"image_seq_length": 4},
-        {"image_processor_type": "Gemma3ImageProcessorFast", "size": {"height": 15, "width": 15},
-         "do_convert_rgb": None, "do_pan_and_scan": True}, GEMMA),
-    "gemma3_crops": case("gemma3", "<start_of_image>Compare.<start_of_image>", ["wide.png", "gray.png"],
+        {
+            "image_processor_type": "Gemma3ImageProcessorFast",
+            "size": {"height": 15, "width": 15},
+            "do_convert_rgb": None,
+            "do_pan_and_scan": True,
+        },
+        GEMMA,
+    ),
+    "gemma3_crops": case(
+        "gemma3",
+        "<start_of_image>Compare.<start_of_image>",
+        ["wide.png", "gray.png"],
         {"image_seq_length": 4},
-        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 15, "width": 15}}, GEMMA,
-        overrides={"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 10}),
-    "idefics3": case("idefics3", "User:<image>and<image>Why?", ["transparent.png", "wide.png"],
+        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 15, "width": 15}},
+        GEMMA,
+        overrides={"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 10},
+    ),
+    "idefics3": case(
+        "idefics3",
+        "User:<image>and<image>Why?",
+        ["transparent.png", "wide.png"],
         {"image_seq_len": 2},
-        {"image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 31},
-         "max_image_size": {"longest_edge": 12}}, {"image_token_id": IDS["<image>"]}),
-    "idefics3_whole": case("idefics3", "<image>Why?", ["turned.png"], {"image_seq_len": 3},
-        {"image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 40},
-         "do_image_splitting": False, "max_image_size": {"longest_edge": 14}},
-        {"image_token_id": IDS["<image>"]}, nested=True),
-}  # fmt: skip
+        {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "size": {"longest_edge": 31},
+            "max_image_size": {"longest_edge": 12},
+        },
+        {"image_token_id": IDS["<image>"]},
+    ),
+    "idefics3_whole": case(
+        "idefics3",
+        "<image>Why?",
+        ["turned.png"],
+        {"image_seq_len": 3},
+        {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "size": {"longest_edge": 40},
+            "do_image_splitting": False,
+            "max_image_size": {"longest_edge": 14},
+        },
+        {"image_token_id": IDS["<image>"]},
+        nested=True,
+    ),
+}
 
 
 def build(case: dict) -> processing_utils.ProcessorMixin:
     """transformers' processor of a case, with Pillow underneath."""
-    name = {"Qwen2VL": "qwen2_vl", "GotOcr2": "got_ocr2", "CLIP": "clip", "LlavaNext": "llava_next",
-            "LlavaOnevision": "llava_onevision"}  # fmt: skip
+    name = {
+        "Qwen2VL": "qwen2_vl",
+        "GotOcr2": "got_ocr2",
+        "CLIP": "clip",
+        "LlavaNext": "llava_next",
+        "LlavaOnevision": "llava_onevision",
+    }
     kind = case["preprocessor"]["image_processor_type"].removesuffix("Fast").removesuffix("ImageProcessor")
     module = name.get(kind, kind.lower())
     pixels = import_module(f"transformers.models.{module}.image_processing_pil_{module}")
@@ -163,9 +351,12 @@ def build(case: dict) -> processing_utils.ProcessorMixin:
     (class_name,) = (n for n in processor.__all__ if n.endswith("Processor"))
     case["processor"]["processor_class"] = class_name
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=make_tokenizer(family not in WITHOUT_FIRST), bos_token="<bos>", eos_token="<eos>",
-        pad_token="<pad>", extra_special_tokens=TOKEN_NAMES.get(family, {}),
-    )  # fmt: skip
+        tokenizer_object=make_tokenizer(family not in WITHOUT_FIRST),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        extra_special_tokens=TOKEN_NAMES.get(family, {}),
+    )
     around = {k: v for k, v in case["processor"].items() if k != "processor_class"}
     image_processor = getattr(pixels, f"{kind}ImageProcessorPil")(**settings)
     return getattr(processor, class_name)(image_processor=image_processor, tokenizer=tokenizer, **around)

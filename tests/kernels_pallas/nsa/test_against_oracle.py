@@ -74,10 +74,19 @@ def test_tiles_of_the_usual_size(name):
 def test_lengths_around_the_papers_blocks(length):
     compare(
         Case(
-            length, heads=2, kv_heads=1, key_dim=8, value_dim=4, block_len=32, stride=16, block_size=64,
-            num_blocks=16, num_local=2, window=512,
+            length,
+            heads=2,
+            kv_heads=1,
+            key_dim=8,
+            value_dim=4,
+            block_len=32,
+            stride=16,
+            block_size=64,
+            num_blocks=16,
+            num_local=2,
+            window=512,
         )
-    )  # fmt: skip
+    )
 
 
 def test_a_batch_spread_over_devices():

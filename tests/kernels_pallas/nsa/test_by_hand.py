@@ -68,8 +68,15 @@ def test_gates_weigh_the_branches():
     gates = jnp.broadcast_to(jnp.asarray([1.0, 0.5, 0.25])[None, None, None], (1, 5, 1, 3))
     attend = functools.partial(
         nsa_attention,
-        block_len=3, stride=2, block_size=2, num_blocks=2, num_init=1, num_local=1, window=2, scale=1.0,
-    )  # fmt: skip
+        block_len=3,
+        stride=2,
+        block_size=2,
+        num_blocks=2,
+        num_init=1,
+        num_local=1,
+        window=2,
+        scale=1.0,
+    )
     keys, values = column(np.log([2.0, 3.0])), column([10.0, 20.0])
     out, branches = quick_jit(attend)(ONES, keys, values, KEYS, VALUES, KEYS, VALUES, gates)
     np.testing.assert_array_equal(branches.indices[0, 0], [[0, -1], [0, -1], [0, 1], [0, 1], [0, 2]])
@@ -79,9 +86,12 @@ def test_gates_weigh_the_branches():
 def test_compression_mlp():
     # Two tokens per block, one every token: hidden = 1 * (x0 + 1) + 2 * (x1 - 1) + 3 = x0 + 2 x1 + 2.
     params = {
-        "position": [[1.0], [-1.0]], "hidden": [[[1.0]], [[2.0]]], "hidden_bias": [3.0],
-        "output": [[10.0]], "output_bias": [0.5],
-    }  # fmt: skip
+        "position": [[1.0], [-1.0]],
+        "hidden": [[[1.0]], [[2.0]]],
+        "hidden_bias": [3.0],
+        "output": [[10.0]],
+        "output_bias": [0.5],
+    }
     params = {name: jnp.asarray(x) for name, x in params.items()}
     out = compress_blocks(column([0.0, -1.0, 0.0]), params, block_len=2, stride=1)
     # hidden 0 and 1; silu(0) = 0, silu(1) = 1 / (1 + 1/e)
@@ -91,8 +101,11 @@ def test_compression_mlp():
 @pytest.mark.parametrize(("length", "blocks"), [(1, 0), (31, 0), (32, 1), (47, 1), (48, 2), (100, 5)])
 def test_only_complete_blocks_are_compressed(length, blocks):
     params = {
-        "position": jnp.zeros((32, 2)), "hidden": jnp.zeros((32, 2, 3)), "hidden_bias": jnp.zeros(3),
-        "output": jnp.zeros((3, 2)), "output_bias": jnp.zeros(2),
-    }  # fmt: skip
+        "position": jnp.zeros((32, 2)),
+        "hidden": jnp.zeros((32, 2, 3)),
+        "hidden_bias": jnp.zeros(3),
+        "output": jnp.zeros((3, 2)),
+        "output_bias": jnp.zeros(2),
+    }
     compress = functools.partial(compress_blocks, block_len=32, stride=16)
     assert jax.eval_shape(compress, jnp.zeros((1, length, 1, 2)), params).shape == (1, blocks, 1, 2)

@@ -19,7 +19,7 @@ LENGTH, HEADS, KEY_DIM, VALUE_DIM, SLOTS = 65536, 64, 192, 128, 16
 @pytest.mark.parametrize("groups", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_forward_and_backward_at_64k(dump, groups):
     kv_heads = HEADS // groups
-    of = lambda *shape: jax.ShapeDtypeStruct((1, LENGTH, *shape), jnp.bfloat16)  # noqa: E731
+    of = lambda *shape: jax.ShapeDtypeStruct((1, LENGTH, *shape), jnp.bfloat16)
     q, d_out = of(kv_heads, groups, KEY_DIM), of(kv_heads, groups, VALUE_DIM)
     k, v = of(kv_heads, KEY_DIM), of(kv_heads, VALUE_DIM)
     indices = jax.ShapeDtypeStruct((1, LENGTH, kv_heads, SLOTS), jnp.int32)

@@ -36,7 +36,7 @@ def test_one_token_at_64k(dump, batch, page_size, heads, kv_heads, key_dim):
         recent = Recent(cache.k_win, cache.v_win, jnp.zeros((batch, WINDOW), jnp.int32), num_new)
         return cached_attention(cache, recent, q, gates, implementation="mosaic_gpu")[0]
 
-    like = lambda *shape: jax.ShapeDtypeStruct((batch, 1, heads, *shape), jnp.bfloat16)  # noqa: E731
+    like = lambda *shape: jax.ShapeDtypeStruct((batch, 1, heads, *shape), jnp.bfloat16)
     num_new = jax.ShapeDtypeStruct((batch,), jnp.int32)
     with compiled_elsewhere():
         report = h100.compile_for_h100(step, cache, like(key_dim), like(3), num_new, dump=dump)

@@ -22,10 +22,19 @@ pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing(
 
 LENGTH = 32768
 MODEL = ModelConfig(
-    vocab_size=32768, width=2048, num_layers=4, num_heads=32, num_kv_heads=4, head_dim=128, mlp_width=4096,
-    max_length=LENGTH, attention="nsa", nsa=NSAConfig(implementation="mosaic_gpu"), compute_dtype="bfloat16",
+    vocab_size=32768,
+    width=2048,
+    num_layers=4,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_width=4096,
+    max_length=LENGTH,
+    attention="nsa",
+    nsa=NSAConfig(implementation="mosaic_gpu"),
+    compute_dtype="bfloat16",
     remat="layer",
-)  # fmt: skip
+)
 
 
 def collectives(hlo: str) -> dict[str, Counter[str]]:
@@ -38,7 +47,7 @@ def collectives(hlo: str) -> dict[str, Counter[str]]:
         shapes = re.findall(r"(bf16|f32|s32)\[([\d,]*)\]", match[1])
         if match[3]:  # its operands, then its results
             shapes = shapes[len(shapes) // 2 :]
-        bytes_of = lambda dtype, dims: (2 if dtype == "bf16" else 4) * math.prod(map(int, dims.split(",")))  # noqa: E731
+        bytes_of = lambda dtype, dims: (2 if dtype == "bf16" else 4) * math.prod(map(int, dims.split(",")))
         large = [f"{dtype}[{dims}]" for dtype, dims in shapes if bytes_of(dtype, dims) >= 2**20]
         found.setdefault(match[2], Counter()).update(large)
     return found
@@ -52,7 +61,7 @@ def test_a_step_on_eight_devices(dump):
     mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * 4)
     optimizer = make_optimizer(OptimizerConfig(), MODEL, 100)
     shardings = state_shardings(MODEL, optimizer, mesh)
-    place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
+    place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
     state = jax.tree.map(place, abstract_state(MODEL, optimizer), shardings)
     batch = {"tokens": jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)}
     batch = jax.tree.map(place, batch, batch_shardings(batch, mesh))
@@ -64,8 +73,11 @@ def test_a_step_on_eight_devices(dump):
     print(kernels, compiled.memory_analysis(), found, sep="\n")
 
     assert {kernel.name for kernel in kernels} == {
-        "nsa_forward", "nsa_group_shares", "nsa_query_gradient", "nsa_key_gradients",
-    }  # fmt: skip
+        "nsa_forward",
+        "nsa_group_shares",
+        "nsa_query_gradient",
+        "nsa_key_gradients",
+    }
     assert not any(kernel.spilled_bytes for kernel in kernels)
     # Gathered are keys and values of selection and window, and compressed ones, of a device's two heads:
     # in the forward pass and when a layer is recomputed. Gradients go back as stretches.

@@ -27,9 +27,14 @@ LENGTHS = (40, 23, 5)
 """Of the rows; the last is shorter than a block."""
 BLOCKS = {"block_len": CASE.block_len, "stride": CASE.stride}
 SHAPES = {
-    **BLOCKS, "block_size": CASE.block_size, "window": CASE.window, "kv_heads": CASE.kv_heads,
-    "key_dim": CASE.key_dim, "value_dim": CASE.value_dim, "dtype": jnp.float32,
-}  # fmt: skip
+    **BLOCKS,
+    "block_size": CASE.block_size,
+    "window": CASE.window,
+    "kv_heads": CASE.kv_heads,
+    "key_dim": CASE.key_dim,
+    "value_dim": CASE.value_dim,
+    "dtype": jnp.float32,
+}
 
 
 def compression(dim: int, seed: int) -> dict[str, jax.Array]:
@@ -159,9 +164,17 @@ def test_compression_runs_only_when_a_block_is_complete():
         return k[:, :1], v[:, :1]
 
     cache = init_cache(
-        1, 12, kv_heads=1, key_dim=1, value_dim=1, dtype=jnp.float32, block_len=4, stride=2, block_size=2,
+        1,
+        12,
+        kv_heads=1,
+        key_dim=1,
+        value_dim=1,
+        dtype=jnp.float32,
+        block_len=4,
+        stride=2,
+        block_size=2,
         window=1,
-    )  # fmt: skip
+    )
     one = jnp.zeros((1, 1, 1, 1), jnp.float32)
     add = jax.jit(lambda c, x: append_tokens(c, NewTokens(*[x] * 6), counting, block_len=4, stride=2)[0])
     for token in range(11):
@@ -205,7 +218,7 @@ def test_errors():
     with pytest.raises(ValueError, match="page_size 12 must be a multiple of block_size 8 and of stride 4"):
         init_paged_cache(table, num_pages=1, page_size=12, **SHAPES)
     cache, x = contiguous(), whole()[0]
-    new = lambda size: NewTokens(**{name: x[name][:, :size] for name in NewTokens._fields})  # noqa: E731
+    new = lambda size: NewTokens(**{name: x[name][:, :size] for name in NewTokens._fields})
     with pytest.raises(ValueError, match="a chunk of 3 x 0 tokens for a cache of 3 rows"):
         append_tokens(cache, new(0), compress, **BLOCKS)
     with pytest.raises(ValueError, match="was made for block_len 8, not 4"):

@@ -69,7 +69,7 @@ def last_queries():
     """Eight queries at the end of 2^20 keys, two heads, one of keys and values."""
     length, queries = SPEC.length, 8
     random = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
     q, k, v = draw(1, queries, 2, 4), draw(1, length, 1, 4), draw(1, length, 1, 4)
     positions = jnp.arange(length - queries, length, dtype=jnp.int32)[None]
     return q, k, v, positions

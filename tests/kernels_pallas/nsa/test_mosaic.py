@@ -44,7 +44,7 @@ def poisoned(case: Case, args: dict) -> dict:
     padding = np.asarray(case.segment_ids == 0)
     starts = np.arange(case.blocks) * case.stride
     touched = np.stack([padding[:, s : s + case.block_len].any(axis=1) for s in starts], axis=1)
-    hide = lambda x, where: jnp.where(where[..., None, None], jnp.nan, x).astype(x.dtype)  # noqa: E731
+    hide = lambda x, where: jnp.where(where[..., None, None], jnp.nan, x).astype(x.dtype)
     return {
         k: x if k == "gates" else hide(x, touched if k.endswith("cmp") else padding) for k, x in args.items()
     }
@@ -94,7 +94,7 @@ def test_a_chunk_of_queries_with_sixteen_heads_at_the_end_of_the_keys():
     gives the same bits."""
     length, queries = 330, 8
     random = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
     q, k, v = draw(1, queries, 16, 64), draw(1, length, 1, 64), draw(1, length, 1, 64)
     k_cmp, v_cmp = draw(1, 81, 1, 64), draw(1, 81, 1, 64)  # blocks of 8 every 4
     positions = jnp.arange(length - queries, length, dtype=jnp.int32)[None]

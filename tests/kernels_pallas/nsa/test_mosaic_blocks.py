@@ -54,8 +54,10 @@ def attention_and_gradients(q, k, v, indices, d_out, segments):
         lambda *a: selected_attention(
             *a, indices, block_size=64, segment_ids=segments, implementation="mosaic_gpu"
         ),
-        q, k, v,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+    )
     return (out, *pull(d_out))
 
 
@@ -71,7 +73,7 @@ def test_outputs_and_gradients(monkeypatch, length, groups, kv_heads, dims, segm
     """With slots that are missing, in the future, or in another segment; a second run gives the same bits."""
     shrink(monkeypatch, rows)
     random = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(random.standard_normal((1, length, *shape)), jnp.bfloat16)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(random.standard_normal((1, length, *shape)), jnp.bfloat16)
     heads = groups * kv_heads
     q, k, v = draw(heads, dims[0]), draw(kv_heads, dims[0]), draw(kv_heads, dims[1])
     d_out = draw(heads, dims[1])

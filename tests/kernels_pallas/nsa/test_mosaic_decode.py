@@ -26,7 +26,7 @@ def drawn(cache):
     """Random where something was kept, NaN elsewhere."""
     random = np.random.default_rng(0)
     lengths = np.asarray(LENGTHS)
-    draw = lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype)  # noqa: E731
+    draw = lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype)
     return cache._replace(length=jnp.asarray(lengths, jnp.int32)), draw
 
 
@@ -67,9 +67,16 @@ def attend(cache, q, gates, num_new, name, indices=None, num_blocks=3):
     held = jnp.maximum(newest - (newest - jnp.arange(held.shape[1])[None]) % held.shape[1], -1)
     recent = Recent(cache.k_win, cache.v_win, held, num_new)
     out, branches = cached_attention(
-        cache, recent, q, gates, **BLOCKS, num_blocks=num_blocks, num_local=1, indices=indices,
+        cache,
+        recent,
+        q,
+        gates,
+        **BLOCKS,
+        num_blocks=num_blocks,
+        num_local=1,
+        indices=indices,
         implementation=name,
-    )  # fmt: skip
+    )
     return out, branches.compressed, branches.selected, branches.window, branches.lse, branches.indices
 
 
@@ -136,14 +143,14 @@ def test_a_chunk_after_what_the_cache_holds():
     cache = init_cache(3, 256, **SHAPES)
     random = np.random.default_rng(3)
     num_new = jnp.asarray([3, 2, 0], jnp.int32)
-    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
     kept = {name: draw(*x.shape) for name, x in cache._asdict().items() if name != "length"}
     cache = cache._replace(**kept, length=jnp.asarray([150, 10, 3], jnp.int32))
     new = NewTokens(*[draw(3, 3, 2, 64) for _ in range(6)])
     q, gates = draw(3, 3, 2, 64), draw(3, 3, 2, 3)
 
     def step(cache, new, q, gates, name):
-        compress = lambda k, v, starts: (k[:, : starts.shape[1]], v[:, : starts.shape[1]])  # noqa: E731
+        compress = lambda k, v, starts: (k[:, : starts.shape[1]], v[:, : starts.shape[1]])
         cache, recent = append_tokens(cache, new, compress, block_len=8, stride=4, num_new=num_new)
         return cached_attention(
             cache, recent, q, gates, **BLOCKS, num_blocks=2, num_local=1, implementation=name

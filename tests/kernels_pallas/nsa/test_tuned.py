@@ -38,7 +38,7 @@ def test_an_entry_is_found_by_padded_head_dims_and_nothing_else_is(folder, caplo
     write(folder, "NVIDIA H100 80GB HBM3", ("forward", "window", 192, 128, {"keys": 128, "stages": 3}))
     assert (folder / "nvidia_h100_80gb_hbm3.json").exists()
     caplog.set_level(logging.DEBUG, logger="kernels_pallas.nsa.tuned")
-    find = lambda *wanted: tuned.tuned("NVIDIA H100 80GB HBM3", *wanted)  # noqa: E731
+    find = lambda *wanted: tuned.tuned("NVIDIA H100 80GB HBM3", *wanted)
     assert find("forward", "window", 192, 128) == Tuning(keys=128, stages=3)
     assert find("forward", "window", 130, 100) == Tuning(keys=128, stages=3)  # padded to 192 and 128
     assert not caplog.messages

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxlab.losses import evaluate_step
 from jaxlab.models import Batch, ModelConfig, Params
-from jaxlab.models.coverage import attention_coverage
-from jaxlab.training.step import evaluate_step
+from jaxlab.retrofit.coverage import attention_coverage
 
 
 def measure_retrofit(
@@ -16,7 +16,7 @@ def measure_retrofit(
     attention the blocks hold that it chooses: a number for each layer, the mean over its groups.
     """
     coverage = attention_coverage(dense_params, batch, dense, model.nsa)
-    of_layers = lambda shares: np.mean(shares, axis=1).tolist()  # noqa: E731
+    of_layers = lambda shares: np.mean(shares, axis=1).tolist()
     return {
         "sequences": batch["tokens"].shape[0],
         "length": batch["tokens"].shape[1],

@@ -12,9 +12,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlab import yaml_text
+from jaxlab.config import yaml_text
+from jaxlab.config.schema import choices, describe, fields_of, is_config, is_list, leaves, members, suggestion
 from jaxlab.errors import COMMAND_LINE, ConfigError
-from jaxlab.schema import choices, describe, fields_of, is_config, is_list, leaves, members, suggestion
 
 Path = tuple[str, ...]
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlab import config as configs
-from jaxlab import runs, sweeps, tasks, yaml_text
-from jaxlab.command_words import from_mapping, is_option, resolve, take_option
+from jaxlab.app import runs, sweeps
+from jaxlab.app.registry import Registry, Task
+from jaxlab.config import yaml_text
+from jaxlab.config.command_line import from_mapping, is_option, resolve, take_option
+from jaxlab.config.schema import fields_of, leaves, suggestion
 from jaxlab.errors import COMMAND_LINE, ConfigError, UserError
-from jaxlab.schema import fields_of, leaves, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,10 @@ class RunOptions:
     """print the command of every point of a sweep, run nothing"""
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None, tasks: Registry) -> int:
     """Runs the command line `words` (sys.argv without the program if None) and returns the exit status."""
     try:
-        _main(list(sys.argv[1:] if words is None else words))
+        _main(list(sys.argv[1:] if words is None else words), tasks)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,26 +54,26 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str], tasks: Registry) -> None:
     if words and words[0] in ("--help", "-h"):
-        from jaxlab import cli_help
+        from jaxlab.app import help
 
-        print(cli_help.task_list())
+        print(help.task_list(tasks))
         return
     if not words or is_option(words[0]):
         raise UserError(f"which task? {', '.join(tasks.names())}; run.py --help tells more")
     task = tasks.find(words.pop(0))
     if "--help" in words or "-h" in words:
-        from jaxlab import cli_help
+        from jaxlab.app import help
 
-        cli_help.print_task(task, RunOptions)
+        help.print_task(task, RunOptions)
     elif task.takes == "arguments":
         task.load().run(configs.load(task.schema(), None, words))
     else:
         _run_config_task(task, words)
 
 
-def _run_config_task(task: tasks.Task, words: list[str]) -> None:
+def _run_config_task(task: Task, words: list[str]) -> None:
     options, words = _take_options(words)
     if not words or is_option(words[0]):
         raise UserError(

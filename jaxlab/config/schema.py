@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from jaxlab import yaml_text
+from jaxlab.config import yaml_text
 
 ABSENT: Any = object()
 """Stands for a default where there is none; None is a default."""

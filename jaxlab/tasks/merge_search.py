@@ -12,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
+from jaxlab.app.references import model_folder
+from jaxlab.app.runs import Run
 from jaxlab.checkpoints.loading import kept_of, load_model_config, model_identity, stored_shapes
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.data.source import DataConfig, make_source
 from jaxlab.errors import ConfigError
 from jaxlab.files import write_atomic
@@ -21,12 +22,11 @@ from jaxlab.merging.examples import answered
 from jaxlab.merging.grid import Measure, Point, evaluate_grid, points
 from jaxlab.merging.inputs import Trio, load_trio, same_architecture
 from jaxlab.merging.measure import Data, exact_match_of, read_data, text_only
-from jaxlab.merging.merge import inject_recipe, save_merged
 from jaxlab.merging.plan import plan_injection
 from jaxlab.merging.recipe import InjectRecipe
 from jaxlab.merging.stages import Method
 from jaxlab.models import ModelConfig, Params
-from jaxlab.runs import Run
+from jaxlab.tasks.merge import inject_recipe, save_merged
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ class Config:
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     models = {role: getattr(config, role) for role in ("vlm", "expert", "base")}
-    data = {f"evaluate.{name}": make_source(data).identity for name, data in config.evaluate.items()}
+    data = {
+        f"evaluate.{name}": make_source(data, model_folder).identity for name, data in config.evaluate.items()
+    }
     return {role: model_identity(model_folder(reference)) for role, reference in models.items()} | data
 
 
@@ -131,7 +133,7 @@ def check(config: Config) -> dict[str, Any]:
         same_architecture(config.vlm, vlm_config, reference, other)
     shapes = [stored_shapes(folder) for folder in folders]
     plan = plan_injection(*shapes, embeddings=config.embeddings, family=vlm_config.family)
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     # Three models, the base once more in the checkpoint's shape, two float32 task vectors, one merged model.
     vectors = 8 * sum(leaf.size for leaf in jax.tree.leaves(shapes[2]))
     held = sum(map(size, shapes)) + size(shapes[2]) + vectors + size(shapes[0])
@@ -173,7 +175,11 @@ def _examples(config: Config, trio: Trio, merged: Params) -> list[dict[str, Any]
     if trio.tokenizer is None or not config.examples:
         return []
     target = next(iter(config.choose or config.evaluate))
-    batch = next(iter(make_source(config.evaluate[target]).held_out_batches(config.batch_size, 1, "test")))
+    batch = next(
+        iter(
+            make_source(config.evaluate[target], model_folder).held_out_batches(config.batch_size, 1, "test")
+        )
+    )
     models = {"VLM alone": trio.vlm, "injected": merged}
     return answered(models, batch, trio.config, trio.tokenizer, config.examples)
 
@@ -185,17 +191,28 @@ def search(
     test.
     """
     plan = plan_injection(
-        trio.vlm, trio.expert, trio.base, embeddings=config.embeddings, common_rows=trio.common_rows,
+        trio.vlm,
+        trio.expert,
+        trio.base,
+        embeddings=config.embeddings,
+        common_rows=trio.common_rows,
         family=trio.config.family,
-    )  # fmt: skip
+    )
     operators: dict[str, Any] = {}
     for name, grid in config.operators.items():
         where, method = grid.points(), config.method(name, grid.points()[0].density)
         with tqdm(total=len(where), desc=f"{run.name} {name}", unit="point") as bar:
             measured = evaluate_grid(
-                plan, method, trio, where, measure, validation,
-                seed=config.seed, chunk=config.chunk, progress=bar.update,
-            )  # fmt: skip
+                plan,
+                method,
+                trio,
+                where,
+                measure,
+                validation,
+                seed=config.seed,
+                chunk=config.chunk,
+                progress=bar.update,
+            )
         rows = [
             {**point._asdict(), "validation": row, "score": score(config, row)}
             for point, row in zip(where, measured, strict=True)
@@ -219,10 +236,17 @@ def score(config: Config, measured: dict[str, float]) -> float:
 def recipe_of(config: Config, operator: str, point: dict[str, Any]) -> InjectRecipe:
     """The recipe with which `run.py merge` makes the model of a point."""
     return InjectRecipe(
-        vlm=config.vlm, expert=config.expert, base=config.base, operator=operator, lambda_v=point["lambda_v"],
-        lambda_e=point["lambda_e"], density=point["density"], embeddings=config.embeddings, mode=config.mode,
+        vlm=config.vlm,
+        expert=config.expert,
+        base=config.base,
+        operator=operator,
+        lambda_v=point["lambda_v"],
+        lambda_e=point["lambda_e"],
+        density=point["density"],
+        embeddings=config.embeddings,
+        mode=config.mode,
         seed=config.seed,
-    )  # fmt: skip
+    )
 
 
 def evaluate(measure: Measure, params: Params, data: Data) -> dict[str, float]:

@@ -13,12 +13,12 @@ from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import Batch, embed
 from jaxlab.models.layers import norm
 from jaxlab.models.modules import Params, averaging
-from jaxlab.models.retrofit import retrofitted
 from jaxlab.models.rotary import rotary_table, rotate
 from jaxlab.models.sparse_config import NSAConfig
 from jaxlab.models.stack import stack
 from jaxlab.models.vision import prepare_batch
 from jaxlab.models.where import Where
+from jaxlab.retrofit.convert import retrofitted
 from kernels_pallas.nsa import compress_blocks, compressed_attention, select_blocks
 
 SCORES = 1 << 24
@@ -94,15 +94,23 @@ def _coverage(
     segments = where.segment_ids
     _, lse = compressed_attention(q, k_cmp, k_cmp, scale=scale, segment_ids=segments, **sizes)
     chosen = select_blocks(
-        q, k_cmp, lse, block_size=nsa.block_size, num_blocks=nsa.num_blocks, num_init=nsa.num_init,
-        num_local=nsa.num_local, scale=scale, segment_ids=segments, **sizes,
-    )  # fmt: skip
+        q,
+        k_cmp,
+        lse,
+        block_size=nsa.block_size,
+        num_blocks=nsa.num_blocks,
+        num_init=nsa.num_init,
+        num_local=nsa.num_local,
+        scale=scale,
+        segment_ids=segments,
+        **sizes,
+    )
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
 
     size = query_chunk or min(length, max(1, SCORES // (batch * heads * length)))
     rows = jnp.arange(length, dtype=jnp.int32)
-    chunks = lambda y, axis: _chunks(y, axis, size)  # noqa: E731
+    chunks = lambda y, axis: _chunks(y, axis, size)
     # A row that fills the last chunk up is of segment 0: padding.
     of_queries = _Queries(chunks(rows, 0), chunks(q, 1), chunks(chosen, 2), chunks(segments, 1))
     sums = lax.map(lambda part: _sums(part, k, segments, scale, nsa), of_queries)
@@ -150,19 +158,21 @@ def _sums(
     first = jnp.argmax(visible, axis=-1, keepdims=True)
     own = (rows // nsa.block_size)[None, None, :, None]
     forced = visible & ((index < first + nsa.num_init) | (index > own - nsa.num_local))
-    count = lambda blocks: jnp.sum(blocks, axis=-1, dtype=jnp.float32)  # noqa: E731
+    count = lambda blocks: jnp.sum(blocks, axis=-1, dtype=jnp.float32)
     slots, candidates = nsa.num_blocks - count(forced), count(visible & ~forced)
     lot = jnp.minimum(slots / jnp.maximum(candidates, 1.0), 1.0)
-    on = lambda mask, values: jnp.sum(jnp.where(mask, values, 0.0), axis=-1)  # noqa: E731
+    on = lambda mask, values: jnp.sum(jnp.where(mask, values, 0.0), axis=-1)
 
     is_chosen = jnp.any(chosen[..., None] == index[:, :, :, None], axis=-2)  # [B, Hkv, c, N]
     read = jnp.repeat(is_chosen, nsa.block_size, axis=-1)[..., : mass.shape[-1]]
-    shares = jnp.stack([
-        on(is_chosen, by_block),
-        on(read | (age < nsa.window), mass),
-        on(forced, by_block) + lot * on(~forced, by_block),
-        jnp.sum(jnp.sort(by_block, axis=-1)[..., -nsa.num_blocks :], axis=-1),
-    ])  # fmt: skip
+    shares = jnp.stack(
+        [
+            on(is_chosen, by_block),
+            on(read | (age < nsa.window), mass),
+            on(forced, by_block) + lot * on(~forced, by_block),
+            jnp.sum(jnp.sort(by_block, axis=-1)[..., -nsa.num_blocks :], axis=-1),
+        ]
+    )
     valid = query_segments != 0
     totals = jnp.sum(shares, axis=(1, 3), where=valid[None, :, None])
     free = jnp.sum(valid & (candidates > slots)[:, 0], dtype=jnp.float32)

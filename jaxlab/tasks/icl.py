@@ -11,15 +11,15 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from jaxlab.app.references import model_folder
+from jaxlab.app.runs import Run
 from jaxlab.checkpoints.loading import load_model, load_model_config, model_identity
 from jaxlab.checkpoints.native import made_by
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import blocking as block
 from jaxlab.icl.prompts import Prompts, PromptsConfig, PromptSource, Roles, make_prompts, token_texts
 from jaxlab.icl.saliency import NsaEdges, Reduction, flow_memory, flow_shares, flows, saliency_maps
 from jaxlab.models import ModelConfig, Params
-from jaxlab.runs import Run
 
 PICTURE_TOKENS = 512
 """Longest prompt whose maps go into results.json."""
@@ -216,9 +216,15 @@ class _Flows:
     def add(self, seed: int, prompts: Prompts) -> None:
         started = time.perf_counter()
         sums, counts = flows(
-            self.params, prompts.batch, self.model, prompts.classes, prompts.targets,
-            reduction=self.config.reduction, nsa_edges=self.config.nsa_edges, num_classes=self.roles.classes,
-        )  # fmt: skip
+            self.params,
+            prompts.batch,
+            self.model,
+            prompts.classes,
+            prompts.targets,
+            reduction=self.config.reduction,
+            nsa_edges=self.config.nsa_edges,
+            num_classes=self.roles.classes,
+        )
         self.by_seed[seed].append(flow_shares(sums, counts, self.roles)[0])
         self.edges += np.asarray(counts, np.float64).sum(0)
         self.seconds += time.perf_counter() - started

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlab import runs, tasks, yaml_text
-from jaxlab.command_words import resolve
+from jaxlab.app import runs
+from jaxlab.app.registry import Task
+from jaxlab.config import yaml_text
+from jaxlab.config.command_line import resolve
 from jaxlab.errors import COMMAND_LINE, ConfigError
 from jaxlab.files import write_json
 
@@ -59,7 +61,7 @@ def _listed(text: str) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def run(task: tasks.Task, name: str, todo: Sequence[Point], *, outputs: Path, overwrite: bool) -> Path:
+def run(task: Task, name: str, todo: Sequence[Point], *, outputs: Path, overwrite: bool) -> Path:
     """Runs the points one after the other, each in its own run folder; finished ones are not done again.
 
     Returns `<outputs>/sweeps/<task>-<name>-<8 hex>/sweep.json`, brought up to date after every point.

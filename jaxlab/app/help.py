@@ -16,15 +16,15 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from jaxlab import tasks, yaml_text
-from jaxlab.config import to_plain
-from jaxlab.schema import ABSENT, POSITIONAL, Field, describe, fields_of, is_config, is_list
+from jaxlab.app.registry import Registry, Task
+from jaxlab.config import to_plain, yaml_text
+from jaxlab.config.schema import ABSENT, POSITIONAL, Field, describe, fields_of, is_config, is_list
 
 
-def task_list() -> str:
+def task_list(tasks: Registry) -> str:
     """The page of `run.py --help`."""
     width = max(map(len, tasks.names()))
-    lines = [f"  {name:<{width}}  {tasks.find(name).summary}" for name in tasks.names()]
+    lines = [f"  {task.name:<{width}}  {task.summary}" for task in tasks]
     return "\n".join(
         [
             "usage: run.py TASK [CONFIG.yaml] [--field.sub value ...]",
@@ -37,7 +37,7 @@ def task_list() -> str:
     )
 
 
-def print_task(task: tasks.Task, run_options: type) -> None:
+def print_task(task: Task, run_options: type) -> None:
     """Prints the page of `run.py TASK --help`."""
     is_config = task.takes == "config"
     lines = [task.summary[0].upper() + task.summary[1:] + ".", ""]

@@ -12,12 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxlab import provenance, yaml_text
+from jaxlab.app import provenance
+from jaxlab.app.runs import RunResult, command_line
+from jaxlab.config import yaml_text
 from jaxlab.files import write_atomic, write_json
-from jaxlab.reporting import report
 from jaxlab.reporting.folders import read_run, read_runs
 from jaxlab.reporting.formats import duration
-from jaxlab.runs import RunResult, command_line, execute
+from jaxlab.tasks import execute, report
 
 CONFIGS = Path("configs/quickstart")
 
@@ -87,14 +88,22 @@ def run(arguments: Arguments) -> None:
         for stage in STAGES:
             began = time.perf_counter()
             made[stage.config] = result = execute(
-                stage.task, stage.path, overrides(stage, made, arguments),
-                outputs=arguments.outputs, overwrite=arguments.overwrite,
-            )  # fmt: skip
+                stage.task,
+                stage.path,
+                overrides(stage, made, arguments),
+                outputs=arguments.outputs,
+                overwrite=arguments.overwrite,
+            )
             seconds = time.perf_counter() - began
-            lines.append({
-                "name": stage.config, "task": stage.task, "folder": f"../{stage.task}/{result.path.name}",
-                "seconds": round(seconds, 3), "reused": result.reused,
-            })  # fmt: skip
+            lines.append(
+                {
+                    "name": stage.config,
+                    "task": stage.task,
+                    "folder": f"../{stage.task}/{result.path.name}",
+                    "seconds": round(seconds, 3),
+                    "reused": result.reused,
+                }
+            )
             told = "already done" if result.reused else duration(seconds)
             bar.write(
                 f"quickstart: {stage.task} {stage.config}, {told}; {duration(time.time() - started)} in all"
@@ -105,17 +114,24 @@ def run(arguments: Arguments) -> None:
     sections = report.build(runs)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.yaml", yaml_text.dump(dataclasses.asdict(arguments)))
-    write_json(folder / "results.json", {
-        "headline": {section.key: " ".join(section.headline) for section in sections},
-        "claims": {v.claim.id: v.status for section in sections for v in section.verdicts},
-        "seconds": round(time.time() - started, 3),
-        "peak_memory_bytes": peak_memory(),
-        "stages": lines,
-    })  # fmt: skip
-    write_json(folder / "env.json", {
-        "task": "quickstart", "command": command_line("quickstart", *_words(arguments)),
-        **provenance.environment(),
-    })  # fmt: skip
+    write_json(
+        folder / "results.json",
+        {
+            "headline": {section.key: " ".join(section.headline) for section in sections},
+            "claims": {v.claim.id: v.status for section in sections for v in section.verdicts},
+            "seconds": round(time.time() - started, 3),
+            "peak_memory_bytes": peak_memory(),
+            "stages": lines,
+        },
+    )
+    write_json(
+        folder / "env.json",
+        {
+            "task": "quickstart",
+            "command": command_line("quickstart", *_words(arguments)),
+            **provenance.environment(),
+        },
+    )
     write_atomic(folder / "report.html", report.compose([read_run(folder), *runs], sections))
     print(f"report: {folder / 'report.html'}")
 

@@ -11,10 +11,10 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
+from jaxlab.app.references import model_folder
 from jaxlab.checkpoints import families, huggingface, loading, locate, native
 from jaxlab.checkpoints.folder import open_folder
 from jaxlab.checkpoints.kept import Kept
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
 from jaxlab.errors import UserError
@@ -92,13 +92,9 @@ def run(arguments: Arguments) -> None:
         return
     config, params = source.read(arguments.dtype)
     if to == "hf":
-        huggingface.save(
-            out, config, params, tokenizer, kept=source.kept, overwrite=arguments.overwrite
-        )  # fmt: skip
+        huggingface.save(out, config, params, tokenizer, kept=source.kept, overwrite=arguments.overwrite)
     else:
-        native.save_model(
-            out, config, params, tokenizer, kept=source.kept, overwrite=arguments.overwrite
-        )  # fmt: skip
+        native.save_model(out, config, params, tokenizer, kept=source.kept, overwrite=arguments.overwrite)
     print(f"written: {out}")
     if arguments.verify:
         verify(source, config, params, out, same_dtype=arguments.dtype is None)
@@ -125,21 +121,25 @@ def open_source(arguments: Arguments) -> Source:
         return Source(path, kind, loading.load_model_config(path), _cast(shapes, dtype), kept, read, account)
     checkpoint = huggingface.open_checkpoint(
         path, adapter=arguments.adapter, allow_pickle=arguments.allow_pickle
-    )  # fmt: skip
+    )
     found = checkpoint.account
     used = sum(len(entry.names) for entry in found.entries)
     account = f"{used} tensors used, {len(found.ignored)} ignored by rule"
     if found.copies:
         account += f", {', '.join(found.copies)} a copy of the embedding"
-    reading = lambda dtype: huggingface.read(  # noqa: E731
-        checkpoint, dtype=dtype, check_finite=arguments.check_finite
-    )
+    reading = lambda dtype: huggingface.read(checkpoint, dtype=dtype, check_finite=arguments.check_finite)
     names = [name for entry in found.entries for name in entry.names]
     stored = {name: checkpoint.folder[name] for name in (*names, *found.copies)}
     return Source(
-        path, kind, checkpoint.config, checkpoint.shapes(dtype), checkpoint.kept, reading, account,
+        path,
+        kind,
+        checkpoint.config,
+        checkpoint.shapes(dtype),
+        checkpoint.kept,
+        reading,
+        account,
         None if arguments.adapter is not None else stored,
-    )  # fmt: skip
+    )
 
 
 def verify(source: Source, config: ModelConfig, params: Params, out: Path, *, same_dtype: bool) -> None:

@@ -1,4 +1,4 @@
-"""Counting: floating-point operations of a model, what the devices could do, and the speed of steps."""
+"""Floating-point operations of a model's training step, and what the devices could do."""
 
 import time
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ def attended_tokens(config: ModelConfig, length: int) -> float:
     For NSA the sum over its branches, compressed keys included, with as many selection blocks as it may
     choose, the query's own among them; with sparsity at inference those that it lets through.
     """
-    within = lambda w: sum(min(t + 1, w) for t in range(length)) / length  # noqa: E731
-    before = lambda t, c: min(t // c.block_size, c.num_blocks - 1) * c.block_size  # noqa: E731
-    of_blocks = lambda c: sum(before(t, c) + t % c.block_size + 1 for t in range(length)) / length  # noqa: E731
+    within = lambda w: sum(min(t + 1, w) for t in range(length)) / length
+    before = lambda t, c: min(t // c.block_size, c.num_blocks - 1) * c.block_size
+    of_blocks = lambda c: sum(before(t, c) + t % c.block_size + 1 for t in range(length)) / length
     if config.sparsity.method in ("exact_tokens", "h2o"):
         return within(config.sparsity.budget)
     if config.sparsity.method != "none":
@@ -77,26 +77,3 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
     # Host devices share the same cores, so the count of devices does not multiply what was measured.
     count = 1 if devices[0].platform == "cpu" else len(devices)
     return count * 2 * side**3 / min(seconds), f"measured float32 matmul of side {side} on {kind}"
-
-
-class Stopwatch:
-    """Seconds per step over stretches of steps in which nothing else happens."""
-
-    def __init__(self) -> None:
-        self.stretches: list[float] = []
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins a new stretch; steps since the last reading are not measured."""
-        self._since, self._steps = time.perf_counter(), 0
-
-    def step(self) -> None:
-        self._steps += 1
-
-    def read(self) -> float | None:
-        """Seconds per step of the stretch that ends here, None if it is empty; begins the next one."""
-        if not self._steps:
-            return None
-        self.stretches.append((time.perf_counter() - self._since) / self._steps)
-        self.restart()
-        return self.stretches[-1]

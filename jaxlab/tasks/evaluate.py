@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from jaxlab.app.references import model_folder
+from jaxlab.app.runs import Run
 from jaxlab.checkpoints.loading import (
     load_model,
     load_model_config,
@@ -20,12 +22,13 @@ from jaxlab.checkpoints.loading import (
     stored_shapes,
 )
 from jaxlab.checkpoints.native import check_same_tree
-from jaxlab.checkpoints.reference import model_folder
+from jaxlab.costs.flops import attended_tokens
+from jaxlab.costs.memory import bytes_per_device, compiled_memory
 from jaxlab.data.source import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.evaluation import chosen_blocks
-from jaxlab.evaluation.measures import exact_match, target_losses
 from jaxlab.evaluation.needle import ByDepth
+from jaxlab.losses import exact_match, target_losses
 from jaxlab.models import (
     Batch,
     ModelConfig,
@@ -35,9 +38,6 @@ from jaxlab.models import (
     count_params,
     forward,
 )
-from jaxlab.runs import Run
-from jaxlab.training.memory import bytes_per_device, compiled_memory
-from jaxlab.training.metrics import attended_tokens
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,17 @@ class Config:
 
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
-    return {"model": model_identity(model_folder(config.model)), "data": make_source(config.data).identity}
+    return {
+        "model": model_identity(model_folder(config.model)),
+        "data": make_source(config.data, model_folder).identity,
+    }
 
 
 def check(config: Config) -> dict[str, Any]:
     """What `--check` reports: whether model and data fit, and the memory of a batch; no parameter is read."""
     folder, model, _, batch = _prepare(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     params = jax.tree.map(place, stored_shapes(folder))
     check_same_tree(params, abstract_params(model), folder)
     memory = compiled_memory(_measure, params, jax.tree.map(place, batch), model)
@@ -139,7 +142,7 @@ def by_position(
 def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.ndarray]]:
     """The model's folder and config, the data and its first batch; UserError if they do not fit together."""
     folder = model_folder(config.model)
-    model, source = load_model_config(folder), make_source(config.data)
+    model, source = load_model_config(folder), make_source(config.data, model_folder)
     model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = first_held_out(source, config.batch_size, config.split)
     if config.sparsity.method != "none" and "segment_ids" in batch:

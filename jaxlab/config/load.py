@@ -18,10 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jaxlab import command_words, yaml_text
+from jaxlab.config import command_line as command_words
+from jaxlab.config import yaml_text
+from jaxlab.config.schema import ABSENT, choices, describe, fields_of, is_config, leaves, members, suggestion
+from jaxlab.config.yaml_text import Keys
 from jaxlab.errors import COMMAND_LINE, ConfigError
-from jaxlab.schema import ABSENT, choices, describe, fields_of, is_config, leaves, members, suggestion
-from jaxlab.yaml_text import Keys
 
 Origins = dict[Keys, str]
 """Where values came from, by the keys that lead to them: `file:line`, or the command line."""

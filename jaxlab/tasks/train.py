@@ -3,7 +3,6 @@ bottom."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,26 +12,26 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.checkpoints.loading import model_identity
+from jaxlab.app.references import model_folder, train_inputs
+from jaxlab.app.runs import Run, read_metrics
 from jaxlab.checkpoints.native import save_model
-from jaxlab.checkpoints.reference import model_folder
-from jaxlab.data.source import DataConfig, Source, check_fits, first_held_out, make_source
-from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch, ModelConfig, Params, count_params
-from jaxlab.models.retrofit import GATE
-from jaxlab.runs import Run, read_metrics
-from jaxlab.training.memory import bytes_per_device, compiled_memory
-from jaxlab.training.metrics import Stopwatch, attended_tokens, peak_flops, train_flops_per_token
-from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from jaxlab.training.retrofit import mean_loss, measure_retrofit, told
+from jaxlab.costs.flops import attended_tokens, peak_flops, train_flops_per_token
+from jaxlab.costs.memory import bytes_per_device, compiled_memory
+from jaxlab.data.source import Source, check_fits, first_held_out, make_source
+from jaxlab.errors import UserError
+from jaxlab.losses import evaluate_step
+from jaxlab.models import Batch, Params, count_params
+from jaxlab.retrofit.measure import mean_loss, measure_retrofit, told
+from jaxlab.training.config import TrainConfig
+from jaxlab.training.optimizer import make_optimizer, make_schedule
 from jaxlab.training.sharding import (
-    MeshConfig,
     batch_shardings,
     check_batch,
     make_mesh,
     on_mesh,
     place_batch,
 )
+from jaxlab.training.speed import Stopwatch
 from jaxlab.training.state import (
     Initial,
     abstract_state,
@@ -41,81 +40,14 @@ from jaxlab.training.state import (
     read_initial,
     state_shardings,
 )
-from jaxlab.training.step import State, evaluate_step, train_step
+from jaxlab.training.step import State, train_step
 
-
-@dataclass(frozen=True)
-class Config:
-    """Train a model, from random parameters or from another model's."""
-
-    model: ModelConfig = ModelConfig()
-    """The model."""
-    data: DataConfig = DataConfig()
-    """What it reads."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How it learns."""
-    mesh: MeshConfig = MeshConfig()
-    """How devices are arranged."""
-    init_from: str | None = None
-    """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
-    tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that
-    is otherwise the same is retrofitted."""
-    retrofit_gate: float = GATE
-    """Gates of compression and window at the start of a retrofit; selection has what they leave of 1."""
-    steps: int = 1000
-    """Updates."""
-    batch_size: int = 32
-    """Sequences in an update, over all devices."""
-    accumulation: int = 1
-    """Parts in which the batch is read, one after the other, to save memory."""
-    seed: int = 0
-    """Of initial parameters and of the order of the data."""
-    log_every: int = 10
-    """Steps between lines of metrics."""
-    eval_every: int = 200
-    """Steps between evaluations on the validation split; one more comes at the end."""
-    eval_batches: int = 8
-    """Batches in an evaluation."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints, from which a killed run goes on."""
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
-        for name in (*counts, "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
-        if self.batch_size % self.accumulation:
-            raise ConfigError(
-                f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
-                key="accumulation",
-            )
-        if self.data.kind == "digits" and self.data.digits.has_images and not self.model.has_vision:
-            raise ConfigError(
-                "digits with images need a model with vision; set model.vision.num_layers", key="model"
-            )
-        if not 0 < self.retrofit_gate < 0.5:
-            raise ConfigError(f"must lie between 0 and 0.5, is {self.retrofit_gate}", key="retrofit_gate")
-        if self.model.sparsity.method != "none":
-            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity.method")
-        if self.seed < 0:
-            raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
-        if self.optimizer.language_scale != 1 and not self.model.has_vision:
-            raise ConfigError(
-                "is for a model with vision; set optimizer.learning_rate", key="optimizer.language_scale"
-            )
-        if self.data.kind == "text" and self.data.text.sequence_length > self.model.max_length:
-            raise ConfigError(
-                f"{self.model.max_length} does not hold sequences of {self.data.text.sequence_length}",
-                key="model.max_length",
-            )
+Config = TrainConfig
 
 
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
-    identities = {"data": make_source(config.data).identity}
-    if config.init_from is not None:
-        identities["init_from"] = model_identity(model_folder(config.init_from))
-    return identities
+    return train_inputs(config)
 
 
 def check(config: Config) -> dict[str, Any]:
@@ -159,9 +91,14 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     else:
         loaded = read_initial(setup.initial, model, setup.mesh)
         state = init_state(
-            model, setup.optimizer, config.seed, setup.shardings, loaded,
-            dense=dense, gate=config.retrofit_gate,
-        )  # fmt: skip
+            model,
+            setup.optimizer,
+            config.seed,
+            setup.shardings,
+            loaded,
+            dense=dense,
+            gate=config.retrofit_gate,
+        )
         if dense is not None:
             dense_params = {**state.params, **loaded}
             measure = on_mesh(measure_retrofit, setup.mesh)
@@ -247,7 +184,7 @@ def prepare(config: Config) -> Setup:
       UserError: mesh, data, model and initial model do not fit together.
     """
     mesh = make_mesh(config.mesh)
-    source = make_source(config.data)
+    source = make_source(config.data, model_folder)
     batch = source.batch(config.seed, 0, config.batch_size)
     for seen in (
         batch,
@@ -255,7 +192,11 @@ def prepare(config: Config) -> Setup:
     ):
         check_fits(seen, config.model)
         check_batch(len(seen["tokens"]) // config.accumulation, seen["tokens"].shape[1], config.model, mesh)
-    initial = Initial() if config.init_from is None else find_initial(config.init_from, config.model, source)
+    initial = (
+        Initial()
+        if config.init_from is None
+        else find_initial(model_folder(config.init_from), config.model, source)
+    )
     optimizer = make_optimizer(config.optimizer, config.model, config.steps)
     shardings = state_shardings(config.model, optimizer, mesh)
     step = functools.partial(

@@ -4,8 +4,8 @@ A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the ta
 identities of its inputs, the package version and, in a git checkout, the commit; with uncommitted changes of
 the code it covers these too. So a folder belongs to one state of the code:
 
-- With results.json in it the run is done; `execute` returns its results, unless `overwrite` is asked for or
-  the code has uncommitted changes. From changed code nothing finished is reused: the run is done anew.
+- With results.json in it the run is done; `run_config` returns its results, unless `overwrite` is asked
+  for or the code has uncommitted changes. From changed code nothing finished is reused: the run is done anew.
 - Without results.json the run was interrupted, by the same code on the same config. The folder is kept, so
   that a task which writes checkpoints continues from its own. This holds for changed code too: the hash says
   it is the same change.
@@ -22,14 +22,14 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxlab import config as configs
-from jaxlab import provenance, tasks
-from jaxlab.command_words import from_mapping
+from jaxlab.app import provenance
+from jaxlab.app.registry import Task
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable, write_atomic, write_json
 
@@ -105,45 +105,8 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
 
 
-def execute(
-    task_name: str,
-    config: str | os.PathLike[str] | Any,
-    overrides: configs.Overrides = (),
-    *,
-    outputs: str | os.PathLike[str] = "outputs",
-    overwrite: bool = False,
-    name: str | None = None,
-) -> RunResult:
-    """Runs a config task, or returns the results of the same run if it is done: the road that the command
-    line takes.
-
-    Args:
-      task_name: a task that takes a config.
-      config: a YAML file, or an instance of the task's `Config`.
-      overrides: words as on the command line, or values by dotted key.
-      outputs: the folder that run folders go to.
-      overwrite: whether to do a finished run anew.
-      name: the config's part of the folder name; the file's name without suffix if not given.
-
-    Raises: UserError for the user's mistakes; whatever the task raises.
-    """
-    task = tasks.find(task_name)
-    if task.takes != "config":
-        raise UserError(f"{task_name} takes no config")
-    schema = task.schema()
-    if isinstance(config, schema):
-        resolved = configs.replace(config, overrides)
-        return run_config(task, resolved, name or task_name, outputs=outputs, overwrite=overwrite)
-    words = from_mapping(schema, overrides) if isinstance(overrides, Mapping) else overrides
-    resolved = configs.load(schema, config, words)
-    command = command_line(task_name, os.fspath(config), *words)
-    return run_config(
-        task, resolved, name or Path(config).stem, command, outputs=outputs, overwrite=overwrite
-    )
-
-
 def run_config(
-    task: tasks.Task,
+    task: Task,
     config: Any,
     name: str,
     command: str = "",
@@ -151,7 +114,16 @@ def run_config(
     outputs: str | os.PathLike[str],
     overwrite: bool,
 ) -> RunResult:
-    """`execute` for a config that is loaded; `command` is noted as the one that made the run."""
+    """Runs a config task, or returns the results of the same run if it is done.
+
+    Args:
+      name: the config's part of the folder name.
+      command: what is noted as the command that made the run.
+      outputs: the folder that run folders go to.
+      overwrite: whether to do a finished run anew.
+
+    Raises: UserError for the user's mistakes; whatever the task raises.
+    """
     module = task.load()
     inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
     folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
@@ -179,7 +151,7 @@ def run_config(
         return _run(task, config, Run(folder, folder.name), inputs, command)
 
 
-def _run(task: tasks.Task, config: Any, run: Run, inputs: dict[str, str], command: str) -> RunResult:
+def _run(task: Task, config: Any, run: Run, inputs: dict[str, str], command: str) -> RunResult:
     write_atomic(run.path / "config.yaml", f"# {command}\n{configs.dump(config)}")
     started = time.time()
     facts = {"task": task.name, "command": command, "inputs": inputs, **provenance.environment()}

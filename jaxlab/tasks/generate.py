@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from jaxlab.app.references import model_folder
 from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
@@ -75,9 +75,14 @@ def run(arguments: Arguments) -> None:
 
     decode = _decoder(tokenizer, batch["tokens"][0].tolist())
     for token in stream(
-        params, batch, config, max_new_tokens=budget, temperature=arguments.temperature,
-        key=jax.random.key(arguments.seed), prefill_chunk=arguments.prefill_chunk,
-    ):  # fmt: skip
+        params,
+        batch,
+        config,
+        max_new_tokens=budget,
+        temperature=arguments.temperature,
+        key=jax.random.key(arguments.seed),
+        prefill_chunk=arguments.prefill_chunk,
+    ):
         if int(token[0]) in ends:
             break
         sys.stdout.write(decode(int(token[0])))

@@ -9,10 +9,10 @@ import tyro
 from tokenizers import Tokenizer
 
 from jaxlab import __version__
+from jaxlab.app.references import model_folder
 from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.loading import kept_of, load_model
 from jaxlab.checkpoints.native import save_model
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.config import to_dict
 from jaxlab.errors import UserError
 from jaxlab.files import write_json
@@ -64,10 +64,19 @@ def inject_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, Account]:
     options = {"density": recipe.density, "rescale": recipe.rescale}
     given = {name: value for name, value in options.items() if value is not None}
     return inject(
-        trio.vlm, trio.expert, trio.base, operator=recipe.operator, lambda_v=recipe.lambda_v,
-        lambda_e=recipe.lambda_e, embeddings=recipe.embeddings, common_rows=trio.common_rows,
-        seed=recipe.seed, mode=recipe.mode, family=trio.config.family, **given,
-    )  # fmt: skip
+        trio.vlm,
+        trio.expert,
+        trio.base,
+        operator=recipe.operator,
+        lambda_v=recipe.lambda_v,
+        lambda_e=recipe.lambda_e,
+        embeddings=recipe.embeddings,
+        common_rows=trio.common_rows,
+        seed=recipe.seed,
+        mode=recipe.mode,
+        family=trio.config.family,
+        **given,
+    )
 
 
 def _merge_to(recipe: MergeRecipe, out: Path) -> Account:
@@ -80,9 +89,14 @@ def _merge_to(recipe: MergeRecipe, out: Path) -> Account:
     if recipe.base is not None and base is not None:
         same_architecture(str(folders[0]), config, recipe.base, base[0])
     params, account = merge_models(
-        recipe.operator, [params for _, params, _ in loaded], base=None if base is None else base[1],
-        mode=recipe.mode, seed=recipe.seed, family=config.family, **recipe.parameters(),
-    )  # fmt: skip
+        recipe.operator,
+        [params for _, params, _ in loaded],
+        base=None if base is None else base[1],
+        mode=recipe.mode,
+        seed=recipe.seed,
+        family=config.family,
+        **recipe.parameters(),
+    )
     return save_merged(out, config, params, tokenizer, account, recipe, kept_of(folders[0]))
 
 

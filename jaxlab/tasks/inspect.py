@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from tokenizers import Tokenizer
 
+from jaxlab.app.references import model_folder
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.comparing import language_differences
 from jaxlab.checkpoints.folder import TensorFolder, open_folder
@@ -17,7 +18,6 @@ from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.kept import KEPT
 from jaxlab.checkpoints.locate import kind_of
 from jaxlab.checkpoints.matching import Match, match
-from jaxlab.checkpoints.reference import model_folder
 from jaxlab.checkpoints.tokenizer_files import common_prefix, read_tokenizer
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models.config import ModelConfig
@@ -210,9 +210,11 @@ def _list_dtypes(sizes: Counter[str]) -> str:
 def _mapped(found: Match) -> str:
     parts = [f"{len(found.paths):,} used"]
     for names, what in (
-        (found.copies, "a copy of the embedding"), (found.ignored, "ignored by rule"),
-        (found.unmapped, "not known"), (found.missing, "missing"),
-    ):  # fmt: skip
+        (found.copies, "a copy of the embedding"),
+        (found.ignored, "ignored by rule"),
+        (found.unmapped, "not known"),
+        (found.missing, "missing"),
+    ):
         if names:
             parts.append(f"{len(names):,} {what}")
     return ", ".join(parts)

@@ -1,0 +1,47 @@
+"""What may be named as a model: a folder, file or hub id (checkpoints/locate.py), or the config of a finished
+train run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxlab.app import runs
+from jaxlab.checkpoints.locate import resolve
+from jaxlab.config import load
+from jaxlab.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxlab.training.config import TrainConfig
+
+
+def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
+    """The folder, or file, of the model that `reference` names.
+
+    Raises:
+      UserError: there is none; where a config was named, the command that makes it.
+    """
+    path = Path(reference)
+    if path.suffix in (".yaml", ".yml"):
+        return _trained(path, Path(outputs))
+    return resolve(reference)
+
+
+def train_inputs(config: "TrainConfig") -> dict[str, str]:
+    """What a train run depends on besides its config, as digests: its data, and the model that it starts
+    from. Raises UserError."""
+    from jaxlab.checkpoints.loading import model_identity
+    from jaxlab.data.source import make_source
+
+    identities = {"data": make_source(config.data, model_folder).identity}
+    if config.init_from is not None:
+        identities["init_from"] = model_identity(model_folder(config.init_from))
+    return identities
+
+
+def _trained(path: Path, outputs: Path) -> Path:
+    from jaxlab.training.config import TrainConfig  # jax and optax: a folder's headers are read without
+
+    config = load(TrainConfig, path)
+    folder = outputs / "train" / runs.run_name("train", config, path.stem, train_inputs(config))
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{path}: not trained yet in {outputs}; run: python run.py train {path}")
+    return folder / "model"

@@ -1,0 +1,60 @@
+"""What a task is, and a table of tasks by name. A task is a module; it is imported only when it is asked for.
+
+A config task has `Config` (a frozen dataclass) and `run(config, run) -> dict`, and may have `check(config) ->
+dict` for `--check` and `inputs(config) -> dict[str, str]`, the identities of the checkpoints it reads. A
+command task has `Arguments` (a frozen dataclass) and `run(arguments) -> None`. docs/tasks.md tells how to add
+one.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Literal
+
+from jaxlab.config.schema import suggestion
+from jaxlab.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task: its name on the command line, its module, its line in the help, and what it takes."""
+
+    name: str
+    module: str
+    summary: str
+    takes: Literal["config", "arguments"] = "config"
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+    def schema(self) -> type:
+        """The dataclass that describes what the task takes."""
+        return self.load().Config if self.takes == "config" else self.load().Arguments
+
+
+class Registry:
+    """Tasks by name, in the order in which the help lists them. Raises ValueError for a name given twice."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self._by_name: dict[str, Task] = {}
+        for task in tasks:
+            self.add(task)
+
+    def add(self, task: Task) -> None:
+        if task.name in self._by_name:
+            raise ValueError(f"there are two tasks named {task.name}")
+        self._by_name[task.name] = task
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._by_name.values())
+
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def find(self, name: str) -> Task:
+        """The task of a name. Raises UserError with the nearest name if there is none."""
+        if name not in self._by_name:
+            hint = suggestion(name, self._by_name) or f"; there are {', '.join(self._by_name)}"
+            raise UserError(f"unknown task {name!r}{hint}")
+        return self._by_name[name]
