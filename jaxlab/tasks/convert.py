@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tokenizers import Tokenizer
 
 from jaxlab.app.references import model_folder
@@ -17,6 +16,7 @@ from jaxlab.checkpoints.folder import open_folder
 from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
+from jaxlab.config import POSITIONAL
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, count_params, forward
 
@@ -31,9 +31,9 @@ _TOKENS = (2, 24)
 class Arguments:
     """Write a model in another form."""
 
-    in_: Annotated[str, tyro.conf.Positional]
+    in_: Annotated[str, POSITIONAL]
     """A folder of Hugging Face or of ours, a hub id, a run folder, or a .bin file of llama2.c."""
-    out: Annotated[str, tyro.conf.Positional]
+    out: Annotated[str, POSITIONAL]
     """The folder to write."""
     to: Literal["hf", "orbax"] | None = None
     """Hugging Face's form or ours; by default the one that IN has not."""

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from jaxlab.app.references import model_folder
 from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
+from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
@@ -25,7 +25,7 @@ from jaxlab.processing import load_processor
 class Arguments:
     """Stream text from a model."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, POSITIONAL]
     """A model folder, ours or Hugging Face's; a hub id; a .bin file of llama2.c; a run folder, or the config
     of a finished train run."""
     prompt: str

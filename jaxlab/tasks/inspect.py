@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tokenizers import Tokenizer
 
 from jaxlab.app.references import model_folder
@@ -19,6 +18,7 @@ from jaxlab.checkpoints.kept import KEPT
 from jaxlab.checkpoints.locate import kind_of
 from jaxlab.checkpoints.matching import Match, match
 from jaxlab.checkpoints.tokenizer_files import common_prefix, read_tokenizer
+from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models.config import ModelConfig
 
@@ -29,7 +29,7 @@ _SHOWN = 6
 class Arguments:
     """Tell what models are, and which can be merged."""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    models: Annotated[tuple[str, ...], POSITIONAL]
     """Folders of Hugging Face or of ours, hub ids, run folders, .bin files of llama2.c."""
     allow_pickle: bool = False
     """Look into PyTorch's .bin files where there are no safetensors."""

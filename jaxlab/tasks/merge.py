@@ -4,8 +4,8 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import tyro
 from tokenizers import Tokenizer
 
 from jaxlab import __version__
@@ -13,7 +13,7 @@ from jaxlab.app.references import model_folder
 from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.loading import kept_of, load_model
 from jaxlab.checkpoints.native import save_model
-from jaxlab.config import to_dict
+from jaxlab.config import POSITIONAL, to_dict
 from jaxlab.errors import UserError
 from jaxlab.files import write_json
 from jaxlab.merging.account import Account
@@ -30,7 +30,7 @@ ACCOUNT = "account.json"
 class Arguments:
     """Merge models, or inject an expert into a VLM."""
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[str, POSITIONAL]
     """YAML file that begins with kind: inject or kind: merge."""
     out: str
     """Folder to write the model to."""

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
+from jaxlab.config import POSITIONAL
 from jaxlab.files import write_atomic
 from jaxlab.reporting import generic, icl, injection, long_input, nsa, retrofit
 from jaxlab.reporting.folders import RunFolder, read_runs
@@ -26,7 +25,7 @@ _PARTS = (
 class Arguments:
     """Write a self-contained HTML page from the results of runs."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], POSITIONAL]
     """run folders; the folder of a quickstart stands for all its stages"""
     out: str = "outputs/report.html"
     """the file to write"""
