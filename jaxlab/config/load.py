@@ -83,7 +83,7 @@ def build[T](cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain values of a config by key, as they stand in a file."""
-    return {key: to_plain(getattr(config, field.name)) for key, field in fields_of(type(config)).items()}
+    return {key: to_plain(getattr(config, field.name)) for key, field in fields_of(config.__class__).items()}
 
 
 def to_plain(value: Any) -> Any:

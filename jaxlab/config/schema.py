@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import keyword
 import types
 import typing
@@ -33,17 +34,9 @@ class Field:
     positional: bool
 
 
+@functools.cache
 def fields_of(cls: type) -> dict[str, Field]:
     """The fields of a config class by key. Raises TypeError for a class or type that configs cannot hold."""
-    if cls not in _FIELDS:
-        _FIELDS[cls] = _read_fields(cls)
-    return _FIELDS[cls]
-
-
-_FIELDS: dict[type, dict[str, Field]] = {}
-
-
-def _read_fields(cls: type) -> dict[str, Field]:
     if not is_config(cls) or not vars(cls)["__dataclass_params__"].frozen:
         raise TypeError(f"{cls} is not a frozen dataclass")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -67,12 +60,14 @@ def _read_fields(cls: type) -> dict[str, Field]:
     return {KIND: result.pop(KIND), **result} if KIND in result else result
 
 
+@functools.cache
 def variants(kind: Any) -> dict[str, type]:
     """The configs with a `kind` that a value of a type may be, by the word of it."""
     words = {member: kind_of(member) for member in groups(kind)}
     return {word: member for member, word in words.items() if word is not None}
 
 
+@functools.cache
 def kind_of(cls: type) -> str | None:
     """The word that a config class declares as its `kind`, or None."""
     field = fields_of(cls).get(KIND)
@@ -80,6 +75,7 @@ def kind_of(cls: type) -> str | None:
     return words[0] if len(words) == 1 else None
 
 
+@functools.cache
 def inner_fields(kind: Any) -> dict[str, Field]:
     """What may stand below a key of a type, by key: a config's fields, or those of all configs of a union.
 
@@ -98,6 +94,7 @@ def inner_fields(kind: Any) -> dict[str, Field]:
     return result
 
 
+@functools.cache
 def leaves(kind: Any, prefix: str = "") -> dict[str, Field]:
     """Every field that holds a value of its own, by dotted key; optional groups, and at the end theirs."""
     result, optional = {}, {}
@@ -111,6 +108,7 @@ def leaves(kind: Any, prefix: str = "") -> dict[str, Field]:
     return result | optional
 
 
+@functools.cache
 def groups(kind: Any) -> tuple[type, ...]:
     """The config classes among the types of a union."""
     return tuple(member for member in members(kind) if is_config(member))

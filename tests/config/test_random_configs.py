@@ -17,8 +17,8 @@ from jaxlab.config.schema import ABSENT, KIND, fields_of, is_config, leaves, mem
 from jaxlab.errors import ConfigError
 from tests.config.examples import Attention, Cosine, Example
 
-SOME = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-MANY = settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+SOME = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
