@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from jaxlab import config as configs
 from jaxlab.config import yaml_text
 from jaxlab.config.command_line import from_mapping
-from jaxlab.config.schema import ABSENT, KIND, fields_of, is_config, leaves, members, variants
+from jaxlab.config.schema import (
+    ABSENT,
+    KIND,
+    fields_of,
+    groups,
+    inner_fields,
+    is_config,
+    leaves,
+    members,
+    variants,
+)
 from jaxlab.errors import ConfigError
 from tests.config.examples import Attention, Cosine, Example
 
@@ -113,6 +123,32 @@ def test_valid_configs_survive_the_command_line(tree: dict[str, Any]) -> None:
     config = configs.build(Example, tree)
     words = from_mapping(Example, configs.to_dict(config))
     assert configs.load(Example, None, words) == config
+
+
+def single_values(kind: Any, tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config's tree by dotted key, groups taken apart."""
+    result = {}
+    for key, value in tree.items():
+        inside = inner_fields(kind)[key].type
+        if groups(inside) and isinstance(value, dict):
+            result |= single_values(inside, value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+@SOME
+@given(below=TREES, tree=TREES, data=st.data())
+def test_words_in_any_order_make_any_config_of_another(
+    below: dict[str, Any], tree: dict[str, Any], data: st.DataObject, path: Path
+) -> None:
+    below.pop("weights", None)  # mappings without a class are joined
+    path.write_text(configs.dump(configs.build(Example, below)), encoding="utf-8")
+    config = configs.build(Example, tree)
+    values = single_values(Example, configs.to_dict(config))
+    order = data.draw(st.permutations(list(values)))
+    words = from_mapping(Example, {key: values[key] for key in order})
+    assert configs.load(Example, path, words) == config
 
 
 @SOME
