@@ -138,8 +138,7 @@ class Source:
             items = command_words.parse(cls, overrides)
         self.tree = _spelled_out(cls, self.tree)
         single = [item for keys, value in items for item in _one_by_one(_type_at(cls, keys), keys, value)]
-        # Kinds first, whatever the order of the words: the other values are meant for the new kind.
-        for keys, value in sorted(single, key=lambda item: not _sets_kind(cls, *item)):
+        for keys, value in single:
             try:
                 if keys[-1] == KIND:
                     self._leave_out(keys[:-1], variants(_type_at(cls, keys[:-1])), value)
@@ -210,10 +209,6 @@ def _one_by_one(kind: Any, keys: Keys, value: Any) -> Iterator[tuple[Keys, Any]]
             yield from _one_by_one(_type_at(kind, (key,)), (*keys, key), item)
     else:
         yield keys, value
-
-
-def _sets_kind(cls: type, keys: Keys, value: Any) -> bool:
-    return keys[-1] == KIND or (value is None and bool(variants(_type_at(cls, keys))))
 
 
 def _put(tree: dict[Any, Any], keys: Keys, value: Any) -> None:
