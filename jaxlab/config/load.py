@@ -157,7 +157,7 @@ class Source:
         if not (isinstance(old, str) and isinstance(word, str) and {old, word} <= kinds.keys()):
             return
         alien = fields_of(kinds[old]).keys() - fields_of(kinds[word]).keys()
-        # What the command line itself gives stays: validation will refuse it, whatever the order of the words.
+        # What the command line itself gives stays: validation refuses it, whatever the order of the words.
         lost = [key for key in group if key in alien and self.origins.get((*keys, key)) != COMMAND_LINE]
         given = [key for key in lost if (*keys, key) in self.origins]
         if given:
