@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from jaxlab.data import episodes
 from jaxlab.data.episodes import EpisodesConfig
+from jaxlab.models import Batch
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Roles:
 class Prompts(NamedTuple):
     """A batch of prompts. `batch` is what the model reads; the rest is what an analysis knows besides."""
 
-    batch: dict[str, np.ndarray]
+    batch: Batch
     """tokens int32[B, T], and segment_ids where prompts differ in length."""
     classes: np.ndarray
     """int32[B, T]: token classes, see Roles; -1 is outside of all edge sets."""

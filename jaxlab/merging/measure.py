@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def stack_batches(batches: list[Batch]) -> list[Batch]:
     """Batches of equal shapes on a new leading axis, one dict for each set of shapes."""
     groups: dict[Any, list[Batch]] = {}
     for batch in batches:
-        shapes = tuple(sorted((name, np.shape(value)) for name, value in batch.items()))
+        shapes = tuple(sorted((name, np.shape(cast(Array, value))) for name, value in batch.items()))
         groups.setdefault(shapes, []).append(batch)
     return [jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *group) for group in groups.values()]
 

@@ -166,7 +166,7 @@ class Setup(NamedTuple):
 
     mesh: Mesh
     source: Source
-    batch: dict[str, np.ndarray]
+    batch: Batch
     """The first one, for its shapes."""
     initial: Initial
     optimizer: optax.GradientTransformation
