@@ -1,6 +1,6 @@
 """One decoder, with or without vision: modules that compute, and pure functions on one parameter pytree."""
 
-from etils import epy  # type: ignore[import-untyped]
+from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.models.batch import Batch
