@@ -1,4 +1,4 @@
-"""How long the way is from the command line to the first step of training: the project's modules whose code runs,
+"""How long the way is from the command line to the first step of training: the modules whose code runs,
 and the calls that go from one package into another, by `sys.monitoring`.
 
 python benchmarks/entry_path.py configs/quickstart/nsa_full.yaml [--root CHECKOUT] [--out FILE]
@@ -96,7 +96,9 @@ def count_way(root: Path, words: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("--root", default=Path(__file__).resolve().parents[1], type=Path)
     parser.add_argument("--out", type=Path)

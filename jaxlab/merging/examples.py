@@ -1,7 +1,7 @@
 """Questions of a data set with the answers of models to them, for people to read."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,11 @@ from jaxlab.models import Batch, ModelConfig, Params, generate
 
 
 def answered(
-    models: Mapping[str, Params], batch: Batch, config: ModelConfig, tokenizer: Tokenizer, count: int
+    models: Mapping[str, Params],
+    batch: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    count: int,
 ) -> list[dict[str, Any]]:
     """The first `count` rows of a batch, answered greedily by every model.
 
@@ -28,12 +32,13 @@ def answered(
     ends = rows["loss_mask"].shape[1] - rows["loss_mask"][:, ::-1].argmax(1)
     expected = [row[start:end] for row, start, end in zip(rows["tokens"], starts, ends, strict=True)]
     before = np.arange(rows["tokens"].shape[1])[None] < starts[:, None]
-    prompts = (
+    prompts = cast(
+        Batch,
         {  # padded with the first token: the answer must not even stand where it is not read
             "tokens": jnp.asarray(np.where(before, rows["tokens"], rows["tokens"][:, :1])[:, : starts.max()]),
             "segment_ids": jnp.asarray(before.astype(np.int32)[:, : starts.max()]),
         }
-        | ({"images": jnp.asarray(rows["images"])} if "images" in rows else {})
+        | ({"images": jnp.asarray(rows["images"])} if "images" in rows else {}),
     )
     last = {int(answer[-1]) for answer in expected}
     stop = last.pop() if len(last) == 1 else None  # the mark of an end, if answers have one

@@ -1,7 +1,7 @@
 """What a search measures: exact match of answers, on batches of the project's data sources."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.data.source import DataConfig, make_source
+from jaxlab.data import DataConfig, make_source
 from jaxlab.errors import UserError
 from jaxlab.losses import exact_match
 from jaxlab.merging.grid import Measure
@@ -30,9 +30,9 @@ def read_data(evaluate: Mapping[str, DataConfig], split: str, batch_size: int, b
     return data
 
 
-def stack_batches(batches: list[Batch]) -> list[Batch]:
+def stack_batches(batches: Sequence[Mapping[str, Any]]) -> list[Batch]:
     """Batches of equal shapes on a new leading axis, one dict for each set of shapes."""
-    groups: dict[Any, list[Batch]] = {}
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
     for batch in batches:
         shapes = tuple(sorted((name, np.shape(value)) for name, value in batch.items()))
         groups.setdefault(shapes, []).append(batch)

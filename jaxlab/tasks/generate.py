@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import jax
 import numpy as np
@@ -13,11 +13,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
 from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, prepare_batch, stream
+from jaxlab.models import Batch, ModelConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
 
 
@@ -94,7 +94,7 @@ def run(arguments: Arguments) -> None:
 
 def read_prompt(
     arguments: Arguments, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+) -> Batch:
     """The batch of prompt and images: for models of other people, by the processor in their folder."""
     files = arguments.image
     if files and not config.has_vision:
@@ -108,12 +108,12 @@ def read_prompt(
         except ValueError as error:
             raise UserError(f"{folder}: its processor does not fit its model: {error}") from error
     tokens = encode(arguments.prompt, tokenizer)
-    batch = {}
+    images: dict[str, np.ndarray] = {}
     if files:
-        batch["images"] = np.stack([read_image(file, config) for file in files])[None]
+        images["images"] = np.stack([read_image(file, config) for file in files])[None]
         missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)
         tokens = [config.vision.image_token] * missing + tokens
-    return {**batch, "tokens": np.asarray([tokens], np.int32)}
+    return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
 
 def encode(text: str, tokenizer: Tokenizer | None, special: bool = True) -> list[int]:
