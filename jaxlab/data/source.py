@@ -1,9 +1,8 @@
-"""One config for every source of batches, how a source is made of it, and whether it fits a model."""
+"""The sources of batches, how a source is made of it, and whether it fits a model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,22 +15,8 @@ from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What a model is trained or evaluated on."""
-
-    kind: Literal["text", "digits", "episodes", "needle"] = "text"
-    """text: files; digits: questions about handwritten digits; episodes: in-context learning;
-    needle: facts in long filler."""
-    text: TextConfig = TextConfig()
-    """Used where kind is text."""
-    digits: DigitsConfig = DigitsConfig()
-    """Used where kind is digits."""
-    episodes: EpisodesConfig = EpisodesConfig()
-    """Used where kind is episodes."""
-    needle: NeedleConfig = NeedleConfig()
-    """Used where kind is needle."""
+DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig
+"""What a model is trained or evaluated on."""
 
 
 @runtime_checkable
@@ -62,13 +47,15 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
     Raises:
       UserError: what the source reads is not there.
     """
-    if config.kind == "text":
-        return TextSource(config.text, find_model)
-    if config.kind == "digits":
-        return DigitsSource(config.digits)
-    if config.kind == "episodes":
-        return EpisodesSource(config.episodes)
-    return NeedleSource(config.needle)
+    match config:
+        case TextConfig():
+            return TextSource(config, find_model)
+        case DigitsConfig():
+            return DigitsSource(config)
+        case EpisodesConfig():
+            return EpisodesSource(config)
+        case NeedleConfig():
+            return NeedleSource(config)
 
 
 def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
@@ -117,7 +104,7 @@ def check_same_words(model: Tokenizer | None, source: Tokenizer | None, path: st
             kinds = ["words" if tokenizer else "bytes" for tokenizer in (model, source)]
             raise UserError(
                 f"{path}: the model reads {kinds[0]}, the data holds {kinds[1]}; change data.kind "
-                "or data.text.tokenizer"
+                "or data.tokenizer"
             )
         return
     theirs = source.get_vocab()

@@ -124,7 +124,7 @@ def _n2(needles: Sequence[RunFolder], makers: Mapping[int, RunFolder | None]) ->
         maker = makers[id(run)]
         if maker is None or variant(maker) != "NSA":
             continue
-        if run.get("needle", "length") == maker.setting("data", "needle", "sequence_length"):
+        if run.get("needle", "length") == maker.setting("data", "sequence_length"):
             length = run.get("needle", "length")
             found += [at["exact_match"] for at in run.get("needle", "depths")]
     return rules.n2(found, length)
@@ -209,7 +209,7 @@ def _length(run: RunFolder) -> str:
     if run.get("needle"):
         return str(run.get("needle", "length"))
     is_text = run.setting("data", "kind") == "text"
-    return str(run.setting("data", "text", "sequence_length")) if is_text else NONE
+    return str(run.setting("data", "sequence_length")) if is_text else NONE
 
 
 def _variant_table(variants: Mapping[str, Sequence[RunFolder]]) -> Markup | None:

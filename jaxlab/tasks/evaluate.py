@@ -22,7 +22,15 @@ from jaxlab.checkpoints.loading import (
 )
 from jaxlab.checkpoints.native import check_same_tree
 from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory
-from jaxlab.data import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
+from jaxlab.data import (
+    DataConfig,
+    Source,
+    TextConfig,
+    check_fits,
+    check_same_words,
+    first_held_out,
+    make_source,
+)
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.evaluation import ByDepth, decoding_reads, describe_chosen_blocks
 from jaxlab.losses import exact_match, target_losses
@@ -43,7 +51,7 @@ class Config:
 
     model: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = TextConfig()
     """What it is measured on."""
     sparsity: SparsityConfig = SparsityConfig()
     """Measure it as if it read a part of the text only; for models trained with full attention."""

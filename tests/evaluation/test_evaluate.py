@@ -29,7 +29,7 @@ def make(tmp_path):
     def make(model, params, **changes):
         save_model(tmp_path / "model", model, params, overwrite=True)
         text = {"path": str(tmp_path / "text.py"), "sequence_length": 8, "holdout_every": 2}
-        base = {"model": str(tmp_path / "model"), "data": {"text": text}, "batch_size": 4, "batches": 2}
+        base = {"model": str(tmp_path / "model"), "data": text, "batch_size": 4, "batches": 2}
         return build(evaluate.Config, {**base, **changes})
 
     return make
@@ -138,7 +138,7 @@ def test_check_reads_no_parameter(make, monkeypatch):
         (dataclasses.replace(MODEL, max_length=7), {}, "exceed the model's max_length 7"),
         (MODEL, {"batch_size": 99}, "the test split of the data holds no full batch of 99"),
         (LONG, {"data": {"kind": "episodes"}}, "the model reads bytes, the data holds words"),
-        (LONG, {"data": {"kind": "digits", "digits": {"mixture": {"image_words": 1.0}}}}, "has no vision"),
+        (LONG, {"data": {"kind": "digits", "mixture": {"image_words": 1.0}}}, "has no vision"),
         (
             LONG,
             {"data": {"kind": "digits"}, "sparsity": {"method": "quest"}},

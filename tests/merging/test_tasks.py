@@ -251,7 +251,7 @@ def test_sharded_models_give_the_same_bits():
     same(*results)
 
 
-TEXT = "  text: {kind: text, text: {path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}}\n"
+TEXT = "  text: {kind: text, path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}\n"
 
 
 def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):

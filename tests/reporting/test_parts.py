@@ -60,7 +60,7 @@ def needle_runs(tmp_path):
     ]
     read = read_runs(runs)
     for run in read[:2]:
-        run.config["data"]["needle"] = {"sequence_length": 512}
+        run.config["data"]["sequence_length"] = 512
     return read
 
 

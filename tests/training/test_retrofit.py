@@ -56,7 +56,7 @@ def text(tmp_path):
 def make(text, initial, **changes):
     base = {
         "model": LLAMA,
-        "data": {"text": text},
+        "data": text,
         "mesh": {"data": 1},
         "init_from": str(initial),
         "steps": 2,
