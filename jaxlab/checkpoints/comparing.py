@@ -35,7 +35,7 @@ def language_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     position are equal in a text, so which pair turns by which one does not matter either.
     """
     free = ["vocab_size", "vision", "tie_embeddings", "extra_embeddings"]
-    if one.position != "learned":
+    if one.position.kind != "learned":
         free.append("max_length")
     plain = lambda c: dataclasses.replace(
         c, rope=dataclasses.replace(c.rope, sections=(), sections_interleaved=False)
@@ -64,8 +64,8 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
     unused = {
         "window": lambda c: "sliding" not in c.kinds,
         "nsa": lambda c: "nsa" not in c.kinds,
-        "rope": lambda c: c.position != "rotary",
-        "local_rope_theta": lambda c: c.position != "rotary",
+        "rope": lambda c: c.position.kind != "rotary",
+        "local_rope_theta": lambda c: c.position.kind != "rotary",
         "mlp_width": lambda c: c.moe.num_experts and not c.dense_layers,
         "vision": lambda c: not c.has_vision,
     }

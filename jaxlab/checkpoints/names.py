@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxlab.checkpoints.layout import Layout, parse
 from jaxlab.checkpoints.rows import Path, Row
 from jaxlab.errors import UserError
-from jaxlab.models.sparse_config import BRANCHES
+from jaxlab.models.config import BRANCHES
 
 Leaf = Float[Array, "..."] | Float[np.ndarray, "..."]
 Stack = Float[Array, "N ..."] | Float[np.ndarray, "N ..."]

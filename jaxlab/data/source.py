@@ -87,9 +87,12 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
         )
     if "images" in batch:
         vision = model.vision
+        if not isinstance(vision, PlainVisionConfig):
+            raise UserError(
+                f"the data holds images and the model has {vision.kind if vision else 'no'} vision; "
+                "give model.vision of kind plain"
+            )
         size = (vision.image_size, vision.image_size, vision.channels)
-        if not model.has_vision:
-            raise UserError("the data holds images and the model has no vision; set model.vision.num_layers")
         if batch["images"].shape[2:] != size:
             raise UserError(
                 f"the data holds images of {batch['images'].shape[2:]}, the model takes {size}; "

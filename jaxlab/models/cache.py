@@ -32,9 +32,9 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     Raises:
       ValueError: NSA with positions of several coordinates: its blocks know one a token.
     """
-    if config.attention == "nsa" and config.rope.sections and config.position == "rotary":
+    if config.attention.kind == "nsa" and config.rope.sections and config.position.kind == "rotary":
         raise ValueError("NSA has no cache for positions of several coordinates; set rope.sections: []")
-    make = _empty_nsa if config.attention == "nsa" else _empty_full
+    make = _empty_nsa if config.attention.kind == "nsa" else _empty_full
     empty = jnp.zeros((batch_size,), jnp.int32)
     return Cache(make(config, batch_size, length), empty, jnp.zeros_like(empty))
 

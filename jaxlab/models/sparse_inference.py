@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.models.config import SparsityConfig
 from jaxlab.models.selectors import (
     block_bounds,
     block_mass,
@@ -31,7 +32,6 @@ from jaxlab.models.selectors import (
     causal_scores,
     in_blocks,
 )
-from jaxlab.models.sparse_config import SparsityConfig
 from kernels_pallas.nsa import best_blocks
 
 
@@ -43,13 +43,13 @@ def sparse_attention(
     *,
     scale: float,
 ) -> Float[Array, "B T H Dv"]:
-    """Causal attention of whole sequences, one a row, restricted by `sparsity.method` (which is not none).
+    """Causal attention of whole sequences, one a row, restricted as `sparsity` says.
 
     Scores and softmax in float32, the output in the dtype of v.
     """
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    attend = _h2o if sparsity.method == "h2o" else _by_query
+    attend = _h2o if sparsity.kind == "h2o" else _by_query
     out = attend(q, k, v, sparsity, scale)
     return out.reshape(batch, length, heads, v.shape[-1])
 
@@ -57,12 +57,12 @@ def sparse_attention(
 def _by_query(q: Array, k: Array, v: Array, sparsity: SparsityConfig, scale: float) -> Array:
     """Every method that chooses for each query alone."""
     length, size = q.shape[1], sparsity.block_size
-    bounds = block_bounds(k, size) if sparsity.method == "quest" else None
-    representatives = _representatives(q, k, sparsity) if sparsity.method == "infllm" else None
+    bounds = block_bounds(k, size) if sparsity.kind == "quest" else None
+    representatives = _representatives(q, k, sparsity) if sparsity.kind == "infllm" else None
 
     def attend(q: Array, positions: Array) -> Array:
         scores = causal_scores(q, k, positions, scale)
-        if sparsity.method == "exact_tokens":
+        if sparsity.kind == "exact_tokens":
             read = _largest(scores, min(sparsity.budget, length))
         else:
             if bounds is not None:

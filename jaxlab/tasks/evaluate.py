@@ -53,7 +53,7 @@ class Config:
     """A model folder, a run folder, or the config of a finished train run."""
     data: DataConfig = TextConfig()
     """What it is measured on."""
-    sparsity: SparsityConfig = SparsityConfig()
+    sparsity: SparsityConfig | None = None
     """Measure it as if it read a part of the text only; for models trained with full attention."""
     split: Literal["validation", "test"] = "test"
     """Which held-out split."""
@@ -150,9 +150,9 @@ def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.nd
     model, source = load_model_config(folder), make_source(config.data, model_folder)
     model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = first_held_out(source, config.batch_size, config.split)
-    if config.sparsity.method != "none" and "segment_ids" in batch:
+    if config.sparsity is not None and "segment_ids" in batch:
         raise UserError(
-            f"{config.sparsity.method} reads one whole text a row and the data has segments; set data.kind "
+            f"{config.sparsity.kind} reads one whole text a row and the data has segments; set data.kind "
             "to text, episodes or needle"
         )
     check_fits(batch, model)

@@ -61,7 +61,7 @@ def run(arguments: Arguments) -> None:
     config, params, tokenizer = load_model(folder)
     if tokenizer is None and config.family != "jaxlab":
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
-    if config.attention == "nsa" and config.nsa.selector == "auxiliary":
+    if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     ends = frozenset() if arguments.past_end else end_tokens(folder)
     batch = read_prompt(arguments, folder, config, tokenizer)
@@ -99,7 +99,7 @@ def read_prompt(
     files = arguments.image
     if files and not config.has_vision:
         raise UserError(f"{arguments.model}: a language model without vision cannot read {files[0]}")
-    if files and config.vision.kind != "plain":
+    if files and not isinstance(config.vision, PlainVisionConfig):
         if tokenizer is None:
             raise UserError(f"{folder}: no tokenizer; images are placed by its tokens")
         batch = load_processor(companion_folder(folder))(arguments.prompt, files, tokenizer)
@@ -111,8 +111,10 @@ def read_prompt(
     images: dict[str, np.ndarray] = {}
     if files:
         images["images"] = np.stack([read_image(file, config) for file in files])[None]
-        missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)
-        tokens = [config.vision.image_token] * missing + tokens
+        missing = len(files) * config.vision_as(PlainVisionConfig).num_patches - tokens.count(
+            config.image_token
+        )
+        tokens = [config.image_token] * missing + tokens
     return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
 
@@ -144,7 +146,7 @@ def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int] = ()) -> Callabl
 
 def read_image(path: str, config: ModelConfig) -> np.ndarray:
     """float32 [height, width, channels] in [0, 1], resized to what the model takes."""
-    vision = config.vision
+    vision = config.vision_as(PlainVisionConfig)
     if vision.channels not in (1, 3):
         raise UserError(f"the model takes {vision.channels} channels; image files have 1 or 3")
     if not Path(path).is_file():

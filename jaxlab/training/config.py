@@ -56,13 +56,11 @@ class TrainConfig:
                 key="accumulation",
             )
         if self.data.kind == "digits" and self.data.has_images and not self.model.has_vision:
-            raise ConfigError(
-                "digits with images need a model with vision; set model.vision.num_layers", key="model"
-            )
+            raise ConfigError("digits with images need a model with vision; give model.vision", key="model")
         if not 0 < self.retrofit_gate < 0.5:
             raise ConfigError(f"must lie between 0 and 0.5, is {self.retrofit_gate}", key="retrofit_gate")
-        if self.model.sparsity.method != "none":
-            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity.method")
+        if self.model.sparsity is not None:
+            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity.kind")
         if self.seed < 0:
             raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
         if self.optimizer.language_scale != 1 and not self.model.has_vision:

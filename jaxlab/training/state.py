@@ -15,7 +15,7 @@ from jaxlab.checkpoints.loading import load_model, load_model_config, load_token
 from jaxlab.checkpoints.native import check_same_tree
 from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, init_params
+from jaxlab.models import FullAttentionConfig, ModelConfig, Params, abstract_params, init_params
 from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
@@ -109,12 +109,12 @@ def find_initial(folder: Path, model: ModelConfig, source: Source) -> Initial:
     """
     theirs, stored = load_model_config(folder), stored_shapes(folder)
     dense = None
-    if model.attention == "nsa" and theirs.attention != "nsa":
+    if model.attention.kind == "nsa" and theirs.attention.kind != "nsa":
         try:
             retrofitted(theirs, model.nsa)
         except ConfigError as error:
             raise UserError(f"{folder}: it cannot be retrofitted to NSA: {error}") from error
-        dense = dataclasses.replace(model, attention="full", nsa=NSAConfig())
+        dense = dataclasses.replace(model, attention=FullAttentionConfig())
     expected = {
         name: tree
         for name, tree in abstract_params(dense or model).items()
@@ -122,10 +122,12 @@ def find_initial(folder: Path, model: ModelConfig, source: Source) -> Initial:
     }
     check_same_tree(stored, expected, folder, expected_by="the model to train")
     for name in _MEANING if dense is None else _different(theirs, dense):
-        if getattr(theirs, name) != getattr(model, name):
+        of_theirs, of_ours = getattr(theirs, name), getattr(model, name)
+        if dense is None and name == "position":  # how rotary positions are stretched may change
+            of_theirs, of_ours = of_theirs.kind, of_ours.kind
+        if of_theirs != of_ours:
             raise UserError(
-                f"{folder}: its {name} is {getattr(theirs, name)}, of the model to train "
-                f"{getattr(model, name)}; set model.{name}"
+                f"{folder}: its {name} is {of_theirs}, of the model to train {of_ours}; set model.{name}"
             )
     check_same_words(load_tokenizer(folder), source.tokenizer(), folder)
     return Initial(folder, dense)
@@ -133,5 +135,5 @@ def find_initial(folder: Path, model: ModelConfig, source: Source) -> Initial:
 
 def _different(theirs: ModelConfig, dense: ModelConfig) -> list[str]:
     """The fields in which a model to retrofit is another function."""
-    free = [] if theirs.position == "learned" else ["max_length"]
+    free = [] if theirs.position.kind == "learned" else ["max_length"]
     return differences(theirs, dense, free if theirs.has_vision else [*free, "vision"])

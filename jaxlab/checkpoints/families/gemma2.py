@@ -53,7 +53,7 @@ def read_config(config: Json) -> ModelConfig:
     return language.read_decoder(
         s,
         **read_common(s),
-        **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
+        attention=language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
         attention_softcap=s.maybe_number("attn_logit_softcapping"),
         logit_softcap=s.maybe_number("final_logit_softcapping"),
     )
@@ -63,7 +63,7 @@ def write_config(config: ModelConfig) -> Json:
     keys: Json = {
         **gemma.write_common(config, "gemma2", "Gemma2ForCausalLM"),
         "query_pre_attn_scalar": scalar(config.attention_scale or config.key_dim**-0.5),
-        "sliding_window": config.window,
+        "sliding_window": language.window_of(config),
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
     }

@@ -48,10 +48,9 @@ def read_config(config: Json) -> ModelConfig:
     return language.read_decoder(
         s,
         **gemma2.read_common(s),
-        rope=of_full,
-        local_rope_theta=local,
+        position=of_full,
         qk_norm="head",
-        **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
+        attention=language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096), local),
         logit_softcap=s.maybe_number("final_logit_softcapping"),
     )
 
@@ -60,9 +59,9 @@ def write_config(config: ModelConfig) -> Json:
     return {
         **gemma.write_common(config, "gemma3_text", "Gemma3ForCausalLM"),
         "query_pre_attn_scalar": gemma2.scalar(config.attention_scale or config.key_dim**-0.5),
-        "sliding_window": config.window,
+        "sliding_window": language.window_of(config),
         "layer_types": language.layer_types(config),
-        "rope_local_base_freq": config.local_rope_theta,
+        "rope_local_base_freq": getattr(config.attention, "rope_theta", None),
         "final_logit_softcapping": config.logit_softcap,
     }
 

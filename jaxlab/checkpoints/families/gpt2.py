@@ -89,7 +89,7 @@ def read_config(config: Json) -> ModelConfig:
     scale = None if s.flag("scale_attn_weights", True) else 1.0
     fields = {
         **read_common(s),
-        "position": "learned",
+        "position": LearnedPositions(),
         "attention_bias": True,
         "output_bias": True,
         "attention_scale": scale,

@@ -25,7 +25,7 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     return {
         **llava.write_llava(config, "llava_next", "LlavaNextForConditionalGeneration"),
-        "image_grid_pinpoints": [list(size) for size in config.vision.vit.grid],
+        "image_grid_pinpoints": [list(size) for size in config.vision_as(ViTConfig).grid],
         "use_image_newline_parameter": True,
     }
 

@@ -21,8 +21,8 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     return {
         **llava.write_llava(config, "llava_onevision", "LlavaOnevisionForConditionalGeneration"),
-        "image_grid_pinpoints": [list(size) for size in config.vision.vit.grid],
-        "vision_aspect_ratio": f"anyres_max_{config.vision.vit.max_tiles}",
+        "image_grid_pinpoints": [list(size) for size in config.vision_as(ViTConfig).grid],
+        "vision_aspect_ratio": f"anyres_max_{config.vision_as(ViTConfig).max_tiles}",
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from flax import nnx
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import MllamaVisionConfig, ModelConfig
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import layer_norm
 from jaxlab.models.vision.connectors import refuse
@@ -47,8 +47,8 @@ class MllamaTower(nnx.Module):
     """Embeddings of patches, positions and tiles, and the layers over all tiles of an image."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, m, std = config.vision, config.vision.mllama, config.initializer_range
-        tower, tiles = tower_config(config), (len(m.aspect_ratios) + 1, m.max_tiles)
+        v, std = config.vision_as(MllamaVisionConfig), config.initializer_range
+        tower, tiles = tower_config(config), (len(v.aspect_ratios) + 1, v.max_tiles)
         shape, axes = (v.channels, v.patch_size, v.patch_size), ("channels", "pixels", "pixels")
         self.patch = PatchEmbedding(shape, axes, v.width, init, bias=False)
         self.class_token = init.normal((v.width,), ("embed",), std)
@@ -56,8 +56,8 @@ class MllamaTower(nnx.Module):
         of_tiles = ((*tiles, v.width), ("ratio", "tile", "embed"), std)
         self.tiles_before, self.tiles_after = GatedTable(*of_tiles, init), GatedTable(*of_tiles, init)
         self.pre_norm, self.post_norm = layer_norm(tower, init), layer_norm(tower, init)
-        over_tiles = dataclasses.replace(tower, num_layers=m.num_global_layers)
-        self.global_layers = repeat(GatedBlock(over_tiles, init), m.num_global_layers)
+        over_tiles = dataclasses.replace(tower, num_layers=v.num_global_layers)
+        self.global_layers = repeat(GatedBlock(over_tiles, init), v.num_global_layers)
         self.layers = init.stack(lambda init: Block(tower, init), v.num_layers)
 
 
@@ -65,11 +65,14 @@ class MllamaProjector(nnx.Module):
     """One matrix, and the decoder's layers that read the images."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        m, size = config.vision.mllama, config.vision.width * (1 + len(config.vision.mllama.read_layers))
+        v, size = (
+            config.vision_as(MllamaVisionConfig),
+            config.vision.width * (1 + len(config.vision_as(MllamaVisionConfig).read_layers)),
+        )
         self.output = init.normal((size, config.width), ("mlp", "embed"), size**-0.5)
         self.output_bias = init.zeros((config.width,), ("embed",))
         reads = dataclasses.replace(config.language, qk_norm="head")
-        self.cross_layers = repeat(GatedBlock(reads, init), len(m.cross_layers))
+        self.cross_layers = repeat(GatedBlock(reads, init), len(v.cross_layers))
 
 
 class MllamaEncoder(Encoder):
