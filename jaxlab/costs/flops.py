@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlab.models import ModelConfig, abstract_params, count_params
+from jaxlab.models import H2O, ExactTokens, ModelConfig, abstract_params, count_params
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by a part of the device's name (vendor data sheets)."""

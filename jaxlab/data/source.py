@@ -13,7 +13,7 @@ from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, PlainVisionConfig
 
 DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig
 """What a model is trained or evaluated on."""

@@ -14,6 +14,7 @@ with epy.lazy_api_imports(globals()):
         ExactTokens,
         FullAttentionConfig,
         InfLLM,
+        LayerKind,
         LearnedPositions,
         MllamaVisionConfig,
         ModelConfig,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.models.batch import Batch
 from jaxlab.models.block import Block
 from jaxlab.models.cache import Cache
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, Params, bind
 from jaxlab.models.layers import Embedding, layer_norm, softcap

@@ -19,6 +19,8 @@ from jaxlab.models import (
     ModelConfig,
     NSAConfig,
     Params,
+    RopeConfig,
+    ViTConfig,
     abstract_params,
     language_model,
     mean_compressor,

@@ -18,7 +18,7 @@ from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
 from jaxlab.config import POSITIONAL
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, Params, count_params, forward
+from jaxlab.models import ModelConfig, NSAConfig, Params, count_params, forward
 
 Dtype = jax.typing.DTypeLike | None
 Reader = Callable[[Dtype], tuple[ModelConfig, Params]]

@@ -17,7 +17,7 @@ from jaxlab.app import model_folder
 from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
 from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch, ModelConfig, prepare_batch, stream
+from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
 
 

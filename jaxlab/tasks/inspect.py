@@ -20,7 +20,7 @@ from jaxlab.checkpoints.matching import Match, match
 from jaxlab.checkpoints.tokenizer_files import common_prefix, read_tokenizer
 from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, RopeConfig
 
 _SHOWN = 6
 

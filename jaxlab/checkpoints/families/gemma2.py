@@ -6,7 +6,7 @@ from jaxlab.checkpoints.families import gemma, language
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row, Rows
-from jaxlab.models import ModelConfig
+from jaxlab.models import LayerKind, ModelConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 256000,
@@ -49,7 +49,7 @@ def read_config(config: Json) -> ModelConfig:
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     s = Settings(config, "gemma2", _DEFAULTS | caps)
     layers = s.whole("num_hidden_layers", most=1 << 12)
-    default = ["full" if i % 2 else "sliding" for i in range(layers)]
+    default: list[LayerKind] = ["full" if i % 2 else "sliding" for i in range(layers)]
     return language.read_decoder(
         s,
         **read_common(s),

@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import gemma, gemma2, language, rope
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models import ModelConfig, RopeConfig
+from jaxlab.models import LayerKind, ModelConfig, RopeConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 262208,
@@ -44,7 +44,7 @@ def read_config(config: Json) -> ModelConfig:
     of_full, local = _read_ropes(s)
     layers = s.whole("num_hidden_layers", most=1 << 12)
     period = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6))
-    default = ["sliding" if (i + 1) % period else "full" for i in range(layers)]
+    default: list[LayerKind] = ["sliding" if (i + 1) % period else "full" for i in range(layers)]
     return language.read_decoder(
         s,
         **gemma2.read_common(s),

@@ -9,8 +9,9 @@ from jaxlab.checkpoints.families.idefics3 import (
     write_idefics_vision,
 )
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
-from jaxlab.models.config import ResamplerConfig
+from jaxlab.models.config import ResamplerConfig, ViTConfig
 
 _CONNECTOR = "model.connector"
 _LAYER: Rows = (

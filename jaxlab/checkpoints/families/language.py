@@ -9,9 +9,9 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import AttentionConfig, FullAttentionConfig, ModelConfig, SlidingAttentionConfig
+from jaxlab.models import AttentionConfig, FullAttentionConfig, LayerKind, ModelConfig, SlidingAttentionConfig
 
-_KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
+_KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 NORMS: Rows = (
     Row("attention_norm.scale", "input_layernorm.weight", "d -> d"),
@@ -129,7 +129,11 @@ def activation_name(ours: str) -> str:
 
 
 def read_kinds(
-    s: Settings, layers: int, default: Sequence[str], window: int | None, rope_theta: float | None = None
+    s: Settings,
+    layers: int,
+    default: Sequence[LayerKind],
+    window: int | None,
+    rope_theta: float | None = None,
 ) -> AttentionConfig:
     """Kinds of attention, layer by layer.
 
@@ -158,7 +162,7 @@ def read_kinds(
 
 def layer_types(config: ModelConfig) -> list[str]:
     """The kinds of a model's layers in transformers' words. Raises UserError for others than these."""
-    names = {ours: theirs for theirs, ours in _KINDS.items()}
+    names: dict[str, str] = {ours: theirs for theirs, ours in _KINDS.items()}
     for kind in config.kinds:
         if kind not in names:
             raise UserError(f"the family {config.family} has no attention of kind {kind}")

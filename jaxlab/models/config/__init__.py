@@ -5,6 +5,7 @@ from jaxlab.models.config.attention import (
     AttentionConfig,
     Branch,
     FullAttentionConfig,
+    LayerKind,
     NSAConfig,
     SlidingAttentionConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "ExactTokens",
     "FullAttentionConfig",
     "InfLLM",
+    "LayerKind",
     "LearnedPositions",
     "MllamaVisionConfig",
     "MoEConfig",

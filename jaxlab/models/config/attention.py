@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxlab.errors import ConfigError
 
+LayerKind = Literal["full", "sliding"]
 DenseImplementation = Literal["xla", "chunked", "cudnn"]
 
 
@@ -25,7 +26,7 @@ class SlidingAttentionConfig:
     kind: Literal["sliding"] = "sliding"
     window: int = 512
     """Tokens that a sliding layer sees, the query's own included."""
-    pattern: tuple[Literal["full", "sliding"], ...] = ()
+    pattern: tuple[LayerKind, ...] = ()
     """Kinds of the first layers, repeated over the others; empty: all layers slide."""
     rope_theta: float | None = None
     """Sliding layers turn by plain rotary positions of this base instead (Gemma 3)."""

@@ -230,8 +230,9 @@ class ModelConfig:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of attention of each layer."""
-        sliding = isinstance(self.attention, SlidingAttentionConfig)
-        pattern = (sliding and self.attention.pattern) or (self.attention.kind,)
+        pattern: tuple[str, ...] = (self.attention.kind,)
+        if isinstance(self.attention, SlidingAttentionConfig) and self.attention.pattern:
+            pattern = self.attention.pattern
         return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
 
     @property

@@ -37,7 +37,7 @@ class GatedPositions(GatedTable):
     """Positions of patches, and the same for each tile of each aspect ratio."""
 
     def __init__(self, tiles: tuple[int, int], positions: int, config: ModelConfig, init: Initializer):
-        std, width = config.initializer_range, config.vision.width
+        std, width = config.initializer_range, config.vision_as(MllamaVisionConfig).width
         super().__init__((positions, width), ("position", "embed"), std, init)
         axes = ("ratio", "tile", "position", "embed")
         self.tiles = init.normal((*tiles, positions, width), axes, std)
@@ -65,10 +65,8 @@ class MllamaProjector(nnx.Module):
     """One matrix, and the decoder's layers that read the images."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, size = (
-            config.vision_as(MllamaVisionConfig),
-            config.vision.width * (1 + len(config.vision_as(MllamaVisionConfig).read_layers)),
-        )
+        v = config.vision_as(MllamaVisionConfig)
+        size = v.width * (1 + len(v.read_layers))
         self.output = init.normal((size, config.width), ("mlp", "embed"), size**-0.5)
         self.output_bias = init.zeros((config.width,), ("embed",))
         reads = dataclasses.replace(config.language, qk_norm="head")

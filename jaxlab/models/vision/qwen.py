@@ -98,8 +98,8 @@ class Merger(nnx.Module):
     """A norm, and two matrices over the joined patches of a token; `lead` of them, stacked."""
 
     def __init__(self, config: ModelConfig, norm_size: int, init: Initializer, lead: int | None = None):
-        d, size = config.width, config.vision.width * config.vision_as(QwenVisionConfig).merge ** 2
-        norm = Norm(norm_size, config.vision_as(QwenVisionConfig).norm, EPSILON, init)
+        v, d = config.vision_as(QwenVisionConfig), config.width
+        size, norm = v.width * v.merge**2, Norm(norm_size, v.norm, EPSILON, init)
         ahead: tuple[int, ...] = () if lead is None else (lead,)
         axes: tuple[str, ...] = () if lead is None else ("layers",)
         self.norm = norm if lead is None else repeat(norm, lead)
@@ -178,7 +178,7 @@ class QwenEncoder(Encoder):
         added: dict[str, Any] = {"image_places": np.stack([rows, columns], axis=-1)}
         groups = {"image": images}
         if v.window:
-            side = v.window_side(v.patch_size) * v.merge
+            side = v.window_side * v.merge
             groups["window"] = qwen_positions.windows(images, rows, columns, side)
         for name, numbers in groups.items():
             cut = qwen_positions.cut(numbers)
@@ -215,8 +215,8 @@ def _grids(batch: Mapping[str, Any], config: ModelConfig) -> Int[np.ndarray, "im
 
 def _patch_size(config: ModelConfig) -> int:
     """Numbers in a patch."""
-    v = config.vision
-    return v.channels * v.qwen.frames * v.patch_size**2
+    v = config.vision_as(QwenVisionConfig)
+    return v.channels * v.frames * v.patch_size**2
 
 
 def _rotary(places: Int[Array, "groups most 2"], dim: int) -> Rotary:

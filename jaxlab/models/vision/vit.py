@@ -240,13 +240,13 @@ def _tiles(batch: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any
 
 def _patches(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Images that are there, the patches of each that show something, and where in the whole they lie."""
-    v = config.vision
+    v = config.vision_as(ViTFields)
     images = on_host(batch, "images")
     images = images.reshape(-1, *images.shape[-3:])
     height, width = images.shape[-2:]
     down, across = height // v.patch_size, width // v.patch_size
-    if down != across or down % v.vit.shuffle:
-        raise ValueError(f"images are {images.shape[1:]}, the model takes squares of {v.vit.shuffle} patches")
+    if down != across or down % v.shuffle:
+        raise ValueError(f"images are {images.shape[1:]}, the model takes squares of {v.shuffle} patches")
     kept = np.flatnonzero(np.any(images != 0, axis=(1, 2, 3)))
     visible = np.ones((len(kept), down, across), bool)
     if "pixel_attention_mask" in batch:
