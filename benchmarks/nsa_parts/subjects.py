@@ -149,7 +149,7 @@ def layers(spec: ArgSpec, implementation: str) -> tuple[list[Subject], dict[str,
         "compute_dtype": spec.dtype,
     }
     sparse = ModelConfig(
-        **shared, attention="nsa", nsa=NSAConfig(**spec.sizes, implementation=implementation)
+        **shared, attention=NSAConfig(**spec.sizes, implementation=implementation)
     )
     full = ModelConfig(**shared)
     positions = jnp.broadcast_to(jnp.arange(spec.length, dtype=jnp.int32)[None], (spec.batch, spec.length))

@@ -99,8 +99,8 @@ def test_a_dense_model_is_measured_as_if_it_read_less(make, tmp_path):
         evaluate.run(make(MODEL, draw_params(MODEL), **changes), Run(tmp_path, "sparse"))
         for changes in (
             {},
-            {"sparsity": {"method": "h2o", "block_size": 1, "num_blocks": 3}},
-            {"sparsity": {"method": "h2o", "block_size": 8}},
+            {"sparsity": {"kind": "h2o", "block_size": 1, "num_blocks": 3}},
+            {"sparsity": {"kind": "h2o", "block_size": 8}},
         )
     )
     assert sparse["attended_tokens"] == (1 + 2 + 6 * 3) / 8
@@ -141,12 +141,12 @@ def test_check_reads_no_parameter(make, monkeypatch):
         (LONG, {"data": {"kind": "digits", "mixture": {"image_words": 1.0}}}, "has no vision"),
         (
             LONG,
-            {"data": {"kind": "digits"}, "sparsity": {"method": "quest"}},
+            {"data": {"kind": "digits"}, "sparsity": {"kind": "quest"}},
             "quest reads one whole text a row and the data has segments",
         ),
         (
             make_config("nsa", vocab_size=256, num_layers=1),
-            {"sparsity": {"method": "quest"}},
+            {"sparsity": {"kind": "quest"}},
             "quest is for models whose layers all have full attention",
         ),
     ],

@@ -21,7 +21,7 @@ MODEL = ModelConfig(
     mlp_width=24,
     activation="relu",
     norm="rms",
-    position="learned",
+    position=LearnedPositions(),
     max_length=16,
     initializer_range=0.4,
 )

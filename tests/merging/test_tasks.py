@@ -22,15 +22,15 @@ from jaxlab.merging.measure import stack_batches
 from jaxlab.merging.plan import plan_injection
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, load_recipe
 from jaxlab.merging.stages import Method, combine, prepare
-from jaxlab.models import ModelConfig, VisionConfig, abstract_params
+from jaxlab.models import ModelConfig, PlainVisionConfig, abstract_params
 from jaxlab.tasks.merge import verify
 from jaxlab.tasks.merge_search import Config, Grid
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 
 LM = ModelConfig(
-    vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position="none"
+    vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position=NoPositions()
 )
-VISION = VisionConfig(num_layers=1, width=8, num_heads=2, mlp_width=4, image_token=255)
+VISION = PlainVisionConfig(num_layers=1, width=8, num_heads=2, mlp_width=4, image_token=255)
 
 
 def make(config, seed):

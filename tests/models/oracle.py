@@ -42,11 +42,11 @@ def attention(p, xs, config):
     for t, x in enumerate(xs):
         total = p["output_bias"].copy() if config.attention_bias else np.zeros(config.width)
         for head in range(config.num_heads):
-            first = max(0, t - config.window + 1) if config.attention == "sliding" else 0
+            first = max(0, t - config.window + 1) if config.attention.kind == "sliding" else 0
             query, scores, values = project(p, "query", x, head), [], []
             for s in range(first, t + 1):
                 key = project(p, "key", xs[s], head // share)
-                if config.position == "rotary":
+                if config.position.kind == "rotary":
                     score = rotate(query, t, theta) @ rotate(key, s, theta)
                 else:
                     score = query @ key
@@ -174,9 +174,9 @@ def layer_of(tree, i):
 
 def logits(params, tokens, config):
     """[T, V] of one row."""
-    params, attend = float64(params), nsa if config.attention == "nsa" else attention
+    params, attend = float64(params), nsa if config.attention.kind == "nsa" else attention
     xs = [params["embedding"]["table"][t] for t in tokens]
-    if config.position == "learned":
+    if config.position.kind == "learned":
         xs = [x + params["position"]["table"][t] for t, x in enumerate(xs)]
     for i in range(config.num_layers):
         p = layer_of(params["layers"], i)

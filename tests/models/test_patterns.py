@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, RopeConfig, forward
+from jaxlab.models import ModelConfig, NSAConfig, RopeConfig, forward
 from jaxlab.models.rotary import rotary_table, rotate
 from jaxlab.models.stack import Run, _runs
 from tests.models.tiny import draw_params, draw_tokens, make_config
@@ -121,12 +121,12 @@ def test_pairs_turn_by_their_coordinate():
     [
         (lambda: RopeConfig(dim=3), "dim"),
         (lambda: RopeConfig(low_frequency_factor=4.0), "high_frequency_factor"),
-        (lambda: ModelConfig(rope=RopeConfig(dim=64)), "rope.dim"),
-        (lambda: ModelConfig(rope=RopeConfig(sections=(1, 1))), "rope.sections"),
-        (lambda: ModelConfig(attention="nsa", pattern=(F,)), "pattern"),
+        (lambda: ModelConfig(position=RopeConfig(dim=64)), "rope.dim"),
+        (lambda: ModelConfig(position=RopeConfig(sections=(1, 1))), "rope.sections"),
+        (lambda: ModelConfig(attention=NSAConfig(), pattern=(F,)), "pattern"),
         (lambda: ModelConfig(num_layers=1, pattern=(F, S)), "pattern"),
         (lambda: ModelConfig(head_bias=True), "head_bias"),
-        (lambda: ModelConfig(attention="nsa", attention_softcap=1.0), "attention_softcap"),
+        (lambda: ModelConfig(attention=NSAConfig(), attention_softcap=1.0), "attention_softcap"),
         (lambda: ModelConfig(attention_scale=0.0), "attention_scale"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, Probe, SparsityConfig, forward, init_cache, selectors
+from jaxlab.models import ModelConfig, NSAConfig, Probe, SparsityConfig, forward, init_cache, selectors
 from jaxlab.models.selectors import block_bounds, bound_scores
 from jaxlab.models.sparse_inference import sparse_attention
 from tests.models.tiny import draw_params, draw_tokens, make_config
@@ -187,7 +187,7 @@ def test_impossible_settings_are_refused(values, key):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attention": "nsa"}, {"pattern": ("sliding", "full")}, {"attention_softcap": 5.0}]
+    "changes", [{"attention": NSAConfig()}, {"pattern": ("sliding", "full")}, {"attention_softcap": 5.0}]
 )
 def test_models_without_full_attention_are_refused(changes):
     with pytest.raises(ConfigError) as caught:

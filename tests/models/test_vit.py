@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, VisionConfig, forward, prepare_batch
+from jaxlab.models import ModelConfig, PlainVisionConfig, forward, prepare_batch
 from jaxlab.models.dense import _mask
 from jaxlab.models.vision import connectors
 from jaxlab.models.vision.vit import encode
@@ -25,7 +25,7 @@ IMAGE = 3
 def make_config(**vit):
     """Two layers on images of 4 x 4 patches."""
     sizes = dict(num_layers=2, kind="vit", image_size=9, patch_size=2, channels=2, width=8, num_heads=2)
-    tower = VisionConfig(**sizes, mlp_width=6, image_token=IMAGE, vit=ViTConfig(**vit))
+    tower = PlainVisionConfig(**sizes, mlp_width=6, image_token=IMAGE, vit=ViTConfig(**vit))
     return ModelConfig(
         vocab_size=13, width=12, num_layers=1, num_heads=2, mlp_width=8, max_length=64, vision=tower
     )

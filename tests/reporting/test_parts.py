@@ -45,7 +45,7 @@ def needle(root, name, model, found, method="none", attended=128.0, length=512):
         "attended_tokens": attended,
         "needle": {"length": length, "depths": depths},
     }
-    config = {"model": f"outputs/train/{model}", "data": data, "sparsity": {"method": method}}
+    config = {"model": f"outputs/train/{model}", "data": data, "sparsity": {"kind": method}}
     return made.write_run(root, "evaluate", name, config, results)
 
 

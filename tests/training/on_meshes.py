@@ -16,7 +16,7 @@ LENGTH = 32
 MODELS: dict[str, ModelConfig] = {
     "nsa": make_config("nsa", max_length=LENGTH),
     # Blocks of 10 tokens every 2: a stretch of 8 takes all of the next one.
-    "nsa_wide": make_config("nsa", nsa=dataclasses.replace(NSA, block_len=10), max_length=LENGTH),
+    "nsa_wide": make_config("nsa", attention=dataclasses.replace(NSA, block_len=10), max_length=LENGTH),
     "nsa_min_max": make_config("nsa_min_max", max_length=LENGTH),
     "nsa_auxiliary": make_config("nsa_auxiliary", max_length=LENGTH),
     "nsa_shared": make_config("nsa_shared", max_length=LENGTH, remat="layer"),

@@ -26,7 +26,7 @@ def test_attended_tokens_by_counting():
     two = dataclasses.replace(NSA, branches=("window", "compression"))
     window = sum(min(t + 1, NSA.window) for t in range(20))
     blocks = sum(max(0, (t + 1 - NSA.block_len) // NSA.stride + 1) for t in range(20))
-    assert attended_tokens(make_config("nsa", nsa=two), 20) == pytest.approx((window + blocks) / 20)
+    assert attended_tokens(make_config("nsa", attention=two), 20) == pytest.approx((window + blocks) / 20)
 
 
 def test_flops_by_hand():

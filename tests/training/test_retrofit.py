@@ -15,7 +15,7 @@ from jaxlab.checkpoints.native import save_model
 from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import target_losses
-from jaxlab.models import RopeConfig
+from jaxlab.models import RopeConfig, SlidingAttentionConfig
 from jaxlab.retrofit.convert import retrofit
 from jaxlab.tasks import train
 from jaxlab.training.state import find_initial
@@ -34,8 +34,7 @@ LLAMA = {
     "mlp_width": 44,
     "norm_eps": 1e-6,
     "max_length": 16,
-    "attention": "nsa",
-    "nsa": {
+    "attention": {
         "block_len": 4,
         "stride": 2,
         "block_size": 4,
@@ -132,10 +131,14 @@ def test_check_names_the_dense_model(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
-        ({"attention": "sliding"}, {}, "cannot be retrofitted to NSA: attention: the model has sliding"),
+        (
+            {"attention": SlidingAttentionConfig()},
+            {},
+            "cannot be retrofitted to NSA: attention: the model has sliding",
+        ),
         ({}, {"compress_width": 8}, r"nsa.compress_width: 8 units .* set at least 12"),
         ({"mlp_width": 9}, {}, r"layers\.mlp\.down is \(1, 9, 12\), the model to train says \(1, 8, 12\)"),
-        ({"rope": RopeConfig(theta=99.0)}, {}, r"its rope is .*theta=99.0.* set model.rope"),
+        ({"position": RopeConfig(theta=99.0)}, {}, r"its rope is .*theta=99.0.* set model.rope"),
         ({"norm_eps": 1e-3}, {}, "its norm_eps is 0.001, of the model to train 1e-05; set model.norm_eps"),
     ],
 )
@@ -146,7 +149,7 @@ def test_a_dense_model_that_differs_in_more_than_attention_is_refused(text, tmp_
     with pytest.raises(UserError, match=message) as raised:
         find_initial(
             tmp_path / "base",
-            make_config("nsa", num_layers=1, nsa=nsa, attention_bias=False),
+            make_config("nsa", num_layers=1, attention=nsa, attention_bias=False),
             train.make_source(make(text, "nowhere").data),
         )
     assert "\n" not in str(raised.value)

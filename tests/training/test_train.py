@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, messag
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"),
         ({"model": MODEL | {"max_length": 7}}, "model.max_length"),
-        ({"model": MODEL | {"sparsity": {"method": "h2o"}}}, "model.sparsity.method"),
+        ({"model": MODEL | {"sparsity": {"kind": "h2o"}}}, "model.sparsity.method"),
         ({"optimizer": {"language_scale": 0.5}}, "optimizer.language_scale"),
         ({"data": {"kind": "digits", "mixture": {"image_words": 1.0}}}, "model"),
     ],
