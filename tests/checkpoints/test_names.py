@@ -9,7 +9,7 @@ import pytest
 from jaxlab.checkpoints.families.jaxlab import ROWS as TABLE
 from jaxlab.checkpoints.names import entries, from_hf_tensors, hf_tensors, host_tensors
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, NSAConfig, PlainVisionConfig, abstract_params
+from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, PlainVisionConfig, abstract_params
 
 SMALL = ModelConfig(
     vocab_size=11, width=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=5

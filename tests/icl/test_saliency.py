@@ -9,7 +9,7 @@ import pytest
 
 from jaxlab.errors import UserError
 from jaxlab.icl import Roles, flow_shares, flows, saliency_maps
-from jaxlab.models import ModelConfig, NSAConfig, init_params
+from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, init_params
 
 MODEL = ModelConfig(
     vocab_size=19,

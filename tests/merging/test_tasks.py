@@ -22,7 +22,7 @@ from jaxlab.merging.measure import stack_batches
 from jaxlab.merging.plan import plan_injection
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, load_recipe
 from jaxlab.merging.stages import Method, combine, prepare
-from jaxlab.models import ModelConfig, PlainVisionConfig, abstract_params
+from jaxlab.models import ModelConfig, NoPositions, PlainVisionConfig, abstract_params
 from jaxlab.tasks.merge import verify
 from jaxlab.tasks.merge_search import Config, Grid
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings

@@ -38,15 +38,17 @@ def project(p, name, x, head):
 
 
 def attention(p, xs, config):
-    theta, share, outs = config.rope.theta, config.num_heads // config.kv_heads, []
+    rotary = config.position.kind == "rotary"
+    theta = config.rope.theta if rotary else None
+    share, outs = config.num_heads // config.kv_heads, []
     for t, x in enumerate(xs):
         total = p["output_bias"].copy() if config.attention_bias else np.zeros(config.width)
         for head in range(config.num_heads):
-            first = max(0, t - config.window + 1) if config.attention.kind == "sliding" else 0
+            first = max(0, t - config.sliding.window + 1) if config.attention.kind == "sliding" else 0
             query, scores, values = project(p, "query", x, head), [], []
             for s in range(first, t + 1):
                 key = project(p, "key", xs[s], head // share)
-                if config.position.kind == "rotary":
+                if rotary:
                     score = rotate(query, t, theta) @ rotate(key, s, theta)
                 else:
                     score = query @ key

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, NoPositions, QwenVisionConfig
+from jaxlab.models.config import ModelConfig, NoPositions, QwenVisionConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Embedding, Norm, linear
@@ -192,7 +192,7 @@ class QwenEncoder(Encoder):
             grids // v.merge,
             v.image_token,
         )
-        if config.rope.sections and "positions" not in batch:
+        if isinstance(config.position, RopeConfig) and config.position.sections and "positions" not in batch:
             added["positions"] = positions
         return added
 
