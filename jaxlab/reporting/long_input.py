@@ -62,19 +62,19 @@ def speaks(runs: Sequence[RunFolder]) -> bool:
 
 def variant(run: RunFolder) -> str:
     """What the attention of a trained model is, in words: `full attention`, `NSA`, or NSA otherwise."""
-    attention = str(run.setting("model", "attention") or "full")
+    attention = str(run.setting("model", "attention", "kind") or "full")
     if attention != "nsa":
         return f"{attention} attention"
-    name = _SELECTORS[str(run.setting("model", "nsa", "selector") or "compressed")]
-    branches = run.setting("model", "nsa", "branches") or []
+    name = _SELECTORS[str(run.setting("model", "attention", "selector") or "compressed")]
+    branches = run.setting("model", "attention", "branches") or []
     absent = [branch for branch in ("compression", "selection", "window") if branch not in branches]
     if branches and absent:
         name += f" without {' and '.join(absent)}"
-    return name + (", one K/V projection" if run.setting("model", "nsa", "shared_kv") else "")
+    return name + (", one K/V projection" if run.setting("model", "attention", "shared_kv") else "")
 
 
 def _method(run: RunFolder) -> str:
-    return str(run.setting("sparsity", "method") or "none")
+    return str(run.setting("sparsity", "kind") or "none")
 
 
 def _maker(run: RunFolder, trained: Sequence[RunFolder]) -> RunFolder | None:
@@ -98,7 +98,7 @@ def _reader(run: RunFolder, maker: RunFolder | None) -> str:
 
 def _variants(trained: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     """NSA models by variant, of those that read what the first one reads."""
-    models = [r for r in trained if r.setting("model", "attention") == "nsa"]
+    models = [r for r in trained if r.setting("model", "attention", "kind") == "nsa"]
     found: dict[str, list[RunFolder]] = {}
     for run in models:
         if _same(run, models[0], "data", "steps", "batch_size"):

@@ -207,7 +207,7 @@ def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> lis
         for i, (v, lot) in enumerate(zip(overlap, chance, strict=True))
         if v is not None
     )
-    blocks = trained[0].setting("model", "nsa", "num_blocks") if trained else None
+    blocks = trained[0].setting("model", "attention", "num_blocks") if trained else None
     look = (
         "Each row is a query, each column a block; later queries stand further down. Grey: the first block "
         "and the two nearest ones, which every query must read. Blue: chosen freely; vertical stripes are "

@@ -15,7 +15,7 @@ from jaxlab.checkpoints.loading import load_model, load_model_config, load_token
 from jaxlab.checkpoints.native import check_same_tree
 from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import FullAttentionConfig, ModelConfig, Params, abstract_params, init_params
+from jaxlab.models import ModelConfig, Params, abstract_params, init_params
 from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
@@ -114,7 +114,7 @@ def find_initial(folder: Path, model: ModelConfig, source: Source) -> Initial:
             retrofitted(theirs, model.nsa)
         except ConfigError as error:
             raise UserError(f"{folder}: it cannot be retrofitted to NSA: {error}") from error
-        dense = dataclasses.replace(model, attention=FullAttentionConfig())
+        dense = dataclasses.replace(model, attention=theirs.attention)
     expected = {
         name: tree
         for name, tree in abstract_params(dense or model).items()

@@ -112,7 +112,7 @@ def test_a_dense_model_is_measured_as_if_it_read_less(make, tmp_path):
 
 def test_needles_are_counted_by_depth(make, tmp_path):
     model = make_config(vocab_size=len(WORDS), num_layers=1, max_length=40)
-    data = {"kind": "needle", "needle": {"sequence_length": 40, "questions": 4, "depths": 2}}
+    data = {"kind": "needle", "sequence_length": 40, "questions": 4, "depths": 2}
     config = make(model, draw_params(model), data=data)
     save_model(tmp_path / "model", model, draw_params(model), needle_tokenizer(), overwrite=True)
     found = evaluate.run(config, Run(tmp_path, "needle"))["needle"]

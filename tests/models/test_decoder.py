@@ -38,10 +38,11 @@ def test_logits_are_those_of_plain_loops(variant):
 @pytest.mark.parametrize("variant", ["rotary", "sliding"])
 def test_chunked_attention_is_the_same(variant):
     config = make_config(variant)
+    in_chunks = dataclasses.replace(config.attention, implementation="chunked")
     params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
     segments = jnp.asarray(np.arange(SHAPE[1])[None] < np.array([[18], [11], [5], [1]]), jnp.int32)
     batch = {"tokens": tokens, "segment_ids": segments}
-    chunked = logits(params, batch, make_config(variant, attention_implementation="chunked"))
+    chunked = logits(params, batch, make_config(variant, attention=in_chunks))
     real = np.asarray(segments, bool)
     np.testing.assert_allclose(chunked[real], logits(params, batch, config)[real], rtol=1e-5, atol=1e-5)
 

@@ -9,10 +9,12 @@ import pytest
 
 from jaxlab.errors import ConfigError
 from jaxlab.models import (
+    FullAttentionConfig,
     ModelConfig,
     NSAConfig,
     PlainVisionConfig,
     RopeConfig,
+    SlidingAttentionConfig,
     abstract_params,
     count_params,
     init_params,
@@ -148,14 +150,23 @@ def test_sharding_table_refuses():
     [
         (
             lambda: make_config("nsa", attention=NSAConfig(compress_init="mean", compress_width=3)),
-            "nsa.compress_init",
+            "attention.compress_init",
         ),
         (lambda: ModelConfig(num_layers=0), "num_layers"),
         (lambda: ModelConfig(num_heads=4, num_kv_heads=3), "num_kv_heads"),
         (lambda: ModelConfig(width=10, num_heads=4), "num_heads"),
         (lambda: ModelConfig(head_dim=5), "head_dim"),
         (lambda: RopeConfig(theta=0.0), "theta"),
-        (lambda: ModelConfig(attention_implementation="cudnn"), "attention_implementation"),
+        (
+            lambda: ModelConfig(attention=FullAttentionConfig(implementation="cudnn")),
+            "attention.implementation",
+        ),
+        (
+            lambda: ModelConfig(
+                attention=SlidingAttentionConfig(implementation="chunked"), attention_softcap=1.0
+            ),
+            "attention.implementation",
+        ),
         (lambda: ModelConfig(vision=PlainVisionConfig(num_layers=1, image_token=256)), "vision.image_token"),
         (lambda: PlainVisionConfig(num_layers=-1), "num_layers"),
         (lambda: PlainVisionConfig(patch_size=0), "patch_size"),

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, PlainVisionConfig, abstract_params, forward, init_cache, prepare_batch
-from jaxlab.models.config import RopeConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, abstract_params, forward, init_cache, prepare_batch
+from jaxlab.models.config import QwenVisionConfig, RopeConfig
 from jaxlab.models.vision import qwen_positions
 from jaxlab.models.vision.encoders import encode_images
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
@@ -24,8 +23,8 @@ IMAGE = 3
 
 def make_config(**qwen):
     """Patches of 1 x 1 pixel, two frames and two channels; four of them make a token."""
-    sizes = dict(num_layers=2, kind="qwen", patch_size=1, channels=2, width=8, num_heads=2, mlp_width=6)
-    vision = PlainVisionConfig(**sizes, image_token=IMAGE, qwen=QwenVisionConfig(**qwen))
+    sizes = dict(num_layers=2, patch_size=1, channels=2, width=8, num_heads=2, mlp_width=6)
+    vision = QwenVisionConfig(**sizes, image_token=IMAGE, **qwen)
     return ModelConfig(
         vocab_size=13,
         width=12,

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from jaxlab.errors import UserError
+from jaxlab.models import ViTConfig
 from jaxlab.processing import load_processor
 from jaxlab.tasks import generate
 from tests.models.tiny import make_config
@@ -17,7 +18,7 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     folder = write_folder(tmp_path, "llava")
     tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
     config = make_config("vision")
-    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, kind="vit"), max_length=99)
+    config = dataclasses.replace(config, vision=ViTConfig(image_token=3), max_length=99)
     seen = []
     monkeypatch.setattr(generate, "load_model", lambda path: (config, {}, tokenizer))
     monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)

@@ -35,6 +35,7 @@ LLAMA = {
     "norm_eps": 1e-6,
     "max_length": 16,
     "attention": {
+        "kind": "nsa",
         "block_len": 4,
         "stride": 2,
         "block_size": 4,
@@ -136,9 +137,9 @@ def test_check_names_the_dense_model(text, tmp_path, monkeypatch):
             {},
             "cannot be retrofitted to NSA: attention: the model has sliding",
         ),
-        ({}, {"compress_width": 8}, r"nsa.compress_width: 8 units .* set at least 12"),
+        ({}, {"compress_width": 8}, r"attention.compress_width: 8 units .* set at least 12"),
         ({"mlp_width": 9}, {}, r"layers\.mlp\.down is \(1, 9, 12\), the model to train says \(1, 8, 12\)"),
-        ({"position": RopeConfig(theta=99.0)}, {}, r"its rope is .*theta=99.0.* set model.rope"),
+        ({"position": RopeConfig(theta=99.0)}, {}, r"its position is .*theta=99.0.* set model.position"),
         ({"norm_eps": 1e-3}, {}, "its norm_eps is 0.001, of the model to train 1e-05; set model.norm_eps"),
     ],
 )
