@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.locate import OWN_CONFIG, OWN_PARAMS
-from jaxlab.config import dump, load
-from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, Params, abstract_params
+from jaxlab.config import Source, dump
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.models import ModelConfig, Params, abstract_params, from_flat, is_flat
 
 CONFIG, PARAMS, TOKENIZER, MADE_BY = OWN_CONFIG, OWN_PARAMS, "tokenizer.json", "made_by.json"
 
@@ -106,7 +106,13 @@ def load_model_config(path: str | Path) -> ModelConfig:
     for file in path.rglob("*"):
         if file.is_symlink() and not file.resolve().is_relative_to(root):
             raise UserError(f"{file}: leads out of the model folder; put the file itself there")
-    return load(ModelConfig, path / CONFIG, [])
+    source = Source.of_file(path / CONFIG)
+    if is_flat(source.tree):
+        try:
+            source.tree = from_flat(source.tree)
+        except ConfigError as error:
+            raise error.at(str(path / CONFIG)) from None
+    return source.build(ModelConfig)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:

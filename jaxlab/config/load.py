@@ -330,6 +330,11 @@ class _Builder:
         owners = [word for word, other in kinds.items() if key in fields_of(other)]
         if owners:
             return f"belongs to kind {' and '.join(owners)}, here is {known[KIND].default}"
+        if key in kinds:
+            return f"what is below it stands beside `kind: {key}` now, without a key of its own"
+        moved: Mapping[str, str] = getattr(cls, "MOVED", {})
+        if key in moved:
+            return f"is written so now: {moved[key]}"
         group, _, last = key.rpartition(".")
         if group and key in leaves(self.root):
             return f"unknown key; write {last} below {group.replace('.', ' below ')}, indented"

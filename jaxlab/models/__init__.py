@@ -32,6 +32,7 @@ with epy.lazy_api_imports(globals()):
         VisionConfig,
         ViTConfig,
     )
+    from jaxlab.models.config.flat import from_flat, is_flat
     from jaxlab.models.context import AttentionContext
     from jaxlab.models.decoder import Decoder, as_arrays, bind_decoder, forward, language_model, positions_of
     from jaxlab.models.generation import generate, stream

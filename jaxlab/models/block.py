@@ -61,9 +61,9 @@ class Block(nnx.Module):
         self.mlp_norm = None if c.parallel else layer_norm(c, init)
         self.attention_post_norm = layer_norm(c, init) if c.post_norms else None
         self.mlp_post_norm = layer_norm(c, init) if c.post_norms else None
-        moe = c.moe if experts else None
-        self.moe = None if moe is None else MixtureOfExperts(moe, c, residual_scale, init)
-        self.mlp = None if moe is not None else MLP(c, c.mlp_width, residual_scale, init)
+        has_experts = c.moe is not None and experts
+        self.moe = MixtureOfExperts(c, residual_scale, init) if has_experts else None
+        self.mlp = None if has_experts else MLP(c, c.mlp_width, residual_scale, init)
         gain = lambda: None if layer_scale is None else init.full((c.width,), ("embed",), layer_scale)
         self.attention_gain, self.mlp_gain = gain(), gain()
 

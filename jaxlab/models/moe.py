@@ -18,8 +18,10 @@ from jaxlab.models.layers import ACTIVATIONS, MLP
 class MixtureOfExperts(nnx.Module):
     """Routed experts, gated MLPs D -> F -> D, and the shared ones as one MLP."""
 
-    def __init__(self, moe: MoEConfig, config: ModelConfig, residual_scale: float, init: Initializer):
-        c, m, std = config, moe, config.initializer_range
+    def __init__(self, config: ModelConfig, residual_scale: float, init: Initializer):
+        c, m, std = config, config.moe, config.initializer_range
+        if m is None:
+            raise ValueError("a model without experts")
         self.moe, self.activation = m, c.activation
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         self.router = init.normal((c.width, m.num_experts), ("embed", "experts"), std)

@@ -49,11 +49,10 @@ def sparse_attention(
     """
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    shape = (batch, length, heads, v.shape[-1])
     if isinstance(sparsity, H2O):
-        out = _h2o(q, k, v, sparsity, scale)
-    else:
-        out = _by_query(q, k, v, sparsity, scale)
-    return out.reshape(batch, length, heads, v.shape[-1])
+        return _h2o(q, k, v, sparsity, scale).reshape(shape)
+    return _by_query(q, k, v, sparsity, scale).reshape(shape)
 
 
 def _by_query(q: Array, k: Array, v: Array, sparsity: ExactTokens | BlockSparsity, scale: float) -> Array:

@@ -48,10 +48,7 @@ def attention(p, xs, config):
             query, scores, values = project(p, "query", x, head), [], []
             for s in range(first, t + 1):
                 key = project(p, "key", xs[s], head // share)
-                if rotary:
-                    score = rotate(query, t, theta) @ rotate(key, s, theta)
-                else:
-                    score = query @ key
+                score = rotate(query, t, theta) @ rotate(key, s, theta) if rotary else query @ key
                 scores.append(score / math.sqrt(config.key_dim))
                 values.append(project(p, "value", xs[s], head // share))
             weights = np.exp(np.array(scores) - max(scores))

@@ -67,7 +67,7 @@ def test_with_open_gates_a_covered_text_stays_within_the_bound():
     @partial(jax.jit, static_argnums=1)
     def heads(p, config):
         block = bind(jax.tree.map(lambda leaf: leaf[0], p["layers"]), Block, config)
-        return block.attention(x, context, kind=config.attention).out
+        return block.attention(x, context, kind=config.attention.kind).out
 
     dense = heads(params, config)
     values = np.einsum("btd,dhk->bthk", x, params["layers"]["attention"]["value"][0])

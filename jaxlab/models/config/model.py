@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.config.attention import (
@@ -20,6 +20,16 @@ from jaxlab.models.config.vision import QwenVisionConfig, VisionConfig
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder, with or without vision."""
+
+    MOVED: ClassVar[dict[str, str]] = {
+        "nsa": "attention: {kind: nsa, ...}",
+        "window": "attention: {kind: sliding, window: ...}",
+        "pattern": "attention: {kind: sliding, pattern: ...}",
+        "local_rope_theta": "attention: {kind: sliding, rope_theta: ...}",
+        "attention_implementation": "attention: {kind: full, implementation: ...}",
+        "rope": "position: {kind: rotary, ...}",
+    }
+    """Keys that files had before, for the message that refuses them."""
 
     vocab_size: int = 256
     """Rows of the embedding table."""
