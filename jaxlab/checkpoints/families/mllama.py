@@ -105,6 +105,8 @@ def _read_extra(v: Settings, cross: tuple[int, ...]) -> Json:
         num_global_layers=v.whole("num_global_layers", most=1 << 12),
         max_tiles=v.whole("max_num_tiles"),
         aspect_ratios=tuple((down, across) for down, across in ratios),
+        norm_eps=v.number("norm_eps"),
+        activation=language.activation(v, "hidden_act", "gelu"),
         read_layers=_numbers(v, "intermediate_layers_indices", usual.read_layers),
         cross_layers=cross,
     )
@@ -121,18 +123,9 @@ def read_config(config: Json) -> ModelConfig:
     width = v.whole("hidden_size") * (1 + len(extra["read_layers"]))
     if v.whole("vision_output_dim", width) != width:
         raise v.refuse("vision_output_dim", f"the layers that are read make {width}")
-    vit = dict(
-        class_token=True,
-        patch_bias=False,
-        pre_norm=True,
-        norm_eps=v.number("norm_eps"),
-        activation=language.activation(v, "hidden_act", "gelu"),
-        attention_bias=False,
-        output_bias=False,
-    )
     v.config["num_attention_heads"] = v.whole("attention_heads", v.whole("num_attention_heads", 16))
     token = vlm.image_token(s, 128256)
-    tower = vlm.build(MllamaVisionConfig, **vlm.read_sizes(v, token), **vit, **extra)
+    tower = vlm.build(MllamaVisionConfig, **extra, **vlm.read_sizes(v, token))
     if vlm.tied(s, either=False, default=False):
         raise s.refuse("tie_word_embeddings", "the embedding has more rows than the head")
     theta = {} if "rope_parameters" in text or "rope_theta" in text else {"rope_theta": 500000.0}

@@ -10,7 +10,7 @@ from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.config import ViTConfig, ViTFields
+from jaxlab.models.config import MllamaVisionConfig, ViTConfig
 
 _CLIP = {
     "hidden_size": 768,
@@ -121,7 +121,7 @@ def read_sizes(v: Settings, image_token: int) -> Json:
     return {**fields, "image_token": image_token}
 
 
-def write_tower(v: ViTFields) -> Json:
+def write_tower(v: ViTConfig | MllamaVisionConfig) -> Json:
     """The keys of `read_sizes`."""
     return {
         "num_hidden_layers": v.num_layers,

@@ -28,7 +28,6 @@ from jaxlab.models.config.vision import (
     ResamplerConfig,
     VisionConfig,
     ViTConfig,
-    ViTFields,
 )
 
 __all__ = [
@@ -57,6 +56,5 @@ __all__ = [
     "SlidingAttentionConfig",
     "SparsityConfig",
     "ViTConfig",
-    "ViTFields",
     "VisionConfig",
 ]

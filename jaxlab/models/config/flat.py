@@ -17,6 +17,17 @@ _ONLY_FLAT = ("nsa", "rope", "window", "pattern", "local_rope_theta", "attention
 _TOWER = ("num_layers", "patch_size", "channels", "width", "num_heads", "mlp_width", "image_token")
 _VISION: dict[str, tuple[str, ...]] = {"vit": ("vit",), "qwen": ("qwen",), "mllama": ("vit", "mllama")}
 """The groups that each kind of tower used."""
+_NO_RESAMPLER = {"num_queries": 0, "num_layers": 3, "num_heads": 16, "num_kv_heads": 4, "head_dim": 96}
+_MLLAMA = {
+    **to_dict(ViTConfig()),
+    "resampler": _NO_RESAMPLER,
+    "class_token": True,
+    "patch_bias": False,
+    "pre_norm": True,
+    "attention_bias": False,
+    "output_bias": False,
+}
+"""What the flat form said of every tower of Mllama."""
 _SPARSITY = {
     "exact_tokens": ("block_size", "num_blocks"),
     "exact_blocks": ("block_size", "num_blocks", "num_init", "num_local"),
@@ -94,6 +105,11 @@ def _vision(vision: Tree) -> dict[str, Any] | None:
     new = {"kind": kind, **{key: vision[key] for key in _TOWER if key in vision}}
     for name in used:
         new |= _group(vision, name)
+    if kind == "mllama":
+        tower = dict(_group(vision, "vit"))
+        new = {key: value for key, value in new.items() if key not in tower or key == "max_tiles"}
+        new |= {key: tower.pop(key) for key in ("norm_eps", "activation") if key in tower}
+        _check_unused("vision.vit", tower, _MLLAMA | {"max_tiles": 0})
     if kind == "qwen":
         _check_unused("vision", {"image_size": vision.get("image_size", 8)}, sizes)
     elif "image_size" in vision:
@@ -101,9 +117,6 @@ def _vision(vision: Tree) -> dict[str, Any] | None:
     if new.get("connector") != "resampler" and "resampler" in new:
         _check_unused("vision.vit.resampler", new.pop("resampler"), _NO_RESAMPLER)
     return new
-
-
-_NO_RESAMPLER = {"num_queries": 0, "num_layers": 3, "num_heads": 16, "num_kv_heads": 4, "head_dim": 96}
 
 
 def _sparsity(sparsity: Tree) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from jaxlab.errors import ConfigError
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+
 
 @dataclass(frozen=True)
 class _Tower:
@@ -86,9 +88,10 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
-class ViTFields(_SquareTower):
-    """What vision transformers of that kind, and Mllama's, have in common."""
+class ViTConfig(_SquareTower):
+    """A plain vision transformer and its connector: CLIP, SigLIP, InternViT and their kin."""
 
+    kind: Literal["vit"] = "vit"
     class_token: bool = False
     """A learned token stands before the patches, with a position of its own."""
     mask_token: bool = False
@@ -106,7 +109,7 @@ class ViTFields(_SquareTower):
     """Added to the variance in norms."""
     mlp: Literal["gated", "plain"] = "plain"
     """Gated or plain two-matrix MLP."""
-    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     """Activation of the MLP."""
     attention_bias: bool = True
     """Biases on the query, key and value projections."""
@@ -141,7 +144,7 @@ class ViTFields(_SquareTower):
     """That norm scales by this plus its parameter (Gemma's is 1)."""
     connector_bias: bool = True
     """Biases in the connector."""
-    connector_activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
+    connector_activation: Activation = "gelu"
     """Activation between two matrices of the connector."""
     connector_width: int = 0
     """Hidden width of a gated MLP in the connector."""
@@ -205,13 +208,6 @@ class ViTFields(_SquareTower):
 
 
 @dataclass(frozen=True)
-class ViTConfig(ViTFields):
-    """A plain vision transformer and its connector: CLIP, SigLIP, InternViT and their kin."""
-
-    kind: Literal["vit"] = "vit"
-
-
-@dataclass(frozen=True)
 class QwenVisionConfig(_Tower):
     """A vision transformer over images of any size, whose squares of patches become tokens: Qwen2-VL to 3."""
 
@@ -226,7 +222,7 @@ class QwenVisionConfig(_Tower):
     """LayerNorm or RMSNorm (Qwen2.5-VL), with an epsilon of 1e-6."""
     mlp: Literal["gated", "plain"] = "plain"
     """Gated (Qwen2.5-VL) or plain two-matrix MLP."""
-    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "quick_gelu"
+    activation: Activation = "quick_gelu"
     """Activation of the MLP."""
     window: int = 0
     """Pixels a side of the windows that layers see (Qwen2.5-VL); 0: all layers see the whole image."""
@@ -271,13 +267,17 @@ class QwenVisionConfig(_Tower):
 
 
 @dataclass(frozen=True)
-class MllamaVisionConfig(ViTFields):
+class MllamaVisionConfig(_SquareTower):
     """What Mllama has besides a vision transformer: tiles with embeddings, layers that read the images.
 
     Known by its parameters only: it is read, merged and written, and does not run.
     """
 
     kind: Literal["mllama"] = "mllama"
+    norm_eps: float = 1e-5
+    """Added to the variance in norms."""
+    activation: Activation = "gelu"
+    """Activation of the MLP."""
     num_global_layers: int = 8
     """Layers over all tiles of an image, after those of the tower."""
     max_tiles: int = 4
@@ -300,6 +300,8 @@ class MllamaVisionConfig(ViTFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.norm_eps < float("inf"):
+            raise ConfigError(f"must be positive and finite, is {self.norm_eps}", key="norm_eps")
         for name in ("num_global_layers", "max_tiles"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxlab.errors import UserError
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, NoPositions, ResamplerConfig, ViTFields
+from jaxlab.models.config import ModelConfig, NoPositions, ResamplerConfig, ViTConfig
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Norm, layer_norm, linear
 
@@ -17,7 +17,7 @@ class Projector(nnx.Module):
     """A norm if there is one, one or two matrices, and what some families have besides."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, d = config.vision_as(ViTFields), config.width
+        v, d = config.vision_as(ViTConfig), config.width
         self.config = v
         size = v.width * len(v.feature_layers) * (1 if v.connector == "merger" else v.shuffle**2)
         norm = lambda kind: Norm(size, kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
@@ -89,7 +89,7 @@ def refuse(config: ModelConfig) -> NoReturn:
 
 def tokens_per_tile(config: ModelConfig) -> int:
     """Tokens that a `Projector` makes of one tile."""
-    v = config.vision_as(ViTFields)
+    v = config.vision_as(ViTConfig)
     side = v.image_size // v.patch_size
     if v.resampler is not None:
         return v.resampler.num_queries

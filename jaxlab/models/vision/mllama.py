@@ -7,13 +7,12 @@ from typing import Any, NoReturn
 from flax import nnx
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import MllamaVisionConfig, ModelConfig
+from jaxlab.models.config import MllamaVisionConfig, ModelConfig, NoPositions
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import layer_norm
 from jaxlab.models.vision.connectors import refuse
 from jaxlab.models.vision.encoder import Encoder
 from jaxlab.models.vision.patches import PatchEmbedding
-from jaxlab.models.vision.vit import tower_config
 
 
 class GatedBlock(Block):
@@ -23,6 +22,27 @@ class GatedBlock(Block):
         super().__init__(config, init)
         self.attention_gate = init.zeros((1,), ("gate",))
         self.mlp_gate = init.zeros((1,), ("gate",))
+
+
+def tower_config(config: ModelConfig) -> ModelConfig:
+    """The vision transformer in the decoder's terms."""
+    v = config.vision_as(MllamaVisionConfig)
+    return ModelConfig(
+        vocab_size=1,
+        width=v.width,
+        num_layers=v.num_layers,
+        num_heads=v.num_heads,
+        mlp="plain",
+        mlp_width=v.mlp_width,
+        activation=v.activation,
+        norm="layer",
+        norm_eps=v.norm_eps,
+        position=NoPositions(),
+        mlp_bias=True,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        initializer_range=config.initializer_range,
+    )
 
 
 class GatedTable(nnx.Module):

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, NoPositions, ViTFields
+from jaxlab.models.config import ModelConfig, NoPositions, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Embedding, Norm, layer_norm
@@ -31,7 +31,7 @@ from jaxlab.models.vision.patches import PatchEmbedding, cut_patches
 
 def tower_config(config: ModelConfig) -> ModelConfig:
     """The vision transformer in the decoder's terms."""
-    v = config.vision_as(ViTFields)
+    v = config.vision_as(ViTConfig)
     return ModelConfig(
         vocab_size=1,
         width=v.width,
@@ -57,7 +57,7 @@ class ViTTower(nnx.Module):
     """Patches with positions, after a class token if there is one; blocks that see the whole image."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, std = config.vision_as(ViTFields), config.initializer_range
+        v, std = config.vision_as(ViTConfig), config.initializer_range
         tower = tower_config(config)
         self.config = config
         shape, axes = (v.channels, v.patch_size, v.patch_size), ("channels", "pixels", "pixels")
@@ -74,7 +74,7 @@ class ViTTower(nnx.Module):
 
     def __call__(self, images: Float[Array, "N C y x"], batch: Mapping[str, Any]) -> Float[Array, "N F V"]:
         """The hidden states that the connector reads, without those of the class token if it is dropped."""
-        v, tower = self.config.vision_as(ViTFields), tower_config(self.config)
+        v, tower = self.config.vision_as(ViTConfig), tower_config(self.config)
         x = self.embed(images, batch.get("image_patch_positions"))
         if self.pre_norm is not None:
             x = self.pre_norm(x)
@@ -102,7 +102,7 @@ class ViTTower(nnx.Module):
         positions: Int[np.ndarray, "N F"] | Int[Array, "N F"] | None,
     ) -> Float[Array, "N F V"]:
         """Patches row by row, after the class token if there is one, with their positions."""
-        v = self.config.vision_as(ViTFields)
+        v = self.config.vision_as(ViTConfig)
         channels, height, width = images.shape[1:]
         if channels != v.channels or (v.position != "fractional" and (height, width) != (v.image_size,) * 2):
             raise ValueError(
@@ -129,7 +129,7 @@ class PoolingHead(nnx.Module):
 
 def vit_block(config: ModelConfig, init: Initializer) -> Block:
     """The decoder's block with LayerScale, and with RMSNorm on queries and keys whatever the other norms."""
-    layer_scale = 0.1 if config.vision_as(ViTFields).layer_scale else None
+    layer_scale = 0.1 if config.vision_as(ViTConfig).layer_scale else None
     return Block(tower_config(config), init, qk_norm_kind="rms", layer_scale=layer_scale)
 
 
@@ -172,7 +172,7 @@ class ViTEncoder(Encoder):
             not fit the images, or they are traced.
           UserError: the family's images are not run.
         """
-        v, added = config.vision_as(ViTFields), dict[str, Any]()
+        v, added = config.vision_as(ViTConfig), dict[str, Any]()
         if v.connector in ("merger", "resampler"):
             refuse(config)
         tokens, images = batch["tokens"], batch["images"]
@@ -201,7 +201,7 @@ def _together(batch: Mapping[str, Any], config: ModelConfig) -> Any:
     """int32[B, T]: numbers of groups that see themselves whole, from 1 on; 0 elsewhere."""
     tokens = batch["tokens"]
     xp: Any = jnp if isinstance(tokens, jax.core.Tracer) else np
-    if config.vision_as(ViTFields).together == "prefix":
+    if config.vision_as(ViTConfig).together == "prefix":
         return (xp.asarray(batch.get("token_type_ids", xp.zeros_like(tokens))) == 0).astype(np.int32)
     is_image = xp.asarray(tokens) == config.image_token
     before = xp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
@@ -210,7 +210,7 @@ def _together(batch: Mapping[str, Any], config: ModelConfig) -> Any:
 
 def _tiles(batch: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], int]:
     """Tiles of images of varying size, and how many tokens they make."""
-    v, images = config.vision_as(ViTFields), batch["images"]
+    v, images = config.vision_as(ViTConfig), batch["images"]
     sizes = [(int(height), int(width)) for height, width in on_host(batch, "image_sizes").reshape(-1, 2)]
     whole = [False] * len(sizes)
     if "batch_num_images" in batch:
@@ -240,7 +240,7 @@ def _tiles(batch: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any
 
 def _patches(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Images that are there, the patches of each that show something, and where in the whole they lie."""
-    v = config.vision_as(ViTFields)
+    v = config.vision_as(ViTConfig)
     images = on_host(batch, "images")
     images = images.reshape(-1, *images.shape[-3:])
     height, width = images.shape[-2:]
