@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.checkpoints.names import Entry
+from jaxlab.checkpoints import Entry
 from jaxlab.errors import UserError
 from jaxlab.merging.account import Account
 from jaxlab.merging.arithmetic import Mode

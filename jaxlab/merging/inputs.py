@@ -5,10 +5,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from jaxlab.app.references import model_folder
-from jaxlab.checkpoints.comparing import language_differences
-from jaxlab.checkpoints.loading import load_model
-from jaxlab.checkpoints.tokenizer_files import common_prefix
+from jaxlab.checkpoints import OpenModel, common_prefix, language_differences
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params
 
@@ -29,22 +26,19 @@ class Trio(NamedTuple):
     base_config: ModelConfig
 
 
-def load_trio(vlm: str, expert: str, base: str) -> Trio:
-    """Loads the three. Raises UserError where one is missing or their language models differ in kind."""
-    vlm_config, vlm_params, tokenizer = load_model(model_folder(vlm))
-    expert_config, expert_params, expert_tokenizer = load_model(model_folder(expert))
-    base_config, base_params, base_tokenizer = load_model(model_folder(base))
-    same_architecture(vlm, vlm_config, expert, expert_config)
-    same_architecture(vlm, vlm_config, base, base_config)
+def load_trio(vlm: OpenModel, expert: OpenModel, base: OpenModel) -> Trio:
+    """Reads the three. Raises UserError where one is damaged or their language models differ in kind."""
+    for other in (expert, base):
+        same_architecture(str(vlm.path), vlm.config, str(other.path), other.config)
     return Trio(
-        config=vlm_config,
-        tokenizer=tokenizer,
-        vlm=vlm_params,
-        expert=expert_params,
-        base=base_params,
-        common_rows=common_prefix([tokenizer, expert_tokenizer, base_tokenizer]),
-        expert_config=expert_config,
-        base_config=base_config,
+        config=vlm.config,
+        tokenizer=vlm.tokenizer,
+        vlm=vlm.read(),
+        expert=expert.read(),
+        base=base.read(),
+        common_rows=common_prefix([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
+        expert_config=expert.config,
+        base_config=base.config,
     )
 
 

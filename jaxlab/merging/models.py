@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxlab.checkpoints.names import Entry, entries, from_hf, to_hf, tree_of
-from jaxlab.checkpoints.rows import Path
+from jaxlab.checkpoints import Entry, LeafPath, entries, from_hf, to_hf, tree_of
 from jaxlab.errors import UserError
 from jaxlab.merging.account import Account, Line
 from jaxlab.merging.arithmetic import Mode
@@ -40,7 +39,7 @@ def merge_models(
     named = {f"model {i}": model for i, model in enumerate(models)} | ({} if base is None else {"base": base})
     for name, other in named.items():
         _same_tensors(known, models[0], name, other, family)
-    leaves: dict[Path, Any] = {}
+    leaves: dict[LeafPath, Any] = {}
     for entry in known:
         one = functools.partial(_merge_one, method, mode, parameters)
         tensors = [to_hf(model, entry) for model in models]

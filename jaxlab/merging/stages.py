@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from jaxlab.checkpoints.names import Entry, from_hf, leaf_at, to_hf, tree_of
-from jaxlab.checkpoints.rows import EMBEDDING, HEAD
+from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import ConfigError
 from jaxlab.merging.arithmetic import Mode, difference, step
 from jaxlab.merging.operators import OPERATORS, Operator, Prepared, Settings, add_to_base, settings_for

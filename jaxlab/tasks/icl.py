@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from jaxlab.app.references import model_folder
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints.loading import load_model, load_model_config, model_identity
-from jaxlab.checkpoints.native import made_by
+from jaxlab.checkpoints import open_model
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import blocking as block
 from jaxlab.icl.prompts import Prompts, PromptsConfig, PromptSource, Roles, make_prompts, token_texts
@@ -75,14 +74,14 @@ class Config:
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     return {
-        "model": model_identity(model_folder(config.model)),
+        "model": open_model(model_folder(config.model)).identity,
         "data": make_prompts(config.data, config.split).identity,
     }
 
 
 def check(config: Config) -> dict[str, Any]:
     """Everything that can be checked, and the memory of the flows, without reading a parameter."""
-    model = load_model_config(model_folder(config.model))
+    model = open_model(model_folder(config.model)).config
     source = make_prompts(config.data, config.split)
     _check_fits(config, model, source)
     parameters, temporary = flow_memory(
@@ -113,10 +112,10 @@ def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> Non
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     """Means over all prompts, deviations over the means of the seeds."""
-    folder = model_folder(config.model)
-    model, params, tokenizer = load_model(folder)
-    source = make_prompts(config.data, config.split)
+    opened = open_model(model_folder(config.model))
+    model, source = opened.config, make_prompts(config.data, config.split)
     _check_fits(config, model, source)
+    params = opened.read()
     answers = _Answers(config, model, params, source)
     flow = _Flows(config, model, params, source) if "flows" in config.analyses else None
     passes = -(-config.examples // config.batch_size) * len(config.seeds)
@@ -129,7 +128,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
                     flow.add(seed, prompts)
                 progress.update()
     results: dict[str, Any] = {
-        "made_by": made_by(folder),
+        "made_by": opened.made_by,
         "layers": model.num_layers,
         "tokens": source.length,
         "labels": source.num_labels,
@@ -142,7 +141,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if flow is not None:
         results["flows"] = flow.results()
     if "figure1" in config.analyses:
-        results["figure1"] = _picture(model, params, source.roles, *answers.example(), tokenizer)
+        results["figure1"] = _picture(model, params, source.roles, *answers.example(), opened.tokenizer)
     return results
 
 

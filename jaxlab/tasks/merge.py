@@ -10,9 +10,7 @@ from tokenizers import Tokenizer
 
 from jaxlab import __version__
 from jaxlab.app.references import model_folder
-from jaxlab.checkpoints.kept import Kept
-from jaxlab.checkpoints.loading import kept_of, load_model
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import SourceFiles, load_model, open_model, save_model
 from jaxlab.config import to_dict
 from jaxlab.errors import UserError
 from jaxlab.files import write_json
@@ -53,10 +51,10 @@ def run(arguments: Arguments) -> None:
 
 
 def _inject_to(recipe: InjectRecipe, out: Path) -> Account:
-    trio = load_trio(recipe.vlm, recipe.expert, recipe.base)
+    vlm, expert, base = (open_model(model_folder(m)) for m in (recipe.vlm, recipe.expert, recipe.base))
+    trio = load_trio(vlm, expert, base)
     params, account = inject_recipe(recipe, trio)
-    kept = kept_of(model_folder(recipe.vlm))
-    return save_merged(out, trio.config, params, trio.tokenizer, account, recipe, kept)
+    return save_merged(out, trio.config, params, trio.tokenizer, account, recipe, vlm.source_files)
 
 
 def inject_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, Account]:
@@ -80,24 +78,21 @@ def inject_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, Account]:
 
 
 def _merge_to(recipe: MergeRecipe, out: Path) -> Account:
-    folders = [model_folder(model.model) for model in recipe.models]
-    loaded = [load_model(folder) for folder in folders]
-    base = None if recipe.base is None else load_model(model_folder(recipe.base))
-    config, _, tokenizer = loaded[0]
-    for folder, (other, *_) in zip(folders, loaded, strict=True):
-        same_architecture(str(folders[0]), config, str(folder), other)
-    if recipe.base is not None and base is not None:
-        same_architecture(str(folders[0]), config, recipe.base, base[0])
+    models = [open_model(model_folder(model.model)) for model in recipe.models]
+    base = None if recipe.base is None else open_model(model_folder(recipe.base))
+    first, config = models[0], models[0].config
+    for other in [*models[1:], *([] if base is None else [base])]:
+        same_architecture(str(first.path), config, str(other.path), other.config)
     params, account = merge_models(
         recipe.operator,
-        [params for _, params, _ in loaded],
-        base=None if base is None else base[1],
+        [model.read() for model in models],
+        base=None if base is None else base.read(),
         mode=recipe.mode,
         seed=recipe.seed,
         family=config.family,
         **recipe.parameters(),
     )
-    return save_merged(out, config, params, tokenizer, account, recipe, kept_of(folders[0]))
+    return save_merged(out, config, params, first.tokenizer, account, recipe, first.source_files)
 
 
 def save_merged(
@@ -107,7 +102,7 @@ def save_merged(
     tokenizer: Tokenizer | None,
     account: Account,
     recipe: Recipe,
-    kept: Kept | None = None,
+    source_files: SourceFiles | None = None,
 ) -> Account:
     """Writes the model folder with the account in it, aside first, then renamed; returns the account with
     digests.
@@ -115,7 +110,7 @@ def save_merged(
     account = account.with_hashes(params)
     aside = out.absolute().with_name(f".{out.name}-merging-{os.getpid()}")
     try:
-        save_model(aside, config, params, tokenizer, kept=kept)
+        save_model(aside, config, params, tokenizer, source_files=source_files)
         written = {"version": __version__, "recipe": to_dict(recipe), "tensors": account.to_json()}
         write_json(aside / ACCOUNT, written)
         if out.exists():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jaxlab import config as configs
 from jaxlab.app.references import model_folder
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints.loading import kept_of, load_model_config, model_identity, stored_shapes
+from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.data.source import DataConfig, make_source
 from jaxlab.errors import ConfigError
 from jaxlab.files import write_atomic
@@ -122,17 +122,16 @@ def inputs(config: Config) -> dict[str, str]:
     data = {
         f"evaluate.{name}": make_source(data, model_folder).identity for name, data in config.evaluate.items()
     }
-    return {role: model_identity(model_folder(reference)) for role, reference in models.items()} | data
+    return {role: open_model(model_folder(reference)).identity for role, reference in models.items()} | data
 
 
 def check(config: Config) -> dict[str, Any]:
     """Whether the models fit together, and what the search holds on the device; reads no parameters."""
-    folders = [model_folder(reference) for reference in (config.vlm, config.expert, config.base)]
-    vlm_config, *others = (load_model_config(folder) for folder in folders)
-    for reference, other in zip((config.expert, config.base), others, strict=True):
-        same_architecture(config.vlm, vlm_config, reference, other)
-    shapes = [stored_shapes(folder) for folder in folders]
-    plan = plan_injection(*shapes, embeddings=config.embeddings, family=vlm_config.family)
+    vlm, *others = models = _open(config)
+    for other in others:
+        same_architecture(str(vlm.path), vlm.config, str(other.path), other.config)
+    shapes = [model.shapes for model in models]
+    plan = plan_injection(*shapes, embeddings=config.embeddings, family=vlm.config.family)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     # Three models, the base once more in the checkpoint's shape, two float32 task vectors, one merged model.
     vectors = 8 * sum(leaf.size for leaf in jax.tree.leaves(shapes[2]))
@@ -145,7 +144,8 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
-    trio = load_trio(config.vlm, config.expert, config.base)
+    vlm, expert, base = _open(config)
+    trio = load_trio(vlm, expert, base)
     validation, test = (
         read_data(config.evaluate, split, config.batch_size, config.batches)
         for split in ("validation", "test")
@@ -156,8 +156,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     recipe = recipe_of(config, winner, best)
     write_atomic(run.path / "best.yaml", configs.dump(recipe))
     params, account = inject_recipe(recipe, trio)
-    kept = kept_of(model_folder(config.vlm))
-    save_merged(run.path / "model", trio.config, params, trio.tokenizer, account, recipe, kept)
+    save_merged(
+        run.path / "model", trio.config, params, trio.tokenizer, account, recipe, vlm.source_files
+    )
     return {
         "operators": operators,
         "best": best,
@@ -169,6 +170,12 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         },
         "examples": _examples(config, trio, params),
     }
+
+
+def _open(config: Config) -> tuple[OpenModel, OpenModel, OpenModel]:
+    """VLM, expert and base, of which nothing is read yet."""
+    vlm, expert, base = (open_model(model_folder(m)) for m in (config.vlm, config.expert, config.base))
+    return vlm, expert, base
 
 
 def _examples(config: Config, trio: Trio, merged: Params) -> list[dict[str, Any]]:

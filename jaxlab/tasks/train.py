@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jaxlab.app.references import model_folder, train_inputs
 from jaxlab.app.runs import Run, read_metrics
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import open_model, save_model
 from jaxlab.costs.flops import attended_tokens, peak_flops, train_flops_per_token
 from jaxlab.costs.memory import bytes_per_device, compiled_memory
 from jaxlab.data.source import Source, check_fits, first_held_out, make_source
@@ -195,7 +195,7 @@ def prepare(config: Config) -> Setup:
     initial = (
         Initial()
         if config.init_from is None
-        else find_initial(model_folder(config.init_from), config.model, source)
+        else find_initial(open_model(model_folder(config.init_from)), config.model, source)
     )
     optimizer = make_optimizer(config.optimizer, config.model, config.steps)
     shardings = state_shardings(config.model, optimizer, mesh)

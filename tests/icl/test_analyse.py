@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import save_model
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl.prompts import PromptsConfig, make_prompts, token_texts
