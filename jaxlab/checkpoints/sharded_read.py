@@ -17,7 +17,7 @@ from jaxlab.checkpoints.tensor_map import Entry, leaf_at, tree_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, LeafPath
 from jaxlab.checkpoints.unexpected_tensors import Account
 from jaxlab.errors import UserError
-from jaxlab.models.modules import Params
+from jaxlab.models import Params
 
 _ROWS_BYTES = 1 << 26
 

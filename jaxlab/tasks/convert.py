@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints import families, loading, locate
 from jaxlab.checkpoints.forms import hf_folder as huggingface
 from jaxlab.checkpoints.forms import orbax_folder as native

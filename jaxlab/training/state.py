@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from jaxlab.checkpoints import OpenModel, check_same_tree, differences
-from jaxlab.data.source import Source, check_same_words
+from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, init_params
-from jaxlab.retrofit.convert import GATE, retrofit, retrofitted
+from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.tasks import main
 from jaxlab.checkpoints import load_model, open_model, save_model
 from jaxlab.checkpoints.tensor_map import host_tensors
 from jaxlab.config import build, dump, load
@@ -23,6 +22,7 @@ from jaxlab.merging.plan import plan_injection
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, load_recipe
 from jaxlab.merging.stages import Method, combine, prepare
 from jaxlab.models import ModelConfig, VisionConfig, abstract_params
+from jaxlab.tasks import main
 from jaxlab.tasks.merge import verify
 from jaxlab.tasks.merge_search import Config, Grid
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
