@@ -46,6 +46,12 @@ class Account:
     def problems(self) -> int:
         return len(self.missing) + len(self.unmapped) + len(self.wrong)
 
+    @property
+    def summary(self) -> str:
+        used = sum(len(entry.names) for entry in self.entries)
+        line = f"{used} tensors used, {len(self.ignored)} ignored by rule"
+        return f"{line}, {', '.join(self.copies)} a copy of the embedding" if self.copies else line
+
     def check(self, where: object) -> None:
         """Raises UserError that lists what is missing, not known, or of a wrong shape or dtype."""
         said = []

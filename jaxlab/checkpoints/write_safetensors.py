@@ -18,6 +18,7 @@ from jaxlab.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 
+
 class Planned(NamedTuple):
     """A tensor to be written."""
 

@@ -39,6 +39,10 @@ class HuggingFaceFolder(OpenModel):
         self.adapter = adapter
         self.allow_pickle = allow_pickle
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        return (self.path,) if self.adapter is None else (self.path, self.adapter)
+
     @functools.cached_property
     def config_json(self) -> dict[str, Any]:
         return read_json(inside(self.path, CONFIG))
@@ -97,6 +101,10 @@ class HuggingFaceFolder(OpenModel):
         dtypes = {p: leaf_dtype(self.tensors, e, dtype) for e in self.account.entries for p in e.paths}
         place = lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[tuple(key.key for key in path)])
         return jax.tree_util.tree_map_with_path(place, self.template)
+
+    @property
+    def summary(self) -> str:
+        return self.account.summary
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
