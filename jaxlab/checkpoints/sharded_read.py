@@ -16,7 +16,7 @@ from jaxlab.checkpoints.fused_qkv import fused_parts
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_map import Entry, leaf_at, tree_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, LeafPath
-from jaxlab.checkpoints.unexpected_tensors import Account
+from jaxlab.checkpoints.unexpected_tensors import TensorAccount
 from jaxlab.errors import UserError
 from jaxlab.models import Params
 
@@ -25,7 +25,7 @@ _ROWS_BYTES = 1 << 26
 
 def read_params(
     tensors: Mapping[str, Tensor],
-    account: Account,
+    account: TensorAccount,
     template: Params,
     *,
     shardings: Params | None = None,
@@ -121,7 +121,9 @@ def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target]) 
         target.fill(index, np.asarray(entry.layout.to_ours(part, target.own)))
 
 
-def _check_copies(tensors: Mapping[str, Tensor], account: Account, name: str, table: np.ndarray) -> None:
+def _check_copies(
+    tensors: Mapping[str, Tensor], account: TensorAccount, name: str, table: np.ndarray
+) -> None:
     """Raises UserError if a tied head that is written out is not the embedding, bit for bit."""
     for copy in account.copies:
         head = tensors[copy]

@@ -14,7 +14,7 @@ from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, TextPart
 from jaxlab.processing.pixels import read_image
 from jaxlab.processing.registry import find_family, find_image_kind
-from jaxlab.processing.settings import Settings, read_json
+from jaxlab.processing.settings import ProcessorSettings, read_json
 
 PREPROCESSOR, PROCESSOR, CONFIG = "preprocessor_config.json", "processor_config.json", "config.json"
 
@@ -30,7 +30,7 @@ class Processor:
     """Images that are not RGB are converted; else they are refused."""
     images: ImagePart
     text: TextPart
-    model: Settings
+    model: ProcessorSettings
     """The model's config.json, for the ids of tokens."""
 
     def __call__(
@@ -128,14 +128,14 @@ def load_processor(
     if not isinstance(pixels, Mapping):
         raise UserError(f"{place}: image_processor must be an object")
     described = ((str(folder / CONFIG), model), (f"{folder / CONFIG}: text_config", inner(model)))
-    settings = Settings(described)
+    settings = ProcessorSettings(described)
     files = ((str(folder / PROCESSOR), around), (str(place), pixels))
-    family = find_family(Settings(files), settings)
-    kind = find_image_kind(Settings((files[1],)), family)
+    family = find_family(ProcessorSettings(files), settings)
+    kind = find_image_kind(ProcessorSettings((files[1],)), family)
     asked = ("the overrides", overrides)
     standard = ("its defaults", kind.defaults)
-    images = Settings((asked, (family.processor_class, family.always), files[1], standard))
-    text = Settings((asked, *files, standard))
+    images = ProcessorSettings((asked, (family.processor_class, family.always), files[1], standard))
+    text = ProcessorSettings((asked, *files, standard))
     return Processor(
         folder, images.flag("do_convert_rgb"), kind.read(images), family.read(text, settings), settings
     )

@@ -155,9 +155,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     recipe = recipe_of(config, winner, best)
     write_atomic(run.path / "best.yaml", configs.dump(recipe))
     params, account = inject_recipe(recipe, trio)
-    save_merged(
-        run.path / "model", trio.config, params, trio.tokenizer, account, recipe, vlm.source_files
-    )
+    save_merged(run.path / "model", trio.config, params, trio.tokenizer, account, recipe, vlm.source_files)
     return {
         "operators": operators,
         "best": best,

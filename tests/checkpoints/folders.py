@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlab.checkpoints import entries, from_hf, load_model, save_model, tree_of
 from jaxlab.checkpoints.safetensors_file import DTYPES
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import Planned, write_folder
 
 save = functools.partial(save_model, form="huggingface")
 

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxlab.checkpoints.output_folder import MARKER
-from jaxlab.checkpoints.tensor_folder import open_folder
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import Planned, open_folder, write_folder
 
 RNG = np.random.default_rng(0)
 DTYPES = [

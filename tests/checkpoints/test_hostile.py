@@ -9,8 +9,7 @@ import pytest
 
 from jaxlab.checkpoints import write_aside
 from jaxlab.checkpoints.safetensors_file import read_header
-from jaxlab.checkpoints.tensor_folder import check_finite, open_folder, read_json
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import Planned, check_finite, open_folder, read_json, write_folder
 from jaxlab.errors import UserError
 
 CONFIG = {"model_type": "llama"}

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints.lora import merged
-from jaxlab.checkpoints.tensor_folder import open_folder
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import Planned, open_folder, write_folder
 from jaxlab.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import CONFIG, TensorFolder, inside, open_folder, read_json
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
-from jaxlab.checkpoints.unexpected_tensors import Account, account
+from jaxlab.checkpoints.unexpected_tensors import TensorAccount, account
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 
@@ -73,7 +73,7 @@ class HuggingFaceFolder(OpenModel):
         return abstract_params(self.described)
 
     @functools.cached_property
-    def account(self) -> Account:
+    def account(self) -> TensorAccount:
         """What becomes of every tensor. Raises UserError for those that are missing, not known or wrong."""
         _check_size(self.tensors, self.described)
         found = account(self.tensors, self.described, self.template)
@@ -147,7 +147,7 @@ def _check_size(folder: TensorFolder, config: ModelConfig) -> None:
         )
 
 
-def _compute_dtype(folder: TensorFolder, found: Account) -> Any:
+def _compute_dtype(folder: TensorFolder, found: TensorAccount) -> Any:
     """bfloat16 if most of the model is stored so; float32 otherwise, since float16 would overflow."""
     sizes: dict[str, int] = {}
     for entry in found.entries:

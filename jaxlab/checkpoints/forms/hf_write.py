@@ -16,11 +16,10 @@ from jaxlab.checkpoints.compatibility import difference
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape
 from jaxlab.checkpoints.source_files import SourceFiles
-from jaxlab.checkpoints.tensor_folder import CONFIG
+from jaxlab.checkpoints.tensor_folder import CONFIG, Planned, write_folder
 from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at
 from jaxlab.checkpoints.tensor_table import EMBEDDING
 from jaxlab.checkpoints.tokenizer_files import TOKENIZER
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params
 
