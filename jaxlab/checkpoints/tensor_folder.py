@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, tensors in one file or in shards; opened without trust, written whole."""
+"""A Hugging Face folder, config.json and tensors in a file or in shards: read without trust, written whole."""
 
 import errno
 import json
