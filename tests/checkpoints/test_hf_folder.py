@@ -101,9 +101,10 @@ def test_dtypes_that_no_leaf_can_hold_ask_for_one(tmp_path, dtype):
         load_model(made(tmp_path, changes=changes))
 
 
-def test_numbers_that_are_not_finite_are_refused_if_asked(tmp_path):
-    path = made(tmp_path, changes={UP: np.full((44, 32), np.nan, np.float32)})
-    assert np.isnan(load_model(path)[1]["layers"]["mlp"]["up"][1]).all()
+@pytest.mark.parametrize(("dtype", "number"), [(np.float32, np.nan), (ml_dtypes.bfloat16, np.inf)])
+def test_numbers_that_are_not_finite_are_refused_if_asked(tmp_path, dtype, number):
+    path = made(tmp_path, dtype=dtype, changes={UP: np.full((44, 32), number, dtype)})
+    assert not np.isfinite(load_model(path)[1]["layers"]["mlp"]["up"][1]).any()
     with pytest.raises(UserError, match=f"{UP} holds NaN or infinities"):
         open_model(path).read(check_finite=True)
 
