@@ -1,4 +1,6 @@
-"""What became of every tensor of every input: merged, copied or refused, and the digest of what was saved."""
+"""The account of a merge: what became of every tensor of every input, merged, copied or refused, and the digest
+of each that was saved.
+"""
 
 import collections
 import dataclasses
@@ -70,11 +72,6 @@ class MergeAccount:
 
     def to_json(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(line) for line in self.lines]
-
-    @classmethod
-    def from_json(cls, lines: list[dict[str, Any]]) -> "MergeAccount":
-        tuples = ("shape", "models")
-        return cls(tuple(AccountLine(**line | {key: tuple(line[key]) for key in tuples}) for line in lines))
 
     def table(self) -> str:
         """A short table: how many tensors of each kind went which way."""
