@@ -5,8 +5,33 @@ model, and the search for the weights that show them.
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.merging.account import MergeAccount
-    from jaxlab.merging.injection import inject
+    from jaxlab.merging.account import AccountLine, MergeAccount
+    from jaxlab.merging.injection import Method, PatternValue, inject
+    from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
     from jaxlab.merging.numerics import tensor_key
     from jaxlab.merging.operators import OPERATORS, Operator
+    from jaxlab.merging.operators.registry import operator
+    from jaxlab.merging.recipe import (
+        InjectRecipe,
+        MergeRecipe,
+        Trio,
+        check_same_architecture,
+        inject_by_recipe,
+        load_recipe,
+        merge_by_recipe,
+        read_trio,
+        save_merged,
+        verify_merged,
+    )
+    from jaxlab.merging.search import (
+        Grid,
+        Point,
+        answered,
+        evaluate_grid,
+        exact_match_of,
+        measure_model,
+        read_data,
+        search_grid,
+        text_only,
+    )

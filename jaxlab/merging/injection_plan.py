@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jaxlab.checkpoints.names import Entry, entries
 from jaxlab.checkpoints.rows import EMBEDDING, HEAD
 from jaxlab.errors import UserError
-from jaxlab.merging.account import MergeAccount, Action, AccountLine
+from jaxlab.merging.account import AccountLine, Action, MergeAccount
 
 Embeddings = Literal["vlm", "merge_common_rows", "merge"]
 ROLES = ("vlm", "expert", "base")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxlab.checkpoints.names import Entry, entries, from_hf, to_hf, tree_of
 from jaxlab.checkpoints.rows import Path
 from jaxlab.errors import UserError
-from jaxlab.merging.account import MergeAccount, AccountLine
+from jaxlab.merging.account import AccountLine, MergeAccount
 from jaxlab.merging.numerics import Mode, difference, key_words, round_to, tensor_key, working_dtype
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import per_model

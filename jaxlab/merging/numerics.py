@@ -52,7 +52,9 @@ def multiply(
     return round_to(x * factor, dtype)
 
 
-def divide(x: Float[Array, "*shape"], divisor: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+def divide(
+    x: Float[Array, "*shape"], divisor: Float[Array, "..."], dtype: jnp.dtype
+) -> Float[Array, "*shape"]:
     """x / divisor, rounded to `dtype`; the divisor is a scalar or of x's shape."""
     return round_to(x / jax.lax.optimization_barrier(divisor), dtype)
 

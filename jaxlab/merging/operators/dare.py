@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import Mode, divide, keep_mask, multiply, rescale_l1, round_to, share_of
+from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.registry import (
     Densities,
     InMergekit,
@@ -19,7 +20,6 @@ from jaxlab.merging.operators.registry import (
     operator,
     per_model,
 )
-from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.ties import elected_sum
 
 
@@ -45,9 +45,14 @@ def drop_and_rescale(
     if masks is None:
         if key is None:
             raise UserError("a random merge method needs key=jaxlab.merging.tensor_key(seed, tensor name)")
-        shares, streams = jnp.stack([share_of(d) for d in densities]), jnp.arange(len(densities), dtype=jnp.uint32)
+        shares, streams = (
+            jnp.stack([share_of(d) for d in densities]),
+            jnp.arange(len(densities), dtype=jnp.uint32),
+        )
         shape = task_vectors[0].shape
-        masks = list(jax.vmap(lambda share, stream: keep_mask(key, shape, share, stream=stream))(shares, streams))
+        masks = list(
+            jax.vmap(lambda share, stream: keep_mask(key, shape, share, stream=stream))(shares, streams)
+        )
     kept = [jnp.where(mask, x, 0.0) for mask, x in zip(masks, task_vectors, strict=True)]
     if not rescale:
         return kept

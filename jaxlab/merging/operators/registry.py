@@ -171,7 +171,11 @@ class Operator:
 
     def prepare(self, tensors: Vectors, values: Mapping[str, Any], **supplied: Any) -> Any:
         """Does what weights have no part in, such as trimming, random masks and angles: a pytree of arrays."""
-        return list(tensors) if self.preparation is None else _call(self.preparation, (tensors,), values, supplied)
+        return (
+            list(tensors)
+            if self.preparation is None
+            else _call(self.preparation, (tensors,), values, supplied)
+        )
 
     def combine(self, prepared: Any, weights: Weights, values: Mapping[str, Any], **supplied: Any) -> Array:
         """The merged task vector, or of an operator on models the merged tensor; float32."""
@@ -240,13 +244,18 @@ def _parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     result = []
     for name, declared in inspect.signature(function).parameters.items():
         if declared.kind is inspect.Parameter.KEYWORD_ONLY and name not in _SUPPLIED:
-            hint, *markers = typing.get_args(hints[name]) if hasattr(hints[name], "__metadata__") else (hints[name],)
+            hint, *markers = (
+                typing.get_args(hints[name]) if hasattr(hints[name], "__metadata__") else (hints[name],)
+            )
             result.append(Parameter(name.removesuffix("_"), declared.default, hint is bool, tuple(markers)))
     return tuple(result)
 
 
 def _call(
-    function: Callable[..., Any], positional: tuple[Any, ...], values: Mapping[str, Any], supplied: Mapping[str, Any]
+    function: Callable[..., Any],
+    positional: tuple[Any, ...],
+    values: Mapping[str, Any],
+    supplied: Mapping[str, Any],
 ) -> Any:
     """The function with those of its parameters, and of what is supplied, that it has."""
     wanted = inspect.signature(function).parameters

@@ -35,7 +35,9 @@ def arc_between(models: Vectors, *, base: Float[Array, "*shape"] | None = None, 
     """
     models = list(models) if base is None else [base, *models]
     if len(models) != 2:
-        raise UserError(f"slerp merges two tensors, or a base and one; found {len(models)}, the base included")
+        raise UserError(
+            f"slerp merges two tensors, or a base and one; found {len(models)}, the base included"
+        )
     a, b = models
     norm_a, norm_b = _norm(a), _norm(b)
     if mode == "mergekit":

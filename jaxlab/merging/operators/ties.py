@@ -15,7 +15,9 @@ def trim(
     others become zero (arXiv 2306.01708, sec. 3, step 1); with `rescale` scaled to the L1 norm before.
     """
     densities = per_model("density", density, len(task_vectors))
-    counts = [jnp.asarray(kept_count(d, x.size), jnp.int32) for x, d in zip(task_vectors, densities, strict=True)]
+    counts = [
+        jnp.asarray(kept_count(d, x.size), jnp.int32) for x, d in zip(task_vectors, densities, strict=True)
+    ]
     masks = jax.vmap(largest)(jnp.stack(task_vectors), jnp.stack(counts))
     trimmed = [jnp.where(mask, x, 0.0) for mask, x in zip(masks, task_vectors, strict=True)]
     if not rescale:
