@@ -24,8 +24,8 @@ from tqdm import tqdm
 from jaxlab.app.provenance import environment
 from jaxlab.checkpoints.families import read_config
 from jaxlab.checkpoints.families.base import Json
-from jaxlab.checkpoints.names import entries
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.tensor_map import entries
+from jaxlab.checkpoints.write_safetensors import Planned, write_folder
 from jaxlab.files import write_json
 from jaxlab.models import abstract_params
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.checkpoints.folder import TensorFolder, inside, read_json
 from jaxlab.checkpoints.safetensors_file import Tensor, read_header
+from jaxlab.checkpoints.tensor_folder import TensorFolder, inside, read_json
 from jaxlab.errors import UserError
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -127,7 +127,7 @@ def _tensors(adapter: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{adapter}: holds only a PyTorch pickle, which can carry code; save it as {TENSORS}, or pass "
             "--allow-pickle if you trust its origin"
         )
-    from jaxlab.checkpoints.pickled import pickled_tensors
+    from jaxlab.checkpoints.pickle_file import pickled_tensors
 
     return pickled_tensors(inside(adapter, PICKLED))
 

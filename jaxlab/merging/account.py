@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxlab.checkpoints.names import host_tensors
+from jaxlab.checkpoints import host_tensors
 
 Action = Literal["merged", "copied", "refused"]
 

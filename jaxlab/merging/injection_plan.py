@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxlab.checkpoints.names import Entry, entries
-from jaxlab.checkpoints.rows import EMBEDDING, HEAD
+from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, entries
 from jaxlab.errors import UserError
 from jaxlab.merging.account import AccountLine, Action, MergeAccount
 

@@ -12,10 +12,12 @@ import tyro
 from tokenizers import Tokenizer
 
 from jaxlab.app import model_folder
-from jaxlab.checkpoints import families, huggingface, loading, locate, native
-from jaxlab.checkpoints.folder import open_folder
-from jaxlab.checkpoints.kept import Kept
+from jaxlab.checkpoints import families, loading, locate
+from jaxlab.checkpoints.forms import hf_folder as huggingface
+from jaxlab.checkpoints.forms import orbax_folder as native
 from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.source_files import Kept
+from jaxlab.checkpoints.tensor_folder import open_folder
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params, count_params, forward

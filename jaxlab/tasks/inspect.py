@@ -12,12 +12,12 @@ from tokenizers import Tokenizer
 
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import families
-from jaxlab.checkpoints.comparing import language_differences
-from jaxlab.checkpoints.folder import TensorFolder, open_folder
+from jaxlab.checkpoints.compatibility import language_differences
 from jaxlab.checkpoints.fp8 import dequantized
-from jaxlab.checkpoints.kept import KEPT
 from jaxlab.checkpoints.locate import kind_of
 from jaxlab.checkpoints.matching import Match, match
+from jaxlab.checkpoints.source_files import KEPT
+from jaxlab.checkpoints.tensor_folder import TensorFolder, open_folder
 from jaxlab.checkpoints.tokenizer_files import common_prefix, read_tokenizer
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlab.checkpoints.safetensors_file import DTYPES
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.write_safetensors import Planned, write_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
@@ -105,14 +105,14 @@ def make(path: Path, case: str, *, layout: dict[str, Any] | None = None, version
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
-    from jaxlab.checkpoints.folder import open_folder
+    from jaxlab.checkpoints.tensor_folder import open_folder
 
     return {name: tensor.read() for name, tensor in open_folder(path).items()}
 
 
 def write_all(out: Path) -> None:
     """Every case read and written by jaxlab, without the config.json that it came with."""
-    from jaxlab.checkpoints import huggingface
+    from jaxlab.checkpoints.forms import hf_folder as huggingface
 
     for case in CASES:
         with tempfile.TemporaryDirectory() as place:

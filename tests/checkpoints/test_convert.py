@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import native
+from jaxlab.checkpoints.forms import orbax_folder as native
 from jaxlab.checkpoints.loading import end_tokens, load_model, load_model_config, model_identity
 from jaxlab.tasks import convert, main
 from tests.checkpoints import folders

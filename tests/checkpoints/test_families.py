@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import families, huggingface
-from jaxlab.checkpoints.comparing import difference
-from jaxlab.checkpoints.kept import Kept
+from jaxlab.checkpoints import families
+from jaxlab.checkpoints.compatibility import difference
+from jaxlab.checkpoints.forms import hf_folder as huggingface
+from jaxlab.checkpoints.source_files import Kept
 from jaxlab.errors import UserError
 from jaxlab.models import forward, generate
 from tests.checkpoints import folders

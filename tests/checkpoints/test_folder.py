@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxlab.checkpoints.folder import open_folder
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import open_folder
+from jaxlab.checkpoints.write_safetensors import Planned, write_folder
 
 RNG = np.random.default_rng(0)
 DTYPES = [

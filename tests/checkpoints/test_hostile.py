@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.folder import check_finite, open_folder, read_json
 from jaxlab.checkpoints.safetensors_file import read_header
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import check_finite, open_folder, read_json
+from jaxlab.checkpoints.write_safetensors import Planned, write_folder
 from jaxlab.errors import UserError
 
 CONFIG = {"model_type": "llama"}
@@ -275,7 +275,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
 
 
 def test_json_files_have_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlab.checkpoints.folder.MAX_JSON", 10)
+    monkeypatch.setattr("jaxlab.checkpoints.tensor_folder.MAX_JSON", 10)
     (tmp_path / "x.json").write_text('{"a": "0123456789"}')
     with pytest.raises(UserError, match="too large"):
         read_json(tmp_path / "x.json")

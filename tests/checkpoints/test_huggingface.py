@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import blocks, huggingface
+from jaxlab.checkpoints import blocks
+from jaxlab.checkpoints.forms import hf_folder as huggingface
 from jaxlab.checkpoints.layout import parse
 from jaxlab.errors import UserError
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
@@ -138,7 +139,7 @@ def test_the_host_holds_the_model_and_one_tensor(tmp_path):
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 512}
     config = {**folders.config("llama_tied"), **sizes, "vocab_size": 1024, "num_hidden_layers": 6}
     from jaxlab.checkpoints import families
-    from jaxlab.checkpoints.names import entries
+    from jaxlab.checkpoints.tensor_map import entries
     from jaxlab.models import abstract_params
 
     template = abstract_params(families.read_config(config, ""))

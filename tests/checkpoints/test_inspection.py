@@ -8,11 +8,10 @@ import jax
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlab.checkpoints import families
-from jaxlab.checkpoints.accounting import account
+from jaxlab.checkpoints import families, save_model
 from jaxlab.checkpoints.matching import match
-from jaxlab.checkpoints.native import save_model
 from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.unexpected_tensors import account
 from jaxlab.models import abstract_params
 from jaxlab.tasks import main
 from jaxlab.tasks.inspect import compare, look

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.llama2c import find_tokenizer, load, read_config, read_tokenizer
+from jaxlab.checkpoints.forms.llama2c import find_tokenizer, load, read_config, read_tokenizer
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, forward, generate
 

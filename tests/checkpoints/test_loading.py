@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlab
-from jaxlab.checkpoints import hub
+from jaxlab.checkpoints import hub, save_model
 from jaxlab.checkpoints.loading import (
     end_tokens,
     kept_of,
@@ -20,7 +20,6 @@ from jaxlab.checkpoints.loading import (
     stored_shapes,
 )
 from jaxlab.checkpoints.locate import kind_of, resolve
-from jaxlab.checkpoints.native import save_model
 from jaxlab.errors import UserError
 from jaxlab.tasks import main
 from tests.checkpoints import folders, test_llama2c

@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.folder import open_folder
 from jaxlab.checkpoints.lora import base_of, merged
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import open_folder
+from jaxlab.checkpoints.write_safetensors import Planned, write_folder
 from jaxlab.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints.families.jaxlab import ROWS as TABLE
-from jaxlab.checkpoints.names import entries, from_hf_tensors, hf_tensors, host_tensors
+from jaxlab.checkpoints.tensor_map import entries, from_hf_tensors, hf_tensors, host_tensors
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, NSAConfig, VisionConfig, abstract_params
 

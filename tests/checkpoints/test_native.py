@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import native
-from jaxlab.checkpoints.native import load_model, model_identity, save_model, stored_shapes
+from jaxlab.checkpoints.forms import orbax_folder as native
+from jaxlab.checkpoints.forms.orbax_folder import load_model, model_identity, save_model, stored_shapes
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, cast_floats

@@ -99,7 +99,7 @@ def test_a_marker_that_is_damaged_or_borrowed_is_none(made, marker):
     if marker == "link":
         (made / "other" / MARKER).unlink()
         (made / "other" / MARKER).symlink_to(made / "ours" / MARKER)
-    with pytest.raises(UserError, match="damaged|no .jaxlab-output"):
+    with pytest.raises(UserError, match=r"damaged|no \.jaxlab-output"):
         check_output(made / "other", overwrite=True)
 
 
@@ -107,14 +107,19 @@ class Crash(BaseException):
     pass
 
 
-def test_a_crash_leaves_the_old_folder_as_it_was(made, monkeypatch):
-    before = everything(made)
-    with pytest.raises(Crash), write_aside(made / "ours", overwrite=True) as folder:
+def crash_while_writing(path, **options):
+    with write_aside(path, **options) as folder:
         (folder / "a").write_text("half")
         raise Crash
+
+
+def test_a_crash_leaves_the_old_folder_as_it_was(made, monkeypatch):
+    before = everything(made)
+    with pytest.raises(Crash):
+        crash_while_writing(made / "ours", overwrite=True)
     assert everything(made) == before
-    with pytest.raises(Crash), write_aside(made / "new" / "deep") as folder:
-        raise Crash
+    with pytest.raises(Crash):
+        crash_while_writing(made / "new" / "deep")
     assert everything(made) == before
     rename = os.rename
 
@@ -142,10 +147,15 @@ def test_the_old_folder_goes_last(made, monkeypatch):
     assert seen == ["new"]
 
 
-def test_what_came_to_the_place_meanwhile_stays(made):
-    with pytest.raises(UserError, match="exists already"), write_aside(made / "new") as folder:
+def write_while_another_does(path):
+    with write_aside(path) as folder:
         (folder / "a").write_text("new")
-        (made / "new").mkdir()
-        (made / "new" / "b").write_text("precious")
+        path.mkdir()
+        (path / "b").write_text("precious")
+
+
+def test_what_came_to_the_place_meanwhile_stays(made):
+    with pytest.raises(UserError, match="exists already"):
+        write_while_another_does(made / "new")
     assert (made / "new" / "b").read_text() == "precious"
     assert [p.name for p in made.iterdir() if p.name.startswith(".")] == []

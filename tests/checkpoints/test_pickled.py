@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.folder import open_folder
-from jaxlab.checkpoints.pickled import pickled_tensors
+from jaxlab.checkpoints.pickle_file import pickled_tensors
+from jaxlab.checkpoints.tensor_folder import open_folder
 from jaxlab.errors import UserError
 
 TYPES = {

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import families, huggingface
-from jaxlab.checkpoints.names import entries, from_hf_tensors, host_tensors
+from jaxlab.checkpoints import families
+from jaxlab.checkpoints.forms import hf_folder as huggingface
+from jaxlab.checkpoints.tensor_map import entries, from_hf_tensors, host_tensors
 from jaxlab.errors import UserError
 from jaxlab.models import abstract_params, forward, generate, prepare_batch
 from tests.checkpoints import folders

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import families, names
+from jaxlab.checkpoints import families
+from jaxlab.checkpoints import tensor_map as names
 from jaxlab.errors import UserError
 from jaxlab.models import abstract_params, forward, generate, prepare_batch
 from tests.checkpoints import folders

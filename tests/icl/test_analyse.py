@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlab.checkpoints.loading import load_model_config
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import open_model, save_model
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
@@ -116,7 +115,7 @@ def other_tokenizer():
     ],
 )
 def test_a_model_of_other_tokens_is_refused_before_it_is_read(config, tmp_path, tokenizer, message, capsys):
-    model = load_model_config(config.model)
+    model = open_model(config.model).config
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(3))
     save_model(tmp_path / "other", model, params, tokenizer())
     (tmp_path / "icl.yaml").write_text(dump(dataclasses.replace(config, model=str(tmp_path / "other"))))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.names import host_tensors
+from jaxlab.checkpoints.tensor_map import host_tensors
 from jaxlab.errors import UserError
 from jaxlab.merging import OPERATORS, inject, merge_tensors, tensor_key
 from jaxlab.merging.account import Account

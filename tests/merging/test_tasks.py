@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.app import cli
-from jaxlab.checkpoints.names import host_tensors
-from jaxlab.checkpoints.native import load_model, save_model
+from jaxlab.checkpoints import load_model, open_model, save_model
+from jaxlab.checkpoints.tensor_map import host_tensors
 from jaxlab.config import build, dump, load
 from jaxlab.errors import UserError
 from jaxlab.merging import inject
@@ -23,6 +22,7 @@ from jaxlab.merging.plan import plan_injection
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, load_recipe
 from jaxlab.merging.stages import Method, combine, prepare
 from jaxlab.models import ModelConfig, VisionConfig, abstract_params
+from jaxlab.tasks import main
 from jaxlab.tasks.merge import verify
 from jaxlab.tasks.merge_search import Config, Grid
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
@@ -76,12 +76,12 @@ def same(a, b):
 def test_merge_injects_writes_and_verifies(folder, tmp_path, capsys):
     text = injection(folder, lambda_v=0.9, lambda_e=0.4, operator="ties", density=0.5)
     recipe, out = write(tmp_path / "recipe.yaml", text), tmp_path / "out"
-    assert cli.main(["merge", recipe, "--out", str(out), "--verify"]) == 0
+    assert main(["merge", recipe, "--out", str(out), "--verify"]) == 0
     printed = capsys.readouterr().out
     assert "verified" in printed
     assert "model.layers.{i}.mlp.up_proj.weight" in printed
     config, params, _ = load_model(out)
-    trio = load_trio(*(str(folder / role) for role in ("vlm", "expert", "base")))
+    trio = load_trio(*(open_model(folder / role) for role in ("vlm", "expert", "base")))
     want, _ = inject(
         trio.vlm, trio.expert, trio.base, operator="ties", density=0.5, lambda_v=0.9, lambda_e=0.4
     )
@@ -93,9 +93,9 @@ def test_merge_injects_writes_and_verifies(folder, tmp_path, capsys):
     assert written["recipe"]["operator"] == "ties"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     # Once more: refused, unless overwritten; a model that is not the account's is found.
-    assert cli.main(["merge", recipe, "--out", str(out)]) == 2
+    assert main(["merge", recipe, "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert cli.main(["merge", recipe, "--out", str(out), "--overwrite"]) == 0
+    assert main(["merge", recipe, "--out", str(out), "--overwrite"]) == 0
     with pytest.raises(RuntimeError, match=r"tensors differ from the account: model\.layers"):
         verify(folder / "vlm", account)
 
@@ -104,7 +104,7 @@ def test_merge_of_language_models(folder, tmp_path, capsys):
     text = f"kind: merge\noperator: task_arithmetic\nlambda: 0.5\nbase: {folder}/base\nmodels:\n"
     text += f"  - {{model: {folder}/expert, weight: 0.5}}\n  - {{model: {folder}/base}}\n"
     out = tmp_path / "out"
-    assert cli.main(["merge", write(tmp_path / "r.yaml", text), "--out", str(out), "--verify"]) == 0
+    assert main(["merge", write(tmp_path / "r.yaml", text), "--out", str(out), "--verify"]) == 0
     capsys.readouterr()
     merged, expert, base = (
         dict(host_tensors(load_model(p)[1])) for p in (out, folder / "expert", folder / "base")
@@ -130,7 +130,7 @@ def test_merge_of_language_models(folder, tmp_path, capsys):
 def test_merge_refuses_in_one_line(folder, tmp_path, capsys, change, message):
     change = {key: str(value).format(folder) for key, value in change.items()}
     recipe = write(tmp_path / "recipe.yaml", injection(folder, **change))
-    assert cli.main(["merge", recipe, "--out", str(tmp_path / "out")]) == 2
+    assert main(["merge", recipe, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -267,9 +267,9 @@ def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
     text += "  dare_ties: {lambda_e: [0.5, 1.0], density: [0.3, 0.6]}\n"
     text += "evaluate:\n" + TEXT % texts + "batch_size: 2\nbatches: 3\nchunk: 3\n"
     config = write(tmp_path / "search.yaml", text)
-    assert cli.main(["merge-search", config, "--check"]) == 0
+    assert main(["merge-search", config, "--check"]) == 0
     assert "tensors_merged" in capsys.readouterr().out
-    assert cli.main(["merge-search", config]) == 0
+    assert main(["merge-search", config]) == 0
     capsys.readouterr()
     (run,) = (tmp_path / "outputs" / "merge-search").iterdir()
     results = json.loads((run / "results.json").read_text())
@@ -281,7 +281,7 @@ def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
         assert entry["best"]["score"] == max(point["score"] for point in entry["points"])
         assert set(entry["best"]["test"]) == {"text"}
     assert set(results["unmerged"]) == {"vlm", "expert", "base"}
-    assert cli.main(["merge", str(run / "best.yaml"), "--out", str(tmp_path / "again"), "--verify"]) == 0
+    assert main(["merge", str(run / "best.yaml"), "--out", str(tmp_path / "again"), "--verify"]) == 0
     same(load_model(run / "model")[1], load_model(tmp_path / "again")[1])
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlab.checkpoints.rows import Row, Rows
+from jaxlab.checkpoints.tensor_table import Row, Rows
 from jaxlab.models import ModelConfig
 
 Json = dict[str, Any]

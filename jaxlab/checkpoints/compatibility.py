@@ -1,9 +1,17 @@
-"""Whether two configs describe the same function, however they say it."""
+"""Whether two models are the same function, however their configs say it: shapes, settings, token ids."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer
+
+from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
+
+if TYPE_CHECKING:  # configs are compared without jax
+    from jaxlab.models import Params
 
 # What does not change the function that parameters stand for.
 _FREE = ("compute_dtype", "attention_implementation", "remat", "initializer_range", "family")
@@ -70,3 +78,41 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
         "vision": lambda c: not c.has_vision,
     }
     return field in unused and bool(unused[field](one) and unused[field](other))
+
+
+def check_same_tree(
+    stored: "Params", expected: "Params", path: str | Path, expected_by: str = "its config"
+) -> None:
+    """Raises UserError, one line, that names parameters that are missing, unexpected or of another shape."""
+    have, want = _shapes(stored), _shapes(expected)
+    problems = [f"lacks {name}" for name in want if name not in have]
+    problems += [f"has an unexpected {name}" for name in have if name not in want]
+    problems += [
+        f"{n} is {have[n]}, {expected_by} says {want[n]}" for n in want if have.get(n, want[n]) != want[n]
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: {'; '.join(problems[:3])}{more}")
+
+
+def _shapes(tree: "Params") -> dict[str, tuple[int, ...]]:
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+
+
+def common_prefix(tokenizers: Sequence[Tokenizer | None]) -> int | None:
+    """How many token ids, from 0 on, stand for the same token in all; None if all read bytes."""
+    if all(tokenizer is None for tokenizer in tokenizers):
+        return None
+    if any(tokenizer is None for tokenizer in tokenizers):
+        return 0
+    tables = [
+        tokenizer.get_vocab(with_added_tokens=True) for tokenizer in tokenizers if tokenizer is not None
+    ]
+    names = [{index: token for token, index in table.items()} for table in tables]
+    rows = 0
+    while rows in names[0] and all(other.get(rows) == names[0][rows] for other in names[1:]):
+        rows += 1
+    return rows

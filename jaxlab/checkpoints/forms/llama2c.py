@@ -6,50 +6,92 @@ negative vocabulary says that the head is not the embedding), then float32 tenso
 family "llama" and can be written as such.
 """
 
+import functools
 import math
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
+from jaxlab.checkpoints.forms.base import OpenModel, check_all_finite
 from jaxlab.checkpoints.layout import parse
-from jaxlab.checkpoints.names import tree_of
-from jaxlab.checkpoints.rows import Path as LeafPath
 from jaxlab.checkpoints.safetensors_file import read_into
+from jaxlab.checkpoints.tensor_map import tree_of
+from jaxlab.checkpoints.tensor_table import LeafPath
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, Params
+from jaxlab.models import ModelConfig, Params, abstract_params
 
 HEADER = struct.Struct("<7i")
 BOS, EOS = 1, 2
 
 
-def load(path: str | os.PathLike[str]) -> tuple[ModelConfig, Params, Tokenizer | None]:
-    """The model in a `.bin` file, and the tokenizer beside it (see `find_tokenizer`).
+class Llama2cFile(OpenModel):
+    """A `.bin` file, with the tokenizer beside it (see `find_tokenizer`)."""
 
-    Raises:
-      UserError: the file is no checkpoint of llama2.c.
-    """
-    path = Path(path)
-    config, shared = read_config(path)
-    size, offset = path.stat().st_size, HEADER.size
-    tables = _tensors(config, shared)
-    needed = offset + 4 * sum(math.prod(shape) for _, shape, _ in tables)
-    if size != needed:
-        raise UserError(f"{path}: no checkpoint of llama2.c: {size} bytes, its header asks for {needed}")
-    leaves = {}
-    for leaf, shape, layout in tables:
-        values = np.empty(shape, np.float32)
-        read_into(path, values, offset)
-        offset += values.nbytes
-        if leaf is None:
-            continue
-        lead = 1 if leaf[0] == "layers" else 0
-        leaves[leaf] = jnp.asarray(_to_ours(values, leaf, layout, config, lead))
-    tokenizer = find_tokenizer(path)
-    return config, tree_of(leaves), None if tokenizer is None else read_tokenizer(tokenizer, config)
+    form = "llama2c"
+
+    @functools.cached_property
+    def _header(self) -> tuple[ModelConfig, bool]:
+        return read_config(self.path)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._header[0]
+
+    def shapes_in(self, dtype: jax.typing.DTypeLike | None) -> Params:
+        shapes = abstract_params(self.config)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), shapes)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        beside = find_tokenizer(self.path)
+        return None if beside is None else read_tokenizer(beside, self.config)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return frozenset({BOS, EOS})
+
+    @property
+    def source_files(self) -> None:
+        return None
+
+    @property
+    def companion_folder(self) -> Path:
+        return self.path.parent
+
+    def read(
+        self,
+        *,
+        shardings: Params | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        check_finite: bool = False,
+    ) -> Params:
+        config, shared = self._header
+        size, offset = self.path.stat().st_size, HEADER.size
+        tables = _tensors(config, shared)
+        needed = offset + 4 * sum(math.prod(shape) for _, shape, _ in tables)
+        if size != needed:
+            raise UserError(
+                f"{self.path}: no checkpoint of llama2.c: {size} bytes, its header asks for {needed}"
+            )
+        leaves: dict[LeafPath, Any] = {}
+        for leaf, shape, layout in tables:
+            values = np.empty(shape, np.float32)
+            read_into(self.path, values, offset)
+            offset += values.nbytes
+            if leaf is None:
+                continue
+            lead = 1 if leaf[0] == "layers" else 0
+            leaves[leaf] = jnp.asarray(_to_ours(values, leaf, layout, config, lead), dtype)
+        params = tree_of(leaves)
+        if check_finite:
+            check_all_finite(params, self.path)
+        return params if shardings is None else jax.device_put(params, shardings)
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, bool]:

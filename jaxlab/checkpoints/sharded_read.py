@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxlab.checkpoints import blocks
-from jaxlab.checkpoints.accounting import Account
-from jaxlab.checkpoints.names import Entry, leaf_at, tree_of
-from jaxlab.checkpoints.rows import EMBEDDING, Path
 from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.tensor_map import Entry, leaf_at, tree_of
+from jaxlab.checkpoints.tensor_table import EMBEDDING, LeafPath
+from jaxlab.checkpoints.unexpected_tensors import Account
 from jaxlab.errors import UserError
 from jaxlab.models import Params
 
@@ -42,7 +42,7 @@ def read_params(
       UserError: a tied head that is not the embedding, stored dtypes that one leaf cannot hold, a file that
         cannot be read, or numbers that are not finite.
     """
-    leaves: dict[Path, Any] = {}
+    leaves: dict[LeafPath, Any] = {}
     dtypes = {entry.pattern: leaf_dtype(tensors, entry, dtype) for entry in account.entries}
     for entry in account.entries:
         targets = []

@@ -35,10 +35,13 @@ class TensorFolder(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def open_folder(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> TensorFolder:
+def open_folder(
+    path: str | os.PathLike[str], *, config: dict[str, Any] | None = None, allow_pickle: bool = False
+) -> TensorFolder:
     """Open a folder; only headers are read.
 
     Args:
+      config: its config.json, if that has been read already.
       allow_pickle: where there are no safetensors, read PyTorch's pickles (without running code from them).
 
     Raises:
@@ -47,7 +50,7 @@ def open_folder(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> 
     path = Path(path)
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder")
-    config = read_json(inside(path, CONFIG))
+    config = read_json(inside(path, CONFIG)) if config is None else config
     if _there(path, INDEX):
         return TensorFolder(path, config, _sharded(path, INDEX, SINGLE, read_header))
     if _there(path, SINGLE):
@@ -60,7 +63,7 @@ def open_folder(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> 
             f"{path}: holds only PyTorch pickles, which can carry code; convert them, or pass --allow-pickle "
             "if you trust their origin"
         )
-    from jaxlab.checkpoints.pickled import pickled_tensors
+    from jaxlab.checkpoints.pickle_file import pickled_tensors
 
     if index:
         return TensorFolder(path, config, _sharded(path, PICKLED_INDEX, PICKLED, pickled_tensors))

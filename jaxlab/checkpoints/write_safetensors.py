@@ -1,42 +1,22 @@
 """Writing a Hugging Face folder: sizes known before the first byte, the folder whole or absent."""
 
-import contextlib
 import errno
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlab.checkpoints.folder import CONFIG, INDEX, SINGLE
+from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.safetensors_file import NAMES
+from jaxlab.checkpoints.source_files import copy_companions
+from jaxlab.checkpoints.tensor_folder import CONFIG, INDEX, SINGLE
 from jaxlab.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-)
-"""Files beside the tensors that a folder takes over from the one it was made from."""
-
 
 class Planned(NamedTuple):
     """A tensor to be written."""
@@ -63,6 +43,7 @@ def write_folder(
     copy_from: Path | None = None,
     texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
@@ -73,57 +54,35 @@ def write_folder(
       copy_from: a folder whose tokenizer and processor files (COMPANIONS) are copied.
       texts: files besides, by name, where none was copied.
       shard_bytes: most bytes of tensors in one file.
+      inputs: what the tensors were made from, which is never replaced (see `write_aside`).
       progress: called with the bytes of each tensor that is written.
 
     Raises:
-      UserError: `path` exists and `overwrite` is not set, the disk is full, or two tensors of one name.
+      UserError: `path` may not be written, the disk is full, or two tensors have one name.
     """
-    path = Path(path).absolute()
-    if os.path.exists(path) and not overwrite:
-        raise UserError(f"{path}: exists already; choose another place or overwrite it explicitly")
     shards = _shards(list(tensors), shard_bytes)
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
-    aside = None
-    made = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        names = [SINGLE]
-        if len(shards) > 1:
-            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-            _write_text(aside / INDEX, _index(shards, names))
-        # All files take their space before any is filled: a full disk shows at once.
-        starts = [_begin(aside / name, shard) for name, shard in zip(names, shards, strict=True)]
-        for name, shard, start in zip(names, shards, starts, strict=True):
-            _fill(aside / name, shard, start, progress)
-        _write_text(aside / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        if copy_from is not None:
-            copy_companions(copy_from, aside)
-        for name, content in (texts or {}).items():
-            if not (aside / name).exists():
-                _write_text(aside / name, content)
-        os.chmod(aside, 0o755)
-        _sync(*aside.iterdir(), aside)
-        _replace(aside, path)
-        _sync(path.parent)
+        with write_aside(path, inputs, overwrite=overwrite) as folder:
+            names = [SINGLE]
+            if len(shards) > 1:
+                count = len(shards)
+                names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+                _write_text(folder / INDEX, _index(shards, names))
+            # All files take their space before any is filled: a full disk shows at once.
+            starts = [_begin(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
+            for name, shard, start in zip(names, shards, starts, strict=True):
+                _fill(folder / name, shard, start, progress)
+            _write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            if copy_from is not None:
+                copy_companions(copy_from, folder)
+            for name, content in (texts or {}).items():
+                if not (folder / name).exists():
+                    _write_text(folder / name, content)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"{path}: no room for {total} bytes of tensors; nothing was written") from error
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        if not os.path.exists(path):
-            _remove_empty(made)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the plain files among COMPANIONS; links are followed as far as they stay in the folder."""
-    from jaxlab.checkpoints.folder import inside
-
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(inside(source, name), target / name)
 
 
 def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
@@ -196,35 +155,3 @@ def _fill(path: Path, shard: list[Planned], start: int, progress: Callable[[int]
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _sync(*paths: Path) -> None:
-    """Wait until files, and what folders list, are on the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, the innermost first, as far as nobody has put anything into them."""
-    for folder in folders:
-        with contextlib.suppress(OSError):  # never made, or in use by now
-            folder.rmdir()
-
-
-def _replace(aside: Path, path: Path) -> None:
-    """Put the folder in place; one that is there moves away first, so that a failure loses neither."""
-    if not path.exists():
-        os.rename(aside, path)
-        return
-    old = aside.with_name(f"{aside.name}-old")
-    os.rename(path, old)
-    try:
-        os.rename(aside, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

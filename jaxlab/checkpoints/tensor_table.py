@@ -5,10 +5,10 @@ import itertools
 
 from jaxlab.errors import UserError
 
-Path = tuple[str, ...]
+LeafPath = tuple[str, ...]
 """Of a leaf in our tree."""
-EMBEDDING: Path = ("embedding", "table")
-HEAD: Path = ("head", "table")
+EMBEDDING: LeafPath = ("embedding", "table")
+HEAD: LeafPath = ("head", "table")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlab.checkpoints.layout import Layout, parse
-from jaxlab.checkpoints.rows import Path, Row
+from jaxlab.checkpoints.tensor_table import LeafPath, Row
 from jaxlab.errors import UserError
 from jaxlab.models.sparse_config import BRANCHES
 
@@ -29,7 +29,7 @@ Stack = Float[Array, "N ..."] | Float[np.ndarray, "N ..."]
 class Entry:
     """The tensors of a folder that hold one leaf of ours, or several that are joined there."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[LeafPath, ...]
     """Of the leaves."""
     pattern: str
     """Their name, with {i} for the layer, {e} for the expert and {branch} for NSA's branch; layers that are
@@ -44,7 +44,7 @@ class Entry:
     join: int
 
     @property
-    def path(self) -> Path:
+    def path(self) -> LeafPath:
         """Of the leaf, or of the first one."""
         return self.paths[0]
 
@@ -132,7 +132,7 @@ def to_hf(params: Mapping[str, Any], entry: Entry) -> Stack:
     return module.concatenate(parts, axis=entry.join + 1)
 
 
-def from_hf(tensors: Stack, entry: Entry, template: Mapping[str, Any]) -> dict[Path, Leaf]:
+def from_hf(tensors: Stack, entry: Entry, template: Mapping[str, Any]) -> dict[LeafPath, Leaf]:
     """The inverse of `to_hf`: leaves with the shapes that they have in `template`."""
     leaves, start = {}, 0
     for path in entry.paths:
@@ -169,20 +169,20 @@ def from_hf_tensors(
         raise UserError(
             f"tensors and parameters differ: missing {missing[:3]}, not used {sorted(surplus)[:3]}"
         )
-    leaves: dict[Path, Leaf] = {}
+    leaves: dict[LeafPath, Leaf] = {}
     for entry in wanted:
         leaves |= from_hf(tensors[entry.pattern], entry, template)
     return tree_of(leaves)
 
 
-def leaf_at(params: Mapping[str, Any], path: Path) -> Any:
+def leaf_at(params: Mapping[str, Any], path: LeafPath) -> Any:
     """The leaf of a nested dict at a path."""
     for key in path:
         params = params[key]
     return params
 
 
-def tree_of(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+def tree_of(leaves: Mapping[LeafPath, Any]) -> dict[str, Any]:
     """The nested dict with the given leaves."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
