@@ -1,5 +1,5 @@
-"""The account of a merge: what became of every tensor of every input, merged, copied or refused, and the digest
-of each that was saved.
+"""The account of a merge: what became of every tensor of every input, merged, copied or refused, and the
+digest of each that was saved.
 """
 
 import collections

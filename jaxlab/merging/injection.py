@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from jaxlab.checkpoints.names import Entry, from_hf, leaf_at, to_hf, tree_of
-from jaxlab.checkpoints.rows import EMBEDDING, HEAD
+from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
@@ -122,7 +121,7 @@ class Method:
         numbers: Numbers = {}
         for name, value in self.parameters:
             if known[name].per_model:
-                pair = np.broadcast_to(value, 2).tolist()
+                pair = np.broadcast_to(np.asarray(value, float), 2).tolist()
                 numbers[name] = [Share(jnp.float32(x), jnp.int32(kept_count(x, size))) for x in pair]
             elif not isinstance(value, bool):
                 numbers[name] = jnp.float32(value)

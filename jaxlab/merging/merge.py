@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jaxlab.checkpoints.names import Entry, entries, from_hf, to_hf, tree_of
-from jaxlab.checkpoints.rows import Path
+from jaxlab.checkpoints import Entry, LeafPath, entries, from_hf, to_hf, tree_of
 from jaxlab.errors import UserError
 from jaxlab.merging.account import AccountLine, MergeAccount
 from jaxlab.merging.numerics import Mode, difference, key_words, round_to, tensor_key, working_dtype
@@ -74,7 +73,7 @@ def merge_tensors(
     weights = per_model("weight", parameters.get("weight", 1.0), len(models))
     _check_sum(operator, values, weights)
     dtype = arithmetic_dtype(operator, mode, models[0].dtype)
-    supplied = {"mode": mode, "dtype": dtype, "key": None if key is None else key_words(key)}
+    supplied: dict[str, Any] = {"mode": mode, "dtype": dtype, "key": None if key is None else key_words(key)}
     supplied |= {"masks": _masks(mask, models), "statistics": statistics}
     if operator.of_models:
         supplied["base"] = None if origin is None else origin.astype(jnp.float32)
@@ -85,9 +84,9 @@ def merge_tensors(
     prepared = operator.prepare(vectors, values, **supplied)
     rounded = [round_to(jnp.asarray(w).astype(jnp.float32), dtype) for w in weights]
     merged = operator.combine(prepared, rounded, values, **supplied)
-    if not operator.of_models:
-        merged = add_to_base(origin, merged)
-    return merged.astype(models[0].dtype if origin is None else origin.dtype)
+    if origin is None:
+        return merged.astype(models[0].dtype)
+    return (merged if operator.of_models else add_to_base(origin, merged)).astype(origin.dtype)
 
 
 def add_to_base(base: Float[Array, "*shape"], merged: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -121,7 +120,7 @@ def merge_models(
     named = {f"model {i}": model for i, model in enumerate(models)} | ({} if base is None else {"base": base})
     for name, other in named.items():
         _same_tensors(known, models[0], name, other, family)
-    leaves: dict[Path, Any] = {}
+    leaves: dict[LeafPath, Any] = {}
     for entry in known:
         one = functools.partial(_merge_one, method, mode, parameters)
         tensors = [to_hf(model, entry) for model in models]

@@ -148,8 +148,8 @@ def _greatest(bits: int, holds: Callable[[Int[Array, ""]], Bool[Array, ""]]) -> 
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(bits), set_bit, jnp.int32(0))
 
 
-# Random masks. An element's bits are a hash of (seed, tensor name, which model, index of the element), with no
-# state: the same on every device, in any order, in any chunks. Integer multiplications and shifts only,
+# Random masks. An element's bits are a hash of (seed, tensor name, which model, index of the element), with
+# no state: the same on every device, in any order, in any chunks. Integer multiplications and shifts only,
 # several times cheaper than threefry.
 
 

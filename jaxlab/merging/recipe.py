@@ -138,9 +138,14 @@ class MergeRecipe:
                 raise ConfigError(problem, key=key)
 
     def _options(self) -> dict[str, Any]:
-        options = {"lambda": self.lambda_, "t": self.t, "normalize": self.normalize, "rescale": self.rescale}
         thin = any(model.density != 1.0 for model in self.models)
-        options |= {"density": [model.density for model in self.models] if thin else None}
+        options = {
+            "lambda": self.lambda_,
+            "t": self.t,
+            "normalize": self.normalize,
+            "rescale": self.rescale,
+            "density": [model.density for model in self.models] if thin else None,
+        }
         return {key: value for key, value in options.items() if value is not None}
 
     def options(self) -> dict[str, Any]:

@@ -146,10 +146,19 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     operators: dict[str, Any] = {}
     for name, grid in config.operators.items():
         method = config.method(name, grid.points()[0].density)
-        options = {"choose": choose, "seed": config.seed, "chunk": config.chunk}
         with tqdm(total=len(grid.points()), desc=f"{run.name} {name}", unit="point") as bar:
             operators[name] = search_grid(
-                plan, method, trio, grid, measure, validation, test, progress=bar.update, **options
+                plan,
+                method,
+                trio,
+                grid,
+                measure,
+                validation,
+                test,
+                choose=choose,
+                seed=config.seed,
+                chunk=config.chunk,
+                progress=bar.update,
             )
         best = operators[name]["best"]
         run.log(operator=name, validation=best["score"], **{f"test_{k}": v for k, v in best["test"].items()})

@@ -1,4 +1,4 @@
-"""DARE: drop elements of the task vectors at random and rescale the rest; then add up, or elect as TIES does."""
+"""DARE: drop elements of the task vectors at random, rescale the rest; then add up, or elect as TIES does."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -33,8 +33,9 @@ def drop_and_rescale(
     key: UInt32[Array, "2"] | None = None,
     masks: Sequence[Bool[Array, "..."]] | None = None,
 ) -> list[Float[Array, "*shape"]]:
-    """Each element of d_i stays with probability density_i, by a mask of its own, and becomes d_i / density_i;
-    the others become zero (arXiv 2311.03099, eq. 2 and 3). Without `rescale` what stays stays as it is.
+    """Each element of d_i stays with probability density_i, by a mask of its own, and becomes
+    d_i / density_i; the others become zero (arXiv 2311.03099, eq. 2 and 3). Without `rescale` what stays is
+    left as it is.
 
     In mode mergekit the scale makes the L1 norm what it was before.
 
@@ -45,14 +46,10 @@ def drop_and_rescale(
     if masks is None:
         if key is None:
             raise UserError("a random merge method needs key=jaxlab.merging.tensor_key(seed, tensor name)")
-        shares, streams = (
-            jnp.stack([share_of(d) for d in densities]),
-            jnp.arange(len(densities), dtype=jnp.uint32),
-        )
-        shape = task_vectors[0].shape
-        masks = list(
-            jax.vmap(lambda share, stream: keep_mask(key, shape, share, stream=stream))(shares, streams)
-        )
+        shape, shares = task_vectors[0].shape, jnp.stack([share_of(d) for d in densities])
+        streams = jnp.arange(len(densities), dtype=jnp.uint32)
+        draw = lambda share, stream: keep_mask(key, shape, share, stream=stream)
+        masks = list(jax.vmap(draw)(shares, streams))
     kept = [jnp.where(mask, x, 0.0) for mask, x in zip(masks, task_vectors, strict=True)]
     if not rescale:
         return kept

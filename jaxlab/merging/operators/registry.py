@@ -5,15 +5,15 @@
 
 The names in the signature say what the operator takes:
 
-    task_vectors    what it merges, float32: x_i - base. It returns the merged task vector, which the caller adds
-                    to the base.
+    task_vectors    what it merges, float32: x_i - base. It returns the merged task vector, which the caller
+                    adds to the base.
     models          or the models' tensors themselves, float32. It returns the merged tensor.
     weights         float32 scalars, one for each.
     mode, dtype     "paper" or "mergekit", and the dtype that intermediate results are rounded to.
     key, masks      random numbers: uint32[2] made of seed and tensor name; or masks given in their place.
     base            the base's tensor, float32, or None (for operators on models).
-    the others      are the operator's parameters under mergekit's names (lambda_ is lambda): their defaults, and
-                    in `Annotated` their bounds and markers. bool is a switch; everything else may be traced.
+    the others      are the operator's parameters under mergekit's names (lambda_ is lambda): their defaults,
+                    and in `Annotated` their bounds and markers. bool is a switch; all else may be traced.
 
 Operators are pure, may be jitted and vmapped, and give the same bits in every such setting. NaN in an input
 gives NaN in that element of the output, unless trimming or a mask dropped it.
@@ -62,7 +62,7 @@ class NonzeroSum:
     """Marks a switch that divides by the sum of the weights: known weights that sum to zero are refused."""
 
 
-Densities = Annotated[Density | Sequence[Density], PerModel(), Bounds(0, 1)]
+Densities = Annotated[Density | Sequence[Density], PerModel(), Bounds(0.0, 1.0)]
 """The share of each task vector that is kept."""
 
 REQUIRED: Any = inspect.Parameter.empty
@@ -99,7 +99,7 @@ class Parameter:
             if isinstance(bounds, Bounds):
                 for number in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(number, float | int) and not bounds.low <= number <= bounds.high:
-                        return f"must be between {bounds.low} and {bounds.high}, is {number}"
+                        return f"must be between {bounds.low:g} and {bounds.high:g}, is {number}"
         return None
 
     def resolve(self, value: Any, count: int) -> Any:
@@ -109,10 +109,14 @@ class Parameter:
         """
         if self.is_switch:
             return bool(value)
-        value = per_model(self.name, value, count) if self.per_model else value
-        if problem := self.problem(value):
+        if not self.per_model and np.ndim(value) > 0:
+            raise UserError(f"{self.name} is one number, not {value}")
+        values = per_model(self.name, value, count if self.per_model else 1)
+        if problem := self.problem(values):
             raise UserError(f"{self.name} {problem}")
-        return value if self.per_model else jnp.asarray(value).astype(jnp.float32)
+        if self.per_model:
+            return [float(x) if isinstance(x, int) else x for x in values]
+        return jnp.asarray(values[0]).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +174,10 @@ class Operator:
         return values
 
     def prepare(self, tensors: Vectors, values: Mapping[str, Any], **supplied: Any) -> Any:
-        """Does what weights have no part in, such as trimming, random masks and angles: a pytree of arrays."""
-        return (
-            list(tensors)
-            if self.preparation is None
-            else _call(self.preparation, (tensors,), values, supplied)
-        )
+        """What weights have no part in, such as trimming, random masks and angles: a pytree of arrays."""
+        if self.preparation is None:
+            return list(tensors)
+        return _call(self.preparation, (tensors,), values, supplied)
 
     def combine(self, prepared: Any, weights: Weights, values: Mapping[str, Any], **supplied: Any) -> Array:
         """The merged task vector, or of an operator on models the merged tensor; float32."""
@@ -225,7 +227,7 @@ def operator_named(method: str) -> Operator:
 
 
 def per_model(name: str, value: Any, count: int) -> list[Any]:
-    """A parameter's value for each model: a number for all, or a list. Raises UserError for another length."""
+    """A parameter's value for each model: one for all, or a list. Raises UserError for a wrong length."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     is_list = isinstance(value, list | tuple) and not isinstance(value, Share)
@@ -244,10 +246,10 @@ def _parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     result = []
     for name, declared in inspect.signature(function).parameters.items():
         if declared.kind is inspect.Parameter.KEYWORD_ONLY and name not in _SUPPLIED:
-            hint, *markers = (
-                typing.get_args(hints[name]) if hasattr(hints[name], "__metadata__") else (hints[name],)
-            )
-            result.append(Parameter(name.removesuffix("_"), declared.default, hint is bool, tuple(markers)))
+            hint = hints.get(name, Any)
+            markers = getattr(hint, "__metadata__", ())
+            is_switch = (typing.get_args(hint)[0] if markers else hint) is bool
+            result.append(Parameter(name.removesuffix("_"), declared.default, is_switch, markers))
     return tuple(result)
 
 

@@ -61,6 +61,7 @@ def slerp(arc: Arc, *, t: Scalar) -> Float[Array, "*shape"]:
     """(sin((1 - t) angle) a + sin(t angle) b) / sin(angle): fraction t of the way from a (0) to b (1), both
     ends exact (Shoemake 1985, sec. 3.3).
     """
+    t = jnp.asarray(t)
     rest = round_to(1.0 - t, F32)
     sine = jnp.where(arc.straight, 1.0, jnp.sin(arc.radians))
     curves = [divide(jnp.sin(multiply(arc.radians, part, F32)), sine, F32) for part in (rest, t)]

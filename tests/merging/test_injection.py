@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.tensor_map import host_tensors
+from jaxlab.checkpoints import host_tensors
 from jaxlab.errors import UserError
 from jaxlab.merging import OPERATORS, inject, merge_tensors, tensor_key
-from jaxlab.merging.account import Account
 from jaxlab.models import ModelConfig, MoEConfig, VisionConfig, abstract_params, cast_floats
 
 LM = ModelConfig(vocab_size=9, width=8, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=6)
@@ -212,7 +211,7 @@ def test_account_of_a_result_finds_a_changed_bit():
     merged, account = inject(vlm, expert, base)
     account = account.with_hashes(merged)
     assert account.differences(merged) == []
-    assert Account.from_json(account.to_json()) == account
+    assert [line["sha256"] for line in account.to_json()] == [line.sha256 for line in account.lines]
     norm = np.asarray(merged["final_norm"]["scale"]).copy()
     norm[3] = np.nextafter(norm[3], 9)
     other = {**merged, "final_norm": {"scale": jnp.asarray(norm)}}
@@ -273,7 +272,7 @@ def test_models_that_differ_are_refused_by_name(change, message):
         ({"density": 0.5}, "density: task_arithmetic has none"),
         ({"operator": "ties", "density": 1.5}, "between 0 and 1"),
         ({"operator": "ties", "density": [0.1, 0.2, 0.3]}, "not 3"),
-        ({"gamma": 0.5}, "no operator parameter 'gamma'"),
+        ({"gamma": 0.5}, "gamma: task_arithmetic has none"),
     ],
 )
 def test_mistakes(options, message):
