@@ -12,8 +12,6 @@ from tokenizers import Tokenizer
 from jaxlab import __version__
 from jaxlab import config as configs
 from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model, save_model
-from jaxlab.config import to_dict, yaml_text
-from jaxlab.config.schema import suggestion
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
@@ -166,18 +164,14 @@ def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file. Raises UserError for a mistake in it, and for a mergekit file, which has no
     kind.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such recipe")
-    value, _ = yaml_text.parse(Path(path).read_text(encoding="utf-8"), str(path))
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a recipe; it begins with kind: inject or kind: merge")
-    if "kind" not in value:
+    source = configs.Source.of_file(path)
+    if "kind" not in source.tree:
         raise UserError(f"{path}: no kind: (inject or merge), and mergekit's own files are not supported yet")
-    kind = value["kind"]
+    kind = str(source.tree["kind"])
     if kind not in KINDS:
-        hint = suggestion(str(kind), KINDS) or "; there are inject and merge"
+        hint = configs.suggestion(kind, KINDS) or "; there are inject and merge"
         raise UserError(f"{path}: kind: no such kind of recipe, {kind!r}{hint}")
-    return configs.load(KINDS[kind], path)
+    return source.build(KINDS[kind])
 
 
 class Trio(NamedTuple):
@@ -284,7 +278,7 @@ def save_merged(
       UserError: `out` may not be written (see `check_output`).
     """
     account = account.with_hashes(params)
-    written = {"version": __version__, "recipe": to_dict(recipe), "tensors": account.to_json()}
+    written = {"version": __version__, "recipe": configs.to_dict(recipe), "tensors": account.to_json()}
     save_model(
         out,
         models[0].config,

@@ -209,6 +209,7 @@ def test_merge_of_language_models(folder, tmp_path, capsys):
         ({"operator": "ties"}, "density: ties needs it"),
         ({"lamda_v": 1}, "did you mean lambda_v?"),
         ({"kind": "injct"}, "did you mean inject?"),
+        ({"kind": "[inject]"}, "no such kind of recipe"),
         ({"lambda_v": "[1.0, 2.0, 3.0]"}, "3 values for 2 layers"),
     ],
 )
@@ -223,11 +224,11 @@ def test_merge_refuses_in_one_line(folder, tmp_path, capsys, change, message):
 
 
 def test_recipes_say_what_they_are(tmp_path):
-    with pytest.raises(UserError, match="no such recipe"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="mergekit's own files are not supported yet"):
         load_recipe(write(tmp_path / "a.yaml", "merge_method: ties\nmodels: []\n"))
-    with pytest.raises(UserError, match="not a recipe"):
+    with pytest.raises(UserError, match="expected lines of `key: value`"):
         load_recipe(write(tmp_path / "b.yaml", "- 1\n"))
     rules = "lambda_e:\n  - {pattern: '*.mlp.*', value: 0.5}\n  - {pattern: '*', value: 1}\n"
     recipe = load_recipe(write(tmp_path / "c.yaml", "kind: inject\nvlm: v\nexpert: e\nbase: b\n" + rules))
