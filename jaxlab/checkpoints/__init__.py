@@ -14,6 +14,8 @@ with epy.lazy_api_imports(globals()):
         language_differences,
     )
     from jaxlab.checkpoints.forms.base import OpenModel
+    from jaxlab.checkpoints.forms.hf_write import huggingface_config
+    from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
     from jaxlab.checkpoints.locate import resolve
     from jaxlab.checkpoints.open import load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
@@ -29,3 +31,4 @@ with epy.lazy_api_imports(globals()):
         tree_of,
     )
     from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, LeafPath
+    from jaxlab.checkpoints.verification import verify_logits, verify_tensors

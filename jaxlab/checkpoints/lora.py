@@ -49,14 +49,6 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave W as it is; PiSSA, OLoRA, CorDA and LoftQ change it before training."""
 
 
-def base_of(adapter: str | Path) -> str:
-    """The model that an adapter was trained on, as its config names it. Raises UserError if it names none."""
-    name = read_json(inside(Path(adapter), CONFIG)).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{Path(adapter) / CONFIG}: names no base_model_name_or_path")
-    return name
-
-
 def merged(base: TensorFolder, adapter: str | Path, *, allow_pickle: bool = False) -> TensorFolder:
     """The base with W + scale * B A in place of the matrices that the adapter changes, in W's dtype.
 

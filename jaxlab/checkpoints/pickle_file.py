@@ -1,13 +1,15 @@
 """PyTorch's .bin files without PyTorch and without running code: a pickle that may only describe tensors.
 
 The format is a zip: `<name>/data.pkl` describes tensors as views of storages, `<name>/data/<key>` hold their
-bytes. An unpickler that knows nothing but these descriptions reads the first; anything else is refused.
+bytes. An unpickler that knows nothing but these descriptions reads the first, once it is clear that it asks
+for memory and time in proportion to its size; anything else is refused.
 """
 
 import collections
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,6 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxlab.checkpoints.pickle_check import check_pickle
 from jaxlab.checkpoints.safetensors_file import Tensor, check_rows, read_into
 from jaxlab.errors import UserError
 
@@ -34,6 +35,43 @@ STORAGES = {
     "BoolStorage": np.bool_,
     "UntypedStorage": np.uint8,
 }
+
+
+MAX_WEIGHT = 250
+"""Of a tuple: all that is in it, and in the tuples in it; a parameter's holds two results of calls."""
+OF_TENSOR = 100
+"""Weight of what a call makes, at most a tensor of 32 axes: its storage, shape and strides are 71 objects."""
+_PUT, _GET = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
+_LEAVES = (
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "EMPTY_TUPLE",
+    "EMPTY_LIST",
+    "EMPTY_DICT",
+    "GLOBAL",
+)
+_TAKES = {
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "REDUCE": 2,
+    "BUILD": 2,
+    "BINPERSID": 1,
+    "STACK_GLOBAL": 2,
+    "APPEND": 2,
+    "SETITEM": 3,
+}
+"""Objects that an opcode takes from the stack, to put one back."""
+_TAKES_TO_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}
+"""The same, for those that take all down to the last mark, the mark, and so many below it."""
 
 
 class _Kind(NamedTuple):
@@ -79,7 +117,7 @@ def pickled_tensors(path: Path) -> dict[str, Tensor]:
             if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
                 raise UserError("its numbers are not little-endian")
             description = archive.read(f"{root}data.pkl")
-            check_pickle(description)
+            _check_proportions(description)
             found = _Unpickler(io.BytesIO(description)).load()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -91,6 +129,58 @@ def pickled_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no dict of tensors by name")
     items = dict.items(found)  # a pickle can give the object itself an `items`
     return {name: _tensor(path, root, members, name, view) for name, view in items if view is not None}
+
+
+def _check_proportions(description: bytes) -> None:
+    """Follow what the opcodes do to the stack, with weights (see MAX_WEIGHT) in place of objects.
+
+    A tuple of a tuple that is used twice, and so on, is small in a pickle, but as the key of a dict its hash
+    takes time exponential in the depth. A slot of the memo takes memory for all slots before it.
+
+    Raises:
+      UserError: an opcode that tensors are not described with, a slot out of reach, a tuple that weighs more
+        than MAX_WEIGHT.
+      Exception: of any kind, if the pickle is damaged.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(description):
+        name = opcode.name
+        if name in ("PROTO", "FRAME", "STOP"):
+            continue
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in _PUT:
+            slot = len(memo) if argument is None else int(argument)
+            if slot > max(255, len(description)):
+                raise UserError("refused: it asks for more memory than its description can need")
+            memo[slot] = stack[-1]
+        elif name in _GET:
+            stack.append(memo[int(argument)])
+        elif name in _LEAVES:
+            stack.append(1)
+        elif name in _TAKES or name in _TAKES_TO_MARK:
+            taken = _take(stack, marks, name)
+            weight = OF_TENSOR if name == "REDUCE" else 1
+            if name.startswith("TUPLE"):
+                weight += sum(taken)
+            if weight > MAX_WEIGHT:
+                raise UserError("refused: it holds a tuple larger than the description of any tensor")
+            stack.append(weight)
+        else:
+            raise UserError(f"refused: tensors are not described with {name}")
+
+
+def _take(stack: list[int], marks: list[int], name: str) -> list[int]:
+    """Remove what an opcode takes from the stack. Raises IndexError if there is less."""
+    start = marks.pop() - _TAKES_TO_MARK[name] if name in _TAKES_TO_MARK else len(stack) - _TAKES[name]
+    if start < 0:
+        raise IndexError("the stack holds less than an opcode takes")
+    taken = stack[start:]
+    del stack[start:]
+    return taken
 
 
 class _Unpickler(pickle.Unpickler):

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxlab.checkpoints import blocks
+from jaxlab.checkpoints.blocked_copy import aligned_empty, copy_by_blocks
+from jaxlab.checkpoints.fused_qkv import fused_parts
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_map import Entry, leaf_at, tree_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, LeafPath
-from jaxlab.checkpoints.unexpected_tensors import Account
+from jaxlab.checkpoints.unexpected_tensors import TensorAccount
 from jaxlab.errors import UserError
 from jaxlab.models import Params
 
@@ -24,7 +25,7 @@ _ROWS_BYTES = 1 << 26
 
 def read_params(
     tensors: Mapping[str, Tensor],
-    account: Account,
+    account: TensorAccount,
     template: Params,
     *,
     shardings: Params | None = None,
@@ -83,8 +84,7 @@ class _Target:
         self.devices = sharding.addressable_devices_indices_map(shape)
         self.parts = {self._ranges(index) for index in self.devices.values()}
         self.buffers = {
-            part: blocks.aligned_empty(tuple(stop - start for start, stop in part), dtype)
-            for part in self.parts
+            part: aligned_empty(tuple(stop - start for start, stop in part), dtype) for part in self.parts
         }
 
     def _ranges(self, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
@@ -98,7 +98,7 @@ class _Target:
             leading, own = part[: self.lead], part[self.lead :]
             if all(start <= i < stop for i, (start, stop) in zip(at, leading, strict=True)):
                 place = tuple(int(i) - start for i, (start, _) in zip(at, leading, strict=True))
-                blocks.copy(buffer[place], values[tuple(slice(*bounds) for bounds in own)])
+                copy_by_blocks(buffer[place], values[tuple(slice(*bounds) for bounds in own)])
 
     def place(self) -> jax.Array:
         """The array, on its devices; the buffers are given away."""
@@ -113,19 +113,17 @@ class _Target:
 
 def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target]) -> None:
     """One tensor into the leaves that it holds."""
-    start = 0
-    for target in targets:
-        part = values
-        if len(targets) > 1:
-            size = entry.layout.shape(target.own)[entry.join]
-            part = values[(slice(None),) * entry.join + (slice(start, start + size),)]
-            start += size
+    parts = fused_parts(entry.layout, entry.join, [target.own for target in targets])
+    for target, where in zip(targets, parts, strict=True):
+        part = values[where]
         if part.dtype != target.dtype:
             part = part.astype(target.dtype)
         target.fill(index, np.asarray(entry.layout.to_ours(part, target.own)))
 
 
-def _check_copies(tensors: Mapping[str, Tensor], account: Account, name: str, table: np.ndarray) -> None:
+def _check_copies(
+    tensors: Mapping[str, Tensor], account: TensorAccount, name: str, table: np.ndarray
+) -> None:
     """Raises UserError if a tied head that is written out is not the embedding, bit for bit."""
     for copy in account.copies:
         head = tensors[copy]

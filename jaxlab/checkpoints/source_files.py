@@ -5,32 +5,13 @@ A model of ours that came from such a folder keeps them in huggingface/, to beco
 
 import functools
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlab.checkpoints.tensor_folder import CONFIG, inside, read_json
+from jaxlab.checkpoints.tensor_folder import CONFIG, copy_companions, inside, read_json
 from jaxlab.errors import UserError
 
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-)
-"""Files that a folder takes over from the one it was made from."""
 SOURCE, _TENSORS = "huggingface", "tensors.json"
 
 
@@ -96,10 +77,3 @@ def read_source_files(model: Path) -> SourceFiles | None:
     if not isinstance(copies, list) or not all(isinstance(name, str) for name in copies):
         raise UserError(f"{place / _TENSORS}: copies is not a list of names")
     return SourceFiles(place, read_json(inside(place, CONFIG)), tuple(copies))
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the plain files among COMPANIONS; links are followed as far as they stay in the folder."""
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(inside(source, name), target / name)

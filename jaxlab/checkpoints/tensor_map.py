@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.checkpoints.layout import Layout, parse
-from jaxlab.checkpoints.tensor_table import LeafPath, Row
+from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape
+from jaxlab.checkpoints.tensor_table import Layout, LeafPath, Row, parse
 from jaxlab.errors import UserError
 from jaxlab.models.sparse_config import BRANCHES
 
@@ -55,9 +55,8 @@ class Entry:
 
     def shape(self, params: Mapping[str, Any]) -> tuple[int, ...]:
         """Of one tensor in the folder."""
-        parts = [self.layout.shape(leaf_at(params, path).shape[self.lead :]) for path in self.paths]
-        joined = sum(part[self.join] for part in parts)
-        return (*parts[0][: self.join], joined, *parts[0][self.join + 1 :]) if len(parts) > 1 else parts[0]
+        shapes = [leaf_at(params, path).shape[self.lead :] for path in self.paths]
+        return fused_shape(self.layout, self.join, shapes)
 
 
 def entries(params: Mapping[str, Any], family: str = "jaxlab") -> tuple[Entry, ...]:
@@ -134,45 +133,12 @@ def to_hf(params: Mapping[str, Any], entry: Entry) -> Stack:
 
 def from_hf(tensors: Stack, entry: Entry, template: Mapping[str, Any]) -> dict[LeafPath, Leaf]:
     """The inverse of `to_hf`: leaves with the shapes that they have in `template`."""
-    leaves, start = {}, 0
-    for path in entry.paths:
-        shape = leaf_at(template, path).shape
-        own = shape[entry.lead :]
-        size = entry.layout.shape(own)[entry.join]
-        part = tensors
-        if len(entry.paths) > 1:
-            part = tensors[(slice(None),) * (entry.join + 1) + (slice(start, start + size),)]
-            start += size
-        leaves[path] = entry.layout.to_ours(part, own, lead=1).reshape(shape)
-    return leaves
-
-
-def hf_tensors(params: Mapping[str, Any], family: str = "jaxlab") -> Iterator[tuple[Entry, Stack]]:
-    """All entries of a tree, each with its tensors in Hugging Face's shape, stacked on one axis N."""
-    for entry in entries(params, family):
-        yield entry, to_hf(params, entry)
-
-
-def from_hf_tensors(
-    tensors: Mapping[str, Stack], template: Mapping[str, Any], family: str = "jaxlab"
-) -> dict[str, Any]:
-    """The tree shaped like `template` whose leaves are given by the patterns of their entries.
-
-    Raises:
-      UserError: a pattern of the template is missing from `tensors`, or one of `tensors` is not in the
-        template.
-    """
-    wanted = entries(template, family)
-    surplus = set(tensors) - {entry.pattern for entry in wanted}
-    missing = [entry.pattern for entry in wanted if entry.pattern not in tensors]
-    if surplus or missing:
-        raise UserError(
-            f"tensors and parameters differ: missing {missing[:3]}, not used {sorted(surplus)[:3]}"
-        )
-    leaves: dict[LeafPath, Leaf] = {}
-    for entry in wanted:
-        leaves |= from_hf(tensors[entry.pattern], entry, template)
-    return tree_of(leaves)
+    shapes = [leaf_at(template, path).shape for path in entry.paths]
+    parts = fused_parts(entry.layout, entry.join, [shape[entry.lead :] for shape in shapes], lead=1)
+    return {
+        path: entry.layout.to_ours(tensors[part], shape[entry.lead :], lead=1).reshape(shape)
+        for path, shape, part in zip(entry.paths, shapes, parts, strict=True)
+    }
 
 
 def leaf_at(params: Mapping[str, Any], path: LeafPath) -> Any:
@@ -195,7 +161,7 @@ def tree_of(leaves: Mapping[LeafPath, Any]) -> dict[str, Any]:
 
 def host_tensors(params: Mapping[str, Any], family: str = "jaxlab") -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of a checkpoint by its own name, on the host, row-major."""
-    for entry, stacked in hf_tensors(params, family):
-        values = np.asarray(stacked)
+    for entry in entries(params, family):
+        values = np.asarray(to_hf(params, entry))
         for name, value in zip(entry.names, values, strict=True):
             yield name, np.ascontiguousarray(value)

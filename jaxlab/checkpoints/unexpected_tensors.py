@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
-class Account:
+class TensorAccount:
     """What becomes of every tensor of a folder."""
 
     family: str
@@ -45,6 +45,12 @@ class Account:
     @property
     def problems(self) -> int:
         return len(self.missing) + len(self.unmapped) + len(self.wrong)
+
+    @property
+    def summary(self) -> str:
+        used = sum(len(entry.names) for entry in self.entries)
+        line = f"{used} tensors used, {len(self.ignored)} ignored by rule"
+        return f"{line}, {', '.join(self.copies)} a copy of the embedding" if self.copies else line
 
     def check(self, where: object) -> None:
         """Raises UserError that lists what is missing, not known, or of a wrong shape or dtype."""
@@ -66,14 +72,14 @@ class Account:
         return ""
 
 
-def account(tensors: Mapping[str, Tensor], config: ModelConfig, template: "Params") -> Account:
+def account(tensors: Mapping[str, Tensor], config: ModelConfig, template: "Params") -> TensorAccount:
     """The account of a folder under the variant of the family that fits it best.
 
     Args:
       tensors: by their names in the folder.
       template: shapes of our parameters (`abstract_params(config)`).
     """
-    best: Account | None = None
+    best: TensorAccount | None = None
     for name in families.names_of(config.family):
         found = _account(tensors, config, template, name)
         if best is None or found.problems < best.problems:
@@ -84,7 +90,9 @@ def account(tensors: Mapping[str, Tensor], config: ModelConfig, template: "Param
     return best
 
 
-def _account(tensors: Mapping[str, Tensor], config: ModelConfig, template: "Params", name: str) -> Account:
+def _account(
+    tensors: Mapping[str, Tensor], config: ModelConfig, template: "Params", name: str
+) -> TensorAccount:
     from jaxlab.checkpoints.tensor_map import entries
 
     known = entries(template, name)
@@ -111,7 +119,9 @@ def _account(tensors: Mapping[str, Tensor], config: ModelConfig, template: "Para
             )
     ignored = [n for n in left if n not in copies and families.ignored(name).fullmatch(n)]
     unmapped = [n for n in left if n not in copies and n not in set(ignored)]
-    return Account(name, known, tuple(copies), tuple(ignored), tuple(missing), tuple(unmapped), tuple(wrong))
+    return TensorAccount(
+        name, known, tuple(copies), tuple(ignored), tuple(missing), tuple(unmapped), tuple(wrong)
+    )
 
 
 def is_float(dtype: Any) -> bool:

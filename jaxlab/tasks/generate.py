@@ -101,7 +101,9 @@ def read_prompt(arguments: Arguments, opened: OpenModel) -> dict[str, Any]:
     if files and config.vision.kind != "plain":
         if tokenizer is None:
             raise UserError(f"{opened.path}: no tokenizer; images are placed by its tokens")
-        batch = load_processor(opened.companion_folder)(arguments.prompt, files, tokenizer)
+        source = opened.source_files
+        processor = load_processor(opened.companion_folder, config=None if source is None else source.config)
+        batch = processor(arguments.prompt, files, tokenizer)
         try:
             return prepare_batch(batch, config)
         except ValueError as error:

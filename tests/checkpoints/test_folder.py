@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxlab.checkpoints.tensor_folder import open_folder
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
+from jaxlab.checkpoints.output_folder import MARKER
+from jaxlab.checkpoints.tensor_folder import Planned, open_folder, write_folder
 
 RNG = np.random.default_rng(0)
 DTYPES = [
@@ -127,7 +127,7 @@ def test_companions_are_copied_and_nothing_else(tmp_path):
     for name in ("tokenizer.json", "merges.txt", "modeling_x.py", "pytorch_model.bin", "README.md"):
         (source / name).write_text(name)
     write_folder(tmp_path / "m", planned({"a": np.ones(1)}), config={}, copy_from=source)
-    expected = ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
+    expected = [MARKER, "config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
     assert sorted(os.listdir(tmp_path / "m")) == expected
     write_folder(tmp_path / "m", planned({"b": np.ones(1)}), config={}, overwrite=True)
     assert list(open_folder(tmp_path / "m")) == ["b"]

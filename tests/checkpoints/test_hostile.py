@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
+from jaxlab.checkpoints import write_aside
 from jaxlab.checkpoints.safetensors_file import read_header
-from jaxlab.checkpoints.tensor_folder import check_finite, open_folder, read_json
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import Planned, check_finite, open_folder, read_json, write_folder
 from jaxlab.errors import UserError
 
 CONFIG = {"model_type": "llama"}
@@ -287,8 +287,8 @@ def planned(name, values):
 
 @pytest.mark.parametrize("fault", ["no room", "no room later", "wrong shape", "twice"])
 def test_what_goes_wrong_in_writing_leaves_what_was_there(tmp_path, monkeypatch, fault):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "kept").write_text("old")
+    with write_aside(tmp_path / "out") as folder:
+        (folder / "kept").write_text("old")
     values = np.arange(6, dtype=np.float32)
     tensors = [planned("a", values), planned("b", values)]
     if fault == "no room":

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jaxlab.checkpoints.hub import snapshot
+from jaxlab.checkpoints.locate import hub_snapshot
 from jaxlab.errors import UserError
 
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (extra hf)")
@@ -28,14 +28,14 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_a_model_is_taken_from_the_cache(cache, revision):
-    assert snapshot("owner/name", revision=revision, offline=True) == cache
+    assert hub_snapshot("owner/name", revision=revision, offline=True) == cache
     if revision is not None:
-        assert snapshot(f"owner/name@{revision}", offline=True) == cache
+        assert hub_snapshot(f"owner/name@{revision}", offline=True) == cache
 
 
 def test_the_environment_can_forbid_the_network(cache, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert snapshot("owner/name") == cache
+    assert hub_snapshot("owner/name") == cache
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_environment_can_forbid_the_network(cache, monkeypatch):
 )
 def test_what_is_missing_is_one_line(cache, reference, revision, message):
     with pytest.raises(UserError, match=message) as error:
-        snapshot(reference, revision=revision, offline=True)
+        hub_snapshot(reference, revision=revision, offline=True)
     assert "\n" not in str(error.value)
 
 
@@ -62,7 +62,7 @@ def test_only_tensors_and_settings_are_asked_for(cache, monkeypatch):
         return str(cache)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    snapshot("owner/name", revision="v1")
+    hub_snapshot("owner/name", revision="v1")
     assert (asked["name"], asked["revision"], asked["local_files_only"]) == ("owner/name", "v1", False)
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["allow_patterns"])
     files = [
@@ -79,7 +79,7 @@ def test_only_tensors_and_settings_are_asked_for(cache, monkeypatch):
     ]
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
     assert list(hub.utils.filter_repo_objects(files, **patterns)) == files[:5]
-    snapshot("owner/name", allow_pickle=True)
+    hub_snapshot("owner/name", allow_pickle=True)
     assert "pytorch_model*.bin" in asked["allow_patterns"]
 
 
@@ -89,10 +89,10 @@ def test_a_network_that_breaks_off_is_one_line(cache, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(UserError, match="cannot be fetched: connection reset"):
-        snapshot("owner/name")
+        hub_snapshot("owner/name")
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'jaxlab\[hf\]'"):
-        snapshot("owner/name")
+        hub_snapshot("owner/name")

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import blocks
-from jaxlab.checkpoints.forms import hf_folder as huggingface
-from jaxlab.checkpoints.layout import parse
+from jaxlab.checkpoints import load_model, open_model
+from jaxlab.checkpoints.blocked_copy import aligned_empty, copy_by_blocks
+from jaxlab.checkpoints.tensor_table import parse
 from jaxlab.errors import UserError
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 from tests.checkpoints import folders
@@ -38,7 +38,7 @@ def test_one_error_lists_all_that_is_missing_unknown_or_wrong(tmp_path):
         "extra": np.zeros(3),
     }
     with pytest.raises(UserError) as raised:
-        huggingface.load(made(tmp_path, changes=changes))
+        load_model(made(tmp_path, changes=changes))
     assert str(raised.value) == (
         f"{tmp_path / 'model'}: not the family llama: 1 tensor is missing: {NORM}; "
         "2 tensors are not known: model.layers.2.mlp.up_proj.weight, extra; "
@@ -60,14 +60,14 @@ def test_one_error_lists_all_that_is_missing_unknown_or_wrong(tmp_path):
 )
 def test_what_does_not_fit_is_refused(tmp_path, case, changes, config, message):
     with pytest.raises(UserError, match=message):
-        huggingface.load(made(tmp_path, case, changes=changes, config=config))
+        load_model(made(tmp_path, case, changes=changes, config=config))
 
 
 def test_a_tied_head_that_is_written_out_counts_as_used(tmp_path):
     path = made(tmp_path, changes={HEAD: folders.weights("llama_tied")[TABLE]})
-    checkpoint = huggingface.open_checkpoint(path)
+    checkpoint = open_model(path)
     assert checkpoint.account.copies == (HEAD,)
-    assert "head" not in huggingface.read(checkpoint)[1]
+    assert "head" not in checkpoint.read()
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_a_tied_head_that_is_written_out_counts_as_used(tmp_path):
 )
 def test_dtypes_are_kept_or_cast(tmp_path, stored, wanted, computes):
     path = made(tmp_path, dtype=stored)
-    config, params, _ = huggingface.load(path, dtype=wanted)
+    config, params, _ = load_model(path, dtype=wanted)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(wanted or stored)}
     assert config.compute_dtype == computes
     expected = folders.weights("llama_tied")[UP].astype(stored).astype(wanted or stored)
     np.testing.assert_array_equal(params["layers"]["mlp"]["up"][1], expected.T)
-    huggingface.save(tmp_path / "out", config, params)
+    folders.save(tmp_path / "out", config, params)
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"]
         == np.dtype(wanted or stored).name
@@ -98,34 +98,35 @@ def test_dtypes_that_no_leaf_can_hold_ask_for_one(tmp_path, dtype):
     """float64, which jax has not, or layers of different dtypes."""
     changes = {UP: folders.weights("llama_tied")[UP].astype(dtype)}
     with pytest.raises(UserError, match=r"up_proj.weight is stored in .*choose one dtype"):
-        huggingface.load(made(tmp_path, changes=changes))
+        load_model(made(tmp_path, changes=changes))
 
 
 def test_numbers_that_are_not_finite_are_refused_if_asked(tmp_path):
     path = made(tmp_path, changes={UP: np.full((44, 32), np.nan, np.float32)})
-    assert np.isnan(huggingface.load(path)[1]["layers"]["mlp"]["up"][1]).all()
+    assert np.isnan(load_model(path)[1]["layers"]["mlp"]["up"][1]).all()
     with pytest.raises(UserError, match=f"{UP} holds NaN or infinities"):
-        huggingface.load(path, check_finite=True)
+        open_model(path).read(check_finite=True)
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "gpt2"])
 def test_each_tensor_is_read_once_and_straight_to_its_devices(tmp_path, case):
     path = folders.make(tmp_path / "in", case, layout=folders.layouts(case)[0])
-    checkpoint = huggingface.open_checkpoint(path)
+    checkpoint = open_model(path)
     read = []
 
     def counting(tensor):
         rows = lambda i, j: (read.append(tensor.name), tensor.read_rows(i, j))[1]
         return dataclasses.replace(tensor, read_rows=rows)
 
-    counted = {name: counting(tensor) for name, tensor in checkpoint.folder.items()}
-    folder = dataclasses.replace(checkpoint.folder, tensors=counted)
+    counted = {name: counting(tensor) for name, tensor in checkpoint.tensors.items()}
+    watched = open_model(path)
+    watched.tensors = dataclasses.replace(checkpoint.tensors, tensors=counted)
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
     config = dataclasses.replace(checkpoint.config, family="jaxlab")
     shardings = param_shardings(config, mesh)
-    _, params = huggingface.read(dataclasses.replace(checkpoint, folder=folder), shardings=shardings)
+    params = watched.read(shardings=shardings)
     assert sorted(read) == sorted(set(read)) == sorted(set(counted) - set(checkpoint.account.ignored))
-    _, whole = huggingface.read(checkpoint)
+    whole = checkpoint.read()
     for leaf, where, expected in zip(*map(jax.tree.leaves, (params, shardings, whole)), strict=True):
         assert leaf.sharding == where
         np.testing.assert_array_equal(leaf, expected)
@@ -151,10 +152,10 @@ def test_the_host_holds_the_model_and_one_tensor(tmp_path):
     path = folders.write(tmp_path / "model", config, tensors, shard_bytes=1 << 20)
     total, largest = (f(t.nbytes for t in tensors.values()) for f in (sum, max))
     del tensors
-    huggingface.load(path)  # modules are imported, threads started
+    load_model(path)  # modules are imported, threads started
     tracemalloc.start()
     try:
-        _, params, _ = huggingface.load(path)
+        _, params, _ = load_model(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -178,20 +179,20 @@ LAYOUTS = [
 def test_copies_by_blocks_are_transposes(text, own, dtype):
     layout = parse(text)
     values = np.random.default_rng(0).integers(0, 100, layout.shape(own)).astype(dtype)
-    ours, back = blocks.aligned_empty(own, np.dtype(dtype)), np.empty_like(values)
-    blocks.copy(ours, layout.to_ours(values, own))
+    ours, back = aligned_empty(own, np.dtype(dtype)), np.empty_like(values)
+    copy_by_blocks(ours, layout.to_ours(values, own))
     np.testing.assert_array_equal(ours, np.ascontiguousarray(layout.to_ours(values, own)))
-    blocks.copy(*layout.pair(back, ours))
+    copy_by_blocks(*layout.pair(back, ours))
     np.testing.assert_array_equal(back, values)
     part = tuple(slice(1, None) for _ in own)  # of a shard
-    shard = blocks.aligned_empty(ours[part].shape, np.dtype(dtype))
-    blocks.copy(shard, layout.to_ours(values, own)[part])
+    shard = aligned_empty(ours[part].shape, np.dtype(dtype))
+    copy_by_blocks(shard, layout.to_ours(values, own)[part])
     np.testing.assert_array_equal(shard, ours[part])
     assert shard.ctypes.data % 64 == 0
 
 
 def test_a_buffer_becomes_an_array_without_a_copy():
-    buffer = blocks.aligned_empty((1000, 3), np.dtype(ml_dtypes.bfloat16))
+    buffer = aligned_empty((1000, 3), np.dtype(ml_dtypes.bfloat16))
     array = jax.device_put(buffer, jax.devices()[0])
     assert array.unsafe_buffer_pointer() == buffer.ctypes.data
     assert array.dtype == jnp.bfloat16

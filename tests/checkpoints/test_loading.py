@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 
 import jaxlab
-from jaxlab.checkpoints import hub, save_model
-from jaxlab.checkpoints.loading import (
-    end_tokens,
-    kept_of,
-    load_model,
-    load_model_config,
-    load_tokenizer,
-    model_identity,
-    stored_shapes,
-)
-from jaxlab.checkpoints.locate import kind_of, resolve
+from jaxlab.checkpoints import load_model, locate, open_model, resolve, save_model
+from jaxlab.checkpoints.locate import form_of
 from jaxlab.errors import UserError
 from jaxlab.tasks import main
 from tests.checkpoints import folders, test_llama2c
@@ -47,11 +38,12 @@ def llama2c(path):
 def test_every_kind_is_read_alike(tmp_path, make):
     path = make(tmp_path)
     config, params, tokenizer = jaxlab.load_model(str(path))
-    assert load_model_config(path) == config
+    opened = open_model(path)
+    assert opened.config == config
     assert tokenizer is None
-    assert load_tokenizer(path) is None
+    assert opened.tokenizer is None
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored_shapes(path)) == shapes
+    assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), opened.shapes) == shapes
     everywhere = jax.sharding.NamedSharding(
         jax.make_mesh((4,), ("all",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P()
     )
@@ -60,17 +52,17 @@ def test_every_kind_is_read_alike(tmp_path, make):
     for half, leaf in zip(*map(jax.tree.leaves, (halves, params)), strict=True):
         assert half.sharding == everywhere
         np.testing.assert_array_equal(half, leaf.astype(jnp.bfloat16))
-    assert len(model_identity(path)) == 64
-    assert (kept_of(path) is None) == (kind_of(path) != "huggingface")
+    assert len(opened.identity) == 64
+    assert (opened.source_files is None) == (opened.form != "huggingface")
 
 
 def test_a_name_that_is_no_path_is_looked_for_on_the_hub(tmp_path, monkeypatch):
     path = hugging_face(tmp_path)
     asked = []
-    monkeypatch.setattr(hub, "snapshot", lambda name, **options: asked.append((name, options)) or path)
+    monkeypatch.setattr(locate, "hub_snapshot", lambda name, **options: asked.append((name, options)) or path)
     assert resolve("owner/name@abc", offline=True) == path
     assert asked == [("owner/name@abc", {"revision": None, "offline": True, "allow_pickle": False})]
-    assert load_model_config("owner/name").family == "gemma2"
+    assert open_model("owner/name").config.family == "gemma2"
     for name in (str(tmp_path / "nothing"), "a/b/c", "nothing"):
         with pytest.raises(UserError, match="no such model: a model folder, a run folder"):
             resolve(name)
@@ -82,17 +74,17 @@ def test_what_is_no_model_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     for name, message in (("adapter", "an adapter, not a model"), ("notes.txt", "name its folder")):
         with pytest.raises(UserError, match=message):
-            kind_of(tmp_path / name)
+            form_of(tmp_path / name)
 
 
 def test_ends_of_text_are_those_of_the_model(tmp_path):
     path = hugging_face(tmp_path)
-    assert end_tokens(path) == {folders.config("gemma2")["eos_token_id"]}
+    assert open_model(path).end_tokens == {folders.config("gemma2")["eos_token_id"]}
     (path / "generation_config.json").write_text('{"eos_token_id": [5, 106]}')
-    assert end_tokens(path) == {5, 106}
-    assert end_tokens(llama2c(tmp_path)) == {1, 2}
+    assert open_model(path).end_tokens == {5, 106}
+    assert open_model(llama2c(tmp_path)).end_tokens == {1, 2}
     (tmp_path / "own").mkdir()
-    assert end_tokens(native(tmp_path / "own")) == frozenset()
+    assert open_model(native(tmp_path / "own")).end_tokens == frozenset()
 
 
 def test_a_model_of_words_without_a_tokenizer_is_not_given_bytes(tmp_path, capsys):

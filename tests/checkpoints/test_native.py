@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.forms import orbax_folder as native
-from jaxlab.checkpoints.forms.orbax_folder import load_model, model_identity, save_model, stored_shapes
+from jaxlab.checkpoints import load_model, open_model, save_model
+from jaxlab.checkpoints.forms import orbax_folder
+from jaxlab.config import dump
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, cast_floats
@@ -62,7 +63,7 @@ def test_tensors_are_read_to_where_they_live_in_the_wanted_dtype(saved):
 
 
 def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(copy, monkeypatch):
-    before = model_identity(copy)
+    before = open_model(copy).identity
     with pytest.raises(UserError, match="exists already"):
         save_model(copy, CONFIG, draw())
 
@@ -73,28 +74,28 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(
         raise Full
 
     with monkeypatch.context() as patch:
-        patch.setattr(native.ocp.StandardCheckpointer, "save", fail)
+        patch.setattr(orbax_folder.ocp.StandardCheckpointer, "save", fail)
         with pytest.raises(Full):
             save_model(copy, CONFIG, draw(), overwrite=True)
         with pytest.raises(Full):
             save_model(copy.parent / "other", CONFIG, draw())
     assert [p.name for p in copy.parent.iterdir()] == ["model"]
-    assert model_identity(copy) == before
+    assert open_model(copy).identity == before
     save_model(copy, CONFIG, jax.tree.map(lambda x: x + 1, draw()), overwrite=True)
-    assert model_identity(copy) != before
+    assert open_model(copy).identity != before
     np.testing.assert_array_equal(
         load_model(copy)[1]["final_norm"]["scale"], draw()["final_norm"]["scale"] + 1
     )
 
 
 def test_identity_changes_with_any_part(copy):
-    identities = {model_identity(copy)}
+    identities = {open_model(copy).identity}
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
-    identities.add(model_identity(copy))
-    (copy / "config.yaml").write_text(native.dump(dataclasses.replace(CONFIG, norm_eps=0.5)))
-    identities.add(model_identity(copy))
+    identities.add(open_model(copy).identity)
+    (copy / "config.yaml").write_text(dump(dataclasses.replace(CONFIG, norm_eps=0.5)))
+    identities.add(open_model(copy).identity)
     assert len(identities) == 3
-    assert model_identity(copy) in identities  # and only then
+    assert open_model(copy).identity in identities  # and only then
 
 
 def break_missing_params(path):
@@ -110,7 +111,7 @@ def break_config(path):
 
 
 def break_other_config(path):
-    text = native.dump(dataclasses.replace(CONFIG, mlp_width=3))
+    text = dump(dataclasses.replace(CONFIG, mlp_width=3))
     (path / "config.yaml").write_text(text)
 
 
@@ -136,7 +137,7 @@ def break_truncated(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "no such model folder"),
+        (shutil.rmtree, "no such model"),
         (break_missing_params, "not a model folder of ours"),
         (break_missing_config, "not a model folder of ours"),
         (break_config, r"config\.yaml:1: width: expected"),
@@ -161,12 +162,12 @@ def test_links_out_of_the_folder_are_refused(copy, tmp_path, name):
     outside.write_text("{}")
     (copy / name).unlink(missing_ok=True)
     (copy / name).symlink_to(outside)
-    for read in (load_model, model_identity):
+    for read in (load_model, lambda path: open_model(path).identity):
         with pytest.raises(UserError, match="leads out of the model folder"):
             read(copy)
 
 
 def test_shapes_are_known_without_reading_tensors(saved):
-    shapes = stored_shapes(saved)
+    shapes = open_model(saved).shapes
     assert shapes["layers"]["mlp"]["up"].shape == (1, 4, 2)
     assert shapes["embedding"]["table"].dtype == jnp.float32

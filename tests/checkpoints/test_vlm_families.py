@@ -40,7 +40,7 @@ def load(case):
         entry.pattern: np.stack([weights[name] for name in entry.names])
         for entry in names.entries(template, config.family)
     }
-    return config, names.from_hf_tensors(stacked, template, config.family)
+    return config, folders.from_hf_tensors(stacked, template, config.family)
 
 
 def batch_of(golden, prefix=""):

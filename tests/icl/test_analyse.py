@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from jaxlab.checkpoints import open_model, save_model
+from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
@@ -64,7 +65,7 @@ def test_results_and_pictures(config, tmp_path):
 
 
 def test_check_reads_no_parameters(config, monkeypatch):
-    monkeypatch.setattr(analyse, "load_model", None)
+    monkeypatch.setattr(OrbaxFolder, "read", None)
     found = analyse.check(config)
     assert found["prompts"] == 16
     assert found["parameter_bytes_per_device"] == 4 * (76 * 16 + 2 * (4 * 256 + 3 * 256 + 2 * 16) + 16)

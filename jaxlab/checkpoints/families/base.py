@@ -58,8 +58,3 @@ def interleaved(rows: Rows, numbers: tuple[int, ...]) -> Rows:
         return dataclasses.replace(row, skips=numbers) if row.paths[0].startswith("layers.") else row
 
     return tuple(counted(row) for row in rows)
-
-
-def only(rows: Rows, *prefixes: str) -> Rows:
-    """The rows whose leaves lie under the given places of our tree."""
-    return tuple(row for row in rows if row.paths[0].startswith(prefixes))

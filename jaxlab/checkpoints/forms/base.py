@@ -34,6 +34,11 @@ class OpenModel(abc.ABC):
         """The folder, or the file."""
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and folders that `read` reads: what is made of them must not replace them."""
+        return (self.path,)
+
+    @property
     @abc.abstractmethod
     def config(self) -> ModelConfig: ...
 
@@ -45,6 +50,13 @@ class OpenModel(abc.ABC):
     @abc.abstractmethod
     def shapes_in(self, dtype: "jax.typing.DTypeLike | None") -> "Params":
         """Shapes and dtypes that parameters read in `dtype` have; None: the stored one."""
+
+    @property
+    def summary(self) -> str:
+        """What became of its tensors, in a few words."""
+        import jax
+
+        return f"{len(jax.tree.leaves(self.shapes))} parameters, stacked over layers"
 
     @property
     @abc.abstractmethod

@@ -14,7 +14,7 @@ from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import CONFIG, TensorFolder, inside, open_folder, read_json
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
-from jaxlab.checkpoints.unexpected_tensors import Account, account
+from jaxlab.checkpoints.unexpected_tensors import TensorAccount, account
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 
@@ -38,6 +38,10 @@ class HuggingFaceFolder(OpenModel):
         super().__init__(path)
         self.adapter = adapter
         self.allow_pickle = allow_pickle
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        return (self.path,) if self.adapter is None else (self.path, self.adapter)
 
     @functools.cached_property
     def config_json(self) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class HuggingFaceFolder(OpenModel):
         return abstract_params(self.described)
 
     @functools.cached_property
-    def account(self) -> Account:
+    def account(self) -> TensorAccount:
         """What becomes of every tensor. Raises UserError for those that are missing, not known or wrong."""
         _check_size(self.tensors, self.described)
         found = account(self.tensors, self.described, self.template)
@@ -97,6 +101,10 @@ class HuggingFaceFolder(OpenModel):
         dtypes = {p: leaf_dtype(self.tensors, e, dtype) for e in self.account.entries for p in e.paths}
         place = lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[tuple(key.key for key in path)])
         return jax.tree_util.tree_map_with_path(place, self.template)
+
+    @property
+    def summary(self) -> str:
+        return self.account.summary
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -139,7 +147,7 @@ def _check_size(folder: TensorFolder, config: ModelConfig) -> None:
         )
 
 
-def _compute_dtype(folder: TensorFolder, found: Account) -> Any:
+def _compute_dtype(folder: TensorFolder, found: TensorAccount) -> Any:
     """bfloat16 if most of the model is stored so; float32 otherwise, since float16 would overflow."""
     sizes: dict[str, int] = {}
     for entry in found.entries:

@@ -10,15 +10,16 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import blocks, families
+from jaxlab.checkpoints import families
+from jaxlab.checkpoints.blocked_copy import copy_by_blocks
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.checkpoints.families.base import Json
+from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape
 from jaxlab.checkpoints.source_files import SourceFiles
-from jaxlab.checkpoints.tensor_folder import CONFIG
+from jaxlab.checkpoints.tensor_folder import CONFIG, Planned, write_folder
 from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at
 from jaxlab.checkpoints.tensor_table import EMBEDDING
 from jaxlab.checkpoints.tokenizer_files import TOKENIZER
-from jaxlab.checkpoints.write_safetensors import Planned, write_folder
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, Params
 
@@ -48,7 +49,7 @@ def save(
       UserError: `path` may not be written, the disk is full, or no family can describe the model.
     """
     config = dataclasses.replace(config, family=hf_family(config, source_files))
-    text = config_json(config, source_files)
+    text = huggingface_config(config, source_files)
     texts = dict(extra_files or {})
     if tokenizer is not None:
         texts[TOKENIZER] = tokenizer.to_str(pretty=True)
@@ -91,7 +92,7 @@ def hf_family(config: ModelConfig, source_files: SourceFiles | None = None) -> s
     raise UserError("no family of Hugging Face can describe this model; keep it as a folder of ours")
 
 
-def config_json(config: ModelConfig, source_files: SourceFiles | None) -> Json:
+def huggingface_config(config: ModelConfig, source_files: SourceFiles | None) -> Json:
     """The config.json of a model: that of its source files, or one that its family writes.
 
     Raises:
@@ -151,17 +152,9 @@ def _on_host(params: Params, entry: Entry) -> list[np.ndarray]:
 
 def _tensor(entry: Entry, index: int, on_host: Any, dtype: np.dtype) -> np.ndarray:
     """One tensor in Hugging Face's layout."""
-    parts = [leaf[index] for leaf in on_host()]
-    shapes = [entry.layout.shape(part.shape) for part in parts]
-    joined = sum(shape[entry.join] for shape in shapes) if len(parts) > 1 else 0
-    shape = list(shapes[0])
-    if joined:
-        shape[entry.join] = joined
-    tensor, start = np.empty(shape, parts[0].dtype), 0
-    for part, own in zip(parts, shapes, strict=True):
-        place = tensor
-        if joined:
-            place = tensor[(slice(None),) * entry.join + (slice(start, start + own[entry.join]),)]
-            start += own[entry.join]
-        blocks.copy(*entry.layout.pair(place, part))
+    leaves = [leaf[index] for leaf in on_host()]
+    shapes = [leaf.shape for leaf in leaves]
+    tensor = np.empty(fused_shape(entry.layout, entry.join, shapes), leaves[0].dtype)
+    for leaf, part in zip(leaves, fused_parts(entry.layout, entry.join, shapes), strict=True):
+        copy_by_blocks(*entry.layout.pair(tensor[part], leaf))
     return tensor if tensor.dtype == dtype else tensor.astype(dtype)

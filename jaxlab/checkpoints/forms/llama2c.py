@@ -19,10 +19,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from jaxlab.checkpoints.forms.base import OpenModel, check_all_finite
-from jaxlab.checkpoints.layout import parse
 from jaxlab.checkpoints.safetensors_file import read_into
 from jaxlab.checkpoints.tensor_map import tree_of
-from jaxlab.checkpoints.tensor_table import LeafPath
+from jaxlab.checkpoints.tensor_table import LeafPath, parse
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
 

@@ -91,9 +91,7 @@ class OrbaxFolder(OpenModel):
         place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         path = self.path.absolute() / OWN_PARAMS
         with _damage(path), ocp.StandardCheckpointer() as checkpointer:
-            params: Params = checkpointer.restore(
-                path, jax.tree.map(place, self.shapes_in(dtype), shardings)
-            )
+            params: Params = checkpointer.restore(path, jax.tree.map(place, self.shapes_in(dtype), shardings))
         if check_finite:
             check_all_finite(params, self.path)
         return params

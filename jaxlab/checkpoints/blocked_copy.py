@@ -23,7 +23,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[ndarray, ".
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def copy(target: Shaped[ndarray, "..."], source: Shaped[ndarray, "..."]) -> None:
+def copy_by_blocks(target: Shaped[ndarray, "..."], source: Shaped[ndarray, "..."]) -> None:
     """target[...] = source, for two views of one shape and dtype."""
     if target.shape != source.shape or target.dtype != source.dtype:
         raise ValueError(f"{source.dtype}{source.shape} into {target.dtype}{target.shape}")
