@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, entries
 from jaxlab.errors import UserError
-from jaxlab.merging.account import Account, Action, Line
+from jaxlab.merging.account import AccountLine, Action, MergeAccount
 
 Embeddings = Literal["vlm", "merge_common_rows", "merge"]
 ROLES = ("vlm", "expert", "base")
 
 
 @dataclass(frozen=True)
-class Piece:
+class PlannedLeaf:
     """What happens to the tensors of one leaf of the VLM."""
 
     entry: Entry
@@ -26,32 +26,32 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class InjectionPlan:
     """A decision for every tensor of every input; hashable."""
 
-    pieces: tuple[Piece, ...]
-    refused: tuple[Line, ...]
+    leaves: tuple[PlannedLeaf, ...]
+    refused: tuple[AccountLine, ...]
     family: str = "jaxlab"
     """Whose names the tensors have: the VLM's."""
 
     @property
     def merged(self) -> tuple[Entry, ...]:
         """The leaves that are merged, at least in part."""
-        return tuple(piece.entry for piece in self.pieces if piece.action == "merged")
+        return tuple(leaf.entry for leaf in self.leaves if leaf.action == "merged")
 
     @property
     def num_layers(self) -> int:
         """Of the language model."""
         return 1 + max((i for entry in self.merged for i in entry.layers if i is not None), default=-1)
 
-    def account(self) -> Account:
+    def account(self) -> MergeAccount:
         """The account, without digests."""
         lines = [
-            Line(name, p.entry.pattern, p.action, p.models, p.reason)
-            for p in self.pieces
+            AccountLine(name, p.entry.pattern, p.action, p.models, p.reason)
+            for p in self.leaves
             for name in p.entry.names
         ]
-        return Account((*lines, *self.refused), self.family)
+        return MergeAccount((*lines, *self.refused), self.family)
 
 
 def plan_injection(
@@ -62,7 +62,7 @@ def plan_injection(
     embeddings: Embeddings = "vlm",
     common_rows: int | None = None,
     family: str = "jaxlab",
-) -> Plan:
+) -> InjectionPlan:
     """Decides from names and shapes alone.
 
     Args:
@@ -79,10 +79,10 @@ def plan_injection(
     inputs = {"vlm": vlm, "expert": expert, "base": base}
     # By place in our tree: the same language model has other names in a VLM, in an expert and in a base.
     known = {role: {e.path: e for e in entries(params, family)} for role, params in inputs.items()}
-    pieces, problems = [], []
+    leaves, problems = [], []
     for entry in known["vlm"].values():
         if not entry.is_language:
-            pieces.append(Piece(entry, "copied", ("vlm",), "not part of the language model"))
+            leaves.append(PlannedLeaf(entry, "copied", ("vlm",), "not part of the language model"))
             continue
         # A model without a head of its own has its embedding there.
         tied = tuple(role for role in ROLES if entry.path == HEAD and HEAD not in known[role])
@@ -96,13 +96,13 @@ def plan_injection(
             sizes = ", ".join(f"{list(shape)} in the {role}" for role, shape in shapes.items())
             problems.append(f"{entry.pattern} is {sizes}")
         elif is_table:
-            pieces.append(_table(entry, [s[0] for s in shapes.values()], embeddings, common_rows, tied))
+            leaves.append(_table(entry, [s[0] for s in shapes.values()], embeddings, common_rows, tied))
         else:
-            pieces.append(Piece(entry, "merged", ROLES, "language model"))
-    taken = {(role, piece.entry.path) for piece in pieces for role in piece.models}
+            leaves.append(PlannedLeaf(entry, "merged", ROLES, "language model"))
+    taken = {(role, leaf.entry.path) for leaf in leaves for role in leaf.models}
     left = [(role, e) for role in ROLES for e in known[role].values() if (role, e.path) not in taken]
-    tables = {piece.entry.path: piece.reason for piece in pieces if piece.action == "copied"}
-    refused: list[Line] = []
+    tables = {leaf.entry.path: leaf.reason for leaf in leaves if leaf.action == "copied"}
+    refused: list[AccountLine] = []
     for role, entry in left:
         if not entry.is_language:
             refused += _refusal(role, entry, "not part of the language model")
@@ -115,7 +115,7 @@ def plan_injection(
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"the language models cannot be merged: {'; '.join(problems[:3])}{more}")
-    plan = Plan(tuple(pieces), tuple(refused), family)
+    plan = InjectionPlan(tuple(leaves), tuple(refused), family)
     _check_complete(plan, {role: [e for e in known[role].values()] for role in ROLES})
     return plan
 
@@ -128,27 +128,27 @@ def _shape(params: Mapping[str, Any], entry: Entry) -> tuple[int, ...]:
 
 def _table(
     entry: Entry, rows: list[int], embeddings: Embeddings, common_rows: int | None, tied: tuple[str, ...]
-) -> Piece:
+) -> PlannedLeaf:
     shared = min(rows)
     if embeddings == "merge_common_rows" and common_rows is not None:
         shared = min(shared, common_rows)
     if embeddings == "vlm":
-        return Piece(entry, "copied", ("vlm",), "embeddings: vlm")
+        return PlannedLeaf(entry, "copied", ("vlm",), "embeddings: vlm")
     if shared == 0:
-        return Piece(entry, "copied", ("vlm",), f"embeddings: {embeddings}, and no row is common")
+        return PlannedLeaf(entry, "copied", ("vlm",), f"embeddings: {embeddings}, and no row is common")
     reason = f"embeddings: {embeddings}"
     reason += "".join(f", the {role}'s is its embedding" for role in tied)
     models = tuple(role for role in ROLES if role not in tied)
     if shared == rows[0]:
-        return Piece(entry, "merged", models, reason)
-    return Piece(entry, "merged", models, f"{reason}, rows from {shared} on the VLM's", rows=shared)
+        return PlannedLeaf(entry, "merged", models, reason)
+    return PlannedLeaf(entry, "merged", models, f"{reason}, rows from {shared} on the VLM's", rows=shared)
 
 
-def _refusal(role: str, entry: Entry, reason: str) -> list[Line]:
-    return [Line(name, entry.pattern, "refused", (role,), reason) for name in entry.names]
+def _refusal(role: str, entry: Entry, reason: str) -> list[AccountLine]:
+    return [AccountLine(name, entry.pattern, "refused", (role,), reason) for name in entry.names]
 
 
-def _check_complete(plan: Plan, inputs: Mapping[str, list[Entry]]) -> None:
+def _check_complete(plan: InjectionPlan, inputs: Mapping[str, list[Entry]]) -> None:
     """Raises ValueError unless every tensor of every input is merged, copied or refused exactly once."""
     lines = plan.account().lines
     for role, known in inputs.items():

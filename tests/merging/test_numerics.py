@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import UserError
-from jaxlab.merging.randomness import keep_mask, key_words, random_bits, tensor_key
+from jaxlab.merging.numerics import keep_mask, key_words, random_bits, tensor_key
 
 
 def bits(name="model.norm.weight", size=4096, seed=0, **options):
