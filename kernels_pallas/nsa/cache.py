@@ -13,15 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.compression import num_compressed
-from kernels_pallas.nsa.tiling import ceil_div
+from kernels_pallas.nsa.base import NOWHERE, SelectionGrid, ceil_div, num_compressed
 
-NOWHERE = np.iinfo(np.int32).max
-"""Index of an entry that is neither written nor read."""
 TILE = 64
 """Keys that the decode kernel reads at once."""
 PIECE = 8
@@ -236,6 +232,14 @@ def whole(cache: Cache, kept: Float[Array, "A C Hkv D"]) -> Float[Array, "B R Hk
     pages = jnp.where(cache.page_table < 0, NOWHERE, cache.page_table)
     got = kept.at[pages].get(mode="fill", fill_value=0)
     return got.reshape(got.shape[0], got.shape[1] * got.shape[2], *got.shape[3:])
+
+
+def compressed_keys(
+    cache: Cache, grid: SelectionGrid
+) -> tuple[Float[Array, "B M Hkv Dk"], Float[Array, "B M Hkv Dv"]]:
+    """Compressed keys and values of each sequence in order, complete ones or not."""
+    blocks = num_compressed(grid.kv_len, grid.block_len, grid.stride)
+    return whole(cache, cache.k_cmp)[:, :blocks], whole(cache, cache.v_cmp)[:, :blocks]
 
 
 def put_rows(x: Float[Array, "B R Hkv D"], rows: Int[Array, "B T"], new: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.nsa.compression import num_compressed
+from kernels_pallas.nsa.base import num_compressed
 
 Tag = Literal["test", "compile", "shapes", "tune", "benchmark"]
 """test: small enough for the float64 oracle. compile: compiled for an H100. shapes: traced and lowered only.
@@ -45,7 +45,7 @@ class ArgSpec:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def choice_sizes(self) -> dict[str, int]:
+    def selection_sizes(self) -> dict[str, int]:
         """Those of `select_blocks`."""
         return {name: size for name, size in self.sizes.items() if name != "window"}
 

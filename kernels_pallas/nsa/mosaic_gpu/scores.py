@@ -1,4 +1,4 @@
-"""Kernel for Hopper behind the choice of blocks: how much of a group's attention each compressed key gets."""
+"""Kernel for Hopper behind the selection of blocks: the attention of a group to each compressed key."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.nsa.mosaic_forward import (
+from kernels_pallas.nsa.mosaic_gpu.common import (
     LOG2_E,
     ROWS,
     Channel,

@@ -2,7 +2,7 @@
 
 An entry is one query with one of its blocks, and has a row for each head of the group. Entries are sorted by
 block, and those of one block fill tiles of rows of their own: a tile reads a single tile of keys, and a tile
-of keys is read by consecutive tiles of rows. Axis letters besides those of api.py and mosaic_forward.py:
+of keys is read by consecutive tiles of rows. Axis letters besides those of api.py and common.py:
 L slabs of heads, K chunks of queries, X the heads of one slab, C the queries of one chunk, E places of
 entries, tiles filled up.
 """
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
-from kernels_pallas.nsa.mosaic_forward import ROWS, Ranges, Visible
-from kernels_pallas.nsa.mosaic_plan import ranges
-from kernels_pallas.nsa.selection import Sizes, first_at_least, plan_pairs
-from kernels_pallas.nsa.support import BLOCK
-from kernels_pallas.nsa.tiling import ceil_div, pad_axis, power_of_two_at_most, take_rows
+from kernels_pallas.nsa.base import ceil_div, pad_axis, power_of_two_at_most
+from kernels_pallas.nsa.mosaic_gpu.common import ROWS, Ranges, Visible
+from kernels_pallas.nsa.mosaic_gpu.plan import ranges
+from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
+from kernels_pallas.nsa.xla.pairs import Sizes, first_at_least, plan_pairs
+from kernels_pallas.nsa.xla.tiling import take_rows
 
 ROWS_AT_ONCE = 1 << 21
 """Of one slab and chunk. Backward, a row takes 1 KiB at head dims 192/128: 2 GiB."""

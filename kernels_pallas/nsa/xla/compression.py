@@ -7,12 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.tiling import accumulator, ceil_div, pad_axis, where_finite
-
-
-def num_compressed(length: int, block_len: int, stride: int) -> int:
-    """Number of complete blocks in `length` tokens."""
-    return max(0, (length - block_len) // stride + 1)
+from kernels_pallas.nsa.base import accumulator, ceil_div, num_compressed, pad_axis, where_finite
 
 
 def compress_blocks(

@@ -1,6 +1,6 @@
 """FLOPs and bytes of each Hopper kernel, counted from the plans that the kernels follow.
 
-Rows, tiles and plans are those of mosaic_plan.py; all is static but the chosen blocks, which are given.
+Rows, tiles and plans are those of mosaic_gpu/plan.py; all is static but the selected blocks, which are given.
 """
 
 import dataclasses
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kernels_pallas.nsa.arg_specs import ArgSpec
-from kernels_pallas.nsa.mosaic_forward import ROWS, Tuning, Visible
-from kernels_pallas.nsa.mosaic_plan import FEATURES, intervals, inverse, lists, plan_rows, ranges, readers
-from kernels_pallas.nsa.mosaic_scores import SCORE_ROWS
-from kernels_pallas.nsa.tiling import Places, ceil_div
+from kernels_pallas.nsa.base import Positions, ceil_div
+from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, ROWS, Tuning, Visible
+from kernels_pallas.nsa.mosaic_gpu.plan import intervals, inverse, lists, plan_rows, ranges, readers
+from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec
 
 Branch = Literal["compression", "selection", "window"]
+DEFAULT_TUNING = Tuning()
 ITEM, NUMBER = 2, 4
 """Bytes of an operand (bfloat16) and of float32 and int32."""
 
@@ -65,10 +66,10 @@ class Count(NamedTuple):
 def pairs(spec: ArgSpec) -> dict[str, int]:
     """Pairs of a query and a key that it sees, of one sequence and head: for each branch, and dense."""
     t = np.arange(spec.length, dtype=np.int64)
-    chosen = np.minimum(spec.num_blocks, t // spec.block_size + 1)
+    selected = np.minimum(spec.num_blocks, t // spec.block_size + 1)
     return {
         "compression": int(np.clip((t - spec.block_len + 1) // spec.stride + 1, 0, spec.blocks).sum()),
-        "selection": int(((chosen - 1) * spec.block_size + t % spec.block_size + 1).sum()),
+        "selection": int(((selected - 1) * spec.block_size + t % spec.block_size + 1).sum()),
         "window": int(np.minimum(t + 1, spec.window).sum()),
         "dense": int((t + 1).sum()),
     }
@@ -77,12 +78,6 @@ def pairs(spec: ArgSpec) -> dict[str, int]:
 def forward_flops(spec: ArgSpec, branch: str) -> float:
     """Useful ones of a branch, or of "dense" attention."""
     return 2.0 * pairs(spec)[branch] * spec.batch * spec.heads * (spec.key_dim + spec.value_dim)
-
-
-def query_centric_bytes(spec: ArgSpec) -> float:
-    """Of keys and values, if every query read its chosen blocks for itself, once for all heads of a group."""
-    of_token = (spec.key_dim + spec.value_dim) * ITEM
-    return float(pairs(spec)["selection"]) * spec.batch * spec.kv_heads * of_token
 
 
 class _Steps(NamedTuple):
@@ -103,9 +98,9 @@ def kernels(
     spec: ArgSpec,
     branch: Branch,
     indices: Int[np.ndarray, "B Hkv T n"] | None = None,
-    tuning: Tuning = Tuning(),  # noqa: B008
+    tuning: Tuning = DEFAULT_TUNING,
 ) -> dict[str, Count]:
-    """forward, query_gradient and key_gradients of a branch; of selection with these chosen blocks.
+    """forward, query_gradient and key_gradients of a branch; of selection with these selected blocks.
 
     Raises ValueError for selection without `indices`.
     """
@@ -140,8 +135,8 @@ def kernels(
     }
 
 
-def scores(spec: ArgSpec, tuning: Tuning = Tuning()) -> Count:  # noqa: B008
-    """The kernel behind the choice; what it writes is read once more by XLA, which is not counted here."""
+def scores(spec: ArgSpec, tuning: Tuning = DEFAULT_TUNING) -> Count:
+    """The kernel behind the selection; what it writes is read once more by XLA, which is not counted here."""
     rows_of_tile = tuning.warpgroups * SCORE_ROWS
     layout = plan_rows(spec.length, spec.groups, rows_of_tile)
     bounds = np.asarray(
@@ -176,7 +171,7 @@ def _visible_at(
 ) -> Visible:
     stride, offset = (spec.stride, spec.block_len - 1) if branch == "compression" else (1, 0)
     window = spec.window if branch == "window" else None
-    first, end = intervals(Places(positions), stride, offset, window)
+    first, end = intervals(Positions(positions), stride, offset, window)
     end = jnp.minimum(end, spec.blocks if branch == "compression" else spec.length)
     missing = ((0, 0), (0, padded_length - spec.length))
     return Visible(*(jnp.repeat(jnp.pad(x, missing), padded_groups, axis=1) for x in (first, end)))
@@ -195,16 +190,16 @@ def _steps(spec: ArgSpec, branch: Branch, indices: np.ndarray | None, tuning: Tu
     rows = layout.padded_length * layout.padded_groups * heads
     if branch == "selection":
         if indices is None:
-            raise ValueError("counts of selection depend on the chosen blocks; give indices")
-        chosen = jnp.moveaxis(jnp.asarray(indices), 1, 2)
+            raise ValueError("counts of selection depend on the selected blocks; give indices")
+        selected = jnp.moveaxis(jnp.asarray(indices), 1, 2)
         blocks = padded_keys // tuning.keys
-        plan = _lists(layout, chosen, blocks, tuning.rows, tuning.warpgroups)
+        plan = _lists(layout, selected, blocks, tuning.rows, tuning.warpgroups)
         used = np.arange(plan.blocks.shape[2]) < np.asarray(plan.steps)[..., None]
         computed = sum(
             int((((np.asarray(plan.members) & bits) != 0) & used).sum())
             for bits in np.asarray(plan.warpgroup_bits)
         )
-        single = _lists(layout, chosen, blocks, ROWS, 1)
+        single = _lists(layout, selected, blocks, ROWS, 1)
         reading = int(np.asarray(_inverse(single, blocks).start)[:, -1].sum())
         return _Steps(int(np.asarray(plan.steps).sum()), computed, reading, rows, padded_keys * heads)
     visible = _visible(spec, branch, layout.padded_groups, layout.padded_length)
@@ -216,7 +211,7 @@ def _steps(spec: ArgSpec, branch: Branch, indices: np.ndarray | None, tuning: Tu
 
 
 def _readers(visible: Visible, tiles: int, chunk: int = 256) -> np.ndarray:
-    """`mosaic_plan.readers` for a few tiles of keys at a time: it compares each with all tiles of rows."""
+    """`plan.readers` for a few tiles of keys at a time: it compares each with all tiles of rows."""
     plan = _ranges(visible, ROWS, ROWS)
     part = jax.jit(lambda plan, s: readers(plan._replace(bounds=jnp.maximum(plan.bounds - s, 0)), chunk))
     found = [np.asarray(part(plan, start), np.int64) for start in range(0, tiles, chunk)]

@@ -1,4 +1,4 @@
-"""Tile sizes of the Hopper kernels, by device: the data files in tuning/, made by benchmarks/nsa_tune.py."""
+"""Tile sizes of the Hopper kernels, by device: the data files beside this one, by benchmarks/nsa_tune.py."""
 
 import functools
 import json
@@ -7,15 +7,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from kernels_pallas.nsa.mosaic_forward import Tuning
-from kernels_pallas.nsa.mosaic_plan import FEATURES
-from kernels_pallas.nsa.tiling import ceil_div
+from kernels_pallas.nsa.base import ceil_div
+from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, Tuning
 
 Kernel = Literal["forward", "query_gradient", "key_gradients", "scores"]
-Branch = Literal["compression", "selection", "window", "choice"]
+Branch = Literal["compression", "selection", "window", "block_selection"]
 COMPILED_FOR = "NVIDIA H100 80GB HBM3"
 """The device that kernels are compiled for where there is none."""
-FOLDER = Path(__file__).parent / "tuning"
+FOLDER = Path(__file__).parent
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +32,8 @@ def padded(dim: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def tuned(device_kind: str, kernel: Kernel, branch: Branch, key_dim: int, value_dim: int) -> Tuning:
     """Sizes for a kernel of a branch; those of `Tuning` where the device or the head dims have no entry,
-    which is told at level DEBUG. "scores" has the branch "choice" and no values: its two dims are the keys'.
+    which is told at level DEBUG. "scores" has the branch "block_selection" and no values: both its dims are
+    the keys'.
     """
     wanted = (kernel, branch, padded(key_dim), padded(value_dim))
     for entry in _entries(file_of(device_kind)):

@@ -2,7 +2,7 @@
 
 A row is one query of one head. The heads of a group are padded to a power of two and the queries to whole
 tiles, so a tile of rows is some queries with all of their heads, and every branch is attention to an interval
-of keys: for selection, to the interval's part in the chosen blocks. Neighbouring queries share the union of
+of keys: for selection, to the interval's part in the selected blocks. Neighbouring queries share the union of
 their blocks; each row's bit says which of them are its own.
 """
 
@@ -14,11 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.mosaic_forward import ROWS, Lists, Ranges, Visible
-from kernels_pallas.nsa.tiling import Places, ceil_div, pad_axis, power_of_two_at_most, segment_starts
+from kernels_pallas.nsa.base import Positions, ceil_div, pad_axis, power_of_two_at_most, segment_starts
+from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, ROWS, Inverse, Lists, Ranges, Visible
 
-FEATURES = 64
-"""Head dims are padded to multiples of this: a swizzled row of 128 bytes."""
 MAX_QUERIES = 32
 """In a tile, as each has a bit of an int32."""
 
@@ -79,18 +77,18 @@ def unpack_keys(
 
 
 def intervals(
-    places: Places, stride: int, offset: int, window: int | None
+    positions: Positions, stride: int, offset: int, window: int | None
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """First key and end of the keys that each query sees.
 
     Key i stands for the tokens i * stride ... i * stride + offset, all of which must lie in the query's
     segment and not in its future; `window` bounds the age of the last of them.
     """
-    newest = places.q_positions
+    newest = positions.q_positions
     oldest = jnp.zeros_like(newest)
-    if places.q_segments is not None and places.key_segments is not None:
-        oldest = jnp.take_along_axis(segment_starts(places.key_segments), newest, axis=1)
-        newest = jnp.where(places.q_segments == 0, -1, newest)
+    if positions.q_segments is not None and positions.key_segments is not None:
+        oldest = jnp.take_along_axis(segment_starts(positions.key_segments), newest, axis=1)
+        newest = jnp.where(positions.q_segments == 0, -1, newest)
     if window is not None:
         oldest = jnp.maximum(oldest, newest - offset - window + 1)
     first = -(-oldest // stride)
@@ -104,9 +102,9 @@ def ranges(visible: Visible, rows: int, keys: int) -> Ranges:
     first, end = (x.reshape(batch, -1, rows) for x in visible)
     empty = end <= first
     start = jnp.min(jnp.where(empty, LARGEST, first), axis=2) // keys
-    stop = _ceil_div(jnp.max(jnp.where(empty, 0, end), axis=2), keys)
+    stop = ceil_div(jnp.max(jnp.where(empty, 0, end), axis=2), keys)
     start = jnp.minimum(start, stop)
-    full_start = jnp.clip(_ceil_div(jnp.max(first, axis=2), keys), start, stop)
+    full_start = jnp.clip(ceil_div(jnp.max(first, axis=2), keys), start, stop)
     full_stop = jnp.clip(jnp.min(jnp.where(empty, 0, end), axis=2) // keys, full_start, stop)
     return Ranges(jnp.stack([start, full_start, full_stop, stop], axis=2))
 
@@ -132,12 +130,12 @@ def lists(layout: Rows, indices: Int[Array, "B T Hkv n"], blocks: int, rows: int
     """Union of the blocks that the queries of each tile chose."""
     queries = layout.queries(rows)
     indices = pad_axis(indices, 1, layout.padded_length, fill=-1)
-    batch, length, kv_heads, chosen = indices.shape
+    batch, length, kv_heads, selected = indices.shape
     tiles = length // queries
-    block = jnp.moveaxis(indices, 2, 1).reshape(batch * kv_heads, tiles, queries * chosen)
+    block = jnp.moveaxis(indices, 2, 1).reshape(batch * kv_heads, tiles, queries * selected)
     block = jnp.where((block >= 0) & (block < blocks), block, blocks)
     of_query = jnp.asarray((np.uint32(1) << np.arange(queries, dtype=np.uint32)).view(np.int32))
-    bit = jnp.broadcast_to(jnp.repeat(of_query, chosen)[None, None], block.shape)
+    bit = jnp.broadcast_to(jnp.repeat(of_query, selected)[None, None], block.shape)
     # Not stable, which would cost a third operand: the order among equal blocks does not matter.
     block, bit = lax.sort((block, bit), dimension=2, num_keys=1, is_stable=False)
     new = jnp.pad(block[..., 1:] != block[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=True)
@@ -153,14 +151,6 @@ def lists(layout: Rows, indices: Int[Array, "B T Hkv n"], blocks: int, rows: int
     row_bits = jnp.repeat(of_query, layout.padded_groups)
     of_warpgroups = jnp.sum(of_query.reshape(warpgroups, -1), axis=1)
     return Lists(count, union, members, row_bits, of_warpgroups)
-
-
-class Inverse(NamedTuple):
-    """Tiles of rows that read each block: those from start[x, j] to start[x, j + 1] in `tiles`."""
-
-    start: Int[Array, "X blocks+1"]
-    tiles: Int[Array, "X E"]
-    members: Int[Array, "X E"]
 
 
 def inverse(plan: Lists, blocks: int) -> Inverse:
@@ -181,7 +171,3 @@ def inverse(plan: Lists, blocks: int) -> Inverse:
         block, tile, members = lax.sort((block, tile, members), dimension=1, num_keys=2, is_stable=False)
     start = jax.vmap(lambda row: jnp.searchsorted(row, number))(block)
     return Inverse(start.astype(jnp.int32), tile, members)
-
-
-def _ceil_div(a: Array, b: int) -> Array:
-    return -(-a // b)

@@ -1,7 +1,7 @@
-"""Selection branch: attention of each query over the blocks chosen for its GQA group.
+"""Attention of each query over the blocks that were selected for its GQA group.
 
-Pairs (query, chosen block) of one chunk of queries are sorted by block and cut into tiles of pairs that share
-their block. A tile is one small matrix product: the block's keys are read once for all pairs of the tile
+Pairs (query, block) of one chunk of queries are sorted by block and cut into tiles of pairs that share their
+block (pairs.py). A tile is one small matrix product: the block's keys are read once for all pairs of the tile
 instead of once for every pair, and the gradients of keys and values are summed within a tile before they are
 added to the block. Memory per chunk is (queries x n) partial results; chunks shrink as heads and n grow.
 """
@@ -13,21 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.tiling import (
-    Places,
+from kernels_pallas.nsa.base import (
+    Block,
+    Positions,
     Residuals,
     accumulator,
     ceil_div,
-    chunk_places,
     finite,
-    for_each_head,
-    from_chunks,
     heads_first,
-    merge,
     pad_axis,
     power_of_two_at_most,
+)
+from kernels_pallas.nsa.xla.pairs import Plan, Sizes, plan_pairs
+from kernels_pallas.nsa.xla.tiling import (
+    chunk_positions,
+    for_each_head,
+    from_chunks,
+    merge,
     query_chunk,
     split,
     take_rows,
@@ -39,102 +43,18 @@ from kernels_pallas.nsa.tiling import (
 PARTIAL_ELEMENTS = 1 << 23
 
 
-class Block(NamedTuple):
-    """Static facts of the op."""
-
-    size: int
-    scale: float
-
-
-class Sizes(NamedTuple):
-    """Queries per chunk, pairs per tile, tiles per step of the loop, tiles at most per chunk."""
-
-    queries: int
-    pairs: int
-    step: int
-    tiles: int
-
-
-class Plan(NamedTuple):
-    """Where the pairs of one chunk went: X tiles of P pairs each."""
-
-    steps: Int[Array, ""]
-    tile_block: Int[Array, "B Hkv X"]
-    tile_query: Int[Array, "B Hkv X P"]
-    tile_valid: Bool[Array, "B Hkv X P"]
-    pair_place: Int[Array, "B Hkv T n"]
-    pair_valid: Bool[Array, "B Hkv T n"]
-
-
-def _sizes(q: Array, v: Array, block: Block, blocks: int, chosen: int) -> Sizes:
+def _sizes(q: Array, v: Array, block: Block, blocks: int, selected: int) -> Sizes:
     batch, length, kv_heads, groups, dim = q.shape
     rows = batch * kv_heads
     width = max(dim, v.shape[-1])
-    queries = query_chunk(length, rows * chosen * groups * width, budget=PARTIAL_ELEMENTS)
-    queries = min(queries, max(1, np.iinfo(np.int32).max // ((blocks + 1) * chosen)))
-    per_block = ceil_div(queries * chosen, blocks)
+    queries = query_chunk(length, rows * selected * groups * width, budget=PARTIAL_ELEMENTS)
+    queries = min(queries, max(1, np.iinfo(np.int32).max // ((blocks + 1) * selected)))
+    per_block = ceil_div(queries * selected, blocks)
     pairs = power_of_two_at_most(min(max(per_block // 2, 128 // groups, 1), max(1, 512 // groups)))
     pairs = min(pairs, power_of_two_at_most(queries))
-    tiles = queries * chosen // pairs + min(blocks, queries * chosen)
+    tiles = queries * selected // pairs + min(blocks, queries * selected)
     step = min(max(1, tile_elements() // (rows * pairs * groups * block.size)), tiles)
     return Sizes(queries, pairs, step, ceil_div(tiles, step) * step)
-
-
-def plan_pairs(sizes: Sizes, indices: Int[Array, "B Hkv T n"], blocks: int) -> Plan:
-    """Sort the pairs by block, then by query, and lay each block's pairs into tiles of their own."""
-    *rows, queries, chosen = indices.shape
-    pairs = queries * chosen
-    valid = (indices >= 0) & (indices < blocks)
-    block = jnp.where(valid, indices, blocks).reshape(*rows, pairs)
-    number = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32)[None, None], block.shape)
-    if (blocks + 1) * pairs <= np.iinfo(np.int32).max:  # one integer for block and pair is sorted sooner
-        packed = lax.sort(block * pairs + number, dimension=2, is_stable=False)
-        sorted_block, order = packed // pairs, packed % pairs
-    else:
-        sorted_block, order = lax.sort((block, number), dimension=2, num_keys=1)
-    start = first_at_least(sorted_block, jnp.arange(blocks + 1, dtype=jnp.int32))
-    start, count = start[..., :-1], start[..., 1:] - start[..., :-1]
-    block_tiles = _ceil_div(count, sizes.pairs)
-    tiles_end = jnp.cumsum(block_tiles, axis=2, dtype=jnp.int32)
-    tiles_start = tiles_end - block_tiles
-
-    tile = jnp.arange(sizes.tiles, dtype=jnp.int32)
-    tile_block = first_at_least(tiles_end, tile + 1)
-    used = tile_block < blocks
-    tile_block = jnp.minimum(tile_block, blocks - 1)
-    before = (tile[None, None] - take_rows(tiles_start, tile_block)) * sizes.pairs
-    lane = before[..., None] + jnp.arange(sizes.pairs, dtype=jnp.int32)[None, None, None]
-    tile_valid = (lane < take_rows(count, tile_block)[..., None]) & used[..., None]
-    source = jnp.where(tile_valid, lane + take_rows(start, tile_block)[..., None], 0)
-
-    # Place p of the sorted list is moved on by the lanes that pad the tiles of the blocks before.
-    place = _inverse(order) + take_rows(tiles_start * sizes.pairs - start, jnp.minimum(block, blocks - 1))
-    place = jnp.where(valid, place.reshape(indices.shape), 0)
-    steps = _ceil_div(jnp.max(tiles_end[..., -1]), sizes.step)
-    return Plan(steps, tile_block, take_rows(order, source) // chosen, tile_valid, place, valid)
-
-
-def _inverse(order: Int[Array, "B Hkv E"]) -> Int[Array, "B Hkv E"]:
-    """Inverse of a permutation: no index occurs twice, so the scatter is deterministic."""
-
-    def invert(row: Array) -> Array:
-        number = jnp.arange(row.shape[0], dtype=jnp.int32)
-        return jnp.zeros_like(row).at[row].set(number, unique_indices=True, mode="promise_in_bounds")
-
-    return jax.vmap(jax.vmap(invert))(order)
-
-
-def first_at_least(ascending: Int[Array, "B Hkv R"], values: Int[Array, " V"]) -> Int[Array, "B Hkv V"]:
-    """Index of the first entry that is at least each value."""
-
-    def search(row: Array) -> Array:
-        return jnp.searchsorted(row, values).astype(jnp.int32)
-
-    return jax.vmap(jax.vmap(search))(ascending)
-
-
-def _ceil_div(a: Array, b: int) -> Array:
-    return -(-a // b)
 
 
 class _Step(NamedTuple):
@@ -152,7 +72,7 @@ class _Step(NamedTuple):
 
 
 def _step(
-    block: Block, sizes: Sizes, plan: Plan, data: "_Data", q_chunk: Array, here: Places, step: Array
+    block: Block, sizes: Sizes, plan: Plan, data: "_Data", q_chunk: Array, here: Positions, step: Array
 ) -> _Step:
     """Gather the tiles of one step and compute their masked scores."""
 
@@ -203,12 +123,12 @@ class _Data(NamedTuple):
     num_keys: int
 
 
-def _blocks(block: Block, k: Array, v: Array, places: Places) -> _Data:
+def _blocks(block: Block, k: Array, v: Array, positions: Positions) -> _Data:
     def cut(x: Array) -> Array:
         x = pad_axis(x, 1, block.size)
         return x.reshape(x.shape[0], x.shape[1] // block.size, block.size, *x.shape[2:])
 
-    segments = None if places.key_segments is None else cut(places.key_segments)
+    segments = None if positions.key_segments is None else cut(positions.key_segments)
     return _Data(jnp.moveaxis(cut(k), 3, 1), jnp.moveaxis(cut(v), 3, 1), segments, k.shape[1])
 
 
@@ -219,24 +139,24 @@ def attend_to_blocks(
     k: Float[Array, "B S Hkv Dk"],
     v: Float[Array, "B S Hkv Dv"],
     indices: Int[Array, "B T Hkv n"],
-    places: Places,
+    positions: Positions,
 ) -> Float[Array, "B T Hkv G Dv"]:
-    """Softmax attention over the tokens of the chosen blocks that are not in the query's future.
+    """Softmax attention over the tokens of the selected blocks that are not in the query's future.
 
-    A query without any such token gets exactly 0. Reverse mode only; indices and places have no gradient.
+    A query without any such token gets exactly 0. Reverse mode only; indices and positions have no gradient.
     """
-    return _forward(block, q, k, v, indices, places)[0]
+    return _forward(block, q, k, v, indices, positions)[0]
 
 
 def _forward(
-    block: Block, q: Array, k: Array, v: Array, indices: Array, places: Places
+    block: Block, q: Array, k: Array, v: Array, indices: Array, positions: Positions
 ) -> tuple[Array, Float[Array, "B T Hkv G"]]:
-    length, chosen, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
-    data = _blocks(block, k, v, places)
+    length, selected, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
+    data = _blocks(block, k, v, positions)
     blocks = data.keys.shape[2]
-    sizes = _sizes(q, v, block, blocks, chosen)
+    sizes = _sizes(q, v, block, blocks, selected)
 
-    def one_chunk(chunk: tuple[Array, Array, Places]) -> tuple[Array, Array]:
+    def one_chunk(chunk: tuple[Array, Array, Positions]) -> tuple[Array, Array]:
         q_chunk, here = heads_first(chunk[0]), chunk[2]
         plan = plan_pairs(sizes, heads_first(chunk[1]), blocks)
 
@@ -266,8 +186,8 @@ def _forward(
         out, lse = _combine(plan, top, total, part, q.dtype)
         return heads_first(out), heads_first(lse)
 
-    chosen_chunks = to_chunks(indices, sizes.queries, fill=-1)
-    chunks = (to_chunks(q, sizes.queries), chosen_chunks, chunk_places(places, sizes.queries))
+    selected_chunks = to_chunks(indices, sizes.queries, fill=-1)
+    chunks = (to_chunks(q, sizes.queries), selected_chunks, chunk_positions(positions, sizes.queries))
     out, lse = lax.map(one_chunk, chunks)
     return from_chunks(out, length), from_chunks(lse, length)
 
@@ -302,27 +222,27 @@ def _combine(plan: Plan, top: Array, total: Array, part: Array, dtype: jnp.dtype
 
 
 def _forward_saving(
-    block: Block, q: Array, k: Array, v: Array, indices: Array, places: Places
+    block: Block, q: Array, k: Array, v: Array, indices: Array, positions: Positions
 ) -> tuple[Array, Residuals]:
-    out, lse = _forward(block, q, k, v, indices, places)
-    return out, Residuals(q, k, v, indices, places, out, lse)
+    out, lse = _forward(block, q, k, v, indices, positions)
+    return out, Residuals(q, k, v, indices, positions, out, lse)
 
 
 def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, indices, places, out, lse = saved
+    q, k, v, indices, positions, out, lse = saved
     assert indices is not None
-    length, chosen, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
-    data = _blocks(block, k, v, places)
+    length, selected, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
+    data = _blocks(block, k, v, positions)
     blocks = data.keys.shape[2]
-    sizes = _sizes(q, v, block, blocks, chosen)
+    sizes = _sizes(q, v, block, blocks, selected)
     shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
 
     def one_chunk(
-        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Array, Places]
+        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Array, Positions]
     ) -> tuple[tuple[Array, Array], Array]:
         q_chunk, d_chunk, floor, shift_chunk = map(heads_first, chunk[0])
-        chosen_chunk, here = heads_first(chunk[1]), chunk[2]
-        plan = plan_pairs(sizes, chosen_chunk, blocks)
+        selected_chunk, here = heads_first(chunk[1]), chunk[2]
+        plan = plan_pairs(sizes, selected_chunk, blocks)
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
@@ -350,10 +270,12 @@ def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Arra
         return (dk, dv), heads_first(_gather_sum(plan, _pairs(dq, groups)).astype(q.dtype))
 
     chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, finite(lse), shift))
-    chosen_chunks = to_chunks(indices, sizes.queries, fill=-1)
+    selected_chunks = to_chunks(indices, sizes.queries, fill=-1)
     # Summed as [.., D, size]: a CPU then transposes the queries for the product, not the larger scores.
     sums = (_transposed_zeros(data.keys, dtype), _transposed_zeros(data.values, dtype))
-    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, chosen_chunks, chunk_places(places, sizes.queries)))
+    (dk, dv), dq = lax.scan(
+        one_chunk, sums, (chunks, selected_chunks, chunk_positions(positions, sizes.queries))
+    )
     return from_chunks(dq, length), _join(dk, k), _join(dv, v), None, None
 
 

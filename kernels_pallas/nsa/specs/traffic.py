@@ -26,7 +26,7 @@ def bytes_per_decoded_token(
     window: int = 512,
     branches: Sequence[str] = ("compression", "selection", "window"),
 ) -> Traffic:
-    """K/V that a token reads at `length` tokens: length / stride compressed ones, the chosen blocks and the
+    """K/V that a token reads at `length` tokens: length / stride compressed ones, the selected blocks and the
     window, against all with dense attention (arXiv 2502.11089, table 4; the defaults are its model, bf16).
 
     Of the compressed ones block_len / stride - 1 fewer are complete than the paper counts. Raises ValueError

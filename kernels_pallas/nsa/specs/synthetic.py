@@ -1,8 +1,8 @@
-"""Chosen blocks with a given likeness between neighbouring queries, to time and count selection with."""
+"""Selected blocks with a given likeness between neighbouring queries, to time and count selection with."""
 
 import numpy as np
 
-from kernels_pallas.nsa.arg_specs import ArgSpec
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec
 
 LIFE = 16
 """Blocks that a walk lasts before it draws anew from all that are there by then."""
@@ -14,7 +14,7 @@ def overlapping_indices(spec: ArgSpec, overlap: float, seed: int = 0) -> np.ndar
 
     A query's free blocks are neighbours on a ring of all old blocks in random order; the next query's lie
     further along by as many as are replaced. So they are distinct, and what is new was not there before while
-    the ring is long enough; near the beginning, where there is little to choose from, more is kept.
+    the ring is long enough; near the beginning, where there is little to select from, more is kept.
 
     Raises ValueError for an overlap outside of 0 ... 1.
     """
@@ -34,28 +34,16 @@ def overlapping_indices(spec: ArgSpec, overlap: float, seed: int = 0) -> np.ndar
         forced = np.concatenate([first, local], axis=1)
         ring = np.arange(spec.num_init, max(spec.num_init, start - spec.num_local + 1))
         wanted = min(spec.num_blocks - spec.num_init - spec.num_local, len(ring))
-        chosen = np.full((rows, len(here), spec.num_blocks), -1, np.int32)
-        chosen[..., : forced.shape[1]] = forced
+        selected = np.full((rows, len(here), spec.num_blocks), -1, np.int32)
+        selected[..., : forced.shape[1]] = forced
         if wanted:
             order = random.permuted(np.tile(ring, (rows, 1)), axis=1)
             at = np.cumsum(random.binomial(wanted, 1 - overlap, (rows, len(here))), axis=1)
             at = (at[..., None] + np.arange(wanted)) % len(ring)
             free = np.take_along_axis(order, at.reshape(rows, -1), axis=1).reshape(at.shape)
-            chosen[..., forced.shape[1] : forced.shape[1] + wanted] = free
+            selected[..., forced.shape[1] : forced.shape[1] + wanted] = free
         missing = np.iinfo(np.int32).max
-        chosen = np.sort(np.where(chosen < 0, missing, chosen), axis=2)
-        indices[:, here] = np.where(chosen == missing, -1, chosen)
+        selected = np.sort(np.where(selected < 0, missing, selected), axis=2)
+        indices[:, here] = np.where(selected == missing, -1, selected)
         start += life
     return indices.reshape(spec.batch, spec.kv_heads, spec.length, spec.num_blocks)
-
-
-def measured_overlap(spec: ArgSpec, indices: np.ndarray) -> float:
-    """Share of a query's free blocks that the query before it has among its free ones, over all queries.
-
-    indices: int32 [B, Hkv, T, n] with the forced blocks of `spec` in them.
-    """
-    chosen = np.asarray(indices).reshape(-1, spec.length, indices.shape[-1])
-    newest = (np.arange(spec.length) // spec.block_size)[None, :, None]
-    free = (chosen >= spec.num_init) & (chosen <= newest - spec.num_local)
-    same = (chosen[:, 1:, :, None] == chosen[:, :-1, None, :]) & free[:, 1:, :, None] & free[:, :-1, None, :]
-    return float(same.sum() / max(1, free[:, 1:].sum()))

@@ -18,8 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.mosaic_forward import FLOOR, LOG2_E, Channel, along, product, serve, swizzled, vector
-from kernels_pallas.nsa.tiling import ceil_div
+from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, ceil_div, num_compressed, pad_axis
+from kernels_pallas.nsa.cache import Cache, PagedCache, Recent
+from kernels_pallas.nsa.importance import ascending, block_importance, select_by_top_k
+from kernels_pallas.nsa.mosaic_gpu.common import (
+    FLOOR,
+    LOG2_E,
+    Channel,
+    along,
+    product,
+    serve,
+    swizzled,
+    vector,
+)
 
 KEYS = 64
 """In a tile: the M of wgmma."""
@@ -41,7 +52,7 @@ class Kept(NamedTuple):
     """Entries that each sequence sees: its first ones."""
     pages: Int[Array, "B max_pages"] | None
     """Where its entries lie on the first axis, C after C; None: in a row of its own."""
-    chosen: Int[Array, "X n"] | None
+    selected: Int[Array, "X n"] | None
     """Tiles that are read, in any order and different from each other; numbers outside of the sequence are
     missing ones. None: all."""
     tiles: int
@@ -54,7 +65,7 @@ class Kept(NamedTuple):
     @property
     def steps(self) -> int:
         """At most."""
-        return self.tiles if self.chosen is None else self.chosen.shape[1]
+        return self.tiles if self.selected is None else self.selected.shape[1]
 
     @property
     def piece(self) -> int:
@@ -72,18 +83,18 @@ class _Place(NamedTuple):
     batch: Array
 
     def steps(self) -> Any:
-        if self.static.chosen is not None:
+        if self.static.selected is not None:
             return self.static.steps
         return lax.div(self.refs.visible[self.batch] + (KEYS - 1), KEYS)
 
     def tile(self, step: Array) -> tuple[Array, Array]:
         """Number of the tile that is read in a step, and how many of its keys are seen."""
         visible = self.refs.visible[self.batch]
-        if self.static.chosen is None:
+        if self.static.selected is None:
             return step, jnp.minimum(visible - step * KEYS, KEYS)
-        chosen = self.refs.chosen[self.x, step]
-        there = (chosen >= 0) & (chosen < self.static.tiles)
-        tile = jnp.where(there, chosen, 0)
+        selected = self.refs.selected[self.x, step]
+        there = (selected >= 0) & (selected < self.static.tiles)
+        tile = jnp.where(there, selected, 0)
         return tile, jnp.where(there, jnp.clip(visible - tile * KEYS, 0, KEYS), 0)
 
     def pieces(self, step: Array, head: Array) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -248,3 +259,54 @@ def join(found: Found) -> tuple[Float[Array, "X G Dv"], Float[Array, "X G"]]:
     total = jnp.sum(found.total * fade[:, :, None], axis=1) / whole[:, None]
     lse = jnp.where(weight > 0, top + jnp.log2(whole), -jnp.inf)
     return jnp.moveaxis(total, 2, 1), lse
+
+
+def decode_token(
+    grid: SelectionGrid,
+    cache: Cache,
+    recent: Recent,
+    q: Float[Array, "B 1 H Dk"],
+    window: int,
+    indices: Int[Array, "B Hkv 1 n"] | None,
+) -> NsaBranches:
+    """See `Operators.decode_token`: two launches, the selection of blocks between them."""
+    batch, _, heads, dim = q.shape
+    kv_heads = cache.k_slc.shape[2]
+    group = heads // kv_heads
+    position = jnp.where(recent.num_new > 0, cache.length - 1, -1)
+    rows = pad_axis(q.reshape(batch * kv_heads, group, dim), 1, HEADS)
+    pages = cache.page_table if isinstance(cache, PagedCache) else None
+
+    blocks = num_compressed(grid.kv_len, grid.block_len, grid.stride)
+    visible = jnp.clip((position + 1 - grid.block_len) // grid.stride + 1, 0, blocks)
+    kept = Kept(cache.k_cmp, cache.v_cmp, visible, pages, None, max(1, ceil_div(blocks, KEYS)))
+    (found,), scores = attend_to_kept(rows, [kept], scale=grid.scale, keep_scores=indices is None)
+    compressed, lse = join(found)
+    if scores is not None:
+        seen = jnp.arange(scores.shape[1], dtype=jnp.int32)[None] < jnp.repeat(visible, kv_heads)[:, None]
+        weights = jnp.where(seen[..., None], jnp.exp2(scores - lse[:, None]), 0.0)
+        shares = jnp.sum(weights[..., :group], axis=-1).reshape(batch, kv_heads, 1, -1)
+        newest = (position // grid.block_size)[:, None]
+        limits = (jnp.zeros_like(newest), newest)
+        selected = select_by_top_k(grid, block_importance(grid, shares), limits)
+        indices = ascending(selected)
+    else:
+        assert indices is not None
+        selected = indices
+
+    parts = grid.block_size // KEYS
+    part = jnp.arange(parts, dtype=jnp.int32)[None, None]
+    tiles = (selected.reshape(batch * kv_heads, -1, 1) * parts + part).reshape(batch * kv_heads, -1)
+    present, ring = position + 1, cache.k_win.shape[1]
+    branches = [
+        Kept(cache.k_slc, cache.v_slc, present, pages, tiles, grid.kv_len // KEYS),
+        Kept(cache.k_win, cache.v_win, jnp.minimum(present, ring), None, None, ring // KEYS),
+    ]
+    (of_blocks, of_window), _ = attend_to_kept(rows, branches, scale=grid.scale)
+
+    def finish(out: Float[Array, "X G Dv"]) -> Float[Array, "B 1 H Dv"]:
+        return out[:, :group].astype(q.dtype).reshape(batch, 1, heads, -1)
+
+    outs = [finish(out) for out in (compressed, join(of_blocks)[0], join(of_window)[0])]
+    natural = (lse[:, :group] / LOG2_E).reshape(batch, 1, heads)
+    return NsaBranches(outs[0], outs[1], outs[2], natural, indices)

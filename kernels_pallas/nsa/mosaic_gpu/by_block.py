@@ -1,37 +1,36 @@
-"""Selection attention in the order of the blocks, by the Hopper kernels: for groups of few heads.
+"""Selected attention in the order of the blocks, by the Hopper kernels: for groups of few heads.
 
-Each chosen block of a query is an attention of its own to 64 keys, with its own log-sum-exp; the n parts are
-joined afterwards. A tile of rows holds the entries of one block (mosaic_sorted.py), so no product is masked
+Each block of a query is an attention of its own to 64 keys, with its own log-sum-exp; the n parts are joined
+afterwards. A tile of rows holds the entries of one block (by_block_plan.py), so no product is masked
 away but the future and the padding, at the price of writing the rows in that order and the parts back.
 Slabs of heads and chunks of queries go one after the other, so the rows that exist at once do not grow with
-the number of queries (`mosaic_sorted.ROWS_AT_ONCE`); the gradients of keys and values are added up over the
+the number of queries (`by_block_plan.ROWS_AT_ONCE`); the gradients of keys and values are added up over the
 chunks in float32.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.mosaic_backward import Saved, key_gradients, query_gradient
-from kernels_pallas.nsa.mosaic_forward import LOG2_E, Tuning, forward
-from kernels_pallas.nsa.mosaic_plan import FEATURES, intervals, pack_keys, unpack_keys
-from kernels_pallas.nsa.mosaic_sorted import Layout, Sorted, gather, lay_out, sort_entries, sum_over_slots
-from kernels_pallas.nsa.support import BLOCK
-from kernels_pallas.nsa.tiling import Places, Residuals, finite, softmax_shift
-
-Order = Literal["queries", "blocks"]
-MOST_HEADS = 4
-"""Query heads per key/value head up to which the order of the blocks is taken."""
-
-
-def best_order(groups: int) -> Order:
-    """Which order moves and multiplies less, by the count in docs/kernels.md."""
-    return "blocks" if groups <= MOST_HEADS else "queries"
-
+from kernels_pallas.nsa.base import Positions, Residuals, finite, softmax_shift
+from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
+from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
+from kernels_pallas.nsa.mosaic_gpu.by_block_plan import (
+    Layout,
+    Sorted,
+    gather,
+    lay_out,
+    sort_entries,
+    sum_over_slots,
+)
+from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, LOG2_E, Saved, Tuning
+from kernels_pallas.nsa.mosaic_gpu.forward import forward_pass
+from kernels_pallas.nsa.mosaic_gpu.plan import intervals, pack_keys, unpack_keys
+from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
 
 _Choice = tuple[Array, Array, Array]
 """Indices of the queries, first key and end of the keys that they see."""
@@ -52,11 +51,11 @@ def attend_by_block(
     k: Float[Array, "B S Hkv Dk"],
     v: Float[Array, "B S Hkv Dv"],
     indices: Int[Array, "B T Hkv n"],
-    places: Places,
+    positions: Positions,
 ) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
-    """As `mosaic_gpu.attend` with indices. Besides operands and results in the order of the kernels it keeps
+    """As `vjp.attend` with indices. Besides operands and results in the order of the kernels it keeps
     (Dk + Dv) two-byte numbers per row forward and 2 Dk + Dv backward, for the rows of one slab and chunk."""
-    return _forward(op, q, k, v, indices, places)
+    return _forward(op, q, k, v, indices, positions)
 
 
 class _Prepared(NamedTuple):
@@ -69,10 +68,10 @@ class _Prepared(NamedTuple):
     choice: _Choice
 
 
-def _prepare(op: ByBlock, q: Array, k: Array, v: Array, indices: Array, places: Places) -> _Prepared:
+def _prepare(op: ByBlock, q: Array, k: Array, v: Array, indices: Array, positions: Positions) -> _Prepared:
     k_rows, v_rows = pack_keys(k, BLOCK), pack_keys(v, BLOCK)
     layout = lay_out(indices.shape, q.shape[3], k_rows.shape[1] // BLOCK, op.tuning.rows)
-    first, end = intervals(places, 1, 0, None)
+    first, end = intervals(positions, 1, 0, None)
     end = jnp.minimum(end, k.shape[1])
     of_heads = lambda x: layout.cut(jnp.broadcast_to(x[..., None], indices.shape[:3]))
     slabs = lambda x: x.reshape(-1, layout.heads, *x.shape[1:])
@@ -81,9 +80,9 @@ def _prepare(op: ByBlock, q: Array, k: Array, v: Array, indices: Array, places: 
 
 
 def _forward(
-    op: ByBlock, q: Array, k: Array, v: Array, indices: Array, places: Places
+    op: ByBlock, q: Array, k: Array, v: Array, indices: Array, positions: Positions
 ) -> tuple[Array, Array]:
-    ready = _prepare(op, q, k, v, indices, places)
+    ready = _prepare(op, q, k, v, indices, positions)
     layout = ready.layout
 
     def one_slab(slab: tuple[Array, Array, Array, _Choice]) -> tuple[Array, Array]:
@@ -93,7 +92,7 @@ def _forward(
             q_chunk, choice = chunk
             entries = sort_entries(layout, *choice)
             rows = gather(q_chunk, entries, layout.padded_groups)
-            parts, part_lse = forward(
+            parts, part_lse = forward_pass(
                 rows, keys, values, entries.visible, entries.plan, scale=op.scale, tuning=op.tuning
             )
             out, lse = _join(layout, entries, parts, part_lse)
@@ -117,20 +116,20 @@ def _join(layout: Layout, entries: Sorted, parts: Array, part_lse: Array) -> tup
 
 
 def _forward_saving(
-    op: ByBlock, q: Array, k: Array, v: Array, indices: Array, places: Places
+    op: ByBlock, q: Array, k: Array, v: Array, indices: Array, positions: Positions
 ) -> tuple[tuple[Array, Array], Residuals]:
-    out, lse = _forward(op, q, k, v, indices, places)
-    return (out, lse), Residuals(q, k, v, indices, places, out, lse)
+    out, lse = _forward(op, q, k, v, indices, positions)
+    return (out, lse), Residuals(q, k, v, indices, positions, out, lse)
 
 
 def _backward(
     op: ByBlock, saved: Residuals, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, indices, places, _, lse = saved
+    q, k, v, indices, positions, _, lse = saved
     assert indices is not None
     d_out, d_lse = cotangents
     shift = softmax_shift(saved, d_out, d_lse)
-    ready = _prepare(op, q, k, v, indices, places)
+    ready = _prepare(op, q, k, v, indices, positions)
     layout = ready.layout
     of_rows = (
         ready.q,
