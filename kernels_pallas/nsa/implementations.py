@@ -13,6 +13,7 @@ from kernels_pallas.nsa.interface import Case, Operators
 from kernels_pallas.nsa.mosaic_gpu import target
 
 Implementation = Literal["xla", "mosaic_gpu"]
+"""The keys of `IMPLEMENTATIONS`."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,14 +42,14 @@ def _xla() -> Operators:
     return OPERATORS
 
 
-IMPLEMENTATIONS: dict[Implementation, Entry] = {
+IMPLEMENTATIONS: dict[str, Entry] = {
     "mosaic_gpu": Entry(_mosaic_gpu, target.reason_against, target.REASON_AGAINST_DEFAULT),
     "xla": Entry(_xla, lambda case: None),
 }
 """The first that takes a call is the best."""
 
 
-def operators_for(case: Case, name: Implementation | None) -> Operators:
+def operators_for(case: Case, name: str | None) -> Operators:
     """Those of the named implementation, or of the best that takes the case, which is logged at level DEBUG.
 
     Raises:

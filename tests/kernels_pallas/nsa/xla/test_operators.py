@@ -1,4 +1,4 @@
-"""Outputs, gradients and chosen blocks of the whole attention against the dense oracle."""
+"""Outputs, gradients and selected blocks in XLA against the dense oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,27 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kernels_pallas.nsa import nsa_attention
-from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
 from tests.kernels_pallas.nsa import oracle
-from tests.kernels_pallas.nsa.cases import Case, cotangents, quick_jit, relative_error, shrink_tiles
+from tests.kernels_pallas.nsa.cases import Case, cotangents, relative_error, shrink_tiles
+from tests.kernels_pallas.nsa.operators_base import OperatorTests
 
 SPECS = with_tag("test")
 USUAL_TILES = ("one token", "odd head dims", "paper's blocks")
+SLOW = ("one head per group", "sixteen heads per group", "packed, with padding")
+"""Also in `TestOperators` (sixteen heads, packed) and, a head a group, in test_properties.py."""
+
+
+class TestOperators(OperatorTests):
+    """With tiles so small that there are many."""
+
+    implementation = "xla"
+    dtype = jnp.float32
+    tolerance = 1e-5
+
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        shrink_tiles(monkeypatch)
 
 
 def run(case: ArgSpec, dtype=jnp.float32, mesh=None):
@@ -28,7 +43,7 @@ def run(case: ArgSpec, dtype=jnp.float32, mesh=None):
         outputs, pull, indices = jax.vjp(attention, args, has_aux=True)
         return outputs, indices, pull(tuple(d_outputs))[0]
 
-    compiled = quick_jit(step)
+    compiled = jax.jit(step)
     if mesh is not None:
         args = jax.device_put(args, NamedSharding(mesh, PartitionSpec("data")))
     results = compiled(args, d_outputs)
@@ -58,7 +73,14 @@ def compare(case: ArgSpec, mesh=None) -> None:
         assert all((np.asarray(x)[padding] == 0).all() for x in outputs)
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name not in USUAL_TILES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in SPECS
+        if name not in USUAL_TILES
+    ],
+)
 def test_many_chunks_and_tiles(name, monkeypatch):
     shrink_tiles(monkeypatch)
     compare(SPECS[name])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels_pallas import h100
+from kernels_pallas.nsa.specs import h100
 
 
 @pytest.fixture(scope="session")

@@ -1,34 +1,27 @@
-"""Selection in the order of the blocks: the plan against sets, the kernels in Pallas' GPU interpreter against
-the float64 oracle."""
+"""Selected attention in the order of the blocks: the plan against sets, the kernels in Pallas' GPU
+interpreter against the float64 oracle."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.nsa import mosaic_blocks, mosaic_gpu, mosaic_sorted, selected_attention
-from kernels_pallas.nsa.mosaic_plan import lists, plan_rows
-from kernels_pallas.nsa.mosaic_sorted import lay_out, sort_entries
-from kernels_pallas.nsa.selection import Block, Sizes, plan_pairs
-from kernels_pallas.nsa.support import OLDEST_JAX, interpreted
-from kernels_pallas.nsa.tiling import Places
+from kernels_pallas.nsa import selected_attention
+from kernels_pallas.nsa.base import Block, Positions
+from kernels_pallas.nsa.mosaic_gpu import by_block_plan, operators
+from kernels_pallas.nsa.mosaic_gpu.by_block_plan import lay_out, sort_entries
+from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa import oracle
-from tests.kernels_pallas.nsa.cases import relative_error
+from tests.kernels_pallas.nsa.cases import random_selection, relative_error
 
 needs_pallas = pytest.mark.skipif(
     jax.__version_info__ < OLDEST_JAX, reason=f"the kernels need jax {OLDEST_JAX}, this is {jax.__version__}"
 )
 
 
-def random_choice(random, shape, blocks):
-    """[..., n] different blocks."""
-    everything = np.tile(np.arange(blocks), (*shape[:-1], 1))
-    return random.permuted(everything, axis=-1)[..., : shape[-1]]
-
-
 def shrink(monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(mosaic_sorted, "ROWS_AT_ONCE", rows)
-    monkeypatch.setattr(mosaic_sorted, "ROWS_PER_BLOCK", 1)
+    monkeypatch.setattr(by_block_plan, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(by_block_plan, "ROWS_PER_BLOCK", 1)
 
 
 def expected_of(q, k, v, indices, d_out, mask):
@@ -66,7 +59,7 @@ def attention_and_gradients(q, k, v, indices, d_out, segments):
     ("length", "groups", "kv_heads", "dims", "segments", "rows"),
     [
         (75, 3, 1, (60, 40), (40, 20, -5, 10), 300),  # two chunks of queries, of which the second is cut
-        (70, 1, 2, (64, 64), None, 1000),  # both heads at once
+        pytest.param(70, 1, 2, (64, 64), None, 1000, marks=pytest.mark.slow),  # both heads at once
     ],
 )
 def test_outputs_and_gradients(monkeypatch, length, groups, kv_heads, dims, segments, rows):
@@ -77,7 +70,7 @@ def test_outputs_and_gradients(monkeypatch, length, groups, kv_heads, dims, segm
     heads = groups * kv_heads
     q, k, v = draw(heads, dims[0]), draw(kv_heads, dims[0]), draw(kv_heads, dims[1])
     d_out = draw(heads, dims[1])
-    indices = random_choice(random, (1, kv_heads, length, 2), 2)
+    indices = random_selection(random, (1, kv_heads, length, 2), 2)
     indices[random.random(indices.shape) < 0.2] = -1
     ids = None
     if segments is not None:
@@ -100,7 +93,7 @@ def test_sorted_entries_hold_every_visible_choice_once(groups):
     """Against sets: queries, intervals, what each tile of rows reads and who reads each block."""
     random = np.random.default_rng(groups)
     heads, queries, slots, blocks, rows = 2, 50, 3, 6, 128
-    indices = random_choice(random, (heads, queries, slots), blocks)
+    indices = random_selection(random, (heads, queries, slots), blocks)
     indices[random.random(indices.shape) < 0.2] = -1
     indices[0, 0, 0] = blocks  # there is none
     first = random.integers(0, 64 * blocks, (heads, queries))
@@ -144,19 +137,6 @@ def test_sorted_entries_hold_every_visible_choice_once(groups):
                     assert (block_of[place], entries.query[x, place]) == (j, t)
 
 
-def test_pairs_are_sorted_the_same_where_one_integer_does_not_hold_them():
-    random = np.random.default_rng(0)
-    length, slots, blocks = 11000, 3, 30
-    indices = jnp.asarray(random_choice(random, (1, 1, length, slots), blocks), jnp.int32)
-    sizes = Sizes(length, 8, 1, length * slots // 8 + blocks)
-    plan = jax.jit(plan_pairs, static_argnums=(0, 2))
-    few, many = plan(sizes, indices, blocks), plan(sizes, indices, 1 << 16)
-    np.testing.assert_array_equal(few.pair_place, many.pair_place)
-    np.testing.assert_array_equal(few.tile_valid, many.tile_valid)
-    where = np.asarray(few.tile_valid)
-    np.testing.assert_array_equal(np.asarray(few.tile_query)[where], np.asarray(many.tile_query)[where])
-
-
 @pytest.mark.parametrize(
     ("length", "groups", "heads", "queries"),
     [
@@ -181,44 +161,19 @@ def test_cutting_and_joining_rows_are_inverse(monkeypatch):
     np.testing.assert_array_equal(layout.join_rows(rows, 7), x)
 
 
-def test_forced_blocks_are_read_once_per_tile_of_queries():
-    """In the order of the queries: the first block and the two local ones are those of all queries of a tile,
-    so the union holds no more than them and the free choices."""
-    random = np.random.default_rng(0)
-    length, groups, free, blocks = 1024, 4, 3, 16
-    newest = np.arange(length) // 64
-    indices = np.full((length, 3 + free), -1, np.int32)
-    for t, block in enumerate(newest):
-        forced = sorted({0, max(block - 1, 0), block})
-        others = sorted(set(range(1, block - 1)))
-        chosen = sorted(forced + random.permutation(others)[:free].astype(int).tolist())
-        indices[t, : len(chosen)] = chosen
-    layout = plan_rows(length, groups, 128)
-    queries = layout.queries(128)
-    plan = lists(layout, jnp.asarray(indices)[None, :, None], blocks, 128, 2)
-    steps, union, members = (np.asarray(x)[0] for x in plan[:3])
-    everyone = (1 << queries) - 1
-    for p in range(length // queries):
-        block = int(newest[p * queries])
-        forced = {0, max(block - 1, 0), block}
-        chosen = indices[p * queries : (p + 1) * queries]
-        others = set(chosen[chosen >= 0].tolist()) - forced
-        assert steps[p] == len(forced) + len(others) <= 3 + queries * free
-        read = dict(zip(union[p, : steps[p]].tolist(), members[p].tolist(), strict=False))
-        assert all(read[j] & everyone == everyone for j in forced)
-
-
 def test_small_groups_take_the_order_of_the_blocks_unless_told(monkeypatch):
     taken = []
-    monkeypatch.setattr(mosaic_gpu, "attend_by_block", lambda op, q, *_: taken.append("blocks") or (q,))
-    monkeypatch.setattr(mosaic_gpu, "attend", lambda op, q, *_: taken.append("queries") or (q,))
+    monkeypatch.setattr(operators, "attend_by_block", lambda op, q, *_: taken.append("blocks") or (q,))
+    monkeypatch.setattr(operators, "attend", lambda op, q, *_: taken.append("queries") or (q,))
 
     def select(groups, order=None):
         q, k = jnp.zeros((1, 2, 1, groups, 64), jnp.bfloat16), jnp.zeros((1, 2, 1, 64), jnp.bfloat16)
-        places = Places(jnp.arange(2, dtype=jnp.int32)[None])
-        mosaic_gpu.selected(Block(64, 1.0), q, k, k, jnp.zeros((1, 2, 1, 1), jnp.int32), places, order=order)
+        places = Positions(jnp.arange(2, dtype=jnp.int32)[None])
+        operators.selected_attention(
+            Block(64, 1.0), q, k, k, jnp.zeros((1, 2, 1, 1), jnp.int32), places, order=order
+        )
         return taken.pop()
 
-    most = mosaic_blocks.MOST_HEADS
+    most = operators.MOST_HEADS_BY_BLOCK
     assert [select(n) for n in (1, most, most + 1, 64)] == ["blocks", "blocks", "queries", "queries"]
     assert (select(1, "queries"), select(64, "blocks")) == ("queries", "blocks")

@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import h100
-from kernels_pallas.nsa import mosaic_gpu
-from kernels_pallas.nsa.selection import Block
-from kernels_pallas.nsa.support import compiled_elsewhere
-from kernels_pallas.nsa.tiling import Places
+from kernels_pallas.nsa.base import Block, Positions
+from kernels_pallas.nsa.mosaic_gpu import operators
+from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
+from kernels_pallas.nsa.specs import h100
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 
@@ -25,10 +24,10 @@ def test_forward_and_backward_at_64k(dump, groups):
     indices = jax.ShapeDtypeStruct((1, LENGTH, kv_heads, SLOTS), jnp.int32)
 
     def step(q, k, v, indices, d_out):
-        places = Places(jnp.arange(LENGTH, dtype=jnp.int32)[None])
+        places = Positions(jnp.arange(LENGTH, dtype=jnp.int32)[None])
         block = Block(64, KEY_DIM**-0.5)
         out, pull = jax.vjp(
-            lambda *a: mosaic_gpu.selected(block, *a, indices, places, order="blocks"), q, k, v
+            lambda *a: operators.selected_attention(block, *a, indices, places, order="blocks"), q, k, v
         )
         return out, pull(d_out)
 

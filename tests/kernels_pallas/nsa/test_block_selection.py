@@ -7,9 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.nsa import best_blocks, compressed_attention, num_compressed, select_blocks
+from kernels_pallas.nsa import (
+    compressed_attention,
+    num_compressed,
+    select_blocks,
+    select_blocks_by_importance,
+)
 from tests.kernels_pallas.nsa import oracle
-from tests.kernels_pallas.nsa.cases import Case, quick_jit, shrink_tiles
+from tests.kernels_pallas.nsa.cases import Case, shrink_tiles
 
 PAPER = {"block_len": 32, "stride": 16, "block_size": 64}
 
@@ -17,7 +22,7 @@ PAPER = {"block_len": 32, "stride": 16, "block_size": 64}
 def choices(q, k_cmp, lse, **sizes):
     """Blocks chosen for every query of the only group, by the paper's geometry and one local block."""
     choose = functools.partial(select_blocks, **PAPER, num_local=1, scale=1.0, **sizes)
-    return np.asarray(quick_jit(choose)(q, k_cmp, lse))[0, 0].tolist()
+    return np.asarray(jax.jit(choose)(q, k_cmp, lse))[0, 0].tolist()
 
 
 def one_hot_choice(compressed_block, length=512, **sizes):
@@ -69,11 +74,11 @@ def test_against_brute_force(monkeypatch, small, segments):
     args = case.arguments(seed=3)
     q, k_cmp, ids = args["q"], args["k_cmp"], case.segment_ids
 
-    @quick_jit
+    @jax.jit
     def choose(q, k_cmp):
         where = {"block_len": case.block_len, "stride": case.stride, "segment_ids": ids}
         _, lse = compressed_attention(q, k_cmp, k_cmp, **where)
-        return select_blocks(q, k_cmp, lse, **case.choice_sizes, segment_ids=ids)
+        return select_blocks(q, k_cmp, lse, **case.selection_sizes, segment_ids=ids)
 
     indices = np.asarray(choose(q, k_cmp))
     assert indices.shape == (1, 2, 300, 6)
@@ -98,30 +103,30 @@ def test_no_gradient_flows_through_the_choice():
 
     def choice_as_float(q, k_cmp):
         _, lse = compressed_attention(q, k_cmp, k_cmp, block_len=8, stride=4)
-        return jnp.sum(select_blocks(q, k_cmp, lse, **case.choice_sizes).astype(jnp.float32))
+        return jnp.sum(select_blocks(q, k_cmp, lse, **case.selection_sizes).astype(jnp.float32))
 
-    gradients = quick_jit(jax.grad(choice_as_float, argnums=(0, 1)))(args["q"], args["k_cmp"])
+    gradients = jax.jit(jax.grad(choice_as_float, argnums=(0, 1)))(args["q"], args["k_cmp"])
     assert all((np.asarray(g) == 0).all() for g in gradients)
 
 
 def test_any_importance_can_choose():
     # Blocks of two tokens; the lowest finite number is still better than no candidate.
     importance = jnp.asarray([[[-5.0, -9.0, -1e30, -7.0, -9.0, 3.0, 8.0]] * 12])[:, None]
-    best = functools.partial(best_blocks, block_size=2, num_blocks=4, num_init=1, num_local=1)
-    chosen = np.asarray(quick_jit(best)(importance))[0, 0].tolist()
+    best = functools.partial(select_blocks_by_importance, block_size=2, num_blocks=4, num_init=1, num_local=1)
+    chosen = np.asarray(jax.jit(best)(importance))[0, 0].tolist()
     assert chosen[0] == chosen[1] == [0, -1, -1, -1]
     assert chosen[5] == [0, 1, 2, -1]
     assert chosen[9] == [0, 1, 3, 4]
     assert chosen[11] == [0, 1, 3, 5]  # of equals the first
     # A segment's first block is that of its first token, and padding chooses nothing.
     segments = jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2])
-    packed = np.asarray(quick_jit(best)(importance, segment_ids=segments))[0, 0].tolist()
+    packed = np.asarray(jax.jit(best)(importance, segment_ids=segments))[0, 0].tolist()
     assert packed[3] == [0, 1, -1, -1]
     assert packed[9] == [2, 3, 4, -1]
     assert packed[11] == [-1] * 4
     # One query at position 9 chooses as it does among all.
     at = jnp.asarray([[9]], jnp.int32)
-    alone = quick_jit(best)(importance[:, :, :1], q_positions=at)
+    alone = jax.jit(best)(importance[:, :, :1], q_positions=at)
     assert np.asarray(alone)[0, 0].tolist() == [chosen[9]]
 
 
@@ -135,4 +140,4 @@ def test_any_importance_can_choose():
 )
 def test_importances_that_do_not_fit_are_refused(shape, options, message):
     with pytest.raises(ValueError, match=message):
-        best_blocks(jnp.zeros(shape), **{"block_size": 2, "num_blocks": 4, **options})
+        select_blocks_by_importance(jnp.zeros(shape), **{"block_size": 2, "num_blocks": 4, **options})

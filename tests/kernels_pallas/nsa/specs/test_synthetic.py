@@ -1,12 +1,10 @@
-"""Made-up choices: legal ones, as alike as asked."""
-
-import dataclasses
+"""Made-up indices: legal ones, as alike as asked."""
 
 import numpy as np
 import pytest
 
-from kernels_pallas.nsa.arg_specs import ArgSpec
-from kernels_pallas.nsa.synthetic import measured_overlap, overlapping_indices
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec
+from kernels_pallas.nsa.specs.synthetic import overlapping_indices
 
 SPEC = ArgSpec(16384, kv_heads=2, batch=1)
 
@@ -44,10 +42,6 @@ def test_heads_differ_and_seeds_give_the_same_again():
     assert (a != overlapping_indices(SPEC, 0.5, seed=4)).any()
 
 
-def test_measured_overlap_by_hand():
-    spec = dataclasses.replace(SPEC, length=2, block_size=1, num_blocks=3, num_init=0, num_local=0)
-    indices = np.asarray([[[[3, 5, 8], [5, 8, 9]], [[1, 2, 3], [4, 5, -1]]]], np.int32)
-    spec = dataclasses.replace(spec, block_size=1, num_init=0, num_local=-10)  # all of them are free
-    assert measured_overlap(spec, indices) == pytest.approx(2 / 5)
+def test_an_overlap_is_a_share():
     with pytest.raises(ValueError, match="between 0 and 1"):
         overlapping_indices(SPEC, 1.5)

@@ -9,7 +9,7 @@ import pytest
 
 from kernels_pallas.nsa import NewTokens, append_tokens, cached_attention, init_cache, init_paged_cache
 from kernels_pallas.nsa.cache import Recent
-from kernels_pallas.nsa.support import OLDEST_JAX, interpreted
+from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa.cases import relative_error
 
 pytestmark = pytest.mark.skipif(
@@ -80,7 +80,9 @@ def attend(cache, q, gates, num_new, name, indices=None, num_blocks=3):
     return out, branches.compressed, branches.selected, branches.window, branches.lse, branches.indices
 
 
-@pytest.mark.parametrize(("make", "heads"), [(contiguous, 6), (paged, 32)])
+@pytest.mark.parametrize(
+    ("make", "heads"), [(paged, 32), pytest.param(contiguous, 6, marks=pytest.mark.slow)]
+)
 def test_one_token_of_rows_of_different_lengths(make, heads):
     cache = make()
     random = np.random.default_rng(1)
@@ -89,9 +91,6 @@ def test_one_token_of_rows_of_different_lengths(make, heads):
     num_new = jnp.asarray([1, 1, 1], jnp.int32)
     with interpreted():
         *found, indices = attend(cache, q, gates, num_new, "mosaic_gpu")
-        again = attend(cache, q, gates, num_new, "mosaic_gpu")
-    for x, y in zip((*found, indices), again, strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (cache, q, gates))
     *expected, chosen = attend(*wide, num_new, "xla")
     np.testing.assert_array_equal(indices, chosen)
@@ -139,15 +138,15 @@ def test_what_the_kernel_cannot_take_is_refused_with_its_reason(change, reason):
 
 
 def test_a_chunk_after_what_the_cache_holds():
-    """Prefill goes through the kernels of whole sequences; row 1 has a token of padding, row 2 nothing."""
-    cache = init_cache(3, 256, **SHAPES)
+    """Prefill goes through the kernels of whole sequences; row 0 has a token of padding, row 1 nothing."""
+    cache = init_cache(2, 128, **SHAPES | {"kv_heads": 1})
     random = np.random.default_rng(3)
-    num_new = jnp.asarray([3, 2, 0], jnp.int32)
+    num_new = jnp.asarray([2, 0], jnp.int32)
     draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
     kept = {name: draw(*x.shape) for name, x in cache._asdict().items() if name != "length"}
-    cache = cache._replace(**kept, length=jnp.asarray([150, 10, 3], jnp.int32))
-    new = NewTokens(*[draw(3, 3, 2, 64) for _ in range(6)])
-    q, gates = draw(3, 3, 2, 64), draw(3, 3, 2, 3)
+    cache = cache._replace(**kept, length=jnp.asarray([90, 3], jnp.int32))
+    new = NewTokens(*[draw(2, 3, 1, 64) for _ in range(6)])
+    q, gates = draw(2, 3, 2, 64), draw(2, 3, 2, 3)
 
     def step(cache, new, q, gates, name):
         compress = lambda k, v, starts: (k[:, : starts.shape[1]], v[:, : starts.shape[1]])
