@@ -108,7 +108,8 @@ def init_cache(
 ) -> NsaCache:
     """An empty cache for `batch` sequences of at most `length` tokens, rounded up to whole selection blocks.
 
-    Raises ValueError for sizes below 1 and a stride that leaves tokens out.
+    Raises:
+        ValueError: a size is below 1, or the stride leaves tokens out.
     """
     _check_sizes(batch=batch, length=length, block_size=block_size, window=window, stride=stride)
     _check_stride(block_len, stride)
@@ -139,7 +140,8 @@ def init_paged_cache(
 ) -> PagedCache:
     """An empty cache of `num_pages` pages of `page_size` tokens, a multiple of block_size and of stride.
 
-    Raises ValueError for sizes that do not fit.
+    Raises:
+        ValueError: sizes do not fit.
     """
     _check_sizes(num_pages=num_pages, block_size=block_size, window=window, stride=stride)
     _check_stride(block_len, stride)
@@ -177,8 +179,10 @@ def append_tokens[C: (NsaCache, PagedCache)](
     """The cache with a chunk of T >= 1 tokens in it, and what `cached_attention` needs for their windows.
 
     Row b holds num_new[b] tokens (None: T), then padding, which is not read. Only when some sequence
-    completes a block is anything compressed. Tokens beyond the cache's capacity are lost. Raises ValueError
-    for an empty chunk or one that does not fit the cache.
+    completes a block is anything compressed. Tokens beyond the cache's capacity are lost.
+
+    Raises:
+        ValueError: the chunk is empty or does not fit the cache.
     """
     batch, count = new.k_slc.shape[:2]
     if count == 0 or batch != cache.length.shape[0]:

@@ -67,7 +67,7 @@ def operators_for(case: Case, name: str | None) -> Operators:
                 f"nsa: {case.operator} with implementation={name!r}: {reason}; use {others} or None"
             )
         return entry.load()
-    refused = []
+    refused: list[str] = []
     for other, entry in IMPLEMENTATIONS.items():
         reason = entry.reason_against(case) or entry.reason_against_default
         if reason is None:

@@ -102,7 +102,8 @@ def kernels(
 ) -> dict[str, Count]:
     """forward, query_gradient and key_gradients of a branch; of selection with these selected blocks.
 
-    Raises ValueError for selection without `indices`.
+    Raises:
+        ValueError: selection without `indices`.
     """
     steps = _steps(spec, branch, indices, tuning)
     dk, dv = (ceil_div(dim, FEATURES) * FEATURES for dim in (spec.key_dim, spec.value_dim))

@@ -16,7 +16,8 @@ def overlapping_indices(spec: ArgSpec, overlap: float, seed: int = 0) -> np.ndar
     further along by as many as are replaced. So they are distinct, and what is new was not there before while
     the ring is long enough; near the beginning, where there is little to select from, more is kept.
 
-    Raises ValueError for an overlap outside of 0 ... 1.
+    Raises:
+        ValueError: the overlap is outside of 0 ... 1.
     """
     if not 0 <= overlap <= 1:
         raise ValueError(f"overlap must be between 0 and 1, not {overlap}")

@@ -29,8 +29,10 @@ def bytes_per_decoded_token(
     """K/V that a token reads at `length` tokens: length / stride compressed ones, the selected blocks and the
     window, against all with dense attention (arXiv 2502.11089, table 4; the defaults are its model, bf16).
 
-    Of the compressed ones block_len / stride - 1 fewer are complete than the paper counts. Raises ValueError
-    for sizes below 1.
+    Of the compressed ones block_len / stride - 1 fewer are complete than the paper counts.
+
+    Raises:
+        ValueError: a size is below 1.
     """
     sizes = (length, kv_heads, key_dim, value_dim, itemsize, stride, block_size, num_blocks, window)
     if min(sizes) < 1:

@@ -29,7 +29,10 @@ def compress_blocks(
     (padding) count as zeros whatever they hold; blocks that touch them, or two segments, are computed but
     seen by no query.
 
-    Raises ValueError when the parameters do not fit x. Source: arXiv 2502.11089, section 3.3.1.
+    Source: arXiv 2502.11089, section 3.3.1.
+
+    Raises:
+        ValueError: the parameters do not fit x.
     """
     _check(x, params, block_len, stride)
     batch, length, heads, dim = x.shape
