@@ -17,7 +17,7 @@ from jaxlab.models.selectors import auxiliary_loss, auxiliary_scores, block_boun
 from jaxlab.models.sparse_config import BRANCHES
 from jaxlab.models.where import Where
 from kernels_pallas import nsa
-from kernels_pallas.nsa import PagedCache, best_blocks, compress_blocks, nsa_attention
+from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, select_blocks_by_importance
 
 
 class Choice(NamedTuple):
@@ -216,7 +216,7 @@ def _bounds_of_groups(q: Array, k: Array, config: ModelConfig) -> Float[Array, "
 
 def _best_blocks(importance: Array, config: ModelConfig, **where: Array | None) -> Int[Array, "B Hkv T n"]:
     n = config.nsa
-    return best_blocks(
+    return select_blocks_by_importance(
         importance,
         block_size=n.block_size,
         num_blocks=n.num_blocks,
