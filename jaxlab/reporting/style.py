@@ -54,6 +54,7 @@ a.card:hover { border-color: var(--accent); }
 .card strong { display: block; font: 600 1.02rem/1.3 var(--sans); margin-bottom: 0.5rem; }
 .card .big { font: 600 1.9rem/1.1 var(--serif); letter-spacing: -0.01em; display: block; }
 .card .of { font: 0.84rem/1.45 var(--sans); color: var(--faint); margin: 0.3rem 0 0.9rem; }
+.card .beyond { font: 0.78rem/1.45 var(--sans); color: var(--faint); margin: -0.3rem 0 0.9rem; }
 .dots { display: flex; flex-wrap: wrap; gap: 0.32rem; margin-top: auto; }
 
 .badge { display: inline-block; font: 600 0.74rem/1.55 var(--sans); padding: 0 0.5rem; border-radius: 99px;

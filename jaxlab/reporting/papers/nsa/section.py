@@ -1,14 +1,15 @@
 """The part of the page on native sparse attention: a full and a sparse model of one size, side by side."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from jaxlab.reporting import long_input, plots, rules
-from jaxlab.reporting.claims import NSA, unexamined
+from jaxlab.reporting import plots
 from jaxlab.reporting.folders import RunFolder, at
 from jaxlab.reporting.formats import Number, change, count, decimal, duration, mean, percent, size
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, best_cell, claim_list, figure, figure_row, note, paragraph, table
+from jaxlab.reporting.papers.nsa import long_input, rules
+from jaxlab.reporting.papers.nsa.plots import attention_speed_figure, chosen_blocks_figure
+from jaxlab.reporting.verdicts import Verdict
 
 KEY = "nsa"
 FULL, SPARSE = "full attention", "NSA"
@@ -23,14 +24,26 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
         return None
     evaluated = [r for r in runs if r.task == "evaluate" and _of(r, trained)]
     measured = {name: _by_model(evaluated, members) for name, members in groups.items()}
-    section = Section(KEY, f"Part one · {NSA}", "Native sparse attention", _headline(groups))
-    section.verdicts = [_n1(groups), _n3(groups)]
+    timed = [r for r in runs if r.task == "attention-speed"]
+    headline = _headline(groups, timed)
+    section = Section(KEY, f"Part one · {rules.PAPER}", "Native sparse attention", headline)
+    section.verdicts = [_n1(groups), _n3(groups, timed)]
     if not long_input.speaks(runs):
         section.verdicts += [
-            unexamined("N2", "No needle was searched for in these runs."),
-            unexamined("N4", "No training-free selection was run."),
-            unexamined("N5", "No other selector was trained."),
+            rules.N2.unexamined(
+                "A needle is found only after thousands of steps. configs/nsa/n2_needle_nsa.yaml and "
+                "n2_needle_nsa_test.yaml train for it and search at every depth."
+            ),
+            rules.N4.unexamined(
+                "On texts this short every method reads nearly all. configs/nsa/n4_needle.yaml and "
+                "n4_text.yaml compare NSA with H2O, InfLLM, Quest and exact choices at equal budgets."
+            ),
+            rules.N5.unexamined(
+                "So small a difference takes several seeds and longer training: "
+                "configs/nsa/n5_selectors.yaml and n5_branches.yaml."
+            ),
         ]
+        section.beyond = "Not at this size: N2, N4 and N5. configs/nsa/ has longer runs that show them."
         section.verdicts.sort(key=lambda verdict: verdict.claim.id)
     section.body = [
         paragraph(
@@ -43,13 +56,14 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
         _loss(groups),
         _numbers(groups),
         _speed(groups),
+        _attention_speed(timed),
         _positions(measured),
         *_blocks(measured[SPARSE], groups[SPARSE]),
         _decoding(measured[SPARSE]),
     ]
     if not groups[FULL]:
         section.body.insert(2, note("No run with full attention was given: nothing to compare NSA with."))
-    section.runs = [*trained, *evaluated]
+    section.runs = [*trained, *evaluated, *timed]
     return section
 
 
@@ -76,7 +90,7 @@ def _speeds(runs: Sequence[RunFolder]) -> list[Number]:
     return [speed for run in runs if (speed := run.get("tokens_per_second")) is not None]
 
 
-def _n1(groups: dict[str, list[RunFolder]]) -> Any:
+def _n1(groups: dict[str, list[RunFolder]]) -> Verdict:
     full, sparse = groups[FULL], groups[SPARSE]
     if not full:
         return rules.n1([], _losses(sparse), (1, 1), True)
@@ -88,19 +102,46 @@ def _n1(groups: dict[str, list[RunFolder]]) -> Any:
     return rules.n1(_losses(full), _losses(sparse), sizes, fair)
 
 
-def _n3(groups: dict[str, list[RunFolder]]) -> Any:
+def _n3(groups: dict[str, list[RunFolder]], timed: Sequence[RunFolder]) -> Verdict:
+    """By the time of attention alone where it was measured, else by the speed of training."""
     run = groups[SPARSE][0]
     length = run.setting("data", "text", "sequence_length")
-    return rules.n3(
-        _speeds(groups[FULL]), _speeds(groups[SPARSE]), length, str(run.env.get("device_kind", "this device"))
+    trained = (
+        _speeds(groups[FULL]),
+        _speeds(groups[SPARSE]),
+        length,
+        str(run.env.get("device_kind", "this device")),
     )
+    if not timed:
+        return rules.n3_training(*trained)
+    device = str(timed[0].env.get("device_kind", "this device"))
+    return rules.n3(attention_times(timed[0]), device, rules.training_speed(*trained))
 
 
-def _headline(groups: dict[str, list[RunFolder]]) -> tuple[str, str]:
+def attention_times(run: RunFolder) -> list[rules.AttentionTimes]:
+    """The rows of an attention-speed run, NSA and dense attention of one length and part together."""
+    rows = {(row["attention"], row["length"], row["part"]): row for row in run.get("rows") or []}
+    found = []
+    for (kind, length, part), row in rows.items():
+        dense = rows.get(("dense", length, part))
+        if kind == "nsa" and dense:
+            used = dense["processor_seconds"], row["processor_seconds"]
+            found.append(rules.AttentionTimes(length, part, dense["seconds"], row["seconds"], *used))
+    return found
+
+
+def _headline(groups: dict[str, list[RunFolder]], timed: Sequence[RunFolder]) -> tuple[str, str]:
     full, sparse = mean(_losses(groups[FULL])), mean(_losses(groups[SPARSE]))
     if full is None or sparse is None:
         return decimal(sparse), "test loss with sparse attention, in nats per byte"
-    return change(sparse / full - 1), "test loss with sparse attention, against full attention"
+    said = "test loss with sparse attention, against full attention"
+    times = [t for run in timed[:1] for t in attention_times(run) if t.part == "forward_backward"]
+    if times:
+        ends = sorted(times)[0], sorted(times)[-1]
+        said += "; attention, forward and backward, takes " + ", ".join(
+            f"{t.ratio_used:.2f} times as long at {count(t.length)} tokens" for t in ends
+        )
+    return change(sparse / full - 1), said
 
 
 def _loss(groups: dict[str, list[RunFolder]]) -> Markup:
@@ -172,6 +213,32 @@ def _speed(groups: dict[str, list[RunFolder]]) -> Markup:
     )
 
 
+def _attention_speed(timed: Sequence[RunFolder]) -> Markup | None:
+    """Time against length, of attention alone."""
+    times = [t for run in timed[:1] for t in attention_times(run)]
+    if not times:
+        return None
+    run = timed[0]
+    on_cpu = all(t.nsa_used for t in times)
+    heads, groups, dim = (run.setting(key) for key in ("num_heads", "num_kv_heads", "head_dim"))
+    tried = ", ".join(
+        f"{row['name']} {decimal(row['processor_seconds'] or row['seconds'], 2)} s"
+        for row in run.get("dense_tried") or []
+    )
+    look = (
+        f"{count(heads)} query heads, {count(groups)} key/value heads of {count(dim)}, {run.get('dtype')}, "
+        "random inputs, medians of calls in turn"
+        + (", seconds of processor, as other programs may use the machine. " if on_cpu else ". ")
+        + "Dense attention is the fastest of those that jax has here and that never hold all scores "
+        f"({tried} at the least length, forward and backward). Where the lines cross sparse attention begins "
+        "to pay: most of its time grows with the length, dense attention's with the square. benchmarks/ has "
+        "longer texts."
+    )
+    return figure(
+        attention_speed_figure(times, on_cpu), "nsa-attention-speed", "Time of attention, by length.", look
+    )
+
+
 def _positions(measured: dict[str, list[RunFolder]]) -> Markup | None:
     series = {
         name: [
@@ -219,7 +286,7 @@ def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> lis
         look += f" Of the blocks chosen freely, the query before reads too: {told}."
     return [
         figure(
-            plots.chosen_blocks(chosen["layers"], chosen["block_size"]),
+            chosen_blocks_figure(chosen["layers"], chosen["block_size"]),
             "nsa-blocks",
             "The blocks that queries chose.",
             look,
