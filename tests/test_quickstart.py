@@ -69,9 +69,7 @@ def fake_execute(task, path, overrides, *, outputs, overwrite):
 
 def test_the_page_and_the_numbers(tmp_path, monkeypatch, capsys):
     # How figures are written is tested in reporting/; here it would take most of the time, three times.
-    monkeypatch.setattr(
-        "jaxlab.reporting.plots.svg", lambda figure, name, label: Markup(f"<svg>{name}</svg>")
-    )
+    monkeypatch.setattr("jaxlab.reporting.plots.svg", lambda _, name, label: Markup(f"<svg>{name}</svg>"))
     monkeypatch.setattr(quickstart, "execute", fake_execute)
     assert main(["quickstart", "--outputs", str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 from jaxlab.app.cli import RunOptions
 from jaxlab.config.schema import fields_of, leaves
 from jaxlab.errors import UserError
-from jaxlab.reporting import plots, render
+from jaxlab.reporting import next_steps, plots, render
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.markup import Markup, join, tag
 from jaxlab.tasks import TASKS, main

@@ -17,9 +17,7 @@ from tests.reporting import made
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made, but not written as SVG: for tests of what is read out of results."""
-    monkeypatch.setattr(
-        "jaxlab.reporting.plots.svg", lambda figure, name, label: Markup(f"<svg>{name}</svg>")
-    )
+    monkeypatch.setattr("jaxlab.reporting.plots.svg", lambda _, name, label: Markup(f"<svg>{name}</svg>"))
 
 
 def statuses(section):
