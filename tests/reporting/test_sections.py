@@ -232,7 +232,7 @@ def test_formats():
     assert percent(0.123, 1) == "12.3\u00a0%"
     assert percent(None) == "–"
     assert change(-0.019) == "−1.9\u00a0%"
-    assert count(1234567) == "1\u2009234\u2009567"
+    assert count(1234567) == "1\u202f234\u202f567"
     assert [duration(s) for s in (5, 75, 3725, None)] == ["5.0 s", "1 min 15 s", "1 h 2 min", "–"]
     assert [size(n) for n in (10, 2048, 3 * 2**30)] == ["10 B", "2 KiB", "3.00 GiB"]
 

@@ -102,7 +102,7 @@ def test_n3_elsewhere_than_on_a_cpu_goes_by_wall_time():
     given = [t._replace(dense_used=None, nsa_used=None) for t in times((1.8, 1.9), (0.8, 0.7))]
     verdict = rules.n3(given, "a GPU", "Beside it.")
     assert verdict.status == SEEN
-    assert "at 8\u2009192 tokens 0.80 (forward) and 0.70 (with backward)" in verdict.evidence
+    assert "at 8\u202f192 tokens 0.80 (forward) and 0.70 (with backward)" in verdict.evidence
     assert "processor" not in verdict.evidence
     assert verdict.evidence.endswith("Beside it.")
 

@@ -133,9 +133,10 @@ def n3_training(full: Sequence[Number], nsa: Sequence[Number], length: int | Non
         "Seen if training with NSA reads more tokens per second than with full attention, at the length of "
         "these runs."
     )
-    if not full or not nsa:
+    dense, sparse = mean(full), mean(nsa)
+    if dense is None or sparse is None:
         return N3.unexamined("It needs the speed of a run with full attention and of one with NSA.")
-    return N3.verdict(rule, training_speed(full, nsa, length, device), mean(nsa) > mean(full))
+    return N3.verdict(rule, training_speed(full, nsa, length, device), sparse > dense)
 
 
 def training_speed(full: Sequence[Number], nsa: Sequence[Number], length: int | None, device: str) -> str:

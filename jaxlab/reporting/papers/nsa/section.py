@@ -131,17 +131,22 @@ def attention_times(run: RunFolder) -> list[rules.AttentionTimes]:
 
 
 def _headline(groups: dict[str, list[RunFolder]], timed: Sequence[RunFolder]) -> tuple[str, str]:
+    """The speed of attention where it was timed, else the loss; whatever they came to."""
     full, sparse = mean(_losses(groups[FULL])), mean(_losses(groups[SPARSE]))
-    if full is None or sparse is None:
-        return decimal(sparse), "test loss with sparse attention, in nats per byte"
-    said = "test loss with sparse attention, against full attention"
-    times = [t for run in timed[:1] for t in attention_times(run) if t.part == "forward_backward"]
+    loss = None if full is None or sparse is None else change(sparse / full - 1)
+    times = sorted(t for run in timed[:1] for t in attention_times(run) if t.part == "forward_backward")
     if times:
-        ends = sorted(times)[0], sorted(times)[-1]
-        said += "; attention, forward and backward, takes " + ", ".join(
-            f"{t.ratio_used:.2f} times as long at {count(t.length)} tokens" for t in ends
+        first, last = times[0], times[-1]
+        said = (
+            f"dense attention's time over NSA's, forward and backward, at {count(last.length)} tokens "
+            f"({1 / first.ratio_used:.2f} × at {count(first.length)})"
         )
-    return change(sparse / full - 1), said
+        return f"{1 / last.ratio_used:.2f} ×", said + (
+            f"; test loss {loss} beside full attention at equal size" if loss else ""
+        )
+    if loss is None:
+        return decimal(sparse), "test loss with sparse attention, in nats per byte"
+    return loss, "test loss with sparse attention, against full attention"
 
 
 def _loss(groups: dict[str, list[RunFolder]]) -> Markup:
