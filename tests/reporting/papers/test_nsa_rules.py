@@ -112,3 +112,10 @@ def test_n3_elsewhere_than_on_a_cpu_goes_by_wall_time():
 )
 def test_n3_by_training_speed(full, nsa, status):
     assert rules.n3_training(full, nsa, 512, "cpu").status == status
+
+
+@pytest.mark.parametrize(("sparse", "said"), [(2.01, True), (1.99, False), (2.03, False)])
+def test_a_loss_above_within_the_tolerance_is_said_to_be_above(sparse, said):
+    evidence = rules.n1([2.0], [sparse], (1000, 1000), True).evidence
+    assert ("Above full attention's" in evidence) == said
+    assert "one seed" in evidence

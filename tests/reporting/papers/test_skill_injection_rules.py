@@ -68,3 +68,27 @@ def test_m4_needs_equal_numbers_of_evaluations():
 )
 def test_m5(grids, status):
     assert rules.m5(grids).status == status
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (transfer(injected=0.49, donor=0.5), None),
+        (transfer(injected=0.19, donor=0.3), None),  # no skill to transfer: nothing is near
+        (transfer(alone=0.5, injected=0.74, donor=1.0), "4.0 points above"),
+        (transfer(injected=0.49), "1.0 points below"),
+        (transfer(injected=0.56), None),
+    ],
+)
+def test_a_verdict_near_the_threshold_is_called_borderline(given, words):
+    evidence = rules.transfers(rules.M3, given, expected=False).evidence
+    assert ("Borderline" in evidence) == (words is not None)
+    assert words is None or words in evidence
+
+
+def test_the_distance_is_said_of_m4():
+    scores = {"task_arithmetic": 0.8, "dare_linear": 0.695, "ties": 0.7}
+    verdict = rules.m4(scores, dict.fromkeys(scores, 24))
+    assert verdict.evidence.endswith(
+        "The lesser of task arithmetic and dare_linear lies 0.5 points below ties."
+    )

@@ -47,10 +47,14 @@ def n1(
     if dense is None or sparse is None:
         return N1.unexamined("It needs a run with full attention and one with NSA.")
     size = abs(parameters[1] - parameters[0]) / parameters[0]
+    seeds = f"{len(nsa)} seeds" if len(nsa) > 1 else "one seed"
     evidence = (
         f"Test loss {decimal(sparse)} with NSA, {decimal(dense)} with full attention "
-        f"({change(sparse / dense - 1)}); {count(parameters[1])} and {count(parameters[0])} parameters."
+        f"({change(sparse / dense - 1)}, {seeds}); {count(parameters[1])} and {count(parameters[0])} "
+        "parameters."
     )
+    if dense < sparse <= dense * (1 + LOSS_TOLERANCE):
+        evidence += " Above full attention's, within what the rule leaves to noise."
     if size > SIZE_TOLERANCE or not data_equal:
         reason = "the models differ in size" if size > SIZE_TOLERANCE else "the data or the steps differ"
         return N1.verdict(rule, f"{evidence} Not a fair comparison: {reason}.", None)

@@ -26,6 +26,8 @@ TRANSFER_SHARE = 0.50
 """M1-M3: the part of the donor's own accuracy that must be reached on images."""
 DONOR_SKILL = 0.50
 """M1-M3: a donor below this accuracy on its own modality has no skill of which a transfer could be judged."""
+BORDER = 0.05
+"""M1-M3: so near to what counts as transferred a verdict is called borderline."""
 LEAD_TOLERANCE = 0.01
 """M4: how far below the best of the others task arithmetic and DARE may lie."""
 DECISIVE = 0.20
@@ -49,8 +51,12 @@ class Transfer:
 
     @property
     def arrived(self) -> bool:
-        gain = self.injected - self.alone
-        return gain >= TRANSFER_GAIN and self.injected >= TRANSFER_SHARE * self.donor
+        return self.margin >= 0
+
+    @property
+    def margin(self) -> float:
+        """By how much both conditions of a transfer are met; negative where one is not."""
+        return min(self.injected - self.alone - TRANSFER_GAIN, self.injected - TRANSFER_SHARE * self.donor)
 
     @property
     def told(self) -> str:
@@ -59,6 +65,14 @@ class Transfer:
             f"expert itself {percent(self.donor)} on text; the VLM's own skill {percent(self.own)} before, "
             f"{percent(self.kept)} after."
         )
+
+    @property
+    def border(self) -> str:
+        """Words for a verdict that hangs on little."""
+        if abs(self.margin) >= BORDER:
+            return ""
+        side = "above" if self.arrived else "below"
+        return f" Borderline: {100 * abs(self.margin):.1f} points {side} what counts as transferred."
 
 
 TRANSFER_RULE = (
@@ -77,7 +91,7 @@ def transfers(claim: Claim, transfer: Transfer | None, expected: bool = True) ->
     )
     if transfer.donor < DONOR_SKILL:
         return claim.verdict(rule, f"The expert itself has too little of the skill. {transfer.told}", None)
-    return claim.verdict(rule, transfer.told, transfer.arrived == expected)
+    return claim.verdict(rule, transfer.told + transfer.border, transfer.arrived == expected)
 
 
 def m4(scores: Mapping[str, Number], evaluations: Mapping[str, int]) -> Verdict:
@@ -101,8 +115,12 @@ def m4(scores: Mapping[str, Number], evaluations: Mapping[str, int]) -> Verdict:
         return M4.verdict(rule, f"{evidence} The operators had different numbers of evaluations.", None)
     if max(scores.values()) < TRANSFER_GAIN:
         return M4.verdict(rule, f"{evidence} None of them moved enough to be told apart.", None)
-    lead = min(scores["task_arithmetic"], scores[best_dare]) >= scores[best_other] - LEAD_TOLERANCE
-    return M4.verdict(rule, evidence, lead)
+    least = min(scores["task_arithmetic"], scores[best_dare]) - scores[best_other]
+    evidence += (
+        f" The lesser of task arithmetic and {best_dare} lies {100 * abs(least):.1f} points "
+        f"{'above' if least >= 0 else 'below'} {best_other}."
+    )
+    return M4.verdict(rule, evidence, least >= -LEAD_TOLERANCE)
 
 
 def m5(grids: Mapping[str, Sequence[Number]]) -> Verdict:
