@@ -44,6 +44,22 @@ def test_nsa_compares_only_what_is_alike(tmp_path, undrawn):
     assert nsa.build(read_runs(runs[:1])) is None
 
 
+def test_attention_timed_alone_has_a_section(tmp_path):
+    section = nsa.build(read_runs([made.attention_speed(tmp_path, "speed-12345678")]))
+    assert statuses(section) == {"N3": "seen"}
+    assert section.headline[0] == "2.00 ×"
+    assert any("Time of attention, by length." in part for part in section.body if part)
+
+
+def test_longer_training_is_named_where_a_short_one_does_not_show_n1(tmp_path, undrawn):
+    runs = [made.train(tmp_path, "f-11111111"), made.train(tmp_path, "s-22222222", "nsa", 2.2)]
+    read = read_runs(runs)
+    evidence = lambda: nsa.build(read).verdicts[0].evidence
+    assert evidence().endswith("configs/nsa/n1_full.yaml and n1_nsa.yaml.")
+    read[1].results["tokens_per_step"] = 10**6
+    assert "configs/" not in evidence()
+
+
 def needle(root, name, model, found, method="none", attended=128.0, length=512):
     """An evaluation on needles, `found` at each depth."""
     last = max(len(found) - 1, 1)

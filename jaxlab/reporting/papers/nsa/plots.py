@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from jaxlab.reporting.formats import count
 from jaxlab.reporting.papers.nsa.rules import AttentionTimes
@@ -66,6 +66,8 @@ def attention_speed_figure(times: Sequence[AttentionTimes], of_processor: bool) 
             axes.set(xscale="log", yscale="log", title=title, xlabel="length (tokens)")
             axes.set_xticks(lengths, [count(n) for n in lengths])
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         grid[0][0].set_ylabel("seconds of processor" if of_processor else "seconds")
         grid[0][0].legend(loc="upper left")
