@@ -217,7 +217,8 @@ def _compile(function: Callable[..., Any], *operands: Any) -> _Program:
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    return _Program(compiled, seconds, compiled.memory_analysis().temp_size_in_bytes)
+    memory = compiled.memory_analysis()
+    return _Program(compiled, seconds, memory.temp_size_in_bytes)  # type: ignore[union-attr]
 
 
 Sample = tuple[float, float]

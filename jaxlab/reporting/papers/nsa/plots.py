@@ -60,8 +60,7 @@ def attention_speed_figure(times: Sequence[AttentionTimes], of_processor: bool) 
         for axes, (part, title) in zip(grid[0], titles.items(), strict=True):
             points = sorted(t for t in times if t.part == part)
             lengths = [t.length for t in points]
-            dense = [t.dense_used if of_processor else t.dense for t in points]
-            sparse = [t.nsa_used if of_processor else t.nsa for t in points]
+            dense, sparse = ([t.fair[kind] for t in points] for kind in (0, 1))
             curves(axes, {"dense attention": [(lengths, dense)], "NSA": [(lengths, sparse)]}, markers=True)
             axes.set(xscale="log", yscale="log", title=title, xlabel="length (tokens)")
             axes.set_xticks(lengths, [count(n) for n in lengths])

@@ -91,8 +91,15 @@ class AttentionTimes(NamedTuple):
         return self.nsa / self.dense
 
     @property
+    def fair(self) -> tuple[Number, Number]:
+        """Of dense attention and NSA, by the processor where that is known: fairer on a machine in use."""
+        if self.dense_used and self.nsa_used:
+            return self.dense_used, self.nsa_used
+        return self.dense, self.nsa
+
+    @property
     def ratio_used(self) -> float:
-        return self.ratio if not (self.nsa_used and self.dense_used) else self.nsa_used / self.dense_used
+        return self.fair[1] / self.fair[0]
 
 
 def n3(times: Sequence[AttentionTimes], device: str, training: str = "") -> Verdict:
