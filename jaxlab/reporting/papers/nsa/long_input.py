@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from jaxlab.reporting import plots, rules
-from jaxlab.reporting.claims import NSA, Verdict
+from jaxlab.reporting import plots
 from jaxlab.reporting.folders import RunFolder
 from jaxlab.reporting.formats import NONE, Number, decimal, mean, percent
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, best_cell, claim_list, figure, paragraph, table
+from jaxlab.reporting.papers.nsa import rules
+from jaxlab.reporting.verdicts import Verdict
 
 KEY = "long"
 METHODS = {
@@ -30,7 +31,9 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     sparse = [r for r in evaluated if _method(r) != "none"]
     variants = _variants(trained)
     makers = {id(r): _maker(r, trained) for r in evaluated}
-    section = Section(KEY, f"Part one · {NSA}", "Long input: needles, and other ways to be sparse", ("", ""))
+    section = Section(
+        KEY, f"Part one · {rules.PAPER}", "Long input: needles, and other ways to be sparse", ("", "")
+    )
     compared = [r for r in evaluated if r in needles or r in sparse or _like_any(r, sparse)]
     section.verdicts = [_n2(needles, makers), _n4(compared, makers), rules.n5(_measures(variants))]
     seen = sum(v.status == "seen" for v in section.verdicts)

@@ -1,18 +1,30 @@
 """What the parts of the page read out of results: scenarios, roles of data sets, fair comparisons."""
 
-from jaxlab.reporting import icl, injection, long_input, nsa, retrofit
+import pytest
+
+from jaxlab.reporting import build_sections, compose, render
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.formats import change, count, duration, percent, size
-from jaxlab.reporting.generic import flat
-from jaxlab.tasks import report
+from jaxlab.reporting.markup import Markup
+from jaxlab.reporting.other_runs import flat
+from jaxlab.reporting.papers.label_words import section as icl
+from jaxlab.reporting.papers.nsa import long_input, retrofit
+from jaxlab.reporting.papers.nsa import section as nsa
+from jaxlab.reporting.papers.skill_injection import section as injection
 from tests.reporting import made
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made, but not written as SVG: for tests of what is read out of results."""
+    monkeypatch.setattr("jaxlab.reporting.plots.svg", lambda _, name, label: Markup(f"<svg>{name}</svg>"))
 
 
 def statuses(section):
     return {v.claim.id: v.status for v in section.verdicts}
 
 
-def test_nsa_compares_only_what_is_alike(tmp_path):
+def test_nsa_compares_only_what_is_alike(tmp_path, undrawn):
     runs = [made.train(tmp_path, "f-11111111"), made.train(tmp_path, "s-22222222", "nsa", 1.96)]
     section = nsa.build(read_runs(runs))
     assert statuses(section) == {
@@ -30,6 +42,22 @@ def test_nsa_compares_only_what_is_alike(tmp_path):
     read[1].results["parameters"] = 900_000
     assert statuses(nsa.build(read))["N1"] == "not examined"
     assert nsa.build(read_runs(runs[:1])) is None
+
+
+def test_attention_timed_alone_has_a_section(tmp_path):
+    section = nsa.build(read_runs([made.attention_speed(tmp_path, "speed-12345678")]))
+    assert statuses(section) == {"N3": "seen"}
+    assert section.headline[0] == "2.00 ×"
+    assert any("Time of attention, by length." in part for part in section.body if part)
+
+
+def test_longer_training_is_named_where_a_short_one_does_not_show_n1(tmp_path, undrawn):
+    runs = [made.train(tmp_path, "f-11111111"), made.train(tmp_path, "s-22222222", "nsa", 2.2)]
+    read = read_runs(runs)
+    evidence = lambda: nsa.build(read).verdicts[0].evidence
+    assert evidence().endswith("configs/nsa/n1_full.yaml and n1_nsa.yaml.")
+    read[1].results["tokens_per_step"] = 10**6
+    assert "configs/" not in evidence()
 
 
 def needle(root, name, model, found, method="none", attended=128.0, length=512):
@@ -83,7 +111,7 @@ def test_needles_and_sparsity_without_training(tmp_path):
     assert long_input.build(read[:2]) is None
 
 
-def test_variants_of_nsa_are_told_apart_and_kept_out_of_n1(tmp_path):
+def test_variants_of_nsa_are_told_apart_and_kept_out_of_n1(tmp_path, undrawn):
     runs = [made.train(tmp_path, "full-11111111"), made.train(tmp_path, "nsa-22222222", "nsa", 1.99)]
     runs += [made.train(tmp_path, f"variant-{i}{i}333333", "nsa", 2.5) for i in range(3)]
     read = read_runs(runs)
@@ -103,9 +131,9 @@ def test_variants_of_nsa_are_told_apart_and_kept_out_of_n1(tmp_path):
         "N4": "not examined",
         "N5": "seen",
     }
-    sections = report.build(read)
+    sections = build_sections(read)
     assert [section.key for section in sections] == ["nsa", "long"]
-    page = report.compose(read, sections)
+    page = compose(read, sections)
     assert "A paper in miniature" in page
     assert page.count("min-max selector") >= 2
 
@@ -118,7 +146,7 @@ def test_seeds_are_averaged(tmp_path):
     assert any("2 seeds" in part for part in section.body if part)
 
 
-def test_evaluations_find_their_models_by_folder_and_by_config(tmp_path):
+def test_evaluations_find_their_models_by_folder_and_by_config(tmp_path, undrawn):
     runs = read_runs(
         [
             made.train(tmp_path, "nsa_sparse-22222222", "nsa"),
@@ -154,7 +182,7 @@ def test_a_retrofit_has_a_part_of_its_own(tmp_path):
     section = retrofit.build(read)
     assert section.headline[0] == "60\u00a0%"
     assert section.runs == [read[1]]
-    page = report.render(read)
+    page = render(read)
     for said in (
         "2.111",
         "2.222",
@@ -191,7 +219,7 @@ def test_names_of_scenarios(tmp_path):
         assert injection.Scenario(run).name == "french"
 
 
-def test_injection_verdicts(tmp_path):
+def test_injection_verdicts(tmp_path, undrawn):
     given = (("french", 0.9, 0.98), ("format", 0.1, 0.98), ("arithmetic", 0.2, 0.3))
     runs = [made.search(tmp_path, f"{skill}-12345678", skill, peak, donor) for skill, peak, donor in given]
     assert statuses(injection.build(read_runs(runs))) == {
@@ -207,7 +235,7 @@ def test_injection_verdicts(tmp_path):
     assert statuses(injection.build(read))["M4"] == "not examined"
 
 
-def test_icl_verdicts(tmp_path):
+def test_icl_verdicts(tmp_path, undrawn):
     run = made.icl(tmp_path, "icl-12345678")
     assert list(statuses(icl.build(read_runs([run]))).values()) == ["seen"] * 4 + ["not examined"] * 4
     read = read_runs([run])
@@ -220,7 +248,7 @@ def test_formats():
     assert percent(0.123, 1) == "12.3\u00a0%"
     assert percent(None) == "–"
     assert change(-0.019) == "−1.9\u00a0%"
-    assert count(1234567) == "1\u2009234\u2009567"
+    assert count(1234567) == "1\u202f234\u202f567"
     assert [duration(s) for s in (5, 75, 3725, None)] == ["5.0 s", "1 min 15 s", "1 h 2 min", "–"]
     assert [size(n) for n in (10, 2048, 3 * 2**30)] == ["10 B", "2 KiB", "3.00 GiB"]
 

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlab.reporting import icl_plots, rules
-from jaxlab.reporting.claims import ICL, unexamined
 from jaxlab.reporting.folders import RunFolder, at
 from jaxlab.reporting.formats import Number, percent
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, claim_list, figure, note, paragraph, table
+from jaxlab.reporting.papers.label_words import plots, rules
 
 KEY = "icl"
 
@@ -19,7 +18,9 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     if not analyses:
         return None
     run = analyses[0]
-    section = Section(KEY, f"Part three · {ICL}", "Information flow of in-context learning", _headline(run))
+    section = Section(
+        KEY, f"Part three · {rules.PAPER}", "Information flow of in-context learning", _headline(run)
+    )
     shares = {name: run.get("flows", "share", name) or [] for name in ("wp", "pq", "ww")}
     judged = [
         rules.i1(shares["wp"]),
@@ -29,11 +30,15 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     ]
     section.verdicts = [
         *(rules.judged_if_able(verdict, run.get("accuracy"), run.get("chance")) for verdict in judged),
-        unexamined("I5", "Attention itself was not compared with the answers."),
-        unexamined("I6", "No attention was re-weighted."),
-        unexamined("I7", "No prompt was compressed."),
-        unexamined("I8", "No confusion matrix was predicted."),
+        rules.I5.unexamined(
+            "It needs the AUCROC of attention to label words for the answer, layer by layer, on a model that "
+            "errs often enough."
+        ),
+        rules.I6.unexamined("It needs a training of weights on the attention to label words, on real tasks."),
+        rules.I7.unexamined("It needs prompts cut down to the hidden states of their label words, timed."),
+        rules.I8.unexamined("It needs a model that confuses classes; this one hardly does."),
     ]
+    section.beyond = "Not examined by this analysis: I5 to I8. Each says below what would show it."
     section.body = [
         paragraph(
             "A model that was trained on nothing but examples in a row learns a task from its prompt "
@@ -91,7 +96,7 @@ def _flows(run: RunFolder) -> list[Markup]:
         return [note("Flows were not analysed in this run.")]
     return [
         figure(
-            icl_plots.flow_shares_figure(run.results),
+            plots.flow_shares_figure(run.results),
             "icl-shares",
             "Where information flows, by layer.",
             "Shares of the three mean flows in their sum. The paper sees words gather in label words in "
@@ -117,7 +122,7 @@ def _blocking(run: RunFolder) -> list[Markup]:
     ]
     return [
         figure(
-            icl_plots.blocking_figure(run.results),
+            plots.blocking_figure(run.results),
             "icl-blocking",
             "What blocking costs.",
             "Nothing may flow into the label words, or into as many random words, in the first or in the "
@@ -139,7 +144,7 @@ def _prompt(run: RunFolder) -> list[Markup]:
     right = run.get("figure1", "answer") == run.get("figure1", "prediction")
     return [
         figure(
-            icl_plots.prompt_figure(run.results),
+            plots.prompt_figure(run.results),
             "icl-prompt",
             "One prompt, after Figure 1 of the paper.",
             "Lines are flows, thicker where stronger. In shallow layers words should flow into the label "

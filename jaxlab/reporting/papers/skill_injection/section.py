@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlab.reporting import plots, rules
-from jaxlab.reporting.claims import INJECTION, unexamined
+from jaxlab.reporting import plots
 from jaxlab.reporting.folders import RunFolder, at
 from jaxlab.reporting.formats import NONE, Number, decimal, mean, percent
 from jaxlab.reporting.markup import Markup, join, tag
@@ -20,7 +19,8 @@ from jaxlab.reporting.page import (
     pixels,
     table,
 )
-from jaxlab.reporting.rules import Transfer
+from jaxlab.reporting.papers.skill_injection import rules
+from jaxlab.reporting.papers.skill_injection.rules import Transfer
 
 KEY = "injection"
 _LAMBDA_V, _LAMBDA_E = (join(["λ", tag("sub", letter)]) for letter in "ve")
@@ -47,11 +47,11 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
         return None
     scenarios = [Scenario(run) for run in searches]
     transfers = {claim: _of_kind(scenarios, claim) for claim in KINDS}
-    section = Section(KEY, f"Part two · {INJECTION}", "Cross-modal skill injection", _headline(scenarios))
+    section = Section(KEY, f"Part two · {rules.PAPER}", "Cross-modal skill injection", _headline(scenarios))
     section.verdicts = [
-        rules.transfers("M1", transfers["M1"]),
-        rules.transfers("M2", transfers["M2"]),
-        rules.transfers("M3", transfers["M3"], expected=False),
+        rules.transfers(rules.M1, transfers["M1"]),
+        rules.transfers(rules.M2, transfers["M2"]),
+        rules.transfers(rules.M3, transfers["M3"], expected=False),
         _m4(scenarios),
         rules.m5({s.name: s.tried() for s in scenarios}),
     ]
@@ -183,7 +183,7 @@ def _m4(scenarios: Sequence[Scenario]) -> Any:
     reached = {name: [s.reached(name) for s in scenarios] for name in common}
     scores = {name: sum(values) / len(values) for name, values in reached.items() if None not in values}  # type: ignore[arg-type]
     if not scores:
-        return unexamined("M4", "No operator was run on every scenario.")
+        return rules.M4.unexamined("No operator was run on every scenario.")
     tried = {name: sum(at(s.operators, name, "evaluations") or 0 for s in scenarios) for name in scores}
     return rules.m4(scores, tried)
 
