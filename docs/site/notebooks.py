@@ -25,6 +25,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
+def on_page_markdown(text: str, **kwargs: Any) -> str:
+    """Pages link to notebooks by their files."""
+    return text.replace(".ipynb)", ".md)")
+
+
 def markdown(path: Path) -> str:
     """The notebook in `path` as Markdown."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
