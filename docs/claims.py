@@ -1,7 +1,7 @@
 """Writes docs/claims.md from the results in docs/results: what was seen of each claim of the three papers.
 
-    python docs/claims.py                               # the page, from committed results
-    python docs/claims.py --collect outputs/quickstart  # first takes over the verdicts of a quickstart
+python docs/claims.py                               # the page, from committed results
+python docs/claims.py --collect outputs/quickstart  # first takes over the verdicts of a quickstart
 """
 
 import argparse
@@ -49,7 +49,9 @@ BETTER = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--collect", metavar="RUN", type=Path, help="the folder of a finished quickstart")
     arguments = parser.parse_args(words)
     if arguments.collect:
@@ -66,7 +68,10 @@ def collect(folder: Path) -> dict[str, Any]:
     records = []
     for section in build_sections(read_runs([str(folder)])):
         settings = [r.setting(key) for r in section.runs for key in ("seed", "seeds")]
-        seeds = sorted({s for value in settings for s in (value if isinstance(value, list | tuple) else [value])} - {None})
+        seeds = sorted(
+            {s for value in settings for s in (value if isinstance(value, list | tuple) else [value])}
+            - {None}
+        )
         for verdict in section.verdicts:
             records.append(
                 {
@@ -80,7 +85,12 @@ def collect(folder: Path) -> dict[str, Any]:
     env = whole.env
     versions = ", ".join(f"{name} {env['versions'][name]}" for name in ("jax", "flax", "numpy"))
     origin = f"Commit {env['commit'][:10]}, {env['device_count']} x {env['device_kind']}, {versions}, {env['started'][:10]}."
-    return {"title": "Quickstart", "origin": origin, "command": "python run.py quickstart", "records": records}
+    return {
+        "title": "Quickstart",
+        "origin": origin,
+        "command": "python run.py quickstart",
+        "records": records,
+    }
 
 
 def page(folder: Path) -> str:
@@ -148,11 +158,19 @@ def real_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     def by_data(claim: str, rule: str, seen: Mapping[str, bool], told: Mapping[str, str]) -> dict[str, Any]:
         where = [name for name in seen if seen[name]]
-        status = "seen" if len(where) == len(seen) else f"seen on {', '.join(where)} alone" if where else "not seen"
+        status = (
+            "seen"
+            if len(where) == len(seen)
+            else f"seen on {', '.join(where)} alone"
+            if where
+            else "not seen"
+        )
         evidence = "; ".join(f"{name} ({data[name]['prompts']}): {told[name]}" for name in seen) + "."
         return {"claim": claim, "rule": rule, "status": status, "evidence": evidence}
 
-    shares = lambda key: {n: "{:.2f} in the first, {:.2f} in the last third".format(*d[key]) for n, d in data.items()}
+    shares = lambda key: {
+        n: "{:.2f} in the first, {:.2f} in the last third".format(*d[key]) for n, d in data.items()
+    }
     layers, loyalty, auc = real["layers"], real["word_loyalty"], real["aucroc"]
     middle, deep = (all(thirds[i] > thirds[0] for thirds in auc["by_seed"]) for i in (1, 2))
     drop = min(loyalty["label_last"], loyalty["random_first"]) - loyalty["label_first"]

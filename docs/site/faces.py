@@ -1,4 +1,4 @@
-"""What the reference shows of a package: what its `__init__` imports from the project, and no module below."""
+"""What the reference shows of a package: what its `__init__` imports from the project; no module below."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ PACKAGES = ("jaxlab", "kernels_pallas")
 
 
 class Faces(griffe.Extension):
-    """Names in a package's face are its public ones, as they are for its users: no `__all__` says them again."""
+    """The names in a package's face are its public ones: no `__all__` says them again."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         self._mark(pkg)
