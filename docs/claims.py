@@ -26,11 +26,11 @@ PAPERS = {
 
 # What would show a claim better than what is measured here, or at all.
 BETTER = {
-    "N1": "Models of 1e8 parameters and more, at 8k tokens and longer, on clusters of GPUs: not reachable here.",
+    "N1": "Models of 1e8 parameters and more at 8k tokens and longer, on many GPUs: not reachable here.",
     "N2": "Several facts, at 8k to 64k tokens: not reachable here. Here: `--sweep seed=[0,1,2]`.",
-    "N3": "The kernels on a Hopper GPU at 8k to 64k tokens: `python benchmarks/nsa.py --out h100.json`. None was at "
-    "hand; `benchmarks/nsa_compiled.json` has what is counted and compiled for one, which is no time.",
-    "N4": "Tasks on long input that lose something by reading less, over seeds, with a trained model of full size.",
+    "N3": "The kernels on a Hopper GPU at 8k to 64k tokens: `python benchmarks/nsa.py --out h100.json`. "
+    "There was none; `benchmarks/nsa_compiled.json` has what is counted and compiled for one: no times.",
+    "N4": "Tasks on long input that lose something by reading less, over seeds, on a model of full size.",
     "N5": "Text in place of needles, over seeds: the selectors differ where choosing is hard.",
     "I1": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I2": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
@@ -68,10 +68,8 @@ def collect(folder: Path) -> dict[str, Any]:
     records = []
     for section in build_sections(read_runs([str(folder)])):
         settings = [r.setting(key) for r in section.runs for key in ("seed", "seeds")]
-        seeds = sorted(
-            {s for value in settings for s in (value if isinstance(value, list | tuple) else [value])}
-            - {None}
-        )
+        listed = [value if isinstance(value, list | tuple) else [value] for value in settings]
+        seeds = sorted({seed for values in listed for seed in values if seed is not None})
         for verdict in section.verdicts:
             records.append(
                 {
@@ -84,7 +82,8 @@ def collect(folder: Path) -> dict[str, Any]:
             )
     env = whole.env
     versions = ", ".join(f"{name} {env['versions'][name]}" for name in ("jax", "flax", "numpy"))
-    origin = f"Commit {env['commit'][:10]}, {env['device_count']} x {env['device_kind']}, {versions}, {env['started'][:10]}."
+    device = f"{env['device_count']} x {env['device_kind']}"
+    origin = f"Commit {env['commit'][:10]}, {device}, {versions}, {env['started'][:10]}."
     return {
         "title": "Quickstart",
         "origin": origin,
@@ -116,8 +115,8 @@ def page(folder: Path) -> str:
         "",
         "<!-- Written by `python docs/claims.py` from docs/results; not by hand. -->",
         "",
-        "Every verdict follows from figures by a rule that is told with it. *Not measured here*: nothing that is",
-        "committed speaks about the claim. A claim that was not seen stays in the table.",
+        "Every verdict follows from figures, by a rule that is told with it. *Not measured here*: nothing",
+        "that is committed speaks about the claim. A claim that was not seen stays in the table.",
         "",
     ]
     for letter, paper in PAPERS.items():
@@ -158,13 +157,8 @@ def real_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     def by_data(claim: str, rule: str, seen: Mapping[str, bool], told: Mapping[str, str]) -> dict[str, Any]:
         where = [name for name in seen if seen[name]]
-        status = (
-            "seen"
-            if len(where) == len(seen)
-            else f"seen on {', '.join(where)} alone"
-            if where
-            else "not seen"
-        )
+        some = f"seen on {', '.join(where)} alone" if where else "not seen"
+        status = "seen" if len(where) == len(seen) else some
         evidence = "; ".join(f"{name} ({data[name]['prompts']}): {told[name]}" for name in seen) + "."
         return {"claim": claim, "rule": rule, "status": status, "evidence": evidence}
 
@@ -177,13 +171,13 @@ def real_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         by_data(
             "I1",
-            "Seen if the share of S_wp in the first third of the layers is above one third and above the last third's.",
+            "Seen if S_wp's share in the first third of the layers is above 1/3 and above the last third's.",
             {n: d["wp"][0] > max(1 / 3, d["wp"][1]) for n, d in data.items()},
             shares("wp"),
         ),
         by_data(
             "I2",
-            "Seen if the share of S_pq in the last third of the layers is above one third and above the first third's.",
+            "Seen if S_pq's share in the last third of the layers is above 1/3 and above the first third's.",
             {n: d["pq"][1] > max(1 / 3, d["pq"][0]) for n, d in data.items()},
             shares("pq"),
         ),
@@ -195,19 +189,18 @@ def real_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
         {
             "claim": "I4",
-            "rule": "Seen if blocking label words in the first layers costs at least 5 points more word loyalty than in "
-            "the last ones, and than blocking random words in the first ones.",
+            "rule": "Seen if blocking label words in the first layers costs at least 5 points more word "
+            "loyalty than in the last ones, and than blocking random words in the first ones.",
             "status": "seen" if drop >= 0.05 else "not seen",
-            "evidence": "Word loyalty on {data}: label words blocked in the first {layers} layers {label_first:.2f}, in "
-            "the last {label_last:.2f}; random words in the first {random_first:.2f}, in the last {random_last:.2f}.".format(
-                **loyalty
-            ),
+            "evidence": "Word loyalty on {data}: label words blocked in the first {layers} layers "
+            "{label_first:.2f}, in the last {label_last:.2f}; random words in the first {random_first:.2f}, in "
+            "the last {random_last:.2f}.".format(**loyalty),
             "caveat": real["caveat"],
         },
         {
             "claim": "I5",
-            "rule": "Seen if AUCROC is higher in the middle and in the last third of the layers than in the first, in "
-            "every seed.",
+            "rule": "Seen if AUCROC is higher in the middle and in the last third of the layers than in the "
+            "first, in every seed.",
             "status": "seen" if middle and deep else "seen in deep layers alone" if deep else "not seen",
             "evidence": f"AUCROC on {auc['data']} by thirds of the layers: "
             + " and ".join(", ".join(f"{x:.2f}" for x in thirds) for thirds in auc["by_seed"])
