@@ -193,8 +193,8 @@ def real_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:
             "loyalty than in the last ones, and than blocking random words in the first ones.",
             "status": "seen" if drop >= 0.05 else "not seen",
             "evidence": "Word loyalty on {data}: label words blocked in the first {layers} layers "
-            "{label_first:.2f}, in the last {label_last:.2f}; random words in the first {random_first:.2f}, in "
-            "the last {random_last:.2f}.".format(**loyalty),
+            "{label_first:.2f}, in the last {label_last:.2f}; random words in the first {random_first:.2f}, "
+            "in the last {random_last:.2f}.".format(**loyalty),
             "caveat": real["caveat"],
         },
         {
