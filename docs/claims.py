@@ -24,6 +24,8 @@ PAPERS = {
     "M": "Cross-Modal Skill Injection (arXiv 2605.19523); what it claims is known from its abstract alone",
 }
 
+NO_QUICKSTART = {"title": "Quickstart", "origin": "No run of it is committed.", "command": "", "records": []}
+
 # What would show a claim better than what is measured here, or at all.
 BETTER = {
     "N1": "Models of 1e8 parameters and more at 8k tokens and longer, on many GPUs: not reachable here.",
@@ -95,7 +97,9 @@ def collect(folder: Path) -> dict[str, Any]:
 def page(folder: Path) -> str:
     """The whole page."""
     studies = json.loads((folder / "nsa.json").read_text(encoding="utf-8"))
-    quickstart = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))
+    quickstart = NO_QUICKSTART
+    if (folder / "quickstart.json").exists():
+        quickstart = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))
     real = json.loads((folder / "smollm2.json").read_text(encoding="utf-8"))
     claims = dict(sorted(CLAIMS.items(), key=lambda item: ("NIM".index(item[0][0]), item[0])))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in claims}

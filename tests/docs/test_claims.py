@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from jaxlab.reporting import CLAIMS
+from tests.reporting import made
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -71,8 +72,28 @@ def test_a_real_model_is_judged_by_data_set(claims: ModuleType, results: Path) -
 
 def test_what_nothing_speaks_about_is_not_measured(claims: ModuleType, results: Path) -> None:
     change(results / "nsa.json", "records", to=[])
-    change(results / "quickstart.json", "records", to=[])
+    (results / "quickstart.json").unlink(missing_ok=True)
     change(results / "smollm2.json", "data", to={})
     page = claims.page(results)
     assert "| not measured here |" in line_of(page, "N1")
     assert "| not measured here |" in line_of(page, "I8")
+    assert "**Quickstart.** No run of it is committed." in page
+
+
+def test_a_quickstart_is_taken_over(claims: ModuleType, results: Path, tmp_path: Path) -> None:
+    """Its verdicts are those of its runs; a smoke test's and uncommitted code's are refused."""
+    run = made.train(tmp_path, "nsa_sparse-12345678", "nsa")
+    other = made.train(tmp_path, "nsa_full-12345678", "full")
+    stages = {"stages": [{"folder": f"../train/{path.name}"} for path in (run, other)]}
+    whole = made.write_run(tmp_path, "quickstart", "quickstart", {"smoke": False}, stages)
+    found = claims.collect(whole)
+    (n1,) = (record for record in found["records"] if record["claim"] == "N1")
+    assert n1["status"] in ("seen", "not seen", "not examined")
+    (results / "quickstart.json").write_text(json.dumps(found))
+    assert n1["evidence"] in claims.page(results)
+    for name, text in (("config.yaml", "smoke: true"), ("env.json", json.dumps({**made.ENV, "dirty": True}))):
+        before = (whole / name).read_text()
+        (whole / name).write_text(text)
+        with pytest.raises(SystemExit, match="not kept"):
+            claims.collect(whole)
+        (whole / name).write_text(before)
