@@ -84,7 +84,7 @@ def test_a_quickstart_is_taken_over(claims: ModuleType, results: Path, tmp_path:
     """Its verdicts are those of its runs; a smoke test's and uncommitted code's are refused."""
     run = made.train(tmp_path, "nsa_sparse-12345678", "nsa")
     other = made.train(tmp_path, "nsa_full-12345678", "full")
-    stages = {"stages": [{"folder": f"../train/{path.name}"} for path in (run, other)]}
+    stages = {"stages": [{"folder": f"../../train/{path.name}"} for path in (run, other)]}
     whole = made.write_run(tmp_path, "quickstart", "quickstart", {"smoke": False}, stages)
     found = claims.collect(whole)
     (n1,) = (record for record in found["records"] if record["claim"] == "N1")
