@@ -1,6 +1,17 @@
 """The one config system: frozen dataclasses, filled from YAML files and from the command line."""
 
 from jaxlab.config.load import Overrides, Source, build, dump, load, replace, to_dict, to_plain
-from jaxlab.config.schema import POSITIONAL
+from jaxlab.config.schema import POSITIONAL, suggestion
 
-__all__ = ["POSITIONAL", "Overrides", "Source", "build", "dump", "load", "replace", "to_dict", "to_plain"]
+__all__ = [
+    "POSITIONAL",
+    "Overrides",
+    "Source",
+    "build",
+    "dump",
+    "load",
+    "replace",
+    "suggestion",
+    "to_dict",
+    "to_plain",
+]

@@ -12,8 +12,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.loading import load_tokenizer
-from jaxlab.checkpoints.locate import resolve
+from jaxlab.checkpoints import open_model, resolve
 from jaxlab.errors import ConfigError, UserError
 
 FindModel = Callable[[str], Path]
@@ -90,7 +89,7 @@ class TextSource:
 
 
 def _tokenizer_of(model: str, find_model: FindModel) -> Tokenizer:
-    found = load_tokenizer(find_model(model))
+    found = open_model(find_model(model)).tokenizer
     if found is None:
         raise UserError(f"{model}: has no tokenizer; name another model, or leave data.tokenizer out")
     return found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlab.checkpoints.native import load_model_config, save_model
+from jaxlab.checkpoints import open_model, save_model
 from jaxlab.config import to_dict
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import (
@@ -72,14 +72,14 @@ def folder(tmp_path_factory):
 def test_a_flat_config_is_read(folder, name):
     shutil.copy(FLAT / f"{name}.yaml", folder / "config.yaml")
     expected = ModelConfig(**SIZES | CASES[name])
-    assert load_model_config(folder) == expected
+    assert open_model(folder).config == expected
     assert not is_flat(to_dict(expected))
 
 
 def test_what_the_model_did_not_use_may_not_say_anything(folder):
     shutil.copy(FLAT / "dead.yaml", folder / "config.yaml")
     with pytest.raises(UserError) as raised:
-        load_model_config(folder)
+        open_model(folder).config
     at = f"{folder / 'config.yaml'}: nsa.num_blocks"
     assert str(raised.value) == f"{at}: is 8 where the model does not use it; delete the line"
 
@@ -102,5 +102,5 @@ def test_what_the_model_did_not_use_may_not_say_anything(folder):
 def test_mistakes_in_a_flat_config_are_one_line(folder, line, message):
     (folder / "config.yaml").write_text(line + "\n")
     with pytest.raises(ConfigError) as raised:
-        load_model_config(folder)
+        open_model(folder).config
     assert str(raised.value).removeprefix(str(folder / "config.yaml")).partition(": ")[2].startswith(message)

@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, abstract_params, forward, init_cache, prepare_batch
-from jaxlab.models.config import QwenVisionConfig, RopeConfig
+from jaxlab.models import (
+    ModelConfig,
+    QwenVisionConfig,
+    RopeConfig,
+    abstract_params,
+    forward,
+    init_cache,
+    prepare_batch,
+)
 from jaxlab.models.vision import qwen_positions
 from jaxlab.models.vision.encoders import encode_images
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings

@@ -16,12 +16,12 @@ from jaxlab.models import (
     NSAConfig,
     RopeConfig,
     SlidingAttentionConfig,
+    ViTConfig,
     abstract_params,
     bind,
     forward,
     rope_tables,
 )
-from jaxlab.models.config import ViTConfig
 from jaxlab.retrofit.convert import GATE, retrofit, retrofitted
 from kernels_pallas.nsa import compress_blocks
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config

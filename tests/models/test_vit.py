@@ -14,11 +14,12 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import (
     AttentionContext,
     ModelConfig,
+    ResamplerConfig,
+    ViTConfig,
     encode_images,
     forward,
     prepare_batch,
 )
-from jaxlab.models.config import ResamplerConfig, ViTConfig
 from jaxlab.models.full_attention import attention_mask
 from jaxlab.models.vision import connectors
 from tests.models.tiny import draw_params

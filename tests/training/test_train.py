@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints.native import load_model, save_model
+from jaxlab.checkpoints import load_model, save_model
 from jaxlab.config import build
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, messag
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"),
         ({"model": MODEL | {"max_length": 7}}, "model.max_length"),
-        ({"model": MODEL | {"sparsity": {"kind": "h2o"}}}, "model.sparsity.method"),
+        ({"model": MODEL | {"sparsity": {"kind": "h2o"}}}, "model.sparsity"),
         ({"optimizer": {"language_scale": 0.5}}, "optimizer.language_scale"),
         ({"data": {"kind": "digits", "mixture": {"image_words": 1.0}}}, "model"),
     ],

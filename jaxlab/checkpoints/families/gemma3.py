@@ -5,9 +5,8 @@ import math
 
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.checkpoints.rows import Row
-from jaxlab.models import ModelConfig
-from jaxlab.models.config import ViTConfig
+from jaxlab.checkpoints.tensor_table import Row
+from jaxlab.models import ModelConfig, ViTConfig
 
 SIGLIP: Json = {"model_type": "siglip_vision_model"}
 

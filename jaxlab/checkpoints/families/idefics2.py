@@ -8,10 +8,9 @@ from jaxlab.checkpoints.families.idefics3 import (
     read_idefics_vit,
     write_idefics_vision,
 )
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
-from jaxlab.models.config import ResamplerConfig, ViTConfig
+from jaxlab.models import ModelConfig, ResamplerConfig, ViTConfig
 
 _CONNECTOR = "model.connector"
 _LAYER: Rows = (

@@ -2,9 +2,8 @@
 
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
-from jaxlab.models.config import ViTConfig
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
+from jaxlab.models import ModelConfig, ViTConfig
 
 _LAYER: Rows = (
     *towers.norm("attention_norm", "layernorm_before"),

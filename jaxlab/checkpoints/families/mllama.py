@@ -10,9 +10,8 @@ from functools import partial
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
-from jaxlab.models.config import MllamaVisionConfig
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
+from jaxlab.models import MllamaVisionConfig, ModelConfig
 
 _VISION_LAYER: Rows = (
     *towers.norm("attention_norm", "input_layernorm"),

@@ -4,9 +4,8 @@ from jaxlab.checkpoints.families import qwen_vl, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows
-from jaxlab.models import ModelConfig
-from jaxlab.models.config import QwenVisionConfig
+from jaxlab.checkpoints.tensor_table import Row, Rows
+from jaxlab.models import ModelConfig, QwenVisionConfig
 
 _MERGER = ("norm", "linear_fc1", "linear_fc2")
 _TEXT: Json = {

@@ -10,10 +10,9 @@ from jaxlab.checkpoints.families.base import Json, Renames
 from jaxlab.checkpoints.families.rope import max_length, read_rope, write_rope
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import linear
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig, VisionConfig
 
 _QKV = tuple(f"attention.{part}" for part in ("query", "key", "value"))
 ATTENTION: Rows = (
