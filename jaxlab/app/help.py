@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from jaxlab.app.registry import Registry, Task
-from jaxlab.config import to_plain, yaml_text
-from jaxlab.config.schema import (
+from jaxlab.config import (
     ABSENT,
     KIND,
     Field,
@@ -21,7 +20,9 @@ from jaxlab.config.schema import (
     is_list,
     kind_of,
     members,
+    to_plain,
     variants,
+    yaml_line,
 )
 
 
@@ -36,15 +37,15 @@ def task_list(tasks: Registry) -> str:
             "tasks:",
             *lines,
             "",
-            "`run.py TASK --help` shows the fields of a task. Configs are in configs/, runs in outputs/.",
+            "`TASK --help` shows the fields of a task. Configs are in configs/, runs in outputs/.",
         ]
     )
 
 
 def print_task(task: Task, run_options: type) -> None:
-    """Prints the page of `run.py TASK --help`."""
+    """Prints the page of `TASK --help`."""
     takes_config = task.takes == "config"
-    usage = f"usage: run.py {task.name}{' CONFIG.yaml' * takes_config}"
+    usage = f"usage: {program()} {task.name}{' CONFIG.yaml' * takes_config}"
     for field in fields_of(task.schema()).values():
         if field.positional:
             word = _positional(field)
@@ -107,7 +108,7 @@ def _positional(field: Field) -> str:
 def _default(value: Any) -> str:
     if value is ABSENT:
         return "required"
-    return f"default: {yaml_text.dump_line(getattr(value, KIND, to_plain(value)))}"
+    return f"default: {yaml_line(getattr(value, KIND, to_plain(value)))}"
 
 
 def _wrapped(text: str, indent: int) -> list[str]:

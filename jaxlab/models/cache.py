@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxlab.models.config import (ModelConfig, RopeConfig)
+from jaxlab.models.config import ModelConfig, RopeConfig
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache
 

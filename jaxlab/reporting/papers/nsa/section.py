@@ -71,7 +71,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
 
 
 def _is_from_scratch_on_bytes(run: RunFolder) -> bool:
-    on_bytes = run.setting("data", "kind") == "text" and run.setting("data", "text", "tokenizer") is None
+    on_bytes = run.setting("data", "kind") == "text" and run.setting("data", "tokenizer") is None
     return on_bytes and run.get("retrofit") is None
 
 
@@ -113,7 +113,7 @@ def _n1(groups: dict[str, list[RunFolder]]) -> Verdict:
 def _n3(groups: dict[str, list[RunFolder]], timed: Sequence[RunFolder]) -> Verdict:
     """By the time of attention alone where it was measured, else by the speed of training."""
     run = groups[SPARSE][0]
-    length = run.setting("data", "text", "sequence_length")
+    length = run.setting("data", "sequence_length")
     trained = (
         _speeds(groups[FULL]),
         _speeds(groups[SPARSE]),
