@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from jaxlab.app.program import program
 from jaxlab.app.registry import Registry, Task
 from jaxlab.config import (
     ABSENT,
@@ -32,12 +33,13 @@ def task_list(tasks: Registry) -> str:
     lines = [f"  {task.name:<{width}}  {task.summary}" for task in tasks]
     return "\n".join(
         [
-            "usage: run.py TASK [CONFIG.yaml] [--field.sub value ...]",
+            f"usage: {program()} TASK [CONFIG.yaml] [--field.sub value ...]",
             "",
             "tasks:",
             *lines,
             "",
-            "`TASK --help` shows the fields of a task. Configs are in configs/, runs in outputs/.",
+            f"`{program()} TASK --help` shows the fields of a task. "
+            "Configs are in configs/, runs in outputs/.",
         ]
     )
 
