@@ -135,8 +135,8 @@ class _Scan(NamedTuple):
         pool, cache = split_cache(done.attended.cache)
         output = done.x if self.keep_outputs else None
         attended = done.attended
-        kept = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss, output)
-        return (done.x, pool), kept
+        results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss, output)
+        return (done.x, pool), results
 
 
 def _runs(kinds: tuple[str, ...], alone: int) -> list[Run]:
