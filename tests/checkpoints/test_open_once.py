@@ -120,10 +120,11 @@ def test_merge(models, tmp_path, reads):
 
 def test_merge_search(models, tmp_path, reads, monkeypatch):
     point = {"lambda_v": 1.0, "lambda_e": 0.5, "density": None, "score": 1.0, "validation": {}, "test": {}}
-    found = {"task_arithmetic": {"points": [point], "evaluations": 1, "best": point}}
-    monkeypatch.setattr(merge_search, "search", lambda *_: found)  # what it measures is not the point here
-    monkeypatch.setattr(merge_search, "_both_splits", lambda *_: {})
-    monkeypatch.setattr(merge_search, "_examples", lambda *_: [])
+    found = {"points": [point], "evaluations": 1, "best": point}
+    # What it measures is not the point here.
+    monkeypatch.setattr(merge_search, "search_grid", lambda *_, **__: found)
+    monkeypatch.setattr(merge_search, "measure_model", lambda *_: {})
+    monkeypatch.setattr(merge_search, "answered", lambda *_: [])
     assert main(["merge-search", str(models / "search.yaml"), f"--outputs={tmp_path}"]) == 0
     once(
         reads, *(f"{role}/{file}" for role in ("vlm", "expert", "base") for file in ("config.json", "model."))
