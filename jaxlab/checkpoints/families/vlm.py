@@ -9,8 +9,7 @@ from jaxlab.checkpoints.families import language
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, VisionConfig, ViTConfig
 
 _CLIP = {
     "hidden_size": 768,
