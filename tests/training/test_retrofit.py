@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints import load_model, save_model
+from jaxlab.checkpoints import load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import target_losses
@@ -144,7 +144,7 @@ def test_a_dense_model_that_differs_in_more_than_attention_is_refused(text, tmp_
     nsa = dataclasses.replace(NSA, **{"compress_width": 12, **ours})
     with pytest.raises(UserError, match=message) as raised:
         find_initial(
-            tmp_path / "base",
+            open_model(tmp_path / "base"),
             make_config("nsa", num_layers=1, nsa=nsa, attention_bias=False),
             train.make_source(make(text, "nowhere").data),
         )
@@ -158,15 +158,17 @@ def test_a_folder_with_a_tokenizer_reads_text_in_its_words(text, tmp_path):
     tokenizer.save(str(folder / "tokenizer.json"))
     model = make(text, folder).model
     with pytest.raises(UserError, match="the model reads words, the data holds bytes"):
-        find_initial(folder, model, train.make_source(make(text, folder).data))
+        find_initial(open_model(folder), model, train.make_source(make(text, folder).data))
     in_words = train.make_source(make({**text, "tokenizer": str(folder)}, folder).data)
-    assert find_initial(folder, model, in_words).dense is not None
+    assert find_initial(open_model(folder), model, in_words).dense is not None
 
 
 def test_a_model_with_nsa_is_taken_as_it_is(text, tmp_path):
     model = make_config("nsa", num_layers=1)
     save_model(tmp_path / "base", model, draw_params(model))
-    initial = find_initial(tmp_path / "base", model, train.make_source(make(text, "nowhere").data))
+    initial = find_initial(
+        open_model(tmp_path / "base"), model, train.make_source(make(text, "nowhere").data)
+    )
     assert initial.dense is None
 
 

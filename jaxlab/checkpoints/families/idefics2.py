@@ -9,8 +9,7 @@ from jaxlab.checkpoints.families.idefics3 import (
     write_idefics_vision,
 )
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ResamplerConfig
+from jaxlab.models import ModelConfig, ResamplerConfig
 
 _CONNECTOR = "model.connector"
 _LAYER: Rows = (

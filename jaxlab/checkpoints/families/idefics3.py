@@ -6,8 +6,7 @@ from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 WITHIN_IDEFICS: Renames = ((r"^model\.", "model.text_model."),)
 VISION: Json = {

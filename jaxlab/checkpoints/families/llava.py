@@ -5,8 +5,7 @@ from typing import Any
 from jaxlab.checkpoints.families import language, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 
 def read_vit(s: Settings, *, layer: int = -2, strategy: str = "default", **more: Any) -> ViTConfig:

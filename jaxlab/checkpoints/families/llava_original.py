@@ -10,8 +10,7 @@ import re
 from jaxlab.checkpoints.families import vlm
 from jaxlab.checkpoints.families.base import Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 RENAMES: Renames = (
     (r"^language_model\.", ""),
@@ -69,7 +68,11 @@ _OURS = (
 
 
 def read_config(config: Json) -> ModelConfig:
-    """LLaVA-1.5, NeXT or OneVision, by how images are cut. Raises UserError for what is not known."""
+    """LLaVA-1.5, NeXT or OneVision, by how images are cut.
+
+    Raises:
+      UserError: something in it is not known.
+    """
     s = Settings(config, "llava")
     name = s.word("mm_vision_tower", "")
     if name not in TOWERS:

@@ -3,8 +3,7 @@
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 _LAYER: Rows = (
     Row("attention_norm.scale", "attention_norm.weight", "d -> d"),

@@ -11,8 +11,7 @@ from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.vit_config import MllamaConfig, ViTConfig
+from jaxlab.models import MllamaConfig, ModelConfig, VisionConfig, ViTConfig
 
 _VISION_LAYER: Rows = (
     *towers.norm("attention_norm", "input_layernorm"),

@@ -2,8 +2,7 @@
 
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 SIGLIP: Json = {
     "model_type": "siglip_vision_model",

@@ -5,8 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.tensor_table import Rows
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig
 
 MERGER = ("ln_q", "mlp.0", "mlp.2")
 SECTIONS = (16, 24, 24)

@@ -5,8 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row, Rows
-from jaxlab.models import ModelConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig
 
 _MERGER = ("norm", "linear_fc1", "linear_fc2")
 _TEXT: Json = {

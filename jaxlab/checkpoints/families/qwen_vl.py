@@ -12,8 +12,7 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import linear
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig, VisionConfig
 
 _QKV = tuple(f"attention.{part}" for part in ("query", "key", "value"))
 ATTENTION: Rows = (

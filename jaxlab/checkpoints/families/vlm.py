@@ -9,8 +9,7 @@ from jaxlab.checkpoints.families import language
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, VisionConfig, ViTConfig
 
 _CLIP = {
     "hidden_size": 768,
@@ -84,7 +83,11 @@ def inner(s: Settings, key: str, defaults: Json) -> Settings:
 
 
 def square(s: Settings, key: str) -> int:
-    """A size that may be told as [height, width]. Raises UserError if these differ."""
+    """A size that may be told as [height, width].
+
+    Raises:
+      UserError: these differ.
+    """
     found = s.value(key)
     if isinstance(found, list | tuple) and len(found) == 2 and found[0] == found[1]:
         found = found[0]
@@ -94,7 +97,11 @@ def square(s: Settings, key: str) -> int:
 
 
 def build[Made](make: Callable[..., Made], **fields: Any) -> Made:
-    """A config from the fields that a config.json tells. Raises UserError if they do not fit together."""
+    """A config from the fields that a config.json tells.
+
+    Raises:
+      UserError: they do not fit together.
+    """
     try:
         return make(**fields)
     except ConfigError as error:
