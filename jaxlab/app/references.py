@@ -8,6 +8,7 @@ from jaxlab.app import runs
 from jaxlab.checkpoints import open_model, resolve
 from jaxlab.config import load
 from jaxlab.errors import UserError
+from jaxlab.files import shipped
 
 if TYPE_CHECKING:
     from jaxlab.training import TrainConfig
@@ -22,7 +23,7 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     path = Path(reference)
     if path.suffix in (".yaml", ".yml"):
         return _trained(path, Path(outputs))
-    return resolve(reference)
+    return resolve(shipped(reference))
 
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:
@@ -42,5 +43,5 @@ def _trained(path: Path, outputs: Path) -> Path:
     config = load(TrainConfig, path)
     folder = outputs / "train" / runs.run_name("train", config, path.stem, train_inputs(config))
     if not (folder / "results.json").is_file():
-        raise UserError(f"{path}: not trained yet in {outputs}; run: python run.py train {path}")
+        raise UserError(f"{path}: not trained yet in {outputs}; run: {runs.command_line('train', str(path))}")
     return folder / "model"

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, tensors in one file or in shards; opened without trust, written whole."""
+"""A Hugging Face folder, config.json and tensors in one file or shards: read without trust, written whole."""
 
 import errno
 import json
@@ -180,22 +180,6 @@ def _sharded(path: Path, index_name: str, single: str, read: Any) -> dict[str, T
         if name not in held[shard]:
             raise UserError(f"{path / index_name}: the tensor {name[:80]!r} is not in {shard}")
     return {name: held[shard][name] for name, shard in places.items()}
-
-
-def check_finite(folder: Mapping[str, Tensor], rows_bytes: int = 1 << 26) -> None:
-    """Raises UserError that names tensors which hold NaN or infinities; reads all of them, part by part."""
-    bad = []
-    for name, tensor in folder.items():
-        if tensor.dtype.kind not in "fcV" or not tensor.size:  # V: bfloat16 and most of float8
-            continue
-        rows = max(1, rows_bytes // max(1, tensor.nbytes // max(1, tensor.shape[0] if tensor.shape else 1)))
-        total = tensor.shape[0] if tensor.shape else 1
-        parts = (tensor.read_rows(i, min(i + rows, total)) for i in range(0, total, rows))
-        if not all(np.isfinite(part).all() for part in parts):
-            bad.append(name)
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise UserError(f"tensors hold NaN or infinities: {', '.join(bad[:5])}{more}")
 
 
 class Planned(NamedTuple):

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -172,9 +172,9 @@ def read_data(sources: Mapping[str, Source], split: str, batch_size: int, batche
     return data
 
 
-def stack_batches(batches: list[Batch]) -> list[Batch]:
+def stack_batches(batches: Sequence[Mapping[str, Any]]) -> list[Batch]:
     """Batches of equal shapes on a new leading axis, one dict for each set of shapes."""
-    groups: dict[Any, list[Batch]] = {}
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
     for batch in batches:
         shapes = tuple(sorted((name, np.shape(value)) for name, value in batch.items()))
         groups.setdefault(shapes, []).append(batch)
@@ -211,7 +211,11 @@ def measure_model(measure: Measure, params: Params, data: Data) -> dict[str, flo
 
 
 def answered(
-    models: Mapping[str, Params], batch: Batch, config: ModelConfig, tokenizer: Tokenizer, count: int
+    models: Mapping[str, Params],
+    batch: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    count: int,
 ) -> list[dict[str, Any]]:
     """The first `count` rows of a batch, answered greedily by every model.
 
@@ -228,12 +232,13 @@ def answered(
     ends = rows["loss_mask"].shape[1] - rows["loss_mask"][:, ::-1].argmax(1)
     expected = [row[start:end] for row, start, end in zip(rows["tokens"], starts, ends, strict=True)]
     before = np.arange(rows["tokens"].shape[1])[None] < starts[:, None]
-    prompts = (
+    prompts = cast(
+        Batch,
         {  # padded with the first token: the answer must not even stand where it is not read
             "tokens": jnp.asarray(np.where(before, rows["tokens"], rows["tokens"][:, :1])[:, : starts.max()]),
             "segment_ids": jnp.asarray(before.astype(np.int32)[:, : starts.max()]),
         }
-        | ({"images": jnp.asarray(rows["images"])} if "images" in rows else {})
+        | ({"images": jnp.asarray(rows["images"])} if "images" in rows else {}),
     )
     last = {int(answer[-1]) for answer in expected}
     stop = last.pop() if len(last) == 1 else None  # the mark of an end, if answers have one

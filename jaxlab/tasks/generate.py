@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, prepare_batch, stream
+from jaxlab.models import Batch, ModelConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
 
 
@@ -93,7 +93,7 @@ def run(arguments: Arguments) -> None:
     sys.stdout.write("\n")
 
 
-def read_prompt(arguments: Arguments, opened: OpenModel) -> dict[str, Any]:
+def read_prompt(arguments: Arguments, opened: OpenModel) -> Batch:
     """The batch of prompt and images: for models of other people, by the processor in their folder."""
     files, config, tokenizer = arguments.image, opened.config, opened.tokenizer
     if files and not config.has_vision:
@@ -109,12 +109,12 @@ def read_prompt(arguments: Arguments, opened: OpenModel) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{opened.path}: its processor does not fit its model: {error}") from error
     tokens = encode(arguments.prompt, tokenizer)
-    batch = {}
+    images: dict[str, np.ndarray] = {}
     if files:
-        batch["images"] = np.stack([read_image(file, config) for file in files])[None]
+        images["images"] = np.stack([read_image(file, config) for file in files])[None]
         missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)
         tokens = [config.vision.image_token] * missing + tokens
-    return {**batch, "tokens": np.asarray([tokens], np.int32)}
+    return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
 
 def encode(text: str, tokenizer: Tokenizer | None, special: bool = True) -> list[int]:

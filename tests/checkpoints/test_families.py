@@ -20,17 +20,15 @@ DYNAMIC = "llama_dynamic"
 GENERATED = (
     "gpt2",
     "gptj",
-    "llama_tied",
     DYNAMIC,
-    "mistral",
     "qwen2_window",
-    "qwen3",
     "gemma2",
     "gemma3_text",
     "mixtral_window",
     "qwen3_moe",
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("llama_tied", "mistral", "qwen3")),
 )
-"""One of each kind of cache: two programs are compiled for each."""
+"""One of each kind of cache, two programs compiled for each; slow are those whose parts others share."""
 
 
 @pytest.fixture(autouse=True, scope="module")

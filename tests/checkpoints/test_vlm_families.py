@@ -25,6 +25,7 @@ FAMILIES = (
     "mistral3",
     "mllama",
 )
+
 CASES = [case for case in folders.CASES if folders.config(case)["model_type"] in FAMILIES]
 
 

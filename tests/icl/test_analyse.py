@@ -16,7 +16,7 @@ from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl.prompts import PromptsConfig, make_prompts, token_texts
 from jaxlab.models import ModelConfig, init_params
-from jaxlab.reporting import icl_plots
+from jaxlab.reporting.papers.label_words import plots as icl_plots
 from jaxlab.tasks import execute, main
 from jaxlab.tasks import icl as analyse
 
