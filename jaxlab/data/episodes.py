@@ -11,6 +11,7 @@ could be known is a target. The task grows by curriculum, without which nothing 
 """
 
 import dataclasses
+import enum
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +33,16 @@ from jaxlab.errors import ConfigError, UserError
 
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
 """Items whose topic words have these sums of numbers, modulo 5, belong to the split."""
-ORDINARY, LABEL, LAST = 0, 1, 2
-"""Token classes of held-out prompts: w, p and q of the paper; -1 is the answer, which nothing reads."""
+
+
+class TokenClass(enum.IntEnum):
+    """Token classes of held-out prompts: w, p and q of the paper."""
+
+    ANSWER = -1
+    """Nothing reads it."""
+    ORDINARY = 0
+    LABEL = 1
+    LAST = 2
 
 
 @dataclass(frozen=True)
@@ -168,8 +177,10 @@ def _prompts(
     asked = rng.integers(0, config.classes, (batch_size, 1))
     classes = np.concatenate([rng.permuted(shown, axis=1), asked], axis=1)
     tokens, is_label = _demonstrations(config, rng, stage, classes, counts, topics, names, residues)
-    token_classes = np.where(is_label, LABEL, ORDINARY).astype(np.int32).reshape(batch_size, -1)
-    token_classes[:, -2:] = (LAST, -1)
+    token_classes = (
+        np.where(is_label, TokenClass.LABEL, TokenClass.ORDINARY).astype(np.int32).reshape(batch_size, -1)
+    )
+    token_classes[:, -2:] = (TokenClass.LAST, TokenClass.ANSWER)
     loss_mask = np.zeros(token_classes.shape, bool)
     loss_mask[:, -1] = True
     return {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.data.source import DataConfig, make_source
+from jaxlab.data import DataConfig, make_source
 from jaxlab.errors import UserError
 from jaxlab.losses import exact_match
 from jaxlab.merging.grid import Measure

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxlab.errors import ConfigError
-from jaxlab.models.config import ModelConfig
-from jaxlab.models.modules import Params, averaging
-from jaxlab.models.parameters import abstract_params, language_model
-from jaxlab.models.sparse_config import BRANCHES, NSAConfig
+from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, language_model
+from jaxlab.models.modules import averaging
+from jaxlab.models.sparse_config import BRANCHES
 
 GATE = 0.05
 """Of compression and of the window: small beside selection's 0.9, and far from where a sigmoid is flat."""

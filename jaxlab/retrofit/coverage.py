@@ -8,15 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.models import Batch, ModelConfig, NSAConfig, Params, prepare_batch
 from jaxlab.models.attention import projections
-from jaxlab.models.config import ModelConfig
-from jaxlab.models.decoder import Batch, embed
+from jaxlab.models.decoder import embed
 from jaxlab.models.layers import norm
-from jaxlab.models.modules import Params, averaging
+from jaxlab.models.modules import averaging
 from jaxlab.models.rotary import rotary_table, rotate
-from jaxlab.models.sparse_config import NSAConfig
 from jaxlab.models.stack import stack
-from jaxlab.models.vision import prepare_batch
 from jaxlab.models.where import Where
 from jaxlab.retrofit.convert import retrofitted
 from kernels_pallas.nsa import compress_blocks, compressed_attention, select_blocks

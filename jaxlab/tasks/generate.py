@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, prepare_batch, stream
