@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Literal
 
-from jaxlab.config.schema import suggestion
+from jaxlab.config import suggestion
 from jaxlab.errors import UserError
 
 

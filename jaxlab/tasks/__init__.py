@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlab import config as configs
 from jaxlab.app import Registry, Task, cli, runs
-from jaxlab.config.command_line import from_mapping
+from jaxlab.config import from_mapping
 from jaxlab.errors import UserError
 
 TASKS = Registry(

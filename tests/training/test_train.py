@@ -36,7 +36,7 @@ def text(tmp_path):
 def make(text, **changes):
     base = {
         "model": MODEL,
-        "data": {"text": {"path": str(text), "sequence_length": 8, "holdout_every": 4}},
+        "data": {"path": str(text), "sequence_length": 8, "holdout_every": 4},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
         "mesh": {"data": 1},
         "steps": 5,
@@ -171,9 +171,9 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, messag
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"),
         ({"model": MODEL | {"max_length": 7}}, "model.max_length"),
-        ({"model": MODEL | {"sparsity": {"method": "h2o"}}}, "model.sparsity.method"),
+        ({"model": MODEL | {"sparsity": {"kind": "h2o"}}}, "model.sparsity"),
         ({"optimizer": {"language_scale": 0.5}}, "optimizer.language_scale"),
-        ({"data": {"kind": "digits", "digits": {"mixture": {"image_words": 1.0}}}}, "model"),
+        ({"data": {"kind": "digits", "mixture": {"image_words": 1.0}}}, "model"),
     ],
 )
 def test_impossible_configs_name_the_key(text, changes, key):

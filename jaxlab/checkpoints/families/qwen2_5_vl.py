@@ -34,8 +34,7 @@ _LAYER: Rows = (
 def read_config(config: Json) -> ModelConfig:
     s = qwen_vl.settings(config, "qwen2_5_vl")
     v = qwen_vl.tower_settings(s, _VISION)
-    qwen = vlm.build(
-        QwenVisionConfig,
+    qwen = dict(
         norm="rms",
         mlp="gated",
         window=v.whole("window_size"),
@@ -57,15 +56,15 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    v, q = config.vision, config.vision.qwen
+    v = config.vision_as(QwenVisionConfig)
     vision = {
         **qwen_vl.write_tower(config),
         "model_type": "qwen2_5_vl",
         "hidden_size": v.width,
         "out_hidden_size": config.width,
         "intermediate_size": v.mlp_width,
-        "window_size": q.window,
-        "fullatt_block_indexes": list(q.full_layers),
+        "window_size": v.window,
+        "fullatt_block_indexes": list(v.full_layers),
     }
     top = qwen_vl.write_config(config, "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", flat=True)
     return {**top, "vision_config": vision}

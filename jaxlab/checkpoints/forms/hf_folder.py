@@ -141,13 +141,9 @@ class HuggingFaceFolder(OpenModel):
 
 
 def _check_size(folder: TensorFolder, config: ModelConfig) -> None:
-    """Whether a folder can hold as many tensors as its config makes names.
-
-    Raises:
-      UserError: it cannot.
-    """
-    count = config.num_layers + config.vision.num_layers * config.has_vision
-    experts = max(1, config.moe.num_experts)
+    """Raises UserError for a config that would make more names than the folder can hold."""
+    count = config.num_layers + (0 if config.vision is None else config.vision.num_layers)
+    experts = 1 if config.moe is None else config.moe.num_experts
     if count > len(folder) or count * experts > 256 * len(folder):
         raise UserError(
             f"{folder.path}: config.json says {count} layers of {experts} experts, the folder holds "
