@@ -1,11 +1,11 @@
-"""What may be named as a model: a folder, file or hub id (checkpoints/locate.py), or the config of a finished
+"""What may be named as a model: a folder, file or hub id (jaxlab/checkpoints), or the config of a finished
 train run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlab.app import runs
-from jaxlab.checkpoints.locate import resolve
+from jaxlab.checkpoints import open_model, resolve
 from jaxlab.config import load
 from jaxlab.errors import UserError
 from jaxlab.files import shipped
@@ -29,12 +29,11 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
 def train_inputs(config: "TrainConfig") -> dict[str, str]:
     """What a train run depends on besides its config, as digests: its data, and the model that it starts
     from. Raises UserError."""
-    from jaxlab.checkpoints.loading import model_identity
     from jaxlab.data import make_source
 
     identities = {"data": make_source(config.data, model_folder).identity}
     if config.init_from is not None:
-        identities["init_from"] = model_identity(model_folder(config.init_from))
+        identities["init_from"] = open_model(model_folder(config.init_from)).identity
     return identities
 
 
