@@ -83,7 +83,11 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
 def check_same_tree(
     stored: "Params", expected: "Params", path: str | Path, expected_by: str = "its config"
 ) -> None:
-    """Raises UserError, one line, that names parameters that are missing, unexpected or of another shape."""
+    """Checks that two trees have the same parameters.
+
+    Raises:
+      UserError: names parameters that are missing, unexpected or of another shape, in one line.
+    """
     have, want = _shapes(stored), _shapes(expected)
     problems = [f"lacks {name}" for name in want if name not in have]
     problems += [f"has an unexpected {name}" for name in have if name not in want]

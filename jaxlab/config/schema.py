@@ -33,7 +33,11 @@ class Field:
 
 
 def fields_of(cls: type) -> dict[str, Field]:
-    """The fields of a config class by key. Raises TypeError for a class or type that configs cannot hold."""
+    """The fields of a config class by key.
+
+    Raises:
+      TypeError: a class or type that configs cannot hold.
+    """
     if cls not in _FIELDS:
         _FIELDS[cls] = _read_fields(cls)
     return _FIELDS[cls]

@@ -128,7 +128,11 @@ class OpenModel(abc.ABC):
 
 
 def check_all_finite(params: "Params", path: Path) -> None:
-    """Raises UserError that names a parameter with NaN or infinities."""
+    """Checks that a parameter is finite.
+
+    Raises:
+      UserError: it holds NaN or infinities.
+    """
     import jax
     import jax.numpy as jnp
 
