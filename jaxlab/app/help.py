@@ -28,17 +28,17 @@ from jaxlab.config import (
 
 
 def task_list(tasks: Registry) -> str:
-    """The page of `run.py --help`."""
+    """The page of `--help`."""
     width = max(map(len, tasks.names()))
     lines = [f"  {task.name:<{width}}  {task.summary}" for task in tasks]
     return "\n".join(
         [
-            "usage: run.py TASK [CONFIG.yaml] [--field.sub value ...]",
+            f"usage: {program()} TASK [CONFIG.yaml] [--field.sub value ...]",
             "",
             "tasks:",
             *lines,
             "",
-            "`TASK --help` shows the fields of a task. Configs are in configs/, runs in outputs/.",
+            f"`{program()} TASK --help` shows the fields of a task; configs are in configs/.",
         ]
     )
 

@@ -49,7 +49,7 @@ def test_the_help_of_a_task_shows_every_field(capsys: pytest.CaptureFixture[str]
         assert text in page
     assert main(["fake-command", "-h"]) == 0
     page = capsys.readouterr().out
-    assert "usage: run.py fake-command MODEL [OTHERS ...] [--field.sub VALUE ...]" in page
+    assert "usage: python run.py fake-command MODEL [OTHERS ...] [--field.sub VALUE ...]" in page
     assert "What to begin with. (default: hello)" in page
     assert "--sweep" not in page
 

@@ -169,7 +169,11 @@ def read_kinds(
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    """The kinds of a model's layers in transformers' words. Raises UserError for others than these."""
+    """The kinds of a model's layers in transformers' words.
+
+    Raises:
+      UserError: others than these.
+    """
     names: dict[str, str] = {ours: theirs for theirs, ours in _KINDS.items()}
     for kind in config.kinds:
         if kind not in names:
