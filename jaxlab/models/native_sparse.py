@@ -343,4 +343,4 @@ def _named_implementation() -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        raise ConfigError(str(error), key="model.nsa.implementation") from error
+        raise ConfigError(str(error), key="model.attention.implementation") from error
