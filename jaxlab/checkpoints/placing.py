@@ -17,7 +17,7 @@ from jaxlab.checkpoints.names import Entry, leaf_at, tree_of
 from jaxlab.checkpoints.rows import EMBEDDING, Path
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.errors import UserError
-from jaxlab.models.modules import Params
+from jaxlab.models import Params
 
 _ROWS_BYTES = 1 << 26
 

@@ -365,6 +365,11 @@ class ModelConfig:
         return self.key_dim if self.value_head_dim is None else self.value_head_dim
 
     @property
+    def score_scale(self) -> float:
+        """Factor on scores of queries and keys."""
+        return self.key_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
     def rotary_dim(self) -> int:
         return self.key_dim if self.rope.dim is None else self.rope.dim
 

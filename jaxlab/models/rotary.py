@@ -32,7 +32,9 @@ def rotary_table(positions: Int[Array, "B T *axes"], rope: RopeConfig, dim: int)
     return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
-def tables(positions: Int[Array, "B T *axes"], config: ModelConfig) -> tuple[Rotary | None, Rotary | None]:
+def rope_tables(
+    positions: Int[Array, "B T *axes"], config: ModelConfig
+) -> tuple[Rotary | None, Rotary | None]:
     """Of full (and NSA) layers, and of sliding ones; None where positions are not rotary."""
     if config.position != "rotary":
         return None, None

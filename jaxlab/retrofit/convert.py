@@ -14,10 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxlab.errors import ConfigError
-from jaxlab.models.config import ModelConfig
-from jaxlab.models.modules import Params, averaging
-from jaxlab.models.parameters import abstract_params, language_model
-from jaxlab.models.sparse_config import BRANCHES, NSAConfig
+from jaxlab.models import (
+    BRANCHES,
+    ModelConfig,
+    NSAConfig,
+    Params,
+    abstract_params,
+    language_model,
+    mean_compressor,
+)
 
 GATE = 0.05
 """Of compression and of the window: small beside selection's 0.9, and far from where a sigmoid is flat."""
@@ -109,12 +114,12 @@ def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: fl
 
 
 def _compressor(layers: int, dim: int, nsa: NSAConfig, key: Key[Array, ""], dtype: Any) -> Params:
-    """`averaging` for each layer, with units beside it that can learn but say nothing yet."""
+    """`mean_compressor` for each layer, with units beside it that can learn but say nothing yet."""
     spare = nsa.compress_width - 2 * dim
     drawn = _drawn(key, (layers, nsa.block_len, dim, spare), (nsa.block_len * dim) ** -0.5, dtype)
     mean = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf[None], (layers, *leaf.shape)),
-        averaging(nsa.block_len, dim, dtype),
+        mean_compressor(nsa.block_len, dim, dtype),
     )
     return mean | {
         "hidden": jnp.concatenate([mean["hidden"], drawn], axis=-1),

@@ -10,8 +10,17 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch, ModelConfig, Params, abstract_params, logical_axes
-from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length
+from jaxlab.models import (
+    BATCH,
+    CONTEXT,
+    HEADS,
+    Batch,
+    ModelConfig,
+    Params,
+    abstract_params,
+    check_length,
+    logical_axes,
+)
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,
