@@ -26,20 +26,13 @@ LANGUAGE = (
     *("gemma", "gemma2", "gemma3_text", "mixtral", "mixtral_window", "qwen3_moe"),
 )
 VISION = (
-    "llava",
-    "paligemma",
-    "gemma3",
-    "idefics3",
-    "internvl",
-    "mistral3",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
+    *("llava", "paligemma", "gemma3", "idefics3", "internvl", "mistral3"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 
 
 def inputs_of(name: str) -> dict[str, np.ndarray]:
-    """Arguments of the forward: the first tokens of the case's batch; with images, the case's whole prompt."""
+    """Arguments of the forward: the first tokens of the case's batch; with images, its whole prompt."""
     with np.load(FAMILIES / name / "golden.npz") as file:
         if name in LANGUAGE:
             return {"input_ids": file["tokens"][:1, :LENGTH].astype(np.int64)}
