@@ -1,1 +1,9 @@
-"""."""
+"""The application around the tasks: command line, run folders, sweeps, provenance, names of models."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxlab.app.provenance import code, environment
+    from jaxlab.app.references import model_folder, train_inputs
+    from jaxlab.app.registry import Registry, Task
+    from jaxlab.app.runs import Run, RunResult, command_line, read_metrics, read_results, run_config, run_name

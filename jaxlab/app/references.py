@@ -10,7 +10,7 @@ from jaxlab.config import load
 from jaxlab.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxlab.training.config import TrainConfig
+    from jaxlab.training import TrainConfig
 
 
 def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
@@ -29,7 +29,7 @@ def train_inputs(config: "TrainConfig") -> dict[str, str]:
     """What a train run depends on besides its config, as digests: its data, and the model that it starts
     from. Raises UserError."""
     from jaxlab.checkpoints.loading import model_identity
-    from jaxlab.data.source import make_source
+    from jaxlab.data import make_source
 
     identities = {"data": make_source(config.data, model_folder).identity}
     if config.init_from is not None:
@@ -38,7 +38,7 @@ def train_inputs(config: "TrainConfig") -> dict[str, str]:
 
 
 def _trained(path: Path, outputs: Path) -> Path:
-    from jaxlab.training.config import TrainConfig  # jax and optax: a folder's headers are read without
+    from jaxlab.training import TrainConfig
 
     config = load(TrainConfig, path)
     folder = outputs / "train" / runs.run_name("train", config, path.stem, train_inputs(config))

@@ -14,8 +14,7 @@ from jaxlab.checkpoints.names import Entry, entries
 from jaxlab.checkpoints.rows import EMBEDDING, HEAD
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.errors import UserError
-from jaxlab.models import Params
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig, Params
 
 _SHOWN = 8
 

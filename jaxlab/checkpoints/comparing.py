@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 # What does not change the function that parameters stand for.
 _FREE = ("compute_dtype", "attention_implementation", "remat", "initializer_range", "family")

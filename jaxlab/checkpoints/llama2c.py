@@ -20,8 +20,7 @@ from jaxlab.checkpoints.names import tree_of
 from jaxlab.checkpoints.rows import Path as LeafPath
 from jaxlab.checkpoints.safetensors_file import read_into
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Params
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig, Params
 
 HEADER = struct.Struct("<7i")
 BOS, EOS = 1, 2

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.rows import EMBEDDING, HEAD, Row
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 

@@ -1,1 +1,7 @@
-"""."""
+"""What a model costs before it is run: floating-point operations and memory."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxlab.costs.flops import PEAK_FLOPS, attended_tokens, peak_flops, train_flops_per_token
+    from jaxlab.costs.memory import bytes_per_device, compiled_memory

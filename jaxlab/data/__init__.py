@@ -1,1 +1,19 @@
 """Where batches come from: pure functions of (seed, step), so that a resumed run reads the same ones."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxlab.data.digits import DigitsConfig, DigitsSource
+    from jaxlab.data.digits_words import digits_tokenizer
+    from jaxlab.data.episodes import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer
+    from jaxlab.data.episodes import make_batch as make_episodes
+    from jaxlab.data.needle import NeedleConfig, NeedleSource
+    from jaxlab.data.source import (
+        DataConfig,
+        Source,
+        check_fits,
+        check_same_words,
+        first_held_out,
+        make_source,
+    )
+    from jaxlab.data.text import FindModel, TextConfig, TextSource

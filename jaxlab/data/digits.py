@@ -28,6 +28,7 @@ from jaxlab.data.digits_words import (
     rows,
 )
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.models import Batch
 
 HELD_OUT = 320
 """Pictures, and texts, in each of the splits validation and test."""
@@ -102,9 +103,7 @@ def load_images(split: str) -> tuple[np.ndarray, np.ndarray]:
     return (found.images[part[split]] / 16).astype(np.float32), found.target[part[split]].astype(np.int64)
 
 
-def make_batch(
-    config: DigitsConfig, seed: int, step: int, batch_size: int, split: str = "train"
-) -> dict[str, np.ndarray]:
+def make_batch(config: DigitsConfig, seed: int, step: int, batch_size: int, split: str = "train") -> Batch:
     """A batch drawn from a split, a pure function of its arguments.
 
     tokens int32[B, T], padded at the end; loss_mask bool[B, T], True at answers; segment_ids int32[B, T],
@@ -119,9 +118,7 @@ def make_batch(
     return _questions(config, rng, batch_size, split, index)
 
 
-def evaluation_batches(
-    config: DigitsConfig, split: str, batch_size: int = HELD_OUT
-) -> Iterator[dict[str, np.ndarray]]:
+def evaluation_batches(config: DigitsConfig, split: str, batch_size: int = HELD_OUT) -> Iterator[Batch]:
     """A held-out split as a whole, in order and always the same; every picture is asked about once.
 
     Raises:
@@ -133,7 +130,7 @@ def evaluation_batches(
         yield {name: value[start : start + batch_size] for name, value in whole.items()}
 
 
-def describe(batch: dict[str, np.ndarray], likeliest: np.ndarray) -> list[Example]:
+def describe(batch: Batch, likeliest: np.ndarray) -> list[Example]:
     """The rows of a batch in words, with the answers of a model.
 
     `likeliest` int[B, T] is the token with the highest logit at every position: the guess at the next one.
@@ -161,7 +158,7 @@ def _split_number(split: str) -> int:
 
 def _questions(
     config: DigitsConfig, rng: np.random.Generator, size: int, split: str, index: np.ndarray | None
-) -> dict[str, np.ndarray]:
+) -> Batch:
     """Questions in the shares of the mixture, those about pictures about the ones that `index` names."""
     tasks = [task for task, share in config.mixture.items() if share > 0]
     shares = np.array([config.mixture[task] for task in tasks])
@@ -234,12 +231,10 @@ class DigitsSource:
                 digest.update(load_images(split)[0].tobytes())
         self.identity = digest.hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
+    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
         return make_batch(self.config, seed, step, batch_size)
 
-    def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
         """At most `count` batches of a held-out split; the last one of the split may be smaller."""
         for _, batch in zip(range(count), evaluation_batches(self.config, split, batch_size), strict=False):
             yield batch

@@ -11,6 +11,7 @@ could be known is a target. The task grows by curriculum, without which nothing 
 """
 
 import dataclasses
+import enum
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +30,20 @@ from jaxlab.data.episode_words import (
     episode_tokenizer,
 )
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.models import Batch
 
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
 """Items whose topic words have these sums of numbers, modulo 5, belong to the split."""
-ORDINARY, LABEL, LAST = 0, 1, 2
-"""Token classes of held-out prompts: w, p and q of the paper; -1 is the answer, which nothing reads."""
+
+
+class TokenClass(enum.IntEnum):
+    """Token classes of held-out prompts: w, p and q of the paper."""
+
+    ANSWER = -1
+    """Nothing reads it."""
+    ORDINARY = 0
+    LABEL = 1
+    LAST = 2
 
 
 @dataclass(frozen=True)
@@ -115,9 +125,7 @@ def stage_at(config: EpisodesConfig, step: int) -> Stage:
     )
 
 
-def make_batch(
-    config: EpisodesConfig, seed: int, step: int, batch_size: int, split: str = "train"
-) -> dict[str, np.ndarray]:
+def make_batch(config: EpisodesConfig, seed: int, step: int, batch_size: int, split: str = "train") -> Batch:
     """The batch of a step, a pure function of its arguments.
 
     train: tokens int32[B, T] and loss_mask bool[B, T], True at labels whose class had a demonstration before.
@@ -137,9 +145,7 @@ def make_batch(
     return _prompts(config, rng, batch_size, SPLITS[split])
 
 
-def _training_batch(
-    config: EpisodesConfig, rng: np.random.Generator, stage: Stage, batch_size: int
-) -> dict[str, np.ndarray]:
+def _training_batch(config: EpisodesConfig, rng: np.random.Generator, stage: Stage, batch_size: int) -> Batch:
     demonstrations = config.sequence_length // (stage.shortest + 1 + stage.answer) + 1
     counts = rng.integers(config.min_classes, config.max_classes + 1, (batch_size, 1))
     topics, names = _meanings(rng, batch_size, config.max_classes)
@@ -160,7 +166,7 @@ def _training_batch(
 
 def _prompts(
     config: EpisodesConfig, rng: np.random.Generator, batch_size: int, residues: tuple[int, ...]
-) -> dict[str, np.ndarray]:
+) -> Batch:
     stage = Stage(WORDS_PER_TOPIC, config.item_length, config.item_length, True, config.mixed)
     counts = np.full((batch_size, 1), config.classes)
     topics, names = _meanings(rng, batch_size, config.classes)
@@ -168,8 +174,10 @@ def _prompts(
     asked = rng.integers(0, config.classes, (batch_size, 1))
     classes = np.concatenate([rng.permuted(shown, axis=1), asked], axis=1)
     tokens, is_label = _demonstrations(config, rng, stage, classes, counts, topics, names, residues)
-    token_classes = np.where(is_label, LABEL, ORDINARY).astype(np.int32).reshape(batch_size, -1)
-    token_classes[:, -2:] = (LAST, -1)
+    token_classes = (
+        np.where(is_label, TokenClass.LABEL, TokenClass.ORDINARY).astype(np.int32).reshape(batch_size, -1)
+    )
+    token_classes[:, -2:] = (TokenClass.LAST, TokenClass.ANSWER)
     loss_mask = np.zeros(token_classes.shape, bool)
     loss_mask[:, -1] = True
     return {
@@ -237,12 +245,10 @@ class EpisodesSource:
         self.config = config
         self.identity = hashlib.sha256(repr((dataclasses.astuple(config), WORDS)).encode()).hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
+    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
         return make_batch(self.config, seed, step, batch_size)
 
-    def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
         """`count` batches of prompts, always the same ones; the answer is the one target."""
         for step in range(count):
             batch = make_batch(self.config, 0, step, batch_size, split)

@@ -14,7 +14,7 @@ from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import Batch, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,11 @@ class Source(Protocol):
     identity: str
     """Changes when the data changes."""
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
+    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """The training batch of a step; a pure function of its arguments."""
         ...
 
-    def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
         """At most `count` full batches of a held-out split, always the same ones."""
         ...
 
@@ -71,7 +69,7 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
     return NeedleSource(config.needle)
 
 
-def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
+def first_held_out(source: Source, batch_size: int, split: str) -> Batch:
     """The first batch of a held-out split.
 
     Raises:

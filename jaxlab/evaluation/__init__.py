@@ -1,1 +1,7 @@
-"""Measures on logits, and the tasks that evaluate and generate."""
+"""Measures of models on held-out data."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxlab.evaluation.chosen_blocks import decoding_reads, describe_chosen_blocks
+    from jaxlab.evaluation.needle import ByDepth

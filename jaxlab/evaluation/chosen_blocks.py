@@ -12,7 +12,7 @@ QUERIES = 32
 """So many queries, evenly spaced, are listed."""
 
 
-def describe(chosen: Int[np.ndarray, "L Hkv T n"], nsa: NSAConfig) -> dict[str, Any]:
+def describe_chosen_blocks(chosen: Int[np.ndarray, "L Hkv T n"], nsa: NSAConfig) -> dict[str, Any]:
     """The blocks of a sequence's queries, listed for some queries, and how alike they are for neighbours.
 
     "layers" has an entry for each layer and key/value group: "queries", positions T / 32 apart, and "chosen",

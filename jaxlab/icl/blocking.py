@@ -31,7 +31,7 @@ class Setting:
         return layer < self.layers if self.where == "first" else layer >= num_layers - self.layers
 
 
-def settings(layers: Iterable[int]) -> list[Setting]:
+def blocking_settings(layers: Iterable[int]) -> list[Setting]:
     """Label words and random words, in the first and in the last layers, for each number of layers."""
     return [
         Setting(words, where, n)

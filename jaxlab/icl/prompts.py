@@ -8,17 +8,17 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.data import episodes
-from jaxlab.data.episodes import EpisodesConfig
+from jaxlab.data import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer, make_episodes
+from jaxlab.models import Batch
 
 
 @dataclass(frozen=True)
 class Roles:
     """What the token classes mean. Static; the edge sets of the paper follow from it."""
 
-    labels: tuple[int, ...] = (episodes.LABEL,)
+    labels: tuple[int, ...] = (TokenClass.LABEL.value,)
     """Label words of the demonstrations (p_1 ... p_C); one class for all of them, or one each."""
-    query: int = episodes.LAST
+    query: int = TokenClass.LAST.value
     """The last position of the prompt (q)."""
     sink: int | None = None
     """A begin-of-sequence token, which gathers attention that goes nowhere: its edges are in no set but its
@@ -45,7 +45,7 @@ class Roles:
 class Prompts(NamedTuple):
     """A batch of prompts. `batch` is what the model reads; the rest is what an analysis knows besides."""
 
-    batch: dict[str, np.ndarray]
+    batch: Batch
     """tokens int32[B, T], and segment_ids where prompts differ in length."""
     classes: np.ndarray
     """int32[B, T]: token classes, see Roles; -1 is outside of all edge sets."""
@@ -70,6 +70,8 @@ class PromptSource(Protocol):
     identity: str
     length: int
     num_labels: int
+    tokenizer: Tokenizer
+    """Whose token ids the prompts hold: a model with another one would read something else."""
 
     def batches(self, seed: int, examples: int, batch_size: int) -> Iterator[Prompts]:
         """`examples` prompts in batches of one size; the last one may be smaller."""
@@ -93,14 +95,15 @@ class EpisodePrompts:
 
     def __init__(self, config: EpisodesConfig, split: str):
         self._config, self._split = config, split
-        self.identity = f"{episodes.EpisodesSource(config).identity} {split}"
+        self.identity = f"{EpisodesSource(config).identity} {split}"
         self.length = config.prompt_length - 1
         self.num_labels = config.classes
+        self.tokenizer = episode_tokenizer()
 
     def batches(self, seed: int, examples: int, batch_size: int) -> Iterator[Prompts]:
         for step, first in enumerate(range(0, examples, batch_size)):
             size = min(batch_size, examples - first)
-            batch = episodes.make_batch(self._config, seed, step, size, self._split)
+            batch = make_episodes(self._config, seed, step, size, self._split)
             yield Prompts(
                 {"tokens": batch["tokens"][:, : self.length]},
                 batch["classes"][:, : self.length],

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.errors import UserError
 from jaxlab.icl.prompts import Roles
-from jaxlab.models import Batch, ModelConfig, Params, Probe, abstract_params, forward
+from jaxlab.models import Batch, ModelConfig, Params, Probe, abstract_params, as_arrays, forward
 
 Reduction = Literal["abs_of_sum", "sum_of_abs"]
 Loss = Literal["labels", "vocabulary"]
@@ -180,7 +180,7 @@ def _frugal(config: ModelConfig) -> ModelConfig:
 def _arrays(batch: Batch) -> Batch:
     """What the forward pass reads, as arrays, so that a batch with more in it is not another program."""
     read = ("tokens", "segment_ids", "positions", "images")
-    return {name: jnp.asarray(batch[name]) for name in read if name in batch}
+    return as_arrays(cast(Batch, {name: value for name, value in batch.items() if name in read}))
 
 
 def _checked(batch: Batch, targets: Mapping[str, Any]) -> dict[str, Array]:

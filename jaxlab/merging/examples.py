@@ -1,7 +1,7 @@
 """Questions of a data set with the answers of models to them, for people to read."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +28,13 @@ def answered(
     ends = rows["loss_mask"].shape[1] - rows["loss_mask"][:, ::-1].argmax(1)
     expected = [row[start:end] for row, start, end in zip(rows["tokens"], starts, ends, strict=True)]
     before = np.arange(rows["tokens"].shape[1])[None] < starts[:, None]
-    prompts = (
+    prompts = cast(
+        Batch,
         {  # padded with the first token: the answer must not even stand where it is not read
             "tokens": jnp.asarray(np.where(before, rows["tokens"], rows["tokens"][:, :1])[:, : starts.max()]),
             "segment_ids": jnp.asarray(before.astype(np.int32)[:, : starts.max()]),
         }
-        | ({"images": jnp.asarray(rows["images"])} if "images" in rows else {})
+        | ({"images": jnp.asarray(rows["images"])} if "images" in rows else {}),
     )
     last = {int(answer[-1]) for answer in expected}
     stop = last.pop() if len(last) == 1 else None  # the mark of an end, if answers have one

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints.comparing import language_differences
 from jaxlab.checkpoints.loading import load_model
 from jaxlab.checkpoints.tokenizer_files import common_prefix

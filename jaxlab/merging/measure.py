@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.data.source import DataConfig, make_source
+from jaxlab.data import DataConfig, make_source
 from jaxlab.errors import UserError
 from jaxlab.losses import exact_match
 from jaxlab.merging.grid import Measure
@@ -34,7 +34,7 @@ def stack_batches(batches: list[Batch]) -> list[Batch]:
     """Batches of equal shapes on a new leading axis, one dict for each set of shapes."""
     groups: dict[Any, list[Batch]] = {}
     for batch in batches:
-        shapes = tuple(sorted((name, np.shape(value)) for name, value in batch.items()))
+        shapes = tuple(sorted((name, np.shape(cast(Array, value))) for name, value in batch.items()))
         groups.setdefault(shapes, []).append(batch)
     return [jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *group) for group in groups.values()]
 

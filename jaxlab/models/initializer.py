@@ -92,7 +92,7 @@ def draw[M: nnx.Module](
 
 def values(module: nnx.Module) -> Params:
     """The parameters of a module, or their shapes where it is abstract, as a plain nested dict."""
-    return cast(Params, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 def axes(module: nnx.Module) -> Params:
@@ -101,12 +101,12 @@ def axes(module: nnx.Module) -> Params:
     named = jax.tree.map(
         lambda p: Axes(p.get_metadata("axes")), nnx.state(module, nnx.Param), is_leaf=is_param
     )
-    return cast(Params, nnx.to_pure_dict(named))
+    return nnx.to_pure_dict(named)
 
 
 def abstract[M: nnx.Module](kind: Callable[..., M], *settings: Any) -> M:
     """The module `kind(*settings)` with shapes in place of parameters."""
-    return cast(M, nnx.eval_shape(lambda: kind(*settings, Initializer())))
+    return nnx.eval_shape(lambda: kind(*settings, Initializer()))
 
 
 def bind[M: nnx.Module](params: Mapping[str, Any], kind: Callable[..., M], *settings: Any) -> M:

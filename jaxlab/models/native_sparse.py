@@ -6,7 +6,7 @@ The operators themselves, Eq. 9 among them (`select_blocks`), are in kernels_pal
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -411,7 +411,7 @@ class NativeSparseAttention(Attention):
         )
 
     @property
-    def _implementation(self) -> str | None:
+    def _implementation(self) -> Literal["xla", "mosaic_gpu"] | None:
         chosen = self.config.nsa.implementation
         return None if chosen == "auto" else chosen
 

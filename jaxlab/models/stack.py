@@ -1,7 +1,7 @@
 """Layers one after the other: stacked blocks, applied by scans."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def apply_blocks(
 def take_blocks(blocks: Block, layers: slice) -> Block:
     """Some of stacked blocks."""
     graphdef, params = nnx.split(blocks)
-    return cast(Block, nnx.merge(graphdef, _cut(params, layers)))
+    return nnx.merge(graphdef, _cut(params, layers))
 
 
 Carry = tuple[Array, dict[str, Array] | None, dict[str, Array]]

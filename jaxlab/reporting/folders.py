@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from jaxlab.app.runs import read_metrics, read_results
+from jaxlab.app import read_metrics, read_results
 from jaxlab.errors import UserError
 from jaxlab.reporting.formats import Number
 

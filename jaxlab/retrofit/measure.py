@@ -39,7 +39,7 @@ def mean_loss(sums: dict[str, Any]) -> float:
     return float(sums["loss"]) / max(float(sums["targets"]), 1.0)
 
 
-def told(found: dict[str, Any]) -> str:
+def describe_retrofit(found: dict[str, Any]) -> str:
     """What `measure_retrofit` found, in half a line."""
     loss, chosen = found["loss"], found["coverage"]["chosen"]
     return (

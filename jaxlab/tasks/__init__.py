@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab import config as configs
-from jaxlab.app import cli, runs
-from jaxlab.app.registry import Registry, Task
+from jaxlab.app import Registry, Task, cli, runs
 from jaxlab.config.command_line import from_mapping
 from jaxlab.errors import UserError
 

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints import families, huggingface, loading, locate, native
 from jaxlab.checkpoints.folder import open_folder
 from jaxlab.checkpoints.kept import Kept

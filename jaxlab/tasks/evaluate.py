@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from jaxlab.app.references import model_folder
-from jaxlab.app.runs import Run
+from jaxlab.app import Run, model_folder
 from jaxlab.checkpoints.loading import (
     load_model,
     load_model_config,
@@ -22,12 +21,10 @@ from jaxlab.checkpoints.loading import (
     stored_shapes,
 )
 from jaxlab.checkpoints.native import check_same_tree
-from jaxlab.costs.flops import attended_tokens
-from jaxlab.costs.memory import bytes_per_device, compiled_memory
-from jaxlab.data.source import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
+from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory
+from jaxlab.data import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation import chosen_blocks
-from jaxlab.evaluation.needle import ByDepth
+from jaxlab.evaluation import ByDepth, decoding_reads, describe_chosen_blocks
 from jaxlab.losses import exact_match, target_losses
 from jaxlab.models import (
     Batch,
@@ -120,8 +117,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if (found := needles.results()) is not None:
         results["needle"] = found
     if blocks[0] is not None:
-        described = chosen_blocks.describe(np.asarray(blocks[0]), model.nsa)
-        results["nsa"] = described | {"decoding": chosen_blocks.decoding_reads(model, len(loss) + 1)}
+        described = describe_chosen_blocks(np.asarray(blocks[0]), model.nsa)
+        results["nsa"] = described | {"decoding": decoding_reads(model, len(loss) + 1)}
     return results
 
 
@@ -139,7 +136,7 @@ def by_position(
     return ranges
 
 
-def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.ndarray]]:
+def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, Batch]:
     """The model's folder and config, the data and its first batch; UserError if they do not fit together."""
     folder = model_folder(config.model)
     model, source = load_model_config(folder), make_source(config.data, model_folder)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -14,10 +14,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, prepare_batch, stream
+from jaxlab.models import Batch, ModelConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
 
 
@@ -94,7 +94,7 @@ def run(arguments: Arguments) -> None:
 
 def read_prompt(
     arguments: Arguments, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+) -> Batch:
     """The batch of prompt and images: for models of other people, by the processor in their folder."""
     files = arguments.image
     if files and not config.has_vision:

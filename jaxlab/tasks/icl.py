@@ -11,15 +11,31 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from jaxlab.app.references import model_folder
-from jaxlab.app.runs import Run
-from jaxlab.checkpoints.loading import load_model, load_model_config, model_identity
+from jaxlab.app import Run, model_folder
+from jaxlab.checkpoints.loading import load_model, load_model_config, load_tokenizer, model_identity
 from jaxlab.checkpoints.native import made_by
+from jaxlab.data import check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl import blocking as block
-from jaxlab.icl.prompts import Prompts, PromptsConfig, PromptSource, Roles, make_prompts, token_texts
-from jaxlab.icl.saliency import NsaEdges, Reduction, flow_memory, flow_shares, flows, saliency_maps
-from jaxlab.models import ModelConfig, Params
+from jaxlab.icl import (
+    NsaEdges,
+    Prompts,
+    PromptsConfig,
+    PromptSource,
+    Reduction,
+    Roles,
+    blocked_logits,
+    blocking_settings,
+    flow_memory,
+    flow_shares,
+    flows,
+    label_predictions,
+    make_prompts,
+    random_words,
+    saliency_maps,
+    token_texts,
+    word_loyalty,
+)
+from jaxlab.models import Batch, ModelConfig, Params
 
 PICTURE_TOKENS = 512
 """Longest prompt whose maps go into results.json."""
@@ -82,8 +98,10 @@ def inputs(config: Config) -> dict[str, str]:
 
 def check(config: Config) -> dict[str, Any]:
     """Everything that can be checked, and the memory of the flows, without reading a parameter."""
-    model = load_model_config(model_folder(config.model))
+    folder = model_folder(config.model)
+    model = load_model_config(folder)
     source = make_prompts(config.data, config.split)
+    check_same_words(load_tokenizer(folder), source.tokenizer, folder)
     _check_fits(config, model, source)
     parameters, temporary = flow_memory(
         model, config.batch_size, source.length, source.num_labels, source.roles
@@ -114,8 +132,9 @@ def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> Non
 def run(config: Config, run: Run) -> dict[str, Any]:
     """Means over all prompts, deviations over the means of the seeds."""
     folder = model_folder(config.model)
-    model, params, tokenizer = load_model(folder)
     source = make_prompts(config.data, config.split)
+    check_same_words(load_tokenizer(folder), source.tokenizer, folder)
+    model, params, tokenizer = load_model(folder)
     _check_fits(config, model, source)
     answers = _Answers(config, model, params, source)
     flow = _Flows(config, model, params, source) if "flows" in config.analyses else None
@@ -151,7 +170,7 @@ class _Answers:
 
     def __init__(self, config: Config, model: ModelConfig, params: Params, source: PromptSource) -> None:
         self.config, self.model, self.params, self.roles = config, model, params, source.roles
-        self.settings = block.settings(config.blocked_layers) if "blocking" in config.analyses else []
+        self.settings = blocking_settings(config.blocked_layers) if "blocking" in config.analyses else []
         layers = [np.zeros(model.num_layers, bool), *(s.layer_mask(model.num_layers) for s in self.settings)]
         self.layers = jnp.asarray(np.stack(layers))
         self.by_seed: dict[int, list[np.ndarray]] = {seed: [] for seed in config.seeds}
@@ -164,21 +183,21 @@ class _Answers:
         special = (-1, self.roles.query, self.roles.sink)
         others = ~label_words & ~np.isin(prompts.classes, [c for c in special if c is not None])
         others[:, 0] = False  # nothing flows to the first token anyway
-        words = {"label": label_words, "random": block.random_words(rng, label_words, others)}
+        words = {"label": label_words, "random": random_words(rng, label_words, others)}
         chosen = np.stack([np.zeros_like(label_words), *(words[s.words] for s in self.settings)])
         batch = {name: jnp.asarray(value) for name, value in prompts.batch.items()}
         positions = jnp.asarray(prompts.positions)
         logits = np.asarray(
-            block.blocked_logits(
+            blocked_logits(
                 self.params, batch, positions, self.layers, jnp.asarray(chosen), self.model, self.config.mode
             )
         )
-        predicted = block.label_predictions(logits, prompts.label_tokens)
+        predicted = label_predictions(logits, prompts.label_tokens)
         top = self.config.top_words
         measures = [
             predicted == prompts.labels,
             predicted == predicted[0],
-            np.stack([block.word_loyalty(x, logits[0], top) for x in logits]),
+            np.stack([word_loyalty(x, logits[0], top) for x in logits]),
         ]
         self.by_seed[seed].append(np.stack(measures).astype(np.float64))
         self.seconds += time.perf_counter() - started
@@ -209,7 +228,7 @@ class _Flows:
 
     def __init__(self, config: Config, model: ModelConfig, params: Params, source: PromptSource) -> None:
         self.config, self.model, self.params, self.roles = config, model, params, source.roles
-        self.by_seed: dict[int, list[dict[str, np.ndarray]]] = {seed: [] for seed in config.seeds}
+        self.by_seed: dict[int, list[Batch]] = {seed: [] for seed in config.seeds}
         self.edges = np.zeros((model.num_layers, self.roles.classes, self.roles.classes))
         self.seconds = 0.0
 

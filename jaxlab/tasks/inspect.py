@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from tokenizers import Tokenizer
 
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.comparing import language_differences
 from jaxlab.checkpoints.folder import TensorFolder, open_folder
@@ -20,7 +20,7 @@ from jaxlab.checkpoints.locate import kind_of
 from jaxlab.checkpoints.matching import Match, match
 from jaxlab.checkpoints.tokenizer_files import common_prefix, read_tokenizer
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 _SHOWN = 6
 

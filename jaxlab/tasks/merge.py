@@ -9,15 +9,15 @@ import tyro
 from tokenizers import Tokenizer
 
 from jaxlab import __version__
-from jaxlab.app.references import model_folder
+from jaxlab.app import model_folder
 from jaxlab.checkpoints.kept import Kept
 from jaxlab.checkpoints.loading import kept_of, load_model
 from jaxlab.checkpoints.native import save_model
 from jaxlab.config import to_dict
 from jaxlab.errors import UserError
 from jaxlab.files import write_json
+from jaxlab.merging import inject
 from jaxlab.merging.account import Account
-from jaxlab.merging.inject import inject
 from jaxlab.merging.inputs import Trio, load_trio, same_architecture
 from jaxlab.merging.models import merge_models
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, Recipe, load_recipe

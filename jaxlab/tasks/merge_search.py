@@ -12,10 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
-from jaxlab.app.references import model_folder
-from jaxlab.app.runs import Run
+from jaxlab.app import Run, model_folder
 from jaxlab.checkpoints.loading import kept_of, load_model_config, model_identity, stored_shapes
-from jaxlab.data.source import DataConfig, make_source
+from jaxlab.data import DataConfig, make_source
 from jaxlab.errors import ConfigError
 from jaxlab.files import write_atomic
 from jaxlab.merging.examples import answered

@@ -12,8 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxlab.app import provenance
-from jaxlab.app.runs import RunResult, command_line
+from jaxlab.app import RunResult, command_line, provenance
 from jaxlab.config import yaml_text
 from jaxlab.files import write_atomic, write_json
 from jaxlab.reporting.folders import read_run, read_runs

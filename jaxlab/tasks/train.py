@@ -12,35 +12,33 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.app.references import model_folder, train_inputs
-from jaxlab.app.runs import Run, read_metrics
+from jaxlab.app import Run, model_folder, read_metrics, train_inputs
 from jaxlab.checkpoints.native import save_model
-from jaxlab.costs.flops import attended_tokens, peak_flops, train_flops_per_token
-from jaxlab.costs.memory import bytes_per_device, compiled_memory
-from jaxlab.data.source import Source, check_fits, first_held_out, make_source
+from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, peak_flops, train_flops_per_token
+from jaxlab.data import Source, check_fits, first_held_out, make_source
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
 from jaxlab.models import Batch, Params, count_params
-from jaxlab.retrofit.measure import mean_loss, measure_retrofit, told
-from jaxlab.training.config import TrainConfig
-from jaxlab.training.optimizer import make_optimizer, make_schedule
-from jaxlab.training.sharding import (
+from jaxlab.retrofit import describe_retrofit, mean_loss, measure_retrofit
+from jaxlab.training import (
+    Initial,
+    State,
+    Stopwatch,
+    TrainConfig,
+    abstract_state,
     batch_shardings,
     check_batch,
-    make_mesh,
-    on_mesh,
-    place_batch,
-)
-from jaxlab.training.speed import Stopwatch
-from jaxlab.training.state import (
-    Initial,
-    abstract_state,
     find_initial,
     init_state,
+    make_mesh,
+    make_optimizer,
+    make_schedule,
+    on_mesh,
+    place_batch,
     read_initial,
     state_shardings,
+    train_step,
 )
-from jaxlab.training.step import State, train_step
 
 Config = TrainConfig
 
@@ -104,7 +102,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             measure = on_mesh(measure_retrofit, setup.mesh)
             found = measure(dense_params, dense, state.params, model, _held_out(setup))
             run.log(step=0, retrofit=found)
-            print(f"retrofit of the dense model {setup.initial.folder}: {told(found)}")
+            print(f"retrofit of the dense model {setup.initial.folder}: {describe_retrofit(found)}")
             del dense_params
         del loaded
 
@@ -166,7 +164,7 @@ class Setup(NamedTuple):
 
     mesh: Mesh
     source: Source
-    batch: dict[str, np.ndarray]
+    batch: Batch
     """The first one, for its shapes."""
     initial: Initial
     optimizer: optax.GradientTransformation

@@ -1,1 +1,26 @@
-"""One trainer: language models, vision-language models and experts are configs of it."""
+"""The trainer: language models, vision-language models and experts are configs of it."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxlab.training.config import TrainConfig
+    from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+    from jaxlab.training.sharding import (
+        MeshConfig,
+        batch_shardings,
+        check_batch,
+        make_mesh,
+        on_mesh,
+        param_shardings,
+        place_batch,
+    )
+    from jaxlab.training.speed import Stopwatch
+    from jaxlab.training.state import (
+        Initial,
+        abstract_state,
+        find_initial,
+        init_state,
+        read_initial,
+        state_shardings,
+    )
+    from jaxlab.training.step import State, train_step

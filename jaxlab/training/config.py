@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from jaxlab.data.source import DataConfig
+from jaxlab.data import DataConfig
 from jaxlab.errors import ConfigError
 from jaxlab.models import ModelConfig
-from jaxlab.retrofit.convert import GATE
+from jaxlab.retrofit import GATE
 from jaxlab.training.optimizer import OptimizerConfig
 from jaxlab.training.sharding import MeshConfig
 

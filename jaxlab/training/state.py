@@ -13,10 +13,10 @@ from jaxtyping import Array, Key
 from jaxlab.checkpoints.comparing import differences
 from jaxlab.checkpoints.loading import load_model, load_model_config, load_tokenizer, stored_shapes
 from jaxlab.checkpoints.native import check_same_tree
-from jaxlab.data.source import Source, check_same_words
+from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, init_params
-from jaxlab.retrofit.convert import GATE, retrofit, retrofitted
+from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
 

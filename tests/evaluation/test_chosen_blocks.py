@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxlab.evaluation.chosen_blocks import decoding_reads, describe
+from jaxlab.evaluation.chosen_blocks import decoding_reads, describe_chosen_blocks
 from jaxlab.models import ModelConfig, NSAConfig
 
 # Blocks of two tokens, three to read: the first, the query's own, and one free.
@@ -22,7 +22,7 @@ def test_lists():
     chosen = np.stack([rows([-1, -1, -1, -1, 1, 1, 1, 2, 3, 1]), rows([-1, -1, -1, -1, 1, 1, 2, 2, 2, 2])])[
         None
     ]
-    told = describe(chosen, NSA)
+    told = describe_chosen_blocks(chosen, NSA)
     assert (told["length"], told["block_size"]) == (10, 2)
     first, second = told["layers"]
     assert (first["layer"], first["group"], second["group"]) == (0, 0, 1)
@@ -34,19 +34,19 @@ def test_lists():
 
 def test_overlap_counts_free_blocks_of_queries_with_a_choice():
     # Blocks 0..3 can be read whole up to query 5; from query 6 on there is a choice: 1, 2 or (from 8) 3.
-    told = describe(rows([-1, -1, -1, -1, 1, 1, 1, 2, 3, 1])[None, None], NSA)
+    told = describe_chosen_blocks(rows([-1, -1, -1, -1, 1, 1, 1, 2, 3, 1])[None, None], NSA)
     # 6: block 1, which query 5 read; 7: block 2, which 6 did not; 8: block 3, then 7's own; 9: block 1, no.
     assert told["neighbour_overlap"] == [pytest.approx(2 / 4)]
     assert told["chance_overlap"] == [pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 3) / 4)]
 
 
 def test_without_a_choice_there_is_no_overlap():
-    told = describe(np.zeros((2, 1, 6, 3), np.int32), NSA)
+    told = describe_chosen_blocks(np.zeros((2, 1, 6, 3), np.int32), NSA)
     assert told["neighbour_overlap"] == told["chance_overlap"] == [None, None]
 
 
 def test_long_sequences_list_some_queries():
-    told = describe(np.zeros((1, 1, 96, 3), np.int32), NSA)
+    told = describe_chosen_blocks(np.zeros((1, 1, 96, 3), np.int32), NSA)
     assert told["layers"][0]["queries"] == list(range(0, 96, 3))
 
 

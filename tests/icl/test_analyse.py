@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
+from jaxlab.checkpoints.loading import load_model_config
 from jaxlab.checkpoints.native import save_model
+from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl.prompts import PromptsConfig, make_prompts, token_texts
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.reporting import icl_plots
-from jaxlab.tasks import execute
+from jaxlab.tasks import execute, main
 from jaxlab.tasks import icl as analyse
 
 EPISODES = EpisodesConfig(longer_from=(5,), classes=2, shots=2, sequence_length=16)
@@ -92,3 +96,34 @@ def test_prompts_are_cut_after_the_last_position(config):
     again = next(iter(source.batches(5, 4, 4)))
     np.testing.assert_array_equal(first.batch["tokens"], again.batch["tokens"])
     assert token_texts(np.array([104, 105, 10]), None) == ["h", "i", "\\x0a"]
+
+
+def byte_tokenizer():
+    return None
+
+
+def other_tokenizer():
+    """As many tokens as the episodes have, each another word."""
+    words = {f"w{token}": token for token in EpisodesSource(EPISODES).tokenizer().get_vocab().values()}
+    return Tokenizer(models.WordLevel(words, unk_token="w0"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (byte_tokenizer, "reads bytes, the data holds words"),
+        (other_tokenizer, "is token .* of the model"),
+    ],
+)
+def test_a_model_of_other_tokens_is_refused_before_it_is_read(config, tmp_path, tokenizer, message, capsys):
+    model = load_model_config(config.model)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(3))
+    save_model(tmp_path / "other", model, params, tokenizer())
+    (tmp_path / "icl.yaml").write_text(dump(dataclasses.replace(config, model=str(tmp_path / "other"))))
+    for option in ([], ["--check"]):
+        words = ["icl", str(tmp_path / "icl.yaml"), "--outputs", str(tmp_path / "outputs"), *option]
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error)
+        assert error.count("\n") == 1
+    assert not list(tmp_path.glob("outputs/icl/*/results.json"))

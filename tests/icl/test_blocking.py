@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlab.icl import Setting, blocked_logits, random_words
-from jaxlab.icl.blocking import label_predictions, settings, word_loyalty
+from jaxlab.icl.blocking import blocking_settings, label_predictions, word_loyalty
 from jaxlab.models import ModelConfig, forward, init_params
 
 MODEL = ModelConfig(
@@ -63,7 +63,7 @@ def test_one_program_serves_every_setting(params):
 
 
 def test_settings_name_their_layers():
-    grid = settings([1, 2])
+    grid = blocking_settings([1, 2])
     assert len(grid) == 8
     assert list(Setting("label", "first", 2).layer_mask(3)) == [True, True, False]
     assert list(Setting("label", "last", 1).layer_mask(3)) == [False, False, True]

@@ -45,7 +45,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("case", CASES)
 def test_hidden_states_and_attentions_are_those_of_transformers(tmp_path, case):
-    """The stream between layers differs from them where DeepStack adds to it, at images of the first layers."""
+    """Between two of the first layers the stream is not the same where DeepStack adds to images."""
     config, params, _ = load_model(folders.make(tmp_path / case, case))
     with np.load(GOLDEN / f"{case}.npz") as file:
         hidden, attentions = file["hidden_states"], file["attentions"]

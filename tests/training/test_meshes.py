@@ -117,11 +117,12 @@ def test_models_that_cannot_be_split():
         run(draw_tokens(config, 2, 6), CONTEXT)
 
 
-def test_run_py_trains_on_eight_devices(tmp_path):
-    """With NSA, examples over two devices, heads over two, sequences over two."""
+@pytest.mark.parametrize("name", ["full", pytest.param("nsa", marks=pytest.mark.slow)])
+def test_run_py_trains_on_eight_devices(name, tmp_path):
+    """Examples over two devices, heads over two, sequences over two."""
     (tmp_path / "text.py").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(99)))
     config = {
-        "model": asdict(replace(MODELS["nsa"], vocab_size=256)),
+        "model": asdict(replace(MODELS[name], vocab_size=256)),
         "mesh": {"data": 2, "model": 2, "context": 2},
         "data": {"text": {"path": str(tmp_path / "text.py"), "sequence_length": LENGTH, "holdout_every": 4}},
         "steps": 2,

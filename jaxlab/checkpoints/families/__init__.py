@@ -14,7 +14,7 @@ from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
 from jaxlab.checkpoints.rows import HEAD, Rows
 from jaxlab.errors import UserError
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 __all__ = [
     "Family",

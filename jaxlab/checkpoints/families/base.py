@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlab.checkpoints.rows import Row, Rows
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 Json = dict[str, Any]
 Renames = tuple[tuple[str, str], ...]

@@ -6,7 +6,7 @@ import math
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.rows import Row
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
 SIGLIP: Json = {"model_type": "siglip_vision_model"}

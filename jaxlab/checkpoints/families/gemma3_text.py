@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import gemma, gemma2, language, rope
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models.config import ModelConfig, RopeConfig
+from jaxlab.models import ModelConfig, RopeConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 262208,

@@ -4,7 +4,7 @@ from jaxlab.checkpoints.families import gpt2, language
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
-from jaxlab.models.config import ModelConfig, RopeConfig
+from jaxlab.models import ModelConfig, RopeConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 50400,

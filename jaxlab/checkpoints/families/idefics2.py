@@ -9,7 +9,7 @@ from jaxlab.checkpoints.families.idefics3 import (
     write_idefics_vision,
 )
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ResamplerConfig
 
 _CONNECTOR = "model.connector"

@@ -6,7 +6,7 @@ from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
 WITHIN_IDEFICS: Renames = ((r"^model\.", "model.text_model."),)

@@ -9,7 +9,7 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 _KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 

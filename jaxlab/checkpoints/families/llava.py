@@ -5,7 +5,7 @@ from typing import Any
 from jaxlab.checkpoints.families import language, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
 

@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import llava, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.rows import Row
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """Where config.json tells none."""

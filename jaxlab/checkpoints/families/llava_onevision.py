@@ -4,7 +4,7 @@ import re
 
 from jaxlab.checkpoints.families import llava, llava_next, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 
 def read_config(config: Json) -> ModelConfig:

@@ -10,7 +10,7 @@ import re
 from jaxlab.checkpoints.families import vlm
 from jaxlab.checkpoints.families.base import Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
 RENAMES: Renames = (

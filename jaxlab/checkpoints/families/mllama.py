@@ -11,7 +11,7 @@ from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
-from jaxlab.models.config import ModelConfig, VisionConfig
+from jaxlab.models import ModelConfig, VisionConfig
 from jaxlab.models.vit_config import MllamaConfig, ViTConfig
 
 _VISION_LAYER: Rows = (

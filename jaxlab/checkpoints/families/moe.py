@@ -6,7 +6,7 @@ from jaxlab.checkpoints.families import language, qwen2
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
-from jaxlab.models.config import ModelConfig, MoEConfig
+from jaxlab.models import ModelConfig, MoEConfig
 
 _MIXTRAL_DEFAULTS: Json = {
     "vocab_size": 32000,

@@ -2,7 +2,7 @@
 
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 
 SIGLIP: Json = {

@@ -6,7 +6,7 @@ from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.qwen2_vl import MERGER, SECTIONS, TEXT
 from jaxlab.checkpoints.families.towers import linear
 from jaxlab.checkpoints.rows import Row, Rows
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 
 _VISION: Json = {

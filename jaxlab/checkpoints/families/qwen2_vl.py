@@ -5,7 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.rows import Rows
 from jaxlab.errors import UserError
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 
 MERGER = ("ln_q", "mlp.0", "mlp.2")

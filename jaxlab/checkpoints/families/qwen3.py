@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import language, qwen2
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 
 def read_config(config: Json) -> ModelConfig:

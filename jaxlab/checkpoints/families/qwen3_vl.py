@@ -5,7 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row, Rows
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 
 _MERGER = ("norm", "linear_fc1", "linear_fc2")

@@ -5,7 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
-from jaxlab.models.config import ModelConfig
+from jaxlab.models import ModelConfig
 
 _TEXT: Json = {
     "vocab_size": 151936,

@@ -12,7 +12,7 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import linear
 from jaxlab.checkpoints.rows import Row, Rows, in_layers
 from jaxlab.errors import UserError
-from jaxlab.models.config import ModelConfig, VisionConfig
+from jaxlab.models import ModelConfig, VisionConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 
 _QKV = tuple(f"attention.{part}" for part in ("query", "key", "value"))

@@ -7,7 +7,7 @@ from typing import Any
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.errors import ConfigError
-from jaxlab.models.config import ModelConfig, RopeConfig
+from jaxlab.models import ModelConfig, RopeConfig
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 

@@ -9,7 +9,7 @@ from jaxlab.checkpoints.families import language
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models.config import ModelConfig, VisionConfig
+from jaxlab.models import ModelConfig, VisionConfig
 from jaxlab.models.vit_config import ViTConfig
 
 _CLIP = {

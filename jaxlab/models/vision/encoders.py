@@ -46,5 +46,5 @@ def encode_images(params: Params, batch: Mapping[str, Any], config: ModelConfig)
     Raises:
       ValueError: images that the model does not take, or parameters that are not those of the config.
     """
-    own = {name: params[name] for name in ("vision", "projector") if name in params}
+    own: Params = {name: params[name] for name in ("vision", "projector") if name in params}
     return bind(own, encoder_of(config), config)(batch)
