@@ -24,8 +24,6 @@ class Stacked(NamedTuple):
     selector_loss: Float[Array, " L"] | None
     balance_loss: Float[Array, " L_moe"] | None
     """Of each layer with experts."""
-    outputs: Float[Array, "L B T D"] | None
-    """Of each layer, if they were asked for."""
     activations: dict[str, Array]
     """Those that the taps read."""
 
@@ -51,7 +49,6 @@ def apply_blocks(
     taps: Taps = NO_TAPS,
     cache: Cache | None = None,
     additions: Float[Array, "n B T D"] | None = None,
-    keep_outputs: bool = False,
 ) -> Stacked:
     """The layers of all stacks, one stack after the other.
 
@@ -74,15 +71,15 @@ def apply_blocks(
                 _cut(taps.per_layer, layers),
                 _cut(caches, layers),
             )
-            scan = _Scan(graphdef, run, context, config.remat == "layer", taps, keep_outputs)
+            scan = _Scan(graphdef, run, context, config.remat == "layer", taps)
             (x, pool, found), ys = scan((x, pool, found), of_run)
             if start + run.start < num_additions:
                 assert additions is not None
                 x = x + additions[start + run.start].astype(x.dtype)
             results.append(ys)
         start += count
-    caches, *others = (_joined([ys[i] for ys in results]) for i in range(5))
-    return Stacked(x, join_cache(pool, caches), *others, found)
+    caches, chosen, selector_loss, balance_loss = (_joined([ys[i] for ys in results]) for i in range(4))
+    return Stacked(x, join_cache(pool, caches), chosen, selector_loss, balance_loss, found)
 
 
 def take_blocks(blocks: Block, layers: slice) -> Block:
@@ -103,7 +100,6 @@ class _Scan(NamedTuple):
     context: AttentionContext
     remat: bool
     taps: Taps
-    keep_outputs: bool
 
     def __call__(self, carry: Carry, of_run: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
         """The carry after it, and what each of its layers returned, stacked over them."""
@@ -132,9 +128,8 @@ class _Scan(NamedTuple):
         block = nnx.merge(self.graphdef, params)
         done = block(x, self.context, kind=kind, tap=tap, cache=join_cache(pool, cache))
         pool, cache = split_cache(done.attended.cache)
-        output = done.x if self.keep_outputs else None
         attended = done.attended
-        kept = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss, output)
+        kept = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss)
         return (done.x, pool, self.taps.store(found, per_layer, tap)), kept
 
 

@@ -133,7 +133,7 @@ class Sizes:
         return tuple(sizes[axis] for axis in self.axes(name))
 
     def empty(self, name: str, *leading: int) -> Array:
-        dtype = self.config.compute_dtype
+        dtype: str = self.config.compute_dtype
         if name == "chosen_blocks":
             dtype = "int32"
         elif name in _FLOAT32:
@@ -200,7 +200,8 @@ class Taps:
         self.sizes, self.patches = sizes, tuple(patches)
         self._around = tuple(name for name in names if not ACTIVATIONS[name].layered)
         self._within = tuple(name for name in names if ACTIVATIONS[name].layered)
-        of_layers, self._shared_probe = (None, None) if probe is None else probe.split()
+        of_layers, shared = (None, None) if probe is None else probe.split()
+        self._shared_probe = shared
         row = None
         self.buffers: dict[str, Array] = {}
         """Of each name that layers have: [layers asked for, ...], still empty."""
@@ -236,6 +237,11 @@ class Taps:
 
 NO_TAP, NO_TAPS = Tap(), Taps()
 """Nothing is read and nothing changed."""
+
+
+def read_outputs(config: ModelConfig, rows: tuple[int, ...], layers: tuple[int, ...]) -> Taps:
+    """Taps that read the stream after some layers, of `rows` [B, T]."""
+    return Taps(Sizes(config, *rows), names=("residual_post",), layers=layers) if layers else NO_TAPS
 
 
 def make_taps(
