@@ -28,7 +28,6 @@ from jaxlab.data.digits_words import (
     rows,
 )
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch
 
 HELD_OUT = 320
 """Pictures, and texts, in each of the splits validation and test."""
@@ -103,7 +102,9 @@ def load_images(split: str) -> tuple[np.ndarray, np.ndarray]:
     return (found.images[part[split]] / 16).astype(np.float32), found.target[part[split]].astype(np.int64)
 
 
-def make_batch(config: DigitsConfig, seed: int, step: int, batch_size: int, split: str = "train") -> Batch:
+def make_batch(
+    config: DigitsConfig, seed: int, step: int, batch_size: int, split: str = "train"
+) -> dict[str, np.ndarray]:
     """A batch drawn from a split, a pure function of its arguments.
 
     tokens int32[B, T], padded at the end; loss_mask bool[B, T], True at answers; segment_ids int32[B, T],
@@ -118,7 +119,9 @@ def make_batch(config: DigitsConfig, seed: int, step: int, batch_size: int, spli
     return _questions(config, rng, batch_size, split, index)
 
 
-def evaluation_batches(config: DigitsConfig, split: str, batch_size: int = HELD_OUT) -> Iterator[Batch]:
+def evaluation_batches(
+    config: DigitsConfig, split: str, batch_size: int = HELD_OUT
+) -> Iterator[dict[str, np.ndarray]]:
     """A held-out split as a whole, in order and always the same; every picture is asked about once.
 
     Raises:
@@ -130,7 +133,7 @@ def evaluation_batches(config: DigitsConfig, split: str, batch_size: int = HELD_
         yield {name: value[start : start + batch_size] for name, value in whole.items()}
 
 
-def describe(batch: Batch, likeliest: np.ndarray) -> list[Example]:
+def describe(batch: dict[str, np.ndarray], likeliest: np.ndarray) -> list[Example]:
     """The rows of a batch in words, with the answers of a model.
 
     `likeliest` int[B, T] is the token with the highest logit at every position: the guess at the next one.
@@ -158,7 +161,7 @@ def _split_number(split: str) -> int:
 
 def _questions(
     config: DigitsConfig, rng: np.random.Generator, size: int, split: str, index: np.ndarray | None
-) -> Batch:
+) -> dict[str, np.ndarray]:
     """Questions in the shares of the mixture, those about pictures about the ones that `index` names."""
     tasks = [task for task, share in config.mixture.items() if share > 0]
     shares = np.array([config.mixture[task] for task in tasks])
@@ -231,10 +234,12 @@ class DigitsSource:
                 digest.update(load_images(split)[0].tobytes())
         self.identity = digest.hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
         return make_batch(self.config, seed, step, batch_size)
 
-    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
+    def held_out_batches(
+        self, batch_size: int, count: int, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
         """At most `count` batches of a held-out split; the last one of the split may be smaller."""
         for _, batch in zip(range(count), evaluation_batches(self.config, split, batch_size), strict=False):
             yield batch

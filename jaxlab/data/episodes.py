@@ -30,7 +30,6 @@ from jaxlab.data.episode_words import (
     episode_tokenizer,
 )
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch
 
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
 """Items whose topic words have these sums of numbers, modulo 5, belong to the split."""
@@ -125,7 +124,9 @@ def stage_at(config: EpisodesConfig, step: int) -> Stage:
     )
 
 
-def make_batch(config: EpisodesConfig, seed: int, step: int, batch_size: int, split: str = "train") -> Batch:
+def make_batch(
+    config: EpisodesConfig, seed: int, step: int, batch_size: int, split: str = "train"
+) -> dict[str, np.ndarray]:
     """The batch of a step, a pure function of its arguments.
 
     train: tokens int32[B, T] and loss_mask bool[B, T], True at labels whose class had a demonstration before.
@@ -145,7 +146,9 @@ def make_batch(config: EpisodesConfig, seed: int, step: int, batch_size: int, sp
     return _prompts(config, rng, batch_size, SPLITS[split])
 
 
-def _training_batch(config: EpisodesConfig, rng: np.random.Generator, stage: Stage, batch_size: int) -> Batch:
+def _training_batch(
+    config: EpisodesConfig, rng: np.random.Generator, stage: Stage, batch_size: int
+) -> dict[str, np.ndarray]:
     demonstrations = config.sequence_length // (stage.shortest + 1 + stage.answer) + 1
     counts = rng.integers(config.min_classes, config.max_classes + 1, (batch_size, 1))
     topics, names = _meanings(rng, batch_size, config.max_classes)
@@ -166,7 +169,7 @@ def _training_batch(config: EpisodesConfig, rng: np.random.Generator, stage: Sta
 
 def _prompts(
     config: EpisodesConfig, rng: np.random.Generator, batch_size: int, residues: tuple[int, ...]
-) -> Batch:
+) -> dict[str, np.ndarray]:
     stage = Stage(WORDS_PER_TOPIC, config.item_length, config.item_length, True, config.mixed)
     counts = np.full((batch_size, 1), config.classes)
     topics, names = _meanings(rng, batch_size, config.classes)
@@ -245,10 +248,12 @@ class EpisodesSource:
         self.config = config
         self.identity = hashlib.sha256(repr((dataclasses.astuple(config), WORDS)).encode()).hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
         return make_batch(self.config, seed, step, batch_size)
 
-    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
+    def held_out_batches(
+        self, batch_size: int, count: int, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
         """`count` batches of prompts, always the same ones; the answer is the one target."""
         for step in range(count):
             batch = make_batch(self.config, 0, step, batch_size, split)

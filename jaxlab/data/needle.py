@@ -28,7 +28,6 @@ from jaxlab.data.needle_words import (
     needle_tokenizer,
 )
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch
 
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
 """Keys whose numbers of colour and thing have these sums, modulo 5, belong to the split."""
@@ -94,7 +93,9 @@ def _places(config: NeedleConfig, questions: int) -> tuple[int, int]:
     return round(config.min_depth * last), round(config.max_depth * last) + 1
 
 
-def make_batch(config: NeedleConfig, seed: int, step: int, batch_size: int, split: str = "train") -> Batch:
+def make_batch(
+    config: NeedleConfig, seed: int, step: int, batch_size: int, split: str = "train"
+) -> dict[str, np.ndarray]:
     """The batch of a step, a pure function of its arguments: tokens int32[B, T], loss_mask bool[B, T].
 
     train: `questions` times one of the facts is asked for, and every answer is a target.
@@ -184,10 +185,12 @@ class NeedleSource:
         self.config = config
         self.identity = hashlib.sha256(repr((dataclasses.astuple(config), WORDS)).encode()).hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
         return make_batch(self.config, seed, step, batch_size)
 
-    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
+    def held_out_batches(
+        self, batch_size: int, count: int, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
         """`count` batches, always the same ones."""
         for step in range(count):
             yield make_batch(self.config, 0, step, batch_size, split)

@@ -14,7 +14,7 @@ from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
-from jaxlab.models import Batch, ModelConfig
+from jaxlab.models import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class Source(Protocol):
     identity: str
     """Changes when the data changes."""
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
         """The training batch of a step; a pure function of its arguments."""
         ...
 
-    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
+    def held_out_batches(
+        self, batch_size: int, count: int, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
         """At most `count` full batches of a held-out split, always the same ones."""
         ...
 
@@ -69,7 +71,7 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
     return NeedleSource(config.needle)
 
 
-def first_held_out(source: Source, batch_size: int, split: str) -> Batch:
+def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
     """The first batch of a held-out split.
 
     Raises:

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints.loading import load_tokenizer
 from jaxlab.checkpoints.locate import resolve
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch
 
 FindModel = Callable[[str], Path]
 """From the name of a model to its folder or file. Raises UserError if there is none."""
@@ -64,13 +63,15 @@ class TextSource:
                     f"{config.sequence_length}; lower data.text.sequence_length or give more text"
                 )
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
         length = self.config.sequence_length
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(0, len(self.training) - length + 1, size=batch_size)
         return self._crops(self.training, starts)
 
-    def held_out_batches(self, batch_size: int, count: int, split: str = "validation") -> Iterator[Batch]:
+    def held_out_batches(
+        self, batch_size: int, count: int, split: str = "validation"
+    ) -> Iterator[dict[str, np.ndarray]]:
         """At most `count` full batches of held-out text: `validation` its first half, `test` its second."""
         length, tokens = self.config.sequence_length, self.held_out[split]
         for i in range(min(count, (len(tokens) // length) // batch_size)):
@@ -79,7 +80,7 @@ class TextSource:
     def tokenizer(self) -> Tokenizer | None:
         return self._tokenizer
 
-    def _crops(self, tokens: np.ndarray, starts: np.ndarray) -> Batch:
+    def _crops(self, tokens: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
         crops = tokens[starts[:, None] + np.arange(self.config.sequence_length)[None]].astype(np.int32)
         mask = np.ones(crops.shape, bool)
         mask[:, 0] = False

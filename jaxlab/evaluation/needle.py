@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from jaxlab.models import Batch
-
 
 class ByDepth:
     """Collects batches of `jaxlab.data.needle`; data of other kinds has no needles and gives None."""
@@ -17,7 +15,7 @@ class ByDepth:
         self._positions: dict[int, int] = {}
         self._length = 0
 
-    def add(self, batch: Batch, matches: Bool[np.ndarray, " B"]) -> None:
+    def add(self, batch: dict[str, np.ndarray], matches: Bool[np.ndarray, " B"]) -> None:
         """A batch and which of its rows were answered right."""
         if "needle_depths" not in batch:
             return

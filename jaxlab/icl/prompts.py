@@ -9,7 +9,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.data import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer, make_episodes
-from jaxlab.models import Batch
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Roles:
 class Prompts(NamedTuple):
     """A batch of prompts. `batch` is what the model reads; the rest is what an analysis knows besides."""
 
-    batch: Batch
+    batch: dict[str, np.ndarray]
     """tokens int32[B, T], and segment_ids where prompts differ in length."""
     classes: np.ndarray
     """int32[B, T]: token classes, see Roles; -1 is outside of all edge sets."""

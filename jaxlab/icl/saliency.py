@@ -34,7 +34,7 @@ class _Options(NamedTuple):
 
 def flows(
     params: Params,
-    batch: Batch,
+    batch: Mapping[str, Any],
     config: ModelConfig,
     classes: Int[Array | np.ndarray, "B T"],
     targets: Mapping[str, Any],
@@ -77,7 +77,12 @@ def flows(
 
 
 def saliency_maps(
-    params: Params, batch: Batch, config: ModelConfig, targets: Mapping[str, Any], *, loss: Loss = "labels"
+    params: Params,
+    batch: Mapping[str, Any],
+    config: ModelConfig,
+    targets: Mapping[str, Any],
+    *,
+    loss: Loss = "labels",
 ) -> Float[Array, "B L T T"]:
     """I_l [to i, from j] of every layer, the diagonal included. For pictures: memory grows with L * T * T.
 
@@ -177,13 +182,13 @@ def _frugal(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, remat="layer")
 
 
-def _arrays(batch: Batch) -> Batch:
+def _arrays(batch: Mapping[str, Any]) -> Batch:
     """What the forward pass reads, as arrays, so that a batch with more in it is not another program."""
     read = ("tokens", "segment_ids", "positions", "images")
     return as_arrays(cast(Batch, {name: value for name, value in batch.items() if name in read}))
 
 
-def _checked(batch: Batch, targets: Mapping[str, Any]) -> dict[str, Array]:
+def _checked(batch: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Array]:
     missing = {"positions", "label_tokens", "labels"} - set(targets)
     if missing:
         raise UserError(f"flows: targets lack {', '.join(sorted(missing))}")

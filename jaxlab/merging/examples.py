@@ -11,7 +11,11 @@ from jaxlab.models import Batch, ModelConfig, Params, generate
 
 
 def answered(
-    models: Mapping[str, Params], batch: Batch, config: ModelConfig, tokenizer: Tokenizer, count: int
+    models: Mapping[str, Params],
+    batch: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    count: int,
 ) -> list[dict[str, Any]]:
     """The first `count` rows of a batch, answered greedily by every model.
 

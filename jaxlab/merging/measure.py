@@ -1,8 +1,8 @@
 """What a search measures: exact match of answers, on batches of the project's data sources."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,11 @@ def read_data(evaluate: Mapping[str, DataConfig], split: str, batch_size: int, b
     return data
 
 
-def stack_batches(batches: list[Batch]) -> list[Batch]:
+def stack_batches(batches: Sequence[Mapping[str, Any]]) -> list[Batch]:
     """Batches of equal shapes on a new leading axis, one dict for each set of shapes."""
-    groups: dict[Any, list[Batch]] = {}
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
     for batch in batches:
-        shapes = tuple(sorted((name, np.shape(cast(Array, value))) for name, value in batch.items()))
+        shapes = tuple(sorted((name, np.shape(value)) for name, value in batch.items()))
         groups.setdefault(shapes, []).append(batch)
     return [jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *group) for group in groups.values()]
 

@@ -136,7 +136,7 @@ def by_position(
     return ranges
 
 
-def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, Batch]:
+def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.ndarray]]:
     """The model's folder and config, the data and its first batch; UserError if they do not fit together."""
     folder = model_folder(config.model)
     model, source = load_model_config(folder), make_source(config.data, model_folder)

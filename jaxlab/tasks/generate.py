@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import jax
 import numpy as np
@@ -108,12 +108,12 @@ def read_prompt(
         except ValueError as error:
             raise UserError(f"{folder}: its processor does not fit its model: {error}") from error
     tokens = encode(arguments.prompt, tokenizer)
-    batch = {}
+    images: dict[str, np.ndarray] = {}
     if files:
-        batch["images"] = np.stack([read_image(file, config) for file in files])[None]
+        images["images"] = np.stack([read_image(file, config) for file in files])[None]
         missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)
         tokens = [config.vision.image_token] * missing + tokens
-    return {**batch, "tokens": np.asarray([tokens], np.int32)}
+    return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
 
 def encode(text: str, tokenizer: Tokenizer | None, special: bool = True) -> list[int]:

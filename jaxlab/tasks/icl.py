@@ -35,7 +35,7 @@ from jaxlab.icl import (
     token_texts,
     word_loyalty,
 )
-from jaxlab.models import Batch, ModelConfig, Params
+from jaxlab.models import ModelConfig, Params
 
 PICTURE_TOKENS = 512
 """Longest prompt whose maps go into results.json."""
@@ -228,7 +228,7 @@ class _Flows:
 
     def __init__(self, config: Config, model: ModelConfig, params: Params, source: PromptSource) -> None:
         self.config, self.model, self.params, self.roles = config, model, params, source.roles
-        self.by_seed: dict[int, list[Batch]] = {seed: [] for seed in config.seeds}
+        self.by_seed: dict[int, list[dict[str, np.ndarray]]] = {seed: [] for seed in config.seeds}
         self.edges = np.zeros((model.num_layers, self.roles.classes, self.roles.classes))
         self.seconds = 0.0
 

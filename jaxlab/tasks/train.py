@@ -164,7 +164,7 @@ class Setup(NamedTuple):
 
     mesh: Mesh
     source: Source
-    batch: Batch
+    batch: dict[str, np.ndarray]
     """The first one, for its shapes."""
     initial: Initial
     optimizer: optax.GradientTransformation

@@ -2,9 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -147,7 +147,7 @@ def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
     check_length(length, mesh.shape[CONTEXT], **sizes)
 
 
-def batch_shardings(batch: Batch, mesh: Mesh) -> dict[str, NamedSharding]:
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Examples split over devices, whole on each one where their number does not allow it; what a batch holds
     of each token over `context` besides."""
     rows, length = batch["tokens"].shape
@@ -157,9 +157,9 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
     """`batch` on the devices of `mesh`."""
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    return cast(Batch, jax.device_put(batch, batch_shardings(batch, mesh)))
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
