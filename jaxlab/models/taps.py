@@ -106,6 +106,11 @@ class Patch:
     def __post_init__(self) -> None:
         if self.mode not in ("replace", "add", "zero"):
             raise ValueError(f"mode of a patch is replace, add or zero, not {self.mode!r}")
+        for field in ("layers", "value", "positions", "heads", "sources"):
+            given = getattr(self, field)
+            if isinstance(given, list | tuple):  # one array, not a tree of numbers
+                traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
+                object.__setattr__(self, field, jnp.asarray(given) if traced else np.asarray(given))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Model:
         self.clean = self(())
 
     def patch(self, name, value=None, layers=None, positions=None, heads=None):
-        """A patch, of everything by default, by `value` of all layers; the shapes of its arrays never change."""
+        """A patch, of everything by default, by `value` of all layers; shapes of arrays never change."""
         padded = lambda chosen, size: np.asarray(
             [*(range(size) if chosen is None else chosen), *[-1] * size][:size], np.int32
         )
