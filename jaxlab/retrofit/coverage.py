@@ -69,7 +69,7 @@ def attention_coverage(
     for blocks in decoder.stacks:
         graphdef, stacked = nnx.split(blocks)
 
-        def layer(x: Array, state: nnx.State, graphdef: nnx.GraphDef[Block] = graphdef) -> Any:
+        def layer(x: Array, state: Any, graphdef: Any = graphdef) -> tuple[Array, Coverage]:
             block = nnx.merge(graphdef, state)
             return block(x, context).x, _coverage(block, x, context, nsa, query_chunk)
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, RopeConfig, forward
+from jaxlab.models import (
+    AttentionContext,
+    Block,
+    ModelConfig,
+    RopeConfig,
+    bind,
+    bind_decoder,
+    forward,
+    rope_tables,
+)
 from jaxlab.models.rotary import rotary_table, rotate
 from jaxlab.models.stack import Run, _runs
 from tests.models.tiny import draw_params, draw_tokens, make_config
@@ -37,20 +46,15 @@ def test_a_pattern_is_its_layers_one_after_the_other():
     config = make_config(num_layers=5, pattern=(S, S, F), window=2, local_rope_theta=50.0)
     params, tokens = draw_params(config), draw_tokens(config, 2, 9)
     found = forward(params, {"tokens": tokens}, config)[0]
-    from jaxlab.models.attention import attention
-    from jaxlab.models.layers import mlp, norm
-    from jaxlab.models.rotary import tables
-    from jaxlab.models.where import Where
-
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
-    full, local = tables(positions, config)
-    where = Where(positions, rotary=full, local_rotary=local)
+    full, local = rope_tables(positions, config)
+    context = AttentionContext(positions, rotary=full, local_rotary=local)
     x = params["embedding"]["table"][tokens]
     for i, kind in enumerate((S, S, F, S, S)):
-        p = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-        x = x + attention(p["attention"], norm(p["attention_norm"], x, config), where, config, kind=kind)[0]
-        x = x + mlp(p["mlp"], norm(p["mlp_norm"], x, config), config)
-    expected = norm(params["final_norm"], x, config) @ params["embedding"]["table"].T
+        block = bind(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), Block, config)
+        x = x + block.attention(block.attention_norm(x), context, kind=kind).out
+        x = x + block.mlp(block.mlp_norm(x))
+    expected = bind_decoder(params, config).final_norm(x) @ params["embedding"]["table"].T
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 

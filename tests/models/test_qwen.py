@@ -14,7 +14,8 @@ from jaxlab.errors import ConfigError
 from jaxlab.models import ModelConfig, VisionConfig, abstract_params, forward, init_cache, prepare_batch
 from jaxlab.models.config import RopeConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
-from jaxlab.models.vision import encode_images, qwen_positions
+from jaxlab.models.vision import qwen_positions
+from jaxlab.models.vision.encoders import encode_images
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 from tests.models.tiny import draw_params
 

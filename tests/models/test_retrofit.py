@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import MoEConfig, RopeConfig, VisionConfig, abstract_params, forward
-from jaxlab.models.attention import attention
-from jaxlab.models.rotary import tables
+from jaxlab.models import (
+    AttentionContext,
+    Block,
+    MoEConfig,
+    RopeConfig,
+    VisionConfig,
+    abstract_params,
+    bind,
+    forward,
+    rope_tables,
+)
 from jaxlab.models.vit_config import ViTConfig
-from jaxlab.models.where import Where
 from jaxlab.retrofit.convert import GATE, retrofit, retrofitted
 from kernels_pallas.nsa import compress_blocks
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
@@ -54,12 +61,12 @@ def test_with_open_gates_a_covered_text_stays_within_the_bound():
     params["layers"]["attention"]["output"] = jnp.eye(24).reshape(1, 4, 6, 24)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, COVERED, 24)), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(COVERED, dtype=jnp.int32)[None], (2, COVERED))
-    where = Where(positions, rotary=jax.jit(tables, static_argnums=1)(positions, config)[0])
+    context = AttentionContext(positions, rotary=jax.jit(rope_tables, static_argnums=1)(positions, config)[0])
 
     @partial(jax.jit, static_argnums=1)
     def heads(p, config):
-        p = jax.tree.map(lambda leaf: leaf[0], p["layers"]["attention"])
-        return attention(p, x, where, config, kind=config.attention)[0]
+        block = bind(jax.tree.map(lambda leaf: leaf[0], p["layers"]), Block, config)
+        return block.attention(x, context, kind=config.attention).out
 
     dense = heads(params, config)
     values = np.einsum("btd,dhk->bthk", x, params["layers"]["attention"]["value"][0])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.models import forward, init_cache, selectors
-from jaxlab.models.selectors import auxiliary_loss, auxiliary_scores
+from jaxlab.models import bind, forward, init_cache, selectors
+from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
 
 SIZES = dataclasses.replace(NSA, selector="auxiliary")
@@ -68,7 +68,8 @@ def test_scores_that_know_the_attention_have_no_loss_and_learning_comes_closer()
         name: jnp.asarray(0.1 * rng.standard_normal((x.shape[-1], KV_HEADS, 3)), jnp.float32)
         for name in ("query", "key")
     }
-    step = jax.jit(jax.value_and_grad(lambda p: loss(auxiliary_scores(p, x, 4))))
+    config = make_config("nsa_auxiliary")
+    step = jax.jit(jax.value_and_grad(lambda p: loss(bind(p, AuxiliarySelector, config)(x))))
     first, gradient = step(params)
     for _ in range(60):
         params = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)

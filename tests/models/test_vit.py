@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, VisionConfig, forward, prepare_batch
-from jaxlab.models.dense import _mask
+from jaxlab.models import AttentionContext, ModelConfig, VisionConfig, encode_images, forward, prepare_batch
+from jaxlab.models.full_attention import attention_mask
 from jaxlab.models.vision import connectors
-from jaxlab.models.vision.vit import encode
 from jaxlab.models.vit_config import ResamplerConfig, ViTConfig
-from jaxlab.models.where import Where
 from tests.models.tiny import draw_params
 
 IMAGE = 3
@@ -36,7 +34,9 @@ def draw_images(*shape, seed=0):
 
 
 def tokens_of(params, config, images):
-    return np.asarray(jax.jit(encode, static_argnames="config")(params, {"images": images}, config).tokens)
+    return np.asarray(
+        jax.jit(encode_images, static_argnames="config")(params, {"images": images}, config).tokens
+    )
 
 
 def text(*parts):
@@ -182,9 +182,9 @@ def test_who_sees_whom_both_ways():
 
 def test_windows_bound_images_of_gemma_3_and_not_prompts_of_paligemma_2():
     together = jnp.asarray([[0, 1, 1, 1, 1, 0]], jnp.int32)
-    where = Where(jnp.arange(6, dtype=jnp.int32)[None], together=together)
+    context = AttentionContext(jnp.arange(6, dtype=jnp.int32)[None], together=together)
     seen = {
-        bound: _mask(where._replace(together_in_window=bound), 6, 2, causal=True, cached=False)[0].astype(int)
+        bound: attention_mask(context._replace(together_in_window=bound), 6, window=2)[0].astype(int)
         for bound in (False, True)
     }
     assert seen[False].tolist() == [
