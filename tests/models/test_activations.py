@@ -555,3 +555,22 @@ def test_what_does_not_go_together_is_refused():
         activations({}, batch, sparse, "attention_pattern")
     with pytest.raises(ValueError, match="the model has no vision"):
         activations({}, batch | {"images": 0}, config, "logits")
+
+
+@pytest.mark.parametrize("kind", ["full", "nsa", "experts"])
+def test_16_bits_and_recomputed_layers_trace(kind):
+    """Every name read, every float patched by adding, and differentiated; nothing is compiled."""
+    config = dataclasses.replace(MODELS[kind], compute_dtype="bfloat16", remat="layer")
+    batch, sizes = make_batch(config), Sizes(config, 2, LENGTH)
+    names = activation_names(config)
+    values = {n: jnp.zeros(sizes.shape(n)) for n in names if n != "chosen_blocks"}
+
+    def run(values):
+        patches = [Patch(name, value=value, mode="add") for name, value in values.items()]
+        return activations(draw_params(config), batch, config, names, patches=patches)
+
+    wide = {"logits": jnp.float32, "attention_scores": jnp.float32, "chosen_blocks": jnp.int32}
+    for name, found in jax.eval_shape(run, values).items():
+        assert found.dtype == wide.get(name, jnp.bfloat16), name
+    gradients = jax.eval_shape(jax.grad(lambda values: jnp.sum(run(values)["logits"])), values)
+    assert gradients.keys() == values.keys()
