@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
-from kernels_pallas.nsa.support import is_hopper
+from kernels_pallas.nsa.mosaic_gpu.target import is_hopper
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
 
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ class Arguments:
     implementations: tuple[Literal["xla", "mosaic_gpu"], ...] | None = None
     """Of NSA; None: the kernels on a Hopper GPU, else XLA."""
     specs: tuple[str, ...] = tuple(with_tag("benchmark"))
-    """Names in kernels_pallas/nsa/arg_specs.py."""
+    """Names in kernels_pallas/nsa/specs/arg_specs.py."""
     lengths: tuple[int, ...] | None = None
     forward_lengths: tuple[int, ...] | None = None
     """Forward only."""

@@ -5,8 +5,8 @@
 Needs the extra `gpu-compile`. For each spec with the tag "compile": registers, spilled bytes and shared
 memory of each kernel, temporary memory of each branch, forward and backward; FLOPs that products run (masked
 parts of tiles included) and useful ones, bytes from L2 into shared memory and the least of device memory, and
-the milliseconds that the rates of an H100 allow them (kernels_pallas/nsa/counts.py). Nothing here was timed:
-a kernel takes longer than the largest of its floors.
+the milliseconds that the rates of an H100 allow them (kernels_pallas/nsa/specs/counts.py). Nothing here was
+timed: a kernel takes longer than the largest of its floors.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from kernels_pallas.nsa import bytes_per_decoded_token, counts
-from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
-from kernels_pallas.nsa.synthetic import overlapping_indices
+from kernels_pallas.nsa import bytes_per_decoded_token
+from kernels_pallas.nsa.specs import counts
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
+from kernels_pallas.nsa.specs.synthetic import overlapping_indices
 
 Row = dict[str, Any]
 KERNELS = {
@@ -58,7 +59,7 @@ def counted(spec: ArgSpec, overlaps: tuple[float, ...]) -> list[Row]:
                 rows.append({"branch": branch, "overlap": overlap, "kernel": kernel, **described(count)})
     return [
         *rows,
-        {"branch": "choice", "overlap": None, "kernel": "scores", **described(counts.scores(spec))},
+        {"branch": "block_selection", "overlap": None, "kernel": "scores", **described(counts.scores(spec))},
     ]
 
 
@@ -69,9 +70,9 @@ def described(count: counts.Count) -> Row:
 def compiled(spec: ArgSpec, dump: Path) -> tuple[list[Row], Row]:
     """Kernels, and bytes of temporary memory by branch."""
     rows, memory = [], {}
-    for branch in (*compiler.BRANCHES, "choice"):
-        if branch == "choice":
-            report = compiler.compile_choice(spec, dump)
+    for branch in (*compiler.BRANCHES, "block_selection"):
+        if branch == "block_selection":
+            report = compiler.compile_block_selection(spec, dump)
         else:
             report = compiler.compile_branch(spec, branch, dump)
         memory[branch] = report.temporary_bytes

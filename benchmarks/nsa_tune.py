@@ -1,4 +1,4 @@
-"""Finds tile sizes of the Hopper kernels for a device: kernels_pallas/nsa/tuning/<device>.json.
+"""Finds tile sizes of the Hopper kernels for a device: kernels_pallas/nsa/mosaic_gpu/tuning/<device>.json.
 
     python benchmarks/nsa_tune.py                                       # on the GPU: the fastest
     JAX_PLATFORMS=cpu python benchmarks/nsa_tune.py --compile-only      # for an H100 that is not there
@@ -25,17 +25,16 @@ from tqdm import tqdm
 
 from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from kernels_pallas.nsa import mosaic_gpu, tuned
-from kernels_pallas.nsa.arg_specs import ArgSpec, with_tag
-from kernels_pallas.nsa.choice import Grid
-from kernels_pallas.nsa.mosaic_choice import choose_by_kernel
-from kernels_pallas.nsa.mosaic_forward import Tuning
-from kernels_pallas.nsa.support import compiled_elsewhere
-from kernels_pallas.nsa.tiling import Places
+from kernels_pallas.nsa.base import Positions, SelectionGrid
+from kernels_pallas.nsa.mosaic_gpu import block_selection, vjp
+from kernels_pallas.nsa.mosaic_gpu.common import Tuning
+from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
+from kernels_pallas.nsa.mosaic_gpu.tuning import COMPILED_FOR, file_of, padded
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
 
 Row = dict[str, Any]
 FIELDS = {"forward": "forward", "query_gradient": "query", "key_gradients": "key"}
-"""Of mosaic_gpu.Kernels."""
+"""Of vjp.Kernels."""
 COMPILED_ONLY = "compiled only, not timed: nothing says which candidate is faster"
 NAMES = {
     "forward": "nsa_forward",
@@ -74,7 +73,9 @@ def candidates(a: Arguments, kernel: str, branch: str) -> Iterator[Tuning]:
 
 def points(a: Arguments) -> list[tuple[ArgSpec, str, str]]:
     kernels = [(kernel, branch) for kernel in FIELDS for branch in compiler.BRANCHES]
-    return [(with_tag("tune")[n], *point) for n in a.specs for point in [*kernels, ("scores", "choice")]]
+    return [
+        (with_tag("tune")[n], *point) for n in a.specs for point in [*kernels, ("scores", "block_selection")]
+    ]
 
 
 def program(spec: ArgSpec, kernel: str, branch: str, tuning: Tuning) -> tuple[Callable[..., Any], list[Any]]:
@@ -84,21 +85,23 @@ def program(spec: ArgSpec, kernel: str, branch: str, tuning: Tuning) -> tuple[Ca
     positions = jax.ShapeDtypeStruct((spec.batch, spec.length), jnp.int32)
     if kernel == "scores":
         rule = [spec.sizes[n] for n in ("num_blocks", "num_init", "num_local")]
-        grid = Grid(spec.block_len, spec.stride, spec.block_size, *rule, spec.length, spec.key_dim**-0.5)
+        grid = SelectionGrid(
+            spec.block_len, spec.stride, spec.block_size, *rule, spec.length, spec.key_dim**-0.5
+        )
         lse = jax.ShapeDtypeStruct((*positions.shape, spec.kv_heads, spec.groups), jnp.float32)
 
-        def choose(q, k_cmp, lse, positions):
-            return choose_by_kernel(grid, grouped(q), k_cmp, lse, Places(positions), tuning)
+        def select(q, k_cmp, lse, positions):
+            return block_selection.select_blocks(grid, grouped(q), k_cmp, lse, Positions(positions), tuning)
 
-        return choose, [shapes["q"], shapes["k_cmp"], lse, positions]
+        return select, [shapes["q"], shapes["k_cmp"], lse, positions]
 
     geometry: Row = {"stride": spec.stride, "offset": spec.block_len - 1} if branch == "compression" else {}
     geometry |= {"window": spec.window} if branch == "window" else {}
-    kernels = mosaic_gpu.Kernels(spec.key_dim**-0.5, **geometry, **{FIELDS[kernel]: tuning})
+    kernels = vjp.Kernels(spec.key_dim**-0.5, **geometry, **{FIELDS[kernel]: tuning})
 
     def attend(q, k, v, indices, positions):
-        chosen = jnp.moveaxis(indices, 1, 2) if branch == "selection" else None
-        return mosaic_gpu.attend(kernels, grouped(q), k, v, chosen, Places(positions))[0]
+        selected = jnp.moveaxis(indices, 1, 2) if branch == "selection" else None
+        return vjp.attend(kernels, grouped(q), k, v, selected, Positions(positions))[0]
 
     operands = [shapes[name] for name in compiler.OPERANDS[branch]]
     rest = [compiler.indices_of(spec), positions]
@@ -164,7 +167,7 @@ def pick(tried: list[Row]) -> Row | None:
 
 def main(a: Arguments) -> None:
     if a.compile_only:
-        kind, dump = tuned.COMPILED_FOR, compiler.dump_folder()
+        kind, dump = COMPILED_FOR, compiler.dump_folder()
         if missing := compiler.h100.missing():
             raise SystemExit(f"nsa_tune: {missing}")
     else:
@@ -188,10 +191,10 @@ def main(a: Arguments) -> None:
             print(f"{kernel} of {branch} at {spec.key_dim}/{spec.value_dim}: nothing fits")
             continue
         dims = [spec.key_dim, spec.key_dim if kernel == "scores" else spec.value_dim]
-        at = dict(zip(("key_dim", "value_dim"), map(tuned.padded, dims), strict=True))
+        at = dict(zip(("key_dim", "value_dim"), map(padded, dims), strict=True))
         entries.append({"kernel": kernel, "branch": branch, **at, "tuning": best["tuning"], "tried": tried})
         print(f"{kernel:15s} {branch:12s} {at['key_dim']}/{at['value_dim']}: {best}")
-    path = tuned.file_of(kind) if a.out is None else a.out
+    path = file_of(kind) if a.out is None else a.out
     result = {
         "device_kind": kind,
         "command": " ".join(["python", "benchmarks/nsa_tune.py", *sys.argv[1:]]),

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import h100
 from kernels_pallas.nsa import (
     Recent,
     cached_attention,
@@ -19,8 +18,9 @@ from kernels_pallas.nsa import (
     selected_attention,
     window_attention,
 )
-from kernels_pallas.nsa.arg_specs import ArgSpec
-from kernels_pallas.nsa.support import compiled_elsewhere
+from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
+from kernels_pallas.nsa.specs import h100
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec
 
 BRANCHES = ("compression", "selection", "window")
 OPERANDS = {
@@ -69,15 +69,15 @@ def compile_branch(spec: ArgSpec, branch: str, dump: Path) -> Any:
         return h100.compile_for_h100(step, spec.output(), indices_of(spec), *operands, dump=dump)
 
 
-def compile_choice(spec: ArgSpec, dump: Path) -> Any:
+def compile_block_selection(spec: ArgSpec, dump: Path) -> Any:
     shapes = spec.shapes()
     lse = jax.ShapeDtypeStruct(shapes["q"].shape[:3], jnp.float32)
 
-    def choice(q, k_cmp, lse):
-        return select_blocks(q, k_cmp, lse, **spec.choice_sizes, implementation="mosaic_gpu")
+    def select(q, k_cmp, lse):
+        return select_blocks(q, k_cmp, lse, **spec.selection_sizes, implementation="mosaic_gpu")
 
     with compiled_elsewhere():
-        return h100.compile_for_h100(choice, shapes["q"], shapes["k_cmp"], lse, dump=dump)
+        return h100.compile_for_h100(select, shapes["q"], shapes["k_cmp"], lse, dump=dump)
 
 
 def compile_decoding(spec: ArgSpec, batch: int, dump: Path) -> Any:

@@ -24,8 +24,8 @@ from kernels_pallas.nsa import (
     selected_attention,
     window_attention,
 )
-from kernels_pallas.nsa.arg_specs import ArgSpec
-from kernels_pallas.nsa.synthetic import overlapping_indices
+from kernels_pallas.nsa.specs.arg_specs import ArgSpec
+from kernels_pallas.nsa.specs.synthetic import overlapping_indices
 
 OPERANDS = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
 DENSE = ("q", "k_win", "v_win")
@@ -64,7 +64,7 @@ def nsa(spec: ArgSpec, implementation: str) -> Subject:
 
 
 def _without_geometry(spec: ArgSpec) -> dict[str, int]:
-    return {name: x for name, x in spec.choice_sizes.items() if name not in ("block_len", "stride")}
+    return {name: x for name, x in spec.selection_sizes.items() if name not in ("block_len", "stride")}
 
 
 def branches(spec: ArgSpec, implementation: str) -> list[Subject]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jaxlab import config as configs
 from jaxlab.app import runs, sweeps
+from jaxlab.app.program import program
 from jaxlab.app.registry import Registry, Task
 from jaxlab.config import yaml_text
 from jaxlab.config.command_line import from_mapping, is_option, resolve, take_option
@@ -61,7 +62,7 @@ def _main(words: list[str], tasks: Registry) -> None:
         print(help.task_list(tasks))
         return
     if not words or is_option(words[0]):
-        raise UserError(f"which task? {', '.join(tasks.names())}; run.py --help tells more")
+        raise UserError(f"which task? {', '.join(tasks.names())}; {program()} --help tells more")
     task = tasks.find(words.pop(0))
     if "--help" in words or "-h" in words:
         from jaxlab.app import help
@@ -77,7 +78,7 @@ def _run_config_task(task: Task, words: list[str]) -> None:
     options, words = _take_options(words)
     if not words or is_option(words[0]):
         raise UserError(
-            f"{task.name} takes a config first: run.py {task.name} CONFIG.yaml [--field.sub value ...]"
+            f"{task.name} takes a config first: {program()} {task.name} CONFIG.yaml [--field.sub value ...]"
         )
     path, *words = words
     schema = task.schema()

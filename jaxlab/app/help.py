@@ -16,6 +16,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from jaxlab.app.program import program
 from jaxlab.app.registry import Registry, Task
 from jaxlab.config import to_plain, yaml_text
 from jaxlab.config.schema import ABSENT, POSITIONAL, Field, describe, fields_of, is_config, is_list
@@ -27,12 +28,13 @@ def task_list(tasks: Registry) -> str:
     lines = [f"  {task.name:<{width}}  {task.summary}" for task in tasks]
     return "\n".join(
         [
-            "usage: run.py TASK [CONFIG.yaml] [--field.sub value ...]",
+            f"usage: {program()} TASK [CONFIG.yaml] [--field.sub value ...]",
             "",
             "tasks:",
             *lines,
             "",
-            "`run.py TASK --help` shows the fields of a task. Configs are in configs/, runs in outputs/.",
+            f"`{program()} TASK --help` shows the fields of a task. "
+            "Configs are in configs/, runs in outputs/.",
         ]
     )
 
@@ -49,7 +51,7 @@ def print_task(task: Task, run_options: type) -> None:
     ]
     if is_config:
         lines += ["", "options of every task that takes a config:", *_option_lines(run_options)]
-    prog = f"run.py {task.name}" + (" CONFIG.yaml" if is_config else "")
+    prog = f"{program()} {task.name}" + (" CONFIG.yaml" if is_config else "")
     try:
         tyro.cli(
             task.schema(),

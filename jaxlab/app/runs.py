@@ -29,6 +29,7 @@ from typing import Any
 
 from jaxlab import config as configs
 from jaxlab.app import provenance
+from jaxlab.app.program import program
 from jaxlab.app.registry import Task
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable, write_atomic, write_json
@@ -182,7 +183,7 @@ def _earlier_starts(folder: Path) -> list[str]:
 
 def command_line(task_name: str, *words: str) -> str:
     """The line that a shell takes to run a task with `words`."""
-    return shlex.join(["python", "run.py", task_name, *words])
+    return f"{program()} {shlex.join([task_name, *words])}"
 
 
 def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> str:

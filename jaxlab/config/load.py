@@ -15,7 +15,6 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jaxlab.config import command_line as command_words
@@ -23,6 +22,7 @@ from jaxlab.config import yaml_text
 from jaxlab.config.schema import ABSENT, choices, describe, fields_of, is_config, leaves, members, suggestion
 from jaxlab.config.yaml_text import Keys
 from jaxlab.errors import COMMAND_LINE, ConfigError
+from jaxlab.files import shipped
 
 Origins = dict[Keys, str]
 """Where values came from, by the keys that lead to them: `file:line`, or the command line."""
@@ -92,13 +92,14 @@ class Source:
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> "Source":
         """What a YAML file holds. Raises ConfigError if that is not a mapping."""
+        path = shipped(path)
         where = os.fspath(path)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ConfigError("not a text file in UTF-8", where=where) from None
         except OSError as error:
-            hint = suggestion(where, (str(sibling) for sibling in Path(path).parent.glob("*.yaml")))
+            hint = suggestion(where, (str(sibling) for sibling in path.parent.glob("*.yaml")))
             raise ConfigError(f"cannot be read: {error.strerror}{hint}", where=where) from None
         value, lines = yaml_text.parse(text, where)
         if not isinstance(value, dict | None):

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.locate import resolve
+from jaxlab.checkpoints import resolve
 from jaxlab.data.digits import DigitsConfig, DigitsSource
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.loading import load_tokenizer
-from jaxlab.checkpoints.locate import resolve
+from jaxlab.checkpoints import open_model, resolve
 from jaxlab.errors import ConfigError, UserError
 
 FindModel = Callable[[str], Path]
@@ -88,7 +87,7 @@ class TextSource:
 
 
 def _tokenizer_of(model: str, find_model: FindModel) -> Tokenizer:
-    found = load_tokenizer(find_model(model))
+    found = open_model(find_model(model)).tokenizer
     if found is None:
         raise UserError(f"{model}: has no tokenizer; name another model, or leave data.text.tokenizer out")
     return found

@@ -26,7 +26,7 @@ from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss, block_bou
 from jaxlab.models.sparse_config import BRANCHES
 from jaxlab.models.taps import BRANCH_OUTPUTS, BRANCH_PATTERNS, Tap
 from kernels_pallas import nsa
-from kernels_pallas.nsa import PagedCache, best_blocks, compress_blocks, nsa_attention
+from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, select_blocks_by_importance
 
 
 class Compressor(nnx.Module):
@@ -401,7 +401,7 @@ class NativeSparseAttention(Attention):
 
     def _best_blocks(self, importance: Array, **more: Array | None) -> Int[Array, "B Hkv T n"]:
         n = self.config.nsa
-        return best_blocks(
+        return select_blocks_by_importance(
             importance,
             block_size=n.block_size,
             num_blocks=n.num_blocks,

@@ -1,7 +1,8 @@
 """What selection blocks are worth to a query: bounds of scores, true attention, and a scorer trained beside.
 
-The choice from these numbers is `kernels_pallas.nsa.best_blocks`. Block j holds tokens [j * size, (j + 1) *
-size); the last one may be shorter. Scores of queries and tokens exist for a chunk of queries at a time.
+The choice from these numbers is `kernels_pallas.nsa.select_blocks_by_importance`. Block j holds tokens
+[j * size, (j + 1) * size); the last one may be shorter. Scores of queries and tokens exist for a chunk of
+queries at a time.
 """
 
 from collections.abc import Callable

@@ -32,7 +32,7 @@ from jaxlab.models.selectors import (
     in_blocks,
 )
 from jaxlab.models.sparse_config import SparsityConfig
-from kernels_pallas.nsa import best_blocks
+from kernels_pallas.nsa import select_blocks_by_importance
 
 
 def sparse_attention(
@@ -92,7 +92,7 @@ def _tokens_of_best(
 ) -> Bool[Array, "B Hkv_ G_ C S"]:
     """The tokens of the best blocks of each query and head; an axis of 1 stands for all heads."""
     batch, kv_heads, groups, queries, blocks = importance.shape
-    chosen = best_blocks(
+    chosen = select_blocks_by_importance(
         importance.reshape(batch, kv_heads * groups, queries, blocks),
         block_size=sparsity.block_size,
         num_blocks=sparsity.num_blocks,

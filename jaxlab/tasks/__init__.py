@@ -43,6 +43,11 @@ TASKS = Registry(
             "jaxlab.tasks.merge_search",
             "search over weights, densities and operators on the device",
         ),
+        Task(
+            "attention-speed",
+            "jaxlab.tasks.attention_speed",
+            "how long sparse and dense attention take, by length",
+        ),
         Task("icl", "jaxlab.tasks.icl", "analyse in-context learning: flows, blocking, prompts"),
         Task("report", "jaxlab.tasks.report", "an HTML page from the results of runs", "arguments"),
     ]

@@ -1,15 +1,15 @@
-"""Native Sparse Attention: compression, choice of blocks, selection and window, and the three as one
-attention, over whole sequences and over a cache."""
+"""Native Sparse Attention: compression, selection of blocks, attention to them and to a window, and all as
+one, over whole sequences and over a cache. README.md beside this file is the map."""
 
 from kernels_pallas.nsa.api import (
-    NsaBranches,
-    best_blocks,
     compressed_attention,
     nsa_attention,
     select_blocks,
+    select_blocks_by_importance,
     selected_attention,
     window_attention,
 )
+from kernels_pallas.nsa.base import NsaBranches, num_compressed
 from kernels_pallas.nsa.cache import (
     NewTokens,
     NsaCache,
@@ -21,10 +21,10 @@ from kernels_pallas.nsa.cache import (
     page_for,
     whole,
 )
-from kernels_pallas.nsa.compression import compress_blocks, num_compressed
-from kernels_pallas.nsa.decode import cached_attention
-from kernels_pallas.nsa.support import Implementation
-from kernels_pallas.nsa.traffic import Traffic, bytes_per_decoded_token
+from kernels_pallas.nsa.decoding import cached_attention
+from kernels_pallas.nsa.implementations import Implementation
+from kernels_pallas.nsa.specs.traffic import Traffic, bytes_per_decoded_token
+from kernels_pallas.nsa.xla.compression import compress_blocks
 
 __all__ = [
     "Implementation",
@@ -35,7 +35,6 @@ __all__ = [
     "Recent",
     "Traffic",
     "append_tokens",
-    "best_blocks",
     "bytes_per_decoded_token",
     "cached_attention",
     "compress_blocks",
@@ -46,6 +45,7 @@ __all__ = [
     "num_compressed",
     "page_for",
     "select_blocks",
+    "select_blocks_by_importance",
     "selected_attention",
     "whole",
     "window_attention",

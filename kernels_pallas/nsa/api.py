@@ -1,23 +1,23 @@
-"""Public functions of Native Sparse Attention: checks, choice of the implementation, and the three branches
-as one.
+"""The public operators of Native Sparse Attention: each checks its arguments and calls an implementation.
 
 Axis letters: B batch, T query tokens, S source/key tokens, H query heads, Hkv key/value heads, Dk key head
-dim, Dv value head dim, M compressed blocks, N selection blocks, n chosen blocks. Source: arXiv 2502.11089.
+dim, Dv value head dim, M compressed blocks, N selection blocks, n selected blocks. Source: arXiv 2502.11089.
 
 Common to all functions:
 
 * `implementation`: "xla", "mosaic_gpu" (kernels for Hopper) or None: the best that supports the case, told
-  at level DEBUG of the logger `kernels_pallas.nsa.support`; today "xla", as the kernels ran in an interpreter
-  only. A named one runs or raises NotImplementedError with the reason; none is replaced by another silently.
+  at level DEBUG of the logger `kernels_pallas.nsa.implementations`; today "xla", as the kernels ran in an
+  interpreter only. A named one runs or raises NotImplementedError with the reason; none is replaced by
+  another silently.
 * Queries stand at absolute positions among the keys: `q_positions` int32 [B, T] (decoding, prefill in
   chunks), or 0..T-1 when None, and then there must be as many queries as keys. A query sees no key after its
   own position.
 * `segment_ids` int32 [B, S] belong to the keys; a query has the segment of its position. The tokens of a
-  segment follow each other. Tokens see their own
-  segment only; segment 0 is padding, which sees nothing, is seen by nothing, gives exactly 0, and whose
-  contents (NaN included) reach neither outputs nor gradients. Blocks lie at multiples of the stride and the
+  segment follow each other. Tokens see their own segment only; segment 0 is padding, which sees nothing, is
+  seen by nothing, gives exactly 0, and whose contents (NaN included) reach neither outputs nor gradients.
+  Blocks lie at multiples of the stride and the
   block size of the whole row, not of the segment: a compressed block is visible only to a segment that holds
-  it completely; a selection block can be chosen by every segment that has a token in it, and only tokens of
+  it completely; a selection block can be selected by every segment that has a token in it, and only tokens of
   the query's segment are attended to. So a packed sequence gives what it gives alone when it starts at a
   multiple of both.
 * A query that sees nothing in a branch gets exactly 0 from it (log-sum-exp -inf), with zero gradients.
@@ -25,28 +25,36 @@ Common to all functions:
   differentiation of first order only.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.banded import Band, banded_attention
-from kernels_pallas.nsa.choice import Grid, best, candidates, choose
-from kernels_pallas.nsa.compression import block_segments, num_compressed
-from kernels_pallas.nsa.selection import Block, attend_to_blocks
-from kernels_pallas.nsa.support import MAX_VALUE_DIM, Implementation, reason_against, uses_kernels
-from kernels_pallas.nsa.tiling import Places, accumulator, default_scale, where_finite
-
-
-class NsaBranches(NamedTuple):
-    """Outputs of the three branches before the gates, and what the choice was made from and came to."""
-
-    compressed: Float[Array, "B T H Dv"]
-    selected: Float[Array, "B T H Dv"]
-    window: Float[Array, "B T H Dv"]
-    lse: Float[Array, "B T H"]
-    indices: Int[Array, "B Hkv T n"]
+from kernels_pallas.nsa.base import (
+    Block,
+    Interval,
+    NsaBranches,
+    SelectionGrid,
+    accumulator,
+    default_scale,
+    num_compressed,
+)
+from kernels_pallas.nsa.implementations import Implementation, operators_for
+from kernels_pallas.nsa.importance import candidate_range, select_by_rounds
+from kernels_pallas.nsa.interface import Case
+from kernels_pallas.nsa.support import (
+    check_attention,
+    check_num_compressed,
+    check_selection,
+    grouped,
+    heads_joined,
+    positions_of,
+    queries_without_padding,
+    without_padding,
+    zero_padding,
+)
+from kernels_pallas.nsa.xla.compression import block_segments
 
 
 def compressed_attention(
@@ -65,32 +73,28 @@ def compressed_attention(
     to a query at t only if i * stride + block_len - 1 <= t.
 
     Returns the output in the dtype of q and the log-sum-exp of the scaled scores in float32, -inf where no
-    block is visible. `scale` is 1 / sqrt(Dk) when None. Raises ValueError for shapes or sizes that do not
-    fit, NotImplementedError for an implementation that is not there.
+    block is visible. `scale` is 1 / sqrt(Dk) when None.
+
+    Raises:
+        ValueError: shapes or sizes do not fit.
+        NotImplementedError: the named implementation cannot take the case.
     """
-    _check_attention(q, k_cmp, v_cmp, block_len=block_len, stride=stride)
+    check_attention(q, k_cmp, v_cmp, block_len=block_len, stride=stride)
     blocks = k_cmp.shape[1]
-    kernels = uses_kernels(implementation, "compressed_attention", reason_against(q, v_cmp, blocks))
-    places = _places(q, segment_ids, q_positions, None)
-    _check_blocks(blocks, segment_ids, q, q_positions, block_len, stride)
+    operators = operators_for(Case("compressed_attention", q, k_cmp, v_cmp), implementation)
+    positions = positions_of(q, segment_ids, q_positions, None)
+    check_num_compressed(blocks, segment_ids, q, q_positions, block_len, stride)
     if blocks == 0:
         empty = jnp.zeros((*q.shape[:3], v_cmp.shape[-1]), q.dtype)
         return empty, jnp.full(q.shape[:3], -jnp.inf, accumulator(q.dtype))
+    segments = None
     if segment_ids is not None:
         segments = block_segments(segment_ids, block_len, stride, blocks)
-        places = places._replace(key_segments=segments)
-        k_cmp, v_cmp = _without_padding(segments, k_cmp), _without_padding(segments, v_cmp)
-    band = Band(stride, block_len - 1, None, default_scale(scale, q.shape[-1]))
-    grouped = _grouped(_clean_q(q, places), k_cmp)
-    if kernels:
-        from kernels_pallas.nsa import mosaic_gpu
-
-        # The kernels work out from the tokens' segments which blocks a query sees.
-        tokens = places._replace(key_segments=segment_ids)
-        out, lse = mosaic_gpu.banded(band, grouped, k_cmp, v_cmp, tokens)
-    else:
-        out, lse = banded_attention(band, grouped, k_cmp, v_cmp, places)
-    return _finish(out, places), lse.reshape(q.shape[:3])
+        k_cmp, v_cmp = zero_padding(segments, k_cmp), zero_padding(segments, v_cmp)
+    interval = Interval(stride, block_len - 1, None, default_scale(scale, q.shape[-1]))
+    rows = grouped(queries_without_padding(q, positions), k_cmp)
+    out, lse = operators.compressed_attention(interval, rows, k_cmp, v_cmp, positions, segments)
+    return heads_joined(out, positions), lse.reshape(q.shape[:3])
 
 
 def select_blocks(
@@ -115,41 +119,37 @@ def select_blocks(
     `lse` is what `compressed_attention` returned for the same q and k_cmp. A block's importance is the sum of
     softmax(q . k_cmp) over the heads of the group and over the compressed blocks, weighted by the tokens they
     share with it (Eq. 9 in overlap form, Eq. 10). The first `num_init` blocks (of the query's segment) and
-    the newest `num_local` ones, the query's own included, are always chosen and count within `num_blocks`;
+    the newest `num_local` ones, the query's own included, are always selected and count within `num_blocks`;
     among equals the lower index wins. Candidates hold at least one token that the query may see. `kv_len` is
-    S; None takes it from segment_ids or, without q_positions, from q. No gradient flows through the choice.
+    S; None takes it from segment_ids or, without q_positions, from q. No gradient flows through it.
 
-    Raises ValueError for shapes or sizes that do not fit, NotImplementedError for an implementation not
-    there.
+    Raises:
+        ValueError: shapes or sizes do not fit.
+        NotImplementedError: the named implementation cannot take the case.
     """
-    _check_attention(q, k_cmp, k_cmp, block_len=block_len, stride=stride)
-    reason = reason_against(q, k_cmp[..., :MAX_VALUE_DIM], k_cmp.shape[1])
-    kernels = uses_kernels(implementation, "select_blocks", reason)
+    check_attention(q, k_cmp, k_cmp, block_len=block_len, stride=stride)
+    operators = operators_for(Case("select_blocks", q, k_cmp), implementation)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse has shape {lse.shape}; for q {q.shape} it must be {q.shape[:3]}")
-    _check_choice(block_size, num_blocks, num_init, num_local)
+    check_selection(block_size, num_blocks, num_init, num_local)
     if kv_len is None:
         if segment_ids is None and q_positions is not None:
             raise ValueError("select_blocks with q_positions needs kv_len, the number of keys")
         kv_len = q.shape[1] if segment_ids is None else segment_ids.shape[1]
-    places = _places(q, segment_ids, q_positions, kv_len)
-    _check_blocks(k_cmp.shape[1], segment_ids, q, q_positions, block_len, stride)
+    positions = positions_of(q, segment_ids, q_positions, kv_len)
+    check_num_compressed(k_cmp.shape[1], segment_ids, q, q_positions, block_len, stride)
     segments = None
     if segment_ids is not None:
         segments = block_segments(segment_ids, block_len, stride, k_cmp.shape[1])
-        k_cmp = _without_padding(segments, k_cmp)
+        k_cmp = zero_padding(segments, k_cmp)
     scale = default_scale(scale, q.shape[-1])
-    grid = Grid(block_len, stride, block_size, num_blocks, num_init, num_local, kv_len, scale)
-    q, k_cmp, lse = lax.stop_gradient((_clean_q(q, places), k_cmp, lse))
-    q = _grouped(q, k_cmp)
-    if kernels:
-        from kernels_pallas.nsa import mosaic_gpu
-
-        return mosaic_gpu.choose(grid, q, k_cmp, lse.reshape(q.shape[:-1]), places)
-    return choose(grid, q, k_cmp, lse.reshape(q.shape[:-1]), places, segments)
+    grid = SelectionGrid(block_len, stride, block_size, num_blocks, num_init, num_local, kv_len, scale)
+    q, k_cmp, lse = lax.stop_gradient((queries_without_padding(q, positions), k_cmp, lse))
+    q = grouped(q, k_cmp)
+    return operators.select_blocks(grid, q, k_cmp, lse.reshape(q.shape[:-1]), positions, segments)
 
 
-def best_blocks(
+def select_blocks_by_importance(
     importance: Float[Array, "B Hkv T N"],
     *,
     block_size: int,
@@ -162,20 +162,21 @@ def best_blocks(
     """`select_blocks` by another importance of the N selection blocks than that of compressed keys.
 
     importance: float32, larger is better, of any sign; that of candidates is read, except of the first and
-    local blocks, which are always chosen. Candidates, ties and order are those of `select_blocks`. No
-    gradient flows through the choice.
+    local blocks, which are always selected. Candidates, ties and order are those of `select_blocks`. No
+    gradient flows through the selection.
 
-    Raises ValueError for shapes or sizes that do not fit.
+    Raises:
+        ValueError: shapes or sizes do not fit.
     """
-    _check_choice(block_size, num_blocks, num_init, num_local)
+    check_selection(block_size, num_blocks, num_init, num_local)
     batch, _, length, blocks = importance.shape
     if segment_ids is not None and blocks * block_size < segment_ids.shape[1]:
         raise ValueError(f"{blocks} blocks of {block_size} do not cover {segment_ids.shape[1]} tokens")
     if q_positions is None and blocks * block_size < length:
         raise ValueError(f"{blocks} blocks of {block_size} do not cover {length} tokens")
     queries = jnp.zeros((batch, length, 1, 1), importance.dtype)
-    limits = candidates(block_size, _places(queries, segment_ids, q_positions, None))
-    return best(lax.stop_gradient(importance), limits, num_blocks, num_init, num_local)
+    limits = candidate_range(block_size, positions_of(queries, segment_ids, q_positions, None))
+    return select_by_rounds(lax.stop_gradient(importance), limits, num_blocks, num_init, num_local)
 
 
 def selected_attention(
@@ -190,30 +191,26 @@ def selected_attention(
     q_positions: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H Dv"]:
-    """Attention to the tokens of the chosen blocks that are not in the query's future.
+    """Attention to the tokens of the selected blocks that are not in the query's future.
 
     Block j holds tokens [j * block_size, (j + 1) * block_size). A query's indices must differ from each
     other; those outside 0..N-1 (-1 above all) are missing slots and never read. Their order does not matter.
-    Raises ValueError for shapes or sizes that do not fit, NotImplementedError for an implementation that is
-    not there.
+
+    Raises:
+        ValueError: shapes or sizes do not fit.
+        NotImplementedError: the named implementation cannot take the case.
     """
-    _check_attention(q, k, v, block_size=block_size)
-    reason = reason_against(q, v, k.shape[1], block_size)
-    kernels = uses_kernels(implementation, "selected_attention", reason)
+    check_attention(q, k, v, block_size=block_size)
+    operators = operators_for(Case("selected_attention", q, k, v, block_size), implementation)
     expected = (q.shape[0], k.shape[2], q.shape[1])
     if indices.ndim != 4 or indices.shape[:3] != expected or indices.shape[3] == 0:
         raise ValueError(f"indices have shape {indices.shape}, not {expected} and at least one slot")
-    places = _places(q, segment_ids, q_positions, k.shape[1])
-    q, k, v = _clean(q, k, v, places)
+    positions = positions_of(q, segment_ids, q_positions, k.shape[1])
+    q, k, v = without_padding(q, k, v, positions)
     block = Block(block_size, default_scale(scale, q.shape[-1]))
     indices = jnp.moveaxis(lax.stop_gradient(indices), 1, 2)
-    if kernels:
-        from kernels_pallas.nsa import mosaic_gpu
-
-        out = mosaic_gpu.selected(block, _grouped(q, k), k, v, indices, places)
-    else:
-        out = attend_to_blocks(block, _grouped(q, k), k, v, indices, places)
-    return _finish(out, places)
+    out = operators.selected_attention(block, grouped(q, k), k, v, indices, positions)
+    return heads_joined(out, positions)
 
 
 def window_attention(
@@ -229,19 +226,17 @@ def window_attention(
 ) -> Float[Array, "B T H Dv"]:
     """Attention to the last `window` tokens, the current one included.
 
-    Raises ValueError for shapes or sizes that do not fit, NotImplementedError for an implementation not
-    there.
+    Raises:
+        ValueError: shapes or sizes do not fit.
+        NotImplementedError: the named implementation cannot take the case.
     """
-    _check_attention(q, k, v, window=window)
-    kernels = uses_kernels(implementation, "window_attention", reason_against(q, v, k.shape[1]))
-    places = _places(q, segment_ids, q_positions, k.shape[1])
-    q, k, v = _clean(q, k, v, places)
-    band = Band(1, 0, window, default_scale(scale, q.shape[-1]))
-    if kernels:
-        from kernels_pallas.nsa import mosaic_gpu
-
-        return _finish(mosaic_gpu.banded(band, _grouped(q, k), k, v, places)[0], places)
-    return _finish(banded_attention(band, _grouped(q, k), k, v, places)[0], places)
+    check_attention(q, k, v, window=window)
+    operators = operators_for(Case("window_attention", q, k, v), implementation)
+    positions = positions_of(q, segment_ids, q_positions, k.shape[1])
+    q, k, v = without_padding(q, k, v, positions)
+    interval = Interval(1, 0, window, default_scale(scale, q.shape[-1]))
+    out, _ = operators.window_attention(interval, grouped(q, k), k, v, positions, None)
+    return heads_joined(out, positions)
 
 
 def nsa_attention(
@@ -272,12 +267,13 @@ def nsa_attention(
     window).
 
     `k_cmp` and `v_cmp` come from `compress_blocks`; they must be the M complete blocks of the S tokens.
-    `q_cmp` replaces q in compression and choice (queries without RoPE, say). `indices` replaces the choice.
-    Defaults are the paper's. Returns the weighted sum and the branches; what is not used of them costs
-    nothing under jit.
+    `q_cmp` replaces q in compression and selection of blocks (queries without RoPE, say). `indices` replaces
+    the latter. Defaults are the paper's. Returns the weighted sum and the branches; what is not used of them
+    costs nothing under jit.
 
-    Raises ValueError for shapes or sizes that do not fit, NotImplementedError for an implementation not
-    there.
+    Raises:
+        ValueError: shapes or sizes do not fit.
+        NotImplementedError: the named implementation cannot take the case.
     """
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates have shape {gates.shape}; for q {q.shape} it must be {(*q.shape[:3], 3)}")
@@ -328,96 +324,3 @@ def weigh(
     dtype = accumulator(compressed.dtype)
     of = lambda i, x: gates[..., i, None].astype(dtype) * x.astype(dtype)
     return (of(0, compressed) + of(1, selected) + of(2, recent)).astype(compressed.dtype)
-
-
-def _check_attention(q: Array, k: Array, v: Array, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be positive, not {size}")
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k, v must have 4 axes, not {q.ndim}, {k.ndim}, {v.ndim}")
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key/value heads equally")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q, k, v must be floating point, not {q.dtype}")
-
-
-def _check_choice(block_size: int, num_blocks: int, num_init: int, num_local: int) -> None:
-    if min(block_size, num_blocks) < 1 or min(num_init, num_local) < 0:
-        raise ValueError(
-            f"block_size {block_size} and num_blocks {num_blocks} must be positive, "
-            f"num_init {num_init} and num_local {num_local} not negative"
-        )
-    if num_init + num_local > num_blocks:
-        raise ValueError(
-            f"{num_init} first and {num_local} local blocks do not fit into num_blocks={num_blocks}"
-        )
-
-
-def _check_blocks(
-    blocks: int,
-    segment_ids: Array | None,
-    q: Array,
-    q_positions: Array | None,
-    block_len: int,
-    stride: int,
-) -> None:
-    """The number of compressed blocks, where the number of tokens is known."""
-    if segment_ids is None and q_positions is not None:
-        return
-    length = q.shape[1] if segment_ids is None else segment_ids.shape[1]
-    expected = num_compressed(length, block_len, stride)
-    if blocks != expected:
-        raise ValueError(
-            f"{length} tokens have {expected} complete blocks of {block_len} every {stride}, not {blocks}"
-        )
-
-
-def _places(q: Array, segment_ids: Array | None, q_positions: Array | None, num_keys: int | None) -> Places:
-    batch, length = q.shape[:2]
-    if segment_ids is not None:
-        if num_keys is not None and segment_ids.shape != (batch, num_keys):
-            raise ValueError(f"segment_ids have shape {segment_ids.shape}, not {(batch, num_keys)}")
-        num_keys = segment_ids.shape[1]
-    if q_positions is None:
-        if num_keys is not None and num_keys != length:
-            raise ValueError(f"{length} queries against {num_keys} keys need q_positions")
-        q_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-        return Places(q_positions, segment_ids, segment_ids)
-    if q_positions.shape != (batch, length):
-        raise ValueError(f"q_positions have shape {q_positions.shape}, not {(batch, length)}")
-    q_positions = q_positions.astype(jnp.int32)
-    if segment_ids is None:
-        return Places(q_positions)
-    return Places(q_positions, jnp.take_along_axis(segment_ids, q_positions, axis=1), segment_ids)
-
-
-def _without_padding(segments: Array, x: Array) -> Array:
-    """Zeros where the segment is 0, and no gradient to or from there."""
-    return where_finite((segments != 0)[:, :, None, None], x)
-
-
-def _clean_q(q: Array, places: Places) -> Array:
-    return q if places.q_segments is None else _without_padding(places.q_segments, q)
-
-
-def _clean(q: Array, k: Array, v: Array, places: Places) -> tuple[Array, Array, Array]:
-    if places.key_segments is None:
-        return q, k, v
-    segments = places.key_segments
-    return _clean_q(q, places), _without_padding(segments, k), _without_padding(segments, v)
-
-
-def _grouped(q: Array, k: Array) -> Float[Array, "B T Hkv G Dk"]:
-    batch, length, heads, dim = q.shape
-    return q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-
-
-def _finish(out: Float[Array, "B T Hkv G Dv"], places: Places) -> Float[Array, "B T H Dv"]:
-    """Join the heads; the mask keeps a cotangent that arrives at padding (NaN, say) from going further."""
-    batch, length, kv_heads, groups, dim = out.shape
-    return _clean_q(out.reshape(batch, length, kv_heads * groups, dim), places)

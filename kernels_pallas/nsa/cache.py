@@ -13,15 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.compression import num_compressed
-from kernels_pallas.nsa.tiling import ceil_div
+from kernels_pallas.nsa.base import NOWHERE, SelectionGrid, ceil_div, num_compressed
 
-NOWHERE = np.iinfo(np.int32).max
-"""Index of an entry that is neither written nor read."""
 TILE = 64
 """Keys that the decode kernel reads at once."""
 PIECE = 8
@@ -112,7 +108,8 @@ def init_cache(
 ) -> NsaCache:
     """An empty cache for `batch` sequences of at most `length` tokens, rounded up to whole selection blocks.
 
-    Raises ValueError for sizes below 1 and a stride that leaves tokens out.
+    Raises:
+        ValueError: a size is below 1, or the stride leaves tokens out.
     """
     _check_sizes(batch=batch, length=length, block_size=block_size, window=window, stride=stride)
     _check_stride(block_len, stride)
@@ -143,7 +140,8 @@ def init_paged_cache(
 ) -> PagedCache:
     """An empty cache of `num_pages` pages of `page_size` tokens, a multiple of block_size and of stride.
 
-    Raises ValueError for sizes that do not fit.
+    Raises:
+        ValueError: sizes do not fit.
     """
     _check_sizes(num_pages=num_pages, block_size=block_size, window=window, stride=stride)
     _check_stride(block_len, stride)
@@ -181,8 +179,10 @@ def append_tokens[C: (NsaCache, PagedCache)](
     """The cache with a chunk of T >= 1 tokens in it, and what `cached_attention` needs for their windows.
 
     Row b holds num_new[b] tokens (None: T), then padding, which is not read. Only when some sequence
-    completes a block is anything compressed. Tokens beyond the cache's capacity are lost. Raises ValueError
-    for an empty chunk or one that does not fit the cache.
+    completes a block is anything compressed. Tokens beyond the cache's capacity are lost.
+
+    Raises:
+        ValueError: the chunk is empty or does not fit the cache.
     """
     batch, count = new.k_slc.shape[:2]
     if count == 0 or batch != cache.length.shape[0]:
@@ -236,6 +236,14 @@ def whole(cache: Cache, kept: Float[Array, "A C Hkv D"]) -> Float[Array, "B R Hk
     pages = jnp.where(cache.page_table < 0, NOWHERE, cache.page_table)
     got = kept.at[pages].get(mode="fill", fill_value=0)
     return got.reshape(got.shape[0], got.shape[1] * got.shape[2], *got.shape[3:])
+
+
+def compressed_keys(
+    cache: Cache, grid: SelectionGrid
+) -> tuple[Float[Array, "B M Hkv Dk"], Float[Array, "B M Hkv Dv"]]:
+    """Compressed keys and values of each sequence in order, complete ones or not."""
+    blocks = num_compressed(grid.kv_len, grid.block_len, grid.stride)
+    return whole(cache, cache.k_cmp)[:, :blocks], whole(cache, cache.v_cmp)[:, :blocks]
 
 
 def put_rows(x: Float[Array, "B R Hkv D"], rows: Int[Array, "B T"], new: Array) -> Array:

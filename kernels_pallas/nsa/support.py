@@ -1,100 +1,101 @@
-"""Which cases the Hopper kernels take, and where they may run."""
+"""Checks of arguments, where queries stand, grouping of heads, and what padding may not reach."""
 
-import contextlib
-import logging
-from collections.abc import Iterator
-from typing import Literal
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-Implementation = Literal["xla", "mosaic_gpu"]
-Place = Literal["device", "interpreter", "compiler"]
-
-MAX_GROUP, MAX_KEY_DIM, MAX_VALUE_DIM, BLOCK = 64, 192, 128, 64
-"""Compiled for Hopper without spilled registers up to these head dims."""
-OLDEST_JAX = (0, 11, 2)
-"""Before, Pallas cannot load a part of a vector into the layout of a matrix product."""
-CHECKED_ON_A_GPU = False
-"""Until the kernels ran on one, not in the interpreter alone, they run where they are named only."""
-
-_log = logging.getLogger(__name__)
-_place: Place = "device"
+from kernels_pallas.nsa.base import Positions, num_compressed, where_finite
 
 
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Kernels traced in here run in Pallas' GPU interpreter on this machine's CPU: slowly, for tests."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()), _at("interpreter"):
-        yield
-
-
-@contextlib.contextmanager
-def compiled_elsewhere() -> Iterator[None]:
-    """Kernels may be traced in here without a GPU, to be compiled for one that is described to XLA."""
-    with _at("compiler"):
-        yield
-
-
-@contextlib.contextmanager
-def _at(place: Place) -> Iterator[None]:
-    global _place
-    before, _place = _place, place
-    try:
-        yield
-    finally:
-        _place = before
+def check_attention(q: Array, k: Array, v: Array, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be positive, not {size}")
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k, v must have 4 axes, not {q.ndim}, {k.ndim}, {v.ndim}")
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key/value heads equally")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k, v must be floating point, not {q.dtype}")
 
 
-def place() -> Place:
-    return _place
+def check_selection(block_size: int, num_blocks: int, num_init: int, num_local: int) -> None:
+    if min(block_size, num_blocks) < 1 or min(num_init, num_local) < 0:
+        raise ValueError(
+            f"block_size {block_size} and num_blocks {num_blocks} must be positive, "
+            f"num_init {num_init} and num_local {num_local} not negative"
+        )
+    if num_init + num_local > num_blocks:
+        raise ValueError(
+            f"{num_init} first and {num_local} local blocks do not fit into num_blocks={num_blocks}"
+        )
 
 
-def reason_against(q: Array, v: Array, keys: int, block_size: int = BLOCK) -> str | None:
-    """Why the Hopper kernels cannot take q [B, T, H, Dk], v [B, S, Hkv, Dv]; None if they can."""
-    key_dim, value_dim, group = q.shape[3], v.shape[3], q.shape[2] // v.shape[2]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"wgmma takes bfloat16 and float16 (float32 would be rounded to TF32), not {q.dtype}"
-    if key_dim > MAX_KEY_DIM or value_dim > MAX_VALUE_DIM:
-        return f"head dims {key_dim}/{value_dim} are above {MAX_KEY_DIM}/{MAX_VALUE_DIM}"
-    if group > MAX_GROUP:
-        return f"{group} query heads share a key/value head; at most {MAX_GROUP} may"
-    if block_size % BLOCK:
-        return f"block_size {block_size} is no multiple of {BLOCK}"
-    if not q.size or not keys:
-        return "there are no queries or no keys"
-    if jax.__version_info__ < OLDEST_JAX:
-        return f"they need jax {'.'.join(map(str, OLDEST_JAX))} or newer, not {jax.__version__}"
-    if _place == "device" and not is_hopper():
-        return "the default device is no Hopper GPU"
-    return None
+def check_num_compressed(
+    blocks: int,
+    segment_ids: Array | None,
+    q: Array,
+    q_positions: Array | None,
+    block_len: int,
+    stride: int,
+) -> None:
+    """The number of compressed blocks, where the number of tokens is known."""
+    if segment_ids is None and q_positions is not None:
+        return
+    length = q.shape[1] if segment_ids is None else segment_ids.shape[1]
+    expected = num_compressed(length, block_len, stride)
+    if blocks != expected:
+        raise ValueError(
+            f"{length} tokens have {expected} complete blocks of {block_len} every {stride}, not {blocks}"
+        )
 
 
-def uses_kernels(name: Implementation | None, op: str, reason: str | None) -> bool:
-    """Whether to run the Hopper kernels. A named implementation is never replaced by another.
+def positions_of(
+    q: Array, segment_ids: Array | None, q_positions: Array | None, num_keys: int | None
+) -> Positions:
+    batch, length = q.shape[:2]
+    if segment_ids is not None:
+        if num_keys is not None and segment_ids.shape != (batch, num_keys):
+            raise ValueError(f"segment_ids have shape {segment_ids.shape}, not {(batch, num_keys)}")
+        num_keys = segment_ids.shape[1]
+    if q_positions is None:
+        if num_keys is not None and num_keys != length:
+            raise ValueError(f"{length} queries against {num_keys} keys need q_positions")
+        q_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        return Positions(q_positions, segment_ids, segment_ids)
+    if q_positions.shape != (batch, length):
+        raise ValueError(f"q_positions have shape {q_positions.shape}, not {(batch, length)}")
+    q_positions = q_positions.astype(jnp.int32)
+    if segment_ids is None:
+        return Positions(q_positions)
+    return Positions(q_positions, jnp.take_along_axis(segment_ids, q_positions, axis=1), segment_ids)
 
-    Raises ValueError for an unknown name, NotImplementedError where a named one cannot take the case.
-    """
-    if name not in (None, "xla", "mosaic_gpu"):
-        raise ValueError(f"nsa: implementation must be 'xla', 'mosaic_gpu' or None, not {name!r}")
-    if name == "mosaic_gpu":
-        if reason is not None:
-            raise NotImplementedError(
-                f"nsa: {op} with implementation='mosaic_gpu': {reason}; use 'xla' or None"
-            )
-        return True
-    if name is None:
-        if reason is None and not CHECKED_ON_A_GPU:
-            reason = "the kernels were not checked on a GPU yet; ask for them by name"
-        _log.debug("%s runs as %s", op, "mosaic_gpu" if reason is None else f"xla: {reason}")
-        return reason is None
-    return False
+
+def zero_padding(segments: Array, x: Array) -> Array:
+    """Zeros where the segment is 0, and no gradient to or from there."""
+    return where_finite((segments != 0)[:, :, None, None], x)
 
 
-def is_hopper() -> bool:
-    """Whether the default device runs the kernels."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+def queries_without_padding(q: Array, positions: Positions) -> Array:
+    return q if positions.q_segments is None else zero_padding(positions.q_segments, q)
+
+
+def without_padding(q: Array, k: Array, v: Array, positions: Positions) -> tuple[Array, Array, Array]:
+    if positions.key_segments is None:
+        return q, k, v
+    segments = positions.key_segments
+    return queries_without_padding(q, positions), zero_padding(segments, k), zero_padding(segments, v)
+
+
+def grouped(q: Array, k: Array) -> Float[Array, "B T Hkv G Dk"]:
+    batch, length, heads, dim = q.shape
+    return q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+
+
+def heads_joined(out: Float[Array, "B T Hkv G Dv"], positions: Positions) -> Float[Array, "B T H Dv"]:
+    """Join the heads; the mask keeps a cotangent that arrives at padding (NaN, say) from going further."""
+    batch, length, kv_heads, groups, dim = out.shape
+    return queries_without_padding(out.reshape(batch, length, kv_heads * groups, dim), positions)

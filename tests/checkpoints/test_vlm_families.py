@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import families, names
+from jaxlab.checkpoints import families
+from jaxlab.checkpoints import tensor_map as names
 from jaxlab.errors import UserError
 from jaxlab.models import abstract_params, forward, generate, prepare_batch
 from tests.checkpoints import folders
@@ -24,6 +25,7 @@ FAMILIES = (
     "mistral3",
     "mllama",
 )
+
 CASES = [case for case in folders.CASES if folders.config(case)["model_type"] in FAMILIES]
 
 
@@ -39,7 +41,7 @@ def load(case):
         entry.pattern: np.stack([weights[name] for name in entry.names])
         for entry in names.entries(template, config.family)
     }
-    return config, names.from_hf_tensors(stacked, template, config.family)
+    return config, folders.from_hf_tensors(stacked, template, config.family)
 
 
 def batch_of(golden, prefix=""):

@@ -55,7 +55,7 @@ MISTAKES = [
     (["--outputs", "x"], "which task? "),
     (["fak"], "unknown task 'fak'; did you mean fake?"),
     (["xyzzy"], "unknown task 'xyzzy'; there are quickstart, train"),
-    (["fake"], "fake takes a config first: run.py fake CONFIG.yaml"),
+    (["fake"], "fake takes a config first: python run.py fake CONFIG.yaml"),
     (["fake", "--steps", "3"], "fake takes a config first"),
     (["fake", "smal.yaml"], "smal.yaml: cannot be read: No such file or directory; did you mean small.yaml?"),
     (["fake-command"], "command line: --model: missing"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import save_model
 from jaxlab.config import build
 from jaxlab.data.needle_words import WORDS, needle_tokenizer
 from jaxlab.errors import ConfigError, UserError

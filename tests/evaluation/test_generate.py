@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import save_model
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import VisionConfig

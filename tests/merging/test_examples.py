@@ -5,7 +5,7 @@ import numpy as np
 
 from jaxlab.data.digits import DigitsConfig, DigitsSource
 from jaxlab.data.digits_words import EOS, IMAGE_ID, VOCABULARY
-from jaxlab.merging.examples import answered
+from jaxlab.merging import answered
 from jaxlab.models import ModelConfig, generate, init_params
 from jaxlab.models.config import VisionConfig
 

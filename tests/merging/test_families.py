@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import families
-from jaxlab.checkpoints.folder import open_folder
+from jaxlab.checkpoints.tensor_folder import open_folder
 from jaxlab.tasks import main
 from tests.checkpoints import folders
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints.native import load_model
+from jaxlab.checkpoints import load_model
 from jaxlab.config import dump, load
 from jaxlab.tasks import train
 

@@ -10,8 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints.loading import load_model
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import load_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import target_losses

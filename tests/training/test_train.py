@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints.native import load_model, save_model
+from jaxlab.checkpoints import load_model, save_model
 from jaxlab.config import build
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError

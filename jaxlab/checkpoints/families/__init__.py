@@ -12,7 +12,7 @@ import re
 
 from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
-from jaxlab.checkpoints.rows import HEAD, Rows
+from jaxlab.checkpoints.tensor_table import HEAD, Rows
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 

@@ -5,7 +5,7 @@ import math
 
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.checkpoints.rows import Row
+from jaxlab.checkpoints.tensor_table import Row
 from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 

@@ -5,7 +5,7 @@ from typing import Any
 from jaxlab.checkpoints.families import language
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.models import ModelConfig
 
 _DEFAULTS: Json = {

@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import gpt2, language
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.models import ModelConfig, RopeConfig
 
 _DEFAULTS: Json = {

@@ -8,7 +8,7 @@ from jaxlab.checkpoints.families.idefics3 import (
     read_idefics_vit,
     write_idefics_vision,
 )
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ResamplerConfig
 

@@ -5,7 +5,7 @@ from typing import Any
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row
+from jaxlab.checkpoints.tensor_table import Row
 from jaxlab.models import ModelConfig
 from jaxlab.models.vit_config import ViTConfig
 

@@ -7,7 +7,7 @@ from jaxlab.checkpoints.families.base import Json, Renames
 from jaxlab.checkpoints.families.rope import max_length, read_rope, write_rope
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig
 

@@ -2,7 +2,7 @@
 
 from jaxlab.checkpoints.families import llava, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.checkpoints.rows import Row
+from jaxlab.checkpoints.tensor_table import Row
 from jaxlab.models import ModelConfig
 
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -10,7 +10,7 @@ from functools import partial
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.models import ModelConfig, VisionConfig
 from jaxlab.models.vit_config import MllamaConfig, ViTConfig
 

@@ -5,7 +5,7 @@ import dataclasses
 from jaxlab.checkpoints.families import language, qwen2
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.models import ModelConfig, MoEConfig
 
 _MIXTRAL_DEFAULTS: Json = {

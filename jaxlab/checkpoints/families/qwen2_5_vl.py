@@ -5,7 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.qwen2_vl import MERGER, SECTIONS, TEXT
 from jaxlab.checkpoints.families.towers import linear
-from jaxlab.checkpoints.rows import Row, Rows
+from jaxlab.checkpoints.tensor_table import Row, Rows
 from jaxlab.models import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 

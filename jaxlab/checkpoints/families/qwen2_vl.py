@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import qwen_vl, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
-from jaxlab.checkpoints.rows import Rows
+from jaxlab.checkpoints.tensor_table import Rows
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig

@@ -4,7 +4,7 @@ from jaxlab.checkpoints.families import qwen_vl, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows
+from jaxlab.checkpoints.tensor_table import Row, Rows
 from jaxlab.models import ModelConfig
 from jaxlab.models.qwen_config import QwenVisionConfig
 

@@ -10,7 +10,7 @@ from jaxlab.checkpoints.families.base import Json, Renames
 from jaxlab.checkpoints.families.rope import max_length, read_rope, write_rope
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import linear
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, VisionConfig
 from jaxlab.models.qwen_config import QwenVisionConfig

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.nsa import banded, choice, selection, tiling
-from kernels_pallas.nsa.arg_specs import SMALL, ArgSpec
+from kernels_pallas.nsa.specs.arg_specs import SMALL, ArgSpec
+from kernels_pallas.nsa.xla import block_selection, interval_attention, selected_attention, tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,6 @@ def cotangents(spec: ArgSpec, seed: int = 1) -> list[jax.Array]:
     return [jnp.asarray(random.standard_normal(spec.output().shape), jnp.float32) for _ in range(4)]
 
 
-def quick_jit(function):
-    """jit for programs that run once: compiled in half the time, run slowly."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def relative_error(x: jax.Array, reference: jax.Array, floor: float = 0.1) -> float:
     """RMS of the difference over RMS of the reference (or the floor, where the reference is all but zero)."""
     x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
@@ -48,6 +43,12 @@ def relative_error(x: jax.Array, reference: jax.Array, floor: float = 0.1) -> fl
 def shrink_tiles(monkeypatch) -> None:
     """Tiles and chunks so small that a hundred tokens need many of each."""
     monkeypatch.setattr(tiling, "CPU_TILE_ELEMENTS", 1 << 10)
-    monkeypatch.setattr(selection, "PARTIAL_ELEMENTS", 1 << 11)
-    monkeypatch.setattr(banded, "KEY_TILE", 16)
-    monkeypatch.setattr(choice, "KEY_TILE", 8)
+    monkeypatch.setattr(selected_attention, "PARTIAL_ELEMENTS", 1 << 11)
+    monkeypatch.setattr(interval_attention, "KEY_TILE", 16)
+    monkeypatch.setattr(block_selection, "KEY_TILE", 8)
+
+
+def random_selection(random, shape, blocks):
+    """[..., n] different blocks."""
+    everything = np.tile(np.arange(blocks), (*shape[:-1], 1))
+    return random.permuted(everything, axis=-1)[..., : shape[-1]]

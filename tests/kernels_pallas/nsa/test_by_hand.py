@@ -14,7 +14,6 @@ from kernels_pallas.nsa import (
     selected_attention,
     window_attention,
 )
-from tests.kernels_pallas.nsa.cases import quick_jit
 
 # With q = 1 and scale = 1 a key log(w) has weight w.
 LOG_WEIGHTS = np.log([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -31,7 +30,7 @@ VALUES = column([60.0, 30.0, 12.0, 0.0, 6.0])
 
 
 def test_window_of_two_counts_the_current_token():
-    out = quick_jit(functools.partial(window_attention, window=2, scale=1.0))(ONES, KEYS, VALUES)
+    out = jax.jit(functools.partial(window_attention, window=2, scale=1.0))(ONES, KEYS, VALUES)
     expected = [60, (60 + 2 * 30) / 3, (2 * 30 + 3 * 12) / 5, (3 * 12 + 0) / 7, (0 + 5 * 6) / 9]
     np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-5)
 
@@ -39,9 +38,7 @@ def test_window_of_two_counts_the_current_token():
 def test_selection_reads_the_chosen_blocks_up_to_the_query():
     # Blocks of two tokens: 0 1 | 2 3 | 4. The second slot is missing for the first three queries.
     indices = jnp.asarray([[0, -1], [0, -1], [1, -1], [0, 1], [0, 2]], jnp.int32)[None, None]
-    out = quick_jit(functools.partial(selected_attention, block_size=2, scale=1.0))(
-        ONES, KEYS, VALUES, indices
-    )
+    out = jax.jit(functools.partial(selected_attention, block_size=2, scale=1.0))(ONES, KEYS, VALUES, indices)
     both = 60 + 2 * 30
     expected = [60, both / 3, 12, (both + 3 * 12 + 0) / 10, (both + 5 * 6) / 8]
     np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-5)
@@ -49,7 +46,7 @@ def test_selection_reads_the_chosen_blocks_up_to_the_query():
 
 def test_nothing_chosen_gives_zero():
     indices = jnp.full((1, 1, 5, 2), -1, jnp.int32)
-    out = quick_jit(functools.partial(selected_attention, block_size=2))(ONES, KEYS, VALUES, indices)
+    out = jax.jit(functools.partial(selected_attention, block_size=2))(ONES, KEYS, VALUES, indices)
     assert (np.asarray(out) == 0).all()
 
 
@@ -57,7 +54,7 @@ def test_compressed_block_is_seen_from_its_last_token_on():
     # Blocks of three tokens, one every second token: 0-2 with weight 2, 2-4 with weight 3.
     keys, values = column(np.log([2.0, 3.0])), column([10.0, 20.0])
     attend = functools.partial(compressed_attention, block_len=3, stride=2, scale=1.0)
-    out, lse = quick_jit(attend)(ONES, keys, values)
+    out, lse = jax.jit(attend)(ONES, keys, values)
     np.testing.assert_allclose(out[0, :, 0, 0], [0, 0, 10, 10, 16], rtol=1e-5)
     np.testing.assert_allclose(lse[0, :, 0], [-np.inf, -np.inf, np.log(2), np.log(2), np.log(5)], rtol=1e-5)
     assert (np.asarray(out[0, :2]) == 0).all()
@@ -78,7 +75,7 @@ def test_gates_weigh_the_branches():
         scale=1.0,
     )
     keys, values = column(np.log([2.0, 3.0])), column([10.0, 20.0])
-    out, branches = quick_jit(attend)(ONES, keys, values, KEYS, VALUES, KEYS, VALUES, gates)
+    out, branches = jax.jit(attend)(ONES, keys, values, KEYS, VALUES, KEYS, VALUES, gates)
     np.testing.assert_array_equal(branches.indices[0, 0], [[0, -1], [0, -1], [0, 1], [0, 1], [0, 2]])
     np.testing.assert_allclose(out[0, 4, 0, 0], 16 + 0.5 * (60 + 60 + 30) / 8 + 0.25 * 30 / 9, rtol=1e-5)
 

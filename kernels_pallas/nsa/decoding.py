@@ -1,0 +1,121 @@
+"""Attention of a chunk's queries over a cache: what `nsa_attention` gives for them on the whole sequence.
+
+A single query (decoding) reads the compressed keys, the selected blocks and its window, and nothing else: of
+the selection keys n blocks, whatever the length. A longer chunk (prefill) runs the tiled functions of api.py.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.nsa.api import (
+    compressed_attention,
+    select_blocks,
+    selected_attention,
+    weigh,
+    window_attention,
+)
+from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, where_finite
+from kernels_pallas.nsa.cache import Cache, PagedCache, Recent, compressed_keys, whole
+from kernels_pallas.nsa.implementations import Implementation, operators_for
+from kernels_pallas.nsa.interface import Case
+
+
+def cached_attention(
+    cache: Cache,
+    recent: Recent,
+    q: Float[Array, "B T H Dk"],
+    gates: Float[Array, "B T H 3"],
+    *,
+    block_len: int = 32,
+    stride: int = 16,
+    block_size: int = 64,
+    num_blocks: int = 16,
+    num_init: int = 1,
+    num_local: int = 2,
+    window: int = 512,
+    scale: float | None = None,
+    indices: Int[Array, "B Hkv T n"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T H Dv"], NsaBranches]:
+    """Attention of the T tokens that `append_tokens` put in last; it returned `cache` and `recent`.
+
+    `indices` replaces the selection of blocks. The sizes are those of the cache; dtypes and `implementation`
+    as in api.py. Queries of padding get exactly 0. Returns what `nsa_attention` returns.
+
+    Raises:
+        ValueError: shapes or sizes do not fit.
+        NotImplementedError: the named implementation cannot take the case.
+    """
+    count, ring = q.shape[1], cache.k_win.shape[1]
+    if recent.k.shape[1] != ring + (count if count > 1 else 0) or ring != window:
+        raise ValueError(
+            f"{count} queries and a window of {window} do not fit {recent.k.shape[1]} recent keys and a "
+            f"cache with {ring} slots of the window"
+        )
+    if gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"gates have shape {gates.shape}; for q {q.shape} it must be {(*q.shape[:3], 3)}")
+    length = cache.k_slc.shape[1]
+    if isinstance(cache, PagedCache):
+        length *= cache.page_table.shape[1]
+    scale = default_scale(scale, q.shape[-1])
+    grid = SelectionGrid(block_len, stride, block_size, num_blocks, num_init, num_local, length, scale)
+    if count > 1:
+        branches = _chunk(grid, cache, recent, q, window, indices, implementation)
+    else:
+        case = Case("cached_attention of one token", q, cache.k_slc, cache.v_slc, block_size, cache)
+        operators = operators_for(case, implementation)
+        branches = operators.decode_token(grid, cache, recent, q, window, indices)
+    out = weigh(gates, branches.compressed, branches.selected, branches.window)
+    padding = jnp.arange(count, dtype=jnp.int32)[None] >= recent.num_new[:, None]
+    return where_finite(~padding[:, :, None, None], out), branches
+
+
+def _chunk(
+    grid: SelectionGrid,
+    cache: Cache,
+    recent: Recent,
+    q: Array,
+    window: int,
+    indices: Array | None,
+    implementation: Implementation | None,
+) -> NsaBranches:
+    k_cmp, v_cmp = compressed_keys(cache, grid)
+    ring, count = cache.k_win.shape[1], q.shape[1]
+    held = jnp.arange(grid.kv_len, dtype=jnp.int32)[None] < cache.length[:, None]
+    rows = (cache.length - recent.num_new)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+    common: dict[str, Any] = {
+        "scale": grid.scale,
+        "segment_ids": held.astype(jnp.int32),
+        "q_positions": jnp.minimum(rows, grid.kv_len - 1),
+        "implementation": implementation,
+    }
+    blocks: dict[str, Any] = {"block_len": grid.block_len, "stride": grid.stride}
+    compressed, lse = compressed_attention(q, k_cmp, v_cmp, **blocks, **common)
+    if indices is None:
+        indices = select_blocks(
+            q,
+            k_cmp,
+            lse,
+            block_size=grid.block_size,
+            num_blocks=grid.num_blocks,
+            num_init=grid.num_init,
+            num_local=grid.num_local,
+            kv_len=grid.kv_len,
+            **blocks,
+            **common,
+        )
+    k, v = whole(cache, cache.k_slc), whole(cache, cache.v_slc)
+    selected = selected_attention(q, k, v, indices, block_size=grid.block_size, **common)
+    # Within `recent` the chunk's first query stands after the ring.
+    positions = jnp.broadcast_to(ring + jnp.arange(count, dtype=jnp.int32)[None], q.shape[:2])
+    held_recently = (recent.positions >= 0).astype(jnp.int32)
+    near = window_attention(
+        q,
+        recent.k,
+        recent.v,
+        window=window,
+        **(common | {"segment_ids": held_recently, "q_positions": positions}),
+    )
+    return NsaBranches(compressed, selected, near, lse, indices)

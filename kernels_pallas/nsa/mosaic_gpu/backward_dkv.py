@@ -1,0 +1,179 @@
+"""Backward kernel for Hopper of keys and values: dk and dv, over the queries that read each tile of keys.
+
+No atomics: each gradient is written by one warpgroup, in a fixed order. Axis letters as in common.py.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.nsa.mosaic_gpu.common import (
+    LOG2_E,
+    ROWS,
+    Inverse,
+    Saved,
+    Tuning,
+    add_product,
+    along,
+    product,
+    swizzled,
+    visible_keys,
+    zeros,
+)
+
+
+def key_gradients(
+    saved: Saved,
+    k: Float[Array, "X S Dk"],
+    v: Float[Array, "X S Dv"],
+    plan: Int[Array, "B S/64 2"] | Inverse,
+    *,
+    row_bits: Int[Array, " rows"] | None = None,
+    scale: float,
+    tuning: Tuning,
+) -> tuple[Float[Array, "X S Dk"], Float[Array, "X S Dv"]]:
+    """Gradients of keys and values in their dtype.
+
+    Each program has 64 keys and goes through the tiles of 64 rows that read them: a first and an end for each
+    tile of keys, or the inverse of lists whose rows have `row_bits`. One warpgroup makes the probabilities
+    and sums the values' gradient, a second one takes the probabilities and sums that of the keys: both in one
+    would not fit into a warpgroup's registers. Of `tuning`, warpgroups and keys have no meaning here.
+    """
+    groups, length, key_dim = k.shape
+    value_dim, dtype = v.shape[2], k.dtype
+    heads = groups // saved.visible.first.shape[0]
+    listed, stages = isinstance(plan, Inverse), tuning.stages
+    shape = (ROWS, ROWS)
+    plan_operands = (*plan, row_bits) if isinstance(plan, Inverse) else (plan,)
+
+    def nsa_key_gradients(*refs):  # type: ignore[no-untyped-def]
+        count = 8 + len(plan_operands)
+        q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *plan_refs = refs[:count]
+        dk_ref, dv_ref, smem, barriers = refs[count:]
+        k_smem, v_smem, q_smem, do_smem, row_smem, number_smem, bits_smem, p_smem, ds_smem = smem
+        k_ready, v_ready, full, made, free = barriers
+        x, j, wg = lax.axis_index("x"), lax.axis_index("j"), lax.axis_index("wg")
+        batch = lax.div(x, heads)
+        if listed:
+            start = plan_refs[0][x, j]
+            steps = plan_refs[0][x, j + 1] - start
+        else:
+            start = plan_refs[0][batch, j, 0]
+            steps = plan_refs[0][batch, j, 1] - start
+        here = pl.ds(j * ROWS, ROWS)
+
+        def load(ref, axis=0):  # type: ignore[no-untyped-def]
+            return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis))
+
+        @pl.when(wg == 0)
+        def of_values() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            plgpu.copy_gmem_to_smem(k_ref.at[x, here], k_smem, k_ready)
+            if listed:
+                plgpu.copy_gmem_to_smem(plan_refs[3], bits_smem, k_ready)
+            plgpu.barrier_wait(k_ready)
+            bits = load(bits_smem) if listed else None
+
+            def one_step(step, dv):  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+                scores = product(k_smem, q_smem.at[slot].transpose((1, 0)), shape) * (scale * LOG2_E)
+                first, end = load(number_smem.at[slot, 0]), load(number_smem.at[slot, 1])
+                if listed:
+                    end = jnp.where((bits & plan_refs[2][x, start + step]) != 0, end, 0)
+                seen = visible_keys(first, end, j, shape, 1)
+                scores = jnp.where(seen, scores, -jnp.inf)
+                weights = jnp.exp2(scores - along(load(row_smem.at[slot, 0]), shape, 1)).astype(dtype)
+                p_smem.at[slot][...] = weights
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(made.at[slot])
+                if tuning.registers:
+                    dv = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, do_smem.at[slot]))(
+                        plgpu.ACC.init(dv)
+                    )
+                else:
+                    dv = dv + product(p_smem.at[slot], do_smem.at[slot], dv.shape)
+                plgpu.barrier_arrive(free.at[slot])
+                return dv
+
+            dv = lax.fori_loop(0, steps, one_step, zeros((ROWS, value_dim)))
+            dv_ref[x, here] = dv.astype(dtype)
+
+        @pl.when(wg == 1)
+        def of_keys() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            plgpu.copy_gmem_to_smem(v_ref.at[x, here], v_smem, v_ready)
+            plgpu.barrier_wait(v_ready)
+
+            def one_step(step, dk):  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+                d_weights = product(v_smem, do_smem.at[slot].transpose((1, 0)), shape)
+                d_weights = d_weights - along(load(row_smem.at[slot, 1]), shape, 1)
+                plgpu.barrier_wait(made.at[slot])
+                weights = plgpu.load(p_smem.at[slot], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                d_scores = (weights * d_weights * scale).astype(dtype)
+                dk = add_product(dk, d_scores, q_smem.at[slot], ds_smem, tuning.registers)
+                plgpu.barrier_arrive(free.at[slot])
+                return dk
+
+            dk = lax.fori_loop(0, steps, one_step, zeros((ROWS, key_dim)))
+            dk_ref[x, here] = dk.astype(dtype)
+
+        @pl.when(wg == 2)
+        def memory() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, steps)
+            def one_step(step) -> None:  # type: ignore[no-untyped-def]
+                slot = lax.rem(step, stages)
+                tile = plan_refs[1][x, start + step] if listed else start + step
+                rows = pl.ds(tile * ROWS, ROWS)
+                pl.when(step >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
+                for source, target in (
+                    (q_ref.at[x, rows], q_smem.at[slot]),
+                    (do_ref.at[x, rows], do_smem.at[slot]),
+                    (lse_ref.at[x, rows], row_smem.at[slot, 0]),
+                    (shift_ref.at[x, rows], row_smem.at[slot, 1]),
+                    (first_ref.at[batch, rows], number_smem.at[slot, 0]),
+                    (end_ref.at[batch, rows], number_smem.at[slot, 1]),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+            for slot in range(stages):  # every barrier is waited for as often as it completes
+                pl.when(steps > slot)(partial(plgpu.barrier_wait, free.at[slot]))
+
+    smem: Any = (
+        swizzled((ROWS, key_dim), dtype),
+        swizzled((ROWS, value_dim), dtype),
+        swizzled((stages, ROWS, key_dim), dtype),
+        swizzled((stages, ROWS, value_dim), dtype),
+        plgpu.SMEM((stages, 2, ROWS), jnp.float32),
+        plgpu.SMEM((stages, 2, ROWS), jnp.int32),
+        plgpu.SMEM((ROWS,), jnp.int32) if listed else None,
+        swizzled((stages, *shape), dtype),
+        None if tuning.registers else swizzled(shape, dtype),
+    )
+    barriers = (
+        plgpu.Barrier(num_arrivals=2 if listed else 1),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    )
+    return plgpu.kernel(
+        nsa_key_gradients,
+        out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
+        scratch_types=(smem, barriers),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(length // ROWS, groups),
+        grid_names=("j", "x"),
+        num_threads=3,
+        thread_name="wg",
+    )(saved.q, saved.d_out, saved.lse, saved.shift, *saved.visible, k, v, *plan_operands)

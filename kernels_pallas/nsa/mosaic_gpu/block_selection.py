@@ -1,0 +1,66 @@
+"""Selection of blocks with the Hopper kernel in scores.py: one chunk of queries at a time."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.nsa.base import Positions, SelectionGrid, finite
+from kernels_pallas.nsa.importance import ascending, block_importance, candidate_range, select_by_top_k
+from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, LOG2_E, ROWS, Tuning, Visible
+from kernels_pallas.nsa.mosaic_gpu.plan import intervals, pack_keys, plan_rows, ranges
+from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS, group_shares
+from kernels_pallas.nsa.xla.tiling import from_chunks, to_chunks
+
+CHUNK_ELEMENTS = 1 << 25
+"""Shares that exist at once: 128 MiB."""
+
+
+def select_blocks(
+    grid: SelectionGrid,
+    q: Float[Array, "B T Hkv G Dk"],
+    k_cmp: Float[Array, "B M Hkv Dk"],
+    lse: Float[Array, "B T Hkv G"],
+    positions: Positions,
+    tuning: Tuning,
+) -> Int[Array, "B Hkv T n"]:
+    """As the one in XLA, for at least one compressed key, bfloat16 or float16, groups of up to 64 heads."""
+    batch, length, kv_heads, groups, _ = q.shape
+    keys = pack_keys(k_cmp, ROWS)
+    tile_rows = tuning.warpgroups * SCORE_ROWS
+    queries = max(1, CHUNK_ELEMENTS // (keys.shape[0] * keys.shape[1]))
+    layout = plan_rows(min(queries, length), groups, SCORE_ROWS)
+    unit = tile_rows // layout.padded_groups
+    layout = layout._replace(padded_length=-(-layout.length // unit) * unit)
+    chunk = layout.length
+
+    first, end = intervals(positions, grid.stride, grid.block_len - 1, None)
+    end = jnp.minimum(end, k_cmp.shape[1])
+    oldest, newest = candidate_range(grid.block_size, positions)
+    parts = (to_chunks(x, chunk, fill=None) for x in (first, end, oldest, newest))
+
+    def one_chunk(inputs: tuple[Array, ...]) -> Array:
+        q_chunk, lse_chunk, first, end, oldest, newest = inputs
+        rows = layout.pack(q_chunk, FEATURES)
+        floor = layout.pack((finite(lse_chunk) * LOG2_E)[..., None])[..., 0]
+        visible = Visible(layout.spread(first, 0), layout.spread(end, 0))
+        shares = group_shares(
+            rows,
+            keys,
+            floor,
+            visible,
+            ranges(visible, tile_rows, ROWS),
+            heads_per_query=layout.padded_groups,
+            scale=grid.scale,
+            tuning=tuning,
+        )
+        of_tile = SCORE_ROWS // layout.padded_groups
+        shares = jnp.moveaxis(shares[..., :of_tile], 3, 2)
+        shares = shares.reshape(batch, kv_heads, layout.padded_length, -1)[:, :, :chunk]
+        index = jnp.arange(shares.shape[-1], dtype=jnp.int32)[None, None]
+        seen = (index >= first[..., None]) & (index < end[..., None])
+        shares = jnp.where(seen[:, None], shares, 0.0)  # the kernel writes no more than it has to
+        selected = select_by_top_k(grid, block_importance(grid, shares), (oldest, newest))
+        return jnp.moveaxis(ascending(selected), 1, 2)
+
+    selected = lax.map(one_chunk, (to_chunks(q, chunk), to_chunks(lse, chunk), *parts))
+    return jnp.moveaxis(from_chunks(selected, length), 2, 1)

@@ -1,0 +1,236 @@
+"""The vocabulary of the Hopper kernels: tile sizes, plans, products, masks, and the ring that loads tiles.
+
+Axis letters besides those of api.py: X batch and key/value heads, R rows (a row is one query of one head; the
+heads of a group lie beside each other, so rows share their keys), P tiles of rows, U slots of a list.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+ROWS = 64
+
+LOG2_E = math.log2(math.e)
+
+FLOOR = -1e30
+"""Below every score; finite, so that differences with it are defined."""
+
+FEATURES = 64
+"""Head dims are padded to multiples of this: a swizzled row of 128 bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Static sizes of a kernel."""
+
+    warpgroups: int = 2
+    """That compute; each has its own 64 rows and all see the same keys."""
+    keys: int = 64
+    """In a tile."""
+    stages: int = 2
+    """Tiles of keys on their way or in use."""
+    registers: bool = True
+    """Probabilities go from registers into the second product. False puts them through shared memory, where
+    Pallas' interpreter can follow."""
+
+    @property
+    def rows(self) -> int:
+        """In a tile."""
+        return self.warpgroups * ROWS
+
+
+class Visible(NamedTuple):
+    """Row r of batch b sees the keys with first[b, r] <= index < end[b, r]."""
+
+    first: Int[Array, "B R"]
+    end: Int[Array, "B R"]
+
+
+class Ranges(NamedTuple):
+    """Tile p of batch b reads the key tiles start <= j < end; all its rows see all of those from full_start
+    to full_end. Packed in this order in the last axis."""
+
+    bounds: Int[Array, "B P 4"]
+
+
+class Lists(NamedTuple):
+    """Tile p reads so many `steps` tiles of keys, `blocks` in ascending order; only the rows whose bit is in
+    `members` see them."""
+
+    steps: Int[Array, "X P"]
+    blocks: Int[Array, "X P U"]
+    members: Int[Array, "X P U"]
+    row_bits: Int[Array, " rows"]
+    """Bit of each row of a tile: that of its query."""
+    warpgroup_bits: Int[Array, " warpgroups"]
+    """Bits of the rows of each warpgroup, which skips the tiles that none of them sees."""
+
+
+class Inverse(NamedTuple):
+    """Tiles of rows that read each block: those from start[x, j] to start[x, j + 1] in `tiles`."""
+
+    start: Int[Array, "X blocks+1"]
+    tiles: Int[Array, "X E"]
+    members: Int[Array, "X E"]
+
+
+class Saved(NamedTuple):
+    """What both kernels read of the rows."""
+
+    q: Float[Array, "X R Dk"]
+    d_out: Float[Array, "X R Dv"]
+    lse: Float[Array, "X R"]
+    """In base 2; 0 for rows that see nothing."""
+    shift: Float[Array, "X R"]
+    """Sum of d_out * out, less the gradient of the natural log-sum-exp."""
+    visible: Visible
+
+
+_TILING: Any = plgpu.TilingTransform
+
+_SWIZZLE: Any = plgpu.SwizzleTransform
+
+
+def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
+    """Shared memory for two-byte numbers that wgmma can read; the last axis is 32 or a multiple of 64."""
+    width = min(shape[-1], 64)
+    return plgpu.SMEM(shape, dtype, transforms=(_TILING((8, width)), _SWIZZLE(2 * width)))
+
+
+def along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """Broadcast a vector that belongs to one axis of a tile."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def product(a: Any, b: Any, shape: tuple[int, ...]) -> Array:
+    """a @ b, both in shared memory, in float32."""
+
+    def run(acc: Any) -> Array:
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))  # type: ignore[arg-type]
+
+
+def add_product(acc: Array, a: Array, b: Any, through: Any, registers: bool) -> Array:
+    """acc + a @ b with `a` in registers, or through a piece of shared memory (see `Tuning.registers`)."""
+    if registers:
+        return pl.run_state(partial(plgpu.wgmma, a=a, b=b))(plgpu.ACC.init(acc))
+    through[...] = a
+    plgpu.commit_smem()
+    return acc + product(through, b, acc.shape)
+
+
+def vector(value: float, axis: int, size: int = ROWS) -> Array:
+    return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(axis))
+
+
+def zeros(shape: tuple[int, int]) -> Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+class Channel(NamedTuple):
+    """What the loading warpgroup brings: slices of `source` into the slots of `target`."""
+
+    source: Any
+    target: Any
+    full: Any
+    """Barriers of the slots: something has come."""
+    free: Any
+    """Barriers of the slots: it was read."""
+
+
+def serve(
+    steps: Array,
+    where: Callable[[Array], Sequence[tuple[Any, tuple[Any, ...]]]],
+    channels: Sequence[Channel],
+    stages: int,
+) -> None:
+    """The loading warpgroup's work: in step s, of each channel, the slices of the source that `where(s)`
+    gives, with their places in the slot."""
+
+    @pl.loop(0, steps)
+    def one_step(step: Array) -> None:
+        slot = lax.rem(step, stages)
+        pieces = where(step)
+        for channel in channels:
+            pl.when(step >= stages)(partial(plgpu.barrier_wait, channel.free.at[slot]))
+            for here, there in pieces:
+                target = channel.target.at[(slot, *there)]
+                plgpu.copy_gmem_to_smem(channel.source.at[here], target, channel.full.at[slot])
+
+    for slot in range(stages):  # every barrier is waited for as often as it completes
+        for channel in channels:
+            pl.when(steps > slot)(partial(plgpu.barrier_wait, channel.free.at[slot]))
+
+
+class Route(NamedTuple):
+    """The steps of one tile of rows, as the kernels see them."""
+
+    steps: Array
+    key_tile: Callable[[Array], Array]
+    phases: tuple[tuple[Any, Any, bool], ...]
+    """(begin, end, whether some row does not see all of the keys)."""
+
+
+def route(listed: bool, plan: Sequence[Any], x: Array, batch: Array, p: Array) -> Route:
+    """Read a plan, Lists or Ranges."""
+    if listed:
+        steps = plan[0][x, p]
+        return Route(steps, lambda step: plan[1][x, p, step], ((0, steps, True),))
+    start, full_start, full_end, end = (plan[0][batch, p, i] for i in range(4))
+    full_start, full_end, steps = full_start - start, full_end - start, end - start
+    phases = ((0, full_start, True), (full_start, full_end, False), (full_end, steps, True))
+    return Route(steps, lambda step: start + step, phases)
+
+
+def visible_keys(first: Array, end: Array, tile: Array, shape: tuple[int, int], rows_axis: int) -> Array:
+    """Mask of a tile of scores; `first` and `end` are vectors over the rows."""
+    keys_axis = 1 - rows_axis
+    index = plgpu.broadcasted_iota(jnp.int32, shape, keys_axis, layout=plgpu.Layout.WGMMA)
+    index = index + tile * shape[keys_axis]
+    return (index >= along(first, shape, rows_axis)) & (index < along(end, shape, rows_axis))
+
+
+def go_through(
+    way: Route,
+    plan: Sequence[Any] | None,
+    here: tuple[Array, Array, Array],
+    channels: Sequence[Channel],
+    stages: int,
+    work: Callable[..., Any],
+    carry: Any,
+) -> Any:
+    """A computing warpgroup's steps: carry = work(slot, step, carry, masked) for each.
+
+    With the operands of a list in `plan`, it passes over the tiles that none of its rows sees; `here` is
+    (x, tile of rows, warpgroup).
+    """
+    x, p, wg = here
+
+    def one_step(step: Array, carry: Any, masked: bool) -> Any:
+        slot = lax.rem(step, stages)
+        if plan is None:
+            return work(slot, step, carry, masked)
+
+        def pass_over(carry: Any) -> Any:
+            for channel in channels:
+                plgpu.barrier_wait(channel.full.at[slot])
+                plgpu.barrier_arrive(channel.free.at[slot])
+            return carry
+
+        concerned = (plan[2][x, p, step] & plan[4][wg]) != 0
+        return lax.cond(concerned, lambda c: work(slot, step, c, masked), pass_over, carry)
+
+    for begin, end, masked in way.phases:
+        carry = lax.fori_loop(begin, end, partial(one_step, masked=masked), carry)
+    return carry

@@ -1,0 +1,1 @@
+"""Native Sparse Attention in plain XLA: the reference, and what runs everywhere."""

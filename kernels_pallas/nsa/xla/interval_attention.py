@@ -1,0 +1,240 @@
+"""Attention over keys at regularly spaced positions, in tiles, skipping the tiles that no query of a chunk
+sees.
+
+One piece of code serves two branches of Native Sparse Attention: compressed keys (a key per block, standing
+at the position of the block's last token, no lower end) and the sliding window (a key per token, the last w
+of them). Forward and backward keep one tile of scores at a time, so memory is linear in the number of queries
+and of keys.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels_pallas.nsa.base import (
+    Interval,
+    Positions,
+    Residuals,
+    accumulator,
+    ceil_div,
+    finite,
+    heads_first,
+    pad_axis,
+    softmax_shift,
+)
+from kernels_pallas.nsa.xla.tiling import (
+    chunk_positions,
+    for_each_head,
+    from_chunks,
+    merge,
+    query_chunk,
+    split,
+    tile_elements,
+    to_chunks,
+)
+
+KEY_TILE = 256
+
+
+class Tiles(NamedTuple):
+    """Static sizes: queries per chunk, keys per tile, keys in all (padding not counted)."""
+
+    queries: int
+    keys: int
+    num_keys: int
+
+
+def _tiles(q: Array, num_keys: int) -> Tiles:
+    batch, length, kv_heads, groups, _ = q.shape
+    keys = min(KEY_TILE, ceil_div(num_keys, 8) * 8)
+    return Tiles(
+        query_chunk(length, batch * kv_heads * groups * keys, budget=tile_elements()), keys, num_keys
+    )
+
+
+def _tile_range(interval: Interval, tiles: Tiles, positions: Array) -> tuple[Array, Array]:
+    """First tile and one past the last tile that hold a key which some query of the chunk sees."""
+    last = (jnp.max(positions) - interval.offset) // interval.stride
+    end = jnp.clip(last + 1, 0, tiles.num_keys)
+    if interval.window is None:
+        start = jnp.zeros_like(end)
+    else:
+        oldest = jnp.min(positions) - interval.window + 1
+        start = jnp.clip(-((interval.offset - oldest) // interval.stride), 0, tiles.num_keys)
+    return start // tiles.keys, -((-end) // tiles.keys)
+
+
+def _visible(
+    interval: Interval, tiles: Tiles, rows: Positions, key_segments: Array | None, tile: Array
+) -> Array:
+    """Mask [B, 1, rows, keys] of one chunk's rows against one tile of keys."""
+    index = tile * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)
+    age = rows.q_positions[:, :, None] - (index * interval.stride + interval.offset)[None, None, :]
+    mask = (age >= 0) & (index < tiles.num_keys)[None, None, :]
+    if interval.window is not None:
+        mask &= age < interval.window
+    if rows.q_segments is not None and key_segments is not None:
+        segments = lax.dynamic_slice_in_dim(key_segments, tile * tiles.keys, tiles.keys, axis=1)
+        mask &= (rows.q_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    return mask[:, None]
+
+
+def _rows(x: Array) -> Array:
+    """[B, T, Hkv, G, ...] -> [B, Hkv, T * G, ...]."""
+    return merge(heads_first(x), 2)
+
+
+def _row_positions(here: Positions, groups: int) -> Positions:
+    """The query side for each row."""
+    segments = None if here.q_segments is None else for_each_head(here.q_segments, groups)
+    return Positions(for_each_head(here.q_positions, groups), segments)
+
+
+def _queries(x: Array, groups: int) -> Array:
+    """[B, Hkv, T * G, ...] -> [B, T, Hkv, G, ...]."""
+    return heads_first(split(x, 2, groups))
+
+
+def _tile(x: Array, tile: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, tile * size, size, axis=2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_to_intervals(
+    interval: Interval,
+    q: Float[Array, "B T Hkv G Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    positions: Positions,
+) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
+    """Softmax attention of each query over the keys that its interval shows it.
+
+    Returns the output in the dtype of q and the log-sum-exp in float32; a query that sees nothing gets
+    exactly 0 and -inf. Reverse mode only; the positions and segments have no gradient.
+    """
+    return _forward(interval, q, k, v, positions)
+
+
+def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
+    length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
+    tiles = _tiles(q, k.shape[1])
+    keys, values, key_segments = _padded(tiles, k, v, positions)
+
+    def one_chunk(chunk: tuple[Array, Positions]) -> tuple[Array, Array]:
+        q_chunk, here = _rows(chunk[0]), chunk[1]
+        rows = _row_positions(here, groups)
+
+        def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = state
+            k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
+            scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
+            mask = _visible(interval, tiles, rows, key_segments, tile)
+            scores = jnp.where(mask, scores * interval.scale, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - finite(new_top)[..., None])
+            fade = jnp.exp(top - finite(new_top))
+            added = jnp.einsum(
+                "bhrs,bhsd->bhrd", weights.astype(v.dtype), v_tile, preferred_element_type=dtype
+            )
+            return new_top, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + added
+
+        shape = q_chunk.shape[:-1]
+        state = (
+            jnp.full(shape, -jnp.inf, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((*shape, v.shape[-1]), dtype),
+        )
+        start, end = _tile_range(interval, tiles, here.q_positions)
+        top, total, out = lax.fori_loop(start, end, one_tile, state)
+        seen = total > 0
+        total = jnp.where(seen, total, jnp.ones_like(total))
+        lse = jnp.where(seen, finite(top) + jnp.log(total), -jnp.inf)
+        out = (out / total[..., None]).astype(q.dtype)
+        return _queries(out, groups), _queries(lse, groups)
+
+    out, lse = lax.map(one_chunk, (to_chunks(q, tiles.queries), chunk_positions(positions, tiles.queries)))
+    return from_chunks(out, length), from_chunks(lse, length)
+
+
+def _padded(tiles: Tiles, k: Array, v: Array, positions: Positions) -> tuple[Array, Array, Array | None]:
+    segments = positions.key_segments
+    return (
+        pad_axis(heads_first(k), 2, tiles.keys),
+        pad_axis(heads_first(v), 2, tiles.keys),
+        None if segments is None else pad_axis(segments, 1, tiles.keys),
+    )
+
+
+def _forward_saving(
+    interval: Interval, q: Array, k: Array, v: Array, positions: Positions
+) -> tuple[tuple[Array, Array], Residuals]:
+    out, lse = _forward(interval, q, k, v, positions)
+    return (out, lse), Residuals(q, k, v, None, positions, out, lse)
+
+
+def _backward(
+    interval: Interval, saved: Residuals, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, _, positions, _, lse = saved
+    d_out, d_lse = cotangents
+    length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
+    tiles = _tiles(q, k.shape[1])
+    keys, values, key_segments = _padded(tiles, k, v, positions)
+    # d softmax: the mean of d_out . v under the softmax is d_out . out; a cotangent of the log-sum-exp adds
+    # to it.
+    shift = softmax_shift(saved, d_out, d_lse)
+
+    def one_chunk(
+        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Positions]
+    ) -> tuple[tuple[Array, Array], Array]:
+        q_chunk, d_chunk, lse_chunk, shift_chunk = map(_rows, chunk[0])
+        here, rows = chunk[1], _row_positions(chunk[1], groups)
+        floor = finite(lse_chunk)[..., None]
+
+        def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = state
+            k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
+            scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
+            mask = _visible(interval, tiles, rows, key_segments, tile)
+            weights = jnp.exp(jnp.where(mask, scores * interval.scale, -jnp.inf) - floor)
+            d_weights = jnp.einsum("bhrd,bhsd->bhrs", d_chunk, v_tile, preferred_element_type=dtype)
+            d_scores = (weights * (d_weights - shift_chunk[..., None]) * interval.scale).astype(q.dtype)
+            dq += jnp.einsum("bhrs,bhsd->bhrd", d_scores, k_tile, preferred_element_type=dtype)
+            dk_tile = jnp.einsum("bhrd,bhrs->bhds", q_chunk, d_scores, preferred_element_type=dtype)
+            dv_tile = jnp.einsum(
+                "bhrd,bhrs->bhds", d_chunk, weights.astype(v.dtype), preferred_element_type=dtype
+            )
+            return dq, _add_tile(dk, dk_tile, tile), _add_tile(dv, dv_tile, tile)
+
+        start, end = _tile_range(interval, tiles, here.q_positions)
+        dq, dk, dv = lax.fori_loop(start, end, one_tile, (jnp.zeros(q_chunk.shape, dtype), *sums))
+        return (dk, dv), _queries(dq.astype(q.dtype), groups)
+
+    # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the far larger scores.
+    sums = (_transposed_zeros(keys, dtype), _transposed_zeros(values, dtype))
+    chunks = tuple(to_chunks(x, tiles.queries) for x in (q, d_out, lse, shift))
+    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, chunk_positions(positions, tiles.queries)))
+    return from_chunks(dq, length), _tokens_first(dk, k), _tokens_first(dv, v), None
+
+
+def _transposed_zeros(x: Array, dtype: jnp.dtype) -> Array:
+    batch, kv_heads, length, dim = x.shape
+    return jnp.zeros((batch, kv_heads, dim, length), dtype)
+
+
+def _add_tile(sums: Array, tile_sum: Array, tile: Array) -> Array:
+    size = tile_sum.shape[3]
+    old = lax.dynamic_slice_in_dim(sums, tile * size, size, axis=3)
+    return lax.dynamic_update_slice_in_dim(sums, old + tile_sum, tile * size, axis=3)
+
+
+def _tokens_first(sums: Float[Array, "B Hkv D S"], like: Array) -> Array:
+    """[B, S, Hkv, D] without padding, in the dtype of `like`."""
+    return jnp.transpose(sums[..., : like.shape[1]], (0, 3, 1, 2)).astype(like.dtype)
+
+
+attend_to_intervals.defvjp(_forward_saving, _backward)

@@ -1,0 +1,59 @@
+"""The Hopper kernels in Pallas' GPU interpreter, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels_pallas.nsa import selected_attention
+from kernels_pallas.nsa.mosaic_gpu import operators
+from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
+from tests.kernels_pallas.nsa.operators_base import OperatorTests
+
+needs_pallas = pytest.mark.skipif(
+    jax.__version_info__ < OLDEST_JAX, reason=f"the kernels need jax {OLDEST_JAX}, this is {jax.__version__}"
+)
+
+
+@needs_pallas
+class TestOperators(OperatorTests):
+    """Selected attention in the order of the queries; that of the blocks is in test_by_block.py."""
+
+    implementation = "mosaic_gpu"
+    dtype = jnp.bfloat16
+    tolerance = 0.005
+
+    def running(self):
+        return interpreted()
+
+    @pytest.fixture(autouse=True)
+    def _by_queries(self, monkeypatch):
+        monkeypatch.setattr(operators, "MOST_HEADS_BY_BLOCK", 0)
+
+
+@needs_pallas
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "TF32"),
+        ({"key_dim": 200}, "head dims 200/64 are above"),
+        ({"heads": 65}, "65 query heads"),
+        ({"block_size": 32}, "block_size 32 is no multiple of 64"),
+        ({"length": 0}, "no queries"),
+        ({"place": "device"}, "no Hopper GPU"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused_with_its_reason(change, reason):
+    sizes = {"dtype": jnp.bfloat16, "key_dim": 64, "heads": 2, "block_size": 64, "length": 4} | change
+    q = jnp.zeros((1, sizes["length"], sizes["heads"], sizes["key_dim"]), sizes["dtype"])
+    k, v = q[:, :, :1], jnp.zeros((1, sizes["length"], 1, 64), sizes["dtype"])
+    indices = jnp.zeros((1, 1, sizes["length"], 1), jnp.int32)
+
+    def call():
+        selected_attention(q, k, v, indices, block_size=sizes["block_size"], implementation="mosaic_gpu")
+
+    if "place" in change:
+        with pytest.raises(NotImplementedError, match=reason):
+            call()
+    else:
+        with interpreted(), pytest.raises(NotImplementedError, match=reason):
+            call()
