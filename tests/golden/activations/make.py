@@ -26,7 +26,7 @@ LANGUAGE = (
     *("gemma", "gemma2", "gemma3_text", "mixtral", "mixtral_window", "qwen3_moe"),
 )
 VISION = (
-    *("llava", "paligemma", "gemma3", "idefics3", "internvl", "mistral3"),
+    *("llava", "paligemma", "gemma3", "idefics3", "internvl"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 
