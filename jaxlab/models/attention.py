@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.cache import LayerCache
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Norm
@@ -122,7 +122,9 @@ class Attention(nnx.Module):
 
     def with_rope(self, x: Float[Array, "B T H Dk"], rotary: Rotary | None) -> Float[Array, "B T H Dk"]:
         """Queries or keys with their rotary positions; as they are where the model has none."""
-        return x if rotary is None else rotate(x, rotary, self.config.rope.interleaved)
+        position = self.config.position  # a vision tower has a table and no such positions
+        interleaved = isinstance(position, RopeConfig) and position.interleaved
+        return x if rotary is None else rotate(x, rotary, interleaved)
 
     def _norm_heads(self, norm: Norm, x: Float[Array, "*rows H K"]) -> Float[Array, "*rows H K"]:
         """Over each head, or over all heads together."""

@@ -57,11 +57,11 @@ class Block(nnx.Module):
         c, residual_scale = config, (2 * config.num_layers) ** -0.5
         self.parallel = c.parallel
         self.attention_norm = layer_norm(c, init)
-        self.attention = ATTENTION[c.attention](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
+        self.attention = ATTENTION[c.attention.kind](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
         self.mlp_norm = None if c.parallel else layer_norm(c, init)
         self.attention_post_norm = layer_norm(c, init) if c.post_norms else None
         self.mlp_post_norm = layer_norm(c, init) if c.post_norms else None
-        has_experts = bool(c.moe.num_experts) and experts
+        has_experts = c.moe is not None and experts
         self.moe = MixtureOfExperts(c, residual_scale, init) if has_experts else None
         self.mlp = None if has_experts else MLP(c, c.mlp_width, residual_scale, init)
         gain = lambda: None if layer_scale is None else init.full((c.width,), ("embed",), layer_scale)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.models.batch import Batch
 from jaxlab.models.block import Block
 from jaxlab.models.cache import Cache
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, Params, bind
 from jaxlab.models.layers import Embedding, layer_norm, softcap
@@ -54,7 +54,7 @@ def forward(
         raise ValueError("the batch holds images, the model has no vision")
     if (probe is not None or patches) and cache is not None:
         raise ValueError("probes and patches are for whole sequences; they cannot be used with a cache")
-    if cache is not None and config.attention == "nsa" and "positions" in batch:
+    if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
     batch = as_arrays(prepare_batch(batch, config))
     taps = NO_TAPS
@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
         c, std = config, config.initializer_range
         self.config = c
         self.embedding = Embedding(c.embedding_rows, c.width, "vocab", std, init)
-        learned = c.position == "learned"
+        learned = c.position.kind == "learned"
         self.position = Embedding(c.max_length, c.width, "position", std, init) if learned else None
         self.final_norm = layer_norm(c, init)
         self.head = None if c.tie_embeddings else Head(c, init)
@@ -157,9 +157,9 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         additions = None
         if images is not None:
-            x = place_images(x, tokens, images.tokens, c.vision.image_token)
+            x = place_images(x, tokens, images.tokens, c.image_token)
             if images.deep is not None:
-                additions = scatter_deep(images.deep, tokens, c.vision.image_token)
+                additions = scatter_deep(images.deep, tokens, c.image_token)
         if self.position is not None:
             x = x + self.position(context.positions, x.dtype)
         return x, context, additions
@@ -198,7 +198,7 @@ def attention_context(batch: Batch, config: ModelConfig, cache: Cache | None = N
         batch.get("together"),
         rotary=rotary,
         local_rotary=local_rotary,
-        together_in_window=config.vision.vit.together == "images",
+        together_in_window=isinstance(config.vision, ViTConfig) and config.vision.together == "images",
     )
 
 

@@ -37,7 +37,7 @@ class FullAttention(Attention):
         if isinstance(cache, tuple):
             slots = context.cache_slots
             cache = k, v = write(cache[0], k, slots), write(cache[1], v, slots)
-        window = self.config.window if sliding else None
+        window = self.config.sliding.window if sliding else None
         return Attended(self._heads_output(q, k, v, context, window, tap), cache)
 
     def _heads_output(
@@ -45,7 +45,7 @@ class FullAttention(Attention):
     ) -> Array:
         c, segment_ids = self.config, context.segment_ids
         cached = context.cache_slots is not None
-        if c.sparsity.method != "none":
+        if c.sparsity is not None:
             if cached or tap.probe is not None or segment_ids is not None or context.together is not None:
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
@@ -83,7 +83,7 @@ class FullAttention(Attention):
         part: Part | None = None,
     ) -> Array:
         """Of all queries, or of those of one stretch; `context` is of all keys."""
-        c, implementation = self.config, self.config.attention_implementation
+        c, implementation = self.config, self.config.attention.implementation
         cached = context.cache_slots is not None
         if implementation == "chunked" and not cached:
             if not context.causal or context.together is not None or context.visible is not None:

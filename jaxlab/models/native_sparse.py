@@ -16,14 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlab.errors import ConfigError
 from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.cache import LayerCache
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.mesh import Part, in_parts, on_several_devices
 from jaxlab.models.probe import probed_nsa_attention
 from jaxlab.models.rotary import rotary_table
 from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss, block_bounds, bound_scores
-from jaxlab.models.sparse_config import BRANCHES
 from jaxlab.models.taps import BRANCH_OUTPUTS, BRANCH_PATTERNS, Tap
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, select_blocks_by_importance
@@ -382,7 +381,7 @@ class NativeSparseAttention(Attention):
         k_cmp, v_cmp = (compressor(y) for compressor, y in zip(compressors, (k, v), strict=True))
         if part is not None:  # blocks that run past the end are no blocks
             k_cmp, v_cmp = part.whole(k_cmp)[:, : starts.shape[1]], part.whole(v_cmp)[:, : starts.shape[1]]
-        if c.position == "rotary":
+        if c.position.kind == "rotary":
             k_cmp = self.with_rope(k_cmp, rotary_table(starts, c.rope, c.rotary_dim))
         return k_cmp, v_cmp
 

@@ -129,8 +129,8 @@ class _Scan(NamedTuple):
         done = block(x, self.context, kind=kind, tap=tap, cache=join_cache(pool, cache))
         pool, cache = split_cache(done.attended.cache)
         attended = done.attended
-        kept = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss)
-        return (done.x, pool, self.taps.store(found, per_layer, tap)), kept
+        results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss)
+        return (done.x, pool, self.taps.store(found, per_layer, tap)), results
 
 
 def _runs(kinds: tuple[str, ...], alone: int) -> list[Run]:

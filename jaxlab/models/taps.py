@@ -22,9 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxlab.models.batch import Batch
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.probe import Probe
-from jaxlab.models.sparse_config import BRANCHES
 from kernels_pallas.nsa import num_compressed
 
 
@@ -124,17 +123,19 @@ class Sizes:
     def axes(self, name: str) -> tuple[str, ...]:
         """Axis letters without L."""
         axes = [axis for axis in ACTIVATIONS[name].axes.split() if axis != "L"]
-        if self.config.attention == "nsa" and name in ("keys", "values"):
+        if self.config.attention.kind == "nsa" and name in ("keys", "values"):
             axes.insert(2, "3")
         return tuple(axes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        c, n = self.config, self.config.nsa
+        c = self.config
         sizes = {
             **{"B": self.batch, "T": self.length, "S": self.length, "D": c.width, "V": c.vocab_size, "3": 3},
             **{"H": c.num_heads, "Hkv": c.kv_heads, "Dk": c.key_dim, "Dv": c.value_dim, "F": c.mlp_width},
-            **{"M": num_compressed(self.length, n.block_len, n.stride), "n": n.num_blocks},
         }
+        if c.attention.kind == "nsa":
+            sizes["M"] = num_compressed(self.length, c.nsa.block_len, c.nsa.stride)
+            sizes["n"] = c.nsa.num_blocks
         return tuple(sizes[axis] for axis in self.axes(name))
 
     def empty(self, name: str, *leading: int) -> Array:
@@ -317,7 +318,7 @@ def _check_name(name: str, layers: Iterable[int], config: ModelConfig, packed: b
         if reason is not None:
             at = f" in layer {layer}" if ACTIVATIONS[name].layered else ""
             raise ValueError(f"{name}: the model has none{at}: {reason}")
-    if packed and config.attention == "nsa" and name in BRANCH_PATTERNS:
+    if packed and config.attention.kind == "nsa" and name in BRANCH_PATTERNS:
         raise ValueError(f"{name}: NSA's patterns are of one text a row; leave segment_ids out")
 
 
@@ -327,8 +328,8 @@ def _reason_against(name: str, config: ModelConfig, layer: int) -> str | None:
     if name in ("attention_scores", "attention_pattern"):
         if nsa:
             return "NSA has " + ", ".join(f"{branch}_pattern" for branch in config.nsa.branches)
-        if config.sparsity.method != "none":
-            return f"sparsity at inference ({config.sparsity.method}) keeps no weights"
+        if config.sparsity is not None:
+            return f"sparsity at inference ({config.sparsity.kind}) keeps no weights"
     branch = name.partition("_")[0]
     if branch in BRANCHES or name in ("gates", "chosen_blocks"):
         if not nsa:
@@ -338,7 +339,7 @@ def _reason_against(name: str, config: ModelConfig, layer: int) -> str | None:
             return f"it goes without the branch {branch}"
     if name == "residual_mid" and config.parallel:
         return "attention and MLP are parallel"
-    if name == "mlp_hidden" and config.moe.num_experts and layer >= config.dense_layers:
+    if name == "mlp_hidden" and config.moe is not None and layer >= config.dense_layers:
         return "it has experts"
     return None
 

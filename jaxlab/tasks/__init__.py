@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlab import config as configs
 from jaxlab.app import Registry, Task, cli, runs
-from jaxlab.config.command_line import from_mapping
+from jaxlab.config import from_mapping
 from jaxlab.errors import UserError
 
 TASKS = Registry(
@@ -80,7 +80,9 @@ def execute(
       overwrite: whether to do a finished run anew.
       name: the config's part of the folder name; the file's name without suffix if not given.
 
-    Raises: UserError for the user's mistakes; whatever the task raises.
+    Raises:
+      UserError: the user's mistakes.
+      Exception: whatever the task raises.
     """
     task = TASKS.find(task_name)
     if task.takes != "config":

@@ -14,10 +14,13 @@ import pytest
 
 from jaxlab.models import (
     ACTIVATIONS,
+    FullAttentionConfig,
     MoEConfig,
+    NoPositions,
     Patch,
     Probe,
-    SparsityConfig,
+    Quest,
+    SlidingAttentionConfig,
     activation_names,
     activations,
     forward,
@@ -30,13 +33,13 @@ from tests.models.tiny import draw_params, draw_tokens, make_config
 
 LENGTH, AT, LAYER = 11, 6, 1
 """Tokens of a row; the position and the layer that patches change."""
+CHUNKED = FullAttentionConfig(implementation="chunked")
 MODELS = {
     "full": make_config(num_layers=3),
     "parallel": make_config("other", parallel=True),
     "post_norms": make_config(
         num_layers=3,
-        pattern=("sliding", "full"),
-        window=3,
+        attention=SlidingAttentionConfig(window=3, pattern=("sliding", "full")),
         post_norms=True,
         attention_softcap=2.0,
         logit_softcap=3.0,
@@ -173,7 +176,7 @@ def test_logits_are_those_of_forward(kind):
 def test_patterns_weigh_values(model):
     a, c = model.clean, model.config
     groups = c.num_heads // c.kv_heads
-    if c.attention != "nsa":
+    if c.attention.kind != "nsa":
         close(jax.nn.softmax(a["attention_scores"], axis=-1), a["attention_pattern"])
         assert not np.triu(a["attention_pattern"], 1).any()
         values = np.repeat(a["values"], groups, axis=3)
@@ -405,7 +408,7 @@ SMOOTH = ("embedding", "queries", "attention_pattern", "head_output", "mlp_hidde
 )
 def test_gradients_are_directional_derivatives(kind, names):
     config = MODELS[kind]
-    if config.moe.num_experts:  # all of them: another choice would be a jump
+    if config.moe is not None:  # all of them: another choice would be a jump
         moe = dataclasses.replace(config.moe, experts_per_token=config.moe.num_experts)
         config = dataclasses.replace(config, moe=moe)
     for name, analytic, numeric in directional(config, names):
@@ -413,7 +416,7 @@ def test_gradients_are_directional_derivatives(kind, names):
 
 
 def test_chunked_attention_shows_the_same_patterns():
-    config = dataclasses.replace(MODELS["full"], attention_implementation="chunked")
+    config = dataclasses.replace(MODELS["full"], attention=CHUNKED)
     want = model_of("full").clean
     got = activations(draw_params(config), make_batch(config), config, ("attention_pattern", "logits"))
     close(got["attention_pattern"], want["attention_pattern"])
@@ -439,7 +442,9 @@ def program(config, batch, *names):
 @pytest.mark.parametrize("kind", ["full", "nsa"])
 def test_nothing_of_two_lengths_is_built_unless_a_pattern_is_asked_for(kind):
     length = 1031
-    config = dataclasses.replace(MODELS[kind], attention_implementation="chunked", position="none")
+    config = dataclasses.replace(MODELS[kind], position=NoPositions())
+    if kind == "full":
+        config = dataclasses.replace(config, attention=CHUNKED)
     batch = {"tokens": np.zeros((1, length), np.int32)}
     names = [name for name in activation_names(config) if "pattern" not in name and "scores" not in name]
     square = lambda found: any(v.aval.shape.count(length) > 1 for e in found for v in e.outvars)
@@ -547,7 +552,7 @@ def test_what_does_not_go_together_is_refused():
         forward({}, batch, config, patches=[Patch("attention_pattern", mode="zero")], probe=Probe())
     with pytest.raises(ValueError, match="one text a row"):
         activations({}, batch | {"segment_ids": batch["tokens"]}, nsa, "window_pattern")
-    sparse = dataclasses.replace(config, sparsity=SparsityConfig(method="quest", num_blocks=4, num_local=1))
+    sparse = dataclasses.replace(config, sparsity=Quest(num_blocks=4, num_local=1))
     with pytest.raises(ValueError, match=r"sparsity at inference \(quest\) keeps no weights"):
         activations({}, batch, sparse, "attention_pattern")
     with pytest.raises(ValueError, match="the model has no vision"):
