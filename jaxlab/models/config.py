@@ -194,7 +194,7 @@ class ModelConfig:
     parallel: bool = False
     """Attention and MLP read the same norm and are added together (GPT-J)."""
     position: Literal["rotary", "learned", "none"] = "rotary"
-    """How positions are told."""
+    """How the model knows positions."""
     rope: RopeConfig = RopeConfig()
     """Used where position is rotary."""
     local_rope_theta: float | None = None
