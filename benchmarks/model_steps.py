@@ -24,16 +24,14 @@ from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
 
 CONFIGS = ("nsa_sparse", "nsa_full", "icl_model", "digits_vlm")
-LENGTHS = {"nsa_sparse": 512, "nsa_full": 512, "icl_model": 40, "digits_vlm": 32}
-"""Tokens in a sequence."""
 CHILD = r"""
 import hashlib, json, re, statistics, sys, time
 import jax, jax.numpy as jnp, numpy as np, optax, yaml
 from jaxlab.config import build
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.training.step import State, train_step
-name, length, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-raw = yaml.safe_load(open(sys.argv[4]))
+raw, steps = yaml.safe_load(open(sys.argv[1])), int(sys.argv[2])
+length = raw["data"].get(raw["data"]["kind"], {}).get("sequence_length", 32)
 config, rows = build(ModelConfig, raw["model"]), raw["batch_size"]
 rng = np.random.default_rng(0)
 batch = {"tokens": jnp.asarray(rng.integers(5, config.vocab_size, (rows, length)), jnp.int32)}
@@ -84,7 +82,7 @@ class Arguments:
 
 def measure(tree: Path, python: str, config: Path, steps: int) -> dict[str, Any]:
     """One process in a checkout."""
-    command = [python, "-c", CHILD, config.stem, str(LENGTHS[config.stem]), str(steps), str(config)]
+    command = [python, "-c", CHILD, str(config), str(steps)]
     env = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode:
