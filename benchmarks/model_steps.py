@@ -24,16 +24,14 @@ from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
 
 CONFIGS = ("nsa_sparse", "nsa_full", "icl_model", "digits_vlm")
-LENGTHS = {"nsa_sparse": 512, "nsa_full": 512, "icl_model": 40, "digits_vlm": 32}
-"""Tokens in a sequence."""
 CHILD = r"""
 import hashlib, json, re, statistics, sys, time
 import jax, jax.numpy as jnp, numpy as np, optax, yaml
 from jaxlab.config import build
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.training.step import State, train_step
-name, length, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-raw = yaml.safe_load(open(f"configs/quickstart/{name}.yaml"))
+raw, steps = yaml.safe_load(open(sys.argv[1])), int(sys.argv[2])
+length = raw["data"].get(raw["data"]["kind"], {}).get("sequence_length", 32)
 config, rows = build(ModelConfig, raw["model"]), raw["batch_size"]
 rng = np.random.default_rng(0)
 batch = {"tokens": jnp.asarray(rng.integers(5, config.vocab_size, (rows, length)), jnp.int32)}
@@ -77,12 +75,14 @@ class Arguments:
     steps: int = 8
     """Steps in a process."""
     configs: tuple[str, ...] = CONFIGS
-    """Names in configs/quickstart."""
+    """Names in the folder."""
+    folder: Path = Path(__file__).parents[1] / "configs" / "quickstart"
+    """Where both checkouts read the configs."""
 
 
-def measure(tree: Path, python: str, name: str, steps: int) -> dict[str, Any]:
+def measure(tree: Path, python: str, config: Path, steps: int) -> dict[str, Any]:
     """One process in a checkout."""
-    command = [python, "-c", CHILD, name, str(LENGTHS[name]), str(steps)]
+    command = [python, "-c", CHILD, str(config), str(steps)]
     env = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -99,10 +99,11 @@ def main() -> None:
         trees = {"other": (Path(tree), python), **trees}
     results: dict[str, Any] = {}
     for name in arguments.configs:
+        config = (arguments.folder / f"{name}.yaml").resolve()
         runs: dict[str, list[dict[str, Any]]] = {which: [] for which in trees}
         for _ in range(arguments.repeats):
             for which, (tree_path, python) in trees.items():
-                runs[which].append(measure(tree_path, python, name, arguments.steps))
+                runs[which].append(measure(tree_path, python, config, arguments.steps))
         results[name] = {which: _medians(found) for which, found in runs.items()}
         print(name, json.dumps(results[name]), flush=True)
     if arguments.out:
