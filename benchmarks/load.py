@@ -24,8 +24,8 @@ from tqdm import tqdm
 from jaxlab.app.provenance import environment
 from jaxlab.checkpoints.families import read_config
 from jaxlab.checkpoints.families.base import Json
-from jaxlab.checkpoints.names import entries
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import Planned, write_folder
+from jaxlab.checkpoints.tensor_map import entries
 from jaxlab.files import write_json
 from jaxlab.models import abstract_params
 
@@ -53,10 +53,10 @@ size = sum(x.nbytes for x in tensors.values())
 """,
     "jaxlab": """
 import jax
-from jaxlab.checkpoints import huggingface
+from jaxlab.checkpoints import load_model
 jax.devices()
 begin()
-config, params, _ = huggingface.load(folder)
+config, params, _ = load_model(folder)
 jax.block_until_ready(params)
 size = sum(x.nbytes for x in jax.tree.leaves(params))
 """,

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxlab.checkpoints.loading import load_model
+    from jaxlab.checkpoints import load_model
     from jaxlab.models import forward, generate
 
 __version__ = "0.1.0"
@@ -13,7 +13,7 @@ __all__ = ["__version__", "forward", "generate", "load_model"]
 _HOMES = {
     "forward": "jaxlab.models",
     "generate": "jaxlab.models",
-    "load_model": "jaxlab.checkpoints.loading",
+    "load_model": "jaxlab.checkpoints",
 }
 
 

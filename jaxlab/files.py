@@ -1,11 +1,45 @@
-"""Files appear whole or not at all: written aside, flushed to disk, then renamed."""
+"""Files appear whole or not at all: written aside, flushed to disk, then renamed. Shipped ones are found
+from any folder."""
 
+import functools
 import json
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+_PACKAGE = Path(__file__).parent
+_SHIPPED = {
+    "configs": (_PACKAGE / "configs", _PACKAGE.parent / "configs"),
+    "jaxlab/assets": (_PACKAGE / "assets",),
+}
+"""Folders of a checkout, and where else they may be: a wheel holds the configs inside the package."""
+
+
+def shipped(path: str | os.PathLike[str]) -> Path:
+    """`path`, or where nothing is there what is shipped under that name; the first time, stderr says so.
+
+    Configs name each other, and the shipped model, by their paths in a checkout: `configs/...` and
+    `jaxlab/assets/...`. So they work from any folder, and a file of the user's own goes first.
+    """
+    path = Path(path)
+    if path.is_absolute() or ".." in path.parts or os.path.exists(path):
+        return path
+    for name, folders in _SHIPPED.items():
+        if path.is_relative_to(name):
+            for folder in folders:
+                found = folder / path.relative_to(name)
+                if found.exists():
+                    _say_shipped(name, folder)
+                    return found
+    return path
+
+
+@functools.cache
+def _say_shipped(name: str, folder: Path) -> None:
+    print(f"{name}/ is not in this folder: what is shipped is taken, from {folder}", file=sys.stderr)
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -33,7 +67,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` in JSON's own types. Raises TypeError for what has no such form."""
+    """`value` in JSON's own types.
+
+    Raises:
+      TypeError: what has no such form.
+    """
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):

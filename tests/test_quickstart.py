@@ -10,8 +10,9 @@ import pytest
 from jaxlab import config as configs
 from jaxlab.app.runs import RunResult
 from jaxlab.config.command_line import from_mapping
-from jaxlab.reporting.folders import read_runs
-from jaxlab.tasks import TASKS, main, quickstart, report
+from jaxlab.reporting import read_runs, render
+from jaxlab.reporting.markup import Markup
+from jaxlab.tasks import TASKS, main, quickstart
 from tests.reporting import made
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,9 @@ def fake_execute(task, path, overrides, *, outputs, overwrite):
     reused = folder.exists() and not overwrite
     if not folder.exists():
         skill = name.rpartition("_")[2]
-        if task == "train":
+        if task == "attention-speed":
+            made.attention_speed(root, folder.name)
+        elif task == "train":
             kind = {"n": "text", "d": "digits", "i": "episodes"}[name[0]]
             attention = "nsa" if "sparse" in name else "full"
             made.train(root, folder.name, attention, kind=kind, init_from=overrides.get("init_from"))
@@ -65,6 +68,8 @@ def fake_execute(task, path, overrides, *, outputs, overwrite):
 
 
 def test_the_page_and_the_numbers(tmp_path, monkeypatch, capsys):
+    # How figures are written is tested in reporting/; here it would take most of the time, three times.
+    monkeypatch.setattr("jaxlab.reporting.plots.svg", lambda _, name, label: Markup(f"<svg>{name}</svg>"))
     monkeypatch.setattr(quickstart, "execute", fake_execute)
     assert main(["quickstart", "--outputs", str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -74,7 +79,7 @@ def test_the_page_and_the_numbers(tmp_path, monkeypatch, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert [line["name"] for line in results["stages"]] == [stage.config for stage in quickstart.STAGES]
     assert not any(line["reused"] for line in results["stages"])
-    assert results["claims"]["M2"] == results["claims"]["I1"] == "seen"
+    assert results["claims"]["M2"] == results["claims"]["I1"] == results["claims"]["N3"] == "seen"
     assert results["claims"]["N5"] == "not examined"
     assert set(results["headline"]) == {"nsa", "injection", "icl"}
     assert results["seconds"] > 0
@@ -85,7 +90,7 @@ def test_the_page_and_the_numbers(tmp_path, monkeypatch, capsys):
         in page
     )
     assert "peak memory" in page
-    assert page.count("<section") == 3
+    assert page.count("<section") == 4
 
     # Again: everything was done before, and the page says so. The folder alone gives the same page anew.
     assert main(["quickstart", "--outputs", str(tmp_path)]) == 0
@@ -99,9 +104,9 @@ def test_the_page_and_the_numbers(tmp_path, monkeypatch, capsys):
 def test_a_smoke_test_says_that_it_is_one(tmp_path):
     runs = [made.train(tmp_path, "nsa_sparse-12345678", "nsa")]
     runs.append(made.write_run(tmp_path, "quickstart", "quickstart", {"smoke": True}, {"stages": []}))
-    assert "A smoke test" in report.render(read_runs(runs))
+    assert "A smoke test" in render(read_runs(runs))
     (runs[-1] / "config.yaml").write_text("smoke: false")
-    assert "A smoke test" not in report.render(read_runs(runs))
+    assert "A smoke test" not in render(read_runs(runs))
 
 
 def test_stages_share_compiled_programs():
@@ -134,7 +139,7 @@ def test_everything_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["quickstart", "--smoke", "--outputs", str(tmp_path)]) == 0
     page = (tmp_path / "quickstart" / "report.html").read_text()
-    assert page.count("<section") == 3
+    assert page.count("<section") == 4
     assert (
         "Loaded, not trained in these runs: jaxlab/assets/icl_model (made by configs/quickstart/icl_" in page
     )

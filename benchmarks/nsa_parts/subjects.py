@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 from nsa_parts.timing import Subject
 
-from jaxlab.models import ModelConfig, init_params
-from jaxlab.models.attention import attention, projections
-from jaxlab.models.rotary import rotate, tables
-from jaxlab.models.sparse_config import NSAConfig
-from jaxlab.models.where import Where
+from jaxlab.models import (
+    AttentionContext,
+    Block,
+    ModelConfig,
+    NSAConfig,
+    bind,
+    init_params,
+    rope_tables,
+)
 from kernels_pallas.nsa import (
     compressed_attention,
     nsa_attention,
@@ -144,26 +148,22 @@ def layers(spec: ArgSpec, implementation: str) -> tuple[list[Subject], dict[str,
         "mlp_width": 8,
         "compute_dtype": spec.dtype,
     }
-    sparse = ModelConfig(
-        **shared, attention="nsa", nsa=NSAConfig(**spec.sizes, implementation=implementation)
-    )
+    sparse = ModelConfig(**shared, attention=NSAConfig(**spec.sizes, implementation=implementation))
     full = ModelConfig(**shared)
     positions = jnp.broadcast_to(jnp.arange(spec.length, dtype=jnp.int32)[None], (spec.batch, spec.length))
     dense = cudnn if jax.default_backend() == "gpu" else kept_scores
 
     def nsa_layer(x, params):
-        where = Where(positions, rotary=tables(positions, sparse)[0])
-        return attention(params, x, where, sparse, kind="nsa")[0], None
+        context = AttentionContext(positions, rotary=rope_tables(positions, sparse)[0])
+        return bind(params, Block, sparse).attention(x, context, kind="nsa").out, None
 
     def full_layer(x, params):
-        q, k, v = projections(params, x, full, "full")
-        turn = tables(positions, full)[0]
-        out = dense(rotate(q, turn), rotate(k, turn), v)
-        return jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype)), None
+        attention, rotary = bind(params, Block, full).attention, rope_tables(positions, full)[0]
+        q, k, v = attention.project(x)
+        out = dense(attention.with_rope(q, rotary), attention.with_rope(k, rotary), v)
+        return attention.project_output(out), None
 
-    make = lambda config: jax.tree.map(
-        lambda p: p[0], init_params(config, jax.random.key(0))["layers"]["attention"]
-    )
+    make = lambda config: jax.tree.map(lambda p: p[0], init_params(config, jax.random.key(0))["layers"])
     shape, dtype = (spec.batch, spec.length, WIDTH), jnp.dtype(spec.dtype)
     x, d_out = (jax.random.normal(jax.random.key(i), shape, dtype) for i in (1, 2))
     data = {

@@ -10,10 +10,18 @@ from typing import Any, Literal
 
 from jaxlab import config as configs
 from jaxlab.app import runs, sweeps
+from jaxlab.app.program import program
 from jaxlab.app.registry import Registry, Task
-from jaxlab.config import yaml_text
-from jaxlab.config.command_line import from_mapping, is_option, resolve, take_option
-from jaxlab.config.schema import fields_of, leaves, suggestion
+from jaxlab.config import (
+    dump_yaml,
+    fields_of,
+    from_mapping,
+    is_option,
+    leaves,
+    resolve,
+    suggestion,
+    take_option,
+)
 from jaxlab.errors import COMMAND_LINE, ConfigError, UserError
 
 
@@ -61,7 +69,7 @@ def _main(words: list[str], tasks: Registry) -> None:
         print(help.task_list(tasks))
         return
     if not words or is_option(words[0]):
-        raise UserError(f"which task? {', '.join(tasks.names())}; run.py --help tells more")
+        raise UserError(f"which task? {', '.join(tasks.names())}; {program()} --help tells more")
     task = tasks.find(words.pop(0))
     if "--help" in words or "-h" in words:
         from jaxlab.app import help
@@ -77,7 +85,7 @@ def _run_config_task(task: Task, words: list[str]) -> None:
     options, words = _take_options(words)
     if not words or is_option(words[0]):
         raise UserError(
-            f"{task.name} takes a config first: run.py {task.name} CONFIG.yaml [--field.sub value ...]"
+            f"{task.name} takes a config first: {program()} {task.name} CONFIG.yaml [--field.sub value ...]"
         )
     path, *words = words
     schema = task.schema()
@@ -102,7 +110,7 @@ def _run_config_task(task: Task, words: list[str]) -> None:
     elif options.check:
         for config in loaded:
             report = task.load().check(config) if hasattr(task.load(), "check") else {"config": "valid"}
-            print(yaml_text.dump(configs.to_plain(report)), end="")
+            print(dump_yaml(configs.to_plain(report)), end="")
     else:
         todo = [
             sweeps.Point(point, config, command)

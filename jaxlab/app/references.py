@@ -1,13 +1,14 @@
-"""What may be named as a model: a folder, file or hub id (checkpoints/locate.py), or the config of a finished
+"""What may be named as a model: a folder, file or hub id (jaxlab/checkpoints), or the config of a finished
 train run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlab.app import runs
-from jaxlab.checkpoints.locate import resolve
+from jaxlab.checkpoints import open_model, resolve
 from jaxlab.config import load
 from jaxlab.errors import UserError
+from jaxlab.files import shipped
 
 if TYPE_CHECKING:
     from jaxlab.training import TrainConfig
@@ -22,18 +23,21 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     path = Path(reference)
     if path.suffix in (".yaml", ".yml"):
         return _trained(path, Path(outputs))
-    return resolve(reference)
+    return resolve(shipped(reference))
 
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:
     """What a train run depends on besides its config, as digests: its data, and the model that it starts
-    from. Raises UserError."""
-    from jaxlab.checkpoints.loading import model_identity
+    from.
+
+    Raises:
+      UserError: a mistake that the user can mend.
+    """
     from jaxlab.data import make_source
 
     identities = {"data": make_source(config.data, model_folder).identity}
     if config.init_from is not None:
-        identities["init_from"] = model_identity(model_folder(config.init_from))
+        identities["init_from"] = open_model(model_folder(config.init_from)).identity
     return identities
 
 
@@ -43,5 +47,5 @@ def _trained(path: Path, outputs: Path) -> Path:
     config = load(TrainConfig, path)
     folder = outputs / "train" / runs.run_name("train", config, path.stem, train_inputs(config))
     if not (folder / "results.json").is_file():
-        raise UserError(f"{path}: not trained yet in {outputs}; run: python run.py train {path}")
+        raise UserError(f"{path}: not trained yet in {outputs}; run: {runs.command_line('train', str(path))}")
     return folder / "model"

@@ -29,6 +29,7 @@ from typing import Any
 
 from jaxlab import config as configs
 from jaxlab.app import provenance
+from jaxlab.app.program import program
 from jaxlab.app.registry import Task
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable, write_atomic, write_json
@@ -93,7 +94,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The results of a run folder. Raises UserError if the run is not finished or the file is damaged."""
+    """The results of a run folder.
+
+    Raises:
+      UserError: the run is not finished or the file is damaged.
+    """
     file = Path(path) / "results.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -122,7 +127,9 @@ def run_config(
       outputs: the folder that run folders go to.
       overwrite: whether to do a finished run anew.
 
-    Raises: UserError for the user's mistakes; whatever the task raises.
+    Raises:
+      UserError: the user's mistakes.
+      Exception: whatever the task raises.
     """
     module = task.load()
     inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
@@ -182,7 +189,7 @@ def _earlier_starts(folder: Path) -> list[str]:
 
 def command_line(task_name: str, *words: str) -> str:
     """The line that a shell takes to run a task with `words`."""
-    return shlex.join(["python", "run.py", task_name, *words])
+    return f"{program()} {shlex.join([task_name, *words])}"
 
 
 def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> str:

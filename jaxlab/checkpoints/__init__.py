@@ -1,1 +1,34 @@
-"""Models on disk."""
+"""Models on disk: opened without trust, read to where they will live, written whole or not at all.
+
+README.md beside this file is the map.
+"""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxlab.checkpoints import families
+    from jaxlab.checkpoints.compatibility import (
+        check_same_tree,
+        common_prefix,
+        differences,
+        language_differences,
+    )
+    from jaxlab.checkpoints.forms.base import OpenModel
+    from jaxlab.checkpoints.forms.hf_write import huggingface_config
+    from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
+    from jaxlab.checkpoints.locate import resolve
+    from jaxlab.checkpoints.open import load_model, open_model
+    from jaxlab.checkpoints.output_folder import check_output, write_aside
+    from jaxlab.checkpoints.save import save_model
+    from jaxlab.checkpoints.source_files import SourceFiles
+    from jaxlab.checkpoints.tensor_map import (
+        Entry,
+        entries,
+        from_hf,
+        host_tensors,
+        leaf_at,
+        to_hf,
+        tree_of,
+    )
+    from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, LeafPath
+    from jaxlab.checkpoints.verification import verify_logits, verify_tensors

@@ -10,8 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxlab.checkpoints.folder import TensorFolder
 from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.errors import UserError
 
 QUANTIZED = "quantization_config"

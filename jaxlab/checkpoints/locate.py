@@ -1,22 +1,29 @@
-"""Where a model is, by its name, and of what kind."""
+"""Where a model is, by its name (a folder, a file, a run, an id on the Hugging Face hub), and its form."""
 
 import os
 import re
 from pathlib import Path
-from typing import Literal
 
-from jaxlab.checkpoints.folder import CONFIG
+from jaxlab.checkpoints.forms.base import Form
+from jaxlab.checkpoints.tensor_folder import CONFIG
 from jaxlab.errors import UserError
 
 OWN_CONFIG, OWN_PARAMS = "config.yaml", "params"
 """What a model folder of ours holds."""
-Kind = Literal["native", "huggingface", "llama2c"]
-
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model")
+"""What a model is made of: no code, no pickles."""
+PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
+IGNORED = ("*/*", "consolidated*")
+"""Other forms of the same weights, in folders of their own or, with Mistral, beside ours."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 def resolve(
-    path: str | Path, *, revision: str | None = None, offline: bool = False, allow_pickle: bool = False
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
 ) -> Path:
     """The file or folder of a model: of a run its model; one on the hub is fetched into the cache.
 
@@ -37,22 +44,24 @@ def resolve(
             f"{path}: no such model: a model folder, a run folder, the config of a train run, a .bin file of "
             "llama2.c, or a hub id owner/name"
         )
-    from jaxlab.checkpoints import hub
-
     try:
-        return hub.snapshot(str(path), revision=revision, offline=offline, allow_pickle=allow_pickle)
+        return hub_snapshot(str(path), revision=revision, offline=offline, allow_pickle=allow_pickle)
     except UserError as error:
         raise UserError(f"no such folder here, nor on the hub: {error}") from error
 
 
-def kind_of(path: Path) -> Kind:
-    """What is at `path`. Raises UserError if it is no model."""
+def form_of(path: Path) -> Form:
+    """The form of the model at `path`.
+
+    Raises:
+      UserError: it is no model.
+    """
     if path.is_file():
         if path.suffix == ".bin":
             return "llama2c"
         raise UserError(f"{path}: not a model: name its folder, or a .bin file of llama2.c")
     if (path / OWN_CONFIG).is_file() or (path / OWN_PARAMS).is_dir():
-        return "native"
+        return "orbax"
     if (path / CONFIG).exists():
         return "huggingface"
     if not path.is_dir():
@@ -65,3 +74,57 @@ def kind_of(path: Path) -> Kind:
         f"{path}: not a model folder: it needs {OWN_CONFIG} and {OWN_PARAMS}/ (ours), or {CONFIG} and "
         "tensors (Hugging Face)"
     )
+
+
+def hub_snapshot(
+    reference: str, *, revision: str | None = None, offline: bool = False, allow_pickle: bool = False
+) -> Path:
+    """The folder of `owner/name` or `owner/name@revision`, pinned to the commit that the revision stands for.
+
+    Args:
+      revision: commit, tag or branch, where the reference names none; by default the main branch.
+      offline: take it from the cache alone; HF_HUB_OFFLINE in the environment does the same.
+      allow_pickle: fetch PyTorch's .bin files too.
+
+    Raises:
+      UserError: huggingface_hub is not installed, the hub or the network has no such model.
+    """
+    name, at, named = reference.partition("@")
+    if at and not named:
+        raise UserError(f"{reference}: names no revision after the @")
+    if named and revision and named != revision:
+        raise UserError(f"{reference}: names one revision, and {revision!r} is another; give one")
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise UserError(
+            f"{reference}: a model on the hub needs huggingface_hub; run: pip install 'jaxlab[hf]'"
+        ) from None
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    try:
+        folder = hub.snapshot_download(
+            name,
+            revision=named or revision,
+            local_files_only=offline,
+            allow_patterns=[*PATTERNS, *(PICKLES if allow_pickle else ())],
+            ignore_patterns=list(IGNORED),
+        )
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name}: has no revision {named or revision!r} on the hub") from None
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{name}: its owner grants access on the hub; ask there, then log in: hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: no such model here or on the hub, or a private one (hf auth login)"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        hint = (
+            "it is not in the cache; run once without --offline" if offline else "the hub cannot be reached"
+        )
+        raise UserError(f"{reference}: {hint}") from None
+    except (errors.HTTPError, errors.HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"{reference}: cannot be fetched: {error}"[:300]) from error
+    return Path(folder)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.checkpoints.folder import TensorFolder, inside, read_json
 from jaxlab.checkpoints.safetensors_file import Tensor, read_header
+from jaxlab.checkpoints.tensor_folder import TensorFolder, inside, read_json
 from jaxlab.errors import UserError
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -47,14 +47,6 @@ _PATTERN = re.compile(r"[\w.^$|()\[\]\\*+-]{1,500}")
 """What a pattern for names of modules may hold; with few groups and repetitions none takes long to match."""
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave W as it is; PiSSA, OLoRA, CorDA and LoftQ change it before training."""
-
-
-def base_of(adapter: str | Path) -> str:
-    """The model that an adapter was trained on, as its config names it. Raises UserError if it names none."""
-    name = read_json(inside(Path(adapter), CONFIG)).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{Path(adapter) / CONFIG}: names no base_model_name_or_path")
-    return name
 
 
 def merged(base: TensorFolder, adapter: str | Path, *, allow_pickle: bool = False) -> TensorFolder:
@@ -127,7 +119,7 @@ def _tensors(adapter: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{adapter}: holds only a PyTorch pickle, which can carry code; save it as {TENSORS}, or pass "
             "--allow-pickle if you trust its origin"
         )
-    from jaxlab.checkpoints.pickled import pickled_tensors
+    from jaxlab.checkpoints.pickle_file import pickled_tensors
 
     return pickled_tensors(inside(adapter, PICKLED))
 

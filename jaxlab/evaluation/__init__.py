@@ -3,5 +3,10 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from jaxlab.evaluation.attention_speed import (
+        AttentionSpeedConfig,
+        attention_speed_memory,
+        measure_attention_speed,
+    )
     from jaxlab.evaluation.chosen_blocks import decoding_reads, describe_chosen_blocks
     from jaxlab.evaluation.needle import ByDepth

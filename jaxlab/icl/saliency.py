@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.errors import UserError
 from jaxlab.icl.prompts import Roles
-from jaxlab.models import Batch, ModelConfig, Params, Probe, abstract_params, forward
+from jaxlab.models import Batch, ModelConfig, Params, Probe, abstract_params, as_arrays, forward
 
 Reduction = Literal["abs_of_sum", "sum_of_abs"]
 Loss = Literal["labels", "vocabulary"]
@@ -34,7 +34,7 @@ class _Options(NamedTuple):
 
 def flows(
     params: Params,
-    batch: Batch,
+    batch: Mapping[str, Any],
     config: ModelConfig,
     classes: Int[Array | np.ndarray, "B T"],
     targets: Mapping[str, Any],
@@ -49,11 +49,12 @@ def flows(
     Args:
       classes: token class 0..K-1, -1 outside.
       targets: "positions" int32[B], where the answer is read off; "label_tokens" int32[C], or int32[B, C]
-      where they
-        differ between prompts; "labels" int32[B], the right answers as indices into label_tokens.
+        where they differ between prompts; "labels" int32[B], the right answers as indices into label_tokens.
       reduction: over heads, the absolute value of the sum (the paper) or the sum of absolute values (its
-      footnote 3). loss: cross-entropy among the label tokens, or over the whole vocabulary. nsa_edges: the
-      flow from a compressed block of native sparse attention goes in equal parts, or whole, to its tokens.
+        footnote 3).
+      loss: cross-entropy among the label tokens, or over the whole vocabulary.
+      nsa_edges: the flow from a compressed block of native sparse attention goes in equal parts, or whole, to
+        its tokens.
       num_classes: K; by default one more than the largest class, which must then be known, not traced.
 
     Returns:
@@ -77,7 +78,12 @@ def flows(
 
 
 def saliency_maps(
-    params: Params, batch: Batch, config: ModelConfig, targets: Mapping[str, Any], *, loss: Loss = "labels"
+    params: Params,
+    batch: Mapping[str, Any],
+    config: ModelConfig,
+    targets: Mapping[str, Any],
+    *,
+    loss: Loss = "labels",
 ) -> Float[Array, "B L T T"]:
     """I_l [to i, from j] of every layer, the diagonal included. For pictures: memory grows with L * T * T.
 
@@ -177,13 +183,13 @@ def _frugal(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, remat="layer")
 
 
-def _arrays(batch: Batch) -> Batch:
+def _arrays(batch: Mapping[str, Any]) -> Batch:
     """What the forward pass reads, as arrays, so that a batch with more in it is not another program."""
     read = ("tokens", "segment_ids", "positions", "images")
-    return {name: jnp.asarray(batch[name]) for name in read if name in batch}
+    return as_arrays(cast(Batch, {name: value for name, value in batch.items() if name in read}))
 
 
-def _checked(batch: Batch, targets: Mapping[str, Any]) -> dict[str, Array]:
+def _checked(batch: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Array]:
     missing = {"positions", "label_tokens", "labels"} - set(targets)
     if missing:
         raise UserError(f"flows: targets lack {', '.join(sorted(missing))}")

@@ -1,9 +1,37 @@
 """Merging of models: task vectors, operators, injection of a language model's skills into a vision-language
-model.
+model, and the search for the weights that show them.
 """
 
-from jaxlab.merging.inject import inject
-from jaxlab.merging.operators import OPERATORS, Operator, merge_tensors, task_vector
-from jaxlab.merging.randomness import tensor_key
+from etils import epy
 
-__all__ = ["OPERATORS", "Operator", "inject", "merge_tensors", "task_vector", "tensor_key"]
+with epy.lazy_api_imports(globals()):
+    from jaxlab.merging.account import AccountLine, MergeAccount
+    from jaxlab.merging.injection import Method, PatternValue, inject
+    from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
+    from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
+    from jaxlab.merging.numerics import tensor_key
+    from jaxlab.merging.operators import OPERATORS, Operator
+    from jaxlab.merging.operators.registry import operator
+    from jaxlab.merging.recipe import (
+        InjectRecipe,
+        MergeRecipe,
+        Trio,
+        check_same_architecture,
+        inject_by_recipe,
+        load_recipe,
+        merge_by_recipe,
+        read_trio,
+        save_merged,
+        verify_merged,
+    )
+    from jaxlab.merging.search import (
+        Grid,
+        Point,
+        answered,
+        evaluate_grid,
+        exact_match_of,
+        measure_model,
+        read_data,
+        search_grid,
+        text_only,
+    )

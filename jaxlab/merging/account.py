@@ -1,4 +1,6 @@
-"""What became of every tensor of every input: merged, copied or refused, and the digest of what was saved."""
+"""The account of a merge: what became of every tensor of every input, merged, copied or refused, and the
+digest of each that was saved.
+"""
 
 import collections
 import dataclasses
@@ -8,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxlab.checkpoints.names import host_tensors
+from jaxlab.checkpoints import host_tensors
 
 Action = Literal["merged", "copied", "refused"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class AccountLine:
     """One tensor, by its name in a Hugging Face checkpoint."""
 
     name: str
@@ -30,31 +32,32 @@ class Line:
     sha256: str = ""
     """Of its bytes in Hugging Face's shape, row-major; empty until `with_hashes`."""
 
-    def filled(self, identity: dict[str, Any]) -> "Line":
+    def filled(self, identity: dict[str, Any]) -> "AccountLine":
         """The line with shape, dtype and digest."""
         return dataclasses.replace(self, **identity)
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class MergeAccount:
     """The lines of a merge."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[AccountLine, ...]
     family: str = "jaxlab"
     """Whose names the tensors have."""
 
-    def with_hashes(self, params: Mapping[str, Any]) -> "Account":
+    def with_hashes(self, params: Mapping[str, Any]) -> "MergeAccount":
         """The account with shape, dtype and digest of every tensor in the result `params`.
 
-        Raises ValueError if the result has a tensor that the account does not know, or lacks one that it
-        does.
+        Raises:
+          ValueError: the result has a tensor that the account does not know, or lacks one that it
+            does.
         """
         seen = {name: _identity(value) for name, value in host_tensors(params, self.family)}
         known = {line.name for line in self.lines if line.action != "refused"}
         if known != set(seen):
             raise ValueError(f"unaccounted: {sorted(known ^ set(seen))[:3]}")
         lines = (line if line.action == "refused" else line.filled(seen[line.name]) for line in self.lines)
-        return Account(tuple(lines), self.family)
+        return MergeAccount(tuple(lines), self.family)
 
     def differences(self, params: Mapping[str, Any]) -> list[str]:
         """Names of the tensors of `params` whose digest, shape or dtype is not the account's; missing ones
@@ -70,11 +73,6 @@ class Account:
 
     def to_json(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(line) for line in self.lines]
-
-    @classmethod
-    def from_json(cls, lines: list[dict[str, Any]]) -> "Account":
-        tuples = ("shape", "models")
-        return cls(tuple(Line(**line | {key: tuple(line[key]) for key in tuples}) for line in lines))
 
     def table(self) -> str:
         """A short table: how many tensors of each kind went which way."""

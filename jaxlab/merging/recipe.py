@@ -1,16 +1,28 @@
-"""Recipes: what a merge file says."""
+"""Recipes, what a merge file says, and carrying one out: opened models in, a model with its account out."""
 
+import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from tokenizers import Tokenizer
+
+from jaxlab import __version__
 from jaxlab import config as configs
-from jaxlab.config import yaml_text
-from jaxlab.config.schema import suggestion
+from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model, save_model
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.merging.inject import PatternValue
+from jaxlab.files import jsonable
+from jaxlab.merging.account import MergeAccount
+from jaxlab.merging.injection import Method, PatternValue, inject
+from jaxlab.merging.merge import merge_models
 from jaxlab.merging.operators import OPERATORS
-from jaxlab.merging.stages import Method
+from jaxlab.merging.operators.registry import REQUIRED
+from jaxlab.models import ModelConfig, Params
+
+ACCOUNT = "account.json"
+"""Beside the model in its folder."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class InjectRecipe:
     base: str = ""
     """The language model that both come from."""
     operator: str = "task_arithmetic"
-    """linear, task_arithmetic, ties, dare_linear, dare_ties or slerp."""
+    """Its name in docs/merge_operators.md."""
     lambda_v: float | tuple[float, ...] | tuple[PatternValue, ...] = 1.0
     """Weight of the VLM's task vector: a number, a list over layers, or a list of {pattern, value}, the first
     match deciding."""
@@ -52,7 +64,20 @@ class InjectRecipe:
         self.method()
 
     def method(self) -> Method:
-        return Method(self.operator, self.density, self.rescale, self.mode)
+        """The operator with its parameters.
+
+        Raises:
+          ConfigError: a mistake in it, with its place and the remedy.
+        """
+        return Method.of(self.operator, self.mode, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """The operator's parameters."""
+        return {"density": self.density, "rescale": self.rescale}
+
+    def references(self) -> list[str]:
+        """The models that it names: VLM, expert and base."""
+        return [self.vlm, self.expert, self.base]
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,7 @@ class MergeRecipe:
     base: str | None = None
     """What task vectors are taken from; none for linear and slerp."""
     operator: str = "task_arithmetic"
-    """linear, task_arithmetic, ties, dare_linear, dare_ties or slerp."""
+    """Its name in docs/merge_operators.md."""
     lambda_: float | None = None
     """Of the merged task vector."""
     t: float | None = None
@@ -104,21 +129,35 @@ class MergeRecipe:
             raise ConfigError(
                 f"{self.operator} {'takes no' if operator.of_models else 'needs a'} base", key="base"
             )
-        for key, value in self._options().items():
-            if value is not None and key not in operator.parameters:
+        given = self._options()
+        for key in given:
+            if key not in operator.parameters:
                 raise ConfigError(f"{self.operator} has none", key=key)
-            if value is None and key == "t" and key in operator.parameters:
+        for key, parameter in operator.parameters.items():
+            if key not in given and parameter.default is REQUIRED:
                 raise ConfigError(f"{self.operator} needs it", key=key)
+            if key in given and (problem := parameter.problem(given[key])):
+                raise ConfigError(problem, key=key)
 
     def _options(self) -> dict[str, Any]:
-        options = {"lambda": self.lambda_, "t": self.t, "normalize": self.normalize, "rescale": self.rescale}
         thin = any(model.density != 1.0 for model in self.models)
-        return options | {"density": [model.density for model in self.models] if thin else None}
+        options = {
+            "lambda": self.lambda_,
+            "t": self.t,
+            "normalize": self.normalize,
+            "rescale": self.rescale,
+            "density": [model.density for model in self.models] if thin else None,
+        }
+        return {key: value for key, value in options.items() if value is not None}
 
-    def parameters(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The parameters of `merge_tensors`."""
-        given = {key: value for key, value in self._options().items() if value is not None}
-        return given if self.operator == "slerp" else {"weight": [m.weight for m in self.models], **given}
+        weights = {"weight": [model.weight for model in self.models]}
+        return (weights if OPERATORS[self.operator].takes("weights") else {}) | self._options()
+
+    def references(self) -> list[str]:
+        """The models that it names, the base last."""
+        return [*(model.model for model in self.models), *([] if self.base is None else [self.base])]
 
 
 Recipe = InjectRecipe | MergeRecipe
@@ -126,18 +165,153 @@ KINDS: dict[str, type[InjectRecipe] | type[MergeRecipe]] = {"inject": InjectReci
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file. Raises UserError for a mistake in it, and for a mergekit file, which has no
-    kind.
+    """The recipe in a YAML file.
+
+    Raises:
+      UserError: a mistake in it, and for a mergekit file, which has no kind.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such recipe")
-    value, _ = yaml_text.parse(Path(path).read_text(encoding="utf-8"), str(path))
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a recipe; it begins with kind: inject or kind: merge")
-    if "kind" not in value:
+    source = configs.Source.of_file(path)
+    if "kind" not in source.tree:
         raise UserError(f"{path}: no kind: (inject or merge), and mergekit's own files are not supported yet")
-    kind = value["kind"]
+    kind = str(source.tree["kind"])
     if kind not in KINDS:
-        hint = suggestion(str(kind), KINDS) or "; there are inject and merge"
+        hint = configs.suggestion(kind, KINDS) or "; there are inject and merge"
         raise UserError(f"{path}: kind: no such kind of recipe, {kind!r}{hint}")
-    return configs.load(KINDS[kind], path)
+    return source.build(KINDS[kind])
+
+
+class Trio(NamedTuple):
+    """A VLM, an expert and their base, read."""
+
+    config: ModelConfig
+    """The VLM's."""
+    tokenizer: Tokenizer | None
+    """The VLM's."""
+    vlm: Params
+    expert: Params
+    base: Params
+    common_rows: int | None
+    """How many ids, from 0 on, mean the same token to all three; None: all, since they read bytes."""
+    expert_config: ModelConfig
+    base_config: ModelConfig
+
+
+def read_trio(vlm: OpenModel, expert: OpenModel, base: OpenModel) -> Trio:
+    """Reads the three.
+
+    Raises:
+      UserError: one is damaged or their language models differ in kind.
+    """
+    check_same_architecture([vlm, expert, base])
+    return Trio(
+        config=vlm.config,
+        tokenizer=vlm.tokenizer,
+        vlm=vlm.read(),
+        expert=expert.read(),
+        base=base.read(),
+        common_rows=common_prefix([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
+        expert_config=expert.config,
+        base_config=base.config,
+    )
+
+
+def check_same_architecture(models: Sequence[OpenModel]) -> None:
+    """Checks that parameters of the language models mean the same functions.
+
+    Raises:
+      UserError: they do not.
+    """
+    first, *others = models
+    for other in others:
+        for field in language_differences(first.config, other.config):
+            values = getattr(first.config, field), getattr(other.config, field)
+            if dataclasses.is_dataclass(values[0]):  # a group: the first of its fields that differs
+                inner = [f.name for f in dataclasses.fields(values[0])]
+                differs = next(f for f in inner if getattr(values[0], f) != getattr(values[1], f))
+                field, values = f"{field}.{differs}", tuple(getattr(value, differs) for value in values)
+            raise UserError(
+                f"{first.path} and {other.path} cannot be merged: "
+                f"{field} is {values[0]} in one, {values[1]} in the other"
+            )
+
+
+def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
+    """The VLM with the expert merged into it as the recipe says, and the account."""
+    return inject(
+        trio.vlm,
+        trio.expert,
+        trio.base,
+        operator=recipe.operator,
+        lambda_v=recipe.lambda_v,
+        lambda_e=recipe.lambda_e,
+        embeddings=recipe.embeddings,
+        common_rows=trio.common_rows,
+        seed=recipe.seed,
+        mode=recipe.mode,
+        family=trio.config.family,
+        **recipe.options(),
+    )
+
+
+def merge_by_recipe(recipe: Recipe, models: Sequence[OpenModel]) -> tuple[Params, MergeAccount]:
+    """What a recipe makes of its models, opened in the order of `recipe.references()`, and the account.
+
+    Raises:
+      UserError: models that are damaged or cannot be merged.
+    """
+    if isinstance(recipe, InjectRecipe):
+        return inject_by_recipe(recipe, read_trio(*models))
+    check_same_architecture(models)
+    *read, last = (model.read() for model in models)
+    return merge_models(
+        recipe.operator,
+        [*read, last] if recipe.base is None else read,
+        base=None if recipe.base is None else last,
+        mode=recipe.mode,
+        seed=recipe.seed,
+        family=models[0].config.family,
+        **recipe.options(),
+    )
+
+
+def save_merged(
+    out: Path,
+    recipe: Recipe,
+    models: Sequence[OpenModel],
+    params: Params,
+    account: MergeAccount,
+    *,
+    overwrite: bool,
+) -> MergeAccount:
+    """Writes what a recipe made of `models` as the first of them, the account beside it; whole or not at all.
+
+    Returns:
+      The account with digests.
+
+    Raises:
+      UserError: `out` may not be written (see `check_output`).
+    """
+    account = account.with_hashes(params)
+    written = {"version": __version__, "recipe": configs.to_dict(recipe), "tensors": account.to_json()}
+    save_model(
+        out,
+        models[0].config,
+        params,
+        models[0].tokenizer,
+        source_files=models[0].source_files,
+        extra_files={ACCOUNT: json.dumps(jsonable(written), indent=2, allow_nan=False) + "\n"},
+        inputs=[model.path for model in models],
+        overwrite=overwrite,
+    )
+    return account
+
+
+def verify_merged(out: Path, account: MergeAccount) -> None:
+    """Checks that the model on disk is what the account says.
+
+    Raises:
+      RuntimeError: it is not.
+    """
+    wrong = account.differences(open_model(out).read())
+    if wrong:
+        raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")

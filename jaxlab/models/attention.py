@@ -1,175 +1,145 @@
-"""Attention of one layer: projections, positions, the cache, and the kinds full, sliding and nsa."""
+"""What all kinds of attention share: the projections of a layer. How queries meet keys is each kind's own.
 
-from typing import Any, NamedTuple
+Kinds: full and sliding (full_attention.py), native sparse (native_sparse.py).
+"""
 
-import jax
+from typing import Literal, NamedTuple
+
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.config import ModelConfig
-from jaxlab.models.dense import dense_attention
-from jaxlab.models.layers import norm
-from jaxlab.models.modules import Params
-from jaxlab.models.native_sparse import Choice, cached_attention, whole_attention
+from jaxlab.models.cache import LayerCache
+from jaxlab.models.config import ModelConfig, RopeConfig
+from jaxlab.models.context import AttentionContext
+from jaxlab.models.initializer import Initializer
+from jaxlab.models.layers import Norm
 from jaxlab.models.probe import Probe
-from jaxlab.models.rotary import rotate
-from jaxlab.models.sparse_config import BRANCHES
-from jaxlab.models.where import Where
-from kernels_pallas import nsa
-from kernels_pallas.nsa import PagedCache
-
-LayerCache = tuple[Array, Array] | PagedCache
-"""Of one layer: keys and values, a row a position; or what NSA keeps."""
+from jaxlab.models.rotary import Rotary, rotate
 
 
-class Cache(NamedTuple):
-    """What all layers keep of the tokens read so far."""
+class Attended(NamedTuple):
+    """What a layer's attention gives; None where it does not apply."""
 
-    layers: LayerCache
-    """Stacked on a leading axis L: keys and values [L, B, S, Hkv, D]; or NSA's PagedCache, with a page for
-    every layer and sequence in one pool [L * B, ...] that all layers share."""
-    length: Int[Array, " B"]
-    """Tokens held, for each sequence."""
-    offset: Int[Array, " B"]
-    """By how much the next position exceeds its row (M-RoPE: an image has fewer positions than rows)."""
-
-
-def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
-    """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype.
-
-    Raises ValueError for NSA with positions of several coordinates: its blocks know one a token.
-    """
-    if config.attention == "nsa" and config.rope.sections and config.position == "rotary":
-        raise ValueError("NSA has no cache for positions of several coordinates; set rope.sections: []")
-    make = _empty_nsa if config.attention == "nsa" else _empty_dense
-    empty = jnp.zeros((batch_size,), jnp.int32)
-    return Cache(make(config, batch_size, length), empty, jnp.zeros_like(empty))
+    out: Float[Array, "B T ..."]
+    """Of each head [B, T, H, Dv]; after the output projection [B, T, D]."""
+    cache: LayerCache | None = None
+    """The layer's cache with these tokens in it."""
+    chosen_blocks: Int[Array, "B Hkv T n"] | None = None
+    """What NSA chose to read."""
+    selector_loss: Float[Array, ""] | None = None
+    """How far the choice of NSA's auxiliary selector is from where attention lies."""
 
 
-def _empty_dense(config: ModelConfig, batch_size: int, length: int) -> tuple[Array, Array]:
-    shape = (config.num_layers, batch_size, length, config.kv_heads)
-    dtype = jnp.dtype(config.compute_dtype)
-    return jnp.zeros((*shape, config.key_dim), dtype), jnp.zeros((*shape, config.value_dim), dtype)
+class Attention(nnx.Module):
+    """Queries, keys, values and output of a layer; a kind adds `attend`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        residual_scale: float,
+        init: Initializer,
+        *,
+        branches: int | None = None,
+        qk_norm_kind: Literal["rms", "layer"] | None = None,
+    ):
+        """
+        Args:
+          residual_scale: factor on the initial output projection.
+          branches: so many key and value projections of their own; None: one, without the axis.
+          qk_norm_kind: of the norms on queries and keys; None: as the other norms.
+        """
+        c, std = config, config.initializer_range
+        self.config = config
+        lead: tuple[int, ...] = () if branches is None else (branches,)
+        lead_axes: tuple[str, ...] = () if branches is None else ("branch",)
+        kv_axes, bias_axes = ("embed", "kv_heads", "head_dim"), ("kv_heads", "head_dim")
+        self.query = init.normal((c.width, c.num_heads, c.key_dim), ("embed", "heads", "head_dim"), std)
+        self.key = init.normal((*lead, c.width, c.kv_heads, c.key_dim), (*lead_axes, *kv_axes), std)
+        self.value = init.normal((*lead, c.width, c.kv_heads, c.value_dim), (*lead_axes, *kv_axes), std)
+        self.output = init.normal(
+            (c.num_heads, c.value_dim, c.width), ("heads", "head_dim", "embed"), std * residual_scale
+        )
+        bias = lambda shape, axes: init.zeros(shape, axes) if c.attention_bias else None
+        self.query_bias = bias((c.num_heads, c.key_dim), ("heads", "head_dim"))
+        self.key_bias = bias((*lead, c.kv_heads, c.key_dim), (*lead_axes, *bias_axes))
+        self.value_bias = bias((*lead, c.kv_heads, c.value_dim), (*lead_axes, *bias_axes))
+        self.output_bias = init.zeros((c.width,), ("embed",)) if c.has_output_bias else None
+        if c.qk_norm != "none":
+            kind = qk_norm_kind or c.norm
+            norm = lambda size: Norm(size, kind, c.norm_eps, init, offset=c.norm_offset, axis="head_dim")
+            over_all = c.qk_norm == "width"
+            self.query_norm = norm(c.num_heads * c.key_dim if over_all else c.key_dim)
+            self.key_norm = norm(c.kv_heads * c.key_dim if over_all else c.key_dim)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: AttentionContext,
+        *,
+        kind: str = "full",
+        probe: Probe | None = None,
+        cache: LayerCache | None = None,
+    ) -> Attended:
+        """Attention of one layer on its normed input.
+
+        Args:
+          kind: one of `config.kinds`; this layer's, where layers of several kinds share a scan.
+          probe: the layer's slice; it taps or edits what queries give to keys (probe.py).
+          cache: what the layer keeps of earlier tokens.
+        """
+        attended = self.attend(x, context, kind=kind, probe=probe, cache=cache)
+        return attended._replace(out=self.project_output(attended.out))
+
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        context: AttentionContext,
+        *,
+        kind: str,
+        probe: Probe | None,
+        cache: LayerCache | None,
+    ) -> Attended:
+        """The output of each head: how queries meet keys."""
+        raise NotImplementedError
+
+    def project(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[
+        Float[Array, "B T H Dk"], Float[Array, "B *branches T Hkv Dk"], Float[Array, "B *branches T Hkv Dv"]
+    ]:
+        """Queries, keys and values, normed where the model has it, before their rotary positions."""
+        q = _heads(x, self.query, self.query_bias)
+        k, v = _heads(x, self.key, self.key_bias), _heads(x, self.value, self.value_bias)
+        if self.config.qk_norm != "none":
+            q, k = self._norm_heads(self.query_norm, q), self._norm_heads(self.key_norm, k)
+        return q, k, v
+
+    def project_output(self, heads: Float[Array, "B T H Dv"]) -> Float[Array, "B T D"]:
+        """The heads' outputs added up in the model's width."""
+        y = jnp.einsum("bthk,hkd->btd", heads, self.output.astype(heads.dtype))
+        return y if self.output_bias is None else y + self.output_bias.astype(y.dtype)[None, None]
+
+    def with_rope(self, x: Float[Array, "B T H Dk"], rotary: Rotary | None) -> Float[Array, "B T H Dk"]:
+        """Queries or keys with their rotary positions; as they are where the model has none."""
+        position = self.config.position  # a vision tower has a table and no such positions
+        interleaved = isinstance(position, RopeConfig) and position.interleaved
+        return x if rotary is None else rotate(x, rotary, interleaved)
+
+    def _norm_heads(self, norm: Norm, x: Float[Array, "*rows H K"]) -> Float[Array, "*rows H K"]:
+        """Over each head, or over all heads together."""
+        if self.config.qk_norm == "head":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
-def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:
-    n, count = config.nsa, config.num_layers
-    page_size = nsa.page_for(length, block_size=n.block_size, stride=n.stride)
-    pages = jnp.arange(count * batch_size, dtype=jnp.int32).reshape(count, batch_size, 1)
-    cache = nsa.init_paged_cache(
-        pages[0],
-        num_pages=count * batch_size,
-        page_size=page_size,
-        kv_heads=config.kv_heads,
-        key_dim=config.key_dim,
-        value_dim=config.value_dim,
-        dtype=jnp.dtype(config.compute_dtype),
-        block_len=n.block_len,
-        stride=n.stride,
-        block_size=n.block_size,
-        window=n.window,
-    )
-    pool, own = part_cache(cache)
-    own = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), own)
-    return join_cache(pool, own._replace(page_table=pages))
-
-
-def part_cache(cache: Any) -> tuple[dict[str, Array] | None, Any]:
-    """What layers share, to be carried from one to the next and changed in place, and what is each one's own.
-
-    Scanned over, a layer's pages would be copied whole at every step.
-    """
-    if not isinstance(cache, PagedCache):
-        return None, cache
-    pool = {name: getattr(cache, name) for name in ("k_slc", "v_slc", "k_cmp", "v_cmp")}
-    nothing: dict[str, Any] = dict.fromkeys(pool)
-    return pool, cache._replace(**nothing)
-
-
-def join_cache(pool: dict[str, Array] | None, own: Any) -> Any:
-    """Undo `part_cache`."""
-    return own if pool is None else own._replace(**pool)
-
-
-def attention(
-    params: Params,
-    x: Float[Array, "B T D"],
-    where: Where,
-    config: ModelConfig,
-    *,
-    kind: str = "full",
-    causal: bool = True,
-    probe: Probe | None = None,
-    cache: LayerCache | None = None,
-) -> tuple[Float[Array, "B T D"], LayerCache | None, Choice]:
-    """Attention of one layer, of a kind of `config.kinds`, on its normed input.
-
-    Returns the output, the layer's cache with these tokens in it, and NSA's choice of blocks. `probe` is
-    the layer's slice; it taps or edits the attention of full and sliding layers, and of NSA's branches.
-    """
-    rotary = where.local_rotary if kind == "sliding" else where.rotary
-    q, k, v = projections(params, x, config, kind)
-    if rotary is not None:
-        q = rotate(q, rotary, config.rope.interleaved)
-        if kind != "nsa":
-            k = rotate(k, rotary, config.rope.interleaved)
-
-    if isinstance(cache, PagedCache):
-        out, cache, choice = cached_attention(params, x, q, k, v, where, config, cache)
-    elif kind == "nsa":
-        out, choice = whole_attention(params, x, q, k, v, where, config, probe)
-    else:
-        if cache is not None:
-            cache = k, v = _write(cache[0], k, where.rows), _write(cache[1], v, where.rows)
-        window = config.window if kind == "sliding" else None
-        if kind == "sliding" and where.local_segments is not None:
-            where, window = where._replace(segment_ids=where.local_segments), None
-        out = dense_attention(q, k, v, where, config, window, causal, probe, cached=cache is not None)
-        choice = Choice()
-    y = jnp.einsum("bthk,hkd->btd", out, params["output"].astype(x.dtype))
-    if config.has_output_bias:
-        y = y + params["output_bias"].astype(x.dtype)[None, None]
-    return y, cache, choice
-
-
-def projections(
-    params: Params, x: Float[Array, "B T D"], config: ModelConfig, kind: str
-) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B ... T Hkv Dk"], Float[Array, "B ... T Hkv Dv"]]:
-    """Queries, keys and values of a layer, normed where the model has it, before their rotary positions.
-
-    With NSA keys and values of its three branches: [B, 3, T, Hkv, D].
-    """
-    equation = "btd,cdhk->bcthk" if kind == "nsa" else "btd,dhk->bthk"
-    q = _project(params, "query", x, "btd,dhk->bthk")
-    k, v = _project(params, "key", x, equation), _project(params, "value", x, equation)
-    if config.qk_norm != "none":
-        q = _head_norm(params["query_norm"], q, config)
-        k = _head_norm(params["key_norm"], k, config)
-    return q, k, v
-
-
-def _head_norm(
-    params: Params, x: Float[Array, "*rows H K"], config: ModelConfig
-) -> Float[Array, "*rows H K"]:
-    """Queries or keys normed over each head, or over all heads together."""
-    if config.qk_norm == "head":
-        return norm(params, x, config)
-    return norm(params, x.reshape(*x.shape[:-2], -1), config).reshape(x.shape)
-
-
-def _project(params: Params, name: str, x: Array, equation: str) -> Array:
-    if equation.startswith("btd,c") and params[name].ndim == 3:  # one projection for all of NSA's branches
-        y = _project(params, name, x, "btd,dhk->bthk")
-        return jnp.broadcast_to(y[:, None], (y.shape[0], len(BRANCHES), *y.shape[1:]))
-    y = jnp.einsum(equation, x, params[name].astype(x.dtype))
-    if f"{name}_bias" not in params:
+def _heads(
+    x: Float[Array, "B T D"], kernel: nnx.Param, bias: nnx.Param | None
+) -> Float[Array, "B *branches T H K"]:
+    """Heads of `x`; kernel [D, H, K] or, with an axis for branches, [c, D, H, K]."""
+    equation = "btd,dhk->bthk" if kernel.ndim == 3 else "btd,cdhk->bcthk"
+    y = jnp.einsum(equation, x, kernel.astype(x.dtype))
+    if bias is None:
         return y
-    bias = params[f"{name}_bias"].astype(x.dtype)
-    # [H, K] -> [1, 1, H, K]; with NSA's branches [3, H, K] -> [1, 3, 1, H, K]
-    return y + (bias[None, None] if bias.ndim == 2 else bias[None, :, None])
-
-
-def _write(cached: Array, new: Array, rows: Int[Array, "B T"] | None) -> Array:
-    """`cached` [B, S, H, K] with row `rows[b, t]` replaced by token t of `new`; none past the end."""
-    put = lambda c, n, r: c.at[r].set(n.astype(c.dtype), mode="drop")
-    return jax.vmap(put)(cached, new, rows)
+    b = bias.astype(x.dtype)
+    return y + (b[None, None] if b.ndim == 2 else b[None, :, None])

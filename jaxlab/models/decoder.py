@@ -1,26 +1,27 @@
 """The forward pass: one pure function for every language model and vision-language model."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.attention import Cache
-from jaxlab.models.config import ModelConfig
-from jaxlab.models.layers import norm, softcap
+from jaxlab.models.batch import Batch
+from jaxlab.models.block import Block
+from jaxlab.models.cache import Cache
+from jaxlab.models.config import ModelConfig, ViTConfig
+from jaxlab.models.context import AttentionContext
+from jaxlab.models.initializer import Initializer, Params, bind
+from jaxlab.models.layers import Embedding, layer_norm, softcap
 from jaxlab.models.mesh import split_tokens
-from jaxlab.models.modules import Params
+from jaxlab.models.output import Output
 from jaxlab.models.probe import Probe
-from jaxlab.models.rotary import tables
-from jaxlab.models.stack import stack
-from jaxlab.models.vision import encode_images, place_images, prepare_batch, scatter_deep
-from jaxlab.models.where import Where
-
-Batch = dict[str, Any]
-"""tokens int32[B, T]; where they apply segment_ids int32[B, T] (0 = padding), positions int32[B, T] or with
-M-RoPE int32[B, T, 3] (with a cache they count on from what it holds), together int32[B, T] (tokens of one
-number above 0 see each other), images float32[B, n_images, height, width, channels]."""
+from jaxlab.models.rotary import rope_tables
+from jaxlab.models.stack import apply_blocks
+from jaxlab.models.vision.encoder import Encoded
+from jaxlab.models.vision.encoders import encode_images, prepare_batch
+from jaxlab.models.vision.placeholders import place_images, scatter_deep
 
 
 def forward(
@@ -30,113 +31,172 @@ def forward(
     *,
     probe: Probe | None = None,
     cache: Cache | None = None,
-) -> tuple[Float[Array, "B T V"], dict[str, Any]]:
-    """Next-token logits of a batch.
+) -> Output:
+    """Next-token logits of a batch, and what else the model computed.
 
-    With a `cache`, the tokens continue what it holds (segment_ids then mark padding at the right end only),
-    and the intermediates carry the cache with them in it. With a `probe`, attention is tapped or edited (see
-    probe.py).
+    It unpacks: `logits, intermediates = forward(params, batch, config)`.
 
-    Returns:
-      float32 logits and the named intermediates: "hidden" [B, T, D] after the last norm, "cache" where one
-      was given, "chosen_blocks" int32[L, B, Hkv, T, n] with NSA, "selector_loss" float32[L] with its
-      auxiliary selector, "balance_loss" float32[layers] with experts.
-      Unused ones cost nothing under jit.
+    Args:
+      params: a plain nested dict, as `init_params` makes it.
+      probe: taps or edits attention (see probe.py).
+      cache: what the tokens continue (segment_ids then mark padding at the right end only).
 
     Raises:
-      ValueError: images for a model without vision, a probe together with a cache, or positions that are
-        given together with a cache of NSA, which counts its blocks itself.
+      ValueError: images for a model without vision, a probe together with a cache, positions that are given
+        together with a cache of NSA, which counts its blocks itself, or parameters that are not those of the
+        config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
     if probe is not None and cache is not None:
         raise ValueError("a probe reads whole sequences; it cannot be used with a cache")
-    if cache is not None and config.attention == "nsa" and "positions" in batch:
+    if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
-    batch = {name: jnp.asarray(value) for name, value in prepare_batch(batch, config).items()}
-    x, where, additions = embed(params, batch, config, cache)
-    layers = stack(
-        params["layers"],
-        x,
-        where,
-        config,
-        dense_params=params.get("dense_layers"),
-        probe=probe,
-        cache=cache,
-        additions=additions,
-    )
-
-    x = norm(params["final_norm"], split_tokens(layers.x), config)
-    head = params["embedding"]["table"].T if config.tie_embeddings else params["head"]["table"]
-    logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-    if config.head_bias:
-        logits = logits + params["head"]["bias"].astype(jnp.float32)[None, None]
-    logits = softcap(logits, config.logit_softcap)
-    intermediates: dict[str, Any] = {"hidden": x}
-    if layers.choice.blocks is not None:
-        intermediates["chosen_blocks"] = layers.choice.blocks
-    if layers.choice.loss is not None:
-        intermediates["selector_loss"] = layers.choice.loss
-    if layers.balance is not None:
-        intermediates["balance_loss"] = layers.balance
-    if cache is not None and layers.caches is not None:
-        length = cache.length + _lengths(batch)
-        offset = _next_position(batch, where, cache) - length if "positions" in batch else cache.offset
-        intermediates["cache"] = Cache(layers.caches, length, offset)
-    return logits, intermediates
+    batch = as_arrays(prepare_batch(batch, config))
+    images = encode_images(params, batch, config) if "images" in batch else None
+    return bind_decoder(params, config)(batch, images=images, probe=probe, cache=cache)
 
 
-def embed(
-    params: Params, batch: Batch, config: ModelConfig, cache: Cache | None = None
-) -> tuple[Float[Array, "B T D"], Where, Float[Array, "n B T D"] | None]:
-    """What the first layer reads of a prepared batch, where its tokens stand, and what is added to the
-    outputs of the first n layers (DeepStack)."""
-    tokens = batch["tokens"]
-    where = _where(batch, config, cache)
-    x = params["embedding"]["table"].astype(config.compute_dtype)[tokens]
-    if config.embedding_scale != 1.0:
-        x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    additions = None
-    if "images" in batch:
-        images = encode_images(params, batch, config)
-        x = place_images(x, tokens, images.tokens, config.vision.image_token)
-        if images.deep is not None:
-            additions = scatter_deep(images.deep, tokens, config.vision.image_token)
-    if config.position == "learned":
-        x = x + params["position"]["table"].astype(x.dtype)[where.positions]
-    return x, where, additions
+def bind_decoder(params: Params, config: ModelConfig) -> "Decoder":
+    """The decoder of a model with its parameters; those of a vision tower are left aside.
+
+    Raises:
+      ValueError: parameters that are not those of the config.
+    """
+    return bind(language_model(params), Decoder, config)
 
 
-def _where(batch: Batch, config: ModelConfig, cache: Cache | None) -> Where:
+def language_model(params: Params) -> Params:
+    """The language model of a VLM: its tree without `vision` and `projector`."""
+    return {name: tree for name, tree in params.items() if name not in ("vision", "projector")}
+
+
+def as_arrays(batch: Batch) -> Batch:
+    """The batch with every value on the device."""
+    return cast(Batch, {name: jnp.asarray(value) for name, value in batch.items()})
+
+
+class Head(nnx.Module):
+    """From the model's width to logits, where the embedding is not used for it."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        c = config
+        self.table = init.normal((c.width, c.vocab_size), ("embed", "vocab"), c.initializer_range)
+        self.bias = init.zeros((c.vocab_size,), ("vocab",)) if c.head_bias else None
+
+
+class Decoder(nnx.Module):
+    """Embeddings, blocks, a norm and logits."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        c, std = config, config.initializer_range
+        self.config = c
+        self.embedding = Embedding(c.embedding_rows, c.width, "vocab", std, init)
+        learned = c.position.kind == "learned"
+        self.position = Embedding(c.max_length, c.width, "position", std, init) if learned else None
+        self.final_norm = layer_norm(c, init)
+        self.head = None if c.tie_embeddings else Head(c, init)
+        # Stacked on a leading axis L; those with an MLP before others with experts stand apart.
+        dense = lambda init: Block(c, init, experts=False)
+        self.dense_layers = init.stack(dense, c.dense_layers, fold=c.num_layers) if c.dense_layers else None
+        self.layers = init.stack(lambda init: Block(c, init), c.num_layers - c.dense_layers)
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        images: Encoded | None = None,
+        probe: Probe | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """The output for a prepared batch, its images encoded."""
+        x, context, additions = self.embed(batch, images, cache)
+        done = apply_blocks(
+            self.stacks, x, context, self.config, probe=probe, cache=cache, additions=additions
+        )
+        hidden = self.final_norm(split_tokens(done.x))
+        new_cache = None
+        if cache is not None and done.caches is not None:
+            length = cache.length + _lengths(batch)
+            offset = cache.offset
+            if "positions" in batch:
+                offset = _next_position(batch, context, cache) - length
+            new_cache = Cache(done.caches, length, offset)
+        return Output(
+            self.logits(hidden),
+            hidden,
+            cache=new_cache,
+            chosen_blocks=done.chosen_blocks,
+            selector_loss=done.selector_loss,
+            balance_loss=done.balance_loss,
+        )
+
+    @property
+    def stacks(self) -> tuple[Block, ...]:
+        """The stacked blocks, the first ones first."""
+        return (self.layers,) if self.dense_layers is None else (self.dense_layers, self.layers)
+
+    def embed(
+        self, batch: Batch, images: Encoded | None = None, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], AttentionContext, Float[Array, "n B T D"] | None]:
+        """What the first layer reads of a prepared batch, what attention needs to know of its tokens, and
+        what is added to the outputs of the first n layers (DeepStack)."""
+        c, tokens = self.config, batch["tokens"]
+        context = attention_context(batch, c, cache)
+        x = self.embedding(tokens, c.compute_dtype)
+        if c.embedding_scale != 1.0:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        additions = None
+        if images is not None:
+            x = place_images(x, tokens, images.tokens, c.image_token)
+            if images.deep is not None:
+                additions = scatter_deep(images.deep, tokens, c.image_token)
+        if self.position is not None:
+            x = x + self.position(context.positions, x.dtype)
+        return x, context, additions
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Of the next token, float32, of a normed residual stream."""
+        head = self.embedding.table[...].T if self.head is None else self.head.table
+        logits = jnp.einsum(
+            "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+        if self.head is not None and self.head.bias is not None:
+            logits = logits + self.head.bias.astype(jnp.float32)[None, None]
+        return softcap(logits, self.config.logit_softcap)
+
+
+def attention_context(batch: Batch, config: ModelConfig, cache: Cache | None = None) -> AttentionContext:
+    """Positions of a prepared batch, which go on from the cache, and who may see whom."""
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
-    rows = None
+    slots = None
     if cache is not None:
-        rows = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        slots = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     if "positions" in batch:
         positions = batch["positions"]
         if cache is not None:
             start = cache.length + cache.offset
             positions = positions + start.reshape(-1, *[1] * (positions.ndim - 1))
-    elif cache is not None and rows is not None:
-        positions = rows + cache.offset[:, None]
+    elif cache is not None and slots is not None:
+        positions = slots + cache.offset[:, None]
     else:
         positions = positions_of(tokens, segment_ids)
-    rotary, local_rotary = tables(positions, config)
-    return Where(
+    rotary, local_rotary = rope_tables(positions, config)
+    return AttentionContext(
         positions,
         segment_ids,
-        rows,
+        slots,
         batch.get("together"),
         rotary=rotary,
         local_rotary=local_rotary,
-        together_in_window=config.vision.vit.together == "images",
+        together_in_window=isinstance(config.vision, ViTConfig) and config.vision.together == "images",
     )
 
 
-def _next_position(batch: Batch, where: Where, cache: Cache) -> Int[Array, " B"]:
+def _next_position(batch: Batch, context: AttentionContext, cache: Cache) -> Int[Array, " B"]:
     """One more than the last position of each row's tokens, whatever coordinate it is of; a row that adds no
     token to the cache stays where it was."""
-    positions = where.positions
+    positions: Any = context.positions
     if positions.ndim == 3:
         positions = jnp.max(positions, axis=-1)
     if "segment_ids" in batch:

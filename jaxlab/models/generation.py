@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab.models.attention import Cache, init_cache
+from jaxlab.models.batch import Batch
+from jaxlab.models.cache import Cache, init_cache
 from jaxlab.models.config import ModelConfig
-from jaxlab.models.decoder import Batch, forward
-from jaxlab.models.modules import Params
-from jaxlab.models.vision import prepare_batch
+from jaxlab.models.decoder import forward
+from jaxlab.models.initializer import Params
+from jaxlab.models.vision.encoders import prepare_batch
 
 
 def stream(

@@ -1,13 +1,14 @@
-"""Norms and the MLP: pure functions on one layer's parameters."""
+"""Norms and the MLP: what they hold and what they do."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from jaxlab.models.config import ModelConfig
+from jaxlab.models.initializer import Initializer
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -18,19 +19,46 @@ ACTIVATIONS = {
 }
 
 
-def norm(
-    params: Mapping[str, Any], x: Float[Array, "*rows D"], config: ModelConfig
-) -> Float[Array, "*rows D"]:
-    """RMSNorm, or LayerNorm where there is a bias; statistics in float32, result in the dtype of `x`."""
-    along = lambda name: params[name].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + x.shape[-1:])
-    y = x.astype(jnp.float32)
-    if "bias" in params:
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
-    y = y * (along("scale") + config.norm_offset)
-    if "bias" in params:
-        y = y + along("bias")
-    return y.astype(x.dtype)
+class Norm(nnx.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the last axis."""
+
+    def __init__(
+        self,
+        size: int,
+        kind: Literal["rms", "layer"],
+        eps: float,
+        init: Initializer,
+        *,
+        offset: float = 0.0,
+        axis: str = "embed",
+    ):
+        """
+        Args:
+          size: of the last axis.
+          eps: added to the variance.
+          offset: it scales by this plus its parameter (Gemma's is 1).
+          axis: logical axis of the parameters.
+        """
+        self.eps, self.offset = eps, offset
+        self.scale = init.full((size,), (axis,), 1.0 - offset)
+        self.bias = init.zeros((size,), (axis,)) if kind == "layer" else None
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Statistics in float32, the result in the dtype of `x`."""
+        along = lambda p: p.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+        y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * (along(self.scale) + self.offset)
+        if self.bias is not None:
+            y = y + along(self.bias)
+        return y.astype(x.dtype)
+
+
+def layer_norm(config: ModelConfig, init: Initializer) -> Norm:
+    """The norm of a decoder's width: before attention, before the MLP, at the end."""
+    return Norm(config.width, config.norm, config.norm_eps, init, offset=config.norm_offset)
 
 
 def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
@@ -38,18 +66,53 @@ def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shap
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def mlp(
-    params: Mapping[str, Any], x: Float[Array, "*rows D"], config: ModelConfig
-) -> Float[Array, "*rows D"]:
-    """Gated or plain two-matrix MLP."""
+class Embedding(nnx.Module):
+    """A row of `width` numbers for each token or position."""
 
-    def linear(name: str, y: Array) -> Array:
-        y = y @ params[name].astype(y.dtype)
-        if not config.mlp_bias:
-            return y
-        return y + params[f"{name}_bias"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + y.shape[-1:])
+    def __init__(self, rows: int, width: int, axis: str, std: float, init: Initializer):
+        """
+        Args:
+          axis: logical axis of the rows.
+          std: standard deviation of initial values.
+        """
+        self.table = init.normal((rows, width), (axis, "embed"), std)
 
-    activation = ACTIVATIONS[config.activation]
-    hidden = linear("up", x)
-    hidden = activation(linear("gate", x)) * hidden if config.mlp == "gated" else activation(hidden)
-    return linear("down", hidden)
+    def __call__(self, index: Int[Array, "*rows"], dtype: jax.typing.DTypeLike) -> Float[Array, "*rows D"]:
+        return self.table.astype(dtype)[index]
+
+
+class MLP(nnx.Module):
+    """Gated (arXiv 2002.05202) or plain two-matrix MLP: D -> F -> D."""
+
+    def __init__(self, config: ModelConfig, width: int, residual_scale: float, init: Initializer):
+        """
+        Args:
+          width: hidden width F.
+          residual_scale: factor on the initial output matrix.
+        """
+        c, std = config, config.initializer_range
+        self.activation = c.activation
+        gated = c.mlp == "gated"
+        self.gate = init.normal((c.width, width), ("embed", "mlp"), std) if gated else None
+        self.up = init.normal((c.width, width), ("embed", "mlp"), std)
+        self.down = init.normal((width, c.width), ("mlp", "embed"), std * residual_scale)
+        self.gate_bias = init.zeros((width,), ("mlp",)) if c.mlp_bias and gated else None
+        self.up_bias = init.zeros((width,), ("mlp",)) if c.mlp_bias else None
+        self.down_bias = init.zeros((c.width,), ("embed",)) if c.mlp_bias else None
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        activation = ACTIVATIONS[self.activation]
+        hidden = linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            hidden = activation(hidden)
+        else:
+            hidden = activation(linear(x, self.gate, self.gate_bias)) * hidden
+        return linear(hidden, self.down, self.down_bias)
+
+
+def linear(
+    x: Float[Array, "*rows D"], kernel: nnx.Param, bias: nnx.Param | None = None
+) -> Float[Array, "*rows F"]:
+    """x @ kernel + bias in the dtype of `x`; kernel [D, F], bias [F]."""
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + y.shape[-1:])

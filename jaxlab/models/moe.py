@@ -5,40 +5,53 @@ that the work is that of k experts a token, whatever the load. Sums are gathers,
 each time.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.config import ModelConfig, MoEConfig
-from jaxlab.models.layers import ACTIVATIONS, mlp
+from jaxlab.models.initializer import Initializer
+from jaxlab.models.layers import ACTIVATIONS, MLP
 
 
-def experts(
-    params: Mapping[str, Any], x: Float[Array, "B T D"], config: ModelConfig
-) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-    """The experts' output, and the load-balancing loss of this layer (1 where the load is even)."""
-    m, flat = config.moe, x.reshape(-1, x.shape[-1])
-    weights, chosen, balance = route(params["router"], flat, m)
-    # Rows by expert: row r of the sorted ones is token order[r] // k.
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
-    sizes = jnp.bincount(chosen.reshape(-1), length=m.num_experts).astype(jnp.int32)
-    rows = flat[order // m.experts_per_token]
-    linear = lambda name, y: jax.lax.ragged_dot(y, params[name].astype(y.dtype), sizes)
-    hidden = ACTIVATIONS[config.activation](linear("gate", rows)) * linear("up", rows)
-    out = linear("down", hidden)[jnp.argsort(order)].reshape(*chosen.shape, -1)
-    y = jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype))
-    if m.scale != 1.0:
-        y = y * jnp.asarray(m.scale, y.dtype)
-    if m.shared_width:
-        shared = mlp(params["shared"], flat, config)
-        if m.shared_gate:
-            gate = jnp.einsum("nd,d->n", flat, params["shared_gate"].astype(flat.dtype))
-            shared = shared * jax.nn.sigmoid(gate)[:, None]
-        y = y + shared
-    return y.reshape(x.shape), balance
+class MixtureOfExperts(nnx.Module):
+    """Routed experts, gated MLPs D -> F -> D, and the shared ones as one MLP."""
+
+    def __init__(self, config: ModelConfig, residual_scale: float, init: Initializer):
+        c, m, std = config, config.moe, config.initializer_range
+        if m is None:
+            raise ValueError("a model without experts")
+        self.moe, self.activation = m, c.activation
+        inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        self.router = init.normal((c.width, m.num_experts), ("embed", "experts"), std)
+        self.gate = init.normal((m.num_experts, c.width, m.width), inward, std)
+        self.up = init.normal((m.num_experts, c.width, m.width), inward, std)
+        self.down = init.normal((m.num_experts, m.width, c.width), outward, std * residual_scale)
+        self.shared = MLP(c, m.shared_width, residual_scale, init) if m.shared_width else None
+        self.shared_gate = init.normal((c.width,), ("embed",), std) if m.shared_gate else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """The experts' output, and the load-balancing loss of this layer (1 where the load is even)."""
+        m, flat = self.moe, x.reshape(-1, x.shape[-1])
+        weights, chosen, balance = route(self.router[...], flat, m)
+        # Rows by expert: row r of the sorted ones is token order[r] // k.
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        sizes = jnp.bincount(chosen.reshape(-1), length=m.num_experts).astype(jnp.int32)
+        rows = flat[order // m.experts_per_token]
+        by_expert = lambda y, kernel: jax.lax.ragged_dot(y, kernel.astype(y.dtype), sizes)
+        hidden = ACTIVATIONS[self.activation](by_expert(rows, self.gate)) * by_expert(rows, self.up)
+        out = by_expert(hidden, self.down)[jnp.argsort(order)].reshape(*chosen.shape, -1)
+        y = jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype))
+        if m.scale != 1.0:
+            y = y * jnp.asarray(m.scale, y.dtype)
+        if self.shared is not None:
+            shared = self.shared(flat)
+            if self.shared_gate is not None:
+                gate = jnp.einsum("nd,d->n", flat, self.shared_gate.astype(flat.dtype))
+                shared = shared * jax.nn.sigmoid(gate)[:, None]
+            y = y + shared
+        return y.reshape(x.shape), balance
 
 
 def route(

@@ -1,243 +1,346 @@
-"""Native Sparse Attention of one layer: compression, choice, gates; of whole texts and over a cache."""
+"""Native Sparse Attention (arXiv 2502.11089, sec. 3) of one layer: compression, choice of blocks, gates.
 
-import functools
-from typing import Any, NamedTuple
+The operators themselves, Eq. 9 among them (`select_blocks`), are in kernels_pallas/nsa.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.errors import ConfigError
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.attention import Attended, Attention
+from jaxlab.models.cache import LayerCache
+from jaxlab.models.config import BRANCHES, ModelConfig
+from jaxlab.models.context import AttentionContext
+from jaxlab.models.initializer import Initializer
 from jaxlab.models.mesh import Part, in_parts
-from jaxlab.models.modules import Params
 from jaxlab.models.probe import Probe, probed_nsa_attention
-from jaxlab.models.rotary import rotary_table, rotate
-from jaxlab.models.selectors import auxiliary_loss, auxiliary_scores, block_bounds, bound_scores
-from jaxlab.models.sparse_config import BRANCHES
-from jaxlab.models.where import Where
+from jaxlab.models.rotary import rotary_table
+from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss, block_bounds, bound_scores
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, select_blocks_by_importance
 
 
-class Choice(NamedTuple):
-    """What one layer of NSA chose to read, and how far the choice is from where attention lies."""
+class Compressor(nnx.Module):
+    """phi: an MLP over a block's keys or values with an intra-block position embedding (sec. 3.3.1)."""
 
-    blocks: Int[Array, "B Hkv T n"] | None = None
-    """None without a selection branch."""
-    loss: Float[Array, ""] | None = None
-    """Of the auxiliary selector."""
+    def __init__(self, config: ModelConfig, dim: int, init: Initializer):
+        """
+        Args:
+          dim: of a head's keys, or of its values.
+        """
+        length, width = config.nsa.block_len, config.nsa.compress_width
+        self.block_len, self.stride = length, config.nsa.stride
+        position = config.initializer_range * init.numbers((length, dim))
+        hidden = (length * dim) ** -0.5 * init.numbers((length, dim, width))
+        output = width**-0.5 * init.numbers((width, dim))
+        if config.nsa.compress_init == "mean":
+            mean = mean_compressor(length, dim, jnp.float32)
+            position = mean["position"]
+            hidden = jnp.concatenate([mean["hidden"], hidden[..., 2 * dim :]], axis=-1)
+            output = jnp.pad(mean["output"], ((0, width - 2 * dim), (0, 0)))
+        self.position = nnx.Param(position, axes=("block", "head_dim"))
+        self.hidden = nnx.Param(hidden, axes=("block", "head_dim", "compress"))
+        self.hidden_bias = init.zeros((width,), ("compress",))
+        self.output = nnx.Param(output, axes=("compress", "head_dim"))
+        self.output_bias = init.zeros((dim,), ("head_dim",))
 
-
-def whole_attention(
-    params: Params,
-    x: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    where: Where,
-    config: ModelConfig,
-    probe: Probe | None,
-) -> tuple[Array, Choice]:
-    """Three branches with their own keys and values."""
-    n, segment_ids = config.nsa, where.segment_ids
-    starts = where.positions[:, : max(0, k.shape[2] - n.block_len + 1) : n.stride]
-    k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
-    gates = _gates_of_branches(params, x, config)
-    if probe is not None:
-        if n.selector != "compressed":
-            raise ValueError("flows and blocking know no selector of NSA but compressed")
-        compressed = _compress(params, config, k[:, 0], v[:, 0], starts)
-        operands = (q, *compressed, k_slc, v[:, 1], k_win, v[:, 2], gates)
-        return probed_nsa_attention(*operands, probe, segment_ids=segment_ids, **_sizes(config)), Choice()
-    indices, loss = None, None
-    if n.selector != "compressed" and "selection" in n.branches:
-        if n.selector == "min_max":
-            importance = _bounds_of_groups(q, k_slc, config)
-        else:
-            if segment_ids is not None:
-                raise ValueError("the auxiliary selector reads one whole text a row: no segments")
-            scale = config.key_dim**-0.5 if config.attention_scale is None else config.attention_scale
-            importance = auxiliary_scores(params["selector"], x, n.block_size)
-            loss = auxiliary_loss(importance, _of_groups(q, config), k_slc, n, scale=scale)
-        indices = _best_blocks(importance, config, segment_ids=segment_ids)
-    out, chosen = in_parts(
-        functools.partial(_nsa_part, config=config),
-        (q, k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2], gates),
-        (starts, segment_ids),
-        {name: params[name] for name in ("compress_key", "compress_value")},
-        indices,
-        unit=n.stride,
-        least=n.block_len - n.stride,
-    )
-    return out, Choice(chosen, loss)
+    def __call__(self, x: Float[Array, "B T Hkv K"]) -> Float[Array, "B M Hkv K"]:
+        """One key or value for each block of `block_len` tokens, a block every `stride` tokens."""
+        names = ("position", "hidden", "hidden_bias", "output", "output_bias")
+        params = {name: getattr(self, name).astype(x.dtype) for name in names}
+        return compress_blocks(x, params, block_len=self.block_len, stride=self.stride)
 
 
-def _nsa_part(
-    tokens: tuple[Array, ...],
-    rows: tuple[Array, Array | None],
-    params: Params,
-    indices: Array | None,
-    part: Part | None,
-    config: ModelConfig,
-) -> tuple[Array, Array | None]:
-    """Output and choice of all queries, or of those of one stretch of the sequence.
-
-    A stretch compresses the blocks that begin in it, the last ones with the first tokens of the next, so that
-    their tokens are never gathered, only the compressed keys and values of all stretches.
-    """
-    (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
-    n, positions = config.nsa, None
-    k_cmp, v_cmp = _compress(params, config, k, v, starts, part)
-    if part is not None:
-        others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
-    k_slc, v_slc, k_win, v_win = others
-    try:
-        out, branches = nsa_attention(
-            q,
-            k_cmp,
-            v_cmp,
-            k_slc,
-            v_slc,
-            k_win,
-            v_win,
-            gates,
-            segment_ids=segment_ids,
-            indices=indices,
-            q_positions=positions,
-            implementation=None if n.implementation == "auto" else n.implementation,
-            **_sizes(config),
-        )
-    except NotImplementedError as error:  # the kernel that was named does not take the case, or not here
-        raise ConfigError(str(error), key="model.nsa.implementation") from error
-    there = [branch in n.branches for branch in BRANCHES]
-    if all(there):
-        return out, branches.indices
-    # What the other branches would give is not used, so it is not computed.
-    outputs = zip(there, (branches.compressed, branches.selected, branches.window), strict=True)
-    parts = [gates[..., i, None].astype(q.dtype) * y for i, (used, y) in enumerate(outputs) if used]
-    return jax.tree.reduce(jnp.add, parts), branches.indices if "selection" in n.branches else None
-
-
-def cached_attention(
-    params: Params,
-    x: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    where: Where,
-    config: ModelConfig,
-    cache: PagedCache,
-) -> tuple[Array, PagedCache, Choice]:
-    """The same for tokens that continue what the cache holds; segment_ids mark padding at their right end."""
-    assert where.rows is not None
-    n = config.nsa
-    if n.selector == "auxiliary" and "selection" in n.branches:
-        raise ValueError("the auxiliary selector reads one whole text a row: no cache")
-    k_slc, k_win = _turned(k[:, 1], where, config), _turned(k[:, 2], where, config)
-    new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])
-    compress = lambda k, v, starts: _compress(params, config, k, v, starts)
-    num_new = None
-    if where.segment_ids is not None:
-        num_new = jnp.sum(where.segment_ids != 0, axis=1, dtype=jnp.int32)
-    cache, recent = nsa.append_tokens(
-        cache, new, compress, block_len=config.nsa.block_len, stride=config.nsa.stride, num_new=num_new
-    )
-    indices = None
-    if n.selector == "min_max" and "selection" in n.branches:
-        importance = _bounds_of_groups(q, nsa.whole(cache, cache.k_slc), config)
-        last = importance.shape[-1] * n.block_size - 1  # padding may stand past the cache's end
-        indices = _best_blocks(importance, config, q_positions=jnp.minimum(where.rows, last))
-    gates = _gates_of_branches(params, x, config)
-    try:
-        out, branches = nsa.cached_attention(
-            cache,
-            recent,
-            q,
-            gates,
-            indices=indices,
-            **_sizes(config),
-            implementation=None if n.implementation == "auto" else n.implementation,
-        )
-    except NotImplementedError as error:
-        raise ConfigError(str(error), key="model.nsa.implementation") from error
-    return out, cache, Choice(branches.indices if "selection" in config.nsa.branches else None)
-
-
-def _compress(
-    params: Params,
-    config: ModelConfig,
-    k: Array,
-    v: Array,
-    starts: Int[Array, "B M *axes"],
-    part: Part | None = None,
-) -> tuple[Array, Array]:
-    """Compressed keys are built from un-rotated keys and take the rotary position of their block's first
-    token; all of them, where k and v are one stretch of the tokens."""
-    if part is not None:
-        beyond = config.nsa.block_len - config.nsa.stride
-        k, v = part.with_next(k, beyond), part.with_next(v, beyond)
-    sizes: dict[str, Any] = {"block_len": config.nsa.block_len, "stride": config.nsa.stride}
-    k_cmp = compress_blocks(k, _cast(params["compress_key"], k.dtype), **sizes)
-    v_cmp = compress_blocks(v, _cast(params["compress_value"], v.dtype), **sizes)
-    if part is not None:  # blocks that run past the end are no blocks
-        k_cmp, v_cmp = part.whole(k_cmp)[:, : starts.shape[1]], part.whole(v_cmp)[:, : starts.shape[1]]
-    if config.position == "rotary":
-        k_cmp = rotate(k_cmp, rotary_table(starts, config.rope, config.rotary_dim), config.rope.interleaved)
-    return k_cmp, v_cmp
-
-
-def _turned(k: Array, where: Where, config: ModelConfig) -> Array:
-    return k if where.rotary is None else rotate(k, where.rotary, config.rope.interleaved)
-
-
-def _sizes(config: ModelConfig) -> dict[str, Any]:
-    n = config.nsa
+def mean_compressor(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
+    """Parameters of a `Compressor`, of width 2 * dim, with which it gives the mean of each block, as
+    silu(x) - silu(-x) = x."""
+    unit = jnp.eye(dim, dtype=dtype)
+    hidden = jnp.concatenate([unit, -unit], axis=1) / jnp.asarray(block_len, dtype)
     return {
-        "block_len": n.block_len,
-        "stride": n.stride,
-        "block_size": n.block_size,
-        "num_blocks": n.num_blocks,
-        "num_init": n.num_init,
-        "num_local": n.num_local,
-        "window": n.window,
-        "scale": config.attention_scale,
+        "position": jnp.zeros((block_len, dim), dtype),
+        "hidden": jnp.broadcast_to(hidden[None], (block_len, dim, 2 * dim)),
+        "hidden_bias": jnp.zeros((2 * dim,), dtype),
+        "output": jnp.concatenate([unit, -unit], axis=0),
+        "output_bias": jnp.zeros((dim,), dtype),
     }
 
 
-def _of_groups(q: Array, config: ModelConfig) -> Float[Array, "B T Hkv G Dk"]:
-    return q.reshape(*q.shape[:2], config.kv_heads, -1, config.key_dim)
+class Gate(nnx.Module):
+    """The gates: an MLP of the layer input, a sigmoid per query head and branch (Eq. 5)."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        c, width, std = config, config.nsa.gate_width or config.width, config.initializer_range
+        hidden_axes = ("embed", "gate")
+        self.hidden = init.normal((c.width, width), hidden_axes, std) if c.nsa.gate_width else None
+        self.output = init.normal((width, c.num_heads, len(BRANCHES)), ("gate", "heads", "branch"), std)
+        self.bias = init.zeros((c.num_heads, len(BRANCHES)), ("heads", "branch"))
+        self.branches = tuple(branch in c.nsa.branches for branch in BRANCHES)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:
+        """In [0, 1]; exactly 0 for the branches that the model goes without."""
+        if self.hidden is not None:
+            x = jax.nn.silu(x @ self.hidden.astype(x.dtype))
+        logits = jnp.einsum("btd,dhc->bthc", x, self.output.astype(x.dtype))
+        gates = jax.nn.sigmoid(logits + self.bias.astype(x.dtype)[None, None])
+        return jnp.where(jnp.asarray(self.branches)[None, None, None], gates, 0)
 
 
-def _bounds_of_groups(q: Array, k: Array, config: ModelConfig) -> Float[Array, "B Hkv T N"]:
-    """Quest's bound of the scores in each block, summed over the heads of a group."""
-    return jnp.sum(bound_scores(_of_groups(q, config), block_bounds(k, config.nsa.block_size)), axis=2)
+Compressors = tuple[Compressor, Compressor]
+"""Of keys and of values."""
 
 
-def _best_blocks(importance: Array, config: ModelConfig, **where: Array | None) -> Int[Array, "B Hkv T n"]:
-    n = config.nsa
-    return select_blocks_by_importance(
-        importance,
-        block_size=n.block_size,
-        num_blocks=n.num_blocks,
-        num_init=n.num_init,
-        num_local=n.num_local,
-        **where,
-    )
+class NativeSparseAttention(Attention):
+    """Three branches with their own keys and values, added up by gates: compressed blocks, chosen blocks, the
+    sliding window."""
+
+    def __init__(self, config: ModelConfig, residual_scale: float, init: Initializer, **more: Any):
+        c = config
+        branches = None if c.nsa.shared_kv else len(BRANCHES)
+        super().__init__(c, residual_scale, init, branches=branches, **more)
+        self.compress_key = Compressor(c, c.key_dim, init)
+        self.compress_value = Compressor(c, c.value_dim, init)
+        self.gate = Gate(c, init)
+        if c.nsa.selector == "auxiliary":
+            self.selector = AuxiliarySelector(c, init)
+
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        context: AttentionContext,
+        *,
+        kind: str,
+        probe: Probe | None,
+        cache: LayerCache | None,
+    ) -> Attended:
+        q, k, v = self.project(x)
+        q = self.with_rope(q, context.rotary)
+        # Compressed keys are built from keys without rotary positions.
+        (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win) = (jnp.unstack(y, axis=1) for y in (k, v))
+        k_slc, k_win = self.with_rope(k_slc, context.rotary), self.with_rope(k_win, context.rotary)
+        new = nsa.NewTokens(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+        gates = self.gate(x)
+        if isinstance(cache, PagedCache):
+            return self._attend_with_cache(q, new, gates, context, cache)
+        if probe is not None:
+            return Attended(self._probed(q, new, gates, context, probe))
+        return self._attend_to_all(x, q, new, gates, context)
+
+    def project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        """Queries, and keys and values of the three branches [B, 3, T, Hkv, D]."""
+        q, k, v = super().project(x)
+        if self.config.nsa.shared_kv:
+            k, v = (jnp.broadcast_to(y[:, None], (y.shape[0], len(BRANCHES), *y.shape[1:])) for y in (k, v))
+        return q, k, v
+
+    def _attend_to_all(
+        self, x: Array, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext
+    ) -> Attended:
+        """Of whole texts."""
+        n, starts = self.config.nsa, self._block_starts(context)
+        indices, loss = self._selected(x, q, new.k_slc, context)
+        graphdef, weights = nnx.split((self.compress_key, self.compress_value))
+
+        def core(
+            tokens: tuple[Array, ...],
+            rows: tuple[Array, Array | None],
+            weights: Any,
+            indices: Array | None,
+            part: Part | None,
+        ) -> tuple[Array, Array | None]:
+            return self._part_output(tokens, rows, nnx.merge(graphdef, weights), indices, part)
+
+        out, chosen = in_parts(
+            core,
+            (q, *new, gates),
+            (starts, context.segment_ids),
+            weights,
+            indices,
+            unit=n.stride,
+            least=n.block_len - n.stride,
+        )
+        return Attended(out, None, chosen, loss)
+
+    def _part_output(
+        self,
+        tokens: tuple[Array, ...],
+        rows: tuple[Array, Array | None],
+        compressors: Compressors,
+        indices: Array | None,
+        part: Part | None,
+    ) -> tuple[Array, Array | None]:
+        """Output and choice of all queries, or of those of one stretch of the sequence.
+
+        A stretch compresses the blocks that begin in it, the last ones with the first tokens of the next, so
+        that their tokens are never gathered, only the compressed keys and values of all stretches.
+        """
+        (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
+        n, positions = self.config.nsa, None
+        k_cmp, v_cmp = self._compress(compressors, k, v, starts, part)
+        if part is not None:
+            others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
+        k_slc, v_slc, k_win, v_win = others
+        with _named_implementation():
+            out, branches = nsa_attention(
+                q,
+                k_cmp,
+                v_cmp,
+                k_slc,
+                v_slc,
+                k_win,
+                v_win,
+                gates,
+                segment_ids=segment_ids,
+                indices=indices,
+                q_positions=positions,
+                implementation=self._implementation,
+                **self._sizes,
+            )
+        there = [branch in n.branches for branch in BRANCHES]
+        if all(there):
+            return out, branches.indices
+        # What the other branches would give is not used, so it is not computed.
+        outputs = zip(there, (branches.compressed, branches.selected, branches.window), strict=True)
+        parts = [gates[..., i, None].astype(q.dtype) * y for i, (used, y) in enumerate(outputs) if used]
+        return jax.tree.reduce(jnp.add, parts), branches.indices if "selection" in n.branches else None
+
+    def _attend_with_cache(
+        self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, cache: PagedCache
+    ) -> Attended:
+        """Of tokens that continue what the cache holds; segment_ids mark padding at their right end."""
+        n, num_new = self.config.nsa, None
+        if n.selector == "auxiliary" and "selection" in n.branches:
+            raise ValueError("the auxiliary selector reads one whole text a row: no cache")
+        if context.segment_ids is not None:
+            num_new = jnp.sum(context.segment_ids != 0, axis=1, dtype=jnp.int32)
+        compressors = self.compress_key, self.compress_value
+        cache, recent = nsa.append_tokens(
+            cache,
+            new,
+            lambda k, v, starts: self._compress(compressors, k, v, starts),
+            block_len=n.block_len,
+            stride=n.stride,
+            num_new=num_new,
+        )
+        indices = None
+        if n.selector == "min_max" and "selection" in n.branches:
+            assert context.cache_slots is not None
+            importance = self._bounds(q, nsa.whole(cache, cache.k_slc))
+            last = importance.shape[-1] * n.block_size - 1  # padding may stand past the cache's end
+            indices = self._best_blocks(importance, q_positions=jnp.minimum(context.cache_slots, last))
+        with _named_implementation():
+            out, branches = nsa.cached_attention(
+                cache,
+                recent,
+                q,
+                gates,
+                indices=indices,
+                **self._sizes,
+                implementation=self._implementation,
+            )
+        return Attended(out, cache, branches.indices if "selection" in n.branches else None)
+
+    def _probed(
+        self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, probe: Probe
+    ) -> Array:
+        if self.config.nsa.selector != "compressed":
+            raise ValueError("flows and blocking know no selector of NSA but compressed")
+        compressors = self.compress_key, self.compress_value
+        compressed = self._compress(compressors, new.k_cmp, new.v_cmp, self._block_starts(context))
+        operands = (q, *compressed, new.k_slc, new.v_slc, new.k_win, new.v_win, gates)
+        return probed_nsa_attention(*operands, probe, segment_ids=context.segment_ids, **self._sizes)
+
+    def _selected(
+        self, x: Array, q: Array, k_slc: Array, context: AttentionContext
+    ) -> tuple[Int[Array, "B Hkv T n"] | None, Float[Array, ""] | None]:
+        """The choice of a selector that does not go by compressed keys, and its loss; None: the operators
+        choose by Eq. 9."""
+        n, loss = self.config.nsa, None
+        if n.selector == "compressed" or "selection" not in n.branches:
+            return None, None
+        if n.selector == "min_max":
+            importance = self._bounds(q, k_slc)
+        else:
+            if context.segment_ids is not None:
+                raise ValueError("the auxiliary selector reads one whole text a row: no segments")
+            importance = self.selector(x)
+            loss = auxiliary_loss(importance, self._grouped(q), k_slc, n, scale=self.config.score_scale)
+        return self._best_blocks(importance, segment_ids=context.segment_ids), loss
+
+    def _compress(
+        self,
+        compressors: Compressors,
+        k: Array,
+        v: Array,
+        starts: Int[Array, "B M *axes"],
+        part: Part | None = None,
+    ) -> tuple[Array, Array]:
+        """Compressed keys are built from keys without rotary positions and take that of their block's first
+        token; all of them, where k and v are one stretch of the tokens."""
+        c = self.config
+        if part is not None:
+            beyond = c.nsa.block_len - c.nsa.stride
+            k, v = part.with_next(k, beyond), part.with_next(v, beyond)
+        k_cmp, v_cmp = (compressor(y) for compressor, y in zip(compressors, (k, v), strict=True))
+        if part is not None:  # blocks that run past the end are no blocks
+            k_cmp, v_cmp = part.whole(k_cmp)[:, : starts.shape[1]], part.whole(v_cmp)[:, : starts.shape[1]]
+        if c.position.kind == "rotary":
+            k_cmp = self.with_rope(k_cmp, rotary_table(starts, c.rope, c.rotary_dim))
+        return k_cmp, v_cmp
+
+    def _block_starts(self, context: AttentionContext) -> Int[Array, "B M *axes"]:
+        """The position of each compression block: that of its first token."""
+        n, length = self.config.nsa, context.positions.shape[1]
+        return context.positions[:, : max(0, length - n.block_len + 1) : n.stride]
+
+    def _grouped(self, q: Float[Array, "B T H Dk"]) -> Float[Array, "B T Hkv G Dk"]:
+        return q.reshape(*q.shape[:2], self.config.kv_heads, -1, self.config.key_dim)
+
+    def _bounds(self, q: Array, k: Array) -> Float[Array, "B Hkv T N"]:
+        """Quest's bound of the scores in each block, summed over the heads of a group."""
+        bounds = block_bounds(k, self.config.nsa.block_size)
+        return jnp.sum(bound_scores(self._grouped(q), bounds), axis=2)
+
+    def _best_blocks(self, importance: Array, **more: Array | None) -> Int[Array, "B Hkv T n"]:
+        n = self.config.nsa
+        return select_blocks_by_importance(
+            importance,
+            block_size=n.block_size,
+            num_blocks=n.num_blocks,
+            num_init=n.num_init,
+            num_local=n.num_local,
+            **more,
+        )
+
+    @property
+    def _implementation(self) -> Literal["xla", "mosaic_gpu"] | None:
+        chosen = self.config.nsa.implementation
+        return None if chosen == "auto" else chosen
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        n = self.config.nsa
+        return {
+            "block_len": n.block_len,
+            "stride": n.stride,
+            "block_size": n.block_size,
+            "num_blocks": n.num_blocks,
+            "num_init": n.num_init,
+            "num_local": n.num_local,
+            "window": n.window,
+            "scale": self.config.score_scale,
+        }
 
 
-def _gates_of_branches(params: Params, x: Array, config: ModelConfig) -> Float[Array, "B T H 3"]:
-    """Exactly 0 for the branches that the model goes without."""
-    there = jnp.asarray([branch in config.nsa.branches for branch in BRANCHES])
-    return jnp.where(there[None, None, None], _gates(params["gate"], x), 0)
-
-
-def _gates(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:
-    if "hidden" in params:
-        x = jax.nn.silu(x @ params["hidden"].astype(x.dtype))
-    logits = jnp.einsum("btd,dhc->bthc", x, params["output"].astype(x.dtype))
-    return jax.nn.sigmoid(logits + params["bias"].astype(x.dtype)[None, None])
-
-
-def _cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
-    return jax.tree.map(lambda p: p.astype(dtype), params)
+@contextlib.contextmanager
+def _named_implementation() -> Iterator[None]:
+    """The kernel that was named may not take the case, or not here: the key is at fault."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ConfigError(str(error), key="model.nsa.implementation") from error

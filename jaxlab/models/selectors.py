@@ -5,14 +5,16 @@ The choice from these numbers is `kernels_pallas.nsa.select_blocks_by_importance
 queries at a time.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.sparse_config import NSAConfig
+from jaxlab.models.config import ModelConfig, NSAConfig
+from jaxlab.models.initializer import Initializer
 
 CHUNK_ELEMENTS = 1 << 22
 """Scores that are alive at once."""
@@ -70,21 +72,26 @@ def by_queries(
     return out.reshape(batch, length + spare, *out.shape[3:])[:, :length]
 
 
-def auxiliary_scores(
-    params: Mapping[str, Any], x: Float[Array, "B T D"], size: int
-) -> Float[Array, "B Hkv T N"]:
-    """Scores of the auxiliary selector: queries of its own with the mean of its own keys over each block.
+class AuxiliarySelector(nnx.Module):
+    """Queries of its own with the mean of its own keys over each block.
 
-    params: query and key [D, Hkv, R]. No gradient reaches x. float32. Source: arXiv 2502.11089, section 6.1,
-    which gives no sizes; one query for a GQA group, no positions.
+    Source: arXiv 2502.11089, section 6.1, which gives no sizes; one query for a GQA group, no positions.
     """
-    x = jax.lax.stop_gradient(x)
-    queries, keys = (
-        jnp.einsum("btd,dhr->bthr", x, params[name].astype(x.dtype)) for name in ("query", "key")
-    )
-    means = jnp.mean(in_blocks(keys, size), axis=2)
-    scores = jnp.einsum("bthr,bnhr->bhtn", queries, means, preferred_element_type=jnp.float32)
-    return scores * queries.shape[-1] ** -0.5
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        c = config
+        shape, axes = (c.width, c.kv_heads, c.nsa.selector_dim), ("embed", "kv_heads", "head_dim")
+        self.block_size = c.nsa.block_size
+        self.query = init.normal(shape, axes, c.initializer_range)
+        self.key = init.normal(shape, axes, c.initializer_range)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B Hkv T N"]:
+        """Scores of the blocks, float32. No gradient reaches x."""
+        x = jax.lax.stop_gradient(x)
+        queries, keys = (jnp.einsum("btd,dhr->bthr", x, w.astype(x.dtype)) for w in (self.query, self.key))
+        means = jnp.mean(in_blocks(keys, self.block_size), axis=2)
+        scores = jnp.einsum("bthr,bnhr->bhtn", queries, means, preferred_element_type=jnp.float32)
+        return scores * queries.shape[-1] ** -0.5
 
 
 def auxiliary_loss(

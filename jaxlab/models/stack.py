@@ -1,20 +1,18 @@
-"""The layers of a decoder or of a vision transformer, scanned."""
+"""Layers one after the other: stacked blocks, applied by scans."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
-from jaxlab.models.attention import Cache, LayerCache, attention, join_cache, part_cache
+from jaxlab.models.block import Block
+from jaxlab.models.cache import Cache, LayerCache, join_cache, split_cache
 from jaxlab.models.config import ModelConfig
-from jaxlab.models.layers import mlp, norm
-from jaxlab.models.mesh import split_tokens
-from jaxlab.models.modules import Params
-from jaxlab.models.moe import experts
-from jaxlab.models.native_sparse import Choice
+from jaxlab.models.context import AttentionContext
 from jaxlab.models.probe import Probe
-from jaxlab.models.where import Where
 
 
 class Stacked(NamedTuple):
@@ -22,10 +20,10 @@ class Stacked(NamedTuple):
 
     x: Float[Array, "B T D"]
     caches: LayerCache | None
-    choice: Choice
-    """Of each layer, stacked."""
-    balance: Float[Array, " L_moe"] | None
-    """The load-balancing loss of each layer with experts."""
+    chosen_blocks: Int[Array, "L B Hkv T n"] | None
+    selector_loss: Float[Array, " L"] | None
+    balance_loss: Float[Array, " L_moe"] | None
+    """Of each layer with experts."""
     outputs: Float[Array, "L B T D"] | None
     """Of each layer, if they were asked for."""
 
@@ -42,123 +40,103 @@ class Run(NamedTuple):
         return self.start + len(self.kinds) * self.repeats
 
 
-def stack(
-    params: Params,
+def apply_blocks(
+    stacks: Sequence[Block],
     x: Float[Array, "B T D"],
-    where: Where,
+    context: AttentionContext,
     config: ModelConfig,
     *,
-    dense_params: Params | None = None,
-    causal: bool = True,
     probe: Probe | None = None,
     cache: Cache | None = None,
     additions: Float[Array, "n B T D"] | None = None,
     keep_outputs: bool = False,
 ) -> Stacked:
-    """All layers whose parameters are given: those with an MLP, if experts follow, then `params`.
+    """The layers of all stacks, one stack after the other.
 
-    `additions` are added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
+    Args:
+      stacks: blocks whose parameters are stacked on a leading axis (`Initializer.stack`).
+      additions: added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
     """
     per_layer, shared = (None, None) if probe is None else probe.split()
-    pool, caches = part_cache(None if cache is None else cache.layers)
+    pool, caches = split_cache(None if cache is None else cache.layers)
+    num_additions = 0 if additions is None else additions.shape[0]
     results: list[tuple[Any, ...]] = []
     start = 0
-    for part in (dense_params, params):
-        if part is None:
-            continue
-        count = jax.tree.leaves(part)[0].shape[0]
-        alone = 0 if additions is None else max(0, additions.shape[0] - start)
-        for run in _runs(config.kinds[start : start + count], min(alone, count)):
-            rows = slice(start + run.start, start + run.stop)
+    for blocks in stacks:
+        graphdef, params = nnx.split(blocks)
+        count = jax.tree.leaves(params)[0].shape[0]
+        alone = min(max(0, num_additions - start), count)
+        for run in _runs(config.kinds[start : start + count], alone):
+            layers = slice(start + run.start, start + run.stop)
             of_run = (
-                _cut(part, slice(run.start, run.stop)),
-                _cut(per_layer, rows),
-                _cut(caches, rows),
+                _cut(params, slice(run.start, run.stop)),
+                _cut(per_layer, layers),
+                _cut(caches, layers),
             )
-            (x, pool), ys = _scan((x, pool), of_run, run, where, config, shared, causal, keep_outputs)
-            if start + run.start < (0 if additions is None else additions.shape[0]):
+            scan = _Scan(graphdef, run, context, config.remat == "layer", shared, keep_outputs)
+            (x, pool), ys = scan((x, pool), of_run)
+            if start + run.start < num_additions:
                 assert additions is not None
                 x = x + additions[start + run.start].astype(x.dtype)
             results.append(ys)
         start += count
-    caches, choice, balance, outputs = (_joined([ys[i] for ys in results]) for i in range(4))
-    return Stacked(x, join_cache(pool, caches), choice, balance, outputs)
+    caches, *others = (_joined([ys[i] for ys in results]) for i in range(5))
+    return Stacked(x, join_cache(pool, caches), *others)
+
+
+def take_blocks(blocks: Block, layers: slice) -> Block:
+    """Some of stacked blocks."""
+    graphdef, params = nnx.split(blocks)
+    return nnx.merge(graphdef, _cut(params, layers))
 
 
 Carry = tuple[Array, dict[str, Array] | None]
 """What passes from layer to layer: x, and what their caches share."""
 
 
-def _scan(
-    carry: Carry,
-    of_run: tuple[Any, ...],
-    run: Run,
-    where: Where,
-    config: ModelConfig,
-    shared: Probe | None,
-    causal: bool,
-    keep_outputs: bool,
-) -> tuple[Carry, tuple[Any, ...]]:
-    """One scan: the carry after it, and what each of its layers returned, stacked over them."""
+class _Scan(NamedTuple):
+    """One scan over layers: of their parameters, their slices of the probe, and their caches."""
 
-    def layer(carry: Carry, of_layer: tuple[Any, ...], kind: str) -> tuple[Carry, tuple[Any, ...]]:
-        (x, pool), (p, layer_probe, own) = carry, of_layer
-        if layer_probe is not None:
-            layer_probe = layer_probe.join(shared)
-        if causal:
-            x = split_tokens(x)
-        normed = norm(p["attention_norm"], x, config)
-        y, layer_cache, choice = attention(
-            p["attention"],
-            normed,
-            where,
-            config,
-            kind=kind,
-            causal=causal,
-            probe=layer_probe,
-            cache=join_cache(pool, own),
-        )
-        pool, own = part_cache(layer_cache)
-        if config.post_norms:
-            y = norm(p["attention_post_norm"], y, config)
-        y = _gained(y, p, "attention_gain")
-        if not config.parallel:
-            x = x + y
-            normed = norm(p["mlp_norm"], x, config)
-        balance = None
-        if "moe" in p:
-            z, balance = experts(p["moe"], normed, config)
-        else:
-            z = mlp(p["mlp"], normed, config)
-        if config.post_norms:
-            z = norm(p["mlp_post_norm"], z, config)
-        z = _gained(z, p, "mlp_gain")
-        x = x + (y + z if config.parallel else z)
-        return (x, pool), (own, choice, balance, x if keep_outputs else None)
+    graphdef: nnx.GraphDef[Block]
+    run: Run
+    context: AttentionContext
+    remat: bool
+    probe: Probe | None
+    """What all layers share of it."""
+    keep_outputs: bool
 
-    def period(carry: Carry, of_period: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
+    def __call__(self, carry: Carry, of_run: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
+        """The carry after it, and what each of its layers returned, stacked over them."""
+        kinds, repeats = self.run.kinds, self.run.repeats
+        if len(kinds) == 1:  # no axis for the period: what most models are
+            return jax.lax.scan(self._step(kinds[0]), carry, of_run)
+        fold = lambda leaf: leaf.reshape(repeats, len(kinds), *leaf.shape[1:])
+        carry, ys = jax.lax.scan(self._period, carry, jax.tree.map(fold, of_run))
+        return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
+
+    def _period(self, carry: Carry, of_period: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
         results = []
-        for i, kind in enumerate(run.kinds):
-            step = lambda carry, of_layer, kind=kind: layer(carry, of_layer, kind)
-            if config.remat == "layer":
-                step = jax.checkpoint(step, prevent_cse=False)  # the scan already keeps the two passes apart
-            carry, result = step(carry, jax.tree.map(lambda leaf, i=i: leaf[i], of_period))
+        for i, kind in enumerate(self.run.kinds):
+            carry, result = self._step(kind)(carry, jax.tree.map(lambda leaf, i=i: leaf[i], of_period))
             results.append(result)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-    if len(run.kinds) == 1:  # no axis for the period: what most models are
-        single = lambda carry, of_layer: layer(carry, of_layer, run.kinds[0])
-        if config.remat == "layer":
-            single = jax.checkpoint(single, prevent_cse=False)
-        return jax.lax.scan(single, carry, of_run)
-    fold = lambda leaf: leaf.reshape(run.repeats, len(run.kinds), *leaf.shape[1:])
-    carry, ys = jax.lax.scan(period, carry, jax.tree.map(fold, of_run))
-    return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
+    def _step(self, kind: str) -> Any:
+        step = lambda carry, of_layer: self._layer(carry, of_layer, kind)
+        # The scan already keeps the two passes apart.
+        return jax.checkpoint(step, prevent_cse=False) if self.remat else step
 
-
-def _gained(y: Array, params: Params, name: str) -> Array:
-    """LayerScale (arXiv 2103.17239), in layers that have it."""
-    return y * params[name].astype(y.dtype)[None, None] if name in params else y
+    def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: str) -> tuple[Carry, tuple[Any, ...]]:
+        (x, pool), (params, probe, cache) = carry, of_layer
+        if probe is not None:
+            probe = probe.join(self.probe)
+        block = nnx.merge(self.graphdef, params)
+        done = block(x, self.context, kind=kind, probe=probe, cache=join_cache(pool, cache))
+        pool, cache = split_cache(done.attended.cache)
+        output = done.x if self.keep_outputs else None
+        attended = done.attended
+        results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss, output)
+        return (done.x, pool), results
 
 
 def _runs(kinds: tuple[str, ...], alone: int) -> list[Run]:
@@ -182,8 +160,9 @@ def _runs(kinds: tuple[str, ...], alone: int) -> list[Run]:
     return runs
 
 
-def _cut(tree: Any, rows: slice) -> Any:
-    return jax.tree.map(lambda leaf: leaf if rows == slice(0, leaf.shape[0]) else leaf[rows], tree)
+def _cut(tree: Any, layers: slice) -> Any:
+    whole = lambda leaf: layers == slice(0, leaf.shape[0])
+    return jax.tree.map(lambda leaf: leaf if whole(leaf) else leaf[layers], tree)
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Images from files through each family's own preprocessing, and the text around them."""
 
-from jaxlab.processing.processor import Processor, load_processor
+from etils import epy
 
-__all__ = ["Processor", "load_processor"]
+with epy.lazy_api_imports(globals()):
+    from jaxlab.processing.processor import Processor, load_processor

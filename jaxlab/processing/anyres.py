@@ -11,7 +11,7 @@ import numpy as np
 from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, One, TextPart, int32
 from jaxlab.processing.pixels import CLIP, Pixels, cut, pad_to_square, resize, size_of
-from jaxlab.processing.settings import Settings
+from jaxlab.processing.settings import ProcessorSettings
 from jaxlab.processing.square import CLIP_DEFAULTS, LlavaText, Square, join, vision_settings
 
 Pairs = tuple[tuple[int, int], ...]
@@ -43,7 +43,7 @@ class AnyRes(ImagePart):
     """Of several images, each becomes one tile, a square filled up with this color; None: each is cut up."""
 
     @classmethod
-    def read(cls, settings: Settings, *, several_whole: bool = False) -> "AnyRes":
+    def read(cls, settings: ProcessorSettings, *, several_whole: bool = False) -> "AnyRes":
         size = settings.size("size", square=False)
         short = size.get("shortest_edge", 0)
         whole = (size["height"], size["width"]) if {"height", "width"} <= set(size) else (short, short)
@@ -128,7 +128,7 @@ class NextText(LlavaText):
     resolutions: Pairs
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "NextText":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "NextText":
         llava = LlavaText.read(settings, model)
         return cls(
             llava.patch_size, llava.additional, llava.drops_first, settings.pairs("image_grid_pinpoints")
@@ -156,12 +156,12 @@ class OneVisionText(TextPart):
     separator: ClassVar = "\n"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "OneVisionText":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "OneVisionText":
         vision = vision_settings(model)
         count = settings.maybe_whole("num_image_tokens", most=1 << 16)
         if count is None:
             count = (vision.whole("image_size") // vision.whole("patch_size")) ** 2
-        both = Settings((*settings.layers, *model.layers))
+        both = ProcessorSettings((*settings.layers, *model.layers))
         aspect = both.word("vision_aspect_ratio", "anyres_max_9")
         most = re.fullmatch(r"anyres_max_(\d{1,4})", aspect)
         if most is None or int(most[1]) == 0:

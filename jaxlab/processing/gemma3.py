@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxlab.processing.base import ImagePart, One, TextPart, Token
 from jaxlab.processing.pixels import PLAIN, Pixels, size_of
-from jaxlab.processing.settings import Settings
+from jaxlab.processing.settings import ProcessorSettings
 from jaxlab.processing.square import Square, join
 
 DEFAULTS = {**PLAIN, "size": {"height": 224, "width": 224}, "resample": int(Image.Resampling.BILINEAR)}
@@ -31,7 +31,7 @@ class PanAndScan(ImagePart):
     """Least side of a crop, most crops, least aspect of an image that is cropped; None: no crops."""
 
     @classmethod
-    def read(cls, settings: Settings) -> "PanAndScan":
+    def read(cls, settings: ProcessorSettings) -> "PanAndScan":
         crops = None
         if settings.flag("do_pan_and_scan"):
             crops = (
@@ -77,7 +77,7 @@ class Gemma3Text(TextPart):
     mark: ClassVar = "mark"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "Gemma3Text":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "Gemma3Text":
         return cls(settings.maybe_whole("image_seq_length", most=1 << 16) or 256)
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:

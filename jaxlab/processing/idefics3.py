@@ -11,7 +11,7 @@ from PIL import Image
 from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, One, TextPart, Token, int32
 from jaxlab.processing.pixels import PLAIN, Pixels, Scale, cut, read_resample, resize, size_of
-from jaxlab.processing.settings import Settings, Size, shown
+from jaxlab.processing.settings import ProcessorSettings, Size, shown
 from jaxlab.processing.square import join
 
 DEFAULTS = {
@@ -39,7 +39,7 @@ class NamedTiles(ImagePart):
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings) -> "NamedTiles":
+    def read(cls, settings: ProcessorSettings) -> "NamedTiles":
         size = settings.size("size", square=True) if settings.flag("do_resize") else None
         if size is not None and "longest_edge" not in size and not {"height", "width"} <= set(size):
             raise UserError(
@@ -129,7 +129,7 @@ class Idefics3Text(TextPart):
     }
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "Idefics3Text":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "Idefics3Text":
         return cls(settings.maybe_whole("image_seq_len", most=1 << 16) or 169)
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:

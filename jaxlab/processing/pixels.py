@@ -16,7 +16,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from jaxlab.errors import UserError
-from jaxlab.processing.settings import Settings, Size, shown
+from jaxlab.processing.settings import ProcessorSettings, Size, shown
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read: others that Pillow knows start further programs (EPS) or are no photographs."""
@@ -170,7 +170,7 @@ class Scale:
     """Each channel's result for each value."""
 
     @classmethod
-    def read(cls, settings: Settings) -> "Scale":
+    def read(cls, settings: ProcessorSettings) -> "Scale":
         values = np.arange(256, dtype=np.float64)
         if settings.flag("do_rescale"):
             values = values * settings.number("rescale_factor")
@@ -186,6 +186,6 @@ class Scale:
         return np.stack([self.table[:, c][image[:, :, c]] for c in range(3)])
 
 
-def read_resample(settings: Settings) -> int:
+def read_resample(settings: ProcessorSettings) -> int:
     """The number of a filter of Pillow's."""
     return settings.whole("resample", least=0, most=max(Image.Resampling))

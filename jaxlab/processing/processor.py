@@ -14,7 +14,7 @@ from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, TextPart
 from jaxlab.processing.pixels import read_image
 from jaxlab.processing.registry import find_family, find_image_kind
-from jaxlab.processing.settings import Settings, read_json
+from jaxlab.processing.settings import ProcessorSettings, read_json
 
 PREPROCESSOR, PROCESSOR, CONFIG = "preprocessor_config.json", "processor_config.json", "config.json"
 
@@ -30,7 +30,7 @@ class Processor:
     """Images that are not RGB are converted; else they are refused."""
     images: ImagePart
     text: TextPart
-    model: Settings
+    model: ProcessorSettings
     """The model's config.json, for the ids of tokens."""
 
     def __call__(
@@ -100,10 +100,13 @@ class Processor:
             )
 
 
-def load_processor(folder: str | os.PathLike[str], **overrides: Any) -> Processor:
+def load_processor(
+    folder: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None, **overrides: Any
+) -> Processor:
     """The processor of a Hugging Face folder, from its processor files and config.json.
 
     Args:
+      config: its config.json, if that has been read already.
       overrides: settings of the image processor by their names in those files, over what the files say,
         like do_pan_and_scan=True.
 
@@ -111,7 +114,7 @@ def load_processor(folder: str | os.PathLike[str], **overrides: Any) -> Processo
       UserError: no such files, values that do not fit, or a family that is not supported.
     """
     folder = Path(folder)
-    model = read_json(folder / CONFIG)
+    model = read_json(folder / CONFIG) if config is None else config
     around = read_json(folder / PROCESSOR)
     # Newer folders have the image processor inside the processor's file.
     nested = around.get("image_processor")
@@ -124,16 +127,17 @@ def load_processor(folder: str | os.PathLike[str], **overrides: Any) -> Processo
             )
     if not isinstance(pixels, Mapping):
         raise UserError(f"{place}: image_processor must be an object")
-    config = Settings(((str(folder / CONFIG), model), (f"{folder / CONFIG}: text_config", inner(model))))
+    described = ((str(folder / CONFIG), model), (f"{folder / CONFIG}: text_config", inner(model)))
+    settings = ProcessorSettings(described)
     files = ((str(folder / PROCESSOR), around), (str(place), pixels))
-    family = find_family(Settings(files), config)
-    kind = find_image_kind(Settings((files[1],)), family)
+    family = find_family(ProcessorSettings(files), settings)
+    kind = find_image_kind(ProcessorSettings((files[1],)), family)
     asked = ("the overrides", overrides)
     standard = ("its defaults", kind.defaults)
-    images = Settings((asked, (family.processor_class, family.always), files[1], standard))
-    text = Settings((asked, *files, standard))
+    images = ProcessorSettings((asked, (family.processor_class, family.always), files[1], standard))
+    text = ProcessorSettings((asked, *files, standard))
     return Processor(
-        folder, images.flag("do_convert_rgb"), kind.read(images), family.read(text, config), config
+        folder, images.flag("do_convert_rgb"), kind.read(images), family.read(text, settings), settings
     )
 
 

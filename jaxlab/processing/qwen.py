@@ -10,7 +10,7 @@ import numpy as np
 from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, One, TextPart, Token, int32
 from jaxlab.processing.pixels import CLIP, Pixels, Scale, read_resample, resize, size_of
-from jaxlab.processing.settings import Settings, shown
+from jaxlab.processing.settings import ProcessorSettings, shown
 
 DEFAULTS = {
     **CLIP,
@@ -38,7 +38,7 @@ class Patches(ImagePart):
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings) -> "Patches":
+    def read(cls, settings: ProcessorSettings) -> "Patches":
         size = settings.size("size", square=False)
         least = settings.maybe_whole("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most = settings.maybe_whole("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
@@ -108,7 +108,7 @@ class QwenText(TextPart):
     }
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "QwenText":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "QwenText":
         return cls(settings.whole("merge_size", most=64))
 
     def lead(self, count: int, words: Mapping[str, str]) -> str:

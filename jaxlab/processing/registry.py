@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 from jaxlab.errors import UserError
 from jaxlab.processing import anyres, gemma3, idefics3, qwen, square, tiles
 from jaxlab.processing.base import ImagePart, TextPart
-from jaxlab.processing.settings import Settings, shown
+from jaxlab.processing.settings import ProcessorSettings, shown
 
 
 class ImageKind(NamedTuple):
-    read: Callable[[Settings], ImagePart]
+    read: Callable[[ProcessorSettings], ImagePart]
     defaults: Mapping[str, Any]
 
 
-class Family(NamedTuple):
+class ProcessorFamily(NamedTuple):
     processor_class: str
     image_kind: str
     """The image processor of a folder that names none."""
-    read: Callable[[Settings, Settings], TextPart]
+    read: Callable[[ProcessorSettings, ProcessorSettings], TextPart]
     """From what the folder says of its processor and of its model."""
     always: Mapping[str, Any] = {}
     """Settings of the image processor that the family's processor overrules."""
@@ -45,25 +45,29 @@ IMAGE_KINDS: Mapping[str, ImageKind] = {
 }
 """By image_processor_type, without the ending that tells a backend."""
 
-FAMILIES: Mapping[str, Family] = {
-    "llava": Family("LlavaProcessor", "LlavaImageProcessor", square.LlavaText.read),
-    "llava_next": Family("LlavaNextProcessor", "LlavaNextImageProcessor", anyres.NextText.read),
-    "llava_onevision": Family(
+FAMILIES: Mapping[str, ProcessorFamily] = {
+    "llava": ProcessorFamily("LlavaProcessor", "LlavaImageProcessor", square.LlavaText.read),
+    "llava_next": ProcessorFamily("LlavaNextProcessor", "LlavaNextImageProcessor", anyres.NextText.read),
+    "llava_onevision": ProcessorFamily(
         "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", anyres.OneVisionText.read
     ),
-    "qwen2_vl": Family("Qwen2VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
-    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
-    "qwen3_vl": Family("Qwen3VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
-    "qwen3_vl_moe": Family("Qwen3VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
-    "internvl": Family("InternVLProcessor", "GotOcr2ImageProcessor", tiles.InternVLText.read, tiles.ALWAYS),
-    "paligemma": Family("PaliGemmaProcessor", "SiglipImageProcessor", square.PaliGemmaText.read),
-    "gemma3": Family("Gemma3Processor", "Gemma3ImageProcessor", gemma3.Gemma3Text.read, gemma3.ALWAYS),
-    "idefics3": Family("Idefics3Processor", "Idefics3ImageProcessor", idefics3.Idefics3Text.read),
+    "qwen2_vl": ProcessorFamily("Qwen2VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
+    "qwen2_5_vl": ProcessorFamily("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
+    "qwen3_vl": ProcessorFamily("Qwen3VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
+    "qwen3_vl_moe": ProcessorFamily("Qwen3VLProcessor", "Qwen2VLImageProcessor", qwen.QwenText.read),
+    "internvl": ProcessorFamily(
+        "InternVLProcessor", "GotOcr2ImageProcessor", tiles.InternVLText.read, tiles.ALWAYS
+    ),
+    "paligemma": ProcessorFamily("PaliGemmaProcessor", "SiglipImageProcessor", square.PaliGemmaText.read),
+    "gemma3": ProcessorFamily(
+        "Gemma3Processor", "Gemma3ImageProcessor", gemma3.Gemma3Text.read, gemma3.ALWAYS
+    ),
+    "idefics3": ProcessorFamily("Idefics3Processor", "Idefics3ImageProcessor", idefics3.Idefics3Text.read),
 }
 """By model_type."""
 
 
-def find_family(settings: Settings, model: Settings) -> Family:
+def find_family(settings: ProcessorSettings, model: ProcessorSettings) -> ProcessorFamily:
     """By the processor class of a folder, else by the type of its model.
 
     Raises:
@@ -80,7 +84,7 @@ def find_family(settings: Settings, model: Settings) -> Family:
     )
 
 
-def find_image_kind(settings: Settings, family: Family) -> ImageKind:
+def find_image_kind(settings: ProcessorSettings, family: ProcessorFamily) -> ImageKind:
     """By the image processor's type of a folder, else by the family.
 
     Raises:

@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProcessorSettings:
     """Values by name from several places, the first that has one wins; null counts as absent."""
 
     layers: tuple[tuple[str, Mapping[str, Any]], ...]

@@ -20,7 +20,7 @@ from jaxlab.processing.pixels import (
     size_of,
     target_size,
 )
-from jaxlab.processing.settings import Settings, Size, shown
+from jaxlab.processing.settings import ProcessorSettings, Size, shown
 
 CLIP_DEFAULTS = {
     **CLIP,
@@ -44,7 +44,7 @@ class Square(ImagePart):
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings, *, pads: bool = False, square: bool = False) -> "Square":
+    def read(cls, settings: ProcessorSettings, *, pads: bool = False, square: bool = False) -> "Square":
         """Read a folder's settings.
 
         Args:
@@ -107,14 +107,14 @@ class LlavaText(TextPart):
     separator: ClassVar = "\n"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "LlavaText":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "LlavaText":
         vision = vision_settings(model)
         additional = settings.maybe_whole("num_additional_image_tokens", least=0)
         if additional is None:
             additional = int(vision.word("model_type", "") == "clip_vision_model")
-        both = Settings((*settings.layers, *model.layers))
+        both = ProcessorSettings((*settings.layers, *model.layers))
         return cls(
-            patch_size=Settings((*settings.layers, *vision.layers)).whole("patch_size"),
+            patch_size=ProcessorSettings((*settings.layers, *vision.layers)).whole("patch_size"),
             additional=additional,
             drops_first=both.word("vision_feature_select_strategy", "default") == "default",
         )
@@ -137,7 +137,7 @@ class PaliGemmaText(TextPart):
     special_tokens: ClassVar = False
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "PaliGemmaText":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "PaliGemmaText":
         return cls(settings.whole("image_seq_length", most=1 << 16))
 
     def finish(self, text: str, words: Mapping[str, str]) -> str:
@@ -148,8 +148,8 @@ class PaliGemmaText(TextPart):
         return words["image"] * self.count
 
 
-def vision_settings(model: Settings) -> Settings:
+def vision_settings(model: ProcessorSettings) -> ProcessorSettings:
     """The vision_config of a model's config.json."""
     place, config = model.layers[0]
     vision = config.get("vision_config")
-    return Settings(((f"{place}: vision_config", vision if isinstance(vision, dict) else {}),))
+    return ProcessorSettings(((f"{place}: vision_config", vision if isinstance(vision, dict) else {}),))

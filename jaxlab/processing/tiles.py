@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlab.processing.base import ImagePart, One, TextPart, Token
 from jaxlab.processing.pixels import CLIP, Pixels, Scale, cut, read_resample, resize, size_of
-from jaxlab.processing.settings import Settings
+from jaxlab.processing.settings import ProcessorSettings
 from jaxlab.processing.square import join
 
 DEFAULTS = {
@@ -33,7 +33,7 @@ class Tiles(ImagePart):
     scale: Scale
 
     @classmethod
-    def read(cls, settings: Settings) -> "Tiles":
+    def read(cls, settings: ProcessorSettings) -> "Tiles":
         most = settings.whole("max_patches", most=256) if settings.flag("crop_to_patches") else 1
         return cls(
             resizes=settings.flag("do_resize"),
@@ -88,7 +88,7 @@ class InternVLText(TextPart):
     separator: ClassVar = "\n"
 
     @classmethod
-    def read(cls, settings: Settings, model: Settings) -> "InternVLText":
+    def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "InternVLText":
         return cls(settings.maybe_whole("image_seq_length", most=1 << 16) or 256)
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:

@@ -1,1 +1,11 @@
-"""Plots and pages, made from the files of run folders and from nothing else."""
+"""From results of runs to verdicts and pages. What is about one paper stands apart, in `papers`."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxlab.reporting.assemble import build_sections, compose, render
+    from jaxlab.reporting.folders import RunFolder, read_run, read_runs
+    from jaxlab.reporting.formats import duration
+    from jaxlab.reporting.page import Section
+    from jaxlab.reporting.papers import CLAIMS
+    from jaxlab.reporting.verdicts import Claim, Verdict

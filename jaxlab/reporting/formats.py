@@ -22,8 +22,8 @@ def decimal(value: Number | None, digits: int = 3) -> str:
 
 
 def count(value: Number | None) -> str:
-    """A whole number with thin spaces between thousands."""
-    return NONE if value is None else f"{round(value):,}".replace(",", "\u2009")
+    """A whole number with narrow spaces between thousands, at which no line breaks."""
+    return NONE if value is None else f"{round(value):,}".replace(",", "\u202f")
 
 
 def duration(seconds: Number | None) -> str:

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxlab.reporting import plots
-from jaxlab.reporting.claims import Verdict
 from jaxlab.reporting.folders import RunFolder
 from jaxlab.reporting.formats import duration
 from jaxlab.reporting.markup import Markup, join, tag
 from jaxlab.reporting.style import CSS
+from jaxlab.reporting.verdicts import Verdict
 
 
 @dataclass
@@ -25,8 +25,10 @@ class Section:
     key: str
     kicker: str
     title: str
-    headline: tuple[str, str]
-    """The number to remember, and what it is."""
+    headline: tuple[str, str] | None
+    """The number to remember, and what it is; None for a section without a card."""
+    beyond: str = ""
+    """What cannot be seen in runs of this size, and what would show it; on the card."""
     verdicts: list[Verdict] = field(default_factory=list)
     body: list[Markup | None] = field(default_factory=list)
     runs: list[RunFolder] = field(default_factory=list)
@@ -157,12 +159,13 @@ def _section(section: Section) -> Markup:
 
 
 def _card(section: Section) -> Markup:
-    big, of = section.headline
+    big, of = section.headline or ("", "")
     return tag(
         "a",
         tag("strong", section.title),
         tag("span", big, class_="big"),
         tag("span", of, class_="of"),
+        tag("span", section.beyond, class_="beyond") if section.beyond else None,
         tag("span", *(badge(v.status, v.claim.id) for v in section.verdicts), class_="dots"),
         class_="card",
         href=f"#{section.key}",
@@ -207,7 +210,7 @@ def page(
             tag("h1", title),
             paragraph(lede, class_="lede"),
             facts(header),
-            tag("nav", *(_card(section) for section in sections), class_="glance"),
+            tag("nav", *(_card(section) for section in sections if section.headline), class_="glance"),
             key if judged else None,
             *(note(line) for line in notes),
             class_="top",

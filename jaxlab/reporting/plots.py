@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -226,46 +225,6 @@ def layer_figure(series: Mapping[str, Sequence[Number]], label: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return figure
-
-
-def chosen_blocks(layers: Sequence[Mapping[str, Any]], block_size: int) -> Figure:
-    """For every layer and group: the query's position against the blocks that it chose.
-
-    Args:
-      layers: each with layer, group, queries (positions) and chosen (block indices of each; -1 is none).
-    """
-    groups = sorted({entry["group"] for entry in layers})
-    numbers = sorted({entry["layer"] for entry in layers})
-    most = max(query for entry in layers for query in entry["queries"])
-    blocks = most // block_size + 1
-    with style():
-        figure, grid = canvas(
-            8.8, 1.0 + 1.9 * len(groups), columns=len(numbers), rows=len(groups), sharex=True, sharey=True
-        )
-        for entry in layers:
-            axes = grid[groups.index(entry["group"]), numbers.index(entry["layer"])]
-            queries = entry["queries"]
-            step = queries[1] - queries[0] if len(queries) > 1 else block_size
-            rows = zip(queries, entry["chosen"], strict=True)
-            read = [(query, block) for query, chosen in rows for block in set(chosen) if block >= 0]
-            for forced, colour in ((True, FAINT), (False, BLUE)):
-                corners = [
-                    [(j, t), (j + 1, t), (j + 1, t + step), (j, t + step)]
-                    for t, j in read
-                    if (j == 0 or j >= t // block_size - 1) == forced
-                ]
-                axes.add_collection(PolyCollection(corners, facecolors=colour, linewidth=0))
-            axes.set(xlim=(0, blocks), ylim=(most + step, 0))
-            axes.grid(False)
-            axes.plot([0, blocks], [0, blocks * block_size], color=RULE, linewidth=0.8)
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            if entry["group"] == groups[0]:
-                axes.set_title(f"layer {entry['layer'] + 1}")
-            if entry["layer"] == numbers[0]:
-                axes.set_ylabel(f"group {entry['group'] + 1}\nquery position (tokens)")
-            if entry["group"] == groups[-1]:
-                axes.set_xlabel(f"block of {block_size} tokens")
         return figure
 
 

@@ -54,6 +54,7 @@ a.card:hover { border-color: var(--accent); }
 .card strong { display: block; font: 600 1.02rem/1.3 var(--sans); margin-bottom: 0.5rem; }
 .card .big { font: 600 1.9rem/1.1 var(--serif); letter-spacing: -0.01em; display: block; }
 .card .of { font: 0.84rem/1.45 var(--sans); color: var(--faint); margin: 0.3rem 0 0.9rem; }
+.card .beyond { font: 0.78rem/1.45 var(--sans); color: var(--faint); margin: -0.3rem 0 0.9rem; }
 .dots { display: flex; flex-wrap: wrap; gap: 0.32rem; margin-top: auto; }
 
 .badge { display: inline-block; font: 600 0.74rem/1.55 var(--sans); padding: 0 0.5rem; border-radius: 99px;
@@ -113,6 +114,7 @@ td small { font-size: 0.78rem; font-weight: 400; }
 .runs div { margin-bottom: 0.8rem; }
 .command { display: block; background: var(--sunk); border-radius: 7px; padding: 0.5rem 0.8rem;
   margin: 0.2rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.78rem; line-height: 1.5; }
+.command + p { margin-top: 1.3rem; }
 .note { background: var(--sunk); border-radius: 8px; padding: 0.8rem 1.1rem; font: 0.87rem/1.55 var(--sans);
   max-width: none; overflow-wrap: anywhere; }
 footer { font: 0.82rem/1.6 var(--sans); color: var(--faint); margin-top: 4rem; padding-bottom: 4rem; }

@@ -5,17 +5,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.models import Batch, ModelConfig, NSAConfig, Params, prepare_batch
-from jaxlab.models.attention import projections
-from jaxlab.models.decoder import embed
-from jaxlab.models.layers import norm
-from jaxlab.models.modules import averaging
-from jaxlab.models.rotary import rotary_table, rotate
-from jaxlab.models.stack import stack
-from jaxlab.models.where import Where
+from jaxlab.models import (
+    AttentionContext,
+    Batch,
+    Block,
+    ModelConfig,
+    NSAConfig,
+    Params,
+    as_arrays,
+    bind_decoder,
+    encode_images,
+    mean_compressor,
+    prepare_batch,
+    rotary_table,
+)
 from jaxlab.retrofit.convert import retrofitted
 from kernels_pallas.nsa import compress_blocks, compressed_attention, select_blocks
 
@@ -53,43 +60,42 @@ def attention_coverage(
       ConfigError: the model cannot be retrofitted (see `retrofitted`).
     """
     retrofitted(config, nsa)
-    batch = {name: jnp.asarray(value) for name, value in prepare_batch(batch, config).items()}
-    x, where, _ = embed(params, batch, config)  # DeepStack's models have M-RoPE: they are refused above
-
-    def layer(x: Array, p: Params) -> tuple[Array, Coverage]:
-        found = _coverage(
-            p["attention"], norm(p["attention_norm"], x, config), where, config, nsa, query_chunk
-        )
-        return stack(jax.tree.map(lambda leaf: leaf[None], p), x, where, config).x, found
+    batch = as_arrays(prepare_batch(batch, config))
+    decoder = bind_decoder(params, config)
+    images = encode_images(params, batch, config) if "images" in batch else None
+    x, context, _ = decoder.embed(batch, images)  # DeepStack's models have M-RoPE: they are refused above
 
     parts = []
-    for name in ("dense_layers", "layers"):
-        if name in params:
-            x, found = lax.scan(layer, x, params[name])
-            parts.append(found)
+    for blocks in decoder.stacks:
+        graphdef, stacked = nnx.split(blocks)
+
+        def layer(x: Array, state: Any, graphdef: Any = graphdef) -> tuple[Array, Coverage]:
+            block = nnx.merge(graphdef, state)
+            return block(x, context).x, _coverage(block, x, context, nsa, query_chunk)
+
+        x, found = lax.scan(layer, x, stacked)
+        parts.append(found)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def _coverage(
-    params: Params,
+    block: Block,
     x: Float[Array, "B T D"],
-    where: Where,
-    config: ModelConfig,
+    context: AttentionContext,
     nsa: NSAConfig,
     query_chunk: int | None,
 ) -> Coverage:
-    """Of one layer, whose normed input is x."""
-    q, k, _ = projections(params, x, config, "full")
+    """Of one layer, whose input is x."""
+    attention, config = block.attention, block.attention.config
+    q, k, _ = attention.project(block.attention_norm(x))
     batch, length, heads, dim = q.shape
     sizes: dict[str, Any] = {"block_len": nsa.block_len, "stride": nsa.stride}
-    k_cmp = compress_blocks(k, averaging(nsa.block_len, dim, k.dtype), **sizes)
-    if where.rotary is not None:
-        starts = where.positions[:, : k_cmp.shape[1] * nsa.stride : nsa.stride]
-        at_starts = rotary_table(starts, config.rope, config.rotary_dim)
-        k_cmp = rotate(k_cmp, at_starts, config.rope.interleaved)
-        q, k = (rotate(y, where.rotary, config.rope.interleaved) for y in (q, k))
-    scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
-    segments = where.segment_ids
+    k_cmp = compress_blocks(k, mean_compressor(nsa.block_len, dim, k.dtype), **sizes)
+    if context.rotary is not None:
+        starts = context.positions[:, : k_cmp.shape[1] * nsa.stride : nsa.stride]
+        k_cmp = attention.with_rope(k_cmp, rotary_table(starts, config.rope, config.rotary_dim))
+        q, k = (attention.with_rope(y, context.rotary) for y in (q, k))
+    scale, segments = config.score_scale, context.segment_ids
     _, lse = compressed_attention(q, k_cmp, k_cmp, scale=scale, segment_ids=segments, **sizes)
     chosen = select_blocks(
         q,

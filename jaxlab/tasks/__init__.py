@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlab import config as configs
 from jaxlab.app import Registry, Task, cli, runs
-from jaxlab.config.command_line import from_mapping
+from jaxlab.config import from_mapping
 from jaxlab.errors import UserError
 
 TASKS = Registry(
@@ -43,6 +43,11 @@ TASKS = Registry(
             "jaxlab.tasks.merge_search",
             "search over weights, densities and operators on the device",
         ),
+        Task(
+            "attention-speed",
+            "jaxlab.tasks.attention_speed",
+            "how long sparse and dense attention take, by length",
+        ),
         Task("icl", "jaxlab.tasks.icl", "analyse in-context learning: flows, blocking, prompts"),
         Task("report", "jaxlab.tasks.report", "an HTML page from the results of runs", "arguments"),
     ]
@@ -75,7 +80,9 @@ def execute(
       overwrite: whether to do a finished run anew.
       name: the config's part of the folder name; the file's name without suffix if not given.
 
-    Raises: UserError for the user's mistakes; whatever the task raises.
+    Raises:
+      UserError: the user's mistakes.
+      Exception: whatever the task raises.
     """
     task = TASKS.find(task_name)
     if task.takes != "config":

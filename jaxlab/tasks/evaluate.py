@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,16 +12,17 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jaxlab.app import Run, model_folder
-from jaxlab.checkpoints.loading import (
-    load_model,
-    load_model_config,
-    load_tokenizer,
-    model_identity,
-    stored_shapes,
-)
-from jaxlab.checkpoints.native import check_same_tree
+from jaxlab.checkpoints import OpenModel, check_same_tree, open_model
 from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory
-from jaxlab.data import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
+from jaxlab.data import (
+    DataConfig,
+    Source,
+    TextConfig,
+    check_fits,
+    check_same_words,
+    first_held_out,
+    make_source,
+)
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.evaluation import ByDepth, decoding_reads, describe_chosen_blocks
 from jaxlab.losses import exact_match, target_losses
@@ -43,9 +43,9 @@ class Config:
 
     model: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = TextConfig()
     """What it is measured on."""
-    sparsity: SparsityConfig = SparsityConfig()
+    sparsity: SparsityConfig | None = None
     """Measure it as if it read a part of the text only; for models trained with full attention."""
     split: Literal["validation", "test"] = "test"
     """Which held-out split."""
@@ -67,18 +67,18 @@ class Config:
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     return {
-        "model": model_identity(model_folder(config.model)),
+        "model": open_model(model_folder(config.model)).identity,
         "data": make_source(config.data, model_folder).identity,
     }
 
 
 def check(config: Config) -> dict[str, Any]:
     """What `--check` reports: whether model and data fit, and the memory of a batch; no parameter is read."""
-    folder, model, _, batch = _prepare(config)
+    opened, model, _, batch = _prepare(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-    params = jax.tree.map(place, stored_shapes(folder))
-    check_same_tree(params, abstract_params(model), folder)
+    params = jax.tree.map(place, opened.shapes)
+    check_same_tree(params, abstract_params(model), opened.path)
     memory = compiled_memory(_measure, params, jax.tree.map(place, batch), model)
     return {
         "parameters": count_params(params),
@@ -87,8 +87,8 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
-    folder, model, source, _ = _prepare(config)
-    _, params, _ = load_model(folder)
+    opened, model, source, _ = _prepare(config)
+    params = opened.read()
     losses, counts, matches, blocks = [], [], [], []
     needles = ByDepth()
     for batch in tqdm(
@@ -136,20 +136,20 @@ def by_position(
     return ranges
 
 
-def _prepare(config: Config) -> tuple[Path, ModelConfig, Source, dict[str, np.ndarray]]:
-    """The model's folder and config, the data and its first batch; UserError if they do not fit together."""
-    folder = model_folder(config.model)
-    model, source = load_model_config(folder), make_source(config.data, model_folder)
+def _prepare(config: Config) -> tuple[OpenModel, ModelConfig, Source, dict[str, np.ndarray]]:
+    """The model, its config, the data and its first batch; UserError if they do not fit together."""
+    opened = open_model(model_folder(config.model))
+    model, source = opened.config, make_source(config.data, model_folder)
     model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = first_held_out(source, config.batch_size, config.split)
-    if config.sparsity.method != "none" and "segment_ids" in batch:
+    if config.sparsity is not None and "segment_ids" in batch:
         raise UserError(
-            f"{config.sparsity.method} reads one whole text a row and the data has segments; set data.kind "
+            f"{config.sparsity.kind} reads one whole text a row and the data has segments; set data.kind "
             "to text, episodes or needle"
         )
     check_fits(batch, model)
-    check_same_words(load_tokenizer(folder), source.tokenizer(), folder)
-    return folder, model, source, batch
+    check_same_words(opened.tokenizer, source.tokenizer(), opened.path)
+    return opened, model, source, batch
 
 
 @partial(jax.jit, static_argnames="model")

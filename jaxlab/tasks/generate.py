@@ -5,19 +5,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from jaxlab.app import model_folder
-from jaxlab.checkpoints.loading import companion_folder, end_tokens, load_model
+from jaxlab.checkpoints import OpenModel, open_model
+from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, prepare_batch, stream
+from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
 
 
@@ -25,7 +25,7 @@ from jaxlab.processing import load_processor
 class Arguments:
     """Stream text from a model."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, POSITIONAL]
     """A model folder, ours or Hugging Face's; a hub id; a .bin file of llama2.c; a run folder, or the config
     of a finished train run."""
     prompt: str
@@ -57,14 +57,14 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    folder = model_folder(arguments.model)
-    config, params, tokenizer = load_model(folder)
+    opened = open_model(model_folder(arguments.model))
+    folder, config, tokenizer = opened.path, opened.config, opened.tokenizer
     if tokenizer is None and config.family != "jaxlab":
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
-    if config.attention == "nsa" and config.nsa.selector == "auxiliary":
+    if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
-    ends = frozenset() if arguments.past_end else end_tokens(folder)
-    batch = read_prompt(arguments, folder, config, tokenizer)
+    ends = frozenset() if arguments.past_end else opened.end_tokens
+    batch = read_prompt(arguments, opened)
     length = batch["tokens"].shape[1]
     budget = min(arguments.max_new_tokens, config.max_length - length)
     if not length or budget < 1:
@@ -73,6 +73,7 @@ def run(arguments: Arguments) -> None:
     if len(stop) > 1:
         raise UserError(f"--stop {arguments.stop!r} is {len(stop)} tokens; give one")
 
+    params = opened.read()
     decode = _decoder(tokenizer, batch["tokens"][0].tolist())
     for token in stream(
         params,
@@ -92,28 +93,30 @@ def run(arguments: Arguments) -> None:
     sys.stdout.write("\n")
 
 
-def read_prompt(
-    arguments: Arguments, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+def read_prompt(arguments: Arguments, opened: OpenModel) -> Batch:
     """The batch of prompt and images: for models of other people, by the processor in their folder."""
-    files = arguments.image
+    files, config, tokenizer = arguments.image, opened.config, opened.tokenizer
     if files and not config.has_vision:
         raise UserError(f"{arguments.model}: a language model without vision cannot read {files[0]}")
-    if files and config.vision.kind != "plain":
+    if files and not isinstance(config.vision, PlainVisionConfig):
         if tokenizer is None:
-            raise UserError(f"{folder}: no tokenizer; images are placed by its tokens")
-        batch = load_processor(companion_folder(folder))(arguments.prompt, files, tokenizer)
+            raise UserError(f"{opened.path}: no tokenizer; images are placed by its tokens")
+        source = opened.source_files
+        processor = load_processor(opened.companion_folder, config=None if source is None else source.config)
+        batch = processor(arguments.prompt, files, tokenizer)
         try:
             return prepare_batch(batch, config)
         except ValueError as error:
-            raise UserError(f"{folder}: its processor does not fit its model: {error}") from error
+            raise UserError(f"{opened.path}: its processor does not fit its model: {error}") from error
     tokens = encode(arguments.prompt, tokenizer)
-    batch = {}
+    images: dict[str, np.ndarray] = {}
     if files:
-        batch["images"] = np.stack([read_image(file, config) for file in files])[None]
-        missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)
-        tokens = [config.vision.image_token] * missing + tokens
-    return {**batch, "tokens": np.asarray([tokens], np.int32)}
+        images["images"] = np.stack([read_image(file, config) for file in files])[None]
+        missing = len(files) * config.vision_as(PlainVisionConfig).num_patches - tokens.count(
+            config.image_token
+        )
+        tokens = [config.image_token] * missing + tokens
+    return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
 
 def encode(text: str, tokenizer: Tokenizer | None, special: bool = True) -> list[int]:
@@ -144,7 +147,7 @@ def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int] = ()) -> Callabl
 
 def read_image(path: str, config: ModelConfig) -> np.ndarray:
     """float32 [height, width, channels] in [0, 1], resized to what the model takes."""
-    vision = config.vision
+    vision = config.vision_as(PlainVisionConfig)
     if vision.channels not in (1, 3):
         raise UserError(f"the model takes {vision.channels} channels; image files have 1 or 3")
     if not Path(path).is_file():

@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from jaxlab.app import Run, model_folder
-from jaxlab.checkpoints.loading import load_model, load_model_config, load_tokenizer, model_identity
-from jaxlab.checkpoints.native import made_by
+from jaxlab.checkpoints import open_model
 from jaxlab.data import check_same_words
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import (
@@ -91,17 +90,17 @@ class Config:
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     return {
-        "model": model_identity(model_folder(config.model)),
+        "model": open_model(model_folder(config.model)).identity,
         "data": make_prompts(config.data, config.split).identity,
     }
 
 
 def check(config: Config) -> dict[str, Any]:
     """Everything that can be checked, and the memory of the flows, without reading a parameter."""
-    folder = model_folder(config.model)
-    model = load_model_config(folder)
+    opened = open_model(model_folder(config.model))
     source = make_prompts(config.data, config.split)
-    check_same_words(load_tokenizer(folder), source.tokenizer, folder)
+    check_same_words(opened.tokenizer, source.tokenizer, opened.path)
+    model = opened.config
     _check_fits(config, model, source)
     parameters, temporary = flow_memory(
         model, config.batch_size, source.length, source.num_labels, source.roles
@@ -119,7 +118,7 @@ def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> Non
         raise UserError(
             f"blocked_layers: the model has {model.num_layers} layers, not {max(config.blocked_layers)}"
         )
-    if source.length > model.max_length and model.position == "learned":
+    if source.length > model.max_length and model.position.kind == "learned":
         raise UserError(f"data: prompts of {source.length} tokens exceed the model's {model.max_length}")
     if config.top_words > model.vocab_size:
         raise UserError(f"top_words: the vocabulary has {model.vocab_size} words, not {config.top_words}")
@@ -131,11 +130,12 @@ def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> Non
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     """Means over all prompts, deviations over the means of the seeds."""
-    folder = model_folder(config.model)
+    opened = open_model(model_folder(config.model))
     source = make_prompts(config.data, config.split)
-    check_same_words(load_tokenizer(folder), source.tokenizer, folder)
-    model, params, tokenizer = load_model(folder)
+    check_same_words(opened.tokenizer, source.tokenizer, opened.path)
+    model = opened.config
     _check_fits(config, model, source)
+    params = opened.read()
     answers = _Answers(config, model, params, source)
     flow = _Flows(config, model, params, source) if "flows" in config.analyses else None
     passes = -(-config.examples // config.batch_size) * len(config.seeds)
@@ -148,7 +148,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
                     flow.add(seed, prompts)
                 progress.update()
     results: dict[str, Any] = {
-        "made_by": made_by(folder),
+        "made_by": opened.made_by,
         "layers": model.num_layers,
         "tokens": source.length,
         "labels": source.num_labels,
@@ -161,7 +161,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     if flow is not None:
         results["flows"] = flow.results()
     if "figure1" in config.analyses:
-        results["figure1"] = _picture(model, params, source.roles, *answers.example(), tokenizer)
+        results["figure1"] = _picture(model, params, source.roles, *answers.example(), opened.tokenizer)
     return results
 
 

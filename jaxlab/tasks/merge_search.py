@@ -8,44 +8,30 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
 from jaxlab.app import Run, model_folder
-from jaxlab.checkpoints.loading import kept_of, load_model_config, model_identity, stored_shapes
+from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.data import DataConfig, make_source
 from jaxlab.errors import ConfigError
 from jaxlab.files import write_atomic
-from jaxlab.merging.examples import answered
-from jaxlab.merging.grid import Measure, Point, evaluate_grid, points
-from jaxlab.merging.inputs import Trio, load_trio, same_architecture
-from jaxlab.merging.measure import Data, exact_match_of, read_data, text_only
-from jaxlab.merging.plan import plan_injection
-from jaxlab.merging.recipe import InjectRecipe
-from jaxlab.merging.stages import Method
-from jaxlab.models import ModelConfig, Params
-from jaxlab.tasks.merge import inject_recipe, save_merged
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The points at which one operator is tried: all combinations."""
-
-    lambda_v: tuple[float, ...] = (1.0,)
-    """Weights of the VLM's task vector."""
-    lambda_e: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    """Weights of the expert's task vector."""
-    density: tuple[float, ...] = ()
-    """Shares of the task vectors that are kept; for ties and dare_* only."""
-
-    def __post_init__(self) -> None:
-        for name in ("lambda_v", "lambda_e"):
-            if not getattr(self, name):
-                raise ConfigError("an empty list leaves nothing to try", key=name)
-
-    def points(self) -> list[Point]:
-        return points(self.lambda_v, self.lambda_e, self.density or (None,))
+from jaxlab.merging import (
+    Grid,
+    InjectRecipe,
+    Method,
+    answered,
+    check_same_architecture,
+    exact_match_of,
+    inject_by_recipe,
+    measure_model,
+    plan_injection,
+    read_data,
+    read_trio,
+    save_merged,
+    search_grid,
+    text_only,
+)
 
 
 @dataclass(frozen=True)
@@ -112,26 +98,24 @@ class Config:
             )
 
     def method(self, operator: str, density: float | None) -> Method:
-        return Method(operator, density, mode=self.mode)
+        return Method.of(operator, self.mode, density=density)
 
 
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
-    models = {role: getattr(config, role) for role in ("vlm", "expert", "base")}
+    models = dict(zip(("vlm", "expert", "base"), _models(config), strict=True))
     data = {
         f"evaluate.{name}": make_source(data, model_folder).identity for name, data in config.evaluate.items()
     }
-    return {role: model_identity(model_folder(reference)) for role, reference in models.items()} | data
+    return {role: model.identity for role, model in models.items()} | data
 
 
 def check(config: Config) -> dict[str, Any]:
     """Whether the models fit together, and what the search holds on the device; reads no parameters."""
-    folders = [model_folder(reference) for reference in (config.vlm, config.expert, config.base)]
-    vlm_config, *others = (load_model_config(folder) for folder in folders)
-    for reference, other in zip((config.expert, config.base), others, strict=True):
-        same_architecture(config.vlm, vlm_config, reference, other)
-    shapes = [stored_shapes(folder) for folder in folders]
-    plan = plan_injection(*shapes, embeddings=config.embeddings, family=vlm_config.family)
+    models = _models(config)
+    check_same_architecture(models)
+    shapes = [model.shapes for model in models]
+    plan = plan_injection(*shapes, embeddings=config.embeddings, family=models[0].config.family)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     # Three models, the base once more in the checkpoint's shape, two float32 task vectors, one merged model.
     vectors = 8 * sum(leaf.size for leaf in jax.tree.leaves(shapes[2]))
@@ -144,51 +128,12 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
-    trio = load_trio(config.vlm, config.expert, config.base)
+    models = _models(config)
+    trio = read_trio(*models)
+    sources = {name: make_source(data, model_folder) for name, data in config.evaluate.items()}
     validation, test = (
-        read_data(config.evaluate, split, config.batch_size, config.batches)
-        for split in ("validation", "test")
+        read_data(sources, split, config.batch_size, config.batches) for split in ("validation", "test")
     )
-    operators = search(config, trio, validation, test, exact_match_of(trio.config), run)
-    winner = max(operators, key=lambda name: operators[name]["best"]["score"])  # the first of equals
-    best = {"operator": winner, **operators[winner]["best"]}
-    recipe = recipe_of(config, winner, best)
-    write_atomic(run.path / "best.yaml", configs.dump(recipe))
-    params, account = inject_recipe(recipe, trio)
-    kept = kept_of(model_folder(config.vlm))
-    save_merged(run.path / "model", trio.config, params, trio.tokenizer, account, recipe, kept)
-    return {
-        "operators": operators,
-        "best": best,
-        "chosen_by": list(config.choose or config.evaluate),
-        "unmerged": {
-            "vlm": _both_splits(trio.config, trio.vlm, validation, test),
-            "expert": _both_splits(trio.expert_config, trio.expert, text_only(validation), text_only(test)),
-            "base": _both_splits(trio.base_config, trio.base, text_only(validation), text_only(test)),
-        },
-        "examples": _examples(config, trio, params),
-    }
-
-
-def _examples(config: Config, trio: Trio, merged: Params) -> list[dict[str, Any]]:
-    if trio.tokenizer is None or not config.examples:
-        return []
-    target = next(iter(config.choose or config.evaluate))
-    batch = next(
-        iter(
-            make_source(config.evaluate[target], model_folder).held_out_batches(config.batch_size, 1, "test")
-        )
-    )
-    models = {"VLM alone": trio.vlm, "injected": merged}
-    return answered(models, batch, trio.config, trio.tokenizer, config.examples)
-
-
-def search(
-    config: Config, trio: Trio, validation: Data, test: Data, measure: Measure, run: Run
-) -> dict[str, Any]:
-    """For every operator: its grid, the measures at every point, and its best point with the measures on
-    test.
-    """
     plan = plan_injection(
         trio.vlm,
         trio.expert,
@@ -197,39 +142,53 @@ def search(
         common_rows=trio.common_rows,
         family=trio.config.family,
     )
+    choose, measure = config.choose or tuple(config.evaluate), exact_match_of(trio.config)
     operators: dict[str, Any] = {}
     for name, grid in config.operators.items():
-        where, method = grid.points(), config.method(name, grid.points()[0].density)
-        with tqdm(total=len(where), desc=f"{run.name} {name}", unit="point") as bar:
-            measured = evaluate_grid(
+        method = config.method(name, grid.points()[0].density)
+        with tqdm(total=len(grid.points()), desc=f"{run.name} {name}", unit="point") as bar:
+            operators[name] = search_grid(
                 plan,
                 method,
                 trio,
-                where,
+                grid,
                 measure,
                 validation,
+                test,
+                choose=choose,
                 seed=config.seed,
                 chunk=config.chunk,
                 progress=bar.update,
             )
-        rows = [
-            {**point._asdict(), "validation": row, "score": score(config, row)}
-            for point, row in zip(where, measured, strict=True)
-        ]
-        best = max(rows, key=lambda row: row["score"])  # the first of equals
-        at_best = Point(best["lambda_v"], best["lambda_e"], best["density"])
-        (measured_test,) = evaluate_grid(
-            plan, method, trio, [at_best], measure, test, seed=config.seed, chunk=config.chunk
-        )
-        best = best | {"test": measured_test}
-        operators[name] = {"points": rows, "evaluations": len(rows), "best": best}
+        best = operators[name]["best"]
         run.log(operator=name, validation=best["score"], **{f"test_{k}": v for k, v in best["test"].items()})
-    return operators
-
-
-def score(config: Config, measured: dict[str, float]) -> float:
-    """What a point is chosen by: the mean of the measures named in `choose`."""
-    return float(np.mean([measured[name] for name in config.choose or config.evaluate]))
+    winner = max(operators, key=lambda name: operators[name]["best"]["score"])  # the first of equals
+    best = {"operator": winner, **operators[winner]["best"]}
+    recipe = recipe_of(config, winner, best)
+    write_atomic(run.path / "best.yaml", configs.dump(recipe))
+    params, account = inject_by_recipe(recipe, trio)
+    save_merged(run.path / "model", recipe, models, params, account, overwrite=True)
+    both = lambda measure, params, *data: {
+        split: measure_model(measure, params, part)
+        for split, part in zip(("validation", "test"), data, strict=True)
+    }
+    texts = text_only(validation), text_only(test)
+    examples = []
+    if trio.tokenizer is not None and config.examples:
+        batch = next(iter(sources[choose[0]].held_out_batches(config.batch_size, 1, "test")))
+        named = {"VLM alone": trio.vlm, "injected": params}
+        examples = answered(named, batch, trio.config, trio.tokenizer, config.examples)
+    return {
+        "operators": operators,
+        "best": best,
+        "chosen_by": list(choose),
+        "unmerged": {
+            "vlm": both(measure, trio.vlm, validation, test),
+            "expert": both(exact_match_of(trio.expert_config), trio.expert, *texts),
+            "base": both(exact_match_of(trio.base_config), trio.base, *texts),
+        },
+        "examples": examples,
+    }
 
 
 def recipe_of(config: Config, operator: str, point: dict[str, Any]) -> InjectRecipe:
@@ -248,11 +207,5 @@ def recipe_of(config: Config, operator: str, point: dict[str, Any]) -> InjectRec
     )
 
 
-def evaluate(measure: Measure, params: Params, data: Data) -> dict[str, float]:
-    """The measures of one model."""
-    return {name: float(value) for name, value in jax.jit(measure)(params, data).items()} if data else {}
-
-
-def _both_splits(config: ModelConfig, params: Params, validation: Data, test: Data) -> dict[str, Any]:
-    measure = exact_match_of(config)
-    return {"validation": evaluate(measure, params, validation), "test": evaluate(measure, params, test)}
+def _models(config: Config) -> list[OpenModel]:
+    return [open_model(model_folder(reference)) for reference in (config.vlm, config.expert, config.base)]

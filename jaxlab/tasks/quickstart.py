@@ -13,11 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxlab.app import RunResult, command_line, provenance
-from jaxlab.config import yaml_text
+from jaxlab.config import dump_yaml
 from jaxlab.files import write_atomic, write_json
-from jaxlab.reporting.folders import read_run, read_runs
-from jaxlab.reporting.formats import duration
-from jaxlab.tasks import execute, report
+from jaxlab.reporting import build_sections, compose, duration, read_run, read_runs
+from jaxlab.tasks import execute
 
 CONFIGS = Path("configs/quickstart")
 
@@ -50,7 +49,8 @@ class Stage:
 
 _SEARCH = {"vlm": "digits_vlm", "base": "digits_base"}
 STAGES = (
-    # Native sparse attention: two models of one size, and where they look.
+    # Native sparse attention: what it costs beside dense attention, two models of one size, where they look.
+    Stage("attention-speed", "nsa_speed"),
     Stage("train", "nsa_full"),
     Stage("train", "nsa_sparse"),
     Stage("evaluate", "nsa_full_test", {"model": "nsa_full"}),
@@ -72,6 +72,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "train": {"steps": 2, "eval_batches": 1},
     "evaluate": {"batches": 1},
     "merge-search": {"batches": 1},
+    "attention-speed": {"lengths": [512, 1024], "rounds": 1},
     "icl": {"examples": 8, "seeds": [0]},
 }
 """What `--smoke` changes, by task."""
@@ -110,13 +111,13 @@ def run(arguments: Arguments) -> None:
             bar.update()
 
     runs = read_runs(result.path for result in made.values())
-    sections = report.build(runs)
+    sections = build_sections(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.yaml", yaml_text.dump(dataclasses.asdict(arguments)))
+    write_atomic(folder / "config.yaml", dump_yaml(dataclasses.asdict(arguments)))
     write_json(
         folder / "results.json",
         {
-            "headline": {section.key: " ".join(section.headline) for section in sections},
+            "headline": {section.key: " ".join(section.headline) for section in sections if section.headline},
             "claims": {v.claim.id: v.status for section in sections for v in section.verdicts},
             "seconds": round(time.time() - started, 3),
             "peak_memory_bytes": peak_memory(),
@@ -131,7 +132,7 @@ def run(arguments: Arguments) -> None:
             **provenance.environment(),
         },
     )
-    write_atomic(folder / "report.html", report.compose([read_run(folder), *runs], sections))
+    write_atomic(folder / "report.html", compose([read_run(folder), *runs], sections))
     print(f"report: {folder / 'report.html'}")
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxlab.app import Run, model_folder, read_metrics, train_inputs
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import open_model, save_model
 from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, peak_flops, train_flops_per_token
 from jaxlab.data import Source, check_fits, first_held_out, make_source
 from jaxlab.errors import UserError
@@ -193,7 +193,7 @@ def prepare(config: Config) -> Setup:
     initial = (
         Initial()
         if config.init_from is None
-        else find_initial(model_folder(config.init_from), config.model, source)
+        else find_initial(open_model(model_folder(config.init_from)), config.model, source)
     )
     optimizer = make_optimizer(config.optimizer, config.model, config.steps)
     shardings = state_shardings(config.model, optimizer, mesh)

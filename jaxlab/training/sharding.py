@@ -2,16 +2,25 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch, ModelConfig, Params, abstract_params, logical_axes
-from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length
+from jaxlab.models import (
+    BATCH,
+    CONTEXT,
+    HEADS,
+    Batch,
+    ModelConfig,
+    Params,
+    abstract_params,
+    check_length,
+    logical_axes,
+)
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,
@@ -133,12 +142,13 @@ def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
             f"a part of {rows} sequences cannot be split over {parts} devices; "
             "change batch_size, accumulation or mesh"
         )
-    n = model.nsa
-    sizes = {"unit": n.stride, "least": n.block_len - n.stride} if model.attention == "nsa" else {}
+    sizes = {}
+    if model.attention.kind == "nsa":
+        sizes = {"unit": model.nsa.stride, "least": model.nsa.block_len - model.nsa.stride}
     check_length(length, mesh.shape[CONTEXT], **sizes)
 
 
-def batch_shardings(batch: Batch, mesh: Mesh) -> dict[str, NamedSharding]:
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Examples split over devices, whole on each one where their number does not allow it; what a batch holds
     of each token over `context` besides."""
     rows, length = batch["tokens"].shape
@@ -148,9 +158,9 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
     """`batch` on the devices of `mesh`."""
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    return cast(Batch, jax.device_put(batch, batch_shardings(batch, mesh)))
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -10,12 +10,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
-from jaxlab.checkpoints.comparing import differences
-from jaxlab.checkpoints.loading import load_model, load_model_config, load_tokenizer, stored_shapes
-from jaxlab.checkpoints.native import check_same_tree
+from jaxlab.checkpoints import OpenModel, check_same_tree, differences
 from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, init_params
+from jaxlab.models import ModelConfig, Params, abstract_params, init_params
 from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
@@ -56,21 +54,24 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
 class Initial(NamedTuple):
     """The model that training starts from."""
 
-    folder: Path | None = None
+    opened: OpenModel | None = None
     """None: there is none, all parameters are random."""
     dense: ModelConfig | None = None
     """Its config where it is dense and the model to train has NSA: it is retrofitted. None: its parameters
     are taken as they are."""
 
+    @property
+    def folder(self) -> Path | None:
+        return None if self.opened is None else self.opened.path
+
 
 def read_initial(initial: Initial, model: ModelConfig, mesh: Mesh) -> Params:
     """The initial model's parameters in float32, each where the state's will live; {} without one."""
-    if initial.folder is None:
+    if initial.opened is None:
         return {}
     shardings = param_shardings(initial.dense or model, mesh)
-    theirs = {name: shardings[name] for name in stored_shapes(initial.folder)}
-    _, loaded, _ = load_model(initial.folder, shardings=theirs, dtype=jnp.float32)
-    return loaded
+    theirs = {name: shardings[name] for name in initial.opened.shapes}
+    return initial.opened.read(shardings=theirs, dtype=jnp.float32)
 
 
 def init_state(
@@ -99,22 +100,22 @@ def init_state(
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed), loaded)
 
 
-def find_initial(folder: Path, model: ModelConfig, source: Source) -> Initial:
-    """The model that training starts from; only a vision tower and a projector may be new.
+def find_initial(opened: OpenModel, model: ModelConfig, source: Source) -> Initial:
+    """Whether training can start from a model; only a vision tower and a projector may be new.
 
     A dense model for a `model` with NSA is retrofitted: all else about the two must be the same.
 
     Raises:
-      UserError: there is none, or it does not fit `model` or the data.
+      UserError: it is damaged, or does not fit `model` or the data.
     """
-    theirs, stored = load_model_config(folder), stored_shapes(folder)
+    folder, theirs, stored = opened.path, opened.config, opened.shapes
     dense = None
-    if model.attention == "nsa" and theirs.attention != "nsa":
+    if model.attention.kind == "nsa" and theirs.attention.kind != "nsa":
         try:
             retrofitted(theirs, model.nsa)
         except ConfigError as error:
             raise UserError(f"{folder}: it cannot be retrofitted to NSA: {error}") from error
-        dense = dataclasses.replace(model, attention="full", nsa=NSAConfig())
+        dense = dataclasses.replace(model, attention=theirs.attention)
     expected = {
         name: tree
         for name, tree in abstract_params(dense or model).items()
@@ -122,16 +123,18 @@ def find_initial(folder: Path, model: ModelConfig, source: Source) -> Initial:
     }
     check_same_tree(stored, expected, folder, expected_by="the model to train")
     for name in _MEANING if dense is None else _different(theirs, dense):
-        if getattr(theirs, name) != getattr(model, name):
+        of_theirs, of_ours = getattr(theirs, name), getattr(model, name)
+        if dense is None and name == "position":  # how rotary positions are stretched may change
+            of_theirs, of_ours = of_theirs.kind, of_ours.kind
+        if of_theirs != of_ours:
             raise UserError(
-                f"{folder}: its {name} is {getattr(theirs, name)}, of the model to train "
-                f"{getattr(model, name)}; set model.{name}"
+                f"{folder}: its {name} is {of_theirs}, of the model to train {of_ours}; set model.{name}"
             )
-    check_same_words(load_tokenizer(folder), source.tokenizer(), folder)
-    return Initial(folder, dense)
+    check_same_words(opened.tokenizer, source.tokenizer(), folder)
+    return Initial(opened, dense)
 
 
 def _different(theirs: ModelConfig, dense: ModelConfig) -> list[str]:
     """The fields in which a model to retrofit is another function."""
-    free = [] if theirs.position == "learned" else ["max_length"]
+    free = [] if theirs.position.kind == "learned" else ["max_length"]
     return differences(theirs, dense, free if theirs.has_vision else [*free, "vision"])

@@ -6,13 +6,17 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxlab.checkpoints import entries, from_hf, load_model, save_model, tree_of
 from jaxlab.checkpoints.safetensors_file import DTYPES
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.tensor_folder import Planned, write_folder
+
+save = functools.partial(save_model, form="huggingface")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
@@ -104,20 +108,30 @@ def make(path: Path, case: str, *, layout: dict[str, Any] | None = None, version
     return write(path, config(case, version), tensors if layout is None else laid_out(tensors, layout))
 
 
+def from_hf_tensors(
+    tensors: Mapping[str, np.ndarray], template: Mapping[str, Any], family: str = "jaxlab"
+) -> dict[str, Any]:
+    """The tree shaped like `template` whose leaves are given by the patterns of their entries."""
+    wanted = entries(template, family)
+    assert set(tensors) == {entry.pattern for entry in wanted}
+    leaves: dict[Any, Any] = {}
+    for entry in wanted:
+        leaves |= from_hf(tensors[entry.pattern], entry, template)
+    return tree_of(leaves)
+
+
 def read_all(path: Path) -> dict[str, np.ndarray]:
-    from jaxlab.checkpoints.folder import open_folder
+    from jaxlab.checkpoints.tensor_folder import open_folder
 
     return {name: tensor.read() for name, tensor in open_folder(path).items()}
 
 
 def write_all(out: Path) -> None:
     """Every case read and written by jaxlab, without the config.json that it came with."""
-    from jaxlab.checkpoints import huggingface
-
     for case in CASES:
         with tempfile.TemporaryDirectory() as place:
-            config, params, _ = huggingface.load(make(Path(place) / case, case))
-        huggingface.save(out / case, config, params)
+            config, params, _ = load_model(make(Path(place) / case, case))
+        save(out / case, config, params)
 
 
 if __name__ == "__main__":

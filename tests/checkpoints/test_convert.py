@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import native
-from jaxlab.checkpoints.loading import end_tokens, load_model, load_model_config, model_identity
-from jaxlab.tasks import convert, main
+from jaxlab.checkpoints import open_model, verification
+from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
+from jaxlab.checkpoints.output_folder import MARKER
+from jaxlab.tasks import main
 from tests.checkpoints import folders
 from tests.checkpoints.test_tokenizer_files import byte_pairs
 
@@ -23,6 +25,7 @@ def gpt2(tmp_path_factory):
         shutil.copy(files / name, path)
     (path / "generation_config.json").write_text('{"eos_token_id": [7, 112]}')
     (path / "train.py").write_text("raise SystemExit")
+    (path.parent / "other").mkdir()
     return path
 
 
@@ -31,7 +34,7 @@ def run(*words):
 
 
 def test_there_and_back_again(gpt2, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "compare_logits", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(verification, "compare_logits", lambda *_: (0.0, 1.0))
     assert run(gpt2, tmp_path / "ours", "--verify") == 0
     said = capsys.readouterr().out
     assert "40 tensors used, 6 ignored by rule, lm_head.weight a copy of the embedding" in said
@@ -50,9 +53,10 @@ def test_there_and_back_again(gpt2, tmp_path, capsys, monkeypatch):
         texts = [(folder / name).read_text() for folder in (tmp_path / "theirs", gpt2)]
         assert texts[0] == texts[1] or json.loads(texts[0]) == json.loads(texts[1])
     files = {file.name for file in (tmp_path / "theirs").iterdir()}
-    assert files == copied | {"model.safetensors", "tokenizer.json"}
-    assert end_tokens(gpt2) == end_tokens(tmp_path / "ours") == {7, 112}
-    assert load_model(tmp_path / "ours")[2].encode(" the").ids == load_model(gpt2)[2].encode(" the").ids
+    assert files == copied | {"model.safetensors", "tokenizer.json", MARKER}
+    theirs, ours = open_model(gpt2), open_model(tmp_path / "ours")
+    assert theirs.end_tokens == ours.end_tokens == {7, 112}
+    assert ours.tokenizer.encode(" the").ids == theirs.tokenizer.encode(" the").ids
 
 
 def test_logits_are_compared(gpt2, tmp_path, capsys):
@@ -66,20 +70,20 @@ def test_logits_are_compared(gpt2, tmp_path, capsys):
 
 
 def test_a_tensor_that_changed_is_found(gpt2, tmp_path, monkeypatch):
-    load = native.load_model
+    read = OrbaxFolder.read
 
-    def damaged(path, **more):
-        config, params, tokenizer = load(path, **more)
+    def damaged(self, **more):
+        params = read(self, **more)
         params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].add(1e-6)
-        return config, params, tokenizer
+        return params
 
-    monkeypatch.setattr(native, "load_model", damaged)
+    monkeypatch.setattr(OrbaxFolder, "read", damaged)
     with pytest.raises(RuntimeError, match=r"1 tensors are not those of IN: transformer\.ln_f\.weight"):
         run(gpt2, tmp_path / "ours", "--verify")
 
 
 def test_check_reads_no_tensor_and_writes_nothing(gpt2, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert.huggingface, "read", None)
+    monkeypatch.setattr(HuggingFaceFolder, "read", None)
     assert run(gpt2, tmp_path / "out", "--check", "--dtype", "bfloat16") == 0
     assert "gpt2, 33,306 parameters, 66,612 bytes per device" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -88,8 +92,9 @@ def test_check_reads_no_tensor_and_writes_nothing(gpt2, tmp_path, capsys, monkey
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{gpt2}", "{gpt2}"], "exists already"),
-        (["{gpt2}", "{gpt2}", "--overwrite"], "holds the model to convert"),
+        (["{gpt2}", "{gpt2}"], "is an input; choose another place"),
+        (["{gpt2}", "{folder}", "--overwrite"], "holds the input"),
+        (["{gpt2}", "{folder}/other", "--overwrite"], "not a folder that this tool wrote"),
         (["{gpt2}", "{out}", "--revision", "main"], "--revision is for a hub id"),
         (["{gpt2}", "{out}", "--adapter", "{gpt2}"], "adapter_config.json: is missing"),
         (["{gpt2}/nothing", "{out}"], "no such model: a model folder, a run folder"),
@@ -108,6 +113,7 @@ def test_mistakes_are_one_line(gpt2, tmp_path, capsys, words, message):
     assert message.replace(".ours.", "(ours)") in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    assert (gpt2 / "train.py").exists()
 
 
 def test_what_cannot_be_written_is_known_before_anything_is_read(gpt2, tmp_path, capsys, monkeypatch):
@@ -115,7 +121,7 @@ def test_what_cannot_be_written_is_known_before_anything_is_read(gpt2, tmp_path,
     assert run(gpt2, path) == 0
     kept = path / "huggingface" / "config.json"
     kept.write_text(kept.read_text().replace('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 0.5'))
-    monkeypatch.setattr(convert.loading, "load_model", None)
+    monkeypatch.setattr(OrbaxFolder, "read", None)
     assert run(path, tmp_path / "theirs") == 2
     assert "not this model any more: norm_eps is 1e-05 and 0.5" in capsys.readouterr().err
 
@@ -131,8 +137,8 @@ def test_numbers_that_are_not_finite_are_refused_if_asked(tmp_path, capsys):
 
 def test_identity_of_a_folder_changes_with_any_file(gpt2, tmp_path):
     copy = shutil.copytree(gpt2, tmp_path / "copy")
-    identities = {model_identity(gpt2), model_identity(copy)}
+    identities = {open_model(gpt2).identity, open_model(copy).identity}
     assert len(identities) == 1
     (copy / "merges.txt").write_text("#version: 0.2\n")
-    assert len(identities | {model_identity(copy)}) == 2
-    assert load_model_config(copy) == load_model_config(gpt2)
+    assert len(identities | {open_model(copy).identity}) == 2
+    assert open_model(copy).config == open_model(gpt2).config

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.folder import TensorFolder
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.errors import UserError
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16

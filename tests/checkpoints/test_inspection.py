@@ -8,14 +8,11 @@ import jax
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlab.checkpoints import families
-from jaxlab.checkpoints.accounting import account
-from jaxlab.checkpoints.matching import match
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import compare_for_merging, families, inspect_model, open_model, save_model
 from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.unexpected_tensors import account, match
 from jaxlab.models import abstract_params
 from jaxlab.tasks import main
-from jaxlab.tasks.inspect import compare, look
 from tests.checkpoints import folders
 from tests.models.tiny import draw_params, make_config
 
@@ -79,7 +76,7 @@ def test_a_model_of_ours(tmp_path):
     config = make_config(num_layers=1)
     params = draw_params(config)
     save_model(tmp_path / "ours", config, params)
-    lines = dict(look(str(tmp_path / "ours")).lines)
+    lines = dict(inspect_model(open_model(tmp_path / "ours"), "ours").lines)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert lines["parameters"] == f"{count:,}"
     assert lines["stored"] == f"{4 * count:,} bytes of float32, ours (Orbax)"
@@ -105,12 +102,12 @@ def pair(tmp_path, tokens=None, others=None, **changes):
     for path, vocabulary in ((vlm, tokens), (expert, others)):
         if vocabulary is not None:
             words(*vocabulary).save(str(path / "tokenizer.json"))
-    return look(str(expert)), look(str(vlm))
+    return tuple(inspect_model(open_model(path), str(path)) for path in (expert, vlm))
 
 
 def test_one_architecture_and_vocabularies_of_two_sizes(tmp_path):
     expert, vlm = pair(tmp_path, ["a", "b", "c", "<image>"], ["a", "b", "d"], vocab_size=100)
-    assert compare(vlm, expert) == [
+    assert compare_for_merging(vlm, expert) == [
         "can be merged: the language models are of one architecture",
         "vocabulary: 109 and 100 rows",
         "token ids: the first 2 are the same",
@@ -122,7 +119,7 @@ def test_one_architecture_and_vocabularies_of_two_sizes(tmp_path):
 
 def test_without_tokenizers_nothing_is_said_of_ids(tmp_path):
     expert, vlm = pair(tmp_path)
-    assert compare(vlm, expert)[2:] == [
+    assert compare_for_merging(vlm, expert)[2:] == [
         f"embeddings: vlm keeps those of {vlm.name}",
         "embeddings: merge merges 109 rows; whether their tokens agree is unknown without tokenizers",
     ]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.llama2c import find_tokenizer, load, read_config, read_tokenizer
+from jaxlab.checkpoints import load_model
+from jaxlab.checkpoints.forms.llama2c import find_tokenizer, read_config, read_tokenizer
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, forward, generate
 
@@ -46,7 +47,7 @@ def made(path, shared=True):
 def test_a_model_is_the_one_that_turns_neighbours(tmp_path, shared):
     """llama2.c's matrices as they are, with rotary pairs of neighbours, give the same logits."""
     t = made(tmp_path / "model.bin", shared)
-    config, params, tokenizer = load(tmp_path / "model.bin")
+    config, params, tokenizer = load_model(tmp_path / "model.bin")
     assert tokenizer is None
     assert config.tie_embeddings == shared
     heads = lambda x, n: jnp.asarray(x.reshape(L, n, K, D).transpose(0, 3, 1, 2))
@@ -68,7 +69,7 @@ def test_a_model_is_the_one_that_turns_neighbours(tmp_path, shared):
     }
     if not shared:
         plain["head"] = {"table": jnp.asarray(t["wcls"].T)}
-    neighbours = dataclasses.replace(config, rope=dataclasses.replace(config.rope, interleaved=True))
+    neighbours = dataclasses.replace(config, position=dataclasses.replace(config.rope, interleaved=True))
     tokens = {"tokens": jnp.asarray(np.random.default_rng(1).integers(0, V, (1, 7)), jnp.int32)}
     found, expected = forward(params, tokens, config)[0], forward(plain, tokens, neighbours)[0]
     assert np.abs(np.asarray(expected)).max() > 1
@@ -124,7 +125,7 @@ def test_files_that_lie_are_one_line(tmp_path):
         file = tmp_path / f"{index}.bin"
         file.write_bytes(data)
         with pytest.raises(UserError) as error:
-            load(file)
+            load_model(file)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
         read_config(tmp_path / "absent.bin")
@@ -149,7 +150,7 @@ def test_the_tokenizer_beside_a_model_is_found(tmp_path):
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the model stories260K is not here; set JAXLAB_DATA")
 def test_a_real_model_tells_its_story():
-    config, params, tokenizer = load(STORIES / "stories260K.bin")
+    config, params, tokenizer = load_model(STORIES / "stories260K.bin")
     assert tokenizer is not None
     prompt = {"tokens": jnp.asarray([tokenizer.encode("").ids], jnp.int32)}
     made = generate(params, prompt, config, max_new_tokens=30)[0]

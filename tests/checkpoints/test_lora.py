@@ -7,9 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints.folder import open_folder
-from jaxlab.checkpoints.lora import base_of, merged
-from jaxlab.checkpoints.write import Planned, write_folder
+from jaxlab.checkpoints.lora import merged
+from jaxlab.checkpoints.tensor_folder import Planned, open_folder, write_folder
 from jaxlab.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -149,12 +148,6 @@ def test_a_pickled_adapter_needs_leave(base, tmp_path):
         merged(base, path)
     with pytest.raises(UserError, match="not a checkpoint of PyTorch"):
         merged(base, path, allow_pickle=True)
-
-
-def test_the_base_is_named(tmp_path):
-    assert base_of(adapter(tmp_path / "a", {})) == "owner/base"
-    with pytest.raises(UserError, match="names no base"):
-        base_of(adapter(tmp_path / "b", {}, base_model_name_or_path=None))
 
 
 GOOD, _ = pair(Q, 6, 4)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import families, huggingface
-from jaxlab.checkpoints.names import entries, from_hf_tensors, host_tensors
+from jaxlab.checkpoints import families, open_model
+from jaxlab.checkpoints.tensor_map import entries, host_tensors
 from jaxlab.errors import UserError
 from jaxlab.models import abstract_params, forward, generate, prepare_batch
 from tests.checkpoints import folders
@@ -22,7 +22,7 @@ def read(config):
 def load(tensors, config, family):
     template = abstract_params(config)
     stacked = {e.pattern: np.stack([tensors[name] for name in e.names]) for e in entries(template, family)}
-    return from_hf_tensors(stacked, template, family)
+    return folders.from_hf_tensors(stacked, template, family)
 
 
 def batch_of(golden, prefix=""):
@@ -84,10 +84,10 @@ def test_experts_are_read_whichever_way_they_lie(tmp_path, expert_width):
     read = {}
     for word, tensors in (("", hub), ("/memory", memory)):
         path = folders.write(tmp_path / f"in{word[1:]}", settings, tensors)
-        checkpoint = huggingface.open_checkpoint(path)
-        config, read[word] = huggingface.read(checkpoint)
+        checkpoint = open_model(path)
+        config, read[word] = checkpoint.config, checkpoint.read()
         assert config.family == f"qwen3_vl_moe+qwen3_moe{word}"
-        huggingface.save(tmp_path / f"out{word[1:]}", config, read[word], kept=checkpoint.kept)
+        folders.save(tmp_path / f"out{word[1:]}", config, read[word], source_files=checkpoint.source_files)
         written = folders.read_all(tmp_path / f"out{word[1:]}")
         assert written.keys() == tensors.keys()
         assert all(written[name].tobytes() == tensors[name].tobytes() for name in tensors)
@@ -151,7 +151,7 @@ def test_a_config_as_on_the_hub():
     )
     assert config.rope.sections == (16, 24, 24)
     assert (config.rope.theta, config.kinds, config.max_length) == (1e6, ("full",) * 28, 128000)
-    assert config.vision.qwen.window_side(config.vision.patch_size) == 4
+    assert config.vision.window_side == 4
     assert config.vision.width == 1280
 
 

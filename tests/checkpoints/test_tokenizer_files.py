@@ -14,19 +14,17 @@ WORDS = [*LETTERS, "th", "the", "Ġthe", "<|endoftext|>"]
 MERGES = "#version: 0.2\nt h\nth e\nĠ the\n"
 
 
-def byte_pairs(folder, names=("vocab.json", "merges.txt"), model_type="gpt2"):
+def byte_pairs(folder, names=("vocab.json", "merges.txt")):
     folder.mkdir()
     (folder / names[0]).write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
     (folder / names[1]).write_text(MERGES)
-    if model_type is not None:
-        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
 @pytest.mark.parametrize("model_type", ["gpt2", None])
 def test_gpt2_vocabularies_and_merges(tmp_path, names, model_type):
-    tokenizer = read_tokenizer(byte_pairs(tmp_path / "model", names, model_type))
+    tokenizer = read_tokenizer(byte_pairs(tmp_path / "model", names), {"model_type": model_type})
     encoded = tokenizer.encode("the other the<|endoftext|>é")
     assert encoded.tokens == ["the", "Ġ", "o", "the", "r", "Ġthe", "<|endoftext|>", "Ã", "©"]
     assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == "the other the<|endoftext|>é"
@@ -46,7 +44,7 @@ def test_text_is_shown_as_soon_as_its_letters_are_whole(tmp_path):
 
 def test_byte_pairs_of_other_families_need_the_whole_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"do not say how text is split .*a tokenizer\.json does: python -c"):
-        read_tokenizer(byte_pairs(tmp_path / "model", model_type="qwen2"))
+        read_tokenizer(byte_pairs(tmp_path / "model"), {"model_type": "qwen2"})
 
 
 def test_sentencepiece_alone_tells_how_to_mend(tmp_path):

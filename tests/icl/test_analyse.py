@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlab.checkpoints.loading import load_model_config
-from jaxlab.checkpoints.native import save_model
+from jaxlab.checkpoints import open_model, save_model
+from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl.prompts import PromptsConfig, make_prompts, token_texts
+from jaxlab.icl.prompts import make_prompts, token_texts
 from jaxlab.models import ModelConfig, init_params
-from jaxlab.reporting import icl_plots
+from jaxlab.reporting.papers.label_words import plots as icl_plots
 from jaxlab.tasks import execute, main
 from jaxlab.tasks import icl as analyse
 
@@ -31,7 +31,7 @@ def config(tmp_path_factory):
         vocab_size=tokenizer.get_vocab_size(), width=16, num_layers=2, num_heads=2, mlp_width=16
     )
     save_model(folder, model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(3)), tokenizer)
-    data = PromptsConfig(episodes=EPISODES)
+    data = EPISODES
     return analyse.Config(
         model=str(folder), data=data, examples=8, batch_size=4, seeds=(1, 2), blocked_layers=(1, 2)
     )
@@ -65,7 +65,7 @@ def test_results_and_pictures(config, tmp_path):
 
 
 def test_check_reads_no_parameters(config, monkeypatch):
-    monkeypatch.setattr(analyse, "load_model", None)
+    monkeypatch.setattr(OrbaxFolder, "read", None)
     found = analyse.check(config)
     assert found["prompts"] == 16
     assert found["parameter_bytes_per_device"] == 4 * (76 * 16 + 2 * (4 * 256 + 3 * 256 + 2 * 16) + 16)
@@ -116,7 +116,7 @@ def other_tokenizer():
     ],
 )
 def test_a_model_of_other_tokens_is_refused_before_it_is_read(config, tmp_path, tokenizer, message, capsys):
-    model = load_model_config(config.model)
+    model = open_model(config.model).config
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(3))
     save_model(tmp_path / "other", model, params, tokenizer())
     (tmp_path / "icl.yaml").write_text(dump(dataclasses.replace(config, model=str(tmp_path / "other"))))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import families
-from jaxlab.checkpoints.folder import open_folder
+from jaxlab.checkpoints.tensor_folder import open_folder
 from jaxlab.tasks import main
 from tests.checkpoints import folders
 
@@ -39,7 +39,7 @@ def language_config(kind, text):
     """config.json of a plain language model like the one inside `kind`."""
     family = families.find(text["model_type"])
     rope = dataclasses.replace(kind.rope, sections=(), sections_interleaved=False)
-    return family.write_config(dataclasses.replace(kind.language, rope=rope, family=family.name))
+    return family.write_config(dataclasses.replace(kind.language, position=rope, family=family.name))
 
 
 @pytest.mark.parametrize("case", VLMS)

@@ -1,36 +1,47 @@
 """The tasks merge and merge-search on saved models: what they write is what they say, bit for bit."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.app import cli
-from jaxlab.checkpoints.names import host_tensors
-from jaxlab.checkpoints.native import load_model, save_model
+from jaxlab.checkpoints import OpenModel, common_prefix, host_tensors, load_model, open_model, save_model
 from jaxlab.config import build, dump, load
 from jaxlab.errors import UserError
-from jaxlab.merging import inject
-from jaxlab.merging.account import Account
-from jaxlab.merging.grid import Point, evaluate_grid
-from jaxlab.merging.inject import layer_weights
-from jaxlab.merging.inputs import Trio, common_prefix, load_trio
-from jaxlab.merging.measure import stack_batches
-from jaxlab.merging.plan import plan_injection
-from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, load_recipe
-from jaxlab.merging.stages import Method, combine, prepare
-from jaxlab.models import ModelConfig, VisionConfig, abstract_params
-from jaxlab.tasks.merge import verify
-from jaxlab.tasks.merge_search import Config, Grid
+from jaxlab.merging import (
+    AccountLine,
+    Grid,
+    InjectRecipe,
+    MergeAccount,
+    MergeRecipe,
+    Method,
+    Point,
+    Trio,
+    evaluate_grid,
+    inject,
+    load_recipe,
+    plan_injection,
+    read_trio,
+    verify_merged,
+)
+from jaxlab.merging.injection import layer_weights, prepare_task_vectors, weight_task_vectors
+from jaxlab.merging.search import stack_batches
+from jaxlab.models import ModelConfig, NoPositions, PlainVisionConfig, abstract_params
+from jaxlab.tasks import main
+from jaxlab.tasks.merge_search import Config
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 
 LM = ModelConfig(
-    vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position="none"
+    vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position=NoPositions()
 )
-VISION = VisionConfig(num_layers=1, width=8, num_heads=2, mlp_width=4, image_token=255)
+VISION = PlainVisionConfig(num_layers=1, width=8, num_heads=2, mlp_width=4, image_token=255)
 
 
 def make(config, seed):
@@ -76,35 +87,109 @@ def same(a, b):
 def test_merge_injects_writes_and_verifies(folder, tmp_path, capsys):
     text = injection(folder, lambda_v=0.9, lambda_e=0.4, operator="ties", density=0.5)
     recipe, out = write(tmp_path / "recipe.yaml", text), tmp_path / "out"
-    assert cli.main(["merge", recipe, "--out", str(out), "--verify"]) == 0
+    assert main(["merge", recipe, "--out", str(out), "--verify"]) == 0
     printed = capsys.readouterr().out
     assert "verified" in printed
     assert "model.layers.{i}.mlp.up_proj.weight" in printed
     config, params, _ = load_model(out)
-    trio = load_trio(*(str(folder / role) for role in ("vlm", "expert", "base")))
+    trio = read_trio(*(open_model(folder / role) for role in ("vlm", "expert", "base")))
     want, _ = inject(
         trio.vlm, trio.expert, trio.base, operator="ties", density=0.5, lambda_v=0.9, lambda_e=0.4
     )
     same(params, want)
     assert config == trio.config
     written = json.loads((out / "account.json").read_text())
-    account = Account.from_json(written["tensors"])
+    lines = (line | {key: tuple(line[key]) for key in ("shape", "models")} for line in written["tensors"])
+    account = MergeAccount(tuple(AccountLine(**line) for line in lines))
     assert account.differences(params) == []
     assert written["recipe"]["operator"] == "ties"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    # Once more: refused, unless overwritten; a model that is not the account's is found.
-    assert cli.main(["merge", recipe, "--out", str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert cli.main(["merge", recipe, "--out", str(out), "--overwrite"]) == 0
+    # A model that is not the account's is found.
     with pytest.raises(RuntimeError, match=r"tensors differ from the account: model\.layers"):
-        verify(folder / "vlm", account)
+        verify_merged(folder / "vlm", account)
+
+
+def tree_hash(place):
+    """Of every file, folder and link below a place: its path, what it is, its bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*")):
+        kind = "link" if path.is_symlink() else "file" if path.is_file() else "folder"
+        content = {"link": os.readlink, "file": Path.read_bytes, "folder": lambda _: ""}[kind](path)
+        digest.update(f"{path.relative_to(place)}\0{kind}\0{content}\0".encode())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def desk(folder, tmp_path):
+    """A place with the three models, a recipe of them, and other people's things."""
+    for role in ("vlm", "expert", "base"):
+        shutil.copytree(folder / role, tmp_path / "models" / role)
+    write(tmp_path / "inject.yaml", injection(tmp_path / "models", lambda_e=0.5))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("mine")
+    (tmp_path / "photo").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("models/vlm", "is an input"),
+        ("models/base", "is an input"),
+        ("models", "holds the input"),
+        (".", "holds the input"),
+        ("models/expert/merged", "lies in the input"),
+        ("photos", "not a folder that this tool wrote"),
+        ("photo", "is no folder"),
+        ("link", "a link"),
+    ],
+)
+def test_overwrite_replaces_nothing_that_merge_did_not_write(desk, capsys, monkeypatch, out, message):
+    before = tree_hash(desk)
+    monkeypatch.setattr(OpenModel, "__init__", lambda *_: pytest.fail("a model was opened"))
+    assert main(["merge", str(desk / "inject.yaml"), "--out", str(desk / out), "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert tree_hash(desk) == before
+
+
+def test_overwrite_replaces_its_own_output_last(desk, capsys, monkeypatch):
+    out, recipe = desk / "merged", str(desk / "inject.yaml")
+    assert main(["merge", recipe, "--out", str(out)]) == 0
+    first, models = dict(host_tensors(load_model(out)[1])), tree_hash(desk / "models")
+    assert main(["merge", recipe, "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    # Something of another hand in it: kept.
+    (out / "notes.txt").write_text("mine")
+    before = tree_hash(desk)
+    assert main(["merge", recipe, "--out", str(out), "--overwrite"]) == 2
+    assert "notes.txt, which this tool did not write" in capsys.readouterr().err
+    assert tree_hash(desk) == before
+    (out / "notes.txt").unlink()
+    # A failure on the way leaves the old one.
+    broken = write(desk / "broken.yaml", injection(desk / "models", lambda_e="[1.0, 2.0, 3.0]"))
+    before = tree_hash(desk)
+    assert main(["merge", broken, "--out", str(out), "--overwrite"]) == 2
+    assert tree_hash(desk) == before
+    opened = []
+    init = OpenModel.__init__
+    monkeypatch.setattr(OpenModel, "__init__", lambda self, path: (opened.append(path), init(self, path))[1])
+    write(desk / "inject.yaml", injection(desk / "models", lambda_e=0.25))
+    assert main(["merge", recipe, "--out", str(out), "--overwrite"]) == 0
+    assert sorted(opened) == sorted(desk / "models" / role for role in ("vlm", "expert", "base"))
+    second = dict(host_tensors(load_model(out)[1]))
+    assert any(np.any(first[name] != second[name]) for name in first)
+    assert tree_hash(desk / "models") == models
+    assert [p.name for p in desk.iterdir() if p.name.startswith(".")] == []
 
 
 def test_merge_of_language_models(folder, tmp_path, capsys):
     text = f"kind: merge\noperator: task_arithmetic\nlambda: 0.5\nbase: {folder}/base\nmodels:\n"
     text += f"  - {{model: {folder}/expert, weight: 0.5}}\n  - {{model: {folder}/base}}\n"
     out = tmp_path / "out"
-    assert cli.main(["merge", write(tmp_path / "r.yaml", text), "--out", str(out), "--verify"]) == 0
+    assert main(["merge", write(tmp_path / "r.yaml", text), "--out", str(out), "--verify"]) == 0
     capsys.readouterr()
     merged, expert, base = (
         dict(host_tensors(load_model(p)[1])) for p in (out, folder / "expert", folder / "base")
@@ -124,13 +209,14 @@ def test_merge_of_language_models(folder, tmp_path, capsys):
         ({"operator": "ties"}, "density: ties needs it"),
         ({"lamda_v": 1}, "did you mean lambda_v?"),
         ({"kind": "injct"}, "did you mean inject?"),
+        ({"kind": "[inject]"}, "no such kind of recipe"),
         ({"lambda_v": "[1.0, 2.0, 3.0]"}, "3 values for 2 layers"),
     ],
 )
 def test_merge_refuses_in_one_line(folder, tmp_path, capsys, change, message):
     change = {key: str(value).format(folder) for key, value in change.items()}
     recipe = write(tmp_path / "recipe.yaml", injection(folder, **change))
-    assert cli.main(["merge", recipe, "--out", str(tmp_path / "out")]) == 2
+    assert main(["merge", recipe, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -138,11 +224,11 @@ def test_merge_refuses_in_one_line(folder, tmp_path, capsys, change, message):
 
 
 def test_recipes_say_what_they_are(tmp_path):
-    with pytest.raises(UserError, match="no such recipe"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="mergekit's own files are not supported yet"):
         load_recipe(write(tmp_path / "a.yaml", "merge_method: ties\nmodels: []\n"))
-    with pytest.raises(UserError, match="not a recipe"):
+    with pytest.raises(UserError, match="expected lines of `key: value`"):
         load_recipe(write(tmp_path / "b.yaml", "- 1\n"))
     rules = "lambda_e:\n  - {pattern: '*.mlp.*', value: 0.5}\n  - {pattern: '*', value: 1}\n"
     recipe = load_recipe(write(tmp_path / "c.yaml", "kind: inject\nvlm: v\nexpert: e\nbase: b\n" + rules))
@@ -181,10 +267,10 @@ def digest(params, data):
 
 
 METHODS = [
-    Method("task_arithmetic"),
-    Method("ties", density=0.5),
-    Method("dare_ties", density=0.5, mode="mergekit"),
-    Method("slerp"),
+    Method.of("task_arithmetic"),
+    Method.of("ties", density=0.5),
+    Method.of("dare_ties", density=0.5, mode="mergekit"),
+    Method.of("slerp"),
 ]
 
 
@@ -192,7 +278,7 @@ METHODS = [
 def test_a_point_of_the_search_has_the_bits_of_the_injection(method):
     trio = hand_trio(few)
     plan = plan_injection(trio.vlm, trio.expert, trio.base)
-    densities = (None,) if method.density is None else (0.3, 0.5)
+    densities = (0.3, 0.5) if "density" in dict(method.parameters) else (None,)
     grid = [Point(v, e, d) for d in densities for v, e in ((0.9, 0.4), (0.123, 0.77), (0.0, 0.0))]
     data = jnp.uint32(2654435761)
     measured = evaluate_grid(plan, method, trio, grid, digest, data, seed=5, chunk=2)
@@ -224,7 +310,7 @@ def test_progress_counts_every_point_and_one_program_serves_the_grid():
         return {"norm": jnp.sum(params["final_norm"]["scale"])}
 
     def search(grid):
-        method = Method("ties", density=0.25)
+        method = Method.of("ties", density=0.25)
         return evaluate_grid(plan, method, trio, grid, measure, (), chunk=2, progress=done.append)
 
     search([Point(1.0, 1.0, 0.25)])
@@ -240,18 +326,18 @@ def test_sharded_models_give_the_same_bits():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
     spread = [few(param_shardings(config, mesh)) for config in (trio.config, LM, LM)]
 
-    method = Method("ties", density=0.3)
+    method = Method.of("ties", density=0.3)
     weights = layer_weights(plan, 0.9), layer_weights(plan, 0.4)
     results = []
     for where in ([jax.devices()[0]] * 3, spread):
         models = (trio.vlm, trio.expert, trio.base)
         vlm, expert, base = (jax.device_put(model, place) for model, place in zip(models, where, strict=True))
-        tensors = prepare(plan, method, vlm, expert, base)
-        results.append(combine(plan, method, vlm, tensors, *weights))
+        prepared = prepare_task_vectors(plan, method, vlm, expert, base)
+        results.append(weight_task_vectors(plan, method, vlm, prepared, *weights))
     same(*results)
 
 
-TEXT = "  text: {kind: text, text: {path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}}\n"
+TEXT = "  text: {kind: text, path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}\n"
 
 
 def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
@@ -267,9 +353,9 @@ def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
     text += "  dare_ties: {lambda_e: [0.5, 1.0], density: [0.3, 0.6]}\n"
     text += "evaluate:\n" + TEXT % texts + "batch_size: 2\nbatches: 3\nchunk: 3\n"
     config = write(tmp_path / "search.yaml", text)
-    assert cli.main(["merge-search", config, "--check"]) == 0
+    assert main(["merge-search", config, "--check"]) == 0
     assert "tensors_merged" in capsys.readouterr().out
-    assert cli.main(["merge-search", config]) == 0
+    assert main(["merge-search", config]) == 0
     capsys.readouterr()
     (run,) = (tmp_path / "outputs" / "merge-search").iterdir()
     results = json.loads((run / "results.json").read_text())
@@ -281,7 +367,7 @@ def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
         assert entry["best"]["score"] == max(point["score"] for point in entry["points"])
         assert set(entry["best"]["test"]) == {"text"}
     assert set(results["unmerged"]) == {"vlm", "expert", "base"}
-    assert cli.main(["merge", str(run / "best.yaml"), "--out", str(tmp_path / "again"), "--verify"]) == 0
+    assert main(["merge", str(run / "best.yaml"), "--out", str(tmp_path / "again"), "--verify"]) == 0
     same(load_model(run / "model")[1], load_model(tmp_path / "again")[1])
 
 

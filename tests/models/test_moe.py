@@ -1,6 +1,7 @@
 """Experts against plain loops of numpy: routing, shared experts, gradients, load balance, dense layers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import pytest
 from jaxlab.costs.flops import train_flops_per_token
 from jaxlab.errors import ConfigError
 from jaxlab.losses import loss_sum
-from jaxlab.models import ModelConfig, MoEConfig, abstract_params, count_params, forward, init_params
-from jaxlab.models.moe import experts, route
+from jaxlab.models import ModelConfig, MoEConfig, abstract_params, bind, count_params, forward, init_params
+from jaxlab.models.moe import MixtureOfExperts, route
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
 SIX = MoEConfig(num_experts=6, experts_per_token=2, width=5)
@@ -48,12 +49,17 @@ def by_loops(params, x, m):
     return out
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def experts(params, x, config):
+    return bind(params, MixtureOfExperts, config, 1.0)(x)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_output_is_that_of_plain_loops(name):
     config = make_config(moe=VARIANTS[name])
     params = jax.tree.map(lambda leaf: leaf[1], draw_params(config)["layers"]["moe"])
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12)), jnp.float32)
-    found, _ = jax.jit(experts, static_argnames="config")(params, x, config)
+    found, _ = experts(params, x, config)
     expected = by_loops(params, x.reshape(10, 12), VARIANTS[name]).reshape(2, 5, 12)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -139,9 +145,10 @@ def test_counting_takes_the_experts_that_a_token_passes():
     ("make", "key"),
     [
         (lambda: MoEConfig(num_experts=2, experts_per_token=3), "experts_per_token"),
-        (lambda: MoEConfig(shared_gate=True), "shared_gate"),
+        (lambda: MoEConfig(num_experts=2, shared_gate=True), "shared_gate"),
+        (lambda: MoEConfig(num_experts=0), "num_experts"),
         (lambda: ModelConfig(num_layers=2, moe=MoEConfig(num_experts=4, first_dense=2)), "moe.first_dense"),
-        (lambda: ModelConfig(mlp="plain", moe=MoEConfig(num_experts=4)), "moe.num_experts"),
+        (lambda: ModelConfig(mlp="plain", moe=MoEConfig(num_experts=4)), "moe"),
     ],
 )
 def test_errors(make, key):

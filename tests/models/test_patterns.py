@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, RopeConfig, forward
+from jaxlab.models import (
+    AttentionContext,
+    Block,
+    ModelConfig,
+    NSAConfig,
+    RopeConfig,
+    SlidingAttentionConfig,
+    bind,
+    bind_decoder,
+    forward,
+    rope_tables,
+)
 from jaxlab.models.rotary import rotary_table, rotate
 from jaxlab.models.stack import Run, _runs
 from tests.models.tiny import draw_params, draw_tokens, make_config
@@ -34,23 +45,19 @@ def test_scans_cover_all_layers_in_order(kinds, alone, expected):
 
 def test_a_pattern_is_its_layers_one_after_the_other():
     """Five layers of the kinds s s f s s: the same layers in two models of one kind each, cut and chained."""
-    config = make_config(num_layers=5, pattern=(S, S, F), window=2, local_rope_theta=50.0)
+    attention = SlidingAttentionConfig(pattern=(S, S, F), window=2, rope_theta=50.0)
+    config = make_config(num_layers=5, attention=attention)
     params, tokens = draw_params(config), draw_tokens(config, 2, 9)
     found = forward(params, {"tokens": tokens}, config)[0]
-    from jaxlab.models.attention import attention
-    from jaxlab.models.layers import mlp, norm
-    from jaxlab.models.rotary import tables
-    from jaxlab.models.where import Where
-
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
-    full, local = tables(positions, config)
-    where = Where(positions, rotary=full, local_rotary=local)
+    full, local = rope_tables(positions, config)
+    context = AttentionContext(positions, rotary=full, local_rotary=local)
     x = params["embedding"]["table"][tokens]
     for i, kind in enumerate((S, S, F, S, S)):
-        p = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-        x = x + attention(p["attention"], norm(p["attention_norm"], x, config), where, config, kind=kind)[0]
-        x = x + mlp(p["mlp"], norm(p["mlp_norm"], x, config), config)
-    expected = norm(params["final_norm"], x, config) @ params["embedding"]["table"].T
+        block = bind(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), Block, config)
+        x = x + block.attention(block.attention_norm(x), context, kind=kind).out
+        x = x + block.mlp(block.mlp_norm(x))
+    expected = bind_decoder(params, config).final_norm(x) @ params["embedding"]["table"].T
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -121,12 +128,17 @@ def test_pairs_turn_by_their_coordinate():
     [
         (lambda: RopeConfig(dim=3), "dim"),
         (lambda: RopeConfig(low_frequency_factor=4.0), "high_frequency_factor"),
-        (lambda: ModelConfig(rope=RopeConfig(dim=64)), "rope.dim"),
-        (lambda: ModelConfig(rope=RopeConfig(sections=(1, 1))), "rope.sections"),
-        (lambda: ModelConfig(attention="nsa", pattern=(F,)), "pattern"),
-        (lambda: ModelConfig(num_layers=1, pattern=(F, S)), "pattern"),
+        (lambda: ModelConfig(position=RopeConfig(dim=64)), "position.dim"),
+        (lambda: ModelConfig(position=RopeConfig(sections=(1, 1))), "position.sections"),
+        (lambda: SlidingAttentionConfig(pattern=(F,)), "pattern"),
+        (lambda: SlidingAttentionConfig(window=0), "window"),
+        (lambda: SlidingAttentionConfig(rope_theta=0.0), "rope_theta"),
+        (
+            lambda: ModelConfig(num_layers=1, attention=SlidingAttentionConfig(pattern=(F, S))),
+            "attention.pattern",
+        ),
         (lambda: ModelConfig(head_bias=True), "head_bias"),
-        (lambda: ModelConfig(attention="nsa", attention_softcap=1.0), "attention_softcap"),
+        (lambda: ModelConfig(attention=NSAConfig(), attention_softcap=1.0), "attention_softcap"),
         (lambda: ModelConfig(attention_scale=0.0), "attention_scale"),
     ],
 )

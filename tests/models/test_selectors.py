@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.models import forward, init_cache, selectors
-from jaxlab.models.selectors import auxiliary_loss, auxiliary_scores
+from jaxlab.models import bind, forward, init_cache, selectors
+from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
 
 SIZES = dataclasses.replace(NSA, selector="auxiliary")
@@ -68,7 +68,8 @@ def test_scores_that_know_the_attention_have_no_loss_and_learning_comes_closer()
         name: jnp.asarray(0.1 * rng.standard_normal((x.shape[-1], KV_HEADS, 3)), jnp.float32)
         for name in ("query", "key")
     }
-    step = jax.jit(jax.value_and_grad(lambda p: loss(auxiliary_scores(p, x, 4))))
+    config = make_config("nsa_auxiliary")
+    step = jax.jit(jax.value_and_grad(lambda p: loss(bind(p, AuxiliarySelector, config)(x))))
     first, gradient = step(params)
     for _ in range(60):
         params = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
@@ -80,16 +81,14 @@ def test_the_loss_trains_the_scorer_and_nothing_else():
     config = make_config("nsa_auxiliary", num_layers=1)
     params, batch = draw_params(config), {"tokens": draw_tokens(config, 2, 18)}
 
-    @jax.jit
-    def gradients(params):
-        def losses(params):
-            logits, intermediates = forward(params, batch, config)
-            return jnp.sum(jnp.sin(logits)), jnp.sum(intermediates["selector_loss"])
+    def of_logits(params):
+        return jnp.sum(jnp.sin(forward(params, batch, config).logits))
 
-        return jax.jacrev(losses)(params)
+    def of_loss(params):
+        return jnp.sum(forward(params, batch, config).selector_loss)
 
-    by_logits, by_loss = gradients(params)
-    for tree, of_scorer in ((by_logits, False), (by_loss, True)):
+    for loss, of_scorer in ((of_logits, False), (of_loss, True)):
+        tree = jax.jit(jax.grad(loss))(params)
         for path, gradient in jax.tree_util.tree_leaves_with_path(tree):
             mine = ("selector" in jax.tree_util.keystr(path)) == of_scorer
             assert bool(jnp.any(gradient != 0)) == mine, jax.tree_util.keystr(path)

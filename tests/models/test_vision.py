@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxlab.models import forward, language_model
-from jaxlab.models.vision import encode_images, place_images
+from jaxlab.models.vision.encoders import encode_images
+from jaxlab.models.vision.placeholders import place_images
 from tests.models.tiny import VISION, draw_params, draw_tokens, make_config
 
 IMAGE = VISION.image_token

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from jaxlab.checkpoints import SourceFiles
+from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
+from jaxlab.models import ViTConfig
 from jaxlab.processing import load_processor
 from jaxlab.tasks import generate
 from tests.models.tiny import make_config
@@ -17,9 +20,12 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     folder = write_folder(tmp_path, "llava")
     tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
     config = make_config("vision")
-    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, kind="vit"), max_length=99)
+    config = dataclasses.replace(config, vision=ViTConfig(image_token=3), max_length=99)
     seen = []
-    monkeypatch.setattr(generate, "load_model", lambda path: (config, {}, tokenizer))
+    opened = HuggingFaceFolder(folder)  # one without tensors
+    opened.config, opened.tokenizer, opened.read = config, tokenizer, dict
+    opened.source_files = SourceFiles(folder, opened.config_json)
+    monkeypatch.setattr(generate, "open_model", lambda path: opened)
     monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)
     monkeypatch.setattr(generate, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
     images = tuple(str(GOLDEN / image) for image in CASES["llava"]["images"])
@@ -35,7 +41,7 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(generate, "prepare_batch", misfit)
     with pytest.raises(UserError, match="its processor does not fit its model: the text has 32 placeholders"):
         generate.run(generate.Arguments(str(folder), prompt="a", image=images))
-    monkeypatch.setattr(generate, "load_model", lambda path: (config, {}, None))
+    opened.tokenizer = None
     with pytest.raises(UserError, match="no tokenizer"):
         generate.run(generate.Arguments(str(folder), prompt="a", image=images))
     capsys.readouterr()

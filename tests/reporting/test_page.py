@@ -1,20 +1,24 @@
 """The page: everything on it is its own, every text is escaped, and missing parts are said."""
 
+import html
 import html.parser
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
+from jaxlab.app.cli import RunOptions
+from jaxlab.config.schema import fields_of, leaves
 from jaxlab.errors import UserError
-from jaxlab.reporting import plots
+from jaxlab.reporting import next_steps, plots, render
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.markup import Markup, join, tag
-from jaxlab.tasks import main
-from jaxlab.tasks.report import render
+from jaxlab.tasks import TASKS, main
 from tests.reporting import made
 
+ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('x')</script>&\"$\\frac$"
 
 
@@ -47,6 +51,7 @@ class Reader(html.parser.HTMLParser):
 def everything(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("outputs")
     return [
+        made.attention_speed(root, "nsa_speed-99999999"),
         made.train(root, "nsa_full-11111111", loss=2.0),
         made.train(root, "nsa_sparse-22222222", "nsa", 1.96),
         made.evaluate(root, "nsa_full_test-33333333", "nsa_full-11111111"),
@@ -83,7 +88,7 @@ def check_self_contained(page: str) -> Reader:
 
 def test_nothing_comes_from_elsewhere(whole_page):
     reader = check_self_contained(whole_page)
-    assert [name for name, _ in reader.tags].count("section") == 3
+    assert [name for name, _ in reader.tags].count("section") == 4  # and what comes next
     images = [attributes for name, attributes in reader.tags if name == "img"]
     assert len(images) == 9  # three examples of three searches
     assert all(attributes["alt"] for attributes in images)
@@ -107,6 +112,37 @@ def test_commands_and_verdicts_are_on_the_page(whole_page):
     assert "1 × cpu" in words
     assert "0123456789" in words
     assert "jax 0.11.2" in words
+
+
+def test_time_of_attention_by_length_is_on_the_page(whole_page):
+    words = " ".join(Reader(whole_page).words)
+    assert "2.00 ×  dense attention's time over NSA's, forward and backward" in words
+    assert "at 8\u202f192 tokens (0.50 × at 2\u202f048); test loss −1.9\u00a0% beside full attention" in words
+    assert "chunked 1.50 s, query_stretches 2.50 s" in words
+    assert "seconds of processor" in words
+
+
+def test_what_cannot_be_seen_is_on_the_card_with_what_would_show_it(whole_page):
+    cards = re.findall(r'<a class="card".*?</a>', whole_page)
+    assert [("configs/nsa/" in card, "I5 to I8" in card) for card in cards] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
+def test_the_page_ends_with_commands_that_exist(whole_page):
+    end = whole_page[whole_page.index('id="next"') :]
+    for _, commands in next_steps.STEPS:
+        for command in commands:
+            assert html.escape(command, quote=True) in end
+            program, script, task, *words = shlex.split(command)
+            assert (program, script) == ("python", "run.py")
+            schema = TASKS.find(task).schema()
+            given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+            assert given <= {*leaves(schema), *fields_of(RunOptions)}, command
+            files = [word for word in words if word.startswith("configs/")]
+            assert all((ROOT / file).is_file() for file in files), command
 
 
 def test_every_text_is_escaped(tmp_path):

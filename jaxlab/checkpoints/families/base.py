@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlab.checkpoints.rows import Row, Rows
+from jaxlab.checkpoints.tensor_table import Row, Rows
 from jaxlab.models import ModelConfig
 
 Json = dict[str, Any]
@@ -58,8 +58,3 @@ def interleaved(rows: Rows, numbers: tuple[int, ...]) -> Rows:
         return dataclasses.replace(row, skips=numbers) if row.paths[0].startswith("layers.") else row
 
     return tuple(counted(row) for row in rows)
-
-
-def only(rows: Rows, *prefixes: str) -> Rows:
-    """The rows whose leaves lie under the given places of our tree."""
-    return tuple(row for row in rows if row.paths[0].startswith(prefixes))

@@ -1,6 +1,6 @@
 """Our own models: Llama's names where Llama has the tensor, names of our own elsewhere."""
 
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 
 
 def _mlp(path: str, name: str) -> Rows:

@@ -4,7 +4,7 @@ from jaxlab.checkpoints.families import qwen3_vl
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.models import ModelConfig
 
 _TEXT: Json = {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from jaxlab.checkpoints.families.base import Renames
-from jaxlab.checkpoints.rows import Row, Rows, in_layers
+from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 
 WITHIN_LLAVA: Renames = ((r"^", "language_model."),)
 """From a language model's names to those inside LLaVA and the families that follow it."""

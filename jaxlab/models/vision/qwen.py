@@ -15,14 +15,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.config import ModelConfig
-from jaxlab.models.layers import ACTIVATIONS, norm
-from jaxlab.models.modules import Layer, Numbers, Params, normal, zeros
+from jaxlab.models.block import Block
+from jaxlab.models.config import ModelConfig, NoPositions, QwenVisionConfig, RopeConfig
+from jaxlab.models.context import AttentionContext
+from jaxlab.models.initializer import Initializer, repeat
+from jaxlab.models.layers import ACTIVATIONS, Embedding, Norm, linear
 from jaxlab.models.rotary import Rotary
-from jaxlab.models.stack import stack
+from jaxlab.models.stack import apply_blocks, take_blocks
 from jaxlab.models.vision import qwen_positions
-from jaxlab.models.vision.tower import Encoded, Tower
-from jaxlab.models.where import Where
+from jaxlab.models.vision.encoder import Encoded, Encoder, on_host
+from jaxlab.models.vision.patches import PatchEmbedding
 
 EPSILON = 1e-6
 """In norms."""
@@ -32,18 +34,18 @@ THETA = 10000.0
 
 def tower_config(config: ModelConfig) -> ModelConfig:
     """The vision transformer in the decoder's terms."""
-    v, q = config.vision, config.vision.qwen
+    v = config.vision_as(QwenVisionConfig)
     return ModelConfig(
         vocab_size=1,
         width=v.width,
         num_layers=v.num_layers,
         num_heads=v.num_heads,
-        mlp=q.mlp,
+        mlp=v.mlp,
         mlp_width=v.mlp_width,
-        activation=q.activation,
-        norm=q.norm,
+        activation=v.activation,
+        norm=v.norm,
         norm_eps=EPSILON,
-        position="none",
+        position=NoPositions(),
         attention_bias=True,
         mlp_bias=True,
         compute_dtype=config.compute_dtype,
@@ -52,158 +54,153 @@ def tower_config(config: ModelConfig) -> ModelConfig:
     )
 
 
-class VisionEdges(nnx.Module):
-    """The patch projection and the table of positions, if there is one."""
+class QwenTower(nnx.Module):
+    """The patch projection, the table of positions if there is one, and blocks over images or windows."""
 
-    def __init__(self, config: ModelConfig, numbers: Numbers):
-        v, q = config.vision, config.vision.qwen
-        axes = ("channels", "frames", "pixels", "pixels", "embed")
-        shape = (v.channels, q.frames, v.patch_size, v.patch_size, v.width)
-        self.patch = nnx.Dict(table=normal(numbers, shape, axes, _patch_size(config) ** -0.5))
-        if q.patch_bias:
-            self.patch.bias = zeros((v.width,), ("embed",))
-        if q.position_side:
-            table = normal(
-                numbers, (q.position_side**2, v.width), ("position", "embed"), config.initializer_range
+    def __init__(self, config: ModelConfig, init: Initializer):
+        v, tower = config.vision_as(QwenVisionConfig), tower_config(config)
+        self.config = config
+        shape, axes = (
+            (v.channels, v.frames, v.patch_size, v.patch_size),
+            ("channels", "frames", "pixels", "pixels"),
+        )
+        self.patch = PatchEmbedding(shape, axes, v.width, init, bias=v.patch_bias)
+        rows, std = v.position_side**2, config.initializer_range
+        self.position = Embedding(rows, v.width, "position", std, init) if rows else None
+        self.layers = init.stack(lambda init: Block(tower, init), v.num_layers)
+
+    def __call__(self, batch: Mapping[str, Any]) -> tuple[Float[Array, "N V"], Float[Array, "L N V"] | None]:
+        """The last layer's output and, if DeepStack reads any, every one's."""
+        x = self.patch(jnp.asarray(batch["images"]).astype(self.config.compute_dtype))
+        if self.position is not None:
+            near = self.position(jnp.asarray(batch["image_corners"]), x.dtype)
+            x = x + jnp.einsum("ncd,nc->nd", near, jnp.asarray(batch["image_corner_weights"], x.dtype))
+        v, tower = self.config.vision_as(QwenVisionConfig), tower_config(self.config)
+        places, outputs = jnp.asarray(batch["image_places"]), []
+        whole = [not v.window or i in v.full_layers for i in range(tower.num_layers)]
+        stops = [i for i in range(1, len(whole) + 1) if i == len(whole) or whole[i] != whole[i - 1]]
+        for start, stop in zip([0, *stops], stops, strict=False):
+            groups = "image" if whole[start] else "window"
+            rows, filled, order = (
+                jnp.asarray(batch[f"{groups}_{name}"]) for name in ("rows", "filled", "order")
             )
-            self.position = nnx.Dict(table=table)
+            rotary = _rotary(places[rows], tower.key_dim)
+            context = AttentionContext(jnp.zeros_like(rows), filled, rotary=rotary, causal=False)
+            blocks = take_blocks(self.layers, slice(start, stop))
+            done = apply_blocks([blocks], x[rows], context, tower, keep_outputs=bool(v.deep_layers))
+            x = done.x.reshape(-1, x.shape[-1])[order]
+            if done.outputs is not None:
+                outputs.append(done.outputs.reshape(stop - start, -1, x.shape[-1])[:, order])
+        return x, jnp.concatenate(outputs) if outputs else None
 
 
 class Merger(nnx.Module):
     """A norm, and two matrices over the joined patches of a token; `lead` of them, stacked."""
 
-    def __init__(self, config: ModelConfig, numbers: Numbers, norm_size: int, lead: tuple[int, ...] = ()):
-        d, size = config.width, config.vision.width * config.vision.qwen.merge**2
-        ahead = ("layers",) * len(lead)
-        self.norm = nnx.Dict(scale=nnx.Param(jnp.ones((*lead, norm_size)), axes=(*ahead, "embed")))
-        if config.vision.qwen.norm == "layer":
-            self.norm.bias = zeros((*lead, norm_size), (*ahead, "embed"))
-        self.hidden = normal(numbers, (*lead, size, size), (*ahead, "embed", "mlp"), size**-0.5)
-        self.hidden_bias = zeros((*lead, size), (*ahead, "mlp"))
-        self.output = normal(numbers, (*lead, size, d), (*ahead, "mlp", "embed"), size**-0.5)
-        self.output_bias = zeros((*lead, d), (*ahead, "embed"))
+    def __init__(self, config: ModelConfig, norm_size: int, init: Initializer, lead: int | None = None):
+        v, d = config.vision_as(QwenVisionConfig), config.width
+        size, norm = v.width * v.merge**2, Norm(norm_size, v.norm, EPSILON, init)
+        ahead: tuple[int, ...] = () if lead is None else (lead,)
+        axes: tuple[str, ...] = () if lead is None else ("layers",)
+        self.norm = norm if lead is None else repeat(norm, lead)
+        self.hidden = init.normal((*ahead, size, size), (*axes, "embed", "mlp"), size**-0.5)
+        self.hidden_bias = init.zeros((*ahead, size), (*axes, "mlp"))
+        self.output = init.normal((*ahead, size, d), (*axes, "mlp", "embed"), size**-0.5)
+        self.output_bias = init.zeros((*ahead, d), (*axes, "embed"))
+
+    def __call__(self, joined: Float[Array, "P W"]) -> Float[Array, "P D"]:
+        """Joined and normed patches to tokens."""
+        hidden = ACTIVATIONS["gelu"](linear(joined, self.hidden, self.hidden_bias))
+        return linear(hidden, self.output, self.output_bias)
 
 
-class Projector(Merger):
+class QwenProjector(Merger):
     """The merger of the last layer's output, and those of DeepStack, whose norms are over whole tokens."""
 
-    def __init__(self, config: ModelConfig, numbers: Numbers):
-        v, q = config.vision, config.vision.qwen
-        super().__init__(config, numbers, v.width)
-        if q.deep_layers:
-            self.deep = Merger(config, numbers, v.width * q.merge**2, (len(q.deep_layers),))
+    def __init__(self, config: ModelConfig, init: Initializer):
+        v = config.vision_as(QwenVisionConfig)
+        super().__init__(config, v.width, init)
+        if v.deep_layers:
+            self.deep = Merger(config, v.width * v.merge**2, init, len(v.deep_layers))
 
 
-def layer(config: ModelConfig, numbers: Numbers) -> nnx.Module:
-    return Layer(tower_config(config), numbers)
+class QwenEncoder(Encoder):
+    vision: QwenTower
+    projector: QwenProjector
 
+    def __init__(self, config: ModelConfig, init: Initializer):
+        self.config = config
+        self.vision = QwenTower(config, init)
+        self.projector = QwenProjector(config, init)
 
-def encode(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Encoded:
-    """Tokens [P, D] of a prepared batch, in the order of the placeholders, and DeepStack's additions."""
-    q, tower, vision = config.vision.qwen, tower_config(config), params["vision"]
-    x = jnp.asarray(batch["images"]).astype(config.compute_dtype)
-    table = vision["patch"]["table"].astype(x.dtype)
-    x = x @ table.reshape(-1, table.shape[-1])
-    if q.patch_bias:
-        x = x + vision["patch"]["bias"].astype(x.dtype)[None]
-    if q.position_side:
-        near = vision["position"]["table"].astype(x.dtype)[jnp.asarray(batch["image_corners"])]
-        x = x + jnp.einsum("ncd,nc->nd", near, jnp.asarray(batch["image_corner_weights"], x.dtype))
-    x, outputs = _layers(vision["layers"], x, batch, config)
-    joined = lambda y: y.reshape(*y.shape[:-2], -1, q.merge**2 * y.shape[-1])
-    projector = params["projector"]
-    tokens = _merge(projector, joined(norm(projector["norm"], x, tower)))
-    if outputs is None:
-        return Encoded(tokens)
-    read = joined(outputs[jnp.asarray(q.deep_layers)])
-    deep = jax.vmap(lambda p, y: _merge(p, norm(p["norm"], y, tower)))(projector["deep"], read)
-    return Encoded(tokens, deep[jnp.asarray(np.argsort(q.deep_layers))])
+    def __call__(self, batch: Mapping[str, Any]) -> Encoded:
+        """Tokens [P, D] of a prepared batch, in the order of the placeholders, and DeepStack's additions."""
+        v = self.config.vision_as(QwenVisionConfig)
+        x, outputs = self.vision(batch)
+        joined = lambda y: y.reshape(*y.shape[:-2], -1, v.merge**2 * y.shape[-1])
+        tokens = self.projector(joined(self.projector.norm(x)))
+        if outputs is None:
+            return Encoded(tokens)
+        graphdef, params = nnx.split(self.projector.deep)
 
+        def merge_normed(params: Any, y: Array) -> Array:
+            merger = nnx.merge(graphdef, params)
+            return merger(merger.norm(y))
 
-def _layers(
-    params: Params, x: Float[Array, "N V"], batch: Mapping[str, Any], config: ModelConfig
-) -> tuple[Float[Array, "N V"], Float[Array, "L N V"] | None]:
-    """All layers: their last output and, if DeepStack reads any, every one's."""
-    q, tower = config.vision.qwen, tower_config(config)
-    places, outputs = jnp.asarray(batch["image_places"]), []
-    whole = [not q.window or i in q.full_layers for i in range(tower.num_layers)]
-    stops = [i for i in range(1, len(whole) + 1) if i == len(whole) or whole[i] != whole[i - 1]]
-    for start, stop in zip([0, *stops], stops, strict=False):
-        groups = "image" if whole[start] else "window"
-        rows, filled, order = (jnp.asarray(batch[f"{groups}_{name}"]) for name in ("rows", "filled", "order"))
-        where = Where(jnp.zeros_like(rows), filled, rotary=_turns(places[rows], tower.key_dim))
-        part = jax.tree.map(lambda leaf, run=slice(start, stop): leaf[run], params)
-        done = stack(part, x[rows], where, tower, causal=False, keep_outputs=bool(q.deep_layers))
-        x = done.x.reshape(-1, x.shape[-1])[order]
-        if done.outputs is not None:
-            outputs.append(done.outputs.reshape(stop - start, -1, x.shape[-1])[:, order])
-    return x, jnp.concatenate(outputs) if outputs else None
+        deep = jax.vmap(merge_normed)(params, joined(outputs[jnp.asarray(v.deep_layers)]))
+        return Encoded(tokens, deep[jnp.asarray(np.argsort(v.deep_layers))])
 
+    @staticmethod
+    def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """What follows from the sizes of the images: a row for each of them, and the positions of the text.
 
-def _merge(params: Params, x: Float[Array, "P W"]) -> Float[Array, "P D"]:
-    """Joined and normed patches to tokens."""
-    linear = lambda name, y: y @ params[name].astype(y.dtype) + params[f"{name}_bias"].astype(y.dtype)[None]
-    return linear("output", ACTIVATIONS["gelu"](linear("hidden", x)))
+        image_rows int32[images, most], the patches of each image; image_filled, 1 on them and 0 on what fills
+        the row; image_order int32[N], where each patch went in it; window_rows, window_filled, window_order
+        likewise, where there are windows; image_places int32[N, 2], the row and column of each patch in its
+        image; image_corners int32[N, 4] and image_corner_weights float32[N, 4], the learned positions around
+        it, where there are any; positions int32[B, T, 3] with M-RoPE, unless the batch has them.
 
-
-def _turns(places: Int[Array, "groups most 2"], dim: int) -> Rotary:
-    """The first half of a head's pairs turns by the row, the second by the column."""
-    frequencies = 1.0 / THETA ** (np.arange(0, dim // 2, 2, dtype=np.float32) / np.float32(dim // 2))
-    angles = places.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None, None]
-    angles = angles.reshape(*places.shape[:2], dim // 2)
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
-
-
-def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What follows from the sizes of the images: a row for each of them, and the positions of the text.
-
-    image_rows int32[images, most], the patches of each image; image_filled, 1 on them and 0 on what fills the
-    row; image_order int32[N], where each patch went in it; window_rows, window_filled, window_order likewise,
-    where there are windows; image_places int32[N, 2], the row and column of each patch in its image;
-    image_corners int32[N, 4] and image_corner_weights float32[N, 4], the learned positions around it, where
-    there are any; positions int32[B, T, 3] with M-RoPE, unless the batch has them.
-
-    Raises:
-      ValueError: sizes or tokens are traced, sizes that do not fit the patches or the placeholders, videos,
-        or packed sequences.
-    """
-    if "image_rows" in batch:
-        return {}
-    v, q = config.vision, config.vision.qwen
-    videos = [name for name in ("pixel_values_videos", "video_grid_thw") if name in batch]
-    if videos:
-        raise ValueError(
-            f"the batch holds {videos[0]}: videos are not supported, take their frames as images"
+        Raises:
+          ValueError: sizes or tokens are traced, sizes that do not fit the patches or the placeholders,
+            videos, or packed sequences.
+        """
+        if "image_rows" in batch:
+            return {}
+        v = config.vision_as(QwenVisionConfig)
+        videos = [name for name in ("pixel_values_videos", "video_grid_thw") if name in batch]
+        if videos:
+            raise ValueError(
+                f"the batch holds {videos[0]}: videos are not supported, take their frames as images"
+            )
+        grids = _grids(batch, config)
+        rows, columns = qwen_positions.places(grids, v.merge)
+        images = np.repeat(np.arange(len(grids), dtype=np.int32), grids[:, 0] * grids[:, 1])
+        added: dict[str, Any] = {"image_places": np.stack([rows, columns], axis=-1)}
+        groups = {"image": images}
+        if v.window:
+            side = v.window_side * v.merge
+            groups["window"] = qwen_positions.windows(images, rows, columns, side)
+        for name, numbers in groups.items():
+            cut = qwen_positions.cut(numbers)
+            added |= {f"{name}_rows": cut.rows, f"{name}_filled": cut.filled, f"{name}_order": cut.order}
+        if v.position_side:
+            near = qwen_positions.corners(grids[images], rows, columns, v.position_side)
+            added["image_corners"], added["image_corner_weights"] = near
+        positions = qwen_positions.of_text(
+            on_host(batch, "tokens"),
+            None if batch.get("segment_ids") is None else on_host(batch, "segment_ids"),
+            grids // v.merge,
+            v.image_token,
         )
-    grids = _grids(batch, config)
-    rows, columns = qwen_positions.places(grids, q.merge)
-    images = np.repeat(np.arange(len(grids), dtype=np.int32), grids[:, 0] * grids[:, 1])
-    added: dict[str, Any] = {"image_places": np.stack([rows, columns], axis=-1)}
-    groups = {"image": images}
-    if q.window:
-        side = q.window_side(v.patch_size) * q.merge
-        groups["window"] = qwen_positions.windows(images, rows, columns, side)
-    for name, numbers in groups.items():
-        cut = qwen_positions.cut(numbers)
-        added |= {f"{name}_rows": cut.rows, f"{name}_filled": cut.filled, f"{name}_order": cut.order}
-    if q.position_side:
-        near = qwen_positions.corners(grids[images], rows, columns, q.position_side)
-        added["image_corners"], added["image_corner_weights"] = near
-    positions = qwen_positions.of_text(
-        _host(batch, "tokens"),
-        None if batch.get("segment_ids") is None else _host(batch, "segment_ids"),
-        grids // q.merge,
-        v.image_token,
-    )
-    if config.rope.sections and "positions" not in batch:
-        added["positions"] = positions
-    return added
+        if isinstance(config.position, RopeConfig) and config.position.sections and "positions" not in batch:
+            added["positions"] = positions
+        return added
 
 
 def _grids(batch: Mapping[str, Any], config: ModelConfig) -> Int[np.ndarray, "images 2"]:
     """Rows and columns of patches of each image, checked against the patches that there are."""
-    merge, images = config.vision.qwen.merge, batch["images"]
-    grids = _host(batch, "image_grid_thw").reshape(-1, 3).astype(np.int64)
+    merge, images = config.vision_as(QwenVisionConfig).merge, batch["images"]
+    grids = on_host(batch, "image_grid_thw").reshape(-1, 3).astype(np.int64)
     if not len(grids):
         raise ValueError("image_grid_thw is empty; leave it and the images out of a batch of text")
     if (grids[:, 0] != 1).any():
@@ -218,17 +215,13 @@ def _grids(batch: Mapping[str, Any], config: ModelConfig) -> Int[np.ndarray, "im
 
 def _patch_size(config: ModelConfig) -> int:
     """Numbers in a patch."""
-    v = config.vision
-    return v.channels * v.qwen.frames * v.patch_size**2
+    v = config.vision_as(QwenVisionConfig)
+    return v.channels * v.frames * v.patch_size**2
 
 
-def _host(batch: Mapping[str, Any], name: str) -> np.ndarray:
-    """A value of the batch on the host."""
-    if name not in batch:
-        raise ValueError(f"the batch lacks {name}, which the family's processor gives beside the images")
-    if isinstance(batch[name], jax.core.Tracer):
-        raise ValueError(f"{name} is traced; call prepare_batch outside of jit")
-    return np.asarray(batch[name])
-
-
-TOWER = Tower(edges=VisionEdges, layer=layer, projector=Projector, encode=encode, prepare=prepare)
+def _rotary(places: Int[Array, "groups most 2"], dim: int) -> Rotary:
+    """The first half of a head's pairs turns by the row, the second by the column."""
+    frequencies = 1.0 / THETA ** (np.arange(0, dim // 2, 2, dtype=np.float32) / np.float32(dim // 2))
+    angles = places.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+    angles = angles.reshape(*places.shape[:2], dim // 2)
+    return Rotary(jnp.cos(angles), jnp.sin(angles))

@@ -1,0 +1,129 @@
+"""Whether two models are the same function, however their configs say it: shapes, settings, token ids."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig, NSAConfig, RopeConfig, SlidingAttentionConfig
+
+if TYPE_CHECKING:  # configs are compared without jax
+    from jaxlab.models import Params
+
+# What does not change the function that parameters stand for.
+_FREE = ("compute_dtype", "remat", "initializer_range", "family")
+
+
+def differences(one: ModelConfig, other: ModelConfig, free: Collection[str] = ()) -> list[str]:
+    """The fields, other than `free` ones, in which two models are not the same function."""
+    return [
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in _FREE
+        and field.name not in free
+        and getattr(one, field.name) != getattr(other, field.name)
+        and not _same(field.name, one, other)
+    ]
+
+
+def difference(one: ModelConfig, other: ModelConfig) -> str | None:
+    """The first of these fields with its two values; None if there is none."""
+    for name in differences(one, other):
+        return f"{name} is {getattr(one, name)} and {getattr(other, name)}"
+    return None
+
+
+def language_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields in which two language models, with or without vision, are too different to be merged.
+
+    What shows in shapes and has a policy is free: vocabularies, tied heads, vision. All coordinates of a
+    position are equal in a text, so which pair turns by which one does not matter either.
+    """
+    free = ["vocab_size", "vision", "tie_embeddings", "extra_embeddings"]
+    if one.position.kind != "learned":
+        free.append("max_length")
+    return differences(_of_texts(one), _of_texts(other), free)
+
+
+def _of_texts(config: ModelConfig) -> ModelConfig:
+    """The model with positions of one coordinate."""
+    if not isinstance(config.position, RopeConfig):
+        return config
+    rope = dataclasses.replace(config.position, sections=(), sections_interleaved=False)
+    return dataclasses.replace(config, position=rope)
+
+
+def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether a field that differs means the same, or nothing, in both."""
+    resolved = {
+        "num_kv_heads": "kv_heads",
+        "head_dim": "key_dim",
+        "value_head_dim": "value_dim",
+        "output_bias": "has_output_bias",
+    }
+    if field in resolved:
+        return bool(getattr(one, resolved[field]) == getattr(other, resolved[field]))
+    if field == "attention_scale":
+        scales = [c.key_dim**-0.5 if c.attention_scale is None else c.attention_scale for c in (one, other)]
+        return scales[0] == scales[1]
+    if field == "moe":
+        mixtures = [c.moe and dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
+        return mixtures[0] == mixtures[1]
+    if field == "attention":
+        return bool(_attention(one) == _attention(other))
+    plain_mlp = any(c.moe is None or c.dense_layers for c in (one, other))
+    return field == "mlp_width" and not plain_mlp
+
+
+def _attention(c: ModelConfig) -> Any:
+    """What the attention of all layers computes, whoever does it."""
+    if isinstance(c.attention, NSAConfig):
+        return dataclasses.replace(c.attention, implementation="auto", compress_init="random")
+    if not isinstance(c.attention, SlidingAttentionConfig):
+        return c.kinds
+    return c.kinds, c.attention.window, c.attention.rope_theta if c.position.kind == "rotary" else None
+
+
+def check_same_tree(
+    stored: "Params", expected: "Params", path: str | Path, expected_by: str = "its config"
+) -> None:
+    """Whether two trees hold parameters of the same names and shapes.
+
+    Raises:
+      UserError: parameters are missing, unexpected or of another shape; one line names them.
+    """
+    have, want = _shapes(stored), _shapes(expected)
+    problems = [f"lacks {name}" for name in want if name not in have]
+    problems += [f"has an unexpected {name}" for name in have if name not in want]
+    problems += [
+        f"{n} is {have[n]}, {expected_by} says {want[n]}" for n in want if have.get(n, want[n]) != want[n]
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: {'; '.join(problems[:3])}{more}")
+
+
+def _shapes(tree: "Params") -> dict[str, tuple[int, ...]]:
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+
+
+def common_prefix(tokenizers: Sequence[Tokenizer | None]) -> int | None:
+    """How many token ids, from 0 on, stand for the same token in all; None if all read bytes."""
+    if all(tokenizer is None for tokenizer in tokenizers):
+        return None
+    if any(tokenizer is None for tokenizer in tokenizers):
+        return 0
+    tables = [
+        tokenizer.get_vocab(with_added_tokens=True) for tokenizer in tokenizers if tokenizer is not None
+    ]
+    names = [{index: token for token, index in table.items()} for table in tables]
+    rows = 0
+    while rows in names[0] and all(other.get(rows) == names[0][rows] for other in names[1:]):
+        rows += 1
+    return rows

@@ -1,0 +1,142 @@
+"""A model that has been opened: what its headers and files say, read when it is first asked for."""
+
+import abc
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from tokenizers import Tokenizer
+
+from jaxlab.checkpoints.source_files import SourceFiles
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig
+
+if TYPE_CHECKING:  # jax is imported where a tensor, or the shape of one, is asked for
+    import jax
+
+    from jaxlab.models import Params
+
+Form = Literal["orbax", "huggingface", "llama2c"]
+
+
+class OpenModel(abc.ABC):
+    """A model on disk. No property reads a tensor, and none reads a file again that was read before.
+
+    Every property, and `read`, raises UserError for a file that is missing, damaged or not known.
+    """
+
+    form: ClassVar[Form]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        """The folder, or the file."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and folders that `read` reads: what is made of them must not replace them."""
+        return (self.path,)
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> ModelConfig: ...
+
+    @functools.cached_property
+    def shapes(self) -> "Params":
+        """Shapes and dtypes of the parameters as they are stored."""
+        return self.shapes_in(None)
+
+    @abc.abstractmethod
+    def shapes_in(self, dtype: "jax.typing.DTypeLike | None") -> "Params":
+        """Shapes and dtypes that parameters read in `dtype` have; None: the stored one."""
+
+    @property
+    def summary(self) -> str:
+        """What became of its tensors, in a few words."""
+        import jax
+
+        return f"{len(jax.tree.leaves(self.shapes))} parameters, stacked over layers"
+
+    @property
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """None: the model reads bytes, or came without one."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Of several templates the default one, in Jinja; None: the model has none."""
+        return None if self.source_files is None else self.source_files.chat_template
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text, by the files of the model; none where they say nothing."""
+        return frozenset() if self.source_files is None else self.source_files.end_tokens
+
+    @property
+    @abc.abstractmethod
+    def source_files(self) -> SourceFiles | None:
+        """The files beside the tensors of a Hugging Face folder; None if the model never was one."""
+
+    @property
+    def companion_folder(self) -> Path:
+        """Where config.json and the files of tokenizer and processor lie, if the model has any."""
+        return self.path
+
+    @property
+    def made_by(self) -> dict[str, Any] | None:
+        """What a shipped model says of its making: config, command, commit, results."""
+        return None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of all files, whole: it changes when the model does."""
+        digest = hashlib.sha256()
+        path = self.path
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            digest.update(json.dumps(file.name if file == path else str(file.relative_to(path))).encode())
+            try:
+                with open(file, "rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+        return digest.hexdigest()
+
+    @abc.abstractmethod
+    def read(
+        self,
+        *,
+        shardings: "Params | None" = None,
+        dtype: "jax.typing.DTypeLike | None" = None,
+        check_finite: bool = False,
+    ) -> "Params":
+        """The parameters.
+
+        Args:
+          shardings: a tree like the parameters of `jax.sharding.Sharding`: each tensor is read straight to
+            where it will live. None: the default device.
+          dtype: read the tensors in this dtype instead of the one they are stored in.
+          check_finite: refuse NaN and infinities.
+
+        Raises:
+          UserError: tensors that are damaged, not the config's, or not finite though that was asked for.
+        """
+
+    def config_in(self, dtype: "jax.typing.DTypeLike | None") -> ModelConfig:
+        """The config for parameters that were read in `dtype`."""
+        return self.config
+
+
+def check_all_finite(params: "Params", path: Path) -> None:
+    """Whether all numbers are finite.
+
+    Raises:
+      UserError: a parameter, which is named, holds NaN or infinities.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(jnp.isfinite(leaf).all()):
+            name = jax.tree_util.keystr(leaf_path, simple=True, separator=".")
+            raise UserError(f"{path}: {name} holds NaN or infinities")

@@ -1,0 +1,208 @@
+"""What a model is, and what can be merged with it, from configs and headers alone.
+
+A Hugging Face folder is inspected without jax.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from jaxlab.checkpoints import families
+from jaxlab.checkpoints.compatibility import common_prefix, language_differences
+from jaxlab.checkpoints.forms.base import OpenModel
+from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.tensor_folder import TensorFolder
+from jaxlab.checkpoints.unexpected_tensors import Match, match
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig, RopeConfig
+
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What is known of a model without its tensors."""
+
+    name: str
+    config: ModelConfig
+    lines: tuple[tuple[str, str], ...]
+    tokenizer: Tokenizer | None
+    problems: str = ""
+    """What makes it no model of its family; "": nothing."""
+
+
+def inspect_model(opened: OpenModel, name: str) -> ModelReport:
+    """What a model is. Tensors that are missing or not known are told, not raised.
+
+    Raises:
+      UserError: files that are no model, or one of no known family.
+    """
+    if not isinstance(opened, HuggingFaceFolder):
+        return _inspect_parameters(opened, name)
+    found = match(opened.tensors, opened.described)
+    config = dataclasses.replace(opened.described, family=found.family)
+    try:
+        tokenizer = opened.tokenizer
+        described = _vocabulary(tokenizer, "none")
+    except UserError as error:
+        tokenizer, described = None, str(error)
+    lines = [
+        *_architecture(config),
+        ("parameters", _parameters(opened.tensors, found)),
+        ("stored", _stored(opened.stored)),
+        ("tensors", _mapped(found)),
+        ("tokenizer", described),
+    ]
+    problems = [
+        f"{len(names)} tensors {what}: {_listed(names)}"
+        for what, names in (("missing", found.missing), ("not known", found.unmapped))
+        if names
+    ]
+    return ModelReport(name, config, tuple(lines), tokenizer, "; ".join(problems))
+
+
+def _inspect_parameters(opened: OpenModel, name: str) -> ModelReport:
+    """A model of ours, or of llama2.c: their sizes are known to Orbax and to jax."""
+    import jax
+
+    config = opened.config
+    leaves = jax.tree.leaves(opened.shapes)
+    sizes = Counter({str(leaf.dtype): 0 for leaf in leaves})
+    for leaf in leaves:
+        sizes[str(leaf.dtype)] += leaf.size
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    form = {"orbax": "ours (Orbax)", "llama2c": "llama2.c"}[opened.form]
+    lines = [
+        *_architecture(config),
+        ("parameters", f"{sum(sizes.values()):,}"),
+        ("stored", f"{stored:,} bytes of {_list_dtypes(sizes)}, {form}"),
+        ("tokenizer", _vocabulary(opened.tokenizer, "bytes" if config.family == "jaxlab" else "none")),
+    ]
+    if opened.source_files is not None:
+        lines.append(("came from", "a folder of Hugging Face, whose files it keeps"))
+    return ModelReport(name, config, tuple(lines), opened.tokenizer)
+
+
+def compare_for_merging(first: ModelReport, other: ModelReport) -> list[str]:
+    """Whether two language models can be merged, and which policy of embeddings resolves what differs."""
+    one, two = first.config, other.config
+    apart = language_differences(one, two)
+    if apart:
+        return [
+            "cannot be merged: the language models are not the same function",
+            *(f"{name}: {_value(one, name)} and {_value(two, name)}" for name in apart),
+        ]
+    rows = one.embedding_rows, two.embedding_rows
+    lines = ["can be merged: the language models are of one architecture"]
+    lines.append("vocabulary: " + " and ".join(f"{n:,}" for n in dict.fromkeys(rows)) + " rows")
+    if one.tie_embeddings != two.tie_embeddings:
+        tied, own = (first, other) if one.tie_embeddings else (other, first)
+        lines.append(f"head: the embedding in {tied.name}, one of its own in {own.name}")
+    return lines + _policies(first, other, min(rows))
+
+
+def _policies(first: ModelReport, other: ModelReport, shared: int) -> list[str]:
+    """A line for each value of `embeddings` in a recipe."""
+    keep = f"embeddings: vlm keeps those of {first.name}"
+    known = [first.tokenizer, other.tokenizer]
+    own = first.config.family == other.config.family == "jaxlab"
+    if any(tokenizer is None for tokenizer in known) and not own:
+        unknown = "whether their tokens agree is unknown without tokenizers"
+        return [keep, f"embeddings: merge merges {shared:,} rows; {unknown}"]
+    common = common_prefix(known)
+    common = shared if common is None else min(common, shared)
+    lines = [f"token ids: the first {common:,} are the same"]
+    lines.append(f"{keep}{' (the only choice that is safe)' if common == 0 else ''}")
+    if common:
+        lines.append(f"embeddings: merge_common_rows merges the first {common:,} rows")
+        if common == shared:
+            lines.append("embeddings: merge does the same, since all shared rows agree")
+        else:
+            lines.append(f"embeddings: merge would mix rows of different tokens from {common:,} on")
+    return lines
+
+
+def _architecture(c: ModelConfig) -> list[tuple[str, str]]:
+    lines = [("family", c.family)]
+    if c.family != "jaxlab" and not families.find(c.family).forward:
+        lines[0] = ("family", f"{c.family} (converted and merged, not run)")
+    heads = f"{c.num_heads} heads" + ("" if c.kv_heads == c.num_heads else f" ({c.kv_heads} key/value)")
+    lines.append(("language model", f"{c.num_layers} layers, width {c.width}, {heads} of {c.key_dim}"))
+    if c.moe is not None:
+        dense = f", {c.dense_layers} layers without" if c.dense_layers else ""
+        lines.append(("experts", f"{c.moe.experts_per_token} of {c.moe.num_experts} of {c.moe.width}{dense}"))
+    kinds = Counter(c.kinds)
+    if set(kinds) != {"full"}:
+        said = [
+            f"{n} {kind}" + (f" ({c.sliding.window})" if kind == "sliding" else "")
+            for kind, n in kinds.items()
+        ]
+        lines.append(("attention", ", ".join(said)))
+    stretched = isinstance(c.position, RopeConfig) and c.position.scaling != "none"
+    scaling = f", rotary positions stretched ({c.rope.scaling})" if stretched else ""
+    lines.append(("context", f"{c.max_length:,} tokens{scaling}"))
+    head = "head is the embedding" if c.tie_embeddings else "head of its own"
+    lines.append(("vocabulary", f"{c.embedding_rows:,} rows, {head}"))
+    if (v := c.vision) is not None:
+        lines.append(("vision", f"{v.num_layers} layers, width {v.width}, patches of {v.patch_size}"))
+    return lines
+
+
+def _parameters(folder: TensorFolder, found: Match) -> str:
+    seeing = ("vision.", "projector.")
+    parts = [0, 0]
+    for name, path in found.paths.items():
+        parts[path.startswith(seeing)] += folder[name].size
+    total = f"{sum(parts):,}"
+    return f"{total} ({parts[0]:,} language, {parts[1]:,} vision)" if parts[1] else total
+
+
+def _stored(folder: TensorFolder) -> str:
+    sizes: Counter[str] = Counter()
+    for tensor in folder.values():
+        sizes[tensor.dtype.name] += tensor.size
+    return f"{sum(tensor.nbytes for tensor in folder.values()):,} bytes of {_list_dtypes(sizes)}"
+
+
+def _list_dtypes(sizes: Counter[str]) -> str:
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    return ", ".join(f"{name} ({count:,})" for name, count in sizes.most_common())
+
+
+def _mapped(found: Match) -> str:
+    parts = [f"{len(found.paths):,} used"]
+    for names, what in (
+        (found.copies, "a copy of the embedding"),
+        (found.ignored, "ignored by rule"),
+        (found.unmapped, "not known"),
+        (found.missing, "missing"),
+    ):
+        if names:
+            parts.append(f"{len(names):,} {what}")
+    return ", ".join(parts)
+
+
+def _vocabulary(tokenizer: Tokenizer | None, without: str) -> str:
+    return without if tokenizer is None else f"{tokenizer.get_vocab_size():,} tokens"
+
+
+def _value(config: ModelConfig, field: str) -> str:
+    resolved = {"num_kv_heads": "kv_heads", "head_dim": "key_dim", "value_head_dim": "value_dim"}
+    value = getattr(config, resolved.get(field, field))
+    if dataclasses.is_dataclass(value):
+        changed = [
+            f"{f.name} {getattr(value, f.name)}"
+            for f in dataclasses.fields(value)
+            if getattr(value, f.name) != f.default
+        ]
+        return f"({', '.join(changed)})"
+    return str(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

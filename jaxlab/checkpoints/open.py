@@ -1,0 +1,71 @@
+"""Opening a model, wherever it comes from: a folder of ours or of Hugging Face, a hub id, llama2.c."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+from jaxlab.checkpoints.forms.base import OpenModel
+from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.locate import form_of, resolve
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig
+
+if TYPE_CHECKING:  # a Hugging Face folder is looked into without jax
+    import jax
+
+    from jaxlab.models import Params
+
+
+def open_model(
+    reference: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+) -> OpenModel:
+    """The model that `reference` names: a folder or file, a run, or a hub id `owner/name[@revision]`.
+
+    Nothing but its form is found out here; the rest is read when it is asked for, once.
+
+    Args:
+      adapter: a folder with a LoRA adapter, or its hub id, merged into the tensors of a Hugging Face folder.
+      allow_pickle: read PyTorch's .bin files where there are no safetensors (no code from them is run).
+      revision: commit, tag or branch of a hub id that names none.
+      offline: take a hub id from the cache alone.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    path = resolve(reference, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    form = form_of(path)
+    if form == "huggingface":
+        merged = None if adapter is None else resolve(adapter, allow_pickle=allow_pickle)
+        return HuggingFaceFolder(path, adapter=merged, allow_pickle=allow_pickle)
+    if adapter is not None:
+        raise UserError(f"{path}: --adapter is for folders of Hugging Face; convert it to one first")
+    if form == "llama2c":
+        from jaxlab.checkpoints.forms.llama2c import Llama2cFile
+
+        return Llama2cFile(path)
+    from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
+
+    return OrbaxFolder(path)
+
+
+def load_model(
+    path: str | Path, *, shardings: "Params | None" = None, dtype: "jax.typing.DTypeLike | None" = None
+) -> "tuple[ModelConfig, Params, Tokenizer | None]":
+    """The config, parameters and tokenizer of a model; see `open_model` and `OpenModel.read`.
+
+    Returns:
+      config, parameters and tokenizer; None: the model reads bytes, or came without one.
+
+    Raises:
+      UserError: there is no such model, or it is damaged, or not of a known family.
+    """
+    opened = open_model(path)
+    config, tokenizer = opened.config_in(dtype), opened.tokenizer
+    return config, opened.read(shardings=shardings, dtype=dtype), tokenizer

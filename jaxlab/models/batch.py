@@ -1,0 +1,34 @@
+"""What a model reads."""
+
+from typing import Any, Required, TypedDict
+
+
+class Batch(TypedDict, total=False):
+    """Rows of tokens with what goes with them; arrays of numpy or JAX.
+
+    Whatever else a family's processor gives beside its images is passed on to the vision tower.
+    """
+
+    tokens: Required[Any]
+    """int32[B, T]"""
+    segment_ids: Any
+    """int32[B, T]: packed texts; 0 is padding. Without it, one text a row."""
+    positions: Any
+    """int32[B, T], or int32[B, T, 3] with M-RoPE; with a cache they count on from what it holds. Without it
+    they follow from the segments."""
+    together: Any
+    """int32[B, T]: tokens of one number above 0 see each other whatever their order."""
+    loss_mask: Any
+    """bool[B, T]: True on the targets of the loss."""
+    images: Any
+    """float32[B, n, height, width, channels], or what the family's processor calls pixel_values."""
+    image_grid_thw: Any
+    """int[images, 3]: frames, rows and columns of patches of each image (Qwen2-VL and after)."""
+    image_sizes: Any
+    """int[images, 2]: heights and widths of images that are cut to tiles (LLaVA-NeXT and after)."""
+    batch_num_images: Any
+    """int[B]: images of each row (LLaVA-OneVision)."""
+    pixel_attention_mask: Any
+    """int[B, n, height, width]: 1 on pixels of the image (Idefics3)."""
+    token_type_ids: Any
+    """int[B, T]: 0 on the prompt (PaliGemma)."""

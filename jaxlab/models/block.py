@@ -1,0 +1,105 @@
+"""One layer of a decoder or of a vision transformer: norms, attention, MLP or experts, residual sums."""
+
+from typing import Literal, NamedTuple
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxlab.models.attention import Attended, Attention
+from jaxlab.models.cache import LayerCache
+from jaxlab.models.config import ModelConfig
+from jaxlab.models.context import AttentionContext
+from jaxlab.models.full_attention import FullAttention
+from jaxlab.models.initializer import Initializer
+from jaxlab.models.layers import MLP, Norm, layer_norm
+from jaxlab.models.mesh import split_tokens
+from jaxlab.models.moe import MixtureOfExperts
+from jaxlab.models.native_sparse import NativeSparseAttention
+from jaxlab.models.probe import Probe
+
+ATTENTION: dict[str, type[Attention]] = {
+    "full": FullAttention,
+    "sliding": FullAttention,
+    "nsa": NativeSparseAttention,
+}
+"""The class of each kind of attention."""
+
+
+class BlockOutput(NamedTuple):
+    """What a layer returns; None where it does not apply."""
+
+    x: Float[Array, "B T D"]
+    attended: Attended
+    """Of its attention: the cache, NSA's choice."""
+    balance_loss: Float[Array, ""] | None
+    """The load-balancing loss of its experts."""
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); or both read one norm (`parallel`)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        init: Initializer,
+        *,
+        experts: bool = True,
+        qk_norm_kind: Literal["rms", "layer"] | None = None,
+        layer_scale: float | None = None,
+    ):
+        """
+        Args:
+          experts: a mixture of experts in place of the MLP, if the model has any.
+          qk_norm_kind: of the norms on queries and keys; None: as the other norms.
+          layer_scale: initial factors on what attention and the MLP add (arXiv 2103.17239); None: there are
+            none.
+        """
+        c, residual_scale = config, (2 * config.num_layers) ** -0.5
+        self.parallel = c.parallel
+        self.attention_norm = layer_norm(c, init)
+        self.attention = ATTENTION[c.attention.kind](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
+        self.mlp_norm = None if c.parallel else layer_norm(c, init)
+        self.attention_post_norm = layer_norm(c, init) if c.post_norms else None
+        self.mlp_post_norm = layer_norm(c, init) if c.post_norms else None
+        has_experts = c.moe is not None and experts
+        self.moe = MixtureOfExperts(c, residual_scale, init) if has_experts else None
+        self.mlp = None if has_experts else MLP(c, c.mlp_width, residual_scale, init)
+        gain = lambda: None if layer_scale is None else init.full((c.width,), ("embed",), layer_scale)
+        self.attention_gain, self.mlp_gain = gain(), gain()
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: AttentionContext,
+        *,
+        kind: str = "full",
+        probe: Probe | None = None,
+        cache: LayerCache | None = None,
+    ) -> BlockOutput:
+        """The residual stream after this layer; arguments as those of `Attention`."""
+        if context.causal:
+            x = split_tokens(x)
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, context, kind=kind, probe=probe, cache=cache)
+        attention_out = _scaled(_normed(attended.out, self.attention_post_norm), self.attention_gain)
+        if self.mlp_norm is not None:
+            x = x + attention_out
+            normed = self.mlp_norm(x)
+        balance_loss = None
+        if self.moe is not None:
+            mlp_out, balance_loss = self.moe(normed)
+        else:
+            assert self.mlp is not None
+            mlp_out = self.mlp(normed)
+        mlp_out = _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain)
+        x = x + (attention_out + mlp_out if self.parallel else mlp_out)
+        return BlockOutput(x, attended, balance_loss)
+
+
+def _normed(x: Array, norm: Norm | None) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _scaled(x: Array, gain: nnx.Param | None) -> Array:
+    """LayerScale, in layers that have it."""
+    return x if gain is None else x * gain.astype(x.dtype)[None, None]

@@ -1,0 +1,134 @@
+"""The kinds of attention that a decoder is trained with."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxlab.errors import ConfigError
+
+LayerKind = Literal["full", "sliding"]
+DenseImplementation = Literal["xla", "chunked", "cudnn"]
+
+
+@dataclass(frozen=True)
+class FullAttentionConfig:
+    """Every layer reads the whole text."""
+
+    kind: Literal["full"] = "full"
+    implementation: DenseImplementation = "xla"
+    """xla: anywhere, all scores at once; chunked: anywhere, in memory linear in the length, and twice as fast
+    on a CPU (with a cache as xla); cudnn: on NVIDIA GPUs in bf16 with Dk = Dv."""
+
+
+@dataclass(frozen=True)
+class SlidingAttentionConfig:
+    """Layers read a window of the text; with a pattern some of them all of it."""
+
+    kind: Literal["sliding"] = "sliding"
+    window: int = 512
+    """Tokens that a sliding layer sees, the query's own included."""
+    pattern: tuple[LayerKind, ...] = ()
+    """Kinds of the first layers, repeated over the others; empty: all layers slide."""
+    rope_theta: float | None = None
+    """Sliding layers turn by plain rotary positions of this base instead (Gemma 3)."""
+    implementation: DenseImplementation = "xla"
+    """As of full attention."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ConfigError(f"must be at least 1, is {self.window}", key="window")
+        if self.pattern and "sliding" not in self.pattern:
+            raise ConfigError("names no sliding layer; set kind full", key="pattern")
+        if self.rope_theta is not None and not 0 < self.rope_theta < float("inf"):
+            raise ConfigError(f"must be positive and finite, is {self.rope_theta}", key="rope_theta")
+
+
+Branch = Literal["compression", "selection", "window"]
+BRANCHES: tuple[Branch, ...] = ("compression", "selection", "window")
+"""NSA's branches in the order in which parameters and gates have them."""
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """Native Sparse Attention (ACL 2025, sec. 3); the defaults are the paper's."""
+
+    kind: Literal["nsa"] = "nsa"
+    block_len: int = 32
+    """Tokens in a compression block (l)."""
+    stride: int = 16
+    """Tokens between the starts of compression blocks (d)."""
+    block_size: int = 64
+    """Tokens in a selection block (l')."""
+    num_blocks: int = 16
+    """Selection blocks that a query reads (n), the forced ones included."""
+    num_init: int = 1
+    """Blocks at the start of the sequence that are always read."""
+    num_local: int = 2
+    """Blocks ending at the query's own that are always read."""
+    window: int = 512
+    """Tokens of the sliding window (w), the query's own included."""
+    compress_width: int = 256
+    """Hidden width of the MLP that compresses a block's keys (another one its values)."""
+    compress_init: Literal["random", "mean"] = "random"
+    """How these MLPs start. mean: as the exact mean of the block, so that the choice of blocks means
+    something from the first step; takes 2 hidden units for each dimension of a head, others start silent."""
+    gate_width: int = 0
+    """Hidden width of the gate MLP; 0 makes it one linear layer."""
+    selector: Literal["compressed", "min_max", "auxiliary"] = "compressed"
+    """What rates selection blocks. compressed: attention to compressed keys (eq. 9). The paper rejects two
+    (sec. 6.1). min_max: without parameters, the bound of a score by the least and the greatest of each
+    channel of a block's keys, after Quest. auxiliary: a scorer trained beside, by the attention that blocks
+    get."""
+    selector_dim: int = 16
+    """auxiliary: dimension of the scorer's queries and keys."""
+    branches: tuple[Branch, ...] = BRANCHES
+    """Branches that are there (an ablation); the gates of the others are 0, their parameters stay unused."""
+    shared_kv: bool = False
+    """One key and one value projection for all branches (an ablation)."""
+    implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
+    """auto: the best that takes the case; mosaic_gpu: the kernels for Hopper, which take a compute_dtype of
+    16 bits, for decoding too."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "block_len",
+            "stride",
+            "block_size",
+            "num_blocks",
+            "window",
+            "compress_width",
+            "selector_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        for name in ("num_init", "num_local", "gate_width"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"must not be negative, is {getattr(self, name)}", key=name)
+        if self.num_init + self.num_local > self.num_blocks:
+            raise ConfigError(
+                f"{self.num_blocks} blocks cannot hold the forced {self.num_init} first "
+                f"and {self.num_local} local ones; raise num_blocks",
+                key="num_blocks",
+            )
+        if not self.branches or len({*self.branches}) < len(self.branches):
+            raise ConfigError(
+                f"name each at most once and at least one: {list(self.branches)}", key="branches"
+            )
+        if self.selector != "compressed" and not (self.num_init and self.num_local):
+            raise ConfigError(
+                f"{self.selector} rates whole blocks of the past; keep num_init and num_local at 1 or more",
+                key="selector",
+            )
+        chooses_by = "compression" if self.selector == "compressed" else "selection"
+        if "selection" in self.branches and chooses_by not in self.branches:
+            raise ConfigError(
+                "compressed keys learn to choose through their branch only; add compression or set "
+                "another selector",
+                key="branches",
+            )
+        if self.stride > self.block_len:
+            raise ConfigError(
+                f"stride {self.stride} exceeds block_len {self.block_len}: tokens would be lost", key="stride"
+            )
+
+
+AttentionConfig = FullAttentionConfig | SlidingAttentionConfig | NSAConfig

@@ -1,0 +1,167 @@
+"""Full and sliding attention: masks, softmax, and the implementations of others."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxlab.models.attention import Attended, Attention
+from jaxlab.models.cache import LayerCache, write
+from jaxlab.models.context import AttentionContext
+from jaxlab.models.layers import softcap
+from jaxlab.models.mesh import Part, in_parts
+from jaxlab.models.probe import Probe, probed_attention
+from jaxlab.models.sparse_inference import sparse_attention
+from kernels_pallas.nsa import window_attention
+
+
+class FullAttention(Attention):
+    """Softmax attention over the whole text or, in sliding layers, over a window of it."""
+
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        context: AttentionContext,
+        *,
+        kind: str,
+        probe: Probe | None,
+        cache: LayerCache | None,
+    ) -> Attended:
+        sliding = kind == "sliding"
+        rotary = context.local_rotary if sliding else context.rotary
+        q, k, v = self.project(x)
+        q, k = self.with_rope(q, rotary), self.with_rope(k, rotary)
+        if isinstance(cache, tuple):
+            slots = context.cache_slots
+            cache = k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+        window = self.config.sliding.window if sliding else None
+        return Attended(self._heads_output(q, k, v, context, window, probe), cache)
+
+    def _heads_output(
+        self, q: Array, k: Array, v: Array, context: AttentionContext, window: int | None, probe: Probe | None
+    ) -> Array:
+        c, segment_ids = self.config, context.segment_ids
+        cached = context.cache_slots is not None
+        if c.sparsity is not None:
+            if cached or probe is not None or segment_ids is not None or context.together is not None:
+                raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
+            return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
+        if probe is not None:
+            if c.attention_softcap is not None or context.together is not None:
+                raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
+            return probed_attention(
+                q, k, v, probe, segment_ids=segment_ids, window=window, scale=c.score_scale
+            )
+        if cached or not context.causal:
+            return self._part_output(q, k, v, context, window)
+
+        def core(
+            tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
+        ) -> tuple[Array, None]:
+            q, k, v = tokens
+            if part is not None:
+                k, v = part.whole(k), part.whole(v)
+            here = context._replace(**dict(zip(of_keys, rows, strict=True)))
+            return self._part_output(q, k, v, here, window, part), None
+
+        of_keys = ("positions", "segment_ids", "together", "visible")
+        return in_parts(core, (q, k, v), tuple(getattr(context, name) for name in of_keys), None)[0]
+
+    def _part_output(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: AttentionContext,
+        window: int | None,
+        part: Part | None = None,
+    ) -> Array:
+        """Of all queries, or of those of one stretch; `context` is of all keys."""
+        c, implementation = self.config, self.config.attention.implementation
+        cached = context.cache_slots is not None
+        if implementation == "chunked" and not cached:
+            if not context.causal or context.together is not None or context.visible is not None:
+                raise ValueError("chunked attention is causal and knows no images; use xla")
+            return window_attention(
+                q,
+                k,
+                v,
+                window=k.shape[1] if window is None else window,
+                scale=c.score_scale,
+                segment_ids=context.segment_ids,
+                q_positions=None if part is None else part.positions(q.shape[0]),
+            )
+        if implementation in ("xla", "chunked"):
+            mask = attention_mask(context, k.shape[1], window, part)
+            return softmax_attention(q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap)
+        kwargs: dict[str, Any] = {"implementation": implementation, "scale": c.score_scale}
+        plain = context.segment_ids is None and context.together is None and context.visible is None
+        if plain and not cached and part is None:
+            kwargs["is_causal"] = context.causal
+            kwargs["local_window_size"] = None if window is None else (window - 1, 0)
+        else:
+            kwargs["mask"] = attention_mask(context, k.shape[1], window, part)[:, None]
+        with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
+            return jax.nn.dot_product_attention(q, k, v, **kwargs)
+
+
+def softmax_attention(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    cap: float | None = None,
+) -> Float[Array, "B T H Dv"]:
+    """softmax(cap(scale q k)) v. Scores and softmax in float32, the output in the dtype of v.
+
+    Dk and Dv may differ, unlike in jax.nn.dot_product_attention. A score has one row for each query and head
+    of a group: with an axis for each, XLA takes half as long again on a CPU.
+    """
+    batch, length, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    rows = q.transpose(0, 2, 1, 3).reshape(batch, k.shape[2], groups * length, dim)
+    scores = jnp.einsum("bhrd,bshd->bhrs", rows, k, preferred_element_type=jnp.float32) * scale
+    of_rows = jnp.broadcast_to(mask[:, None], (batch, groups, *mask.shape[1:])).reshape(
+        batch, 1, -1, k.shape[1]
+    )
+    scores = jnp.where(of_rows, softcap(scores, cap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhrs,bshd->bhrd", weights, v)
+    return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
+
+
+def attention_mask(
+    context: AttentionContext, source_len: int, window: int | None = None, part: Part | None = None
+) -> Bool[Array, "B T S"]:
+    """Which of `source_len` keys each query sees: those before it, within its window and segment."""
+    batch, target_len = context.positions.shape[:2]
+    cached = context.cache_slots is not None
+    targets = context.cache_slots
+    if targets is None:
+        targets = jnp.broadcast_to(jnp.arange(target_len)[None], (batch, target_len))
+    if part is not None:
+        targets = part.positions(batch)
+    of_targets = lambda x: x if part is None else part.own(x)
+    behind = targets[:, :, None] - jnp.arange(source_len)[None, None]
+    mask = behind >= 0 if context.causal else jnp.ones_like(behind, dtype=bool)
+    if window is not None and not context.together_in_window:
+        mask &= behind < window
+    if context.together is not None:
+        of_sources = context.together
+        if cached:  # what was read before belongs to no image of this batch
+            empty = jnp.zeros((batch, source_len), jnp.int32)
+            of_sources = jax.vmap(lambda e, n, r: e.at[r].set(n, mode="drop"))(
+                empty, context.together, context.cache_slots
+            )
+        together = of_targets(context.together)
+        mask |= (together[:, :, None] == of_sources[:, None, :]) & (together > 0)[:, :, None]
+    if window is not None and context.together_in_window:
+        mask &= behind < window
+    if context.visible is not None and not cached:
+        mask &= context.visible[:, None, :]
+    if context.segment_ids is not None and not cached:
+        mask &= of_targets(context.segment_ids)[:, :, None] == context.segment_ids[:, None, :]
+    return mask

@@ -1,0 +1,54 @@
+"""What every vision encoder is: a tower that reads images, and a projector to the decoder's width."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxlab.models.config import ModelConfig
+from jaxlab.models.initializer import Initializer
+
+
+class Encoded(NamedTuple):
+    """Images as tokens of the decoder's width."""
+
+    tokens: Float[Array, "*rows P D"]
+    """[B, P, D]: those of each row. [P, D]: of the whole batch, as its rows have placeholders for them."""
+    deep: Float[Array, "n P D"] | None = None
+    """What DeepStack adds to these tokens after each of the decoder's first n layers."""
+
+
+class Encoder(nnx.Module):
+    """A vision tower and its projector; the names of both are those of the parameters."""
+
+    vision: nnx.Module
+    projector: nnx.Module
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        raise NotImplementedError
+
+    def __call__(self, batch: Mapping[str, Any]) -> Encoded:
+        """The image tokens of a prepared batch."""
+        raise NotImplementedError
+
+    @staticmethod
+    def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """On the host: what the batch needs besides and follows from sizes of images (positions, windows);
+        keys of the batch that it returns are added or replaced."""
+        return {}
+
+
+def on_host(batch: Mapping[str, Any], name: str) -> np.ndarray:
+    """A value of the batch on the host.
+
+    Raises:
+      ValueError: it is missing or traced.
+    """
+    if name not in batch:
+        raise ValueError(f"the batch lacks {name}, which the family's processor gives beside the images")
+    if isinstance(batch[name], jax.core.Tracer):
+        raise ValueError(f"{name} is traced; call prepare_batch outside of jit")
+    return np.asarray(batch[name])

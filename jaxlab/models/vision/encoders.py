@@ -1,0 +1,52 @@
+"""The kinds of vision encoders, and the images of a batch as tokens."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from jaxlab.models.batch import Batch
+from jaxlab.models.config import ModelConfig
+from jaxlab.models.initializer import Params, bind
+from jaxlab.models.vision.encoder import Encoded, Encoder
+from jaxlab.models.vision.mllama import MllamaEncoder
+from jaxlab.models.vision.plain import PlainEncoder
+from jaxlab.models.vision.qwen import QwenEncoder
+from jaxlab.models.vision.vit import ViTEncoder
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "plain": PlainEncoder,
+    "vit": ViTEncoder,
+    "qwen": QwenEncoder,
+    "mllama": MllamaEncoder,
+}
+"""By `VisionConfig.kind`."""
+
+
+def encoder_of(config: ModelConfig) -> type[Encoder]:
+    """The vision encoder of a model with vision."""
+    if config.vision is None:
+        raise ValueError("a model without vision encodes no images")
+    return ENCODERS[config.vision.kind]
+
+
+def prepare_batch(batch: Mapping[str, Any], config: ModelConfig) -> Batch:
+    """The batch with what follows from the sizes of its images, worked out on the host.
+
+    `forward` does it by itself; where it is jitted and images vary in size, call this before, outside of jit.
+    A batch that is prepared, or needs nothing, stays as it is.
+
+    Raises:
+      ValueError: sizes of images are traced, or do not fit the placeholders in the text.
+    """
+    if "images" not in batch or not config.has_vision:
+        return cast(Batch, dict(batch))
+    return cast(Batch, {**batch, **encoder_of(config).prepare(batch, config)})
+
+
+def encode_images(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Encoded:
+    """The image tokens of a prepared batch.
+
+    Raises:
+      ValueError: images that the model does not take, or parameters that are not those of the config.
+    """
+    own: Params = {name: params[name] for name in ("vision", "projector") if name in params}
+    return bind(own, encoder_of(config), config)(batch)

@@ -1,0 +1,1 @@
+"""Label Words are Anchors (EMNLP 2023): claims I1 to I8."""

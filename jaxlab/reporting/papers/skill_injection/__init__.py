@@ -1,0 +1,1 @@
+"""Investigating Cross-Modal Skill Injection (ACL 2026): claims M1 to M5."""
