@@ -38,7 +38,8 @@ def task_list(tasks: Registry) -> str:
             "tasks:",
             *lines,
             "",
-            f"`{program()} TASK --help` shows the fields of a task; configs are in configs/.",
+            f"`{program()} TASK --help` shows the fields of a task. "
+            "Configs are in configs/, runs in outputs/.",
         ]
     )
 
