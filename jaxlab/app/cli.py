@@ -45,7 +45,7 @@ class RunOptions:
     """print the command of every point of a sweep, run nothing"""
 
 
-def main(words: Sequence[str] | None, tasks: Registry) -> int:
+def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
     """Runs the command line `words` (sys.argv without the program if None) and returns the exit status."""
     try:
         _main(list(sys.argv[1:] if words is None else words), tasks)

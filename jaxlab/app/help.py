@@ -28,7 +28,7 @@ from jaxlab.config import (
 
 
 def task_list(tasks: Registry) -> str:
-    """The page of `run.py --help`."""
+    """The page of `--help`."""
     width = max(map(len, tasks.names()))
     lines = [f"  {task.name:<{width}}  {task.summary}" for task in tasks]
     return "\n".join(

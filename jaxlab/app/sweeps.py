@@ -28,7 +28,10 @@ class Point:
 
 def points(schema: type, sweep: Sequence[str], mode: str) -> list[Values]:
     """The points of `key=[a,b] ...`: the product of the lists, or with `mode="zip"` their first values, their
-    second ones, and so on. Without a list there is one point that sets nothing. Raises ConfigError.
+    second ones, and so on. Without a list there is one point that sets nothing.
+
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
     """
     axes: dict[str, list[Any]] = {}
     for word in sweep:

@@ -90,7 +90,11 @@ def _attention(c: ModelConfig) -> Any:
 def check_same_tree(
     stored: "Params", expected: "Params", path: str | Path, expected_by: str = "its config"
 ) -> None:
-    """Raises UserError, one line, that names parameters that are missing, unexpected or of another shape."""
+    """Whether two trees hold parameters of the same names and shapes.
+
+    Raises:
+      UserError: parameters are missing, unexpected or of another shape; one line names them.
+    """
     have, want = _shapes(stored), _shapes(expected)
     problems = [f"lacks {name}" for name in want if name not in have]
     problems += [f"has an unexpected {name}" for name in have if name not in want]

@@ -53,7 +53,11 @@ class TensorAccount:
         return f"{line}, {', '.join(self.copies)} a copy of the embedding" if self.copies else line
 
     def check(self, where: object) -> None:
-        """Raises UserError that lists what is missing, not known, or of a wrong shape or dtype."""
+        """Whether every tensor has its place.
+
+        Raises:
+          UserError: tensors are missing, not known, or of a wrong shape or dtype; one line lists them.
+        """
         said = []
         if self.missing:
             said.append(f"{_count(self.missing, 'tensor')} missing: {_listed(self.missing)}")

@@ -36,7 +36,11 @@ def is_option(word: str) -> bool:
 
 
 def parse(cls: type, words: Sequence[str]) -> list[tuple[Path, Any]]:
-    """The keys and plain values that `words` give to fields of `cls`, in their order. Raises ConfigError."""
+    """The keys and plain values that `words` give to fields of `cls`, in their order.
+
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
+    """
     result, positionals = [], []
     queue = list(words)
     while queue:
@@ -75,7 +79,11 @@ def take_option(cls: type, queue: list[str]) -> tuple[Path, Any]:
 
 
 def resolve(cls: type, dotted: str) -> tuple[Path, Any]:
-    """The path and the type of a dotted key. Raises ConfigError with the nearest key if there is none."""
+    """The path and the type of a dotted key.
+
+    Raises:
+      ConfigError: with the nearest key if there is none.
+    """
     kind: Any = cls
     path: Path = ()
     parts = dotted.split(".")
@@ -138,7 +146,11 @@ def _is_value(kind: Any, value: Any) -> bool:
 
 
 def from_mapping(cls: type, values: Mapping[str, Any]) -> list[str]:
-    """The words that set plain values by dotted key. Raises ConfigError for a value that has no such word."""
+    """The words that set plain values by dotted key.
+
+    Raises:
+      ConfigError: a value that has no such word.
+    """
     words = []
     for dotted, value in values.items():
         kind, line = resolve(cls, dotted)[1], yaml_text.dump_line(value)

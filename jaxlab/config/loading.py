@@ -59,7 +59,8 @@ def load[T](cls: type[T], path: str | os.PathLike[str] | None, overrides: Overri
       path: the file, or None for defaults and overrides alone.
       overrides: words of a command line, or values by dotted key.
 
-    Raises: ConfigError.
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
     """
     source = Source.of_file(path) if path is not None else Source()
     source.override(cls, overrides)
@@ -67,7 +68,11 @@ def load[T](cls: type[T], path: str | os.PathLike[str] | None, overrides: Overri
 
 
 def replace[T](config: T, overrides: Overrides) -> T:
-    """A config like `config` with `overrides` on top. Raises ConfigError."""
+    """A config like `config` with `overrides` on top.
+
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
+    """
     source = Source(to_dict(config), {})
     source.override(type(config), overrides)
     return source.build(type(config))
@@ -76,7 +81,8 @@ def replace[T](config: T, overrides: Overrides) -> T:
 def build[T](cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """The config of class `cls` that `tree`, nested mappings of plain values, describes; errors name `where`.
 
-    Raises: ConfigError for unknown and missing keys, wrong types, and what `__post_init__` refuses.
+    Raises:
+      ConfigError: unknown and missing keys, wrong types, and what `__post_init__` refuses.
     """
     return Source(tree, {(): where}).build(cls)
 
@@ -111,7 +117,11 @@ class Source:
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> "Source":
-        """What a YAML file holds. Raises ConfigError if that is not a mapping."""
+        """What a YAML file holds.
+
+        Raises:
+          ConfigError: that is not a mapping.
+        """
         path = shipped(path)
         where = os.fspath(path)
         try:
@@ -173,7 +183,11 @@ class Source:
         self.origins = {known: place for known, place in self.origins.items() if known[: len(keys)] != keys}
 
     def build[T](self, cls: type[T]) -> T:
-        """The validated config. Raises ConfigError, with the place of the value that it is about."""
+        """The validated config.
+
+        Raises:
+          ConfigError: with the place of the value that it is about.
+        """
         try:
             return typing.cast(T, _Builder(cls).config(cls, self.tree, (), ABSENT))
         except ConfigError as error:

@@ -36,7 +36,11 @@ class Field:
 
 @functools.cache
 def fields_of(cls: type) -> dict[str, Field]:
-    """The fields of a config class by key. Raises TypeError for a class or type that configs cannot hold."""
+    """The fields of a config class by key.
+
+    Raises:
+      TypeError: a class or type that configs cannot hold.
+    """
     if not is_config(cls) or not vars(cls)["__dataclass_params__"].frozen:
         raise TypeError(f"{cls} is not a frozen dataclass")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -79,7 +83,8 @@ def kind_of(cls: type) -> str | None:
 def inner_fields(kind: Any) -> dict[str, Field]:
     """What may stand below a key of a type, by key: a config's fields, or those of all configs of a union.
 
-    Raises: TypeError if two configs of a union give one key different types.
+    Raises:
+      TypeError: two configs of a union give one key different types.
     """
     result: dict[str, Field] = {}
     for group in groups(kind):

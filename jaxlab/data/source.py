@@ -73,7 +73,11 @@ def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.
 
 
 def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
-    """Raises UserError if `batch` is not for `model`: a gather past the end of a table would say nothing."""
+    """Checks that `batch` is for `model`: a gather past the end of a table would say nothing.
+
+    Raises:
+      UserError: it is not.
+    """
     tokens = batch["tokens"]
     if tokens.shape[1] > model.max_length:
         raise UserError(
@@ -101,7 +105,11 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
 
 
 def check_same_words(model: Tokenizer | None, source: Tokenizer | None, path: str | Path) -> None:
-    """Raises UserError if a word that the model at `path` knows is another one, or none, in the data."""
+    """Checks that the words of the model at `path` are those of the data.
+
+    Raises:
+      UserError: a word that the model knows is another one, or none, in the data.
+    """
     if model is None or source is None:
         if model is not source:
             kinds = ["words" if tokenizer else "bytes" for tokenizer in (model, source)]

@@ -37,6 +37,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.decoder import Decoder, as_arrays, bind_decoder, forward, language_model, positions_of
     from jaxlab.models.generation import generate, stream
     from jaxlab.models.initializer import Params, bind
+    from jaxlab.models.interpretability import activations
     from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens
     from jaxlab.models.native_sparse import mean_compressor
     from jaxlab.models.output import Output
@@ -49,4 +50,5 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.models.probe import Probe
     from jaxlab.models.rotary import rope_tables, rotary_table, rotate
+    from jaxlab.models.taps import ACTIVATIONS, Patch, activation_names
     from jaxlab.models.vision.encoders import encode_images, prepare_batch

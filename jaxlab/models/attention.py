@@ -14,8 +14,8 @@ from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Norm
-from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import Rotary, rotate
+from jaxlab.models.taps import NO_TAP, Tap
 
 
 class Attended(NamedTuple):
@@ -78,18 +78,18 @@ class Attention(nnx.Module):
         context: AttentionContext,
         *,
         kind: str = "full",
-        probe: Probe | None = None,
+        tap: Tap = NO_TAP,
         cache: LayerCache | None = None,
     ) -> Attended:
         """Attention of one layer on its normed input.
 
         Args:
           kind: one of `config.kinds`; this layer's, where layers of several kinds share a scan.
-          probe: the layer's slice; it taps or edits what queries give to keys (probe.py).
+          tap: reads and changes what is computed (taps.py), or streams it (probe.py).
           cache: what the layer keeps of earlier tokens.
         """
-        attended = self.attend(x, context, kind=kind, probe=probe, cache=cache)
-        return attended._replace(out=self.project_output(attended.out))
+        attended = self.attend(x, context, kind=kind, tap=tap, cache=cache)
+        return attended._replace(out=self.project_output(tap("head_output", attended.out)))
 
     def attend(
         self,
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
         context: AttentionContext,
         *,
         kind: str,
-        probe: Probe | None,
+        tap: Tap,
         cache: LayerCache | None,
     ) -> Attended:
         """The output of each head: how queries meet keys."""

@@ -15,7 +15,7 @@ from jaxlab.models.layers import MLP, Norm, layer_norm
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.moe import MixtureOfExperts
 from jaxlab.models.native_sparse import NativeSparseAttention
-from jaxlab.models.probe import Probe
+from jaxlab.models.taps import NO_TAP, Tap
 
 ATTENTION: dict[str, type[Attention]] = {
     "full": FullAttention,
@@ -73,26 +73,29 @@ class Block(nnx.Module):
         context: AttentionContext,
         *,
         kind: str = "full",
-        probe: Probe | None = None,
+        tap: Tap = NO_TAP,
         cache: LayerCache | None = None,
     ) -> BlockOutput:
         """The residual stream after this layer; arguments as those of `Attention`."""
         if context.causal:
             x = split_tokens(x)
+        x = tap("residual_pre", x)
         normed = self.attention_norm(x)
-        attended = self.attention(normed, context, kind=kind, probe=probe, cache=cache)
+        attended = self.attention(tap("attention_input", normed), context, kind=kind, tap=tap, cache=cache)
         attention_out = _scaled(_normed(attended.out, self.attention_post_norm), self.attention_gain)
+        attention_out = tap("attention_output", attention_out)
         if self.mlp_norm is not None:
-            x = x + attention_out
+            x = tap("residual_mid", x + attention_out)
             normed = self.mlp_norm(x)
+        normed = tap("mlp_input", normed)
         balance_loss = None
         if self.moe is not None:
             mlp_out, balance_loss = self.moe(normed)
         else:
             assert self.mlp is not None
-            mlp_out = self.mlp(normed)
-        mlp_out = _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain)
-        x = x + (attention_out + mlp_out if self.parallel else mlp_out)
+            mlp_out = self.mlp(normed, tap)
+        mlp_out = tap("mlp_output", _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain))
+        x = tap("residual_post", x + (attention_out + mlp_out if self.parallel else mlp_out))
         return BlockOutput(x, attended, balance_loss)
 
 

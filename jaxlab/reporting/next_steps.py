@@ -20,11 +20,11 @@ STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "Inject an expert into a vision-language model of the same base. The recipe is a YAML file: kind: "
-        "inject, vlm, expert, base, operator, lambda_v, lambda_e. First from headers alone, then on disk.",
+        "Inject an expert into a vision-language model of the same base. The recipe that ships takes the "
+        "models of this page; name your own in a copy, and look first what headers alone tell.",
         (
+            "python run.py merge configs/merging/inject.yaml --out merged --verify",
             "python run.py merge RECIPE.yaml --out merged --check",
-            "python run.py merge RECIPE.yaml --out merged --verify",
         ),
     ),
     (

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxlab.app import RunResult, command_line, provenance
+from jaxlab.app import RunResult, command_line, environment
 from jaxlab.config import dump_yaml
 from jaxlab.files import write_atomic, write_json
 from jaxlab.reporting import build_sections, compose, duration, read_run, read_runs
@@ -129,7 +129,7 @@ def run(arguments: Arguments) -> None:
         {
             "task": "quickstart",
             "command": command_line("quickstart", *_words(arguments)),
-            **provenance.environment(),
+            **environment(),
         },
     )
     write_atomic(folder / "report.html", compose([read_run(folder), *runs], sections))

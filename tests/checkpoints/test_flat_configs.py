@@ -79,7 +79,7 @@ def test_a_flat_config_is_read(folder, name):
 def test_what_the_model_did_not_use_may_not_say_anything(folder):
     shutil.copy(FLAT / "dead.yaml", folder / "config.yaml")
     with pytest.raises(UserError) as raised:
-        open_model(folder).config
+        _ = open_model(folder).config
     at = f"{folder / 'config.yaml'}: nsa.num_blocks"
     assert str(raised.value) == f"{at}: is 8 where the model does not use it; delete the line"
 
@@ -102,5 +102,5 @@ def test_what_the_model_did_not_use_may_not_say_anything(folder):
 def test_mistakes_in_a_flat_config_are_one_line(folder, line, message):
     (folder / "config.yaml").write_text(line + "\n")
     with pytest.raises(ConfigError) as raised:
-        open_model(folder).config
+        _ = open_model(folder).config
     assert str(raised.value).removeprefix(str(folder / "config.yaml")).partition(": ")[2].startswith(message)

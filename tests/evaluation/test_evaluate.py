@@ -10,6 +10,7 @@ import pytest
 
 from jaxlab.app.runs import Run
 from jaxlab.checkpoints import save_model
+from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
 from jaxlab.config import build
 from jaxlab.data.needle_words import WORDS, needle_tokenizer
 from jaxlab.errors import ConfigError, UserError
@@ -124,7 +125,7 @@ def test_needles_are_counted_by_depth(make, tmp_path):
 
 def test_check_reads_no_parameter(make, monkeypatch):
     config = make(MODEL, draw_params(MODEL))
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(OrbaxFolder, "read", None)
     report = evaluate.check(config)
     assert report["parameters"] == count_params(draw_params(MODEL))
     assert report["bytes_per_device"]["parameters"] == 4 * report["parameters"]

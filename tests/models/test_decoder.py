@@ -163,7 +163,7 @@ def test_a_kernel_that_is_named_and_cannot_run_is_refused_with_its_key():
     config = make_config("nsa", attention=dataclasses.replace(NSA, implementation="mosaic_gpu"))
     with pytest.raises(ConfigError, match="TF32") as error:
         forward(draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config)
-    assert error.value.key == "model.nsa.implementation"
+    assert error.value.key == "model.attention.implementation"
 
 
 def test_nsa_tells_which_blocks_it_chose():

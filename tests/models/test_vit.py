@@ -219,7 +219,7 @@ def test_families_whose_images_are_not_run_say_so():
     [
         (
             {"feature_layers": (3,), "final_norm": "unused"},
-            "vit.feature_layers: 3 is no hidden state of 2 layers",
+            "feature_layers: 3 is no hidden state of 2 layers",
         ),
         ({"feature_layers": (-2,)}, "final_norm: is after the last layer"),
         ({"class_token": True, "shuffle": 2}, "17 features are no square"),

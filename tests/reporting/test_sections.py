@@ -56,8 +56,10 @@ def test_longer_training_is_named_where_a_short_one_does_not_show_n1(tmp_path, u
     read = read_runs(runs)
     evidence = lambda: nsa.build(read).verdicts[0].evidence
     assert evidence().endswith("configs/nsa/n1_full.yaml and n1_nsa.yaml.")
+    assert nsa.build(read).beyond.startswith("Not at this size: N1, N2, N4, N5.")
     read[1].results["tokens_per_step"] = 10**6
     assert "configs/" not in evidence()
+    assert nsa.build(read).beyond.startswith("Not at this size: N2, N4, N5.")
 
 
 def needle(root, name, model, found, method="none", attended=128.0, length=512):

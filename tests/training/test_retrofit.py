@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints import load_model, save_model
+from jaxlab.checkpoints import load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import target_losses
@@ -162,15 +162,17 @@ def test_a_folder_with_a_tokenizer_reads_text_in_its_words(text, tmp_path):
     tokenizer.save(str(folder / "tokenizer.json"))
     model = make(text, folder).model
     with pytest.raises(UserError, match="the model reads words, the data holds bytes"):
-        find_initial(folder, model, train.make_source(make(text, folder).data))
+        find_initial(open_model(folder), model, train.make_source(make(text, folder).data))
     in_words = train.make_source(make({**text, "tokenizer": str(folder)}, folder).data)
-    assert find_initial(folder, model, in_words).dense is not None
+    assert find_initial(open_model(folder), model, in_words).dense is not None
 
 
 def test_a_model_with_nsa_is_taken_as_it_is(text, tmp_path):
     model = make_config("nsa", num_layers=1)
     save_model(tmp_path / "base", model, draw_params(model))
-    initial = find_initial(tmp_path / "base", model, train.make_source(make(text, "nowhere").data))
+    initial = find_initial(
+        open_model(tmp_path / "base"), model, train.make_source(make(text, "nowhere").data)
+    )
     assert initial.dense is None
 
 

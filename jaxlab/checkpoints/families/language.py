@@ -88,7 +88,11 @@ def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelCo
 
 
 def finish(s: Settings, fields: Mapping[str, Any]) -> ModelConfig:
-    """The model of `fields`, once all keys are accounted for. Raises UserError if they do not fit."""
+    """The model of `fields`, once all keys are accounted for.
+
+    Raises:
+      UserError: they do not fit.
+    """
     s.done()
     try:
         return ModelConfig(**fields, family=s.family)
@@ -116,7 +120,11 @@ def write_decoder(config: ModelConfig, model_type: str, architecture: str) -> Js
 
 
 def activation(s: Settings, key: str, default: str) -> str:
-    """Our name of an activation. Raises UserError for one that is not known."""
+    """Our name of an activation.
+
+    Raises:
+      UserError: it is not known.
+    """
     name = s.word(key, default)
     if name not in ACTIVATIONS:
         raise s.refuse(key, f"supported: {', '.join(ACTIVATIONS)}")
@@ -161,7 +169,11 @@ def read_kinds(
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    """The kinds of a model's layers in transformers' words. Raises UserError for others than these."""
+    """The kinds of a model's layers in transformers' words.
+
+    Raises:
+      UserError: others than these.
+    """
     names: dict[str, str] = {ours: theirs for theirs, ours in _KINDS.items()}
     for kind in config.kinds:
         if kind not in names:

@@ -68,7 +68,11 @@ _OURS = (
 
 
 def read_config(config: Json) -> ModelConfig:
-    """LLaVA-1.5, NeXT or OneVision, by how images are cut. Raises UserError for what is not known."""
+    """LLaVA-1.5, NeXT or OneVision, by how images are cut.
+
+    Raises:
+      UserError: something in it is not known.
+    """
     s = Settings(config, "llava")
     name = s.word("mm_vision_tower", "")
     if name not in TOWERS:

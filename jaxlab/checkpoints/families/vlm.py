@@ -83,7 +83,11 @@ def inner(s: Settings, key: str, defaults: Json) -> Settings:
 
 
 def square(s: Settings, key: str) -> int:
-    """A size that may be told as [height, width]. Raises UserError if these differ."""
+    """A size that may be told as [height, width].
+
+    Raises:
+      UserError: these differ.
+    """
     found = s.value(key)
     if isinstance(found, list | tuple) and len(found) == 2 and found[0] == found[1]:
         found = found[0]
@@ -93,7 +97,11 @@ def square(s: Settings, key: str) -> int:
 
 
 def build[Made](make: Callable[..., Made], **fields: Any) -> Made:
-    """A config from the fields that a config.json tells. Raises UserError if they do not fit together."""
+    """A config from the fields that a config.json tells.
+
+    Raises:
+      UserError: they do not fit together.
+    """
     try:
         return make(**fields)
     except ConfigError as error:

@@ -104,7 +104,11 @@ class OrbaxFolder(OpenModel):
         return params
 
     def _check_links(self) -> None:
-        """Raises UserError unless this is a model folder of ours without a link that leads out of it."""
+        """Whether this is a model folder of ours without a link that leads out of it.
+
+        Raises:
+          UserError: it is not.
+        """
         path = self.path
         if not path.is_dir():
             raise UserError(f"{path}: no such model folder")

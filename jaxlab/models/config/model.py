@@ -62,7 +62,7 @@ class ModelConfig:
     parallel: bool = False
     """Attention and MLP read the same norm and are added together (GPT-J)."""
     position: PositionConfig = RopeConfig()
-    """How positions are told."""
+    """How the model knows positions."""
     max_length: int = 1024
     """Longest sequence; the size of the table where positions are learned."""
     tie_embeddings: bool = True

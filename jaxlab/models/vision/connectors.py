@@ -83,7 +83,11 @@ class ResamplerBlock(Block):
 
 
 def refuse(config: ModelConfig) -> NoReturn:
-    """Raises UserError: a family whose parameters are known, and whose images are not run."""
+    """Refuses a family whose parameters are known, and whose images are not run.
+
+    Raises:
+      UserError: it is one of them.
+    """
     raise UserError(f"images of {config.family} models cannot be read yet; leave them out of the batch")
 
 

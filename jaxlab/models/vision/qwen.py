@@ -22,6 +22,7 @@ from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Embedding, Norm, linear
 from jaxlab.models.rotary import Rotary
 from jaxlab.models.stack import apply_blocks, take_blocks
+from jaxlab.models.taps import read_outputs
 from jaxlab.models.vision import qwen_positions
 from jaxlab.models.vision.encoder import Encoded, Encoder, on_host
 from jaxlab.models.vision.patches import PatchEmbedding
@@ -69,14 +70,16 @@ class QwenTower(nnx.Module):
         self.position = Embedding(rows, v.width, "position", std, init) if rows else None
         self.layers = init.stack(lambda init: Block(tower, init), v.num_layers)
 
-    def __call__(self, batch: Mapping[str, Any]) -> tuple[Float[Array, "N V"], Float[Array, "L N V"] | None]:
-        """The last layer's output and, if DeepStack reads any, every one's."""
+    def __call__(
+        self, batch: Mapping[str, Any]
+    ) -> tuple[Float[Array, "N V"], Float[Array, "deep N V"] | None]:
+        """The last layer's output, and those that DeepStack reads, in the order of the layers."""
         x = self.patch(jnp.asarray(batch["images"]).astype(self.config.compute_dtype))
         if self.position is not None:
             near = self.position(jnp.asarray(batch["image_corners"]), x.dtype)
             x = x + jnp.einsum("ncd,nc->nd", near, jnp.asarray(batch["image_corner_weights"], x.dtype))
         v, tower = self.config.vision_as(QwenVisionConfig), tower_config(self.config)
-        places, outputs = jnp.asarray(batch["image_places"]), []
+        places, deep = jnp.asarray(batch["image_places"]), []
         whole = [not v.window or i in v.full_layers for i in range(tower.num_layers)]
         stops = [i for i in range(1, len(whole) + 1) if i == len(whole) or whole[i] != whole[i - 1]]
         for start, stop in zip([0, *stops], stops, strict=False):
@@ -87,11 +90,13 @@ class QwenTower(nnx.Module):
             rotary = _rotary(places[rows], tower.key_dim)
             context = AttentionContext(jnp.zeros_like(rows), filled, rotary=rotary, causal=False)
             blocks = take_blocks(self.layers, slice(start, stop))
-            done = apply_blocks([blocks], x[rows], context, tower, keep_outputs=bool(v.deep_layers))
+            read = tuple(i - start for i in sorted(v.deep_layers) if start <= i < stop)
+            done = apply_blocks([blocks], x[rows], context, tower, taps=read_outputs(tower, rows.shape, read))
             x = done.x.reshape(-1, x.shape[-1])[order]
-            if done.outputs is not None:
-                outputs.append(done.outputs.reshape(stop - start, -1, x.shape[-1])[:, order])
-        return x, jnp.concatenate(outputs) if outputs else None
+            if read:
+                outputs = done.activations["residual_post"]
+                deep.append(outputs.reshape(len(read), -1, x.shape[-1])[:, order])
+        return x, jnp.concatenate(deep) if deep else None
 
 
 class Merger(nnx.Module):
@@ -147,7 +152,8 @@ class QwenEncoder(Encoder):
             merger = nnx.merge(graphdef, params)
             return merger(merger.norm(y))
 
-        deep = jax.vmap(merge_normed)(params, joined(outputs[jnp.asarray(v.deep_layers)]))
+        rank = np.argsort(np.argsort(v.deep_layers))
+        deep = jax.vmap(merge_normed)(params, joined(outputs[jnp.asarray(rank)]))
         return Encoded(tokens, deep[jnp.asarray(np.argsort(v.deep_layers))])
 
     @staticmethod

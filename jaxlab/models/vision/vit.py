@@ -23,6 +23,7 @@ from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Embedding, Norm, layer_norm
 from jaxlab.models.stack import apply_blocks, take_blocks
+from jaxlab.models.taps import read_outputs
 from jaxlab.models.vision import tiles
 from jaxlab.models.vision.connectors import Projector, refuse, tokens_per_tile
 from jaxlab.models.vision.encoder import Encoded, Encoder, on_host
@@ -86,11 +87,13 @@ class ViTTower(nnx.Module):
         )
         states = [i % (tower.num_layers + 1) for i in v.feature_layers]
         last, several = max(states), len(states) > 1
-        read = [x]
+        read = {0: x}
         if last:
             blocks = take_blocks(self.layers, slice(0, last))
-            done = apply_blocks([blocks], x, context, tower, keep_outputs=several)
-            read += [done.x] * last if done.outputs is None else list(done.outputs)
+            before = tuple(sorted({i - 1 for i in states if 0 < i < last}))
+            done = apply_blocks([blocks], x, context, tower, taps=read_outputs(tower, x.shape[:2], before))
+            read |= {i + 1: done.activations["residual_post"][at] for at, i in enumerate(before)}
+            read[last] = done.x
         x = jnp.concatenate([read[i] for i in states], axis=-1) if several else read[states[0]]
         if self.final_norm is not None and v.final_norm == "used":
             x = self.final_norm(x)
