@@ -73,7 +73,7 @@ Attention = Callable[..., Query]
 
 
 def dense_chunked(q: Query, k: KeyOrValue, v: KeyOrValue) -> Query:
-    """Online softmax over tiles of keys: what `model.attention_implementation: chunked` is."""
+    """Online softmax over tiles of keys: what `attention: {kind: full, implementation: chunked}` is."""
     return window_attention(q, k, v, window=k.shape[1])
 
 

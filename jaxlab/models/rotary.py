@@ -36,12 +36,13 @@ def rope_tables(
     positions: Int[Array, "B T *axes"], config: ModelConfig
 ) -> tuple[Rotary | None, Rotary | None]:
     """Of full (and NSA) layers, and of sliding ones; None where positions are not rotary."""
-    if config.position != "rotary":
+    if config.position.kind != "rotary":
         return None, None
     table = rotary_table(positions, config.rope, config.rotary_dim)
-    if config.local_rope_theta is None:
+    theta = getattr(config.attention, "rope_theta", None)
+    if theta is None:
         return table, table
-    return table, rotary_table(positions, RopeConfig(theta=config.local_rope_theta), config.key_dim)
+    return table, rotary_table(positions, RopeConfig(theta=theta), config.key_dim)
 
 
 def rotate(x: Float[Array, "B T H Dk"], table: Rotary, interleaved: bool = False) -> Float[Array, "B T H Dk"]:
@@ -57,8 +58,8 @@ def rotate(x: Float[Array, "B T H Dk"], table: Rotary, interleaved: bool = False
         first, second = y[..., 0::2], y[..., 1::2]
     else:
         first, second = jnp.split(y, 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    y = jnp.stack(turned, axis=-1).reshape(y.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    y = jnp.stack(rotated, axis=-1).reshape(y.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
     return jnp.concatenate([y.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 
@@ -91,7 +92,7 @@ def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, rope: RopeConfig, dim: int) -> np.ndarray:
-    """arXiv 2309.00071, sec. 3.2: as llama3, with the bounds told in turns over the original length."""
+    """arXiv 2309.00071, sec. 3.2: as llama3, with the bounds given in rotations over the original length."""
 
     def dimension(turns: float) -> float:
         return dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

@@ -15,7 +15,7 @@ STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Train a sparse model on your own text files, or make a dense model sparse (docs/retrofit.md).",
         (
-            "python run.py train configs/quickstart/nsa_sparse.yaml --data.text.path FILE --steps 1000",
+            "python run.py train configs/quickstart/nsa_sparse.yaml --data.path FILE --steps 1000",
             "python run.py train configs/nsa/retrofit.yaml --check",
         ),
     ),

@@ -79,7 +79,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
 
 
 def _is_from_scratch_on_bytes(run: RunFolder) -> bool:
-    on_bytes = run.setting("data", "kind") == "text" and run.setting("data", "text", "tokenizer") is None
+    on_bytes = run.setting("data", "kind") == "text" and run.setting("data", "tokenizer") is None
     return on_bytes and run.get("retrofit") is None
 
 
@@ -120,7 +120,7 @@ def _n1(groups: dict[str, list[RunFolder]]) -> Verdict:
 def _n3(groups: dict[str, list[RunFolder]], timed: Sequence[RunFolder]) -> Verdict:
     """By the time of attention alone where it was measured, else by the speed of training."""
     run = groups[SPARSE][0]
-    length = run.setting("data", "text", "sequence_length")
+    length = run.setting("data", "sequence_length")
     trained = (
         _speeds(groups[FULL]),
         _speeds(groups[SPARSE]),
@@ -309,7 +309,7 @@ def _blocks(evaluated: Sequence[RunFolder], trained: Sequence[RunFolder]) -> lis
         for i, (v, lot) in enumerate(zip(overlap, chance, strict=True))
         if v is not None
     )
-    blocks = trained[0].setting("model", "nsa", "num_blocks") if trained else None
+    blocks = trained[0].setting("model", "attention", "num_blocks") if trained else None
     look = (
         "Each row is a query, each column a block; later queries stand further down. Grey: the first block "
         "and the two nearest ones, which every query must read. Blue: chosen freely; vertical stripes are "

@@ -137,6 +137,7 @@ def test_what_the_kernel_cannot_take_is_refused_with_its_reason(change, reason):
         cached_attention(cache, recent, q, q[..., :3], **own, implementation="mosaic_gpu")
 
 
+@pytest.mark.slow
 def test_a_chunk_after_what_the_cache_holds():
     """Prefill goes through the kernels of whole sequences; row 0 has a token of padding, row 1 nothing."""
     cache = init_cache(2, 128, **SHAPES | {"kv_heads": 1})

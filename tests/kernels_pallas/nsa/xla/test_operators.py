@@ -14,8 +14,8 @@ from tests.kernels_pallas.nsa.operators_base import OperatorTests
 
 SPECS = with_tag("test")
 USUAL_TILES = ("one token", "odd head dims", "paper's blocks")
-SLOW = ("one head per group", "sixteen heads per group", "packed, with padding")
-"""Also in `TestOperators` (sixteen heads, packed) and, a head a group, in test_properties.py."""
+SLOW = ("one head per group", "sixteen heads per group", "packed, with padding", "odd head dims")
+"""Also in `TestOperators` (sixteen heads, packed, odd dims) and in test_properties.py (a head a group)."""
 
 
 class TestOperators(OperatorTests):
@@ -86,7 +86,9 @@ def test_many_chunks_and_tiles(name, monkeypatch):
     compare(SPECS[name])
 
 
-@pytest.mark.parametrize("name", USUAL_TILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in USUAL_TILES]
+)
 def test_tiles_of_the_usual_size(name):
     compare(SPECS[name])
 
