@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import load_model
-    from jaxlab.models import forward, generate
+    from jaxlab.models import activations, forward, generate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "forward", "generate", "load_model"]
+__all__ = ["__version__", "activations", "forward", "generate", "load_model"]
 
 _HOMES = {
+    "activations": "jaxlab.models",
     "forward": "jaxlab.models",
     "generate": "jaxlab.models",
     "load_model": "jaxlab.checkpoints",

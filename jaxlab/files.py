@@ -67,7 +67,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` in JSON's own types. Raises TypeError for what has no such form."""
+    """`value` in JSON's own types.
+
+    Raises:
+      TypeError: what has no such form.
+    """
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):

@@ -52,7 +52,7 @@ def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[A
     logits, intermediates = forward(params, batch, config)
     losses, mask = target_losses(logits, batch)
     total, count = jnp.sum(losses, where=mask), jnp.sum(mask, dtype=jnp.float32)
-    if config.moe.num_experts and config.moe.balance_loss:
+    if config.moe is not None and config.moe.balance_loss:
         total += config.moe.balance_loss * count * jnp.mean(intermediates["balance_loss"])
     if "selector_loss" in intermediates:
         total += count * jnp.mean(intermediates["selector_loss"])

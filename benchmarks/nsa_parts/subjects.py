@@ -148,9 +148,7 @@ def layers(spec: ArgSpec, implementation: str) -> tuple[list[Subject], dict[str,
         "mlp_width": 8,
         "compute_dtype": spec.dtype,
     }
-    sparse = ModelConfig(
-        **shared, attention="nsa", nsa=NSAConfig(**spec.sizes, implementation=implementation)
-    )
+    sparse = ModelConfig(**shared, attention=NSAConfig(**spec.sizes, implementation=implementation))
     full = ModelConfig(**shared)
     positions = jnp.broadcast_to(jnp.arange(spec.length, dtype=jnp.int32)[None], (spec.batch, spec.length))
     dense = cudnn if jax.default_backend() == "gpu" else kept_scores

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.merging import inject
-from jaxlab.models import ModelConfig, VisionConfig, forward, init_params, language_model
+from jaxlab.models import ModelConfig, PlainVisionConfig, forward, init_params, language_model
 
 
 def main() -> dict:
     text = ModelConfig(vocab_size=64, width=32, num_layers=2, mlp_width=64)
-    multimodal = dataclasses.replace(text, vision=VisionConfig(num_layers=1, width=32, image_token=63))
+    multimodal = dataclasses.replace(text, vision=PlainVisionConfig(num_layers=1, width=32, image_token=63))
     base = init_params(text, jax.random.key(0))
     expert = jax.tree.map(lambda x: x + 0.01 * jnp.sin(x * 1000), base)  # stands for a fine-tuned expert
     vlm = {

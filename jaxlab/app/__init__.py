@@ -3,6 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from jaxlab.app.cli import run_command_line
     from jaxlab.app.provenance import code, environment
     from jaxlab.app.references import model_folder, train_inputs
     from jaxlab.app.registry import Registry, Task

@@ -12,9 +12,16 @@ from jaxlab import config as configs
 from jaxlab.app import runs, sweeps
 from jaxlab.app.program import program
 from jaxlab.app.registry import Registry, Task
-from jaxlab.config import yaml_text
-from jaxlab.config.command_line import from_mapping, is_option, resolve, take_option
-from jaxlab.config.schema import fields_of, leaves, suggestion
+from jaxlab.config import (
+    dump_yaml,
+    fields_of,
+    from_mapping,
+    is_option,
+    leaves,
+    resolve,
+    suggestion,
+    take_option,
+)
 from jaxlab.errors import COMMAND_LINE, ConfigError, UserError
 
 
@@ -38,7 +45,7 @@ class RunOptions:
     """print the command of every point of a sweep, run nothing"""
 
 
-def main(words: Sequence[str] | None, tasks: Registry) -> int:
+def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
     """Runs the command line `words` (sys.argv without the program if None) and returns the exit status."""
     try:
         _main(list(sys.argv[1:] if words is None else words), tasks)
@@ -103,7 +110,7 @@ def _run_config_task(task: Task, words: list[str]) -> None:
     elif options.check:
         for config in loaded:
             report = task.load().check(config) if hasattr(task.load(), "check") else {"config": "valid"}
-            print(yaml_text.dump(configs.to_plain(report)), end="")
+            print(dump_yaml(configs.to_plain(report)), end="")
     else:
         todo = [
             sweeps.Point(point, config, command)

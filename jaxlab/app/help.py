@@ -1,29 +1,34 @@
-"""The pages that `--help` prints: the list of tasks, and every field of one task as tyro renders it."""
+"""The pages that `--help` prints: the list of tasks, and every field of one task."""
 
 import ast
 import inspect
 import itertools
+import shutil
 import textwrap
-from typing import Annotated, Any
-
-import tyro
-from tyro.constructors import (
-    MISSING_NONPROP,
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
+import types
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from jaxlab.app.program import program
 from jaxlab.app.registry import Registry, Task
-from jaxlab.config import to_plain, yaml_text
-from jaxlab.config.schema import ABSENT, POSITIONAL, Field, describe, fields_of, is_config, is_list
+from jaxlab.config import (
+    ABSENT,
+    KIND,
+    Field,
+    describe,
+    fields_of,
+    groups,
+    is_list,
+    kind_of,
+    members,
+    to_plain,
+    variants,
+    yaml_line,
+)
 
 
 def task_list(tasks: Registry) -> str:
-    """The page of `run.py --help`."""
+    """The page of `--help`."""
     width = max(map(len, tasks.names()))
     lines = [f"  {task.name:<{width}}  {task.summary}" for task in tasks]
     return "\n".join(
@@ -40,31 +45,24 @@ def task_list(tasks: Registry) -> str:
 
 
 def print_task(task: Task, run_options: type) -> None:
-    """Prints the page of `run.py TASK --help`."""
-    is_config = task.takes == "config"
-    lines = [task.summary[0].upper() + task.summary[1:] + ".", ""]
-    if is_config:
+    """Prints the page of `TASK --help`."""
+    takes_config = task.takes == "config"
+    usage = f"usage: {program()} {task.name}{' CONFIG.yaml' * takes_config}"
+    for field in fields_of(task.schema()).values():
+        if field.positional:
+            word = _positional(field)
+            usage += f" {word}" if field.default is ABSENT else f" [{word}]"
+    lines = [f"{usage} [--field.sub VALUE ...]", "", task.summary[0].upper() + task.summary[1:] + ".", ""]
+    if takes_config:
         lines += ["CONFIG is a YAML file; it comes first, and options override it.", ""]
     lines += [
         "Values are YAML: 3, 1e-3, true, null, word, '[1, 2]'. A list may also be words: --field 1 2.",
         "A true|false field given without a value is true. Both --a_b and --a-b are understood.",
     ]
-    if is_config:
+    if takes_config:
         lines += ["", "options of every task that takes a config:", *_option_lines(run_options)]
-    prog = f"{program()} {task.name}" + (" CONFIG.yaml" if is_config else "")
-    try:
-        tyro.cli(
-            task.schema(),
-            prog=prog,
-            description="\n".join(lines),
-            args=["--help"],
-            use_underscores=True,
-            registry=_registry(),
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except SystemExit as exit_:
-        if exit_.code:
-            raise
+    lines += ["", "fields:", *_field_lines(task.schema(), "", ABSENT)]
+    print("\n".join(lines))
 
 
 def _option_lines(run_options: type) -> list[str]:
@@ -75,54 +73,50 @@ def _option_lines(run_options: type) -> list[str]:
     return [f"  {option:<{width}}  {docs[name]}" for name, option in options.items()]
 
 
-def _registry() -> ConstructorRegistry:
-    """How tyro is to show configs: our keys, our words for types, our way of writing values."""
-    registry = ConstructorRegistry()
-
-    @registry.struct_rule
-    def _config(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if not is_config(info.type):
-            return None
-        docs = field_docs(info.type)
-        return StructConstructorSpec(
-            instantiate=info.type,
-            fields=tuple(
-                StructFieldSpec(
-                    name=field.name,
-                    type=_annotated(field.type, field.key, field.positional),
-                    default=_default(info.default, field),
-                    helptext=docs.get(field.name),
-                )
-                for field in fields_of(info.type).values()
-            ),
-        )
-
-    return registry
-
-
-def _annotated(kind: Any, key: str, positional: bool) -> Any:
-    # Positional[...] itself would be an expression of types, and these are known only now.
-    extras: list[Any] = [tyro.conf.arg(name=key), *(POSITIONAL if positional else ())]
-    if not is_config(kind):
-        metavar = key.upper() + " ..." * is_list(kind) if positional else describe(kind)
-        extras.append(_value(metavar))
-    return Annotated[(kind, *extras)]
+def _field_lines(cls: type, prefix: str, default: Any) -> Iterator[str]:
+    """Every field of a config class with what it is, then the groups in it, each under its heading."""
+    docs = field_docs(cls)
+    inner = []
+    for field in fields_of(cls).values():
+        value = getattr(default, field.name, field.default)
+        if groups(field.type):
+            inner.append((field, value))
+            if types.NoneType not in members(field.type):
+                continue
+        elif field.key == KIND and prefix and kind_of(cls):  # the heading shows it, with the other kinds
+            continue
+        name = _positional(field) if field.positional else f"--{prefix}{field.key} {describe(field.type)}"
+        yield f"  {name}"
+        yield from _wrapped(f"{docs.get(field.name, '')} ({_default(value)})", 6)
+    for field, value in inner:
+        path, kinds = f"{prefix}{field.key}", variants(field.type)
+        yield ""
+        yield from _wrapped(f"{path}: {docs.get(field.name, '')}", 0)
+        if kinds:
+            yield f"  --{path}.{KIND} {describe(Literal[tuple(kinds)])}  ({_default(value)})"
+        for group in groups(field.type):
+            word = next((word for word, kind in kinds.items() if kind is group), None)
+            if word is not None:
+                yield ""
+                summary = (inspect.getdoc(group) or "").partition("\n\n")[0]
+                yield from _wrapped(f"{path}, kind {word}: {summary}", 2)
+            yield from _field_lines(group, f"{path}.", value if type(value) is group else ABSENT)
 
 
-def _value(metavar: str) -> PrimitiveConstructorSpec[Any]:
-    """A value as one word; tyro only shows it here, command_words and config read it."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [yaml_text.dump_line(to_plain(value))],
-    )
+def _positional(field: Field) -> str:
+    return field.key.upper() + " ..." * is_list(field.type)
 
 
-def _default(parent: Any, field: Field) -> Any:
-    default = getattr(parent, field.name, field.default)
-    return MISSING_NONPROP if default is ABSENT else default
+def _default(value: Any) -> str:
+    if value is ABSENT:
+        return "required"
+    return f"default: {yaml_line(getattr(value, KIND, to_plain(value)))}"
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    width = max(40, min(shutil.get_terminal_size().columns, 110))
+    space = " " * indent
+    return textwrap.wrap(" ".join(text.split()), width, initial_indent=space, subsequent_indent=space)
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -28,7 +28,11 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:
     """What a train run depends on besides its config, as digests: its data, and the model that it starts
-    from. Raises UserError."""
+    from.
+
+    Raises:
+      UserError: a mistake that the user can mend.
+    """
     from jaxlab.data import make_source
 
     identities = {"data": make_source(config.data, model_folder).identity}

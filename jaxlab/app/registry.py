@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Literal
 
-from jaxlab.config.schema import suggestion
+from jaxlab.config import suggestion
 from jaxlab.errors import UserError
 
 
@@ -34,7 +34,11 @@ class Task:
 
 
 class Registry:
-    """Tasks by name, in the order in which the help lists them. Raises ValueError for a name given twice."""
+    """Tasks by name, in the order in which the help lists them.
+
+    Raises:
+      ValueError: a name given twice.
+    """
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self._by_name: dict[str, Task] = {}
@@ -53,7 +57,11 @@ class Registry:
         return list(self._by_name)
 
     def find(self, name: str) -> Task:
-        """The task of a name. Raises UserError with the nearest name if there is none."""
+        """The task of a name.
+
+        Raises:
+          UserError: with the nearest name if there is none.
+        """
         if name not in self._by_name:
             hint = suggestion(name, self._by_name) or f"; there are {', '.join(self._by_name)}"
             raise UserError(f"unknown task {name!r}{hint}")

@@ -94,7 +94,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The results of a run folder. Raises UserError if the run is not finished or the file is damaged."""
+    """The results of a run folder.
+
+    Raises:
+      UserError: the run is not finished or the file is damaged.
+    """
     file = Path(path) / "results.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -123,7 +127,9 @@ def run_config(
       outputs: the folder that run folders go to.
       overwrite: whether to do a finished run anew.
 
-    Raises: UserError for the user's mistakes; whatever the task raises.
+    Raises:
+      UserError: the user's mistakes.
+      Exception: whatever the task raises.
     """
     module = task.load()
     inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}

@@ -9,8 +9,7 @@ from typing import Any
 
 from jaxlab.app import runs
 from jaxlab.app.registry import Task
-from jaxlab.config import yaml_text
-from jaxlab.config.command_line import resolve
+from jaxlab.config import parse_yaml, resolve, yaml_line
 from jaxlab.errors import COMMAND_LINE, ConfigError
 from jaxlab.files import write_json
 
@@ -29,7 +28,10 @@ class Point:
 
 def points(schema: type, sweep: Sequence[str], mode: str) -> list[Values]:
     """The points of `key=[a,b] ...`: the product of the lists, or with `mode="zip"` their first values, their
-    second ones, and so on. Without a list there is one point that sets nothing. Raises ConfigError.
+    second ones, and so on. Without a list there is one point that sets nothing.
+
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
     """
     axes: dict[str, list[Any]] = {}
     for word in sweep:
@@ -55,7 +57,7 @@ def points(schema: type, sweep: Sequence[str], mode: str) -> list[Values]:
 
 def _listed(text: str) -> list[Any]:
     try:
-        values = yaml_text.parse(text, "")[0]
+        values = parse_yaml(text, "")[0]
     except ConfigError:
         return []
     return values if isinstance(values, list) else []
@@ -71,7 +73,7 @@ def run(task: Task, name: str, todo: Sequence[Point], *, outputs: Path, overwrit
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for index, point in enumerate(todo, 1):
-        print(f"[{index}/{len(todo)}] {yaml_text.dump_line(point.values)}")
+        print(f"[{index}/{len(todo)}] {yaml_line(point.values)}")
         result = runs.run_config(
             task, point.config, name, point.command, outputs=outputs, overwrite=overwrite
         )
@@ -117,5 +119,5 @@ def _cell(value: Any) -> str:
         if isinstance(value, float)
         else str(value)
         if isinstance(value, str)
-        else yaml_text.dump_line(value)
+        else yaml_line(value)
     )

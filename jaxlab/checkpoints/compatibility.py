@@ -3,18 +3,18 @@
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, NSAConfig, RopeConfig, SlidingAttentionConfig
 
 if TYPE_CHECKING:  # configs are compared without jax
     from jaxlab.models import Params
 
 # What does not change the function that parameters stand for.
-_FREE = ("compute_dtype", "attention_implementation", "remat", "initializer_range", "family")
+_FREE = ("compute_dtype", "remat", "initializer_range", "family")
 
 
 def differences(one: ModelConfig, other: ModelConfig, free: Collection[str] = ()) -> list[str]:
@@ -43,12 +43,17 @@ def language_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     position are equal in a text, so which pair turns by which one does not matter either.
     """
     free = ["vocab_size", "vision", "tie_embeddings", "extra_embeddings"]
-    if one.position != "learned":
+    if one.position.kind != "learned":
         free.append("max_length")
-    plain = lambda c: dataclasses.replace(
-        c, rope=dataclasses.replace(c.rope, sections=(), sections_interleaved=False)
-    )
-    return differences(plain(one), plain(other), free)
+    return differences(_of_texts(one), _of_texts(other), free)
+
+
+def _of_texts(config: ModelConfig) -> ModelConfig:
+    """The model with positions of one coordinate."""
+    if not isinstance(config.position, RopeConfig):
+        return config
+    rope = dataclasses.replace(config.position, sections=(), sections_interleaved=False)
+    return dataclasses.replace(config, position=rope)
 
 
 def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
@@ -58,8 +63,6 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
         "head_dim": "key_dim",
         "value_head_dim": "value_dim",
         "output_bias": "has_output_bias",
-        "attention": "kinds",
-        "pattern": "kinds",
     }
     if field in resolved:
         return bool(getattr(one, resolved[field]) == getattr(other, resolved[field]))
@@ -67,23 +70,31 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
         scales = [c.key_dim**-0.5 if c.attention_scale is None else c.attention_scale for c in (one, other)]
         return scales[0] == scales[1]
     if field == "moe":
-        mixtures = [dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
-        return mixtures[0] == mixtures[1] or one.moe.num_experts == other.moe.num_experts == 0
-    unused = {
-        "window": lambda c: "sliding" not in c.kinds,
-        "nsa": lambda c: "nsa" not in c.kinds,
-        "rope": lambda c: c.position != "rotary",
-        "local_rope_theta": lambda c: c.position != "rotary",
-        "mlp_width": lambda c: c.moe.num_experts and not c.dense_layers,
-        "vision": lambda c: not c.has_vision,
-    }
-    return field in unused and bool(unused[field](one) and unused[field](other))
+        mixtures = [c.moe and dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
+        return mixtures[0] == mixtures[1]
+    if field == "attention":
+        return bool(_attention(one) == _attention(other))
+    plain_mlp = any(c.moe is None or c.dense_layers for c in (one, other))
+    return field == "mlp_width" and not plain_mlp
+
+
+def _attention(c: ModelConfig) -> Any:
+    """What the attention of all layers computes, whoever does it."""
+    if isinstance(c.attention, NSAConfig):
+        return dataclasses.replace(c.attention, implementation="auto", compress_init="random")
+    if not isinstance(c.attention, SlidingAttentionConfig):
+        return c.kinds
+    return c.kinds, c.attention.window, c.attention.rope_theta if c.position.kind == "rotary" else None
 
 
 def check_same_tree(
     stored: "Params", expected: "Params", path: str | Path, expected_by: str = "its config"
 ) -> None:
-    """Raises UserError, one line, that names parameters that are missing, unexpected or of another shape."""
+    """Whether two trees hold parameters of the same names and shapes.
+
+    Raises:
+      UserError: parameters are missing, unexpected or of another shape; one line names them.
+    """
     have, want = _shapes(stored), _shapes(expected)
     problems = [f"lacks {name}" for name in want if name not in have]
     problems += [f"has an unexpected {name}" for name in have if name not in want]

@@ -17,7 +17,7 @@ from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.checkpoints.unexpected_tensors import Match, match
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, RopeConfig
 
 _SHOWN = 6
 
@@ -131,19 +131,22 @@ def _architecture(c: ModelConfig) -> list[tuple[str, str]]:
         lines[0] = ("family", f"{c.family} (converted and merged, not run)")
     heads = f"{c.num_heads} heads" + ("" if c.kv_heads == c.num_heads else f" ({c.kv_heads} key/value)")
     lines.append(("language model", f"{c.num_layers} layers, width {c.width}, {heads} of {c.key_dim}"))
-    if c.moe.num_experts:
+    if c.moe is not None:
         dense = f", {c.dense_layers} layers without" if c.dense_layers else ""
         lines.append(("experts", f"{c.moe.experts_per_token} of {c.moe.num_experts} of {c.moe.width}{dense}"))
     kinds = Counter(c.kinds)
     if set(kinds) != {"full"}:
-        said = [f"{n} {kind}" + (f" ({c.window})" if kind == "sliding" else "") for kind, n in kinds.items()]
+        said = [
+            f"{n} {kind}" + (f" ({c.sliding.window})" if kind == "sliding" else "")
+            for kind, n in kinds.items()
+        ]
         lines.append(("attention", ", ".join(said)))
-    scaling = "" if c.rope.scaling == "none" else f", rotary positions stretched ({c.rope.scaling})"
+    stretched = isinstance(c.position, RopeConfig) and c.position.scaling != "none"
+    scaling = f", rotary positions stretched ({c.rope.scaling})" if stretched else ""
     lines.append(("context", f"{c.max_length:,} tokens{scaling}"))
     head = "head is the embedding" if c.tie_embeddings else "head of its own"
     lines.append(("vocabulary", f"{c.embedding_rows:,} rows, {head}"))
-    if c.has_vision:
-        v = c.vision
+    if (v := c.vision) is not None:
         lines.append(("vision", f"{v.num_layers} layers, width {v.width}, patches of {v.patch_size}"))
     return lines
 

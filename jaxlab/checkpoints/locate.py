@@ -51,7 +51,11 @@ def resolve(
 
 
 def form_of(path: Path) -> Form:
-    """The form of the model at `path`. Raises UserError if it is no model."""
+    """The form of the model at `path`.
+
+    Raises:
+      UserError: it is no model.
+    """
     if path.is_file():
         if path.suffix == ".bin":
             return "llama2c"

@@ -174,7 +174,11 @@ def _check_proportions(description: bytes) -> None:
 
 
 def _take(stack: list[int], marks: list[int], name: str) -> list[int]:
-    """Remove what an opcode takes from the stack. Raises IndexError if there is less."""
+    """Remove what an opcode takes from the stack.
+
+    Raises:
+      IndexError: there is less.
+    """
     start = marks.pop() - _TAKES_TO_MARK[name] if name in _TAKES_TO_MARK else len(stack) - _TAKES[name]
     if start < 0:
         raise IndexError("the stack holds less than an opcode takes")

@@ -172,7 +172,11 @@ def _span(name: str, entry: Any, path: Path) -> tuple[np.dtype, tuple[int, ...],
 
 
 def _check_covered(spans: dict[str, tuple[int, int]], size: int, path: Path) -> None:
-    """Raises UserError unless the ranges cover all `size` bytes once."""
+    """Whether the ranges cover all `size` bytes once.
+
+    Raises:
+      UserError: they do not.
+    """
     end = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if start != end:
@@ -200,7 +204,11 @@ def _reader(
 
 
 def check_rows(shape: tuple[int, ...], start: int, stop: int) -> None:
-    """Raises IndexError unless start..stop are rows of the shape: what lies beyond is another tensor."""
+    """Whether start..stop are rows of the shape: what lies beyond is another tensor.
+
+    Raises:
+      IndexError: they are not.
+    """
     if shape and not 0 <= start <= stop <= shape[0]:
         raise IndexError(f"rows {start} to {stop} of a tensor {list(shape)}")
 

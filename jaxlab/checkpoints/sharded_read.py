@@ -64,7 +64,11 @@ def read_params(
 def leaf_dtype(
     tensors: Mapping[str, Tensor], entry: Entry, wanted: jax.typing.DTypeLike | None = None
 ) -> np.dtype:
-    """Of the leaves of an entry. Raises UserError where tensors differ, or jax has no such dtype."""
+    """Of the leaves of an entry.
+
+    Raises:
+      UserError: tensors differ, or jax has no such dtype.
+    """
     if wanted is not None:
         return np.dtype(wanted)
     stored = {tensors[name].dtype for name in entry.names}
@@ -124,7 +128,11 @@ def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target]) 
 def _check_copies(
     tensors: Mapping[str, Tensor], account: TensorAccount, name: str, table: np.ndarray
 ) -> None:
-    """Raises UserError if a tied head that is written out is not the embedding, bit for bit."""
+    """Whether a tied head that is written out is the embedding.
+
+    Raises:
+      UserError: it is not, bit for bit.
+    """
     for copy in account.copies:
         head = tensors[copy]
         rows = max(1, _ROWS_BYTES // max(1, head.nbytes // head.shape[0]))

@@ -27,7 +27,11 @@ class SourceFiles:
 
     @functools.cached_property
     def end_tokens(self) -> frozenset[int]:
-        """The tokens that end a text, by generation_config.json, else by config.json. Raises UserError."""
+        """The tokens that end a text, by generation_config.json, else by config.json.
+
+        Raises:
+          UserError: a file that says so is damaged.
+        """
         for said in (self._json("generation_config.json"), self.config):
             found = said.get("eos_token_id", (said.get("text_config") or {}).get("eos_token_id"))
             ids = found if isinstance(found, list) else [found]
@@ -37,7 +41,11 @@ class SourceFiles:
 
     @functools.cached_property
     def chat_template(self) -> str | None:
-        """The default chat template, in Jinja; None without one. Raises UserError."""
+        """The default chat template, in Jinja; None without one.
+
+        Raises:
+          UserError: a file that says so is damaged.
+        """
         if (self.folder / "chat_template.jinja").exists():
             path = inside(self.folder, "chat_template.jinja")
             try:
@@ -67,7 +75,11 @@ class SourceFiles:
 
 
 def read_source_files(model: Path) -> SourceFiles | None:
-    """What a model folder of ours keeps; None if it was never one of Hugging Face. Raises UserError."""
+    """What a model folder of ours keeps; None if it was never one of Hugging Face.
+
+    Raises:
+      UserError: a file that says so is damaged.
+    """
     place = model / SOURCE
     if not (place / CONFIG).is_file():
         return None

@@ -100,7 +100,11 @@ def _there(folder: Path, name: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError for anything else."""
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it is none, too large, or cannot be read.
+    """
     try:
         if path.stat().st_size > MAX_JSON:
             raise UserError(f"{path}: too large for a JSON file of a model")

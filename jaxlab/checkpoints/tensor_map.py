@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape
 from jaxlab.checkpoints.tensor_table import Layout, LeafPath, Row, parse
 from jaxlab.errors import UserError
-from jaxlab.models.sparse_config import BRANCHES
+from jaxlab.models import BRANCHES
 
 Leaf = Float[Array, "..."] | Float[np.ndarray, "..."]
 Stack = Float[Array, "N ..."] | Float[np.ndarray, "N ..."]

@@ -50,7 +50,11 @@ class Row:
         return (self.path,) if isinstance(self.path, str) else self.path
 
     def layer_numbers(self, count: int, first: int) -> tuple[int, ...]:
-        """Theirs of `count` layers of ours, of which `first` others come before. Raises UserError."""
+        """Theirs of `count` layers of ours, of which `first` others come before.
+
+        Raises:
+          UserError: the family names another number of layers.
+        """
         if self.numbers and len(self.numbers) != count:
             raise UserError(
                 f"{self.paths[0]} holds {count} layers, the family names {len(self.numbers)}: {self.numbers}"
@@ -114,7 +118,11 @@ class Layout:
 
 @functools.cache
 def parse(text: str) -> Layout:
-    """The layout that `text` describes. Raises ValueError if the two sides have different axes."""
+    """The layout that `text` describes.
+
+    Raises:
+      ValueError: the two sides have different axes.
+    """
     theirs, _, ours = text.partition("->")
     groups = tuple(
         tuple(match[1].split()) if match[1] is not None else (match[2],)

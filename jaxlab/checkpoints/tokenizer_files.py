@@ -43,7 +43,11 @@ def read_tokenizer(folder: str | Path, config: Mapping[str, Any] | None = None) 
 
 
 def load_tokenizer_file(file: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json. Raises UserError if it is none."""
+    """The tokenizer in a tokenizer.json.
+
+    Raises:
+      UserError: it is none.
+    """
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower

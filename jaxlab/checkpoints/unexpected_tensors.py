@@ -15,7 +15,7 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, Row
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import MllamaVisionConfig, ModelConfig, QwenVisionConfig, ViTConfig
 
 if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.checkpoints.tensor_map import Entry
@@ -53,7 +53,11 @@ class TensorAccount:
         return f"{line}, {', '.join(self.copies)} a copy of the embedding" if self.copies else line
 
     def check(self, where: object) -> None:
-        """Raises UserError that lists what is missing, not known, or of a wrong shape or dtype."""
+        """Whether every tensor has its place.
+
+        Raises:
+          UserError: tensors are missing, not known, or of a wrong shape or dtype; one line lists them.
+        """
         said = []
         if self.missing:
             said.append(f"{_count(self.missing, 'tensor')} missing: {_listed(self.missing)}")
@@ -201,7 +205,7 @@ def _names(row: Row, config: ModelConfig, found: list[str]) -> list[str]:
     if layers is None:
         return found
     numbers = row.layer_numbers(*layers) if "i" in counted else (0,)
-    experts = range(config.moe.num_experts) if "e" in counted else range(1)
+    experts = range(config.moe.num_experts) if "e" in counted and config.moe is not None else range(1)
     return [row.name.replace("{i}", str(i)).replace("{e}", str(e)) for i in numbers for e in experts]
 
 
@@ -212,14 +216,16 @@ def _layers(path: str, config: ModelConfig) -> tuple[int, int] | None:
         return config.num_layers - config.dense_layers, config.dense_layers
     if path.startswith("dense_layers."):
         return config.dense_layers, 0
-    if path.startswith("vision.layers."):
-        return vision.num_layers, 0
-    counts = {
-        "vision.global_layers.": vision.mllama.num_global_layers,
-        "projector.cross_layers.": len(vision.mllama.cross_layers),
-        "projector.resampler.layers.": vision.vit.resampler.num_layers,
-        "projector.deep.": len(vision.qwen.deep_layers),
-    }
+    counts: dict[str, int] = {}
+    if vision is not None:
+        counts["vision.layers."] = vision.num_layers
+    if isinstance(vision, MllamaVisionConfig):
+        counts["vision.global_layers."] = vision.num_global_layers
+        counts["projector.cross_layers."] = len(vision.cross_layers)
+    elif isinstance(vision, QwenVisionConfig):
+        counts["projector.deep."] = len(vision.deep_layers)
+    elif isinstance(vision, ViTConfig) and vision.resampler is not None:
+        counts["projector.resampler.layers."] = vision.resampler.num_layers
     return next(((count, 0) for start, count in counts.items() if path.startswith(start)), None)
 
 
@@ -234,7 +240,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
         return not c.tie_embeddings
     edges = {
         ".".join(EMBEDDING): True,
-        "position.table": c.position == "learned",
+        "position.table": c.position.kind == "learned",
         "final_norm.scale": True,
         "final_norm.bias": c.norm == "layer",
         "head.bias": c.head_bias,
@@ -244,7 +250,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
     stack, _, leaf = path.partition(".")
     if stack not in ("layers", "dense_layers") or (stack == "dense_layers" and not c.dense_layers):
         return False
-    experts = bool(c.moe.num_experts) and stack == "layers"
+    experts = c.moe is not None and stack == "layers"
     return _of_layer(c, experts).get(leaf, False)
 
 

@@ -10,7 +10,7 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.forms import hf_write
 from jaxlab.checkpoints.forms.base import OpenModel
 from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
-from jaxlab.models import ModelConfig, Params, forward
+from jaxlab.models import ModelConfig, NSAConfig, Params, forward
 
 _TOKENS = (2, 24)
 """Rows and length of the batch on which logits are compared."""
@@ -69,8 +69,11 @@ def compare_logits(config: ModelConfig, params: Params, others: Params) -> tuple
     shape = (_TOKENS[0], min(_TOKENS[1], config.max_length))
     tokens = rng.integers(0, config.vocab_size, shape).astype(np.int32)
     if config.has_vision:  # no placeholders of images
-        tokens = np.where(tokens == config.vision.image_token, (tokens + 1) % config.vocab_size, tokens)
-    config = dataclasses.replace(config, compute_dtype="float32", attention_implementation="xla")
+        tokens = np.where(tokens == config.image_token, (tokens + 1) % config.vocab_size, tokens)
+    attention = config.attention
+    if not isinstance(attention, NSAConfig):
+        attention = dataclasses.replace(attention, implementation="xla")
+    config = dataclasses.replace(config, compute_dtype="float32", attention=attention)
     run_model = jax.jit(lambda p: forward(p, {"tokens": tokens}, config)[0])
     one, other = (np.asarray(run_model(p), np.float64) for p in (params, others))
     return float(np.abs(one - other).max()), float(np.abs(one).max())

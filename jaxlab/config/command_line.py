@@ -3,6 +3,7 @@
 - `--a.b VALUE` and `--a.b=VALUE` set one field; `-` and `_` are one in a key.
 - A value is YAML on one line. Where only a str is wanted it is the text itself; where a str is one of several
   types, text that is nothing else is itself, and quotes make a word of `'1'` or `'null'`.
+- The kind of a group that is one of several is set by `--a.kind word`, or by `--a word`.
 - A list is one YAML list or several words. A true|false field given without a value is true.
 - Words before the options, and those that no option takes, fill the positional fields in order.
 """
@@ -13,7 +14,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlab.config import yaml_text
-from jaxlab.config.schema import choices, describe, fields_of, is_config, is_list, leaves, members, suggestion
+from jaxlab.config.schema import (
+    choices,
+    describe,
+    fields_of,
+    inner_fields,
+    is_config,
+    is_list,
+    leaves,
+    members,
+    suggestion,
+)
 from jaxlab.errors import COMMAND_LINE, ConfigError
 
 Path = tuple[str, ...]
@@ -25,7 +36,11 @@ def is_option(word: str) -> bool:
 
 
 def parse(cls: type, words: Sequence[str]) -> list[tuple[Path, Any]]:
-    """The keys and plain values that `words` give to fields of `cls`, in their order. Raises ConfigError."""
+    """The keys and plain values that `words` give to fields of `cls`, in their order.
+
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
+    """
     result, positionals = [], []
     queue = list(words)
     while queue:
@@ -64,19 +79,22 @@ def take_option(cls: type, queue: list[str]) -> tuple[Path, Any]:
 
 
 def resolve(cls: type, dotted: str) -> tuple[Path, Any]:
-    """The path and the type of a dotted key. Raises ConfigError with the nearest key if there is none."""
+    """The path and the type of a dotted key.
+
+    Raises:
+      ConfigError: with the nearest key if there is none.
+    """
     kind: Any = cls
     path: Path = ()
     parts = dotted.split(".")
     for index, part in enumerate(parts):
-        group = next((member for member in members(kind) if is_config(member)), None)
         mapping = next((member for member in members(kind) if typing.get_origin(member) is dict), None)
         if mapping is not None:  # its keys are free, and may hold dots
             return (*path, ".".join(parts[index:])), typing.get_args(mapping)[1]
-        key = part.replace("-", "_")
-        if group is None or key not in fields_of(group):
+        key, fields = part.replace("-", "_"), inner_fields(kind)
+        if key not in fields:
             raise ConfigError(f"unknown option{_hint(cls, dotted)}", dotted, COMMAND_LINE)
-        path, kind = (*path, key), fields_of(group)[key].type
+        path, kind = (*path, key), fields[key].type
     return path, kind
 
 
@@ -128,7 +146,11 @@ def _is_value(kind: Any, value: Any) -> bool:
 
 
 def from_mapping(cls: type, values: Mapping[str, Any]) -> list[str]:
-    """The words that set plain values by dotted key. Raises ConfigError for a value that has no such word."""
+    """The words that set plain values by dotted key.
+
+    Raises:
+      ConfigError: a value that has no such word.
+    """
     words = []
     for dotted, value in values.items():
         kind, line = resolve(cls, dotted)[1], yaml_text.dump_line(value)

@@ -2,21 +2,23 @@
 
 import dataclasses
 import difflib
+import functools
 import keyword
 import types
 import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union
 
-import tyro
-
 from jaxlab.config import yaml_text
 
 ABSENT: Any = object()
 """Stands for a default where there is none; None is a default."""
 
-POSITIONAL: tuple[Any, ...] = typing.get_args(tyro.conf.Positional[int])[1:]
-"""What `tyro.conf.Positional[...]` adds to the type of a field that is given without its name."""
+POSITIONAL: Any = object()
+"""Marks a field that the command line gives without its name: `model: Annotated[str, POSITIONAL]`."""
+
+KIND = "kind"
+"""The key that tells the configs of a union apart; each declares its own: `kind: Literal["nsa"] = "nsa"`."""
 
 _SCALARS: tuple[type, ...] = (bool, int, float, str, types.NoneType)
 
@@ -32,17 +34,13 @@ class Field:
     positional: bool
 
 
+@functools.cache
 def fields_of(cls: type) -> dict[str, Field]:
-    """The fields of a config class by key. Raises TypeError for a class or type that configs cannot hold."""
-    if cls not in _FIELDS:
-        _FIELDS[cls] = _read_fields(cls)
-    return _FIELDS[cls]
+    """The fields of a config class by key.
 
-
-_FIELDS: dict[type, dict[str, Field]] = {}
-
-
-def _read_fields(cls: type) -> dict[str, Field]:
+    Raises:
+      TypeError: a class or type that configs cannot hold.
+    """
     if not is_config(cls) or not vars(cls)["__dataclass_params__"].frozen:
         raise TypeError(f"{cls} is not a frozen dataclass")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -55,7 +53,7 @@ def _read_fields(cls: type) -> dict[str, Field]:
         hint, positional = hints[field.name], False
         if typing.get_origin(hint) is Annotated:
             hint, *extras = typing.get_args(hint)
-            positional = any(extra in POSITIONAL for extra in extras)
+            positional = POSITIONAL in extras
         _check_type(hint, f"{cls.__name__}.{field.name}")
         default = ABSENT
         if field.default is not dataclasses.MISSING:
@@ -63,18 +61,62 @@ def _read_fields(cls: type) -> dict[str, Field]:
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         result[key] = Field(key, field.name, hint, default, positional)
+    return {KIND: result.pop(KIND), **result} if KIND in result else result
+
+
+@functools.cache
+def variants(kind: Any) -> dict[str, type]:
+    """The configs with a `kind` that a value of a type may be, by the word of it."""
+    words = {member: kind_of(member) for member in groups(kind)}
+    return {word: member for member, word in words.items() if word is not None}
+
+
+@functools.cache
+def kind_of(cls: type) -> str | None:
+    """The word that a config class declares as its `kind`, or None."""
+    field = fields_of(cls).get(KIND)
+    words = choices(field.type) if field else ()
+    return words[0] if len(words) == 1 else None
+
+
+@functools.cache
+def inner_fields(kind: Any) -> dict[str, Field]:
+    """What may stand below a key of a type, by key: a config's fields, or those of all configs of a union.
+
+    Raises:
+      TypeError: two configs of a union give one key different types.
+    """
+    result: dict[str, Field] = {}
+    for group in groups(kind):
+        for key, field in fields_of(group).items():
+            known = result.setdefault(key, field)
+            if known.type == field.type:
+                continue
+            words = dict.fromkeys([*choices(known.type), *choices(field.type)])
+            if {typing.get_origin(known.type), typing.get_origin(field.type)} != {Literal}:
+                raise TypeError(f"{group.__name__}.{key}: {field.type}, but {known.type} in other kinds")
+            result[key] = dataclasses.replace(known, type=Literal[tuple(words)])
     return result
 
 
-def leaves(cls: type, prefix: str = "") -> dict[str, Field]:
-    """Every field that holds a value of its own, by dotted key."""
-    result = {}
-    for key, field in fields_of(cls).items():
-        if is_config(field.type):
-            result.update(leaves(field.type, f"{prefix}{key}."))
-        else:
+@functools.cache
+def leaves(kind: Any, prefix: str = "") -> dict[str, Field]:
+    """Every field that holds a value of its own, by dotted key; optional groups, and at the end theirs."""
+    result, optional = {}, {}
+    for key, field in inner_fields(kind).items():
+        below = leaves(field.type, f"{prefix}{key}.")
+        if not groups(field.type) or types.NoneType in members(field.type):
             result[prefix + key] = field
-    return result
+            optional.update(below)
+        else:
+            result.update(below)
+    return result | optional
+
+
+@functools.cache
+def groups(kind: Any) -> tuple[type, ...]:
+    """The config classes among the types of a union."""
+    return tuple(member for member in members(kind) if is_config(member))
 
 
 def is_config(kind: Any) -> bool:
@@ -106,7 +148,8 @@ def describe(kind: Any) -> str:
     """A type in words short enough for a message and for the help: `int`, `full|nsa`, `[float, ...]`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(members(kind)) > 1:
-        return "|".join(describe(member) for member in members(kind))
+        words = {group: word for word, group in variants(kind).items()}
+        return "|".join(words.get(member) or describe(member) for member in members(kind))
     if kind is types.NoneType:
         return "null"
     if kind is bool:
@@ -129,6 +172,9 @@ def suggestion(word: str, candidates: Iterable[str]) -> str:
 
 
 def _check_type(kind: Any, name: str) -> None:
+    if len(groups(kind)) > max(1, len(variants(kind))):
+        raise TypeError(f"{name}: the configs of a union need a field `kind` each, with a word of its own")
+    inner_fields(kind)
     for member in members(kind):
         origin, arguments = typing.get_origin(member), typing.get_args(member)
         if origin is tuple and arguments:

@@ -94,7 +94,8 @@ def is_null(text: str) -> bool:
 def parse(text: str, where: str) -> tuple[Any, dict[Keys, int]]:
     """The value of a YAML document and the line of every key in it.
 
-    Raises ConfigError, with `where` and the line, for anything that is not this dialect.
+    Raises:
+      ConfigError: with `where` and the line, for anything that is not this dialect.
     """
     try:
         loader = _Loader(text)

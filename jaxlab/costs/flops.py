@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlab.models import ModelConfig, abstract_params, count_params
+from jaxlab.models import H2O, ExactTokens, ModelConfig, abstract_params, count_params
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by a part of the device's name (vendor data sheets)."""
@@ -21,13 +21,13 @@ def attended_tokens(config: ModelConfig, length: int) -> float:
     within = lambda w: sum(min(t + 1, w) for t in range(length)) / length
     before = lambda t, c: min(t // c.block_size, c.num_blocks - 1) * c.block_size
     of_blocks = lambda c: sum(before(t, c) + t % c.block_size + 1 for t in range(length)) / length
-    if config.sparsity.method in ("exact_tokens", "h2o"):
+    if isinstance(config.sparsity, ExactTokens | H2O):
         return within(config.sparsity.budget)
-    if config.sparsity.method != "none":
+    if config.sparsity is not None:
         return of_blocks(config.sparsity)
-    if config.attention != "nsa":
+    if config.attention.kind != "nsa":
         sliding = config.kinds.count("sliding") / config.num_layers
-        return sliding * within(config.window) + (1 - sliding) * within(length)
+        return sliding * within(config.sliding.window if sliding else 0) + (1 - sliding) * within(length)
     n = config.nsa
     compressed = sum(max(0, (t + 1 - n.block_len) // n.stride + 1) for t in range(length)) / length
     read = {"compression": compressed, "selection": of_blocks(n), "window": within(n.window)}
@@ -45,11 +45,11 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     matmul = float(count_params(layers) + config.vocab_size * config.width)
     if config.dense_layers:
         matmul += count_params(params["dense_layers"])
-    if config.attention == "nsa":
+    if config.attention.kind == "nsa":
         compression = sum(count_params(layers["attention"][f"compress_{name}"]) for name in ("key", "value"))
         applied = config.kv_heads / config.nsa.stride if "compression" in config.nsa.branches else 0.0
         matmul += compression * (applied - 1.0)
-    if config.moe.num_experts:
+    if config.moe is not None:
         routed = sum(layers["moe"][name].size for name in ("gate", "up", "down"))
         matmul -= routed * (1.0 - config.moe.experts_per_token / config.moe.num_experts)
     attention = config.num_layers * config.num_heads * (config.key_dim + config.value_dim)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -38,8 +38,9 @@ TASKS = tuple(f"{kind}_{skill}" for kind in ("text", "image") for skill in SKILL
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """Questions about digits."""
+    """Questions about handwritten digits, in text and in pictures."""
 
+    kind: Literal["digits"] = "digits"
     mixture: dict[str, float] = field(default_factory=lambda: {"text_words": 1.0})
     """Shares of the tasks, in any unit: text_ or image_, then words, figures, roman, french, format
     or arithmetic."""

@@ -15,7 +15,7 @@ import enum
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -49,6 +49,7 @@ class TokenClass(enum.IntEnum):
 class EpisodesConfig:
     """In-context learning episodes and their curriculum."""
 
+    kind: Literal["episodes"] = "episodes"
     sequence_length: int = 40
     """Tokens in a training sequence (T); held-out prompts are as long as they need."""
     min_classes: int = 2

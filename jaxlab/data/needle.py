@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -37,8 +38,9 @@ FACT, QUESTION = 5, 4
 
 @dataclass(frozen=True)
 class NeedleConfig:
-    """Needles, how deep they lie, and how many distract from the one that is asked for."""
+    """Facts in long filler: how deep they lie, and how many distract from the one that is asked for."""
 
+    kind: Literal["needle"] = "needle"
     sequence_length: int = 512
     """Tokens in a sequence (T), the answer included."""
     needles: int = 4

@@ -1,9 +1,8 @@
-"""One config for every source of batches, how a source is made of it, and whether it fits a model."""
+"""The sources of batches, how a source is made of it, and whether it fits a model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,24 +13,10 @@ from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, PlainVisionConfig
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What a model is trained or evaluated on."""
-
-    kind: Literal["text", "digits", "episodes", "needle"] = "text"
-    """text: files; digits: questions about handwritten digits; episodes: in-context learning;
-    needle: facts in long filler."""
-    text: TextConfig = TextConfig()
-    """Used where kind is text."""
-    digits: DigitsConfig = DigitsConfig()
-    """Used where kind is digits."""
-    episodes: EpisodesConfig = EpisodesConfig()
-    """Used where kind is episodes."""
-    needle: NeedleConfig = NeedleConfig()
-    """Used where kind is needle."""
+DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig
+"""What a model is trained or evaluated on."""
 
 
 @runtime_checkable
@@ -62,13 +47,15 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
     Raises:
       UserError: what the source reads is not there.
     """
-    if config.kind == "text":
-        return TextSource(config.text, find_model)
-    if config.kind == "digits":
-        return DigitsSource(config.digits)
-    if config.kind == "episodes":
-        return EpisodesSource(config.episodes)
-    return NeedleSource(config.needle)
+    match config:
+        case TextConfig():
+            return TextSource(config, find_model)
+        case DigitsConfig():
+            return DigitsSource(config)
+        case EpisodesConfig():
+            return EpisodesSource(config)
+        case NeedleConfig():
+            return NeedleSource(config)
 
 
 def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
@@ -86,7 +73,11 @@ def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.
 
 
 def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
-    """Raises UserError if `batch` is not for `model`: a gather past the end of a table would say nothing."""
+    """Checks that `batch` is for `model`: a gather past the end of a table would say nothing.
+
+    Raises:
+      UserError: it is not.
+    """
     tokens = batch["tokens"]
     if tokens.shape[1] > model.max_length:
         raise UserError(
@@ -100,9 +91,12 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
         )
     if "images" in batch:
         vision = model.vision
+        if not isinstance(vision, PlainVisionConfig):
+            raise UserError(
+                f"the data holds images and the model has {vision.kind if vision else 'no'} vision; "
+                "give model.vision of kind plain"
+            )
         size = (vision.image_size, vision.image_size, vision.channels)
-        if not model.has_vision:
-            raise UserError("the data holds images and the model has no vision; set model.vision.num_layers")
         if batch["images"].shape[2:] != size:
             raise UserError(
                 f"the data holds images of {batch['images'].shape[2:]}, the model takes {size}; "
@@ -111,13 +105,17 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
 
 
 def check_same_words(model: Tokenizer | None, source: Tokenizer | None, path: str | Path) -> None:
-    """Raises UserError if a word that the model at `path` knows is another one, or none, in the data."""
+    """Checks that the words of the model at `path` are those of the data.
+
+    Raises:
+      UserError: a word that the model knows is another one, or none, in the data.
+    """
     if model is None or source is None:
         if model is not source:
             kinds = ["words" if tokenizer else "bytes" for tokenizer in (model, source)]
             raise UserError(
                 f"{path}: the model reads {kinds[0]}, the data holds {kinds[1]}; change data.kind "
-                "or data.text.tokenizer"
+                "or data.tokenizer"
             )
         return
     theirs = source.get_vocab()

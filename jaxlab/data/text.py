@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ SEPARATOR = 0
 class TextConfig:
     """Text from files."""
 
+    kind: Literal["text"] = "text"
     path: str = "stdlib"
     """A file, a folder of text files, or `stdlib`: the source files of Python's standard library."""
     pattern: str = "**/*.py"
@@ -59,7 +61,7 @@ class TextSource:
             if len(tokens) < config.sequence_length:
                 raise UserError(
                     f"{config.path}: {len(tokens)} {unit} of {name} text cannot fill a sequence of "
-                    f"{config.sequence_length}; lower data.text.sequence_length or give more text"
+                    f"{config.sequence_length}; lower data.sequence_length or give more text"
                 )
 
     def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
@@ -89,7 +91,7 @@ class TextSource:
 def _tokenizer_of(model: str, find_model: FindModel) -> Tokenizer:
     found = open_model(find_model(model)).tokenizer
     if found is None:
-        raise UserError(f"{model}: has no tokenizer; name another model, or leave data.text.tokenizer out")
+        raise UserError(f"{model}: has no tokenizer; name another model, or leave data.tokenizer out")
     return found
 
 
@@ -101,7 +103,7 @@ def read_text(config: TextConfig, tokenizer: Tokenizer | None = None) -> tuple[n
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if config.path == "stdlib" else Path(config.path)
     if not root.exists():
-        raise UserError(f"{root}: no such file or folder; set data.text.path")
+        raise UserError(f"{root}: no such file or folder; set data.path")
     files = [root] if root.is_file() else sorted(p for p in root.glob(config.pattern) if p.is_file())
     if config.path == "stdlib":  # packages installed beside it and its tests differ from machine to machine
         skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -111,11 +113,11 @@ def read_text(config: TextConfig, tokenizer: Tokenizer | None = None) -> tuple[n
         words = None if tokenizer is None else tokenizer.to_str()
         training, held_out, digest = _read(stamped, config.holdout_every, words)
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; set data.text.path") from error
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; set data.path") from error
     if not len(training) or not len(held_out):
         raise UserError(
             f"{root}: {len(files)} files match {config.pattern}; at least {config.holdout_every} of text are "
-            "needed, or one; set data.text.path, pattern or holdout_every"
+            "needed, or one; set data.path, pattern or holdout_every"
         )
     return training, held_out, digest
 

@@ -1,6 +1,6 @@
 """How long attention takes: Native Sparse Attention beside the fastest dense attention, by length.
 
-Axis letters: B batch, T tokens, H query heads, Hkv key/value heads, D head dim.
+Axis letters: B batch, T queries, S keys, H query heads, Hkv key/value heads, D head dim.
 """
 
 import statistics
@@ -68,12 +68,12 @@ class AttentionSpeedConfig:
 
 
 Query = Float[Array, "B T H D"]
-KeyOrValue = Float[Array, "B T Hkv D"]
+KeyOrValue = Float[Array, "B S Hkv D"]
 Attention = Callable[..., Query]
 
 
 def dense_chunked(q: Query, k: KeyOrValue, v: KeyOrValue) -> Query:
-    """Online softmax over tiles of keys: what `model.attention_implementation: chunked` is."""
+    """Online softmax over tiles of keys: what `attention: {kind: full, implementation: chunked}` is."""
     return window_attention(q, k, v, window=k.shape[1])
 
 

@@ -3,7 +3,7 @@ off."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -77,14 +77,8 @@ class PromptSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PromptsConfig:
-    """The prompts that are analysed."""
-
-    kind: Literal["episodes"] = "episodes"
-    """episodes: held-out prompts of the synthetic in-context learning task."""
-    episodes: EpisodesConfig = EpisodesConfig()
-    """Used where kind is episodes."""
+PromptsConfig = EpisodesConfig
+"""The prompts that are analysed; a further source joins by `|`."""
 
 
 class EpisodePrompts:
@@ -113,7 +107,7 @@ class EpisodePrompts:
 
 
 def make_prompts(config: PromptsConfig, split: str) -> PromptSource:
-    return EpisodePrompts(config.episodes, split)
+    return EpisodePrompts(config, split)
 
 
 def token_texts(tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:

@@ -49,11 +49,12 @@ def flows(
     Args:
       classes: token class 0..K-1, -1 outside.
       targets: "positions" int32[B], where the answer is read off; "label_tokens" int32[C], or int32[B, C]
-      where they
-        differ between prompts; "labels" int32[B], the right answers as indices into label_tokens.
+        where they differ between prompts; "labels" int32[B], the right answers as indices into label_tokens.
       reduction: over heads, the absolute value of the sum (the paper) or the sum of absolute values (its
-      footnote 3). loss: cross-entropy among the label tokens, or over the whole vocabulary. nsa_edges: the
-      flow from a compressed block of native sparse attention goes in equal parts, or whole, to its tokens.
+        footnote 3).
+      loss: cross-entropy among the label tokens, or over the whole vocabulary.
+      nsa_edges: the flow from a compressed block of native sparse attention goes in equal parts, or whole, to
+        its tokens.
       num_classes: K; by default one more than the largest class, which must then be known, not traced.
 
     Returns:

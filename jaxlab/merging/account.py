@@ -48,8 +48,9 @@ class MergeAccount:
     def with_hashes(self, params: Mapping[str, Any]) -> "MergeAccount":
         """The account with shape, dtype and digest of every tensor in the result `params`.
 
-        Raises ValueError if the result has a tensor that the account does not know, or lacks one that it
-        does.
+        Raises:
+          ValueError: the result has a tensor that the account does not know, or lacks one that it
+            does.
         """
         seen = {name: _identity(value) for name, value in host_tensors(params, self.family)}
         known = {line.name for line in self.lines if line.action != "refused"}

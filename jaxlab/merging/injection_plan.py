@@ -149,7 +149,11 @@ def _refusal(role: str, entry: Entry, reason: str) -> list[AccountLine]:
 
 
 def _check_complete(plan: InjectionPlan, inputs: Mapping[str, list[Entry]]) -> None:
-    """Raises ValueError unless every tensor of every input is merged, copied or refused exactly once."""
+    """Checks that every tensor of every input is merged, copied or refused exactly once.
+
+    Raises:
+      ValueError: one is not.
+    """
     lines = plan.account().lines
     for role, known in inputs.items():
         names = sorted(name for entry in known for name in entry.names)

@@ -160,7 +160,11 @@ def _inputs(
 
 
 def _check_sum(operator: Operator, values: Mapping[str, Any], weights: Sequence[Any]) -> None:
-    """Raises UserError for known weights that sum to zero, by which nothing can be divided."""
+    """Refuses known weights that sum to zero, by which nothing can be divided.
+
+    Raises:
+      UserError: they do.
+    """
     divides = any(p.needs_nonzero_sum and values[name] for name, p in operator.parameters.items())
     if divides and all(isinstance(w, int | float) for w in weights) and sum(weights) == 0:
         raise UserError(
@@ -170,7 +174,11 @@ def _check_sum(operator: Operator, values: Mapping[str, Any], weights: Sequence[
 
 
 def _masks(masks: Sequence[Any] | None, models: Sequence[Array]) -> list[Array] | None:
-    """Given masks as boolean arrays. Raises UserError where they do not have the tensors' shape."""
+    """Given masks as boolean arrays.
+
+    Raises:
+      UserError: they do not have the tensors' shape.
+    """
     if masks is None:
         return None
     shapes = [np.shape(mask) for mask in masks]

@@ -64,7 +64,11 @@ class InjectRecipe:
         self.method()
 
     def method(self) -> Method:
-        """The operator with its parameters. Raises ConfigError."""
+        """The operator with its parameters.
+
+        Raises:
+          ConfigError: a mistake in it, with its place and the remedy.
+        """
         return Method.of(self.operator, self.mode, **self.options())
 
     def options(self) -> dict[str, Any]:
@@ -161,8 +165,10 @@ KINDS: dict[str, type[InjectRecipe] | type[MergeRecipe]] = {"inject": InjectReci
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file. Raises UserError for a mistake in it, and for a mergekit file, which has no
-    kind.
+    """The recipe in a YAML file.
+
+    Raises:
+      UserError: a mistake in it, and for a mergekit file, which has no kind.
     """
     source = configs.Source.of_file(path)
     if "kind" not in source.tree:
@@ -191,7 +197,11 @@ class Trio(NamedTuple):
 
 
 def read_trio(vlm: OpenModel, expert: OpenModel, base: OpenModel) -> Trio:
-    """Reads the three. Raises UserError where one is damaged or their language models differ in kind."""
+    """Reads the three.
+
+    Raises:
+      UserError: one is damaged or their language models differ in kind.
+    """
     check_same_architecture([vlm, expert, base])
     return Trio(
         config=vlm.config,
@@ -206,7 +216,11 @@ def read_trio(vlm: OpenModel, expert: OpenModel, base: OpenModel) -> Trio:
 
 
 def check_same_architecture(models: Sequence[OpenModel]) -> None:
-    """Raises UserError if parameters of the language models mean different functions."""
+    """Checks that parameters of the language models mean the same functions.
+
+    Raises:
+      UserError: they do not.
+    """
     first, *others = models
     for other in others:
         for field in language_differences(first.config, other.config):
@@ -293,7 +307,11 @@ def save_merged(
 
 
 def verify_merged(out: Path, account: MergeAccount) -> None:
-    """Raises RuntimeError if the model on disk is not what the account says."""
+    """Checks that the model on disk is what the account says.
+
+    Raises:
+      RuntimeError: it is not.
+    """
     wrong = account.differences(open_model(out).read())
     if wrong:
         raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")

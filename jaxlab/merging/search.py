@@ -162,7 +162,11 @@ def _measure_points(
 
 
 def read_data(sources: Mapping[str, Source], split: str, batch_size: int, batches: int) -> Data:
-    """The batches of a held-out split of every data set. Raises UserError for a set without any."""
+    """The batches of a held-out split of every data set.
+
+    Raises:
+      UserError: a set without any.
+    """
     data: Data = {}
     for name, source in sources.items():
         found = list(source.held_out_batches(batch_size, batches, split))

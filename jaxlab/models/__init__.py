@@ -6,11 +6,38 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.batch import Batch
     from jaxlab.models.block import Block
     from jaxlab.models.cache import Cache, init_cache
-    from jaxlab.models.config import ModelConfig, MoEConfig, RopeConfig, VisionConfig
+    from jaxlab.models.config import (
+        BRANCHES,
+        H2O,
+        AttentionConfig,
+        ExactBlocks,
+        ExactTokens,
+        FullAttentionConfig,
+        InfLLM,
+        LayerKind,
+        LearnedPositions,
+        MllamaVisionConfig,
+        ModelConfig,
+        MoEConfig,
+        NoPositions,
+        NSAConfig,
+        PlainVisionConfig,
+        PositionConfig,
+        Quest,
+        QwenVisionConfig,
+        ResamplerConfig,
+        RopeConfig,
+        SlidingAttentionConfig,
+        SparsityConfig,
+        VisionConfig,
+        ViTConfig,
+    )
+    from jaxlab.models.config.flat import from_flat, is_flat
     from jaxlab.models.context import AttentionContext
     from jaxlab.models.decoder import Decoder, as_arrays, bind_decoder, forward, language_model, positions_of
     from jaxlab.models.generation import generate, stream
     from jaxlab.models.initializer import Params, bind
+    from jaxlab.models.interpretability import activations
     from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens
     from jaxlab.models.native_sparse import mean_compressor
     from jaxlab.models.output import Output
@@ -22,8 +49,6 @@ with epy.lazy_api_imports(globals()):
         logical_axes,
     )
     from jaxlab.models.probe import Probe
-    from jaxlab.models.qwen_config import QwenVisionConfig
     from jaxlab.models.rotary import rope_tables, rotary_table, rotate
-    from jaxlab.models.sparse_config import BRANCHES, NSAConfig, SparsityConfig
+    from jaxlab.models.taps import ACTIVATIONS, Patch, activation_names
     from jaxlab.models.vision.encoders import encode_images, prepare_batch
-    from jaxlab.models.vit_config import MllamaConfig, ResamplerConfig, ViTConfig

@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.cache import LayerCache
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Norm
-from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import Rotary, rotate
+from jaxlab.models.taps import NO_TAP, Tap
 
 
 class Attended(NamedTuple):
@@ -78,18 +78,18 @@ class Attention(nnx.Module):
         context: AttentionContext,
         *,
         kind: str = "full",
-        probe: Probe | None = None,
+        tap: Tap = NO_TAP,
         cache: LayerCache | None = None,
     ) -> Attended:
         """Attention of one layer on its normed input.
 
         Args:
           kind: one of `config.kinds`; this layer's, where layers of several kinds share a scan.
-          probe: the layer's slice; it taps or edits what queries give to keys (probe.py).
+          tap: reads and changes what is computed (taps.py), or streams it (probe.py).
           cache: what the layer keeps of earlier tokens.
         """
-        attended = self.attend(x, context, kind=kind, probe=probe, cache=cache)
-        return attended._replace(out=self.project_output(attended.out))
+        attended = self.attend(x, context, kind=kind, tap=tap, cache=cache)
+        return attended._replace(out=self.project_output(tap("head_output", attended.out)))
 
     def attend(
         self,
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
         context: AttentionContext,
         *,
         kind: str,
-        probe: Probe | None,
+        tap: Tap,
         cache: LayerCache | None,
     ) -> Attended:
         """The output of each head: how queries meet keys."""
@@ -122,7 +122,9 @@ class Attention(nnx.Module):
 
     def with_rope(self, x: Float[Array, "B T H Dk"], rotary: Rotary | None) -> Float[Array, "B T H Dk"]:
         """Queries or keys with their rotary positions; as they are where the model has none."""
-        return x if rotary is None else rotate(x, rotary, self.config.rope.interleaved)
+        position = self.config.position  # a vision tower has a table and no such positions
+        interleaved = isinstance(position, RopeConfig) and position.interleaved
+        return x if rotary is None else rotate(x, rotary, interleaved)
 
     def _norm_heads(self, norm: Norm, x: Float[Array, "*rows H K"]) -> Float[Array, "*rows H K"]:
         """Over each head, or over all heads together."""

@@ -15,7 +15,7 @@ from jaxlab.models.layers import MLP, Norm, layer_norm
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.moe import MixtureOfExperts
 from jaxlab.models.native_sparse import NativeSparseAttention
-from jaxlab.models.probe import Probe
+from jaxlab.models.taps import NO_TAP, Tap
 
 ATTENTION: dict[str, type[Attention]] = {
     "full": FullAttention,
@@ -57,11 +57,11 @@ class Block(nnx.Module):
         c, residual_scale = config, (2 * config.num_layers) ** -0.5
         self.parallel = c.parallel
         self.attention_norm = layer_norm(c, init)
-        self.attention = ATTENTION[c.attention](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
+        self.attention = ATTENTION[c.attention.kind](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
         self.mlp_norm = None if c.parallel else layer_norm(c, init)
         self.attention_post_norm = layer_norm(c, init) if c.post_norms else None
         self.mlp_post_norm = layer_norm(c, init) if c.post_norms else None
-        has_experts = bool(c.moe.num_experts) and experts
+        has_experts = c.moe is not None and experts
         self.moe = MixtureOfExperts(c, residual_scale, init) if has_experts else None
         self.mlp = None if has_experts else MLP(c, c.mlp_width, residual_scale, init)
         gain = lambda: None if layer_scale is None else init.full((c.width,), ("embed",), layer_scale)
@@ -73,26 +73,29 @@ class Block(nnx.Module):
         context: AttentionContext,
         *,
         kind: str = "full",
-        probe: Probe | None = None,
+        tap: Tap = NO_TAP,
         cache: LayerCache | None = None,
     ) -> BlockOutput:
         """The residual stream after this layer; arguments as those of `Attention`."""
         if context.causal:
             x = split_tokens(x)
+        x = tap("residual_pre", x)
         normed = self.attention_norm(x)
-        attended = self.attention(normed, context, kind=kind, probe=probe, cache=cache)
+        attended = self.attention(tap("attention_input", normed), context, kind=kind, tap=tap, cache=cache)
         attention_out = _scaled(_normed(attended.out, self.attention_post_norm), self.attention_gain)
+        attention_out = tap("attention_output", attention_out)
         if self.mlp_norm is not None:
-            x = x + attention_out
+            x = tap("residual_mid", x + attention_out)
             normed = self.mlp_norm(x)
+        normed = tap("mlp_input", normed)
         balance_loss = None
         if self.moe is not None:
             mlp_out, balance_loss = self.moe(normed)
         else:
             assert self.mlp is not None
-            mlp_out = self.mlp(normed)
-        mlp_out = _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain)
-        x = x + (attention_out + mlp_out if self.parallel else mlp_out)
+            mlp_out = self.mlp(normed, tap)
+        mlp_out = tap("mlp_output", _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain))
+        x = tap("residual_post", x + (attention_out + mlp_out if self.parallel else mlp_out))
         return BlockOutput(x, attended, balance_loss)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, RopeConfig
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache
 
@@ -32,9 +32,13 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     Raises:
       ValueError: NSA with positions of several coordinates: its blocks know one a token.
     """
-    if config.attention == "nsa" and config.rope.sections and config.position == "rotary":
-        raise ValueError("NSA has no cache for positions of several coordinates; set rope.sections: []")
-    make = _empty_nsa if config.attention == "nsa" else _empty_full
+    if (
+        config.attention.kind == "nsa"
+        and isinstance(config.position, RopeConfig)
+        and config.position.sections
+    ):
+        raise ValueError("NSA has no cache for positions of several coordinates; set position.sections: []")
+    make = _empty_nsa if config.attention.kind == "nsa" else _empty_full
     empty = jnp.zeros((batch_size,), jnp.int32)
     return Cache(make(config, batch_size, length), empty, jnp.zeros_like(empty))
 

@@ -1,5 +1,6 @@
 """The forward pass: one pure function for every language model and vision-language model."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.models.batch import Batch
 from jaxlab.models.block import Block
 from jaxlab.models.cache import Cache
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, Params, bind
 from jaxlab.models.layers import Embedding, layer_norm, softcap
@@ -19,6 +20,7 @@ from jaxlab.models.output import Output
 from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import rope_tables
 from jaxlab.models.stack import apply_blocks
+from jaxlab.models.taps import NO_TAPS, Patch, Taps, make_taps
 from jaxlab.models.vision.encoder import Encoded
 from jaxlab.models.vision.encoders import encode_images, prepare_batch
 from jaxlab.models.vision.placeholders import place_images, scatter_deep
@@ -30,6 +32,7 @@ def forward(
     config: ModelConfig,
     *,
     probe: Probe | None = None,
+    patches: Sequence[Patch] = (),
     cache: Cache | None = None,
 ) -> Output:
     """Next-token logits of a batch, and what else the model computed.
@@ -38,23 +41,27 @@ def forward(
 
     Args:
       params: a plain nested dict, as `init_params` makes it.
-      probe: taps or edits attention (see probe.py).
+      probe: streams flows out of attention, or blocks them (see probe.py).
+      patches: changes of named activations (see taps.py).
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
 
     Raises:
-      ValueError: images for a model without vision, a probe together with a cache, positions that are given
-        together with a cache of NSA, which counts its blocks itself, or parameters that are not those of the
-        config.
+      ValueError: images for a model without vision, a probe or patches together with a cache, positions that
+        are given together with a cache of NSA, which counts its blocks itself, patches of what is not there,
+        or parameters that are not those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
-    if probe is not None and cache is not None:
-        raise ValueError("a probe reads whole sequences; it cannot be used with a cache")
-    if cache is not None and config.attention == "nsa" and "positions" in batch:
+    if (probe is not None or patches) and cache is not None:
+        raise ValueError("probes and patches are for whole sequences; they cannot be used with a cache")
+    if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
     batch = as_arrays(prepare_batch(batch, config))
+    taps = NO_TAPS
+    if probe is not None or patches:
+        taps = make_taps(batch, config, patches=patches, probe=probe)
     images = encode_images(params, batch, config) if "images" in batch else None
-    return bind_decoder(params, config)(batch, images=images, probe=probe, cache=cache)
+    return bind_decoder(params, config)(batch, images=images, taps=taps, cache=cache)
 
 
 def bind_decoder(params: Params, config: ModelConfig) -> "Decoder":
@@ -92,7 +99,7 @@ class Decoder(nnx.Module):
         c, std = config, config.initializer_range
         self.config = c
         self.embedding = Embedding(c.embedding_rows, c.width, "vocab", std, init)
-        learned = c.position == "learned"
+        learned = c.position.kind == "learned"
         self.position = Embedding(c.max_length, c.width, "position", std, init) if learned else None
         self.final_norm = layer_norm(c, init)
         self.head = None if c.tie_embeddings else Head(c, init)
@@ -106,15 +113,16 @@ class Decoder(nnx.Module):
         batch: Batch,
         *,
         images: Encoded | None = None,
-        probe: Probe | None = None,
+        taps: Taps = NO_TAPS,
         cache: Cache | None = None,
     ) -> Output:
         """The output for a prepared batch, its images encoded."""
         x, context, additions = self.embed(batch, images, cache)
-        done = apply_blocks(
-            self.stacks, x, context, self.config, probe=probe, cache=cache, additions=additions
-        )
-        hidden = self.final_norm(split_tokens(done.x))
+        tap = taps.around()
+        x = tap("embedding", x)
+        done = apply_blocks(self.stacks, x, context, self.config, taps=taps, cache=cache, additions=additions)
+        hidden = tap("final_hidden", self.final_norm(split_tokens(done.x)))
+        logits = tap("logits", self.logits(hidden))
         new_cache = None
         if cache is not None and done.caches is not None:
             length = cache.length + _lengths(batch)
@@ -123,12 +131,13 @@ class Decoder(nnx.Module):
                 offset = _next_position(batch, context, cache) - length
             new_cache = Cache(done.caches, length, offset)
         return Output(
-            self.logits(hidden),
+            logits,
             hidden,
             cache=new_cache,
             chosen_blocks=done.chosen_blocks,
             selector_loss=done.selector_loss,
             balance_loss=done.balance_loss,
+            activations=(done.activations | tap.found) or None,
         )
 
     @property
@@ -148,9 +157,9 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         additions = None
         if images is not None:
-            x = place_images(x, tokens, images.tokens, c.vision.image_token)
+            x = place_images(x, tokens, images.tokens, c.image_token)
             if images.deep is not None:
-                additions = scatter_deep(images.deep, tokens, c.vision.image_token)
+                additions = scatter_deep(images.deep, tokens, c.image_token)
         if self.position is not None:
             x = x + self.position(context.positions, x.dtype)
         return x, context, additions
@@ -189,7 +198,7 @@ def attention_context(batch: Batch, config: ModelConfig, cache: Cache | None = N
         batch.get("together"),
         rotary=rotary,
         local_rotary=local_rotary,
-        together_in_window=config.vision.vit.together == "images",
+        together_in_window=isinstance(config.vision, ViTConfig) and config.vision.together == "images",
     )
 
 

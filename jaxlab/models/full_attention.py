@@ -11,8 +11,9 @@ from jaxlab.models.cache import LayerCache, write
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.layers import softcap
 from jaxlab.models.mesh import Part, in_parts
-from jaxlab.models.probe import Probe, probed_attention
+from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
+from jaxlab.models.taps import NO_TAP, Tap
 from kernels_pallas.nsa import window_attention
 
 
@@ -25,34 +26,38 @@ class FullAttention(Attention):
         context: AttentionContext,
         *,
         kind: str,
-        probe: Probe | None,
+        tap: Tap,
         cache: LayerCache | None,
     ) -> Attended:
         sliding = kind == "sliding"
         rotary = context.local_rotary if sliding else context.rotary
         q, k, v = self.project(x)
         q, k = self.with_rope(q, rotary), self.with_rope(k, rotary)
+        q, k, v = tap("queries", q), tap("keys", k), tap("values", v)
         if isinstance(cache, tuple):
             slots = context.cache_slots
             cache = k, v = write(cache[0], k, slots), write(cache[1], v, slots)
-        window = self.config.window if sliding else None
-        return Attended(self._heads_output(q, k, v, context, window, probe), cache)
+        window = self.config.sliding.window if sliding else None
+        return Attended(self._heads_output(q, k, v, context, window, tap), cache)
 
     def _heads_output(
-        self, q: Array, k: Array, v: Array, context: AttentionContext, window: int | None, probe: Probe | None
+        self, q: Array, k: Array, v: Array, context: AttentionContext, window: int | None, tap: Tap
     ) -> Array:
         c, segment_ids = self.config, context.segment_ids
         cached = context.cache_slots is not None
-        if c.sparsity.method != "none":
-            if cached or probe is not None or segment_ids is not None or context.together is not None:
+        if c.sparsity is not None:
+            if cached or tap.probe is not None or segment_ids is not None or context.together is not None:
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
-        if probe is not None:
+        if tap.probe is not None:
             if c.attention_softcap is not None or context.together is not None:
                 raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
             return probed_attention(
-                q, k, v, probe, segment_ids=segment_ids, window=window, scale=c.score_scale
+                q, k, v, tap.probe, segment_ids=segment_ids, window=window, scale=c.score_scale
             )
+        if tap.wants("attention_scores", "attention_pattern"):
+            mask = attention_mask(context, k.shape[1], window)
+            return softmax_attention(q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, tap=tap)
         if cached or not context.causal:
             return self._part_output(q, k, v, context, window)
 
@@ -78,7 +83,7 @@ class FullAttention(Attention):
         part: Part | None = None,
     ) -> Array:
         """Of all queries, or of those of one stretch; `context` is of all keys."""
-        c, implementation = self.config, self.config.attention_implementation
+        c, implementation = self.config, self.config.attention.implementation
         cached = context.cache_slots is not None
         if implementation == "chunked" and not cached:
             if not context.causal or context.together is not None or context.visible is not None:
@@ -114,6 +119,7 @@ def softmax_attention(
     *,
     scale: float,
     cap: float | None = None,
+    tap: Tap = NO_TAP,
 ) -> Float[Array, "B T H Dv"]:
     """softmax(cap(scale q k)) v. Scores and softmax in float32, the output in the dtype of v.
 
@@ -122,13 +128,18 @@ def softmax_attention(
     """
     batch, length, heads, dim = q.shape
     groups = heads // k.shape[2]
+
+    def tap_heads(name: str, x: Array) -> Array:
+        return tap(name, x.reshape(batch, heads, length, -1)).reshape(x.shape) if tap.wants(name) else x
+
     rows = q.transpose(0, 2, 1, 3).reshape(batch, k.shape[2], groups * length, dim)
     scores = jnp.einsum("bhrd,bshd->bhrs", rows, k, preferred_element_type=jnp.float32) * scale
     of_rows = jnp.broadcast_to(mask[:, None], (batch, groups, *mask.shape[1:])).reshape(
         batch, 1, -1, k.shape[1]
     )
     scores = jnp.where(of_rows, softcap(scores, cap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    scores = tap_heads("attention_scores", scores)
+    weights = tap_heads("attention_pattern", jax.nn.softmax(scores, axis=-1).astype(v.dtype))
     out = jnp.einsum("bhrs,bshd->bhrd", weights, v)
     return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
 

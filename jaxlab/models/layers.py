@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Initializer
+from jaxlab.models.taps import NO_TAP, Tap
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -100,14 +101,14 @@ class MLP(nnx.Module):
         self.up_bias = init.zeros((width,), ("mlp",)) if c.mlp_bias else None
         self.down_bias = init.zeros((c.width,), ("embed",)) if c.mlp_bias else None
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    def __call__(self, x: Float[Array, "*rows D"], tap: Tap = NO_TAP) -> Float[Array, "*rows D"]:
         activation = ACTIVATIONS[self.activation]
         hidden = linear(x, self.up, self.up_bias)
         if self.gate is None:
             hidden = activation(hidden)
         else:
             hidden = activation(linear(x, self.gate, self.gate_bias)) * hidden
-        return linear(hidden, self.down, self.down_bias)
+        return linear(tap("mlp_hidden", hidden), self.down, self.down_bias)
 
 
 def linear(

@@ -68,6 +68,11 @@ def _mesh() -> AbstractMesh | None:
     return mesh
 
 
+def on_several_devices() -> bool:
+    """Whether the mesh that is set splits anything here."""
+    return _mesh() is not None
+
+
 def _axis(mesh: AbstractMesh, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     """Those of `names` that the mesh has, if together they divide `size`; None: it stays whole."""
     there = tuple(name for name in names if name in mesh.axis_names)

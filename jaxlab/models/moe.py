@@ -20,6 +20,8 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, config: ModelConfig, residual_scale: float, init: Initializer):
         c, m, std = config, config.moe, config.initializer_range
+        if m is None:
+            raise ValueError("a model without experts")
         self.moe, self.activation = m, c.activation
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         self.router = init.normal((c.width, m.num_experts), ("embed", "experts"), std)

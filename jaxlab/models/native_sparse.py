@@ -4,25 +4,26 @@ The operators themselves, Eq. 9 among them (`select_blocks`), are in kernels_pal
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.cache import LayerCache
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
-from jaxlab.models.mesh import Part, in_parts
-from jaxlab.models.probe import Probe, probed_nsa_attention
+from jaxlab.models.mesh import Part, in_parts, on_several_devices
+from jaxlab.models.probe import probed_nsa_attention
 from jaxlab.models.rotary import rotary_table
 from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss, block_bounds, bound_scores
-from jaxlab.models.sparse_config import BRANCHES
+from jaxlab.models.taps import BRANCH_OUTPUTS, BRANCH_PATTERNS, Tap
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, select_blocks_by_importance
 
@@ -96,6 +97,11 @@ Compressors = tuple[Compressor, Compressor]
 """Of keys and of values."""
 
 
+def _tap_branches(tap: Tap, name: str, x: Float[Array, "B 3 T Hkv K"]) -> Float[Array, "B 3 T Hkv K"]:
+    """Keys or values, seen with their tokens first."""
+    return tap(name, x.swapaxes(1, 2)).swapaxes(1, 2) if tap.wants(name) else x
+
+
 class NativeSparseAttention(Attention):
     """Three branches with their own keys and values, added up by gates: compressed blocks, chosen blocks, the
     sliding window."""
@@ -116,20 +122,21 @@ class NativeSparseAttention(Attention):
         context: AttentionContext,
         *,
         kind: str,
-        probe: Probe | None,
+        tap: Tap,
         cache: LayerCache | None,
     ) -> Attended:
         q, k, v = self.project(x)
-        q = self.with_rope(q, context.rotary)
+        q = tap("queries", self.with_rope(q, context.rotary))
+        k, v = _tap_branches(tap, "keys", k), _tap_branches(tap, "values", v)
         # Compressed keys are built from keys without rotary positions.
         k_slc, k_win = self.with_rope(k[:, 1], context.rotary), self.with_rope(k[:, 2], context.rotary)
         new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])
-        gates = self.gate(x)
+        gates = tap("gates", self.gate(x))
         if isinstance(cache, PagedCache):
             return self._attend_with_cache(q, new, gates, context, cache)
-        if probe is not None:
-            return Attended(self._probed(q, new, gates, context, probe))
-        return self._attend_to_all(x, q, new, gates, context)
+        if tap.probe is not None:
+            return Attended(self._probed(q, new, gates, context, tap.probe))
+        return self._attend_to_all(x, q, new, gates, context, tap)
 
     def project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Queries, and keys and values of the three branches [B, 3, T, Hkv, D]."""
@@ -139,11 +146,14 @@ class NativeSparseAttention(Attention):
         return q, k, v
 
     def _attend_to_all(
-        self, x: Array, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext
+        self, x: Array, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, tap: Tap
     ) -> Attended:
         """Of whole texts."""
         n, starts = self.config.nsa, self._block_starts(context)
         indices, loss = self._selected(x, q, new.k_slc, context)
+        if tap.wants(*BRANCH_PATTERNS, *BRANCH_OUTPUTS) or tap.patches("chosen_blocks"):
+            out, chosen = self._tapped(q, new, gates, context, indices, tap)
+            return Attended(out, None, chosen, loss)
         graphdef, weights = nnx.split((self.compress_key, self.compress_value))
 
         def core(
@@ -164,7 +174,88 @@ class NativeSparseAttention(Attention):
             unit=n.stride,
             least=n.block_len - n.stride,
         )
-        return Attended(out, None, chosen, loss)
+        return Attended(out, None, chosen if chosen is None else tap("chosen_blocks", chosen), loss)
+
+    def _tapped(
+        self,
+        q: Array,
+        new: nsa.NewTokens,
+        gates: Array,
+        context: AttentionContext,
+        indices: Array | None,
+        tap: Tap,
+    ) -> tuple[Array, Array | None]:
+        """Output and choice of whole texts, where what each branch computes is read or changed."""
+        if on_several_devices():
+            raise ValueError("what NSA's branches compute is read and patched on one device; set no mesh")
+        n = self.config.nsa
+        compressors = self.compress_key, self.compress_value
+        k_cmp, v_cmp = self._compress(compressors, new.k_cmp, new.v_cmp, self._block_starts(context))
+        attend = functools.partial(
+            nsa_attention,
+            *(q, k_cmp, v_cmp, new.k_slc, new.v_slc, new.k_win, new.v_win, gates),
+            segment_ids=context.segment_ids,
+            implementation=self._implementation,
+            **self._sizes,
+        )
+        with _named_implementation():
+            chosen = attend(indices=indices)[1].indices
+            if "selection" in n.branches:
+                chosen = tap("chosen_blocks", chosen)
+            out = attend(indices=chosen)[1]
+        outputs = {"compression": out.compressed, "selection": out.selected, "window": out.window}
+        attended = {
+            "compression": (k_cmp, v_cmp),
+            "selection": (new.k_slc, new.v_slc),
+            "window": (new.k_win, new.v_win),
+        }
+        for branch in n.branches:
+            if tap.wants(f"{branch}_pattern"):
+                k, v = attended[branch]
+                mask = self._visible(branch, chosen, q.shape[1], k.shape[1])
+                outputs[branch] = self._with_pattern(q, k, v, mask, f"{branch}_pattern", tap)
+            outputs[branch] = tap(f"{branch}_output", outputs[branch])
+        return self._weighted(gates, outputs), chosen if "selection" in n.branches else None
+
+    def _visible(
+        self, branch: str, chosen: Int[Array, "B Hkv T n"], length: int, keys: int
+    ) -> Bool[Array, "B_ Hkv_ T S"]:
+        """The keys of a branch that each query sees."""
+        n = self.config.nsa
+        query, key = jnp.arange(length)[:, None], jnp.arange(keys)[None]
+        if branch == "compression":
+            return (key * n.stride + n.block_len - 1 <= query)[None, None]
+        if branch == "window":
+            return ((key <= query) & (query - key < n.window))[None, None]
+        blocks = jnp.arange(-(-keys // n.block_size))[None, None, None, None]
+        listed = jnp.any(chosen[..., None] == blocks, axis=-2)
+        return listed[..., jnp.arange(keys) // n.block_size] & (key <= query)[None, None]
+
+    def _with_pattern(
+        self, q: Array, k: Array, v: Array, mask: Bool[Array, "B_ Hkv_ T S"], name: str, tap: Tap
+    ) -> Float[Array, "B T H Dv"]:
+        """Attention of one branch that builds its weights; 0 for a query that sees nothing."""
+        (batch, length, heads, _), of_groups = q.shape, mask[:, :, None]
+        q = self._grouped(q)
+        weights = jnp.zeros((batch, *q.shape[2:4], length, k.shape[1]), v.dtype)
+        if k.shape[1]:
+            scores = jnp.einsum("bthgd,bshd->bhgts", q, k, preferred_element_type=jnp.float32)
+            scores = jnp.where(of_groups, scores * self.config.score_scale, jnp.finfo(jnp.float32).min)
+            weights = jnp.where(of_groups, jax.nn.softmax(scores, axis=-1), 0).astype(v.dtype)
+        tapped = tap(name, weights.reshape(batch, heads, length, -1)).reshape(weights.shape)
+        return jnp.einsum("bhgts,bshd->bthgd", tapped, v).reshape(batch, length, heads, -1)
+
+    def _weighted(
+        self, gates: Float[Array, "B T H 3"], outputs: Mapping[str, Float[Array, "B T H Dv"]]
+    ) -> Float[Array, "B T H Dv"]:
+        """The branches that are there times their gates, summed in float32 as the operators do."""
+        dtype = gates.dtype
+        parts = [
+            gates[..., i, None].astype(jnp.float32) * outputs[branch].astype(jnp.float32)
+            for i, branch in enumerate(BRANCHES)
+            if branch in self.config.nsa.branches
+        ]
+        return jax.tree.reduce(jnp.add, parts).astype(dtype)
 
     def _part_output(
         self,
@@ -246,7 +337,7 @@ class NativeSparseAttention(Attention):
         return Attended(out, cache, branches.indices if "selection" in n.branches else None)
 
     def _probed(
-        self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, probe: Probe
+        self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, probe: Any
     ) -> Array:
         if self.config.nsa.selector != "compressed":
             raise ValueError("flows and blocking know no selector of NSA but compressed")
@@ -289,7 +380,7 @@ class NativeSparseAttention(Attention):
         k_cmp, v_cmp = (compressor(y) for compressor, y in zip(compressors, (k, v), strict=True))
         if part is not None:  # blocks that run past the end are no blocks
             k_cmp, v_cmp = part.whole(k_cmp)[:, : starts.shape[1]], part.whole(v_cmp)[:, : starts.shape[1]]
-        if c.position == "rotary":
+        if c.position.kind == "rotary":
             k_cmp = self.with_rope(k_cmp, rotary_table(starts, c.rope, c.rotary_dim))
         return k_cmp, v_cmp
 
@@ -343,4 +434,4 @@ def _named_implementation() -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        raise ConfigError(str(error), key="model.nsa.implementation") from error
+        raise ConfigError(str(error), key="model.attention.implementation") from error

@@ -29,6 +29,8 @@ class Output:
     """Of NSA's auxiliary selector."""
     balance_loss: Float[Array, " layers"] | None = None
     """The load-balancing loss of each layer with experts."""
+    activations: dict[str, Array] | None = None
+    """Those that were asked for by name (interpretability.py)."""
 
     @property
     def intermediates(self) -> dict[str, Any]:

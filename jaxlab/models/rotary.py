@@ -36,12 +36,13 @@ def rope_tables(
     positions: Int[Array, "B T *axes"], config: ModelConfig
 ) -> tuple[Rotary | None, Rotary | None]:
     """Of full (and NSA) layers, and of sliding ones; None where positions are not rotary."""
-    if config.position != "rotary":
+    if config.position.kind != "rotary":
         return None, None
     table = rotary_table(positions, config.rope, config.rotary_dim)
-    if config.local_rope_theta is None:
+    theta = getattr(config.attention, "rope_theta", None)
+    if theta is None:
         return table, table
-    return table, rotary_table(positions, RopeConfig(theta=config.local_rope_theta), config.key_dim)
+    return table, rotary_table(positions, RopeConfig(theta=theta), config.key_dim)
 
 
 def rotate(x: Float[Array, "B T H Dk"], table: Rotary, interleaved: bool = False) -> Float[Array, "B T H Dk"]:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, NSAConfig
 from jaxlab.models.initializer import Initializer
-from jaxlab.models.sparse_config import NSAConfig
 
 CHUNK_ELEMENTS = 1 << 22
 """Scores that are alive at once."""

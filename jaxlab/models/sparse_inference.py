@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.models.config import H2O, BlockSparsity, ExactTokens, InfLLM, Quest, SparsityConfig
 from jaxlab.models.selectors import (
     block_bounds,
     block_mass,
@@ -31,7 +32,6 @@ from jaxlab.models.selectors import (
     causal_scores,
     in_blocks,
 )
-from jaxlab.models.sparse_config import SparsityConfig
 from kernels_pallas.nsa import select_blocks_by_importance
 
 
@@ -43,26 +43,27 @@ def sparse_attention(
     *,
     scale: float,
 ) -> Float[Array, "B T H Dv"]:
-    """Causal attention of whole sequences, one a row, restricted by `sparsity.method` (which is not none).
+    """Causal attention of whole sequences, one a row, restricted as `sparsity` says.
 
     Scores and softmax in float32, the output in the dtype of v.
     """
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    attend = _h2o if sparsity.method == "h2o" else _by_query
-    out = attend(q, k, v, sparsity, scale)
-    return out.reshape(batch, length, heads, v.shape[-1])
+    shape = (batch, length, heads, v.shape[-1])
+    if isinstance(sparsity, H2O):
+        return _h2o(q, k, v, sparsity, scale).reshape(shape)
+    return _by_query(q, k, v, sparsity, scale).reshape(shape)
 
 
-def _by_query(q: Array, k: Array, v: Array, sparsity: SparsityConfig, scale: float) -> Array:
+def _by_query(q: Array, k: Array, v: Array, sparsity: ExactTokens | BlockSparsity, scale: float) -> Array:
     """Every method that chooses for each query alone."""
     length, size = q.shape[1], sparsity.block_size
-    bounds = block_bounds(k, size) if sparsity.method == "quest" else None
-    representatives = _representatives(q, k, sparsity) if sparsity.method == "infllm" else None
+    bounds = block_bounds(k, size) if isinstance(sparsity, Quest) else None
+    representatives = _representatives(q, k, sparsity) if isinstance(sparsity, InfLLM) else None
 
     def attend(q: Array, positions: Array) -> Array:
         scores = causal_scores(q, k, positions, scale)
-        if sparsity.method == "exact_tokens":
+        if isinstance(sparsity, ExactTokens):
             read = _largest(scores, min(sparsity.budget, length))
         else:
             if bounds is not None:
@@ -87,7 +88,7 @@ def _largest(scores: Float[Array, "*rows S"], count: int) -> Bool[Array, "*rows 
 def _tokens_of_best(
     importance: Float[Array, "B Hkv_ G_ C N"],
     positions: Int[Array, " C"],
-    sparsity: SparsityConfig,
+    sparsity: BlockSparsity,
     length: int,
 ) -> Bool[Array, "B Hkv_ G_ C S"]:
     """The tokens of the best blocks of each query and head; an axis of 1 stands for all heads."""
@@ -108,7 +109,7 @@ def _tokens_of_best(
     return read.reshape(batch, kv_heads, groups, queries, length)
 
 
-def _representatives(q: Array, k: Array, sparsity: SparsityConfig) -> Float[Array, "B N Hkv G Dk"]:
+def _representatives(q: Array, k: Array, sparsity: InfLLM) -> Float[Array, "B N Hkv G Dk"]:
     """The sum of the keys of each block's representative tokens, for each query head.
 
     A block can be chosen when it is num_local blocks old: the queries that rate its tokens are past then.
@@ -125,7 +126,7 @@ def _representatives(q: Array, k: Array, sparsity: SparsityConfig) -> Float[Arra
     return jnp.einsum("bnhgs,bnshd->bnhgd", chosen, in_blocks(k.astype(jnp.float32), size))
 
 
-def _h2o(q: Array, k: Array, v: Array, sparsity: SparsityConfig, scale: float) -> Array:
+def _h2o(q: Array, k: Array, v: Array, sparsity: H2O, scale: float) -> Array:
     batch, length, kv_heads, _, _ = q.shape
     index = jnp.arange(length)[None, None]
     recent = sparsity.num_local * sparsity.block_size

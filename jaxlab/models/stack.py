@@ -12,7 +12,7 @@ from jaxlab.models.block import Block
 from jaxlab.models.cache import Cache, LayerCache, join_cache, split_cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.context import AttentionContext
-from jaxlab.models.probe import Probe
+from jaxlab.models.taps import NO_TAPS, Taps
 
 
 class Stacked(NamedTuple):
@@ -24,8 +24,8 @@ class Stacked(NamedTuple):
     selector_loss: Float[Array, " L"] | None
     balance_loss: Float[Array, " L_moe"] | None
     """Of each layer with experts."""
-    outputs: Float[Array, "L B T D"] | None
-    """Of each layer, if they were asked for."""
+    activations: dict[str, Array]
+    """Those that the taps read."""
 
 
 class Run(NamedTuple):
@@ -46,10 +46,9 @@ def apply_blocks(
     context: AttentionContext,
     config: ModelConfig,
     *,
-    probe: Probe | None = None,
+    taps: Taps = NO_TAPS,
     cache: Cache | None = None,
     additions: Float[Array, "n B T D"] | None = None,
-    keep_outputs: bool = False,
 ) -> Stacked:
     """The layers of all stacks, one stack after the other.
 
@@ -57,11 +56,10 @@ def apply_blocks(
       stacks: blocks whose parameters are stacked on a leading axis (`Initializer.stack`).
       additions: added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
     """
-    per_layer, shared = (None, None) if probe is None else probe.split()
     pool, caches = split_cache(None if cache is None else cache.layers)
     num_additions = 0 if additions is None else additions.shape[0]
     results: list[tuple[Any, ...]] = []
-    start = 0
+    found, start = taps.buffers, 0
     for blocks in stacks:
         graphdef, params = nnx.split(blocks)
         count = jax.tree.leaves(params)[0].shape[0]
@@ -70,18 +68,18 @@ def apply_blocks(
             layers = slice(start + run.start, start + run.stop)
             of_run = (
                 _cut(params, slice(run.start, run.stop)),
-                _cut(per_layer, layers),
+                _cut(taps.per_layer, layers),
                 _cut(caches, layers),
             )
-            scan = _Scan(graphdef, run, context, config.remat == "layer", shared, keep_outputs)
-            (x, pool), ys = scan((x, pool), of_run)
+            scan = _Scan(graphdef, run, context, config.remat == "layer", taps)
+            (x, pool, found), ys = scan((x, pool, found), of_run)
             if start + run.start < num_additions:
                 assert additions is not None
                 x = x + additions[start + run.start].astype(x.dtype)
             results.append(ys)
         start += count
-    caches, *others = (_joined([ys[i] for ys in results]) for i in range(5))
-    return Stacked(x, join_cache(pool, caches), *others)
+    caches, chosen, selector_loss, balance_loss = (_joined([ys[i] for ys in results]) for i in range(4))
+    return Stacked(x, join_cache(pool, caches), chosen, selector_loss, balance_loss, found)
 
 
 def take_blocks(blocks: Block, layers: slice) -> Block:
@@ -90,20 +88,18 @@ def take_blocks(blocks: Block, layers: slice) -> Block:
     return nnx.merge(graphdef, _cut(params, layers))
 
 
-Carry = tuple[Array, dict[str, Array] | None]
-"""What passes from layer to layer: x, and what their caches share."""
+Carry = tuple[Array, dict[str, Array] | None, dict[str, Array]]
+"""What passes from layer to layer: x, what their caches share, and the activations that the taps read."""
 
 
 class _Scan(NamedTuple):
-    """One scan over layers: of their parameters, their slices of the probe, and their caches."""
+    """One scan over layers: of their parameters, their taps, and their caches."""
 
     graphdef: nnx.GraphDef[Block]
     run: Run
     context: AttentionContext
     remat: bool
-    probe: Probe | None
-    """What all layers share of it."""
-    keep_outputs: bool
+    taps: Taps
 
     def __call__(self, carry: Carry, of_run: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
         """The carry after it, and what each of its layers returned, stacked over them."""
@@ -127,16 +123,14 @@ class _Scan(NamedTuple):
         return jax.checkpoint(step, prevent_cse=False) if self.remat else step
 
     def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: str) -> tuple[Carry, tuple[Any, ...]]:
-        (x, pool), (params, probe, cache) = carry, of_layer
-        if probe is not None:
-            probe = probe.join(self.probe)
+        (x, pool, found), (params, per_layer, cache) = carry, of_layer
+        tap = self.taps.layer(per_layer)
         block = nnx.merge(self.graphdef, params)
-        done = block(x, self.context, kind=kind, probe=probe, cache=join_cache(pool, cache))
+        done = block(x, self.context, kind=kind, tap=tap, cache=join_cache(pool, cache))
         pool, cache = split_cache(done.attended.cache)
-        output = done.x if self.keep_outputs else None
         attended = done.attended
-        results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss, output)
-        return (done.x, pool), results
+        results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss)
+        return (done.x, pool, self.taps.store(found, per_layer, tap)), results
 
 
 def _runs(kinds: tuple[str, ...], alone: int) -> list[Run]:

@@ -77,7 +77,11 @@ def at(value: Any, *keys: str | int) -> Any:
 
 
 def read_run(path: Path) -> RunFolder:
-    """Reads a finished run. Raises UserError where results.json is missing or a file is damaged."""
+    """Reads a finished run.
+
+    Raises:
+      UserError: results.json is missing or a file is damaged.
+    """
     results = read_results(path)
     try:
         env = json.loads(_read(path / "env.json") or "{}")

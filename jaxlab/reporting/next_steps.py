@@ -15,16 +15,16 @@ STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Train a sparse model on your own text files, or make a dense model sparse (docs/retrofit.md).",
         (
-            "python run.py train configs/quickstart/nsa_sparse.yaml --data.text.path FILE --steps 1000",
+            "python run.py train configs/quickstart/nsa_sparse.yaml --data.path FILE --steps 1000",
             "python run.py train configs/nsa/retrofit.yaml --check",
         ),
     ),
     (
-        "Inject an expert into a vision-language model of the same base. The recipe is a YAML file: kind: "
-        "inject, vlm, expert, base, operator, lambda_v, lambda_e. First from headers alone, then on disk.",
+        "Inject an expert into a vision-language model of the same base. The recipe that ships takes the "
+        "models of this page; name your own in a copy, and look first what headers alone tell.",
         (
+            "python run.py merge configs/merging/inject.yaml --out merged --verify",
             "python run.py merge RECIPE.yaml --out merged --check",
-            "python run.py merge RECIPE.yaml --out merged --verify",
         ),
     ),
     (

@@ -19,6 +19,8 @@ from jaxlab.models import (
     ModelConfig,
     NSAConfig,
     Params,
+    RopeConfig,
+    ViTConfig,
     abstract_params,
     language_model,
     mean_compressor,
@@ -72,31 +74,33 @@ def retrofitted(config: ModelConfig, nsa: NSAConfig) -> ModelConfig:
     Raises:
       ConfigError: naming the field, if the model has what NSA has not, or `nsa` cannot hold a mean.
     """
-    if config.attention == "nsa":
+    if config.attention.kind == "nsa":
         raise ConfigError("the model has NSA already; a dense one can be retrofitted", key="attention")
     if set(config.kinds) != {"full"}:
         raise ConfigError(
             "the model has sliding layers; only full attention can be retrofitted",
-            key="pattern" if config.pattern else "attention",
+            key="attention",
         )
-    if config.position == "rotary" and config.rope.sections:
-        raise ConfigError("NSA decodes by positions of one coordinate, not by M-RoPE", key="rope.sections")
-    if config.position == "rotary" and config.rope.scaling == "dynamic":
+    if isinstance(config.position, RopeConfig) and config.position.sections:
+        raise ConfigError(
+            "NSA decodes by positions of one coordinate, not by M-RoPE", key="position.sections"
+        )
+    if isinstance(config.position, RopeConfig) and config.position.scaling == "dynamic":
         raise ConfigError(
             "wavelengths that grow with the text differ between NSA's blocks and queries; take yarn",
-            key="rope.scaling",
+            key="position.scaling",
         )
-    if config.has_vision and config.vision.kind == "vit" and config.vision.vit.together != "none":
-        raise ConfigError("NSA is causal: no tokens see each other both ways", key="vision.vit.together")
+    if isinstance(config.vision, ViTConfig) and config.vision.together != "none":
+        raise ConfigError("NSA is causal: no tokens see each other both ways", key="vision.together")
     dim = max(config.key_dim, config.value_dim)
     if nsa.compress_width < 2 * dim:
         raise ConfigError(
             f"{nsa.compress_width} units cannot pass on the mean of a block: that takes 2 for each of the "
             f"{dim} dimensions of a head; set at least {2 * dim}",
-            key="nsa.compress_width",
+            key="attention.compress_width",
         )
     # The names of a family of Hugging Face have none for NSA's parameters.
-    return dataclasses.replace(config, attention="nsa", pattern=(), nsa=nsa, family="jaxlab")
+    return dataclasses.replace(config, attention=nsa, family="jaxlab")
 
 
 def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: float) -> Params:

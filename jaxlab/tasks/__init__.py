@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab import config as configs
-from jaxlab.app import Registry, Task, cli, runs
-from jaxlab.config.command_line import from_mapping
+from jaxlab.app import Registry, RunResult, Task, command_line, run_command_line, run_config
+from jaxlab.config import from_mapping
 from jaxlab.errors import UserError
 
 TASKS = Registry(
@@ -57,7 +57,7 @@ TASKS = Registry(
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line: runs `words` (those of the process if None) and returns the exit status."""
-    return cli.main(words, TASKS)
+    return run_command_line(words, TASKS)
 
 
 def execute(
@@ -68,7 +68,7 @@ def execute(
     outputs: str | os.PathLike[str] = "outputs",
     overwrite: bool = False,
     name: str | None = None,
-) -> runs.RunResult:
+) -> RunResult:
     """Runs a config task, or returns the results of the same run if it is done: the road that the command
     line takes.
 
@@ -80,7 +80,9 @@ def execute(
       overwrite: whether to do a finished run anew.
       name: the config's part of the folder name; the file's name without suffix if not given.
 
-    Raises: UserError for the user's mistakes; whatever the task raises.
+    Raises:
+      UserError: the user's mistakes.
+      Exception: whatever the task raises.
     """
     task = TASKS.find(task_name)
     if task.takes != "config":
@@ -88,10 +90,10 @@ def execute(
     schema = task.schema()
     if isinstance(config, schema):
         resolved = configs.replace(config, overrides)
-        return runs.run_config(task, resolved, name or task_name, outputs=outputs, overwrite=overwrite)
+        return run_config(task, resolved, name or task_name, outputs=outputs, overwrite=overwrite)
     words = from_mapping(schema, overrides) if isinstance(overrides, Mapping) else overrides
     resolved = configs.load(schema, config, words)
-    command = runs.command_line(task_name, os.fspath(config), *words)
-    return runs.run_config(
+    command = command_line(task_name, os.fspath(config), *words)
+    return run_config(
         task, resolved, name or Path(config).stem, command, outputs=outputs, overwrite=overwrite
     )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import tyro
 from tokenizers import Tokenizer
 
 from jaxlab.app import model_folder
@@ -18,6 +17,7 @@ from jaxlab.checkpoints import (
     verify_logits,
     verify_tensors,
 )
+from jaxlab.config import POSITIONAL
 from jaxlab.errors import UserError
 from jaxlab.models import count_params
 
@@ -26,9 +26,9 @@ from jaxlab.models import count_params
 class Arguments:
     """Write a model in another form."""
 
-    in_: Annotated[str, tyro.conf.Positional]
+    in_: Annotated[str, POSITIONAL]
     """A folder of Hugging Face or of ours, a hub id, a run folder, or a .bin file of llama2.c."""
-    out: Annotated[str, tyro.conf.Positional]
+    out: Annotated[str, POSITIONAL]
     """The folder to write."""
     to: Literal["hf", "orbax"] | None = None
     """Hugging Face's form or ours; by default the one that IN has not."""

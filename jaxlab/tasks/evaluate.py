@@ -14,7 +14,15 @@ from tqdm import tqdm
 from jaxlab.app import Run, model_folder
 from jaxlab.checkpoints import OpenModel, check_same_tree, open_model
 from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory
-from jaxlab.data import DataConfig, Source, check_fits, check_same_words, first_held_out, make_source
+from jaxlab.data import (
+    DataConfig,
+    Source,
+    TextConfig,
+    check_fits,
+    check_same_words,
+    first_held_out,
+    make_source,
+)
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.evaluation import ByDepth, decoding_reads, describe_chosen_blocks
 from jaxlab.losses import exact_match, target_losses
@@ -35,9 +43,9 @@ class Config:
 
     model: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = TextConfig()
     """What it is measured on."""
-    sparsity: SparsityConfig = SparsityConfig()
+    sparsity: SparsityConfig | None = None
     """Measure it as if it read a part of the text only; for models trained with full attention."""
     split: Literal["validation", "test"] = "test"
     """Which held-out split."""
@@ -134,9 +142,9 @@ def _prepare(config: Config) -> tuple[OpenModel, ModelConfig, Source, dict[str, 
     model, source = opened.config, make_source(config.data, model_folder)
     model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = first_held_out(source, config.batch_size, config.split)
-    if config.sparsity.method != "none" and "segment_ids" in batch:
+    if config.sparsity is not None and "segment_ids" in batch:
         raise UserError(
-            f"{config.sparsity.method} reads one whole text a row and the data has segments; set data.kind "
+            f"{config.sparsity.kind} reads one whole text a row and the data has segments; set data.kind "
             "to text, episodes or needle"
         )
     check_fits(batch, model)

@@ -9,15 +9,15 @@ from typing import Annotated, cast
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import OpenModel, open_model
+from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch, ModelConfig, prepare_batch, stream
+from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch, stream
 from jaxlab.processing import load_processor
 
 
@@ -25,7 +25,7 @@ from jaxlab.processing import load_processor
 class Arguments:
     """Stream text from a model."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, POSITIONAL]
     """A model folder, ours or Hugging Face's; a hub id; a .bin file of llama2.c; a run folder, or the config
     of a finished train run."""
     prompt: str
@@ -61,7 +61,7 @@ def run(arguments: Arguments) -> None:
     folder, config, tokenizer = opened.path, opened.config, opened.tokenizer
     if tokenizer is None and config.family != "jaxlab":
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
-    if config.attention == "nsa" and config.nsa.selector == "auxiliary":
+    if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     ends = frozenset() if arguments.past_end else opened.end_tokens
     batch = read_prompt(arguments, opened)
@@ -98,7 +98,7 @@ def read_prompt(arguments: Arguments, opened: OpenModel) -> Batch:
     files, config, tokenizer = arguments.image, opened.config, opened.tokenizer
     if files and not config.has_vision:
         raise UserError(f"{arguments.model}: a language model without vision cannot read {files[0]}")
-    if files and config.vision.kind != "plain":
+    if files and not isinstance(config.vision, PlainVisionConfig):
         if tokenizer is None:
             raise UserError(f"{opened.path}: no tokenizer; images are placed by its tokens")
         source = opened.source_files
@@ -112,8 +112,10 @@ def read_prompt(arguments: Arguments, opened: OpenModel) -> Batch:
     images: dict[str, np.ndarray] = {}
     if files:
         images["images"] = np.stack([read_image(file, config) for file in files])[None]
-        missing = len(files) * config.vision.num_patches - tokens.count(config.vision.image_token)
-        tokens = [config.vision.image_token] * missing + tokens
+        missing = len(files) * config.vision_as(PlainVisionConfig).num_patches - tokens.count(
+            config.image_token
+        )
+        tokens = [config.image_token] * missing + tokens
     return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
 
@@ -145,7 +147,7 @@ def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int] = ()) -> Callabl
 
 def read_image(path: str, config: ModelConfig) -> np.ndarray:
     """float32 [height, width, channels] in [0, 1], resized to what the model takes."""
-    vision = config.vision
+    vision = config.vision_as(PlainVisionConfig)
     if vision.channels not in (1, 3):
         raise UserError(f"the model takes {vision.channels} channels; image files have 1 or 3")
     if not Path(path).is_file():

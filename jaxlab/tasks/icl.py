@@ -118,7 +118,7 @@ def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> Non
         raise UserError(
             f"blocked_layers: the model has {model.num_layers} layers, not {max(config.blocked_layers)}"
         )
-    if source.length > model.max_length and model.position == "learned":
+    if source.length > model.max_length and model.position.kind == "learned":
         raise UserError(f"data: prompts of {source.length} tokens exceed the model's {model.max_length}")
     if config.top_words > model.vocab_size:
         raise UserError(f"top_words: the vocabulary has {model.vocab_size} words, not {config.top_words}")

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
-
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import ModelReport, compare_for_merging, inspect_model, open_model
+from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
 
 
@@ -15,7 +14,7 @@ from jaxlab.errors import ConfigError, UserError
 class Arguments:
     """Tell what models are, and which can be merged."""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    models: Annotated[tuple[str, ...], POSITIONAL]
     """Folders of Hugging Face or of ours, hub ids, run folders, .bin files of llama2.c."""
     allow_pickle: bool = False
     """Look into PyTorch's .bin files where there are no safetensors."""

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
+from typing import Annotated
 
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import check_output, open_model
+from jaxlab.config import POSITIONAL
 from jaxlab.merging import load_recipe, merge_by_recipe, save_merged, verify_merged
 
 
@@ -14,7 +14,7 @@ from jaxlab.merging import load_recipe, merge_by_recipe, save_merged, verify_mer
 class Arguments:
     """Merge models, or inject an expert into a VLM."""
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[str, POSITIONAL]
     """YAML file that begins with kind: inject or kind: merge."""
     out: str
     """Folder to write the model to."""

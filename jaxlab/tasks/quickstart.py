@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxlab.app import RunResult, command_line, provenance
-from jaxlab.config import yaml_text
+from jaxlab.app import RunResult, command_line, environment
+from jaxlab.config import dump_yaml
 from jaxlab.files import write_atomic, write_json
 from jaxlab.reporting import build_sections, compose, duration, read_run, read_runs
 from jaxlab.tasks import execute
@@ -113,7 +113,7 @@ def run(arguments: Arguments) -> None:
     runs = read_runs(result.path for result in made.values())
     sections = build_sections(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.yaml", yaml_text.dump(dataclasses.asdict(arguments)))
+    write_atomic(folder / "config.yaml", dump_yaml(dataclasses.asdict(arguments)))
     write_json(
         folder / "results.json",
         {
@@ -129,7 +129,7 @@ def run(arguments: Arguments) -> None:
         {
             "task": "quickstart",
             "command": command_line("quickstart", *_words(arguments)),
-            **provenance.environment(),
+            **environment(),
         },
     )
     write_atomic(folder / "report.html", compose([read_run(folder), *runs], sections))

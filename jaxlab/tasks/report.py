@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from jaxlab.config import POSITIONAL
 from jaxlab.files import write_atomic
 from jaxlab.reporting import read_runs, render
 
@@ -14,7 +13,7 @@ from jaxlab.reporting import read_runs, render
 class Arguments:
     """Write a self-contained HTML page from the results of runs."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], POSITIONAL]
     """run folders; the folder of a quickstart stands for all its stages"""
     out: str = "outputs/report.html"
     """the file to write"""

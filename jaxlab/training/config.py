@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxlab.data import DataConfig
+from jaxlab.data import DataConfig, TextConfig
 from jaxlab.errors import ConfigError
 from jaxlab.models import ModelConfig
 from jaxlab.retrofit import GATE
@@ -16,7 +16,7 @@ class TrainConfig:
 
     model: ModelConfig = ModelConfig()
     """The model."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = TextConfig()
     """What it reads."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How it learns."""
@@ -55,22 +55,20 @@ class TrainConfig:
                 f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
                 key="accumulation",
             )
-        if self.data.kind == "digits" and self.data.digits.has_images and not self.model.has_vision:
-            raise ConfigError(
-                "digits with images need a model with vision; set model.vision.num_layers", key="model"
-            )
+        if self.data.kind == "digits" and self.data.has_images and not self.model.has_vision:
+            raise ConfigError("digits with images need a model with vision; give model.vision", key="model")
         if not 0 < self.retrofit_gate < 0.5:
             raise ConfigError(f"must lie between 0 and 0.5, is {self.retrofit_gate}", key="retrofit_gate")
-        if self.model.sparsity.method != "none":
-            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity.method")
+        if self.model.sparsity is not None:
+            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity.kind")
         if self.seed < 0:
             raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
         if self.optimizer.language_scale != 1 and not self.model.has_vision:
             raise ConfigError(
                 "is for a model with vision; set optimizer.learning_rate", key="optimizer.language_scale"
             )
-        if self.data.kind == "text" and self.data.text.sequence_length > self.model.max_length:
+        if self.data.kind == "text" and self.data.sequence_length > self.model.max_length:
             raise ConfigError(
-                f"{self.model.max_length} does not hold sequences of {self.data.text.sequence_length}",
+                f"{self.model.max_length} does not hold sequences of {self.data.sequence_length}",
                 key="model.max_length",
             )

@@ -142,8 +142,9 @@ def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
             f"a part of {rows} sequences cannot be split over {parts} devices; "
             "change batch_size, accumulation or mesh"
         )
-    n = model.nsa
-    sizes = {"unit": n.stride, "least": n.block_len - n.stride} if model.attention == "nsa" else {}
+    sizes = {}
+    if model.attention.kind == "nsa":
+        sizes = {"unit": model.nsa.stride, "least": model.nsa.block_len - model.nsa.stride}
     check_length(length, mesh.shape[CONTEXT], **sizes)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from jaxlab.checkpoints import OpenModel, check_same_tree, differences
 from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, NSAConfig, Params, abstract_params, init_params
+from jaxlab.models import ModelConfig, Params, abstract_params, init_params
 from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
@@ -110,12 +110,12 @@ def find_initial(opened: OpenModel, model: ModelConfig, source: Source) -> Initi
     """
     folder, theirs, stored = opened.path, opened.config, opened.shapes
     dense = None
-    if model.attention == "nsa" and theirs.attention != "nsa":
+    if model.attention.kind == "nsa" and theirs.attention.kind != "nsa":
         try:
             retrofitted(theirs, model.nsa)
         except ConfigError as error:
             raise UserError(f"{folder}: it cannot be retrofitted to NSA: {error}") from error
-        dense = dataclasses.replace(model, attention="full", nsa=NSAConfig())
+        dense = dataclasses.replace(model, attention=theirs.attention)
     expected = {
         name: tree
         for name, tree in abstract_params(dense or model).items()
@@ -123,10 +123,12 @@ def find_initial(opened: OpenModel, model: ModelConfig, source: Source) -> Initi
     }
     check_same_tree(stored, expected, folder, expected_by="the model to train")
     for name in _MEANING if dense is None else _different(theirs, dense):
-        if getattr(theirs, name) != getattr(model, name):
+        of_theirs, of_ours = getattr(theirs, name), getattr(model, name)
+        if dense is None and name == "position":  # how rotary positions are stretched may change
+            of_theirs, of_ours = of_theirs.kind, of_ours.kind
+        if of_theirs != of_ours:
             raise UserError(
-                f"{folder}: its {name} is {getattr(theirs, name)}, of the model to train "
-                f"{getattr(model, name)}; set model.{name}"
+                f"{folder}: its {name} is {of_theirs}, of the model to train {of_ours}; set model.{name}"
             )
     check_same_words(opened.tokenizer, source.tokenizer(), folder)
     return Initial(opened, dense)
@@ -134,5 +136,5 @@ def find_initial(opened: OpenModel, model: ModelConfig, source: Source) -> Initi
 
 def _different(theirs: ModelConfig, dense: ModelConfig) -> list[str]:
     """The fields in which a model to retrofit is another function."""
-    free = [] if theirs.position == "learned" else ["max_length"]
+    free = [] if theirs.position.kind == "learned" else ["max_length"]
     return differences(theirs, dense, free if theirs.has_vision else [*free, "vision"])

@@ -10,7 +10,7 @@ import pytest
 from jaxlab.checkpoints import families, load_model, open_model
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.errors import UserError
-from jaxlab.models import forward, generate
+from jaxlab.models import SlidingAttentionConfig, forward, generate
 from tests.checkpoints import folders
 
 CASES = [case for case in folders.CASES if "vision_config" not in folders.config(case)]
@@ -161,15 +161,16 @@ def test_defaults_are_those_of_transformers():
     """A text_config tells only what differs from them: LLaVA-1.5's says nothing of Llama 2's sizes."""
     found = families.read_config({"model_type": "llama", "vocab_size": 32064}, "")
     assert (found.width, found.num_layers, found.mlp_width, found.kv_heads) == (4096, 32, 11008, 32)
-    assert families.read_config({"model_type": "mistral"}, "").window == 4096
+    assert families.read_config({"model_type": "mistral"}, "").sliding.window == 4096
     gemma = families.read_config({"model_type": "gemma3_text", "num_hidden_layers": 12}, "")
     assert gemma.kinds == ("sliding",) * 5 + ("full",) + ("sliding",) * 5 + ("full",)
-    assert (gemma.rope.theta, gemma.local_rope_theta, gemma.tie_embeddings) == (1e6, 1e4, True)
+    assert (gemma.rope.theta, gemma.sliding.rope_theta, gemma.tie_embeddings) == (1e6, 1e4, True)
 
 
 def test_a_model_that_no_family_can_describe_is_not_written(tmp_path):
     config, params, _ = load(tmp_path, "llama2")
-    for changes in ({"embedding_scale": 2.0}, {"attention_softcap": 3.0}, {"pattern": ("full", "sliding")}):
+    sliding = SlidingAttentionConfig(pattern=("full", "sliding"))
+    for changes in ({"embedding_scale": 2.0}, {"attention_softcap": 3.0}, {"attention": sliding}):
         with pytest.raises(UserError, match="llama cannot describe this model"):
             folders.save(tmp_path / "out", dataclasses.replace(config, **changes), params)
     changed = dataclasses.replace(config, norm_eps=0.5)

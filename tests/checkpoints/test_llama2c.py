@@ -69,7 +69,7 @@ def test_a_model_is_the_one_that_turns_neighbours(tmp_path, shared):
     }
     if not shared:
         plain["head"] = {"table": jnp.asarray(t["wcls"].T)}
-    neighbours = dataclasses.replace(config, rope=dataclasses.replace(config.rope, interleaved=True))
+    neighbours = dataclasses.replace(config, position=dataclasses.replace(config.rope, interleaved=True))
     tokens = {"tokens": jnp.asarray(np.random.default_rng(1).integers(0, V, (1, 7)), jnp.int32)}
     found, expected = forward(params, tokens, config)[0], forward(plain, tokens, neighbours)[0]
     assert np.abs(np.asarray(expected)).max() > 1

@@ -151,7 +151,7 @@ def test_a_config_as_on_the_hub():
     )
     assert config.rope.sections == (16, 24, 24)
     assert (config.rope.theta, config.kinds, config.max_length) == (1e6, ("full",) * 28, 128000)
-    assert config.vision.qwen.window_side(config.vision.patch_size) == 4
+    assert config.vision.window_side == 4
     assert config.vision.width == 1280
 
 

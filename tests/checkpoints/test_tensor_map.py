@@ -9,22 +9,22 @@ import pytest
 from jaxlab.checkpoints.families.jaxlab import ROWS as TABLE
 from jaxlab.checkpoints.tensor_map import entries, host_tensors, to_hf
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, NSAConfig, VisionConfig, abstract_params
+from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, PlainVisionConfig, abstract_params
 from tests.checkpoints import folders
 
 SMALL = ModelConfig(
     vocab_size=11, width=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=5
 )
-VISION = VisionConfig(num_layers=2, width=8, num_heads=2, mlp_width=7, image_token=10)
+VISION = PlainVisionConfig(num_layers=2, width=8, num_heads=2, mlp_width=7, image_token=10)
 CONFIGS = {
     "llama": SMALL,
-    "untied": dataclasses.replace(SMALL, tie_embeddings=False, position="learned", max_length=9),
+    "untied": dataclasses.replace(SMALL, tie_embeddings=False, position=LearnedPositions(), max_length=9),
     "biases": dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True, norm="layer", mlp="plain"),
-    "nsa": dataclasses.replace(SMALL, attention="nsa", attention_bias=True, nsa=NSAConfig()),
-    "nsa, one projection": dataclasses.replace(SMALL, attention="nsa", nsa=NSAConfig(shared_kv=True)),
-    "nsa, scorer": dataclasses.replace(SMALL, attention="nsa", nsa=NSAConfig(selector="auxiliary")),
+    "nsa": dataclasses.replace(SMALL, attention_bias=True, attention=NSAConfig()),
+    "nsa, one projection": dataclasses.replace(SMALL, attention=NSAConfig(shared_kv=True)),
+    "nsa, scorer": dataclasses.replace(SMALL, attention=NSAConfig(selector="auxiliary")),
     "vlm": dataclasses.replace(SMALL, vision=VISION),
-    "three layers of nsa": dataclasses.replace(SMALL, attention="nsa", num_layers=3),
+    "three layers of nsa": dataclasses.replace(SMALL, attention=NSAConfig(), num_layers=3),
 }
 
 

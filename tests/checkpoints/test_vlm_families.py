@@ -239,7 +239,7 @@ ORIGINAL = {
 def test_llava_as_its_authors_wrote_it():
     config = read(ORIGINAL)
     assert config.family == "llava+llama/original"
-    assert (config.vision.num_layers, config.vision.vit.feature_layers) == (24, (-2,))
+    assert (config.vision.num_layers, config.vision.feature_layers) == (24, (-2,))
     hf = {
         "model_type": "llava",
         "vocab_size": 32000,
@@ -256,7 +256,7 @@ def test_llava_as_its_authors_wrote_it():
     } <= found
     tiled = ORIGINAL | {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672], [1008, 336]]}
     assert read(tiled).family == "llava_next+llama/original"
-    assert read(tiled).vision.vit.grid == ((672, 336), (336, 1008))  # theirs are widths and heights
+    assert read(tiled).vision.grid == ((672, 336), (336, 1008))  # theirs are widths and heights
     many = ORIGINAL | {
         "model_type": "llava_qwen",
         "image_aspect_ratio": "anyres_max_9",
@@ -264,6 +264,6 @@ def test_llava_as_its_authors_wrote_it():
         "mm_vision_tower": "google/siglip-so400m-patch14-384",
     }
     assert read(many).family == "llava_onevision+qwen2/original"
-    assert len(read(many).vision.vit.grid) == 36
+    assert len(read(many).vision.grid) == 36
     with pytest.raises(UserError, match="mm_vision_tower 'eva' is not supported: known: openai/clip"):
         read(ORIGINAL | {"mm_vision_tower": "eva"})

@@ -1,16 +1,16 @@
 """A task that takes arguments."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from jaxlab.config import POSITIONAL
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    model: Positional[str]
+    model: Annotated[str, POSITIONAL]
     """A model."""
-    others: Positional[tuple[str, ...]] = ()
+    others: Annotated[tuple[str, ...], POSITIONAL] = ()
     """More models."""
     prompt: str = "hello"
     """What to begin with."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxlab.app.runs import Run
 from jaxlab.errors import ConfigError, UserError
@@ -21,6 +21,27 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
+class File:
+    """Numbers of a file."""
+
+    kind: Literal["file"] = "file"
+    path: str = "numbers"
+    """Which file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Numbers drawn anew.
+
+    Nobody reads further.
+    """
+
+    kind: Literal["random"] = "random"
+    seed: int = 0
+    """Where they begin."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     steps: int
     """How many lines to log."""
@@ -32,6 +53,8 @@ class Config:
     """The way to end: not at all, killed, user error, error."""
     model: Inner = Inner()
     """A group."""
+    source: File | Random = Random()
+    """One group of two."""
 
 
 calls: list[Config] = []

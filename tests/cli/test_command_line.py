@@ -37,7 +37,11 @@ def test_the_help_of_a_task_shows_every_field(capsys: pytest.CaptureFixture[str]
     page = capsys.readouterr().out
     for dotted in leaves(fake_task.Config):
         assert f"--{dotted} " in page
+    assert {"source.kind", "source.path", "source.seed"} < leaves(fake_task.Config).keys()
     for text in (
+        "--source.kind file|random  (default: random)",
+        "source, kind file: Numbers of a file.",
+        "source, kind random: Numbers drawn anew.",
         "How many lines to log. (required)",
         "What the loss falls by. (default: 0.5)",
         "--sweep-mode",
@@ -45,7 +49,7 @@ def test_the_help_of_a_task_shows_every_field(capsys: pytest.CaptureFixture[str]
         assert text in page
     assert main(["fake-command", "-h"]) == 0
     page = capsys.readouterr().out
-    assert "fake-command [-h] MODEL [OTHERS ...]" in page
+    assert "usage: python run.py fake-command MODEL [OTHERS ...] [--field.sub VALUE ...]" in page
     assert "What to begin with. (default: hello)" in page
     assert "--sweep" not in page
 

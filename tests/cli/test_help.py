@@ -8,7 +8,7 @@ import pytest
 
 from jaxlab.app.cli import RunOptions
 from jaxlab.app.help import field_docs
-from jaxlab.config.schema import fields_of, is_config, leaves
+from jaxlab.config.schema import KIND, fields_of, groups, kind_of, leaves, variants
 from jaxlab.tasks import TASKS, main
 
 ROOT = Path(__file__).parents[2]
@@ -19,11 +19,13 @@ def undocumented(cls: type) -> list[str]:
     missing = [
         f"{cls.__name__}.{field.name}"
         for field in fields_of(cls).values()
-        if field.name not in field_docs(cls)
+        if field.name not in field_docs(cls) and not (field.key == KIND and kind_of(cls))
     ]
     for field in fields_of(cls).values():
-        if is_config(field.type):
-            missing += undocumented(field.type)
+        for group in groups(field.type):
+            missing += undocumented(group)
+            if group in variants(field.type).values() and not vars(group)["__doc__"]:
+                missing.append(group.__name__)
     return missing
 
 

@@ -34,6 +34,51 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Constant:
+    kind: Literal["constant"] = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    final: float = 0.0
+    """Share of the peak at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Decay):
+    kind: Literal["linear"] = "linear"
+    shape: Literal["straight", "steps"] = "straight"
+    """How it falls."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Decay):
+    kind: Literal["cosine"] = "cosine"
+    cycles: int = 1
+    """How often it comes back."""
+    shape: Literal["half", "full"] = "half"
+    """How far a cycle goes."""
+
+    def __post_init__(self) -> None:
+        if self.cycles < 1:
+            raise ConfigError(f"must be at least 1, is {self.cycles}", key="cycles")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    kind: Literal["gaussian"] = "gaussian"
+    deviation: float
+    """How wide it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    kind: Literal["uniform"] = "uniform"
+    edges: tuple[float, float] = (0.0, 1.0)
+    """From where to where."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Rule:
     pattern: str
     """Names that the rule is for."""
@@ -75,5 +120,9 @@ class Example:
     """Rules in order."""
     teacher: Model | None = None
     """A second model."""
+    schedule: Constant | Linear | Cosine = Linear(final=0.25)
+    """One of several groups."""
+    noise: Gaussian | Uniform | None = None
+    """One of two groups, or none."""
     model: Model = Model(width=32, attention=Attention(num_kv_heads=4))
     """The model."""

@@ -3,14 +3,25 @@
 import dataclasses
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from jaxlab import config as configs
+from jaxlab.config.command_line import from_mapping
 from jaxlab.config.schema import fields_of
 from jaxlab.errors import ConfigError
-from tests.config.examples import Attention, Example, Model, Rule
+from tests.config.examples import (
+    Attention,
+    Constant,
+    Cosine,
+    Example,
+    Gaussian,
+    Linear,
+    Model,
+    Rule,
+    Uniform,
+)
 
 
 @pytest.fixture
@@ -196,6 +207,129 @@ def test_a_mistake_on_the_command_line_is_named(file: Any, words: list[str], mes
     with pytest.raises(ConfigError) as caught:
         configs.load(Example, file("steps: 1\n"), words)
     assert str(caught.value) == f"command line: {message}"
+
+
+WHICH = "expected constant|linear|cosine, found "
+MISTAKES_IN_UNIONS = [
+    ("schedule: {cycles: 2}", "2: schedule.cycles: belongs to kind cosine, here is linear"),
+    (
+        "schedule:\n  kind: constant\n  final: 1",
+        "4: schedule.final: belongs to kind linear and cosine, here is constant",
+    ),
+    ("schedule: {kind: cosine, cyles: 2}", "2: schedule.cyles: unknown key; did you mean cycles?"),
+    ("schedule: {kind: cosine, cycles: 0}", "2: schedule.cycles: must be at least 1, is 0"),
+    ("schedule: {kind: linear, shape: half}", "2: schedule.shape: expected straight|steps, found half"),
+    ("schedule: consine", f"2: schedule.kind: {WHICH}consine; did you mean cosine?"),
+    ("schedule:\n  kind: consine", f"3: schedule.kind: {WHICH}consine; did you mean cosine?"),
+    ("schedule: {kind: 1}", f"2: schedule.kind: {WHICH}1"),
+    ("schedule: 3", f"2: schedule: {WHICH}3"),
+    ("noise: 3", "2: noise: expected gaussian|uniform|null, found 3"),
+    ("noise: {edges: [0, 1]}", "2: noise.kind: missing; give it as gaussian|uniform"),
+    ("noise: gaussian", "2: noise.deviation: missing; give it as float"),
+    ("cycles: 2", "2: cycles: unknown key; did you mean schedule.cycles?"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES_IN_UNIONS)
+def test_a_mistake_in_a_union_is_named(file: Any, text: str, message: str) -> None:
+    path = file(f"steps: 1\n{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        configs.load(Example, path)
+    assert str(caught.value) == f"{path}:{message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("note: x", Linear(final=0.25)),
+        ("schedule:", Linear(final=0.25)),
+        ("schedule: {shape: steps}", Linear(final=0.25, shape="steps")),
+        ("schedule: linear", Linear(final=0.25)),
+        # The field's default is of another kind: nothing of it is left.
+        ("schedule: cosine", Cosine()),
+        ("schedule: constant", Constant()),
+        ("schedule: {kind: cosine, cycles: 3}", Cosine(cycles=3)),
+    ],
+)
+def test_a_group_is_of_the_kind_that_it_names(file: Any, text: str, expected: Any) -> None:
+    config = configs.load(Example, file(f"steps: 1\n{text}\n"))
+    assert config.schedule == expected
+    assert configs.load(Example, file(configs.dump(config))) == config
+    assert configs.load(Example, None, from_mapping(Example, configs.to_dict(config))) == config
+
+
+def test_a_group_that_may_be_missing(file: Any) -> None:
+    load = lambda text, *words: configs.load(Example, file(f"steps: 1\n{text}\n"), words).noise
+    assert load("") is None
+    assert load("noise: null") is None
+    assert load("noise: uniform") == Uniform()
+    assert load("noise: {kind: gaussian, deviation: 2}") == Gaussian(deviation=2.0)
+    assert load("noise: uniform", "--noise", "null") is None
+    assert load("", "--noise.deviation", "2", "--noise", "gaussian") == Gaussian(deviation=2.0)
+    assert load("", "--noise", "null", "--noise.kind", "uniform") == Uniform()
+    assert configs.load(Example, None, ["--steps=1", "--teacher.width=3"]).teacher == Model(width=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("cosine", ["--schedule.cycles", "4"], Cosine(cycles=4)),
+        ("{kind: cosine, cycles: 2}", ["--schedule.final=1"], Cosine(cycles=2, final=1.0)),
+        ("constant", ["--schedule.cycles=4", "--schedule.kind=cosine"], Cosine(cycles=4)),
+        (
+            "constant",
+            ["--schedule", "{kind: cosine, cycles: 4}", "--schedule.final=1"],
+            Cosine(cycles=4, final=1.0),
+        ),
+        # The last word about a kind counts; values that the new kind takes too stay.
+        ("{kind: linear, final: 0.5}", ["--schedule=constant", "--schedule=cosine"], Cosine()),
+        ("{kind: linear, final: 0.5}", ["--schedule", "cosine"], Cosine(final=0.5)),
+    ],
+)
+def test_the_command_line_sets_kinds_and_what_is_in_them(
+    file: Any, caplog: pytest.LogCaptureFixture, text: str, words: list[str], expected: Any
+) -> None:
+    assert configs.load(Example, file(f"steps: 1\nschedule: {text}\n"), words).schedule == expected
+    assert len(caplog.messages) == ("constant" in words[0])
+
+
+def test_what_another_kind_does_not_take_is_left_out_and_said(
+    file: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = file("steps: 1\nschedule:\n  kind: cosine\n  final: 0.5\n  cycles: 3\n")
+    for words in (["--schedule=linear"], ["--schedule.kind", "linear"], {"schedule": "linear"}):
+        caplog.clear()
+        config = configs.load(Example, path, words)
+        assert config.schedule == Linear(final=0.5)
+        assert caplog.messages == [f"{path}:5: schedule: left out, the kind is linear now: cycles"]
+    # What the command line itself says for another kind is a mistake.
+    with pytest.raises(
+        ConfigError, match=r"^command line: --schedule\.cycles: belongs to kind cosine, here is linear$"
+    ):
+        configs.load(Example, path, ["--schedule.cycles", "4", "--schedule.kind", "linear"])
+    # A file that leaves the kind to the default has not said what its values are for.
+    path = file("steps: 1\nschedule:\n  shape: straight\n")
+    with pytest.raises(
+        ConfigError, match=r"x\.yaml:3: schedule\.shape: belongs to kind linear and cosine, here is constant$"
+    ):
+        configs.load(Example, path, ["--schedule=constant"])
+    caplog.clear()
+    config = configs.replace(Example(steps=1, schedule=Cosine(cycles=2)), {"schedule": "constant"})
+    assert (config.schedule, caplog.messages) == (Constant(), [])
+
+
+def test_unions_that_cannot_be_told_apart_are_refused() -> None:
+    def frozen(name: str, *fields: Any) -> Any:
+        return dataclasses.make_dataclass(name, fields, frozen=True)
+
+    plain = frozen("Plain", ("x", int, 0))
+    one = frozen("One", ("kind", Literal["one"], "one"), ("x", int, 0))
+    two = frozen("Two", ("kind", Literal["two"], "two"), ("x", str, ""))
+    for union in (plain | one, one | frozen("Also", ("kind", Literal["one"], "one"))):
+        with pytest.raises(TypeError, match="need a field `kind` each, with a word of its own"):
+            fields_of(frozen("Config", ("group", union)))
+    with pytest.raises(TypeError, match=r"Two\.x: <class 'str'>, but <class 'int'> in other kinds"):
+        fields_of(frozen("Config", ("group", one | two)))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

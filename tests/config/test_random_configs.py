@@ -13,12 +13,22 @@ from hypothesis import strategies as st
 from jaxlab import config as configs
 from jaxlab.config import yaml_text
 from jaxlab.config.command_line import from_mapping
-from jaxlab.config.schema import ABSENT, fields_of, is_config, leaves, members
+from jaxlab.config.schema import (
+    ABSENT,
+    KIND,
+    fields_of,
+    groups,
+    inner_fields,
+    is_config,
+    leaves,
+    members,
+    variants,
+)
 from jaxlab.errors import ConfigError
-from tests.config.examples import Attention, Example
+from tests.config.examples import Attention, Cosine, Example
 
-SOME = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-MANY = settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+SOME = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
@@ -33,6 +43,11 @@ SCALARS: dict[Any, st.SearchStrategy[Any]] = {
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
     """Plain values that a field of type `kind` takes."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if variants(kind):
+        kinds = [group_values(group, {KIND: st.just(word)}) for word, group in variants(kind).items()]
+        alone = [word for word, group in variants(kind).items() if required(group) == set()]
+        none = [st.none()] if types.NoneType in members(kind) else []
+        return st.one_of(*kinds, st.sampled_from(alone), *none)
     if len(members(kind)) > 1:
         return st.one_of([values_of(member) for member in members(kind)])
     if kind is Attention:  # the one class here whose fields depend on each other
@@ -43,9 +58,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
             lambda a, b: a | b, groups, st.fixed_dictionaries({"kind": st.sampled_from(["full", "nsa"])})
         )
     if is_config(kind):
-        fields = {key: values_of(field.type) for key, field in fields_of(kind).items()}
-        required = {key: fields.pop(key) for key in [*fields] if fields_of(kind)[key].default is ABSENT}
-        return st.fixed_dictionaries(required, optional=fields)
+        return group_values(kind, {})
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
@@ -55,6 +68,18 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     if origin is dict:
         return st.dictionaries(SCALARS[str], values_of(arguments[1]), max_size=3)
     return SCALARS[kind]
+
+
+def required(group: type) -> set[str]:
+    return {key for key, field in fields_of(group).items() if field.default is ABSENT}
+
+
+def group_values(group: type, given: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    fields = {key: values_of(field.type) for key, field in fields_of(group).items()}
+    if group is Cosine:
+        fields["cycles"] = st.integers(min_value=1)
+    needed = {key: fields.pop(key) for key in required(group)}
+    return st.fixed_dictionaries(needed | given, optional={k: v for k, v in fields.items() if k not in given})
 
 
 TREES = values_of(Example)
@@ -98,6 +123,32 @@ def test_valid_configs_survive_the_command_line(tree: dict[str, Any]) -> None:
     config = configs.build(Example, tree)
     words = from_mapping(Example, configs.to_dict(config))
     assert configs.load(Example, None, words) == config
+
+
+def single_values(kind: Any, tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config's tree by dotted key, groups taken apart."""
+    result = {}
+    for key, value in tree.items():
+        inside = inner_fields(kind)[key].type
+        if groups(inside) and isinstance(value, dict):
+            result |= single_values(inside, value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+@SOME
+@given(below=TREES, tree=TREES, data=st.data())
+def test_words_in_any_order_make_any_config_of_another(
+    below: dict[str, Any], tree: dict[str, Any], data: st.DataObject, path: Path
+) -> None:
+    below.pop("weights", None)  # mappings without a class are joined
+    path.write_text(configs.dump(configs.build(Example, below)), encoding="utf-8")
+    config = configs.build(Example, tree)
+    values = single_values(Example, configs.to_dict(config))
+    order = data.draw(st.permutations(list(values)))
+    words = from_mapping(Example, {key: values[key] for key in order})
+    assert configs.load(Example, path, words) == config
 
 
 @SOME

@@ -19,7 +19,7 @@ from jaxlab.data.digits import (
 from jaxlab.data.digits_words import CONTEXT, ENGLISH, FIGURES, FRENCH, IMAGE_ID, PAD_ID, ROMAN, VOCABULARY
 from jaxlab.errors import ConfigError, UserError
 
-ALL = DigitsConfig({task: 1.0 for task in TASKS})
+ALL = DigitsConfig(mixture={task: 1.0 for task in TASKS})
 WORDS = {i: word for word, i in VOCABULARY.items()}
 NAMES = {name: d for names in (ENGLISH, FIGURES, ROMAN) for d, name in enumerate(names)}
 
@@ -63,7 +63,7 @@ def parts(tokens: np.ndarray, loss_mask: np.ndarray) -> tuple[list[str], str, li
 
 
 def test_answers_follow_from_the_text() -> None:
-    batch = make_batch(DigitsConfig({t: 1.0 for t in TASKS if t.startswith("text_")}), 0, 0, 512)
+    batch = make_batch(DigitsConfig(mixture={t: 1.0 for t in TASKS if t.startswith("text_")}), 0, 0, 512)
     assert "images" not in batch
     seen = set()
     for tokens, targets in zip(batch["tokens"], batch["loss_mask"], strict=True):
@@ -78,7 +78,7 @@ def test_answers_follow_from_the_text() -> None:
 
 
 def test_answers_follow_from_the_picture() -> None:
-    config = DigitsConfig({t: 1.0 for t in TASKS if t.startswith("image_")})
+    config = DigitsConfig(mixture={t: 1.0 for t in TASKS if t.startswith("image_")})
     pictures, labels = load_images("test")
     (batch,) = evaluation_batches(config, "test")
     np.testing.assert_array_equal(batch["images"][:, 0, :, :, 0], pictures)
@@ -115,7 +115,9 @@ def test_batches_are_functions_of_seed_step_and_split() -> None:
 
 
 def test_mixture_gives_the_shares() -> None:
-    config = DigitsConfig({"text_words": 1.0, "image_words": 2.0, "text_french": 1.0, "image_french": 0.0})
+    config = DigitsConfig(
+        mixture={"text_words": 1.0, "image_words": 2.0, "text_french": 1.0, "image_french": 0.0}
+    )
     for step in range(4):
         tokens = make_batch(config, 0, step, 32)["tokens"]
         assert np.sum(np.any(tokens == IMAGE_ID, axis=1)) == 16
@@ -164,7 +166,12 @@ def test_examples_show_the_models_answers() -> None:
 
 
 def test_identity_changes_with_the_data() -> None:
-    configs = [DigitsConfig(), DigitsConfig({"text_words": 1.0}), DigitsConfig({"image_words": 1.0}), ALL]
+    configs = [
+        DigitsConfig(),
+        DigitsConfig(mixture={"text_words": 1.0}),
+        DigitsConfig(mixture={"image_words": 1.0}),
+        ALL,
+    ]
     identities = [DigitsSource(config).identity for config in configs]
     assert identities[0] == identities[1]
     assert len(set(identities)) == 3

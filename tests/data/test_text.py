@@ -111,7 +111,7 @@ def test_the_standard_library_is_there():
 @pytest.mark.parametrize(
     ("path", "changes", "message"),
     [
-        ("nowhere", {}, "no such file or folder; set data.text.path"),
+        ("nowhere", {}, "no such file or folder; set data.path"),
         ("", {"pattern": "*.md"}, "0 files match"),
         ("", {"holdout_every": 20}, "at least 20 of text are needed"),
         ("", {"sequence_length": 13}, "12 bytes of validation text cannot fill a sequence of 13"),

@@ -46,8 +46,7 @@ def test_train_and_generate(tmp_path, monkeypatch):
 
     def smaller(*args):
         config = whole(*args)
-        text = dataclasses.replace(config.data.text, sequence_length=64)
-        data = dataclasses.replace(config.data, text=text)
+        data = dataclasses.replace(config.data, sequence_length=64)
         return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, num_layers=1))
 
     monkeypatch.setattr(module, "load", smaller)

@@ -11,6 +11,7 @@ import pytest
 from jaxlab.errors import ConfigError
 from jaxlab.evaluation import AttentionSpeedConfig, attention_speed, attention_speed_memory
 from jaxlab.tasks import execute, main
+from kernels_pallas.nsa import nsa_attention
 
 SMALL = AttentionSpeedConfig(
     lengths=(40, 72),
@@ -25,13 +26,34 @@ SMALL = AttentionSpeedConfig(
 )
 
 
-@pytest.mark.parametrize("length", [40, 600])  # one stretch of queries, and three of which one is not whole
-def test_dense_candidates_are_causal_attention(length):
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """Another attention in NSA's place, of the same operands: compiling NSA takes most of the time."""
+    other = lambda q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates: attention_speed.dense_chunked(
+        q, k_win, v_win
+    )
+    monkeypatch.setattr(attention_speed, "nsa_of", lambda config: other)
+
+
+def test_what_is_timed_as_nsa_is_nsa():
+    operands = attention_speed._draw(SMALL, 24, "float32", dense=False)
+    sizes = {
+        name: getattr(SMALL, name) for name in ("block_len", "stride", "block_size", "num_blocks", "window")
+    }
+    expected = jax.jit(lambda *given: nsa_attention(*given, **sizes)[0])(*operands[:-1])
+    got = jax.jit(attention_speed.nsa_of(SMALL))(*operands[:-1])
+    np.testing.assert_array_equal(got, expected)
+    assert got.shape == operands[-1].shape
+
+
+@pytest.mark.parametrize("length", [24, 72])  # one stretch of queries, and three of which one is not whole
+def test_dense_candidates_are_causal_attention(length, monkeypatch):
+    monkeypatch.setattr(attention_speed, "STRETCH", 32)
     operands = attention_speed._draw(SMALL, length, "float32", dense=True)
     reference = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    expected = attention_speed._both(reference)(*operands)
+    expected = jax.jit(attention_speed._both(reference))(*operands)
     for attention in attention_speed.dense_candidates("cpu", "float32").values():
-        got = attention_speed._both(attention)(*operands)
+        got = jax.jit(attention_speed._both(attention))(*operands)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -42,7 +64,7 @@ def test_cudnn_is_a_candidate_where_it_runs():
     assert "cudnn" not in names("gpu", "float32") + names("cpu", "bfloat16") + names("tpu", "bfloat16")
 
 
-def test_results(tmp_path, monkeypatch):
+def test_results(tmp_path, monkeypatch, quickly_compiled):
     clock = itertools.count()
     monkeypatch.setattr(attention_speed, "_sample", lambda *_: (1.0 + next(clock), 0.5))
     done = execute("attention-speed", SMALL, outputs=tmp_path)
@@ -62,7 +84,7 @@ def test_results(tmp_path, monkeypatch):
     assert results["dense"] in [row["name"] for row in results["dense_tried"]]
 
 
-def test_the_fastest_dense_attention_is_taken(monkeypatch):
+def test_the_fastest_dense_attention_is_taken(monkeypatch, quickly_compiled):
     slow = lambda attention: lambda *operands: attention(*operands)
     kinds = {"slow": slow(attention_speed.dense_chunked), "fast": attention_speed.dense_chunked}
     monkeypatch.setattr(attention_speed, "dense_candidates", lambda *_: kinds)
@@ -73,7 +95,7 @@ def test_the_fastest_dense_attention_is_taken(monkeypatch):
     assert attention_speed.measure_attention_speed(one)["dense"] == "fast"
 
 
-def test_check_compiles_for_shapes_alone(monkeypatch):
+def test_check_compiles_for_shapes_alone(monkeypatch, quickly_compiled):
     monkeypatch.setattr(attention_speed, "_draw", None)
     one = dataclasses.replace(SMALL, lengths=(40,))
     assert min(attention_speed_memory(one)["40"].values()) > 0

@@ -58,8 +58,7 @@ def test_what_a_decoded_token_reads():
         num_kv_heads=2,
         head_dim=8,
         value_head_dim=4,
-        attention="nsa",
-        nsa=dataclasses.replace(NSA, block_len=8, stride=4, block_size=8, num_blocks=3, window=16),
+        attention=dataclasses.replace(NSA, block_len=8, stride=4, block_size=8, num_blocks=3, window=16),
     )
     first, second, *_, last = decoding_reads(config, 64)
     of_token = 3 * 2 * 12 * 4

@@ -10,6 +10,7 @@ import pytest
 
 from jaxlab.app.runs import Run
 from jaxlab.checkpoints import save_model
+from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
 from jaxlab.config import build
 from jaxlab.data.needle_words import WORDS, needle_tokenizer
 from jaxlab.errors import ConfigError, UserError
@@ -29,7 +30,7 @@ def make(tmp_path):
     def make(model, params, **changes):
         save_model(tmp_path / "model", model, params, overwrite=True)
         text = {"path": str(tmp_path / "text.py"), "sequence_length": 8, "holdout_every": 2}
-        base = {"model": str(tmp_path / "model"), "data": {"text": text}, "batch_size": 4, "batches": 2}
+        base = {"model": str(tmp_path / "model"), "data": text, "batch_size": 4, "batches": 2}
         return build(evaluate.Config, {**base, **changes})
 
     return make
@@ -99,8 +100,8 @@ def test_a_dense_model_is_measured_as_if_it_read_less(make, tmp_path):
         evaluate.run(make(MODEL, draw_params(MODEL), **changes), Run(tmp_path, "sparse"))
         for changes in (
             {},
-            {"sparsity": {"method": "h2o", "block_size": 1, "num_blocks": 3}},
-            {"sparsity": {"method": "h2o", "block_size": 8}},
+            {"sparsity": {"kind": "h2o", "block_size": 1, "num_blocks": 3}},
+            {"sparsity": {"kind": "h2o", "block_size": 8}},
         )
     )
     assert sparse["attended_tokens"] == (1 + 2 + 6 * 3) / 8
@@ -112,7 +113,7 @@ def test_a_dense_model_is_measured_as_if_it_read_less(make, tmp_path):
 
 def test_needles_are_counted_by_depth(make, tmp_path):
     model = make_config(vocab_size=len(WORDS), num_layers=1, max_length=40)
-    data = {"kind": "needle", "needle": {"sequence_length": 40, "questions": 4, "depths": 2}}
+    data = {"kind": "needle", "sequence_length": 40, "questions": 4, "depths": 2}
     config = make(model, draw_params(model), data=data)
     save_model(tmp_path / "model", model, draw_params(model), needle_tokenizer(), overwrite=True)
     found = evaluate.run(config, Run(tmp_path, "needle"))["needle"]
@@ -124,7 +125,7 @@ def test_needles_are_counted_by_depth(make, tmp_path):
 
 def test_check_reads_no_parameter(make, monkeypatch):
     config = make(MODEL, draw_params(MODEL))
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(OrbaxFolder, "read", None)
     report = evaluate.check(config)
     assert report["parameters"] == count_params(draw_params(MODEL))
     assert report["bytes_per_device"]["parameters"] == 4 * report["parameters"]
@@ -138,15 +139,15 @@ def test_check_reads_no_parameter(make, monkeypatch):
         (dataclasses.replace(MODEL, max_length=7), {}, "exceed the model's max_length 7"),
         (MODEL, {"batch_size": 99}, "the test split of the data holds no full batch of 99"),
         (LONG, {"data": {"kind": "episodes"}}, "the model reads bytes, the data holds words"),
-        (LONG, {"data": {"kind": "digits", "digits": {"mixture": {"image_words": 1.0}}}}, "has no vision"),
+        (LONG, {"data": {"kind": "digits", "mixture": {"image_words": 1.0}}}, "has no vision"),
         (
             LONG,
-            {"data": {"kind": "digits"}, "sparsity": {"method": "quest"}},
+            {"data": {"kind": "digits"}, "sparsity": {"kind": "quest"}},
             "quest reads one whole text a row and the data has segments",
         ),
         (
             make_config("nsa", vocab_size=256, num_layers=1),
-            {"sparsity": {"method": "quest"}},
+            {"sparsity": {"kind": "quest"}},
             "quest is for models whose layers all have full attention",
         ),
     ],

@@ -9,7 +9,7 @@ from PIL import Image
 from jaxlab.checkpoints import save_model
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import VisionConfig
+from jaxlab.models import PlainVisionConfig
 from jaxlab.tasks import generate
 from tests.models.tiny import draw_params, make_config
 
@@ -99,11 +99,11 @@ def test_images_are_read_in_the_size_and_channels_of_the_model(tmp_path):
     pixels = np.zeros((4, 4), np.uint8)
     pixels[:2, 2:] = [[100, 200], [0, 100]]
     Image.fromarray(pixels).save(tmp_path / "grey.png")
-    grey = make_config(vision=VisionConfig(num_layers=1, image_size=2, patch_size=1, channels=1))
+    grey = make_config(vision=PlainVisionConfig(num_layers=1, image_size=2, patch_size=1, channels=1))
     found = generate.read_image(str(tmp_path / "grey.png"), grey)
     np.testing.assert_allclose(found[:, :, 0], [[0, 100 / 255], [0, 0]], rtol=1e-6)
     Image.new("RGB", (5, 3), (255, 0, 51)).save(tmp_path / "colour.png")
-    colour = make_config(vision=VisionConfig(num_layers=1, image_size=4, patch_size=2, channels=3))
+    colour = make_config(vision=PlainVisionConfig(num_layers=1, image_size=4, patch_size=2, channels=3))
     found = generate.read_image(str(tmp_path / "colour.png"), colour)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, np.broadcast_to([1, 0, 0.2], (4, 4, 3)), rtol=1e-6)
@@ -125,7 +125,7 @@ def test_an_image_stands_before_the_prompt(tmp_path, capsys, monkeypatch):
         "vision",
         vocab_size=256,
         num_layers=1,
-        vision=VisionConfig(
+        vision=PlainVisionConfig(
             num_layers=1,
             image_size=4,
             patch_size=2,

@@ -14,7 +14,7 @@ from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl.prompts import PromptsConfig, make_prompts, token_texts
+from jaxlab.icl.prompts import make_prompts, token_texts
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.reporting.papers.label_words import plots as icl_plots
 from jaxlab.tasks import execute, main
@@ -31,7 +31,7 @@ def config(tmp_path_factory):
         vocab_size=tokenizer.get_vocab_size(), width=16, num_layers=2, num_heads=2, mlp_width=16
     )
     save_model(folder, model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(3)), tokenizer)
-    data = PromptsConfig(episodes=EPISODES)
+    data = EPISODES
     return analyse.Config(
         model=str(folder), data=data, examples=8, batch_size=4, seeds=(1, 2), blocked_layers=(1, 2)
     )

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlab.errors import UserError
 from jaxlab.icl import Roles, flow_shares, flows, saliency_maps
-from jaxlab.models import ModelConfig, NSAConfig, init_params
+from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, SlidingAttentionConfig, init_params
 
 MODEL = ModelConfig(
     vocab_size=19,
@@ -21,7 +21,7 @@ MODEL = ModelConfig(
     mlp_width=24,
     activation="relu",
     norm="rms",
-    position="learned",
+    position=LearnedPositions(),
     max_length=16,
     initializer_range=0.4,
 )
@@ -123,7 +123,8 @@ def test_padding_and_labels_per_prompt_change_nothing(params, prompts):
 def test_other_kinds_of_attention(prompts, kind):
     """Only what a layer sees is counted, and what cannot matter in the last layer is 0."""
     nsa = NSAConfig(block_len=4, stride=2, block_size=4, num_blocks=3, window=3, compress_width=8)
-    config = dataclasses.replace(MODEL, attention=kind, window=4, nsa=nsa)
+    attention = nsa if kind == "nsa" else SlidingAttentionConfig(window=4)
+    config = dataclasses.replace(MODEL, attention=attention)
     weights = jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
     sums, counts = flows(weights, prompts["batch"], config, prompts["classes"], prompts["targets"])
     assert np.all(np.asarray(sums)[:, -1, :2] == 0.0)

@@ -6,8 +6,7 @@ import numpy as np
 from jaxlab.data.digits import DigitsConfig, DigitsSource
 from jaxlab.data.digits_words import EOS, IMAGE_ID, VOCABULARY
 from jaxlab.merging import answered
-from jaxlab.models import ModelConfig, generate, init_params
-from jaxlab.models.config import VisionConfig
+from jaxlab.models import ModelConfig, PlainVisionConfig, generate, init_params
 
 CONFIG = ModelConfig(
     vocab_size=len(VOCABULARY),
@@ -17,7 +16,7 @@ CONFIG = ModelConfig(
     mlp_width=64,
     max_length=64,
     initializer_range=0.5,
-    vision=VisionConfig(
+    vision=PlainVisionConfig(
         num_layers=1, patch_size=4, width=16, num_heads=2, mlp_width=32, image_token=IMAGE_ID
     ),
 )

@@ -39,7 +39,7 @@ def language_config(kind, text):
     """config.json of a plain language model like the one inside `kind`."""
     family = families.find(text["model_type"])
     rope = dataclasses.replace(kind.rope, sections=(), sections_interleaved=False)
-    return family.write_config(dataclasses.replace(kind.language, rope=rope, family=family.name))
+    return family.write_config(dataclasses.replace(kind.language, position=rope, family=family.name))
 
 
 @pytest.mark.parametrize("case", VLMS)

@@ -10,11 +10,18 @@ import pytest
 from jaxlab.checkpoints import host_tensors
 from jaxlab.errors import UserError
 from jaxlab.merging import OPERATORS, inject, merge_tensors, plan_injection, tensor_key
-from jaxlab.models import ModelConfig, MoEConfig, VisionConfig, abstract_params, cast_floats
+from jaxlab.models import (
+    LearnedPositions,
+    ModelConfig,
+    MoEConfig,
+    PlainVisionConfig,
+    abstract_params,
+    cast_floats,
+)
 
 LM = ModelConfig(vocab_size=9, width=8, num_layers=3, num_heads=2, num_kv_heads=1, mlp_width=6)
 VLM = dataclasses.replace(
-    LM, vocab_size=11, vision=VisionConfig(num_layers=1, width=8, num_heads=2, image_token=10)
+    LM, vocab_size=11, vision=PlainVisionConfig(num_layers=1, width=8, num_heads=2, image_token=10)
 )
 UNTIED = {"tie_embeddings": False}
 
@@ -107,7 +114,7 @@ def test_ends_of_the_lambdas():
 
 
 def test_lambdas_by_layer_and_by_pattern():
-    vlm, expert, base = trio(position="learned", max_length=5, **UNTIED)
+    vlm, expert, base = trio(position=LearnedPositions(), max_length=5, **UNTIED)
     merged, _ = inject(vlm, expert, base, lambda_v=[1.0, 0.0, 0.5], lambda_e=0.0, embeddings="merge")
     v, b, got = tensors(vlm), tensors(base), tensors(merged)
     share = lambda name, w: b[name] + np.float32(w) * (v[name][: len(b[name])] - b[name])

@@ -33,15 +33,15 @@ from jaxlab.merging import (
 )
 from jaxlab.merging.injection import layer_weights, prepare_task_vectors, weight_task_vectors
 from jaxlab.merging.search import stack_batches
-from jaxlab.models import ModelConfig, VisionConfig, abstract_params
+from jaxlab.models import ModelConfig, NoPositions, PlainVisionConfig, abstract_params
 from jaxlab.tasks import main
 from jaxlab.tasks.merge_search import Config
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 
 LM = ModelConfig(
-    vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position="none"
+    vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position=NoPositions()
 )
-VISION = VisionConfig(num_layers=1, width=8, num_heads=2, mlp_width=4, image_token=255)
+VISION = PlainVisionConfig(num_layers=1, width=8, num_heads=2, mlp_width=4, image_token=255)
 
 
 def make(config, seed):
@@ -337,7 +337,7 @@ def test_sharded_models_give_the_same_bits():
     same(*results)
 
 
-TEXT = "  text: {kind: text, text: {path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}}\n"
+TEXT = "  text: {kind: text, path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}\n"
 
 
 def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):

@@ -38,18 +38,17 @@ def project(p, name, x, head):
 
 
 def attention(p, xs, config):
-    theta, share, outs = config.rope.theta, config.num_heads // config.kv_heads, []
+    rotary = config.position.kind == "rotary"
+    theta = config.rope.theta if rotary else None
+    share, outs = config.num_heads // config.kv_heads, []
     for t, x in enumerate(xs):
         total = p["output_bias"].copy() if config.attention_bias else np.zeros(config.width)
         for head in range(config.num_heads):
-            first = max(0, t - config.window + 1) if config.attention == "sliding" else 0
+            first = max(0, t - config.sliding.window + 1) if config.attention.kind == "sliding" else 0
             query, scores, values = project(p, "query", x, head), [], []
             for s in range(first, t + 1):
                 key = project(p, "key", xs[s], head // share)
-                if config.position == "rotary":
-                    score = rotate(query, t, theta) @ rotate(key, s, theta)
-                else:
-                    score = query @ key
+                score = rotate(query, t, theta) @ rotate(key, s, theta) if rotary else query @ key
                 scores.append(score / math.sqrt(config.key_dim))
                 values.append(project(p, "value", xs[s], head // share))
             weights = np.exp(np.array(scores) - max(scores))
@@ -174,9 +173,9 @@ def layer_of(tree, i):
 
 def logits(params, tokens, config):
     """[T, V] of one row."""
-    params, attend = float64(params), nsa if config.attention == "nsa" else attention
+    params, attend = float64(params), nsa if config.attention.kind == "nsa" else attention
     xs = [params["embedding"]["table"][t] for t in tokens]
-    if config.position == "learned":
+    if config.position.kind == "learned":
         xs = [x + params["position"]["table"][t] for t, x in enumerate(xs)]
     for i in range(config.num_layers):
         p = layer_of(params["layers"], i)

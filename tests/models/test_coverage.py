@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import forward
+from jaxlab.models import NoPositions, forward
 from jaxlab.retrofit.convert import retrofit
 from jaxlab.retrofit.coverage import attention_coverage
 from tests.models import oracle
@@ -87,7 +87,12 @@ def test_coverage_is_that_of_brute_force():
 def by_hand(query_bias, tokens):
     """Coverage of one layer whose queries are constant, and whose keys are 1 for token 1, -1 for others."""
     config = make_config(
-        num_layers=1, num_heads=1, num_kv_heads=1, attention_bias=True, position="none", value_head_dim=None
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        attention_bias=True,
+        position=NoPositions(),
+        value_head_dim=None,
     )
     params = jax.tree.map(jnp.zeros_like, draw_params(config))
     layer = params["layers"]

@@ -38,10 +38,11 @@ def test_logits_are_those_of_plain_loops(variant):
 @pytest.mark.parametrize("variant", ["rotary", "sliding"])
 def test_chunked_attention_is_the_same(variant):
     config = make_config(variant)
+    in_chunks = dataclasses.replace(config.attention, implementation="chunked")
     params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
     segments = jnp.asarray(np.arange(SHAPE[1])[None] < np.array([[18], [11], [5], [1]]), jnp.int32)
     batch = {"tokens": tokens, "segment_ids": segments}
-    chunked = logits(params, batch, make_config(variant, attention_implementation="chunked"))
+    chunked = logits(params, batch, make_config(variant, attention=in_chunks))
     real = np.asarray(segments, bool)
     np.testing.assert_allclose(chunked[real], logits(params, batch, config)[real], rtol=1e-5, atol=1e-5)
 
@@ -160,10 +161,10 @@ def test_one_trace_serves_all_batches_of_a_shape_and_one_token_is_enough():
 
 
 def test_a_kernel_that_is_named_and_cannot_run_is_refused_with_its_key():
-    config = make_config("nsa", nsa=dataclasses.replace(NSA, implementation="mosaic_gpu"))
+    config = make_config("nsa", attention=dataclasses.replace(NSA, implementation="mosaic_gpu"))
     with pytest.raises(ConfigError, match="TF32") as error:
         forward(draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config)
-    assert error.value.key == "model.nsa.implementation"
+    assert error.value.key == "model.attention.implementation"
 
 
 def test_nsa_tells_which_blocks_it_chose():
@@ -190,7 +191,7 @@ def test_what_does_not_go_together():
 
 
 def test_what_an_absent_branch_would_do_is_not_done():
-    config = make_config("nsa", nsa=dataclasses.replace(NSA, branches=("compression", "window")))
+    config = make_config("nsa", attention=dataclasses.replace(NSA, branches=("compression", "window")))
     params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
     found, intermediates = run(params, {"tokens": tokens}, config)
     assert "chosen_blocks" not in intermediates

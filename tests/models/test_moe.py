@@ -145,9 +145,10 @@ def test_counting_takes_the_experts_that_a_token_passes():
     ("make", "key"),
     [
         (lambda: MoEConfig(num_experts=2, experts_per_token=3), "experts_per_token"),
-        (lambda: MoEConfig(shared_gate=True), "shared_gate"),
+        (lambda: MoEConfig(num_experts=2, shared_gate=True), "shared_gate"),
+        (lambda: MoEConfig(num_experts=0), "num_experts"),
         (lambda: ModelConfig(num_layers=2, moe=MoEConfig(num_experts=4, first_dense=2)), "moe.first_dense"),
-        (lambda: ModelConfig(mlp="plain", moe=MoEConfig(num_experts=4)), "moe.num_experts"),
+        (lambda: ModelConfig(mlp="plain", moe=MoEConfig(num_experts=4)), "moe"),
     ],
 )
 def test_errors(make, key):

@@ -68,7 +68,7 @@ def test_greedy_tokens_after_prompts_in_chunks_are_those_of_a_full_forward():
 
 def test_a_step_copies_no_layer_of_the_cache():
     """Temporary memory grows by the compressed blocks at most, a thirty-second part of the tokens here."""
-    config = make_config("nsa", nsa=NSAConfig(block_len=32, stride=32, num_blocks=3, compress_width=4))
+    config = make_config("nsa", attention=NSAConfig(block_len=32, stride=32, num_blocks=3, compress_width=4))
     params = draw_params(config)
 
     def temporary(length: int) -> int:
@@ -90,4 +90,4 @@ def test_errors():
     with pytest.raises(ValueError, match="counts positions itself"):
         forward(params, batch | {"positions": tokens[:, :4]}, CONFIG, cache=init_cache(CONFIG, 3, 8))
     with pytest.raises(ValueError, match="no cache for positions of several coordinates"):
-        init_cache(make_config("nsa", rope=RopeConfig(sections=(1, 1))), 1, 8)
+        init_cache(make_config("nsa", position=RopeConfig(sections=(1, 1))), 1, 8)

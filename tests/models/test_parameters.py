@@ -9,10 +9,12 @@ import pytest
 
 from jaxlab.errors import ConfigError
 from jaxlab.models import (
+    FullAttentionConfig,
     ModelConfig,
     NSAConfig,
+    PlainVisionConfig,
     RopeConfig,
-    VisionConfig,
+    SlidingAttentionConfig,
     abstract_params,
     count_params,
     init_params,
@@ -79,7 +81,7 @@ def test_names_and_shapes():
     assert other["head.table"] == (12, 13)
     assert other["layers.attention_norm.bias"] == (2, 12)
     assert "layers.mlp.gate" not in other
-    hidden_gate = shapes(make_config("nsa", nsa=NSAConfig(gate_width=7)))
+    hidden_gate = shapes(make_config("nsa", attention=NSAConfig(gate_width=7)))
     assert hidden_gate["layers.attention.gate.hidden"] == (2, 12, 7)
     assert hidden_gate["layers.attention.gate.output"] == (2, 7, 4, 3)
 
@@ -106,7 +108,7 @@ def test_count_by_hand():
 
 def test_compression_that_starts_as_the_mean():
     nsa = replace(make_config("nsa").nsa, compress_init="mean", compress_width=20)
-    config = make_config("nsa", nsa=nsa)
+    config = make_config("nsa", attention=nsa)
     attention = init_params(config, jax.random.key(0))["layers"]["attention"]
     rng = np.random.default_rng(0)
     for name, dim in (("compress_key", config.key_dim), ("compress_value", config.value_dim)):
@@ -147,20 +149,29 @@ def test_sharding_table_refuses():
     ("make", "key"),
     [
         (
-            lambda: make_config("nsa", nsa=NSAConfig(compress_init="mean", compress_width=3)),
-            "nsa.compress_init",
+            lambda: make_config("nsa", attention=NSAConfig(compress_init="mean", compress_width=3)),
+            "attention.compress_init",
         ),
         (lambda: ModelConfig(num_layers=0), "num_layers"),
         (lambda: ModelConfig(num_heads=4, num_kv_heads=3), "num_kv_heads"),
         (lambda: ModelConfig(width=10, num_heads=4), "num_heads"),
         (lambda: ModelConfig(head_dim=5), "head_dim"),
         (lambda: RopeConfig(theta=0.0), "theta"),
-        (lambda: ModelConfig(attention_implementation="cudnn"), "attention_implementation"),
-        (lambda: ModelConfig(vision=VisionConfig(num_layers=1, image_token=256)), "vision.image_token"),
-        (lambda: VisionConfig(num_layers=-1), "num_layers"),
-        (lambda: VisionConfig(patch_size=0), "patch_size"),
-        (lambda: VisionConfig(num_layers=1, image_size=9), "patch_size"),
-        (lambda: VisionConfig(num_layers=1, num_heads=5), "num_heads"),
+        (
+            lambda: ModelConfig(attention=FullAttentionConfig(implementation="cudnn")),
+            "attention.implementation",
+        ),
+        (
+            lambda: ModelConfig(
+                attention=SlidingAttentionConfig(implementation="chunked"), attention_softcap=1.0
+            ),
+            "attention.implementation",
+        ),
+        (lambda: ModelConfig(vision=PlainVisionConfig(num_layers=1, image_token=256)), "vision.image_token"),
+        (lambda: PlainVisionConfig(num_layers=-1), "num_layers"),
+        (lambda: PlainVisionConfig(patch_size=0), "patch_size"),
+        (lambda: PlainVisionConfig(num_layers=1, image_size=9), "patch_size"),
+        (lambda: PlainVisionConfig(num_layers=1, num_heads=5), "num_heads"),
         (lambda: NSAConfig(num_blocks=2), "num_blocks"),
         (lambda: NSAConfig(stride=64), "stride"),
         (lambda: NSAConfig(window=0), "window"),

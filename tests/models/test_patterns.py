@@ -10,7 +10,9 @@ from jaxlab.models import (
     AttentionContext,
     Block,
     ModelConfig,
+    NSAConfig,
     RopeConfig,
+    SlidingAttentionConfig,
     bind,
     bind_decoder,
     forward,
@@ -43,7 +45,8 @@ def test_scans_cover_all_layers_in_order(kinds, alone, expected):
 
 def test_a_pattern_is_its_layers_one_after_the_other():
     """Five layers of the kinds s s f s s: the same layers in two models of one kind each, cut and chained."""
-    config = make_config(num_layers=5, pattern=(S, S, F), window=2, local_rope_theta=50.0)
+    attention = SlidingAttentionConfig(pattern=(S, S, F), window=2, rope_theta=50.0)
+    config = make_config(num_layers=5, attention=attention)
     params, tokens = draw_params(config), draw_tokens(config, 2, 9)
     found = forward(params, {"tokens": tokens}, config)[0]
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
@@ -125,12 +128,17 @@ def test_pairs_turn_by_their_coordinate():
     [
         (lambda: RopeConfig(dim=3), "dim"),
         (lambda: RopeConfig(low_frequency_factor=4.0), "high_frequency_factor"),
-        (lambda: ModelConfig(rope=RopeConfig(dim=64)), "rope.dim"),
-        (lambda: ModelConfig(rope=RopeConfig(sections=(1, 1))), "rope.sections"),
-        (lambda: ModelConfig(attention="nsa", pattern=(F,)), "pattern"),
-        (lambda: ModelConfig(num_layers=1, pattern=(F, S)), "pattern"),
+        (lambda: ModelConfig(position=RopeConfig(dim=64)), "position.dim"),
+        (lambda: ModelConfig(position=RopeConfig(sections=(1, 1))), "position.sections"),
+        (lambda: SlidingAttentionConfig(pattern=(F,)), "pattern"),
+        (lambda: SlidingAttentionConfig(window=0), "window"),
+        (lambda: SlidingAttentionConfig(rope_theta=0.0), "rope_theta"),
+        (
+            lambda: ModelConfig(num_layers=1, attention=SlidingAttentionConfig(pattern=(F, S))),
+            "attention.pattern",
+        ),
         (lambda: ModelConfig(head_bias=True), "head_bias"),
-        (lambda: ModelConfig(attention="nsa", attention_softcap=1.0), "attention_softcap"),
+        (lambda: ModelConfig(attention=NSAConfig(), attention_softcap=1.0), "attention_softcap"),
         (lambda: ModelConfig(attention_scale=0.0), "attention_scale"),
     ],
 )

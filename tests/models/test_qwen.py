@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, VisionConfig, abstract_params, forward, init_cache, prepare_batch
-from jaxlab.models.config import RopeConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import (
+    ModelConfig,
+    QwenVisionConfig,
+    RopeConfig,
+    abstract_params,
+    forward,
+    init_cache,
+    prepare_batch,
+)
 from jaxlab.models.vision import qwen_positions
 from jaxlab.models.vision.encoders import encode_images
 from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
@@ -24,8 +30,8 @@ IMAGE = 3
 
 def make_config(**qwen):
     """Patches of 1 x 1 pixel, two frames and two channels; four of them make a token."""
-    sizes = dict(num_layers=2, kind="qwen", patch_size=1, channels=2, width=8, num_heads=2, mlp_width=6)
-    vision = VisionConfig(**sizes, image_token=IMAGE, qwen=QwenVisionConfig(**qwen))
+    sizes = dict(num_layers=2, patch_size=1, channels=2, width=8, num_heads=2, mlp_width=6)
+    vision = QwenVisionConfig(**sizes, image_token=IMAGE, **qwen)
     return ModelConfig(
         vocab_size=13,
         width=12,
@@ -33,7 +39,7 @@ def make_config(**qwen):
         num_heads=2,
         mlp_width=8,
         max_length=64,
-        rope=RopeConfig(sections=(1, 1, 1)),
+        position=RopeConfig(sections=(1, 1, 1)),
         vision=vision,
     )
 
@@ -78,7 +84,7 @@ def test_rows_of_text_count_on_and_padding_does_not_count():
     assert positions[0].tolist() == [[0] * 3, [1] * 3, [2] * 3, [3] * 3, [0] * 3]
     assert positions[1].tolist() == [[n] * 3 for n in range(5)]
     # A model whose positions have one coordinate keeps them.
-    plain = dataclasses.replace(make_config(), rope=RopeConfig())
+    plain = dataclasses.replace(make_config(), position=RopeConfig())
     assert "positions" not in prepare_batch(batch, plain)
 
 

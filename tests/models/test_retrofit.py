@@ -13,14 +13,15 @@ from jaxlab.models import (
     AttentionContext,
     Block,
     MoEConfig,
+    NSAConfig,
     RopeConfig,
-    VisionConfig,
+    SlidingAttentionConfig,
+    ViTConfig,
     abstract_params,
     bind,
     forward,
     rope_tables,
 )
-from jaxlab.models.vit_config import ViTConfig
 from jaxlab.retrofit.convert import GATE, retrofit, retrofitted
 from kernels_pallas.nsa import compress_blocks
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
@@ -43,7 +44,7 @@ def test_with_saturated_gates_a_covered_text_gives_the_dense_logits():
         qk_norm="width",
         tie_embeddings=False,
         attention_scale=0.7,
-        rope=RopeConfig(dim=2, interleaved=True, scaling="yarn", factor=2.0, original_length=8),
+        position=RopeConfig(dim=2, interleaved=True, scaling="yarn", factor=2.0, original_length=8),
     )
     params, tokens = draw_params(config), draw_tokens(config, 2, COVERED)
     wide = dataclasses.replace(WIDE, gate_width=3)
@@ -66,7 +67,7 @@ def test_with_open_gates_a_covered_text_stays_within_the_bound():
     @partial(jax.jit, static_argnums=1)
     def heads(p, config):
         block = bind(jax.tree.map(lambda leaf: leaf[0], p["layers"]), Block, config)
-        return block.attention(x, context, kind=config.attention).out
+        return block.attention(x, context, kind=config.attention.kind).out
 
     dense = heads(params, config)
     values = np.einsum("btd,dhk->bthk", x, params["layers"]["attention"]["value"][0])
@@ -109,7 +110,7 @@ def test_all_but_attention_is_left_alone():
     config = make_config("vision", moe=MoEConfig(num_experts=2, width=5))
     params = draw_params(config)
     changed = compiled(params, config, WIDE)
-    assert retrofitted(config, WIDE) == dataclasses.replace(config, attention="nsa", nsa=WIDE)
+    assert retrofitted(config, WIDE) == dataclasses.replace(config, attention=WIDE)
     attention = changed["layers"].pop("attention")
     before = params["layers"].pop("attention")
     jax.tree.map(np.testing.assert_array_equal, changed, params)
@@ -135,16 +136,16 @@ def test_its_parameters_are_those_of_its_config(gate_width):
     ("changes", "nsa", "key"),
     [
         ({"attention_softcap": 5.0}, WIDE, "attention_softcap"),
-        ({"attention": "sliding"}, WIDE, "attention"),
-        ({"attention": "nsa"}, WIDE, "attention"),
-        ({"pattern": ("full", "sliding")}, WIDE, "pattern"),
-        ({"rope": RopeConfig(sections=(1, 1, 0))}, WIDE, "rope.sections"),
-        ({"rope": RopeConfig(scaling="dynamic", factor=2.0)}, WIDE, "rope.scaling"),
-        ({}, dataclasses.replace(WIDE, compress_width=11), "nsa.compress_width"),
+        ({"attention": SlidingAttentionConfig()}, WIDE, "attention"),
+        ({"attention": NSAConfig()}, WIDE, "attention"),
+        ({"attention": SlidingAttentionConfig(pattern=("full", "sliding"))}, WIDE, "attention"),
+        ({"position": RopeConfig(sections=(1, 1, 0))}, WIDE, "position.sections"),
+        ({"position": RopeConfig(scaling="dynamic", factor=2.0)}, WIDE, "position.scaling"),
+        ({}, dataclasses.replace(WIDE, compress_width=11), "attention.compress_width"),
         (
-            {"vision": VisionConfig(num_layers=1, kind="vit", vit=ViTConfig(together="images"))},
+            {"vision": ViTConfig(together="images")},
             WIDE,
-            "vision.vit.together",
+            "vision.together",
         ),
     ],
 )

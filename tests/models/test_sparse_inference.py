@@ -8,13 +8,33 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig, Probe, SparsityConfig, forward, init_cache, selectors
+from jaxlab.models import (
+    H2O,
+    ExactBlocks,
+    ExactTokens,
+    InfLLM,
+    ModelConfig,
+    NSAConfig,
+    Probe,
+    Quest,
+    SlidingAttentionConfig,
+    forward,
+    init_cache,
+    selectors,
+)
 from jaxlab.models.selectors import block_bounds, bound_scores
 from jaxlab.models.sparse_inference import sparse_attention
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
-METHODS = ("exact_tokens", "exact_blocks", "quest", "infllm", "h2o")
-SMALL = SparsityConfig(block_size=4, num_blocks=4, num_init=1, num_local=2, representatives=2)
+BUDGET = {"block_size": 4, "num_blocks": 4}
+SMALL = (
+    ExactTokens(**BUDGET),
+    ExactBlocks(**BUDGET),
+    Quest(**BUDGET),
+    InfLLM(**BUDGET, representatives=2),
+    H2O(**BUDGET),
+)
+BY_METHOD = pytest.mark.parametrize("sparsity", SMALL, ids=lambda sparsity: sparsity.kind)
 LENGTH, HEADS, KV_HEADS, DIM, VALUE_DIM, SCALE = 27, 4, 2, 4, 3, 0.4
 SHARE = HEADS // KV_HEADS
 run = jax.jit(sparse_attention, static_argnames=("sparsity", "scale"))
@@ -100,11 +120,11 @@ def expected_h2o(q, k, v, c):
     return out
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_plain_loops_give_the_same(method, monkeypatch):
+@BY_METHOD
+def test_plain_loops_give_the_same(sparsity, monkeypatch):
     monkeypatch.setattr(selectors, "CHUNK_ELEMENTS", 5 * 2 * HEADS * LENGTH)  # the last chunk is short
-    sparsity = dataclasses.replace(SMALL, method=method)
     q, k, v = draw()
+    method = sparsity.kind
     found = np.asarray(run(q, k, v, sparsity, scale=SCALE))
     dense = dataclasses.replace(sparsity, num_blocks=7)
     assert dense.budget >= LENGTH
@@ -115,13 +135,12 @@ def test_plain_loops_give_the_same(method, monkeypatch):
         np.testing.assert_allclose(found[row], oracle, atol=2e-5)
         # A budget of the whole text is plain attention, and this one is not.
         np.testing.assert_allclose(everything[row], expected("exact_tokens", *exact, dense), atol=2e-5)
-    assert np.abs(found - everything)[:, : SMALL.budget].max() < 1e-5
-    assert np.abs(found - everything)[:, SMALL.budget :].max() > 0.05
+    assert np.abs(found - everything)[:, : sparsity.budget].max() < 1e-5
+    assert np.abs(found - everything)[:, sparsity.budget :].max() > 0.05
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_nothing_reads_the_future(method):
-    sparsity = dataclasses.replace(SMALL, method=method)
+@BY_METHOD
+def test_nothing_reads_the_future(sparsity):
     q, k, v = draw()
     before = np.asarray(run(q, k, v, sparsity, scale=SCALE))
     for at in (11, 18, 25):
@@ -151,9 +170,7 @@ def test_bounds_hold_for_every_key():
 def test_a_dense_model_takes_it_as_it_is():
     config = make_config(num_layers=1)
     params, tokens = draw_params(config), draw_tokens(config, 2, 18)
-    sparse = lambda **sizes: dataclasses.replace(
-        config, sparsity=SparsityConfig("quest", block_size=4, num_local=1, **sizes)
-    )
+    sparse = lambda **sizes: dataclasses.replace(config, sparsity=Quest(block_size=4, num_local=1, **sizes))
     run_model = jax.jit(forward, static_argnames="config")
     logits = lambda c: np.asarray(run_model(params, {"tokens": tokens}, c)[0])
     dense = logits(config)
@@ -171,25 +188,28 @@ def test_a_dense_model_takes_it_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("values", "key"),
+    ("make", "values", "key"),
     [
-        ({"block_size": 0}, "block_size"),
-        ({"num_local": 0}, "num_local"),
-        ({"num_init": -1}, "num_init"),
-        ({"num_blocks": 2}, "num_blocks"),
-        ({"method": "infllm", "num_local": 1}, "num_local"),
+        (ExactTokens, {"block_size": 0}, "block_size"),
+        (Quest, {"num_local": 0}, "num_local"),
+        (ExactBlocks, {"num_init": -1}, "num_init"),
+        (Quest, {"num_blocks": 2}, "num_blocks"),
+        (InfLLM, {"num_local": 1}, "num_local"),
+        (InfLLM, {"representatives": 0}, "representatives"),
+        (H2O, {"num_local": 17}, "num_local"),
     ],
 )
-def test_impossible_settings_are_refused(values, key):
+def test_impossible_settings_are_refused(make, values, key):
     with pytest.raises(ConfigError) as caught:
-        SparsityConfig(**values)
+        make(**values)
     assert caught.value.key == key
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attention": "nsa"}, {"pattern": ("sliding", "full")}, {"attention_softcap": 5.0}]
+    "changes",
+    [{"attention": NSAConfig()}, {"attention": SlidingAttentionConfig()}, {"attention_softcap": 5.0}],
 )
 def test_models_without_full_attention_are_refused(changes):
     with pytest.raises(ConfigError) as caught:
-        ModelConfig(sparsity=SparsityConfig("h2o"), **changes)
-    assert caught.value.key == "sparsity.method"
+        ModelConfig(sparsity=H2O(), **changes)
+    assert caught.value.key == "sparsity"

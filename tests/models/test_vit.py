@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import AttentionContext, ModelConfig, VisionConfig, encode_images, forward, prepare_batch
+from jaxlab.models import (
+    AttentionContext,
+    ModelConfig,
+    ResamplerConfig,
+    ViTConfig,
+    encode_images,
+    forward,
+    prepare_batch,
+)
 from jaxlab.models.full_attention import attention_mask
 from jaxlab.models.vision import connectors
-from jaxlab.models.vit_config import ResamplerConfig, ViTConfig
 from tests.models.tiny import draw_params
 
 IMAGE = 3
@@ -22,8 +29,8 @@ IMAGE = 3
 
 def make_config(**vit):
     """Two layers on images of 4 x 4 patches."""
-    sizes = dict(num_layers=2, kind="vit", image_size=9, patch_size=2, channels=2, width=8, num_heads=2)
-    tower = VisionConfig(**sizes, mlp_width=6, image_token=IMAGE, vit=ViTConfig(**vit))
+    sizes = dict(num_layers=2, image_size=9, patch_size=2, channels=2, width=8, num_heads=2)
+    tower = ViTConfig(**sizes, mlp_width=6, image_token=IMAGE, **vit)
     return ModelConfig(
         vocab_size=13, width=12, num_layers=1, num_heads=2, mlp_width=8, max_length=64, vision=tower
     )
@@ -65,12 +72,7 @@ def test_layers_after_the_last_one_that_is_read_do_not_matter_and_several_are_jo
     one = make_config(
         feature_layers=(-2,), final_norm="unused", class_token=True, drop_first=True, connector_bias=False
     )
-    both = dataclasses.replace(
-        one,
-        vision=dataclasses.replace(
-            one.vision, vit=dataclasses.replace(one.vision.vit, feature_layers=(1, 0))
-        ),
-    )
+    both = dataclasses.replace(one, vision=dataclasses.replace(one.vision, feature_layers=(1, 0)))
     params, images = draw_params(one), draw_images(1)
     changed = jax.tree.map(lambda leaf: leaf, params)
     changed["vision"]["layers"] = jax.tree.map(lambda leaf: leaf.at[1].add(1.0), params["vision"]["layers"])
@@ -217,7 +219,7 @@ def test_families_whose_images_are_not_run_say_so():
     [
         (
             {"feature_layers": (3,), "final_norm": "unused"},
-            "vit.feature_layers: 3 is no hidden state of 2 layers",
+            "feature_layers: 3 is no hidden state of 2 layers",
         ),
         ({"feature_layers": (-2,)}, "final_norm: is after the last layer"),
         ({"class_token": True, "shuffle": 2}, "17 features are no square"),

@@ -7,18 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.models import ModelConfig, NSAConfig, VisionConfig, abstract_params
+from jaxlab.models import (
+    LearnedPositions,
+    ModelConfig,
+    NSAConfig,
+    PlainVisionConfig,
+    SlidingAttentionConfig,
+    abstract_params,
+)
 
 NSA = NSAConfig(
     block_len=4, stride=2, block_size=4, num_blocks=3, num_init=1, num_local=1, window=3, compress_width=4
 )
-VISION = VisionConfig(
+VISION = PlainVisionConfig(
     num_layers=1, image_size=4, patch_size=2, channels=2, width=8, num_heads=2, mlp_width=6, image_token=3
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "rotary": {},
     "other": {
-        "position": "learned",
+        "position": LearnedPositions(),
         "norm": "layer",
         "mlp": "plain",
         "activation": "gelu",
@@ -29,22 +36,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": None,
         "value_head_dim": None,
     },
-    "sliding": {"attention": "sliding", "window": 3, "mlp_bias": True, "activation": "relu"},
-    "nsa": {"attention": "nsa", "nsa": NSA, "attention_bias": True},
+    "sliding": {"attention": SlidingAttentionConfig(window=3), "mlp_bias": True, "activation": "relu"},
+    "nsa": {"attention": NSA, "attention_bias": True},
     "nsa_min_max": {
-        "attention": "nsa",
         "attention_bias": True,
-        "nsa": replace(NSA, selector="min_max", branches=("selection", "window")),
+        "attention": replace(NSA, selector="min_max", branches=("selection", "window")),
     },
     "nsa_auxiliary": {
-        "attention": "nsa",
         "attention_bias": True,
-        "nsa": replace(NSA, selector="auxiliary", selector_dim=3),
+        "attention": replace(NSA, selector="auxiliary", selector_dim=3),
     },
     "nsa_shared": {
-        "attention": "nsa",
         "attention_bias": True,
-        "nsa": replace(NSA, shared_kv=True, branches=("compression", "window")),
+        "attention": replace(NSA, shared_kv=True, branches=("compression", "window")),
     },
     "vision": {"vision": VISION},
 }

@@ -44,8 +44,8 @@ def write_run(
 
 def train(root: Path, name: str, attention: str = "full", loss: float = 2.0, **changes: Any) -> Path:
     config = {
-        "model": {"attention": attention, "nsa": {"num_blocks": 6}},
-        "data": {"kind": changes.pop("kind", "text"), "text": {"sequence_length": 1024}},
+        "model": {"attention": {"kind": attention} | ({"num_blocks": 6} if attention == "nsa" else {})},
+        "data": {"kind": changes.pop("kind", "text"), "sequence_length": 1024},
         "init_from": changes.pop("init_from", None),
         "steps": 150,
         "batch_size": 4,

@@ -56,8 +56,10 @@ def test_longer_training_is_named_where_a_short_one_does_not_show_n1(tmp_path, u
     read = read_runs(runs)
     evidence = lambda: nsa.build(read).verdicts[0].evidence
     assert evidence().endswith("configs/nsa/n1_full.yaml and n1_nsa.yaml.")
+    assert nsa.build(read).beyond.startswith("Not at this size: N1, N2, N4, N5.")
     read[1].results["tokens_per_step"] = 10**6
     assert "configs/" not in evidence()
+    assert nsa.build(read).beyond.startswith("Not at this size: N2, N4, N5.")
 
 
 def needle(root, name, model, found, method="none", attended=128.0, length=512):
@@ -66,14 +68,14 @@ def needle(root, name, model, found, method="none", attended=128.0, length=512):
     depths = [
         {"depth": i / last, "distance": 9, "sequences": 32, "exact_match": f} for i, f in enumerate(found)
     ]
-    data = {"kind": "needle", "needle": {"sequence_length": length}}
+    data = {"kind": "needle", "sequence_length": length}
     results = {
         "loss": 0.5,
         "exact_match": sum(found) / len(found),
         "attended_tokens": attended,
         "needle": {"length": length, "depths": depths},
     }
-    config = {"model": f"outputs/train/{model}", "data": data, "sparsity": {"method": method}}
+    config = {"model": f"outputs/train/{model}", "data": data, "sparsity": {"kind": method}}
     return made.write_run(root, "evaluate", name, config, results)
 
 
@@ -88,7 +90,7 @@ def needle_runs(tmp_path):
     ]
     read = read_runs(runs)
     for run in read[:2]:
-        run.config["data"]["needle"] = {"sequence_length": 512}
+        run.config["data"]["sequence_length"] = 512
     return read
 
 
@@ -115,9 +117,9 @@ def test_variants_of_nsa_are_told_apart_and_kept_out_of_n1(tmp_path, undrawn):
     runs = [made.train(tmp_path, "full-11111111"), made.train(tmp_path, "nsa-22222222", "nsa", 1.99)]
     runs += [made.train(tmp_path, f"variant-{i}{i}333333", "nsa", 2.5) for i in range(3)]
     read = read_runs(runs)
-    read[2].config["model"]["nsa"]["selector"] = "min_max"
-    read[3].config["model"]["nsa"] |= {"branches": ["window"], "shared_kv": True}
-    read[4].config["model"]["nsa"]["selector"] = "auxiliary"
+    read[2].config["model"]["attention"]["selector"] = "min_max"
+    read[3].config["model"]["attention"] |= {"branches": ["window"], "shared_kv": True}
+    read[4].config["model"]["attention"]["selector"] = "auxiliary"
     assert [long_input.variant(r) for r in read] == [
         "full attention",
         "NSA",

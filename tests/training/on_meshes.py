@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxlab.losses import loss_sum
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, SlidingAttentionConfig
 from jaxlab.training.sharding import MeshConfig, make_mesh, on_mesh, param_shardings, place_batch
 from tests.models.tiny import NSA, draw_params, make_config
 
@@ -16,17 +16,14 @@ LENGTH = 32
 MODELS: dict[str, ModelConfig] = {
     "nsa": make_config("nsa", max_length=LENGTH),
     # Blocks of 10 tokens every 2: a stretch of 8 takes all of the next one.
-    "nsa_wide": make_config("nsa", nsa=dataclasses.replace(NSA, block_len=10), max_length=LENGTH),
+    "nsa_wide": make_config("nsa", attention=dataclasses.replace(NSA, block_len=10), max_length=LENGTH),
     "nsa_min_max": make_config("nsa_min_max", max_length=LENGTH),
     "nsa_auxiliary": make_config("nsa_auxiliary", max_length=LENGTH),
     "nsa_shared": make_config("nsa_shared", max_length=LENGTH, remat="layer"),
     "full": make_config(max_length=LENGTH, remat="layer"),
-    "sliding": make_config("sliding", window=11, max_length=LENGTH),
+    "sliding": make_config(attention=SlidingAttentionConfig(window=11), mlp_bias=True, max_length=LENGTH),
     "chunked": make_config(
-        attention="sliding",
-        pattern=("full", "sliding"),
-        window=11,
-        attention_implementation="chunked",
+        attention=SlidingAttentionConfig(window=11, pattern=("full", "sliding"), implementation="chunked"),
         max_length=LENGTH,
     ),
 }

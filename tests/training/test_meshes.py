@@ -124,7 +124,7 @@ def test_run_py_trains_on_eight_devices(name, tmp_path):
     config = {
         "model": asdict(replace(MODELS[name], vocab_size=256)),
         "mesh": {"data": 2, "model": 2, "context": 2},
-        "data": {"text": {"path": str(tmp_path / "text.py"), "sequence_length": LENGTH, "holdout_every": 4}},
+        "data": {"path": str(tmp_path / "text.py"), "sequence_length": LENGTH, "holdout_every": 4},
         "steps": 2,
         "batch_size": 4,
         "accumulation": 2,

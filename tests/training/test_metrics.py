@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxlab.costs.flops import attended_tokens, peak_flops, train_flops_per_token
-from jaxlab.models import SparsityConfig
+from jaxlab.models import H2O, ExactBlocks, ExactTokens, InfLLM, Quest
 from jaxlab.training.speed import Stopwatch
 from tests.models.tiny import NSA, make_config
 
@@ -26,7 +26,7 @@ def test_attended_tokens_by_counting():
     two = dataclasses.replace(NSA, branches=("window", "compression"))
     window = sum(min(t + 1, NSA.window) for t in range(20))
     blocks = sum(max(0, (t + 1 - NSA.block_len) // NSA.stride + 1) for t in range(20))
-    assert attended_tokens(make_config("nsa", nsa=two), 20) == pytest.approx((window + blocks) / 20)
+    assert attended_tokens(make_config("nsa", attention=two), 20) == pytest.approx((window + blocks) / 20)
 
 
 def test_flops_by_hand():
@@ -63,11 +63,11 @@ def test_stopwatch_measures_whole_stretches_only(monkeypatch):
     assert watch.stretches == [0.5]
 
 
-@pytest.mark.parametrize("method", ["exact_tokens", "exact_blocks", "quest", "infllm", "h2o"])
+@pytest.mark.parametrize("method", [ExactTokens, ExactBlocks, Quest, InfLLM, H2O])
 def test_sparsity_at_inference_reads_its_budget(method):
-    sparsity = SparsityConfig(method, block_size=4, num_blocks=3)
+    sparsity = method(block_size=4, num_blocks=3)
     # Of tokens exactly 12 once there are as many; of blocks two whole ones and the query's own, not yet full.
     of_blocks = [t + 1 if t < 12 else 8 + t % 4 + 1 for t in range(18)]
     of_tokens = [min(t + 1, 12) for t in range(18)]
-    expected = of_tokens if method in ("exact_tokens", "h2o") else of_blocks
+    expected = of_tokens if method in (ExactTokens, H2O) else of_blocks
     assert attended_tokens(make_config(sparsity=sparsity), 18) == pytest.approx(sum(expected) / 18)

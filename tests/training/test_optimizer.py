@@ -33,7 +33,7 @@ def first_update(model, gradient, **options):
 
 
 def test_matrices_decay_and_nothing_else_does():
-    everything = make_config("other", attention="nsa", nsa=NSA, vision=VISION, num_layers=1)
+    everything = make_config("other", attention=NSA, vision=VISION, num_layers=1)
     params, updates = first_update(everything, 0.0, weight_decay=0.5)
     decayed = {name for name, update in updates.items() if (update != 0).any()}
     for name in decayed:

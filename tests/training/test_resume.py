@@ -44,7 +44,7 @@ def test_kill_and_resume(tmp_path, capsys):
     (tmp_path / "text.py").write_text("".join(f"x{i} = {i} * {i}\n" for i in range(200)))
     (tmp_path / "config.yaml").write_text(f"""
 model: {{width: 8, num_layers: 1, num_heads: 2, mlp_width: 8, max_length: 8}}
-data: {{text: {{path: {tmp_path / "text.py"}, sequence_length: 8, holdout_every: 4}}}}
+data: {{path: {tmp_path / "text.py"}, sequence_length: 8, holdout_every: 4}}
 mesh: {{data: 1, fsdp: 2}}
 optimizer: {{warmup_steps: 2}}
 steps: {STEPS}

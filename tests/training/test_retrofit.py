@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints import load_model, save_model
+from jaxlab.checkpoints import load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import target_losses
-from jaxlab.models import RopeConfig
+from jaxlab.models import RopeConfig, SlidingAttentionConfig
 from jaxlab.retrofit.convert import retrofit
 from jaxlab.tasks import train
 from jaxlab.training.state import find_initial
@@ -33,8 +33,8 @@ LLAMA = {
     "mlp_width": 44,
     "norm_eps": 1e-6,
     "max_length": 16,
-    "attention": "nsa",
-    "nsa": {
+    "attention": {
+        "kind": "nsa",
         "block_len": 4,
         "stride": 2,
         "block_size": 4,
@@ -55,7 +55,7 @@ def text(tmp_path):
 def make(text, initial, **changes):
     base = {
         "model": LLAMA,
-        "data": {"text": text},
+        "data": text,
         "mesh": {"data": 1},
         "init_from": str(initial),
         "steps": 2,
@@ -131,10 +131,14 @@ def test_check_names_the_dense_model(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
-        ({"attention": "sliding"}, {}, "cannot be retrofitted to NSA: attention: the model has sliding"),
-        ({}, {"compress_width": 8}, r"nsa.compress_width: 8 units .* set at least 12"),
+        (
+            {"attention": SlidingAttentionConfig()},
+            {},
+            "cannot be retrofitted to NSA: attention: the model has sliding",
+        ),
+        ({}, {"compress_width": 8}, r"attention.compress_width: 8 units .* set at least 12"),
         ({"mlp_width": 9}, {}, r"layers\.mlp\.down is \(1, 9, 12\), the model to train says \(1, 8, 12\)"),
-        ({"rope": RopeConfig(theta=99.0)}, {}, r"its rope is .*theta=99.0.* set model.rope"),
+        ({"position": RopeConfig(theta=99.0)}, {}, r"its position is .*theta=99.0.* set model.position"),
         ({"norm_eps": 1e-3}, {}, "its norm_eps is 0.001, of the model to train 1e-05; set model.norm_eps"),
     ],
 )
@@ -145,7 +149,7 @@ def test_a_dense_model_that_differs_in_more_than_attention_is_refused(text, tmp_
     with pytest.raises(UserError, match=message) as raised:
         find_initial(
             tmp_path / "base",
-            make_config("nsa", num_layers=1, nsa=nsa, attention_bias=False),
+            make_config("nsa", num_layers=1, attention=nsa, attention_bias=False),
             train.make_source(make(text, "nowhere").data),
         )
     assert "\n" not in str(raised.value)
@@ -158,15 +162,17 @@ def test_a_folder_with_a_tokenizer_reads_text_in_its_words(text, tmp_path):
     tokenizer.save(str(folder / "tokenizer.json"))
     model = make(text, folder).model
     with pytest.raises(UserError, match="the model reads words, the data holds bytes"):
-        find_initial(folder, model, train.make_source(make(text, folder).data))
+        find_initial(open_model(folder), model, train.make_source(make(text, folder).data))
     in_words = train.make_source(make({**text, "tokenizer": str(folder)}, folder).data)
-    assert find_initial(folder, model, in_words).dense is not None
+    assert find_initial(open_model(folder), model, in_words).dense is not None
 
 
 def test_a_model_with_nsa_is_taken_as_it_is(text, tmp_path):
     model = make_config("nsa", num_layers=1)
     save_model(tmp_path / "base", model, draw_params(model))
-    initial = find_initial(tmp_path / "base", model, train.make_source(make(text, "nowhere").data))
+    initial = find_initial(
+        open_model(tmp_path / "base"), model, train.make_source(make(text, "nowhere").data)
+    )
     assert initial.dense is None
 
 

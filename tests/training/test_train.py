@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.app.runs import Run
-from jaxlab.checkpoints import load_model, save_model
+from jaxlab.checkpoints import load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
@@ -36,7 +36,7 @@ def text(tmp_path):
 def make(text, **changes):
     base = {
         "model": MODEL,
-        "data": {"text": {"path": str(text), "sequence_length": 8, "holdout_every": 4}},
+        "data": {"path": str(text), "sequence_length": 8, "holdout_every": 4},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
         "mesh": {"data": 1},
         "steps": 5,
@@ -100,7 +100,7 @@ def initial_state(folder, model, text):
     config = make(text)
     optimizer = make_optimizer(config.optimizer, model, 5)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2))
-    initial = find_initial(folder, model, train.make_source(config.data))
+    initial = find_initial(open_model(folder), model, train.make_source(config.data))
     shardings, loaded = state_shardings(model, optimizer, mesh), read_initial(initial, model, mesh)
     return init_state(model, optimizer, 7, shardings, loaded, dense=initial.dense)
 
@@ -134,7 +134,11 @@ def test_an_initial_model_that_does_not_fit_is_refused_in_one_line(text, tmp_pat
     model = make_config(num_layers=1, **theirs)
     save_model(tmp_path / "base", model, draw_params(model))
     with pytest.raises(UserError, match=message) as raised:
-        find_initial(tmp_path / "base", make_config(num_layers=1, **ours), train.make_source(make(text).data))
+        find_initial(
+            open_model(tmp_path / "base"),
+            make_config(num_layers=1, **ours),
+            train.make_source(make(text).data),
+        )
     assert "\n" not in str(raised.value)
 
 
@@ -142,7 +146,7 @@ def test_an_initial_model_of_other_words_is_refused(text, tmp_path):
     model = make_config(num_layers=1)
     save_model(tmp_path / "base", model, draw_params(model), digits_tokenizer())
     with pytest.raises(UserError, match="the model reads words, the data holds bytes"):
-        find_initial(tmp_path / "base", model, train.make_source(make(text).data))
+        find_initial(open_model(tmp_path / "base"), model, train.make_source(make(text).data))
 
 
 @pytest.mark.parametrize(
@@ -167,9 +171,9 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, messag
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"),
         ({"model": MODEL | {"max_length": 7}}, "model.max_length"),
-        ({"model": MODEL | {"sparsity": {"method": "h2o"}}}, "model.sparsity.method"),
+        ({"model": MODEL | {"sparsity": {"kind": "h2o"}}}, "model.sparsity"),
         ({"optimizer": {"language_scale": 0.5}}, "optimizer.language_scale"),
-        ({"data": {"kind": "digits", "digits": {"mixture": {"image_words": 1.0}}}}, "model"),
+        ({"data": {"kind": "digits", "mixture": {"image_words": 1.0}}}, "model"),
     ],
 )
 def test_impossible_configs_name_the_key(text, changes, key):

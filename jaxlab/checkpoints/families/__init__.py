@@ -41,7 +41,11 @@ def all_families() -> dict[str, Family]:
 
 
 def find(name: str) -> Family:
-    """The family that a name begins with. Raises UserError if there is none."""
+    """The family that a name begins with.
+
+    Raises:
+      UserError: there is none.
+    """
     first = name.partition("/")[0].partition("+")[0]
     if first not in all_families():
         raise UserError(f"no family of checkpoints {first!r}; there are {', '.join(sorted(all_families()))}")
@@ -49,7 +53,11 @@ def find(name: str) -> Family:
 
 
 def find_by_model_type(model_type: str) -> Family:
-    """The family whose config.json says `model_type`. Raises UserError that lists what is supported."""
+    """The family whose config.json says `model_type`.
+
+    Raises:
+      UserError: there is none; the line lists what is supported.
+    """
     by_type = {kind: family for family in all_families().values() for kind in family.model_types}
     if model_type not in by_type:
         raise UserError(
@@ -59,7 +67,11 @@ def find_by_model_type(model_type: str) -> Family:
 
 
 def read_config(config: Json, where: object) -> ModelConfig:
-    """The model that a config.json describes. Raises UserError for what is wrong, or not known."""
+    """The model that a config.json describes.
+
+    Raises:
+      UserError: something in it is wrong, or not known.
+    """
     kind = config.get("model_type")
     try:
         if not isinstance(kind, str):
@@ -95,7 +107,11 @@ def ignored(name: str) -> re.Pattern[str]:
 
 @functools.cache
 def rows_of(name: str) -> Rows:
-    """The rows of a family by its whole name. Raises UserError for a family or variant that is not known."""
+    """The rows of a family by its whole name.
+
+    Raises:
+      UserError: the family or variant is not known.
+    """
     if name == "jaxlab":
         return own.ROWS
     whole, _, variant = name.partition("/")

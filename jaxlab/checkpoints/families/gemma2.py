@@ -6,7 +6,7 @@ from jaxlab.checkpoints.families import gemma, language
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row, Rows
-from jaxlab.models import ModelConfig
+from jaxlab.models import LayerKind, ModelConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 256000,
@@ -49,11 +49,11 @@ def read_config(config: Json) -> ModelConfig:
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     s = Settings(config, "gemma2", _DEFAULTS | caps)
     layers = s.whole("num_hidden_layers", most=1 << 12)
-    default = ["full" if i % 2 else "sliding" for i in range(layers)]
+    default: list[LayerKind] = ["full" if i % 2 else "sliding" for i in range(layers)]
     return language.read_decoder(
         s,
         **read_common(s),
-        **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
+        attention=language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
         attention_softcap=s.maybe_number("attn_logit_softcapping"),
         logit_softcap=s.maybe_number("final_logit_softcapping"),
     )
@@ -63,7 +63,7 @@ def write_config(config: ModelConfig) -> Json:
     keys: Json = {
         **gemma.write_common(config, "gemma2", "Gemma2ForCausalLM"),
         "query_pre_attn_scalar": scalar(config.attention_scale or config.key_dim**-0.5),
-        "sliding_window": config.window,
+        "sliding_window": language.window_of(config),
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
     }

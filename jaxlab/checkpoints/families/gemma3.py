@@ -6,15 +6,14 @@ import math
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 SIGLIP: Json = {"model_type": "siglip_vision_model"}
 
 
 def read_config(config: Json) -> ModelConfig:
     s = vlm.settings(config, "gemma3")
-    vit = ViTConfig(
+    vit = dict(
         final_norm="used",
         pooled_side=math.isqrt(s.whole("mm_tokens_per_image", 256)),
         connector="linear",
@@ -24,19 +23,18 @@ def read_config(config: Json) -> ModelConfig:
         together="images",
     )
     vision = vlm.read_clip(s, vlm.image_token(s, 262144), vit, SIGLIP, ("siglip_vision_model",))
-    vit = dataclasses.replace(vision.vit, connector_norm_eps=vision.vit.norm_eps)
-    vision = dataclasses.replace(vision, vit=vit)
+    vision = dataclasses.replace(vision, connector_norm_eps=vision.norm_eps)
     tie = vlm.tied(s, either=False, default=True)
     return vlm.read_text(s, vision, default="gemma3_text", tie=tie, known=("gemma3_text",))
 
 
 def write_config(config: ModelConfig) -> Json:
-    v = config.vision
+    v = config.vision_as(ViTConfig)
     return {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
         "image_token_index": v.image_token,
-        "mm_tokens_per_image": v.vit.pooled_side**2,
+        "mm_tokens_per_image": v.pooled_side**2,
         "tie_word_embeddings": config.tie_embeddings,
         "text_config": vlm.write_text(config),
         "vision_config": vlm.write_clip(v),

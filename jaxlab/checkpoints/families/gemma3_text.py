@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import gemma, gemma2, language, rope
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models import ModelConfig, RopeConfig
+from jaxlab.models import LayerKind, ModelConfig, RopeConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 262208,
@@ -44,14 +44,13 @@ def read_config(config: Json) -> ModelConfig:
     of_full, local = _read_ropes(s)
     layers = s.whole("num_hidden_layers", most=1 << 12)
     period = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6))
-    default = ["sliding" if (i + 1) % period else "full" for i in range(layers)]
+    default: list[LayerKind] = ["sliding" if (i + 1) % period else "full" for i in range(layers)]
     return language.read_decoder(
         s,
         **gemma2.read_common(s),
-        rope=of_full,
-        local_rope_theta=local,
+        position=of_full,
         qk_norm="head",
-        **language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
+        attention=language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096), local),
         logit_softcap=s.maybe_number("final_logit_softcapping"),
     )
 
@@ -60,9 +59,9 @@ def write_config(config: ModelConfig) -> Json:
     return {
         **gemma.write_common(config, "gemma3_text", "Gemma3ForCausalLM"),
         "query_pre_attn_scalar": gemma2.scalar(config.attention_scale or config.key_dim**-0.5),
-        "sliding_window": config.window,
+        "sliding_window": language.window_of(config),
         "layer_types": language.layer_types(config),
-        "rope_local_base_freq": config.local_rope_theta,
+        "rope_local_base_freq": getattr(config.attention, "rope_theta", None),
         "final_logit_softcapping": config.logit_softcap,
     }
 

@@ -6,7 +6,7 @@ from jaxlab.checkpoints.families import language
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
+from jaxlab.models import LearnedPositions, ModelConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 50257,
@@ -89,7 +89,7 @@ def read_config(config: Json) -> ModelConfig:
     scale = None if s.flag("scale_attn_weights", True) else 1.0
     fields = {
         **read_common(s),
-        "position": "learned",
+        "position": LearnedPositions(),
         "attention_bias": True,
         "output_bias": True,
         "attention_scale": scale,

@@ -48,7 +48,7 @@ def read_config(config: Json) -> ModelConfig:
     if s.flag("tie_word_embeddings"):
         raise s.refuse("tie_word_embeddings", "the head has a bias of its own")
     rope = RopeConfig(dim=s.whole("rotary_dim"), interleaved=True)
-    return language.finish(s, {**gpt2.read_common(s), "rope": rope, "parallel": True, "head_bias": True})
+    return language.finish(s, {**gpt2.read_common(s), "position": rope, "parallel": True, "head_bias": True})
 
 
 def write_config(config: ModelConfig) -> Json:

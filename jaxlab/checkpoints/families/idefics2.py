@@ -9,8 +9,8 @@ from jaxlab.checkpoints.families.idefics3 import (
     write_idefics_vision,
 )
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ResamplerConfig
+from jaxlab.errors import UserError
+from jaxlab.models import ModelConfig, ResamplerConfig, ViTConfig
 
 _CONNECTOR = "model.connector"
 _LAYER: Rows = (
@@ -61,11 +61,13 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    r = config.vision.vit.resampler
+    r = config.vision_as(ViTConfig).resampler
+    if r is None:
+        raise UserError("idefics2: its connector is a resampler; set vision.connector")
     return {
         "architectures": ["Idefics2ForConditionalGeneration"],
         "model_type": "idefics2",
-        "image_token_id": config.vision.image_token,
+        "image_token_id": config.image_token,
         "tie_word_embeddings": config.tie_embeddings,
         "text_config": vlm.write_text(config),
         "vision_config": write_idefics_vision(config, "idefics2_vision"),

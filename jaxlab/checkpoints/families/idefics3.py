@@ -6,8 +6,7 @@ from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 WITHIN_IDEFICS: Renames = ((r"^model\.", "model.text_model."),)
 VISION: Json = {
@@ -23,11 +22,10 @@ VISION: Json = {
 }
 
 
-def read_idefics_vit(v: Settings, **more: Any) -> ViTConfig:
+def read_idefics_vit(v: Settings, **more: Any) -> Json:
     """The tower of Idefics 2 and 3."""
     v.ignore("max_image_size", "size", "use_base_siglip")
-    return vlm.build(
-        ViTConfig,
+    return dict(
         position="fractional",
         norm_eps=v.number("layer_norm_eps"),
         activation=language.activation(v, "hidden_act", "gelu"),
@@ -38,12 +36,12 @@ def read_idefics_vit(v: Settings, **more: Any) -> ViTConfig:
 
 
 def write_idefics_vision(config: ModelConfig, model_type: str) -> Json:
-    v = config.vision
+    v = config.vision_as(ViTConfig)
     return {
         **vlm.write_tower(v),
         "model_type": model_type,
-        "layer_norm_eps": v.vit.norm_eps,
-        "hidden_act": language.activation_name(v.vit.activation),
+        "layer_norm_eps": v.norm_eps,
+        "hidden_act": language.activation_name(v.activation),
     }
 
 
@@ -59,8 +57,8 @@ def write_config(config: ModelConfig) -> Json:
     return {
         "architectures": ["Idefics3ForConditionalGeneration"],
         "model_type": "idefics3",
-        "image_token_id": config.vision.image_token,
-        "scale_factor": config.vision.vit.shuffle,
+        "image_token_id": config.image_token,
+        "scale_factor": config.vision_as(ViTConfig).shuffle,
         "tie_word_embeddings": config.tie_embeddings,
         "text_config": vlm.write_text(config),
         "vision_config": write_idefics_vision(config, "idefics3_vision"),

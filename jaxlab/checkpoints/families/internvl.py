@@ -3,8 +3,7 @@
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 _LAYER: Rows = (
     *towers.norm("attention_norm", "layernorm_before"),
@@ -65,8 +64,7 @@ def read_config(config: Json) -> ModelConfig:
     if int(1 / ratio) != 1 / ratio:
         raise s.wrong("downsample_ratio", "one over a whole number")
     final_norm = "none" if v.flag("use_mean_pooling") else "used" if layers == (-1,) else "unused"
-    vit = vlm.build(
-        ViTConfig,
+    vit = dict(
         class_token=True,
         mask_token=v.flag("use_mask_token"),
         position="learned" if v.flag("use_absolute_position_embeddings") else "none",
@@ -88,30 +86,30 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    v, t = config.vision, config.vision.vit
+    v = config.vision_as(ViTConfig)
     vision = {
         **vlm.write_tower(v),
         "model_type": "internvl_vision",
         "image_size": [v.image_size] * 2,
         "patch_size": [v.patch_size] * 2,
-        "hidden_act": language.activation_name(t.activation),
-        "layer_norm_eps": t.norm_eps,
-        "attention_bias": t.attention_bias,
-        "use_qk_norm": t.qk_norm,
-        "norm_type": next(theirs for theirs, ours in _NORMS.items() if ours == t.norm),
-        "use_mask_token": t.mask_token,
-        "use_absolute_position_embeddings": t.position == "learned",
-        "use_mean_pooling": t.final_norm == "none",
+        "hidden_act": language.activation_name(v.activation),
+        "layer_norm_eps": v.norm_eps,
+        "attention_bias": v.attention_bias,
+        "use_qk_norm": v.qk_norm,
+        "norm_type": next(theirs for theirs, ours in _NORMS.items() if ours == v.norm),
+        "use_mask_token": v.mask_token,
+        "use_absolute_position_embeddings": v.position == "learned",
+        "use_mean_pooling": v.final_norm == "none",
     }
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "image_token_id": v.image_token,
-        "downsample_ratio": 1 / t.shuffle,
-        "image_seq_length": t.features(v.image_size // v.patch_size) // t.shuffle**2,
-        "projector_hidden_act": language.activation_name(t.connector_activation),
-        "vision_feature_layer": t.feature_layers[0],
-        "vision_feature_select_strategy": "default" if t.drop_first else "full",
+        "downsample_ratio": 1 / v.shuffle,
+        "image_seq_length": v.features(v.image_size // v.patch_size) // v.shuffle**2,
+        "projector_hidden_act": language.activation_name(v.connector_activation),
+        "vision_feature_layer": v.feature_layers[0],
+        "vision_feature_select_strategy": "default" if v.drop_first else "full",
         "tie_word_embeddings": config.tie_embeddings,
         "text_config": vlm.write_text(config),
         "vision_config": vision,

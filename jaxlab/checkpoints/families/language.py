@@ -9,9 +9,9 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig
+from jaxlab.models import AttentionConfig, FullAttentionConfig, LayerKind, ModelConfig, SlidingAttentionConfig
 
-_KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
+_KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 NORMS: Rows = (
     Row("attention_norm.scale", "input_layernorm.weight", "d -> d"),
@@ -82,13 +82,17 @@ def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelCo
     fields["head_dim"] = s.whole("head_dim", _head_dim(s, fields["width"], heads))
     if "activation" not in more:
         fields["activation"] = activation(s, "hidden_act", "silu")
-    rope = more["rope"] if "rope" in more else read_rope(s, theta)
-    fields |= {"rope": rope, "max_length": max_length(s, rope)}
+    rope = more["position"] if "position" in more else read_rope(s, theta)
+    fields |= {"position": rope, "max_length": max_length(s, rope)}
     return finish(s, {**fields, **more})
 
 
 def finish(s: Settings, fields: Mapping[str, Any]) -> ModelConfig:
-    """The model of `fields`, once all keys are accounted for. Raises UserError if they do not fit."""
+    """The model of `fields`, once all keys are accounted for.
+
+    Raises:
+      UserError: they do not fit.
+    """
     s.done()
     try:
         return ModelConfig(**fields, family=s.family)
@@ -116,7 +120,11 @@ def write_decoder(config: ModelConfig, model_type: str, architecture: str) -> Js
 
 
 def activation(s: Settings, key: str, default: str) -> str:
-    """Our name of an activation. Raises UserError for one that is not known."""
+    """Our name of an activation.
+
+    Raises:
+      UserError: it is not known.
+    """
     name = s.word(key, default)
     if name not in ACTIVATIONS:
         raise s.refuse(key, f"supported: {', '.join(ACTIVATIONS)}")
@@ -128,12 +136,19 @@ def activation_name(ours: str) -> str:
     return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
 
 
-def read_kinds(s: Settings, layers: int, default: Sequence[str], window: int | None) -> dict[str, Any]:
-    """Kinds of attention, layer by layer, as fields of ModelConfig.
+def read_kinds(
+    s: Settings,
+    layers: int,
+    default: Sequence[LayerKind],
+    window: int | None,
+    rope_theta: float | None = None,
+) -> AttentionConfig:
+    """Kinds of attention, layer by layer.
 
     Args:
       default: the kinds where `layer_types` does not tell them.
       window: of the sliding layers.
+      rope_theta: of the sliding layers, where theirs is another.
     """
     types = s.words("layer_types")
     kinds = tuple(default)
@@ -144,28 +159,36 @@ def read_kinds(s: Settings, layers: int, default: Sequence[str], window: int | N
             raise s.refuse("layer_types", why)
         kinds = tuple(_KINDS[kind] for kind in types)
     if "sliding" not in kinds:
-        return {"attention": "full"}
+        return FullAttentionConfig()
     if window is None:
         raise s.wrong("sliding_window", "a whole number, since layers slide")
-    fields: dict[str, Any] = {"window": window}
     if set(kinds) == {"sliding"}:
-        return {**fields, "attention": "sliding"}
+        return SlidingAttentionConfig(window=window, rope_theta=rope_theta)
     period = next(p for p in range(1, layers + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
-    return {**fields, "pattern": kinds[:period]}
+    return SlidingAttentionConfig(window=window, pattern=kinds[:period], rope_theta=rope_theta)
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    """The kinds of a model's layers in transformers' words. Raises UserError for others than these."""
-    names = {ours: theirs for theirs, ours in _KINDS.items()}
+    """The kinds of a model's layers in transformers' words.
+
+    Raises:
+      UserError: others than these.
+    """
+    names: dict[str, str] = {ours: theirs for theirs, ours in _KINDS.items()}
     for kind in config.kinds:
         if kind not in names:
             raise UserError(f"the family {config.family} has no attention of kind {kind}")
     return [names[kind] for kind in config.kinds]
 
 
+def attention_of(window: int | None) -> AttentionConfig:
+    """Of a model whose layers all slide, or none."""
+    return FullAttentionConfig() if window is None else SlidingAttentionConfig(window=window)
+
+
 def window_of(config: ModelConfig) -> int | None:
     """The window of a model's sliding layers, if there are any."""
-    return config.window if "sliding" in config.kinds else None
+    return config.attention.window if isinstance(config.attention, SlidingAttentionConfig) else None
 
 
 def _head_dim(s: Settings, width: int, heads: int) -> int:

@@ -5,14 +5,12 @@ from typing import Any
 from jaxlab.checkpoints.families import language, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 
-def read_vit(s: Settings, *, layer: int = -2, strategy: str = "default", **more: Any) -> ViTConfig:
+def read_vit(s: Settings, *, layer: int = -2, strategy: str = "default", **more: Any) -> Json:
     """What LLaVA and its successors say of features and projector."""
-    return vlm.build(
-        ViTConfig,
+    return dict(
         final_norm="unused",
         feature_layers=vlm.feature_layers(s, layer),
         drop_first=vlm.drop_first(s, strategy),
@@ -25,15 +23,15 @@ def read_vit(s: Settings, *, layer: int = -2, strategy: str = "default", **more:
 
 def write_llava(config: ModelConfig, model_type: str, model_class: str) -> Json:
     """The keys that LLaVA shares with its successors."""
-    v, t = config.vision, config.vision.vit
+    v = config.vision_as(ViTConfig)
     return {
         "architectures": [model_class],
         "model_type": model_type,
         "image_token_index": v.image_token,
-        "vision_feature_layer": vlm.write_feature_layers(t.feature_layers),
-        "vision_feature_select_strategy": "default" if t.drop_first else "full",
-        "projector_hidden_act": language.activation_name(t.connector_activation),
-        "multimodal_projector_bias": t.connector_bias,
+        "vision_feature_layer": vlm.write_feature_layers(v.feature_layers),
+        "vision_feature_select_strategy": "default" if v.drop_first else "full",
+        "projector_hidden_act": language.activation_name(v.connector_activation),
+        "multimodal_projector_bias": v.connector_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "text_config": vlm.write_text(config),
         "vision_config": vlm.write_clip(v),
@@ -49,7 +47,8 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    features = config.vision.vit.features(config.vision.image_size // config.vision.patch_size)
+    v = config.vision_as(ViTConfig)
+    features = v.features(v.image_size // v.patch_size)
     return {**write_llava(config, "llava", "LlavaForConditionalGeneration"), "image_seq_length": features}
 
 

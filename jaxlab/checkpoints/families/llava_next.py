@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import llava, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """Where config.json tells none."""
@@ -25,7 +25,7 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     return {
         **llava.write_llava(config, "llava_next", "LlavaNextForConditionalGeneration"),
-        "image_grid_pinpoints": [list(size) for size in config.vision.vit.grid],
+        "image_grid_pinpoints": [list(size) for size in config.vision_as(ViTConfig).grid],
         "use_image_newline_parameter": True,
     }
 

@@ -4,7 +4,7 @@ import re
 
 from jaxlab.checkpoints.families import llava, llava_next, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.models import ModelConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -21,8 +21,8 @@ def read_config(config: Json) -> ModelConfig:
 def write_config(config: ModelConfig) -> Json:
     return {
         **llava.write_llava(config, "llava_onevision", "LlavaOnevisionForConditionalGeneration"),
-        "image_grid_pinpoints": [list(size) for size in config.vision.vit.grid],
-        "vision_aspect_ratio": f"anyres_max_{config.vision.vit.max_tiles}",
+        "image_grid_pinpoints": [list(size) for size in config.vision_as(ViTConfig).grid],
+        "vision_aspect_ratio": f"anyres_max_{config.vision_as(ViTConfig).max_tiles}",
     }
 
 

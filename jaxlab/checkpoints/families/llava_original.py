@@ -11,7 +11,6 @@ from jaxlab.checkpoints.families import vlm
 from jaxlab.checkpoints.families.base import Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
 
 RENAMES: Renames = (
     (r"^language_model\.", ""),
@@ -69,7 +68,11 @@ _OURS = (
 
 
 def read_config(config: Json) -> ModelConfig:
-    """LLaVA-1.5, NeXT or OneVision, by how images are cut. Raises UserError for what is not known."""
+    """LLaVA-1.5, NeXT or OneVision, by how images are cut.
+
+    Raises:
+      UserError: something in it is not known.
+    """
     s = Settings(config, "llava")
     name = s.word("mm_vision_tower", "")
     if name not in TOWERS:
@@ -81,15 +84,14 @@ def read_config(config: Json) -> ModelConfig:
     layer = s.value("mm_vision_select_layer", -2)
     if type(layer) is not int:
         raise s.wrong("mm_vision_select_layer", "a whole number")
-    vit = vlm.build(
-        ViTConfig,
+    vit = dict(
         final_norm="unused",
         feature_layers=(-1,) if siglip else (layer,),
         drop_first=not siglip and s.word("mm_vision_select_feature", "patch") == "patch",
         grid=() if most is None else _grid(s, TOWERS[name]["image_size"]),
         max_tiles=int(most[1]) if most is not None and most[1] else 0,
     )
-    family = "llava" if most is None else "llava_onevision" if vit.max_tiles else "llava_next"
+    family = "llava" if most is None else "llava_onevision" if vit["max_tiles"] else "llava_next"
     tower = {**TOWERS[name], **s.value("vision_config", {})}
     kind = s.word("model_type", "llava")
     if kind not in _TEXT_OF:

@@ -20,9 +20,7 @@ _DEFAULTS: Json = {
 def read_config(config: Json) -> ModelConfig:
     s = Settings(config, "mistral", _DEFAULTS)
     window = s.maybe_whole("sliding_window", 4096)
-    return language.read_decoder(
-        s, **({"attention": "full"} if window is None else {"attention": "sliding", "window": window})
-    )
+    return language.read_decoder(s, attention=language.attention_of(window))
 
 
 def write_config(config: ModelConfig) -> Json:

@@ -3,8 +3,7 @@
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 _LAYER: Rows = (
     Row("attention_norm.scale", "attention_norm.weight", "d -> d"),
@@ -42,8 +41,7 @@ def read_config(config: Json) -> ModelConfig:
     v.ignore("rope_theta", "rope_parameters", "attention_dropout")
     if "head_dim" in v and v.whole("head_dim") * v.whole("num_attention_heads") != v.whole("hidden_size"):
         raise v.refuse("head_dim", "it must be hidden_size / num_attention_heads")
-    vit = vlm.build(
-        ViTConfig,
+    vit = dict(
         patch_bias=False,
         position="rotary",
         pre_norm=True,
@@ -67,22 +65,22 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    v, t = config.vision, config.vision.vit
+    v = config.vision_as(ViTConfig)
     return {
         "architectures": ["Mistral3ForConditionalGeneration"],
         "model_type": "mistral3",
         "image_token_index": v.image_token,
-        "spatial_merge_size": t.shuffle,
-        "vision_feature_layer": vlm.write_feature_layers(t.feature_layers),
-        "multimodal_projector_bias": t.connector_bias,
+        "spatial_merge_size": v.shuffle,
+        "vision_feature_layer": vlm.write_feature_layers(v.feature_layers),
+        "multimodal_projector_bias": v.connector_bias,
         "tie_word_embeddings": config.tie_embeddings,
-        "projector_hidden_act": language.activation_name(t.connector_activation),
+        "projector_hidden_act": language.activation_name(v.connector_activation),
         "text_config": vlm.write_text(config),
         "vision_config": {
             **vlm.write_tower(v),
             "model_type": "pixtral",
             "head_dim": v.width // v.num_heads,
-            "hidden_act": language.activation_name(t.activation),
+            "hidden_act": language.activation_name(v.activation),
             "rope_theta": 10000.0,
         },
     }

@@ -11,8 +11,7 @@ from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.vit_config import MllamaConfig, ViTConfig
+from jaxlab.models import MllamaVisionConfig, ModelConfig
 
 _VISION_LAYER: Rows = (
     *towers.norm("attention_norm", "input_layernorm"),
@@ -96,16 +95,17 @@ def _numbers(s: Settings, key: str, default: tuple[int, ...]) -> tuple[int, ...]
     return tuple(found)
 
 
-def _read_extra(v: Settings, cross: tuple[int, ...]) -> MllamaConfig:
-    usual = MllamaConfig()
+def _read_extra(v: Settings, cross: tuple[int, ...]) -> Json:
+    usual = MllamaVisionConfig()
     ratios = v.value("supported_aspect_ratios", [list(ratio) for ratio in usual.aspect_ratios])
     if not isinstance(ratios, list) or not all(isinstance(r, list) and len(r) == 2 for r in ratios):
         raise v.wrong("supported_aspect_ratios", "a list of tiles down and across")
-    return vlm.build(
-        MllamaConfig,
+    return dict(
         num_global_layers=v.whole("num_global_layers", most=1 << 12),
         max_tiles=v.whole("max_num_tiles"),
         aspect_ratios=tuple((down, across) for down, across in ratios),
+        norm_eps=v.number("norm_eps"),
+        activation=language.activation(v, "hidden_act", "gelu"),
         read_layers=_numbers(v, "intermediate_layers_indices", usual.read_layers),
         cross_layers=cross,
     )
@@ -114,34 +114,24 @@ def _read_extra(v: Settings, cross: tuple[int, ...]) -> MllamaConfig:
 def read_config(config: Json) -> ModelConfig:
     s = vlm.settings(config, "mllama")
     v, text = vlm.inner(s, "vision_config", _VISION), vlm.inner(s, "text_config", {})
-    cross = _numbers(text, "cross_attention_layers", MllamaConfig().cross_layers)
+    cross = _numbers(text, "cross_attention_layers", MllamaVisionConfig().cross_layers)
     layers = text.whole("num_hidden_layers", 40, most=1 << 12)
     if not cross or max(cross) >= layers or len(cross) >= layers:
         raise text.refuse("cross_attention_layers", f"there are {layers} layers")
     extra = _read_extra(v, cross)
-    width = v.whole("hidden_size") * (1 + len(extra.read_layers))
+    width = v.whole("hidden_size") * (1 + len(extra["read_layers"]))
     if v.whole("vision_output_dim", width) != width:
         raise v.refuse("vision_output_dim", f"the layers that are read make {width}")
-    vit = vlm.build(
-        ViTConfig,
-        class_token=True,
-        patch_bias=False,
-        pre_norm=True,
-        norm_eps=v.number("norm_eps"),
-        activation=language.activation(v, "hidden_act", "gelu"),
-        attention_bias=False,
-        output_bias=False,
-    )
     v.config["num_attention_heads"] = v.whole("attention_heads", v.whole("num_attention_heads", 16))
     token = vlm.image_token(s, 128256)
-    tower = dataclasses.replace(vlm.read_tower(v, token, vit), kind="mllama", mllama=extra)
+    tower = vlm.build(MllamaVisionConfig, **extra, **vlm.read_sizes(v, token))
     if vlm.tied(s, either=False, default=False):
         raise s.refuse("tie_word_embeddings", "the embedding has more rows than the head")
     theta = {} if "rope_parameters" in text or "rope_theta" in text else {"rope_theta": 500000.0}
     s.config["text_config"] = {**_TEXT, **theta, **text.config}
     model = vlm.read_text(
         s,
-        VisionConfig(),
+        None,
         default="mllama_text_model",
         tie=False,
         without=("cross_attention_layers",),
@@ -154,8 +144,8 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    v, m = config.vision, config.vision.mllama
-    text = vlm.write_text(dataclasses.replace(config, vision=VisionConfig(), extra_embeddings=0))
+    v = config.vision_as(MllamaVisionConfig)
+    text = vlm.write_text(dataclasses.replace(config, vision=None, extra_embeddings=0))
     tower = vlm.write_tower(v)
     return {
         "architectures": ["MllamaForConditionalGeneration"],
@@ -165,21 +155,21 @@ def write_config(config: ModelConfig) -> Json:
         "text_config": {
             **text,
             "model_type": "mllama_text_model",
-            "cross_attention_layers": list(m.cross_layers),
-            "num_hidden_layers": config.num_layers + len(m.cross_layers),
+            "cross_attention_layers": list(v.cross_layers),
+            "num_hidden_layers": config.num_layers + len(v.cross_layers),
             **({} if config.vocab_size > _PAD else {"pad_token_id": None}),
         },
         "vision_config": {
             **tower,
             "model_type": "mllama_vision_model",
             "attention_heads": tower.pop("num_attention_heads"),
-            "hidden_act": language.activation_name(v.vit.activation),
-            "norm_eps": v.vit.norm_eps,
-            "num_global_layers": m.num_global_layers,
-            "max_num_tiles": m.max_tiles,
-            "intermediate_layers_indices": list(m.read_layers),
-            "supported_aspect_ratios": [list(ratio) for ratio in m.aspect_ratios],
-            "vision_output_dim": v.width * (1 + len(m.read_layers)),
+            "hidden_act": language.activation_name(v.activation),
+            "norm_eps": v.norm_eps,
+            "num_global_layers": v.num_global_layers,
+            "max_num_tiles": v.max_tiles,
+            "intermediate_layers_indices": list(v.read_layers),
+            "supported_aspect_ratios": [list(ratio) for ratio in v.aspect_ratios],
+            "vision_output_dim": v.width * (1 + len(v.read_layers)),
         },
     }
 

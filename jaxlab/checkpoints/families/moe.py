@@ -6,6 +6,7 @@ from jaxlab.checkpoints.families import language, qwen2
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
+from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, MoEConfig
 
 _MIXTRAL_DEFAULTS: Json = {
@@ -71,17 +72,23 @@ def read_mixtral(config: Json) -> ModelConfig:
         experts_per_token=_chosen(s, s.whole("num_local_experts")),
         width=s.whole("intermediate_size"),
     )
-    kind = {"attention": "full"} if window is None else {"attention": "sliding", "window": window}
-    return language.read_decoder(s, theta=1e6, moe=moe, **kind)
+    return language.read_decoder(s, theta=1e6, moe=moe, attention=language.attention_of(window))
+
+
+def _experts(config: ModelConfig) -> MoEConfig:
+    if config.moe is None:
+        raise UserError(f"the family {config.family} has experts; set moe")
+    return config.moe
 
 
 def write_mixtral(config: ModelConfig) -> Json:
+    moe = _experts(config)
     return {
         **language.write_decoder(config, "mixtral", "MixtralForCausalLM"),
         "sliding_window": language.window_of(config),
-        "num_local_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.experts_per_token,
-        "intermediate_size": config.moe.width,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "intermediate_size": moe.width,
     }
 
 
@@ -107,22 +114,24 @@ def read_qwen3(config: Json) -> ModelConfig:
     window = s.maybe_whole("sliding_window", 4096)
     slides = s.flag("use_sliding_window") and window is not None
     s.ignore("max_window_layers")  # of Qwen2's; here all layers slide or none
-    kind = {"attention": "sliding", "window": window} if slides else {"attention": "full"}
+    attention = language.attention_of(window if slides else None)
     bias = s.flag("attention_bias")
-    return language.read_decoder(s, attention_bias=bias, output_bias=bias, qk_norm="head", moe=moe, **kind)
+    return language.read_decoder(
+        s, attention_bias=bias, output_bias=bias, qk_norm="head", moe=moe, attention=attention
+    )
 
 
 def write_qwen3(config: ModelConfig) -> Json:
-    window = language.window_of(config)
+    window, moe = language.window_of(config), _experts(config)
     return {
         **language.write_decoder(config, "qwen3_moe", "Qwen3MoeForCausalLM"),
         "attention_bias": config.attention_bias,
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "num_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.experts_per_token,
-        "moe_intermediate_size": config.moe.width,
-        "norm_topk_prob": config.moe.normalize,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.width,
+        "norm_topk_prob": moe.normalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(config.dense_layers)),
     }

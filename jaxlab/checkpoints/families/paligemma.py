@@ -2,8 +2,7 @@
 
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
-from jaxlab.models import ModelConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import ModelConfig, ViTConfig
 
 SIGLIP: Json = {
     "model_type": "siglip_vision_model",
@@ -19,7 +18,7 @@ SIGLIP: Json = {
 
 def read_config(config: Json) -> ModelConfig:
     s = vlm.settings(config, "paligemma")
-    vit = ViTConfig(final_norm="used", connector="linear", together="prefix")
+    vit = dict(final_norm="used", connector="linear", together="prefix")
     known = ("siglip_vision_model",)
     vision = vlm.read_clip(s, vlm.image_token(s, 256000), vit, SIGLIP, known)
     projected = s.whole("projection_dim", vlm.inner(s, "vision_config", {}).whole("projection_dim", 2048))
@@ -40,7 +39,7 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    v = config.vision
+    v = config.vision_as(ViTConfig)
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",

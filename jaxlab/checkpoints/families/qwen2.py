@@ -1,11 +1,9 @@
 """Qwen2 and Qwen2.5: biases on queries, keys and values; later layers may slide."""
 
-from typing import Any
-
 from jaxlab.checkpoints.families import language
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models import ModelConfig
+from jaxlab.models import AttentionConfig, LayerKind, ModelConfig
 
 DEFAULTS: Json = {
     "vocab_size": 151936,
@@ -19,14 +17,14 @@ DEFAULTS: Json = {
 }
 
 
-def read_window(s: Settings) -> dict[str, Any]:
-    """Kinds of layers: from `max_window_layers` on they slide, if `use_sliding_window` says so."""
+def read_window(s: Settings) -> AttentionConfig:
+    """Attention of the layers: from `max_window_layers` on they slide, if `use_sliding_window` says so."""
     layers = s.whole("num_hidden_layers", most=1 << 12)
     slides, window = s.flag("use_sliding_window"), s.maybe_whole("sliding_window", 4096)
     first = s.whole("max_window_layers", 28, least=0)
     if not slides or window is None:
         first = layers
-    default = ["full" if i < first else "sliding" for i in range(layers)]
+    default: list[LayerKind] = ["full" if i < first else "sliding" for i in range(layers)]
     return language.read_kinds(s, layers, default, window if slides else None)
 
 
@@ -46,7 +44,7 @@ def write_window(config: ModelConfig) -> Json:
 
 def read_config(config: Json) -> ModelConfig:
     s = Settings(config, "qwen2", DEFAULTS)
-    return language.read_decoder(s, attention_bias=True, output_bias=False, **read_window(s))
+    return language.read_decoder(s, attention_bias=True, output_bias=False, attention=read_window(s))
 
 
 def write_config(config: ModelConfig) -> Json:

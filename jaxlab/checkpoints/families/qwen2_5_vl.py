@@ -6,8 +6,7 @@ from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.qwen2_vl import MERGER, SECTIONS, TEXT
 from jaxlab.checkpoints.families.towers import linear
 from jaxlab.checkpoints.tensor_table import Row, Rows
-from jaxlab.models import ModelConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig
 
 _VISION: Json = {
     "depth": 32,
@@ -35,8 +34,7 @@ _LAYER: Rows = (
 def read_config(config: Json) -> ModelConfig:
     s = qwen_vl.settings(config, "qwen2_5_vl")
     v = qwen_vl.tower_settings(s, _VISION)
-    qwen = vlm.build(
-        QwenVisionConfig,
+    qwen = dict(
         norm="rms",
         mlp="gated",
         window=v.whole("window_size"),
@@ -58,15 +56,15 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    v, q = config.vision, config.vision.qwen
+    v = config.vision_as(QwenVisionConfig)
     vision = {
         **qwen_vl.write_tower(config),
         "model_type": "qwen2_5_vl",
         "hidden_size": v.width,
         "out_hidden_size": config.width,
         "intermediate_size": v.mlp_width,
-        "window_size": q.window,
-        "fullatt_block_indexes": list(q.full_layers),
+        "window_size": v.window,
+        "fullatt_block_indexes": list(v.full_layers),
     }
     top = qwen_vl.write_config(config, "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", flat=True)
     return {**top, "vision_config": vision}

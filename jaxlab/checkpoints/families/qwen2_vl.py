@@ -5,8 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.tensor_table import Rows
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig
 
 MERGER = ("ln_q", "mlp.0", "mlp.2")
 SECTIONS = (16, 24, 24)
@@ -44,9 +43,7 @@ def read_config(config: Json) -> ModelConfig:
     s = qwen_vl.settings(config, "qwen2_vl")
     v = qwen_vl.tower_settings(s, _VISION)
     mlp_width = int(v.whole("embed_dim") * v.number("mlp_ratio"))
-    vision = qwen_vl.read_tower(
-        s, v, width="embed_dim", out="hidden_size", mlp_width=mlp_width, qwen=QwenVisionConfig()
-    )
+    vision = qwen_vl.read_tower(s, v, width="embed_dim", out="hidden_size", mlp_width=mlp_width, qwen={})
     return qwen_vl.read_text(
         s,
         vision,
@@ -60,7 +57,7 @@ def read_config(config: Json) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    v = config.vision
+    v = config.vision_as(QwenVisionConfig)
     if v.mlp_width % v.width:
         raise UserError(f"qwen2_vl: vision.mlp_width {v.mlp_width} must be a multiple of width {v.width}")
     vision = {

@@ -10,7 +10,7 @@ def read_config(config: Json) -> ModelConfig:
     s = Settings(config, "qwen3", {**qwen2.DEFAULTS, "head_dim": 128})
     bias = s.flag("attention_bias")
     return language.read_decoder(
-        s, attention_bias=bias, output_bias=bias, qk_norm="head", **qwen2.read_window(s)
+        s, attention_bias=bias, output_bias=bias, qk_norm="head", attention=qwen2.read_window(s)
     )
 
 

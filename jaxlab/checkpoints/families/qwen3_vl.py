@@ -5,8 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.language import IGNORED
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.tensor_table import Row, Rows
-from jaxlab.models import ModelConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig
 
 _MERGER = ("norm", "linear_fc1", "linear_fc2")
 _TEXT: Json = {
@@ -57,8 +56,7 @@ def read(config: Json, family: str, like: str, defaults: Json) -> ModelConfig:
     """The model; its text model is of the family `like`, with these defaults."""
     s = qwen_vl.settings(config, family)
     v = qwen_vl.tower_settings(s, _VISION)
-    qwen = vlm.build(
-        QwenVisionConfig,
+    qwen = dict(
         patch_bias=True,
         position_side=qwen_vl.side_of(v, "num_position_embeddings"),
         deep_layers=qwen_vl.numbers(v, "deepstack_visual_indexes"),
@@ -82,15 +80,15 @@ def read(config: Json, family: str, like: str, defaults: Json) -> ModelConfig:
 
 
 def write(config: ModelConfig, family: str, architecture: str) -> Json:
-    v, q = config.vision, config.vision.qwen
+    v = config.vision_as(QwenVisionConfig)
     vision = {
         **qwen_vl.write_tower(config),
         "model_type": family,
         "hidden_size": v.width,
         "out_hidden_size": config.width,
         "intermediate_size": v.mlp_width,
-        "num_position_embeddings": q.position_side**2,
-        "deepstack_visual_indexes": list(q.deep_layers),
+        "num_position_embeddings": v.position_side**2,
+        "deepstack_visual_indexes": list(v.deep_layers),
     }
     return {**qwen_vl.write_config(config, family, architecture, flat=False), "vision_config": vision}
 

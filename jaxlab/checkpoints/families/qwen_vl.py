@@ -12,8 +12,7 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import linear
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.qwen_config import QwenVisionConfig
+from jaxlab.models import ModelConfig, QwenVisionConfig, VisionConfig
 
 _QKV = tuple(f"attention.{part}" for part in ("query", "key", "value"))
 ATTENTION: Rows = (
@@ -97,13 +96,13 @@ def tower_settings(s: Settings, defaults: Json) -> Settings:
 
 
 def read_tower(
-    s: Settings, v: Settings, *, width: str, out: str, mlp_width: int, qwen: QwenVisionConfig
-) -> VisionConfig:
+    s: Settings, v: Settings, *, width: str, out: str, mlp_width: int, qwen: Json
+) -> QwenVisionConfig:
     """The sizes of a vision_config.
 
     Args:
       width, out: the keys of the tower's width and of the text model's.
-      qwen: what the family says of the rest.
+      qwen: fields, what the family says of the rest.
     """
     fields: dict[str, Any] = {
         "num_layers": v.whole("depth", most=1 << 12),
@@ -113,18 +112,16 @@ def read_tower(
         "num_heads": v.whole("num_heads"),
         "mlp_width": mlp_width,
         "image_token": vlm.image_token(s, 151655),
+        "frames": vlm.square(v, "temporal_patch_size"),
+        "merge": v.whole("spatial_merge_size"),
+        "activation": language.activation(v, "hidden_act", "gelu"),
+        **qwen,
     }
-    qwen = vlm.build(
-        partial(dataclasses.replace, qwen),
-        frames=vlm.square(v, "temporal_patch_size"),
-        merge=v.whole("spatial_merge_size"),
-        activation=language.activation(v, "hidden_act", "gelu"),
-    )
     text = Settings(s.value("text_config", {}), s.family, within="text_config.")
     if "hidden_size" in text and v.whole(out) != text.whole("hidden_size"):
         raise v.refuse(out, f"the text model's hidden_size is {text.config['hidden_size']}")
     v.done()
-    return vlm.build(VisionConfig, kind="qwen", qwen=qwen, **fields)
+    return vlm.build(QwenVisionConfig, **fields)
 
 
 def numbers(s: Settings, key: str) -> tuple[int, ...]:
@@ -137,15 +134,15 @@ def numbers(s: Settings, key: str) -> tuple[int, ...]:
 
 def write_tower(config: ModelConfig) -> Json:
     """The keys that all three share."""
-    v, q = config.vision, config.vision.qwen
+    v = config.vision_as(QwenVisionConfig)
     return {
         "depth": v.num_layers,
         "num_heads": v.num_heads,
         "in_channels": v.channels,
         "patch_size": v.patch_size,
-        "spatial_merge_size": q.merge,
-        "temporal_patch_size": q.frames,
-        "hidden_act": language.activation_name(q.activation),
+        "spatial_merge_size": v.merge,
+        "temporal_patch_size": v.frames,
+        "hidden_act": language.activation_name(v.activation),
     }
 
 
@@ -190,7 +187,7 @@ def read_text(
         partial(dataclasses.replace, model),
         family=f"{s.family}+{like}",
         vision=vision,
-        rope=rope,
+        position=rope,
         max_length=max_length(text, rope),
     )
 
@@ -207,7 +204,7 @@ def write_config(config: ModelConfig, family: str, architecture: str, *, flat: b
         "architectures": [architecture],
         "model_type": family,
         "tie_word_embeddings": config.tie_embeddings,
-        "image_token_id": config.vision.image_token,
+        "image_token_id": config.image_token,
     }
 
 

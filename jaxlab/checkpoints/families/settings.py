@@ -82,7 +82,11 @@ class Settings:
         )
 
     def whole(self, key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 31) -> int:
-        """A whole number. Raises UserError where there is neither a value nor a default."""
+        """A whole number.
+
+        Raises:
+          UserError: there is neither a value nor a default.
+        """
         found = self.value(key, default)
         if type(found) is not int or not least <= found <= most:
             raise self.wrong(key, f"a whole number from {least} to {most}")
@@ -130,7 +134,11 @@ class Settings:
         return UserError(f"config.json: {self.within}{key} {shown} is not supported: {why}")
 
     def done(self) -> None:
-        """Raises UserError for a key that was not read, unless it cannot matter."""
+        """Whether every key was read.
+
+        Raises:
+          UserError: one that may matter was not.
+        """
         for key in sorted(self.given - self.read):
             value = self.config[key]
             inert = any(type(value) is type(ok) and value == ok for ok in _INERT.get(key, ()))

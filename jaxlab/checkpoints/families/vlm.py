@@ -9,8 +9,7 @@ from jaxlab.checkpoints.families import language
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, VisionConfig
-from jaxlab.models.vit_config import ViTConfig
+from jaxlab.models import MllamaVisionConfig, ModelConfig, VisionConfig, ViTConfig
 
 _CLIP = {
     "hidden_size": 768,
@@ -84,7 +83,11 @@ def inner(s: Settings, key: str, defaults: Json) -> Settings:
 
 
 def square(s: Settings, key: str) -> int:
-    """A size that may be told as [height, width]. Raises UserError if these differ."""
+    """A size that may be told as [height, width].
+
+    Raises:
+      UserError: these differ.
+    """
     found = s.value(key)
     if isinstance(found, list | tuple) and len(found) == 2 and found[0] == found[1]:
         found = found[0]
@@ -94,15 +97,24 @@ def square(s: Settings, key: str) -> int:
 
 
 def build[Made](make: Callable[..., Made], **fields: Any) -> Made:
-    """A config from the fields that a config.json tells. Raises UserError if they do not fit together."""
+    """A config from the fields that a config.json tells.
+
+    Raises:
+      UserError: they do not fit together.
+    """
     try:
         return make(**fields)
     except ConfigError as error:
         raise UserError(f"config.json: no such model can be: {error}") from None
 
 
-def read_tower(v: Settings, image_token: int, vit: ViTConfig) -> VisionConfig:
-    """The sizes that every vision_config tells, with what the family says of the rest."""
+def read_tower(v: Settings, image_token: int, vit: Json) -> ViTConfig:
+    """The tower with the sizes that every vision_config tells, and the fields `vit` that the family says."""
+    return build(ViTConfig, **read_sizes(v, image_token), **vit)
+
+
+def read_sizes(v: Settings, image_token: int) -> Json:
+    """The fields that every vision_config tells; all its keys have to be accounted for."""
     fields = {
         "num_layers": v.whole("num_hidden_layers", most=1 << 12),
         "image_size": square(v, "image_size"),
@@ -113,11 +125,11 @@ def read_tower(v: Settings, image_token: int, vit: ViTConfig) -> VisionConfig:
         "mlp_width": v.whole("intermediate_size"),
     }
     v.done()
-    return build(VisionConfig, kind="vit", image_token=image_token, vit=vit, **fields)
+    return {**fields, "image_token": image_token}
 
 
-def write_tower(v: VisionConfig) -> Json:
-    """The keys of `read_tower`."""
+def write_tower(v: ViTConfig | MllamaVisionConfig) -> Json:
+    """The keys of `read_sizes`."""
     return {
         "num_hidden_layers": v.num_layers,
         "image_size": v.image_size,
@@ -130,12 +142,12 @@ def write_tower(v: VisionConfig) -> Json:
 
 
 def read_clip(
-    s: Settings, image_token: int, vit: ViTConfig, default: Json, known: tuple[str, ...] = tuple(DEFAULTS)
-) -> VisionConfig:
+    s: Settings, image_token: int, vit: Json, default: Json, known: tuple[str, ...] = tuple(DEFAULTS)
+) -> ViTConfig:
     """A tower of CLIP or SigLIP from `vision_config`.
 
     Args:
-      vit: what the family says of features and connector.
+      vit: fields, what the family says of features and connector.
       default: the vision_config of a config.json that has none.
       known: types of towers that the family takes.
     """
@@ -149,26 +161,25 @@ def read_clip(
     v = inner(s, "vision_config", DEFAULTS[kind])
     v.ignore("projector_hidden_act", "num_image_tokens", "initializer_factor")
     clip = kind == "clip_vision_model"
-    vit = build(
-        partial(dataclasses.replace, vit),
-        class_token=clip,
-        pre_norm=clip,
-        patch_bias=not clip,
-        norm_eps=v.number("layer_norm_eps"),
-        activation=language.activation(v, "hidden_act", "gelu"),
-        pooling_head=not clip and v.flag("vision_use_head"),
-    )
-    return read_tower(v, image_token, vit)
+    own = {
+        "class_token": clip,
+        "pre_norm": clip,
+        "patch_bias": not clip,
+        "norm_eps": v.number("layer_norm_eps"),
+        "activation": language.activation(v, "hidden_act", "gelu"),
+        "pooling_head": not clip and v.flag("vision_use_head"),
+    }
+    return read_tower(v, image_token, {**vit, **own})
 
 
-def write_clip(v: VisionConfig) -> Json:
+def write_clip(v: ViTConfig) -> Json:
     """The vision_config of `read_clip`."""
-    extra = {} if v.vit.class_token else {"vision_use_head": v.vit.pooling_head}
+    extra = {} if v.class_token else {"vision_use_head": v.pooling_head}
     return {
-        "model_type": "clip_vision_model" if v.vit.class_token else "siglip_vision_model",
+        "model_type": "clip_vision_model" if v.class_token else "siglip_vision_model",
         **write_tower(v),
-        "hidden_act": language.activation_name(v.vit.activation),
-        "layer_norm_eps": v.vit.norm_eps,
+        "hidden_act": language.activation_name(v.activation),
+        "layer_norm_eps": v.norm_eps,
         **extra,
     }
 
@@ -228,7 +239,7 @@ def tied(s: Settings, *, either: bool, default: bool) -> bool:
 
 def read_text(
     s: Settings,
-    vision: VisionConfig,
+    vision: VisionConfig | None,
     *,
     default: str,
     tie: bool,

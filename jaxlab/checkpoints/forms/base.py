@@ -128,7 +128,11 @@ class OpenModel(abc.ABC):
 
 
 def check_all_finite(params: "Params", path: Path) -> None:
-    """Raises UserError that names a parameter with NaN or infinities."""
+    """Whether all numbers are finite.
+
+    Raises:
+      UserError: a parameter, which is named, holds NaN or infinities.
+    """
     import jax
     import jax.numpy as jnp
 

@@ -74,7 +74,11 @@ class HuggingFaceFolder(OpenModel):
 
     @functools.cached_property
     def account(self) -> TensorAccount:
-        """What becomes of every tensor. Raises UserError for those that are missing, not known or wrong."""
+        """What becomes of every tensor.
+
+        Raises:
+          UserError: tensors are missing, not known or wrong.
+        """
         _check_size(self.tensors, self.described)
         found = account(self.tensors, self.described, self.template)
         found.check(self.path)
@@ -137,9 +141,13 @@ class HuggingFaceFolder(OpenModel):
 
 
 def _check_size(folder: TensorFolder, config: ModelConfig) -> None:
-    """Raises UserError for a config that would make more names than the folder can hold."""
-    count = config.num_layers + config.vision.num_layers * config.has_vision
-    experts = max(1, config.moe.num_experts)
+    """Refuses a config that would make more names than the folder can hold.
+
+    Raises:
+      UserError: it would.
+    """
+    count = config.num_layers + (0 if config.vision is None else config.vision.num_layers)
+    experts = 1 if config.moe is None else config.moe.num_experts
     if count > len(folder) or count * experts > 256 * len(folder):
         raise UserError(
             f"{folder.path}: config.json says {count} layers of {experts} experts, the folder holds "

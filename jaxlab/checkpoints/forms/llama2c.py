@@ -94,7 +94,11 @@ class Llama2cFile(OpenModel):
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, bool]:
-    """The model that a file's header describes, and whether its head is the embedding. Raises UserError."""
+    """The model that a file's header describes, and whether its head is the embedding.
+
+    Raises:
+      UserError: the file is no checkpoint of llama2.c.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:

@@ -22,9 +22,9 @@ from jaxlab.checkpoints.locate import OWN_CONFIG, OWN_PARAMS
 from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.source_files import SOURCE, SourceFiles, read_source_files
 from jaxlab.checkpoints.tokenizer_files import TOKENIZER, load_tokenizer_file
-from jaxlab.config import dump, load
-from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, Params, abstract_params
+from jaxlab.config import Source, dump
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.models import ModelConfig, Params, abstract_params, from_flat, is_flat
 
 MADE_BY = "made_by.json"
 
@@ -37,7 +37,14 @@ class OrbaxFolder(OpenModel):
     @functools.cached_property
     def config(self) -> ModelConfig:
         self._check_links()
-        return load(ModelConfig, self.path / OWN_CONFIG, [])
+        file = self.path / OWN_CONFIG
+        source = Source.of_file(file)
+        if is_flat(source.tree):
+            try:
+                source.tree = from_flat(source.tree)
+            except ConfigError as error:
+                raise error.at(str(file)) from None
+        return source.build(ModelConfig)
 
     def shapes_in(self, dtype: jax.typing.DTypeLike | None) -> Params:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), self._stored)
@@ -97,7 +104,11 @@ class OrbaxFolder(OpenModel):
         return params
 
     def _check_links(self) -> None:
-        """Raises UserError unless this is a model folder of ours without a link that leads out of it."""
+        """Whether this is a model folder of ours without a link that leads out of it.
+
+        Raises:
+          UserError: it is not.
+        """
         path = self.path
         if not path.is_dir():
             raise UserError(f"{path}: no such model folder")

@@ -105,7 +105,8 @@ class Parameter:
     def resolve(self, value: Any, count: int) -> Any:
         """A value as the function takes it: a bool, a float32 scalar, or a list with one for each model.
 
-        Raises UserError for one out of bounds or a list of another length.
+        Raises:
+          UserError: one out of bounds or a list of another length.
         """
         if self.is_switch:
             return bool(value)
@@ -163,7 +164,8 @@ class Operator:
     def resolve(self, given: Mapping[str, Any], count: int, mode: Mode) -> dict[str, Any]:
         """The value of every parameter, from those given and the defaults.
 
-        Raises UserError for one that is missing or out of bounds.
+        Raises:
+          UserError: one that is missing or out of bounds.
         """
         values = {}
         for name, parameter in self.parameters.items():
@@ -220,14 +222,22 @@ def operator(
 
 
 def operator_named(method: str) -> Operator:
-    """Raises UserError for a method that does not exist."""
+    """Refuses a method that does not exist.
+
+    Raises:
+      UserError: there is no such method.
+    """
     if method not in OPERATORS:
         raise UserError(f"no merge method {method!r}; there are {', '.join(sorted(OPERATORS))}")
     return OPERATORS[method]
 
 
 def per_model(name: str, value: Any, count: int) -> list[Any]:
-    """A parameter's value for each model: one for all, or a list. Raises UserError for a wrong length."""
+    """A parameter's value for each model: one for all, or a list.
+
+    Raises:
+      UserError: a wrong length.
+    """
     if isinstance(value, np.ndarray):
         value = value.tolist()
     is_list = isinstance(value, list | tuple) and not isinstance(value, Share)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxlab.errors import UserError
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, NoPositions, ResamplerConfig, ViTConfig
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Norm, layer_norm, linear
 
@@ -17,55 +17,55 @@ class Projector(nnx.Module):
     """A norm if there is one, one or two matrices, and what some families have besides."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, t, d = config.vision, config.vision.vit, config.width
-        self.config = t
-        size = v.width * len(t.feature_layers) * (1 if t.connector == "merger" else t.shuffle**2)
-        norm = lambda kind: Norm(size, kind, t.connector_norm_eps, init, offset=t.connector_norm_offset)
-        self.norm = None if t.connector_norm == "none" else norm(t.connector_norm)
-        if t.connector == "resampler":
+        v, d = config.vision_as(ViTConfig), config.width
+        self.config = v
+        size = v.width * len(v.feature_layers) * (1 if v.connector == "merger" else v.shuffle**2)
+        norm = lambda kind: Norm(size, kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
+        self.norm = None if v.connector_norm == "none" else norm(v.connector_norm)
+        if v.resampler is not None:
             inward, outward = ("embed", "mlp"), ("mlp", "embed")
-            self.gate = init.normal((size, t.connector_width), inward, size**-0.5)
-            self.up = init.normal((size, t.connector_width), inward, size**-0.5)
-            self.down = init.normal((t.connector_width, d), outward, t.connector_width**-0.5)
-            self.resampler = Resampler(config, init)
+            self.gate = init.normal((size, v.connector_width), inward, size**-0.5)
+            self.up = init.normal((size, v.connector_width), inward, size**-0.5)
+            self.down = init.normal((v.connector_width, d), outward, v.connector_width**-0.5)
+            self.resampler = Resampler(v.resampler, config, init)
             return
-        if t.connector == "merger":
-            axes, squares = ("channels", "pixels", "pixels", "embed"), (t.shuffle, t.shuffle)
-            self.merger = init.normal((size, *squares, size), axes, (size * t.shuffle**2) ** -0.5)
-        two, bias = t.connector != "linear", t.connector_bias
+        if v.connector == "merger":
+            axes, squares = ("channels", "pixels", "pixels", "embed"), (v.shuffle, v.shuffle)
+            self.merger = init.normal((size, *squares, size), axes, (size * v.shuffle**2) ** -0.5)
+        two, bias = v.connector != "linear", v.connector_bias
         self.hidden = init.normal((size, d), ("embed", "mlp"), size**-0.5) if two else None
         self.hidden_bias = init.zeros((d,), ("mlp",)) if two and bias else None
         size = d if two else size
         self.output = init.normal((size, d), ("mlp", "embed"), size**-0.5)
         self.output_bias = init.zeros((d,), ("embed",)) if bias else None
-        self.newline = init.normal((d,), ("embed",), d**-0.5) if t.has_newline else None
+        self.newline = init.normal((d,), ("embed",), d**-0.5) if v.has_newline else None
 
     def __call__(self, features: Float[Array, "N F V"]) -> Float[Array, "N P D"]:
         """The tokens of N tiles. The square of features is read row by row."""
-        t, x = self.config, features
-        if t.pooled_side:
-            x = _pool(x, t.pooled_side)
-        if t.shuffle > 1:
-            x = _shuffle(x, t.shuffle)
+        v, x = self.config, features
+        if v.pooled_side:
+            x = _pool(x, v.pooled_side)
+        if v.shuffle > 1:
+            x = _shuffle(x, v.shuffle)
         if self.norm is not None:
             x = self.norm(x)
         if self.hidden is not None:
-            x = ACTIVATIONS[t.connector_activation](linear(x, self.hidden, self.hidden_bias))
+            x = ACTIVATIONS[v.connector_activation](linear(x, self.hidden, self.hidden_bias))
         return linear(x, self.output, self.output_bias)
 
 
 class Resampler(nnx.Module):
     """Learned queries and the layers in which they read features and themselves (Idefics2)."""
 
-    def __init__(self, config: ModelConfig, init: Initializer):
-        r, d = config.vision.vit.resampler, config.width
+    def __init__(self, resampler: ResamplerConfig, config: ModelConfig, init: Initializer):
+        r, d = resampler, config.width
         self.latents = init.full((r.num_queries, d), ("position", "embed"), 1.0)
         layer_config = ModelConfig(
             vocab_size=1,
             width=d,
             num_layers=r.num_layers,
             num_heads=r.num_heads,
-            position="none",
+            position=NoPositions(),
             num_kv_heads=r.num_kv_heads,
             head_dim=r.head_dim,
             mlp_width=4 * d,
@@ -83,19 +83,23 @@ class ResamplerBlock(Block):
 
 
 def refuse(config: ModelConfig) -> NoReturn:
-    """Raises UserError: a family whose parameters are known, and whose images are not run."""
+    """Refuses a family whose parameters are known, and whose images are not run.
+
+    Raises:
+      UserError: it is one of them.
+    """
     raise UserError(f"images of {config.family} models cannot be read yet; leave them out of the batch")
 
 
 def tokens_per_tile(config: ModelConfig) -> int:
     """Tokens that a `Projector` makes of one tile."""
-    v, t = config.vision, config.vision.vit
+    v = config.vision_as(ViTConfig)
     side = v.image_size // v.patch_size
-    if t.resampler.num_queries:
-        return t.resampler.num_queries
-    if t.pooled_side:
-        return _pooled(side, t.pooled_side) ** 2
-    return t.features(side) // t.shuffle**2
+    if v.resampler is not None:
+        return v.resampler.num_queries
+    if v.pooled_side:
+        return _pooled(side, v.pooled_side) ** 2
+    return v.features(side) // v.shuffle**2
 
 
 def _pooled(side: int, wanted: int) -> int:

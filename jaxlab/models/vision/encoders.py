@@ -23,6 +23,8 @@ ENCODERS: dict[str, type[Encoder]] = {
 
 def encoder_of(config: ModelConfig) -> type[Encoder]:
     """The vision encoder of a model with vision."""
+    if config.vision is None:
+        raise ValueError("a model without vision encodes no images")
     return ENCODERS[config.vision.kind]
 
 

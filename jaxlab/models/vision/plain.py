@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, NoPositions, PlainVisionConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Embedding, layer_norm, linear
@@ -18,11 +18,34 @@ from jaxlab.models.vision.encoder import Encoded, Encoder
 from jaxlab.models.vision.patches import PatchEmbedding, cut_patches
 
 
+def tower_config(config: ModelConfig) -> ModelConfig:
+    """The vision transformer in the decoder's terms: a pre-norm ViT with LayerNorm, GELU and biases."""
+    v = config.vision_as(PlainVisionConfig)
+    return ModelConfig(
+        vocab_size=1,
+        width=v.width,
+        num_layers=v.num_layers,
+        num_heads=v.num_heads,
+        mlp="plain",
+        mlp_width=v.mlp_width,
+        activation="gelu",
+        norm="layer",
+        norm_eps=1e-6,
+        position=NoPositions(),
+        max_length=v.num_patches,
+        attention_bias=True,
+        mlp_bias=True,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        initializer_range=config.initializer_range,
+    )
+
+
 class PlainTower(nnx.Module):
     """Patches with learned positions, blocks that see the whole image, a norm."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, tower = config.vision, config.tower
+        v, tower = config.vision_as(PlainVisionConfig), tower_config(config)
         self.config = config
         self.patch = PatchEmbedding((v.patch_size**2 * v.channels,), ("pixels",), v.width, init)
         self.position = Embedding(v.num_patches, v.width, "position", config.initializer_range, init)
@@ -30,7 +53,7 @@ class PlainTower(nnx.Module):
         self.layers = init.stack(lambda init: Block(tower, init), v.num_layers)
 
     def __call__(self, images: Float[Array, "N height width channels"]) -> Float[Array, "N P V"]:
-        v, tower = self.config.vision, self.config.tower
+        v, tower = self.config.vision_as(PlainVisionConfig), tower_config(self.config)
         if images.shape[1:] != (v.image_size, v.image_size, v.channels):
             raise ValueError(
                 f"images are {images.shape[1:]}, the model takes {v.image_size, v.image_size, v.channels}"
@@ -45,7 +68,7 @@ class PlainProjector(nnx.Module):
     """Two-layer GELU MLP from the vision width to the decoder's (as in LLaVA-1.5)."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, d = config.vision.width, config.width
+        v, d = config.vision_as(PlainVisionConfig).width, config.width
         self.hidden = init.normal((v, d), ("embed", "mlp"), v**-0.5)
         self.hidden_bias = init.zeros((d,), ("mlp",))
         self.output = init.normal((d, d), ("mlp", "embed"), d**-0.5)

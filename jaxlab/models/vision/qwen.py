@@ -16,12 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, NoPositions, QwenVisionConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Embedding, Norm, linear
 from jaxlab.models.rotary import Rotary
 from jaxlab.models.stack import apply_blocks, take_blocks
+from jaxlab.models.taps import read_outputs
 from jaxlab.models.vision import qwen_positions
 from jaxlab.models.vision.encoder import Encoded, Encoder, on_host
 from jaxlab.models.vision.patches import PatchEmbedding
@@ -34,18 +35,18 @@ THETA = 10000.0
 
 def tower_config(config: ModelConfig) -> ModelConfig:
     """The vision transformer in the decoder's terms."""
-    v, q = config.vision, config.vision.qwen
+    v = config.vision_as(QwenVisionConfig)
     return ModelConfig(
         vocab_size=1,
         width=v.width,
         num_layers=v.num_layers,
         num_heads=v.num_heads,
-        mlp=q.mlp,
+        mlp=v.mlp,
         mlp_width=v.mlp_width,
-        activation=q.activation,
-        norm=q.norm,
+        activation=v.activation,
+        norm=v.norm,
         norm_eps=EPSILON,
-        position="none",
+        position=NoPositions(),
         attention_bias=True,
         mlp_bias=True,
         compute_dtype=config.compute_dtype,
@@ -58,26 +59,28 @@ class QwenTower(nnx.Module):
     """The patch projection, the table of positions if there is one, and blocks over images or windows."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, q, tower = config.vision, config.vision.qwen, tower_config(config)
+        v, tower = config.vision_as(QwenVisionConfig), tower_config(config)
         self.config = config
         shape, axes = (
-            (v.channels, q.frames, v.patch_size, v.patch_size),
+            (v.channels, v.frames, v.patch_size, v.patch_size),
             ("channels", "frames", "pixels", "pixels"),
         )
-        self.patch = PatchEmbedding(shape, axes, v.width, init, bias=q.patch_bias)
-        rows, std = q.position_side**2, config.initializer_range
+        self.patch = PatchEmbedding(shape, axes, v.width, init, bias=v.patch_bias)
+        rows, std = v.position_side**2, config.initializer_range
         self.position = Embedding(rows, v.width, "position", std, init) if rows else None
         self.layers = init.stack(lambda init: Block(tower, init), v.num_layers)
 
-    def __call__(self, batch: Mapping[str, Any]) -> tuple[Float[Array, "N V"], Float[Array, "L N V"] | None]:
-        """The last layer's output and, if DeepStack reads any, every one's."""
+    def __call__(
+        self, batch: Mapping[str, Any]
+    ) -> tuple[Float[Array, "N V"], Float[Array, "deep N V"] | None]:
+        """The last layer's output, and those that DeepStack reads, in the order of the layers."""
         x = self.patch(jnp.asarray(batch["images"]).astype(self.config.compute_dtype))
         if self.position is not None:
             near = self.position(jnp.asarray(batch["image_corners"]), x.dtype)
             x = x + jnp.einsum("ncd,nc->nd", near, jnp.asarray(batch["image_corner_weights"], x.dtype))
-        q, tower = self.config.vision.qwen, tower_config(self.config)
-        places, outputs = jnp.asarray(batch["image_places"]), []
-        whole = [not q.window or i in q.full_layers for i in range(tower.num_layers)]
+        v, tower = self.config.vision_as(QwenVisionConfig), tower_config(self.config)
+        places, deep = jnp.asarray(batch["image_places"]), []
+        whole = [not v.window or i in v.full_layers for i in range(tower.num_layers)]
         stops = [i for i in range(1, len(whole) + 1) if i == len(whole) or whole[i] != whole[i - 1]]
         for start, stop in zip([0, *stops], stops, strict=False):
             groups = "image" if whole[start] else "window"
@@ -87,19 +90,21 @@ class QwenTower(nnx.Module):
             rotary = _rotary(places[rows], tower.key_dim)
             context = AttentionContext(jnp.zeros_like(rows), filled, rotary=rotary, causal=False)
             blocks = take_blocks(self.layers, slice(start, stop))
-            done = apply_blocks([blocks], x[rows], context, tower, keep_outputs=bool(q.deep_layers))
+            read = tuple(i - start for i in sorted(v.deep_layers) if start <= i < stop)
+            done = apply_blocks([blocks], x[rows], context, tower, taps=read_outputs(tower, rows.shape, read))
             x = done.x.reshape(-1, x.shape[-1])[order]
-            if done.outputs is not None:
-                outputs.append(done.outputs.reshape(stop - start, -1, x.shape[-1])[:, order])
-        return x, jnp.concatenate(outputs) if outputs else None
+            if read:
+                outputs = done.activations["residual_post"]
+                deep.append(outputs.reshape(len(read), -1, x.shape[-1])[:, order])
+        return x, jnp.concatenate(deep) if deep else None
 
 
 class Merger(nnx.Module):
     """A norm, and two matrices over the joined patches of a token; `lead` of them, stacked."""
 
     def __init__(self, config: ModelConfig, norm_size: int, init: Initializer, lead: int | None = None):
-        d, size = config.width, config.vision.width * config.vision.qwen.merge**2
-        norm = Norm(norm_size, config.vision.qwen.norm, EPSILON, init)
+        v, d = config.vision_as(QwenVisionConfig), config.width
+        size, norm = v.width * v.merge**2, Norm(norm_size, v.norm, EPSILON, init)
         ahead: tuple[int, ...] = () if lead is None else (lead,)
         axes: tuple[str, ...] = () if lead is None else ("layers",)
         self.norm = norm if lead is None else repeat(norm, lead)
@@ -118,10 +123,10 @@ class QwenProjector(Merger):
     """The merger of the last layer's output, and those of DeepStack, whose norms are over whole tokens."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, q = config.vision, config.vision.qwen
+        v = config.vision_as(QwenVisionConfig)
         super().__init__(config, v.width, init)
-        if q.deep_layers:
-            self.deep = Merger(config, v.width * q.merge**2, init, len(q.deep_layers))
+        if v.deep_layers:
+            self.deep = Merger(config, v.width * v.merge**2, init, len(v.deep_layers))
 
 
 class QwenEncoder(Encoder):
@@ -135,9 +140,9 @@ class QwenEncoder(Encoder):
 
     def __call__(self, batch: Mapping[str, Any]) -> Encoded:
         """Tokens [P, D] of a prepared batch, in the order of the placeholders, and DeepStack's additions."""
-        q = self.config.vision.qwen
+        v = self.config.vision_as(QwenVisionConfig)
         x, outputs = self.vision(batch)
-        joined = lambda y: y.reshape(*y.shape[:-2], -1, q.merge**2 * y.shape[-1])
+        joined = lambda y: y.reshape(*y.shape[:-2], -1, v.merge**2 * y.shape[-1])
         tokens = self.projector(joined(self.projector.norm(x)))
         if outputs is None:
             return Encoded(tokens)
@@ -147,8 +152,9 @@ class QwenEncoder(Encoder):
             merger = nnx.merge(graphdef, params)
             return merger(merger.norm(y))
 
-        deep = jax.vmap(merge_normed)(params, joined(outputs[jnp.asarray(q.deep_layers)]))
-        return Encoded(tokens, deep[jnp.asarray(np.argsort(q.deep_layers))])
+        rank = np.argsort(np.argsort(v.deep_layers))
+        deep = jax.vmap(merge_normed)(params, joined(outputs[jnp.asarray(rank)]))
+        return Encoded(tokens, deep[jnp.asarray(np.argsort(v.deep_layers))])
 
     @staticmethod
     def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -166,40 +172,40 @@ class QwenEncoder(Encoder):
         """
         if "image_rows" in batch:
             return {}
-        v, q = config.vision, config.vision.qwen
+        v = config.vision_as(QwenVisionConfig)
         videos = [name for name in ("pixel_values_videos", "video_grid_thw") if name in batch]
         if videos:
             raise ValueError(
                 f"the batch holds {videos[0]}: videos are not supported, take their frames as images"
             )
         grids = _grids(batch, config)
-        rows, columns = qwen_positions.places(grids, q.merge)
+        rows, columns = qwen_positions.places(grids, v.merge)
         images = np.repeat(np.arange(len(grids), dtype=np.int32), grids[:, 0] * grids[:, 1])
         added: dict[str, Any] = {"image_places": np.stack([rows, columns], axis=-1)}
         groups = {"image": images}
-        if q.window:
-            side = q.window_side(v.patch_size) * q.merge
+        if v.window:
+            side = v.window_side * v.merge
             groups["window"] = qwen_positions.windows(images, rows, columns, side)
         for name, numbers in groups.items():
             cut = qwen_positions.cut(numbers)
             added |= {f"{name}_rows": cut.rows, f"{name}_filled": cut.filled, f"{name}_order": cut.order}
-        if q.position_side:
-            near = qwen_positions.corners(grids[images], rows, columns, q.position_side)
+        if v.position_side:
+            near = qwen_positions.corners(grids[images], rows, columns, v.position_side)
             added["image_corners"], added["image_corner_weights"] = near
         positions = qwen_positions.of_text(
             on_host(batch, "tokens"),
             None if batch.get("segment_ids") is None else on_host(batch, "segment_ids"),
-            grids // q.merge,
+            grids // v.merge,
             v.image_token,
         )
-        if config.rope.sections and "positions" not in batch:
+        if isinstance(config.position, RopeConfig) and config.position.sections and "positions" not in batch:
             added["positions"] = positions
         return added
 
 
 def _grids(batch: Mapping[str, Any], config: ModelConfig) -> Int[np.ndarray, "images 2"]:
     """Rows and columns of patches of each image, checked against the patches that there are."""
-    merge, images = config.vision.qwen.merge, batch["images"]
+    merge, images = config.vision_as(QwenVisionConfig).merge, batch["images"]
     grids = on_host(batch, "image_grid_thw").reshape(-1, 3).astype(np.int64)
     if not len(grids):
         raise ValueError("image_grid_thw is empty; leave it and the images out of a batch of text")
@@ -215,8 +221,8 @@ def _grids(batch: Mapping[str, Any], config: ModelConfig) -> Int[np.ndarray, "im
 
 def _patch_size(config: ModelConfig) -> int:
     """Numbers in a patch."""
-    v = config.vision
-    return v.channels * v.qwen.frames * v.patch_size**2
+    v = config.vision_as(QwenVisionConfig)
+    return v.channels * v.frames * v.patch_size**2
 
 
 def _rotary(places: Int[Array, "groups most 2"], dim: int) -> Rotary:

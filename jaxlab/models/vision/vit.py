@@ -18,11 +18,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, NoPositions, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Embedding, Norm, layer_norm
 from jaxlab.models.stack import apply_blocks, take_blocks
+from jaxlab.models.taps import read_outputs
 from jaxlab.models.vision import tiles
 from jaxlab.models.vision.connectors import Projector, refuse, tokens_per_tile
 from jaxlab.models.vision.encoder import Encoded, Encoder, on_host
@@ -31,22 +32,22 @@ from jaxlab.models.vision.patches import PatchEmbedding, cut_patches
 
 def tower_config(config: ModelConfig) -> ModelConfig:
     """The vision transformer in the decoder's terms."""
-    v, t = config.vision, config.vision.vit
+    v = config.vision_as(ViTConfig)
     return ModelConfig(
         vocab_size=1,
         width=v.width,
         num_layers=v.num_layers,
         num_heads=v.num_heads,
-        mlp=t.mlp,
+        mlp=v.mlp,
         mlp_width=v.mlp_width,
-        activation=t.activation,
-        norm=t.norm,
-        norm_eps=t.norm_eps,
-        position="none",
-        attention_bias=t.attention_bias,
-        output_bias=t.output_bias,
-        mlp_bias=t.mlp_bias,
-        qk_norm="width" if t.qk_norm else "none",
+        activation=v.activation,
+        norm=v.norm,
+        norm_eps=v.norm_eps,
+        position=NoPositions(),
+        attention_bias=v.attention_bias,
+        output_bias=v.output_bias,
+        mlp_bias=v.mlp_bias,
+        qk_norm="width" if v.qk_norm else "none",
         compute_dtype=config.compute_dtype,
         remat=config.remat,
         initializer_range=config.initializer_range,
@@ -57,24 +58,24 @@ class ViTTower(nnx.Module):
     """Patches with positions, after a class token if there is one; blocks that see the whole image."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        v, t, std = config.vision, config.vision.vit, config.initializer_range
+        v, std = config.vision_as(ViTConfig), config.initializer_range
         tower = tower_config(config)
         self.config = config
         shape, axes = (v.channels, v.patch_size, v.patch_size), ("channels", "pixels", "pixels")
-        self.patch = PatchEmbedding(shape, axes, v.width, init, bias=t.patch_bias)
-        self.class_token = init.normal((v.width,), ("embed",), std) if t.class_token else None
-        self.mask_token = init.zeros((v.width,), ("embed",)) if t.mask_token else None
-        has_table, rows = t.position in ("learned", "fractional"), v.num_patches + int(t.class_token)
+        self.patch = PatchEmbedding(shape, axes, v.width, init, bias=v.patch_bias)
+        self.class_token = init.normal((v.width,), ("embed",), std) if v.class_token else None
+        self.mask_token = init.zeros((v.width,), ("embed",)) if v.mask_token else None
+        has_table, rows = v.position in ("learned", "fractional"), v.num_patches + int(v.class_token)
         self.position = Embedding(rows, v.width, "position", std, init) if has_table else None
-        self.pre_norm = layer_norm(tower, init) if t.pre_norm else None
-        has_final_norm = t.final_norm != "none"
-        self.final_norm = Norm(v.width, "layer", t.norm_eps, init) if has_final_norm else None
-        self.head = PoolingHead(tower, init) if t.pooling_head else None
+        self.pre_norm = layer_norm(tower, init) if v.pre_norm else None
+        has_final_norm = v.final_norm != "none"
+        self.final_norm = Norm(v.width, "layer", v.norm_eps, init) if has_final_norm else None
+        self.head = PoolingHead(tower, init) if v.pooling_head else None
         self.layers = init.stack(lambda init: vit_block(config, init), v.num_layers)
 
     def __call__(self, images: Float[Array, "N C y x"], batch: Mapping[str, Any]) -> Float[Array, "N F V"]:
         """The hidden states that the connector reads, without those of the class token if it is dropped."""
-        t, tower = self.config.vision.vit, tower_config(self.config)
+        v, tower = self.config.vision_as(ViTConfig), tower_config(self.config)
         x = self.embed(images, batch.get("image_patch_positions"))
         if self.pre_norm is not None:
             x = self.pre_norm(x)
@@ -84,17 +85,19 @@ class ViTTower(nnx.Module):
             causal=False,
             visible=None if visible is None else jnp.asarray(visible),
         )
-        states = [i % (tower.num_layers + 1) for i in t.feature_layers]
+        states = [i % (tower.num_layers + 1) for i in v.feature_layers]
         last, several = max(states), len(states) > 1
-        read = [x]
+        read = {0: x}
         if last:
             blocks = take_blocks(self.layers, slice(0, last))
-            done = apply_blocks([blocks], x, context, tower, keep_outputs=several)
-            read += [done.x] * last if done.outputs is None else list(done.outputs)
+            before = tuple(sorted({i - 1 for i in states if 0 < i < last}))
+            done = apply_blocks([blocks], x, context, tower, taps=read_outputs(tower, x.shape[:2], before))
+            read |= {i + 1: done.activations["residual_post"][at] for at, i in enumerate(before)}
+            read[last] = done.x
         x = jnp.concatenate([read[i] for i in states], axis=-1) if several else read[states[0]]
-        if self.final_norm is not None and t.final_norm == "used":
+        if self.final_norm is not None and v.final_norm == "used":
             x = self.final_norm(x)
-        return x[:, 1:] if t.drop_first else x
+        return x[:, 1:] if v.drop_first else x
 
     def embed(
         self,
@@ -102,9 +105,9 @@ class ViTTower(nnx.Module):
         positions: Int[np.ndarray, "N F"] | Int[Array, "N F"] | None,
     ) -> Float[Array, "N F V"]:
         """Patches row by row, after the class token if there is one, with their positions."""
-        v, t = self.config.vision, self.config.vision.vit
+        v = self.config.vision_as(ViTConfig)
         channels, height, width = images.shape[1:]
-        if channels != v.channels or (t.position != "fractional" and (height, width) != (v.image_size,) * 2):
+        if channels != v.channels or (v.position != "fractional" and (height, width) != (v.image_size,) * 2):
             raise ValueError(
                 f"images are {images.shape[1:]}, the model takes {(v.channels, v.image_size, v.image_size)}"
             )
@@ -114,7 +117,7 @@ class ViTTower(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[-1])), x], axis=1)
         if self.position is not None:
             table = self.position.table.astype(x.dtype)
-            x = x + (table[None] if t.position == "learned" else table[positions])
+            x = x + (table[None] if v.position == "learned" else table[positions])
         return x
 
 
@@ -129,7 +132,7 @@ class PoolingHead(nnx.Module):
 
 def vit_block(config: ModelConfig, init: Initializer) -> Block:
     """The decoder's block with LayerScale, and with RMSNorm on queries and keys whatever the other norms."""
-    layer_scale = 0.1 if config.vision.vit.layer_scale else None
+    layer_scale = 0.1 if config.vision_as(ViTConfig).layer_scale else None
     return Block(tower_config(config), init, qk_norm_kind="rms", layer_scale=layer_scale)
 
 
@@ -172,8 +175,8 @@ class ViTEncoder(Encoder):
             not fit the images, or they are traced.
           UserError: the family's images are not run.
         """
-        t, added = config.vision.vit, dict[str, Any]()
-        if t.connector in ("merger", "resampler"):
+        v, added = config.vision_as(ViTConfig), dict[str, Any]()
+        if v.connector in ("merger", "resampler"):
             refuse(config)
         tokens, images = batch["tokens"], batch["images"]
         if "pixel_values_videos" in batch:
@@ -181,18 +184,18 @@ class ViTEncoder(Encoder):
                 "the batch holds pixel_values_videos: videos are not run, take their frames as images"
             )
         prepared = "image_tiles" in batch
-        if t.grid and not prepared:
+        if v.grid and not prepared:
             added, made = _tiles(batch, config)
-        elif t.position == "fractional" and not prepared:
+        elif v.position == "fractional" and not prepared:
             added = _patches(batch, config)
-            made = added["image_patch_positions"].size // t.shuffle**2
+            made = added["image_patch_positions"].size // v.shuffle**2
         elif not prepared:
             made = int(np.prod(images.shape[:-3])) * tokens_per_tile(config)
         if not prepared and not isinstance(tokens, jax.core.Tracer):
-            places = int(np.sum(np.asarray(tokens) == config.vision.image_token))
+            places = int(np.sum(np.asarray(tokens) == config.image_token))
             if places != made:
                 raise ValueError(f"the text has {places} placeholders, its images make {made} tokens")
-        if t.together != "none" and "together" not in batch:
+        if v.together != "none" and "together" not in batch:
             added["together"] = _together(batch, config)
         return added
 
@@ -201,16 +204,16 @@ def _together(batch: Mapping[str, Any], config: ModelConfig) -> Any:
     """int32[B, T]: numbers of groups that see themselves whole, from 1 on; 0 elsewhere."""
     tokens = batch["tokens"]
     xp: Any = jnp if isinstance(tokens, jax.core.Tracer) else np
-    if config.vision.vit.together == "prefix":
+    if config.vision_as(ViTConfig).together == "prefix":
         return (xp.asarray(batch.get("token_type_ids", xp.zeros_like(tokens))) == 0).astype(np.int32)
-    is_image = xp.asarray(tokens) == config.vision.image_token
+    is_image = xp.asarray(tokens) == config.image_token
     before = xp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
     return xp.where(is_image, xp.cumsum(is_image & ~before, axis=1), 0).astype(np.int32)
 
 
 def _tiles(batch: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], int]:
     """Tiles of images of varying size, and how many tokens they make."""
-    v, t, images = config.vision, config.vision.vit, batch["images"]
+    v, images = config.vision_as(ViTConfig), batch["images"]
     sizes = [(int(height), int(width)) for height, width in on_host(batch, "image_sizes").reshape(-1, 2)]
     whole = [False] * len(sizes)
     if "batch_num_images" in batch:
@@ -218,7 +221,7 @@ def _tiles(batch: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any
         if len(whole) != len(sizes):
             raise ValueError(f"batch_num_images counts {len(whole)} images, image_sizes has {len(sizes)}")
     counts = [
-        1 if one else tiles.count_tiles(size, t.grid, v.image_size)
+        1 if one else tiles.count_tiles(size, v.grid, v.image_size)
         for size, one in zip(sizes, whole, strict=True)
     ]
     if images.ndim == 5:
@@ -231,7 +234,7 @@ def _tiles(batch: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any
             raise ValueError(f"images are {images.shape}, image_sizes ask for {counts} tiles")
         taken = np.arange(sum(counts))
     side = v.image_size // v.patch_size
-    packed = tiles.pack(sizes, whole, grid=t.grid, tile=v.image_size, side=side, max_tiles=t.max_tiles)
+    packed = tiles.pack(sizes, whole, grid=v.grid, tile=v.image_size, side=side, max_tiles=v.max_tiles)
     added = {"image_tiles": taken.astype(np.int32), "image_rows": packed.rows}
     if packed.weights is not None:
         added["image_weights"] = packed.weights
@@ -240,13 +243,13 @@ def _tiles(batch: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any
 
 def _patches(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Images that are there, the patches of each that show something, and where in the whole they lie."""
-    v = config.vision
+    v = config.vision_as(ViTConfig)
     images = on_host(batch, "images")
     images = images.reshape(-1, *images.shape[-3:])
     height, width = images.shape[-2:]
     down, across = height // v.patch_size, width // v.patch_size
-    if down != across or down % v.vit.shuffle:
-        raise ValueError(f"images are {images.shape[1:]}, the model takes squares of {v.vit.shuffle} patches")
+    if down != across or down % v.shuffle:
+        raise ValueError(f"images are {images.shape[1:]}, the model takes squares of {v.shuffle} patches")
     kept = np.flatnonzero(np.any(images != 0, axis=(1, 2, 3)))
     visible = np.ones((len(kept), down, across), bool)
     if "pixel_attention_mask" in batch:

@@ -95,11 +95,17 @@ def test_the_last_queries_of_a_million_tokens_in_xla():
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     length, geometry = SPEC.length, {"block_len": SPEC.block_len, "stride": SPEC.stride}
     k_cmp, v_cmp = k[:, : SPEC.blocks], v[:, : SPEC.blocks]
-    place = {"q_positions": positions}
-    out, lse = compressed_attention(q, k_cmp, v_cmp, **geometry, **place)
-    indices = select_blocks(q, k_cmp, lse, **SPEC.selection_sizes, kv_len=length, **place)
-    selected = selected_attention(q, k, v, indices, block_size=64, **place)
-    recent = window_attention(q, k, v, window=512, **place)
+
+    @jax.jit
+    def run(q, k, v, k_cmp, v_cmp, positions):
+        place = {"q_positions": positions}
+        out, lse = compressed_attention(q, k_cmp, v_cmp, **geometry, **place)
+        indices = select_blocks(q, k_cmp, lse, **SPEC.selection_sizes, kv_len=length, **place)
+        selected = selected_attention(q, k, v, indices, block_size=64, **place)
+        recent = window_attention(q, k, v, window=512, **place)
+        return out, indices, selected, recent
+
+    out, indices, selected, recent = run(q, k, v, k_cmp, v_cmp, positions)
 
     wide = [np.asarray(x, np.float64) for x in (q, k, v, k_cmp, v_cmp)]
     ends = np.arange(SPEC.blocks) * SPEC.stride + SPEC.block_len - 1

@@ -65,19 +65,19 @@ def speaks(runs: Sequence[RunFolder]) -> bool:
 
 def variant(run: RunFolder) -> str:
     """What the attention of a trained model is, in words: `full attention`, `NSA`, or NSA otherwise."""
-    attention = str(run.setting("model", "attention") or "full")
+    attention = str(run.setting("model", "attention", "kind") or "full")
     if attention != "nsa":
         return f"{attention} attention"
-    name = _SELECTORS[str(run.setting("model", "nsa", "selector") or "compressed")]
-    branches = run.setting("model", "nsa", "branches") or []
+    name = _SELECTORS[str(run.setting("model", "attention", "selector") or "compressed")]
+    branches = run.setting("model", "attention", "branches") or []
     absent = [branch for branch in ("compression", "selection", "window") if branch not in branches]
     if branches and absent:
         name += f" without {' and '.join(absent)}"
-    return name + (", one K/V projection" if run.setting("model", "nsa", "shared_kv") else "")
+    return name + (", one K/V projection" if run.setting("model", "attention", "shared_kv") else "")
 
 
 def _method(run: RunFolder) -> str:
-    return str(run.setting("sparsity", "method") or "none")
+    return str(run.setting("sparsity", "kind") or "none")
 
 
 def _maker(run: RunFolder, trained: Sequence[RunFolder]) -> RunFolder | None:
@@ -101,7 +101,7 @@ def _reader(run: RunFolder, maker: RunFolder | None) -> str:
 
 def _variants(trained: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     """NSA models by variant, of those that read what the first one reads."""
-    models = [r for r in trained if r.setting("model", "attention") == "nsa"]
+    models = [r for r in trained if r.setting("model", "attention", "kind") == "nsa"]
     found: dict[str, list[RunFolder]] = {}
     for run in models:
         if _same(run, models[0], "data", "steps", "batch_size"):
@@ -127,7 +127,7 @@ def _n2(needles: Sequence[RunFolder], makers: Mapping[int, RunFolder | None]) ->
         maker = makers[id(run)]
         if maker is None or variant(maker) != "NSA":
             continue
-        if run.get("needle", "length") == maker.setting("data", "needle", "sequence_length"):
+        if run.get("needle", "length") == maker.setting("data", "sequence_length"):
             length = run.get("needle", "length")
             found += [at["exact_match"] for at in run.get("needle", "depths")]
     return rules.n2(found, length)
@@ -212,7 +212,7 @@ def _length(run: RunFolder) -> str:
     if run.get("needle"):
         return str(run.get("needle", "length"))
     is_text = run.setting("data", "kind") == "text"
-    return str(run.setting("data", "text", "sequence_length")) if is_text else NONE
+    return str(run.setting("data", "sequence_length")) if is_text else NONE
 
 
 def _variant_table(variants: Mapping[str, Sequence[RunFolder]]) -> Markup | None:

@@ -46,7 +46,7 @@ def _headline(run: RunFolder) -> tuple[str, str]:
 
 def _coverage(run: RunFolder, index: int) -> Markup:
     coverage = run.get("retrofit", "coverage")
-    blocks, size = (run.setting("model", "nsa", key) for key in ("num_blocks", "block_size"))
+    blocks, size = (run.setting("model", "attention", key) for key in ("num_blocks", "block_size"))
     look = (
         f"Measured on {count(run.get('retrofit', 'sequences'))} held-out sequences of "
         f"{count(run.get('retrofit', 'length'))} tokens before the first step: every query may read {blocks} "

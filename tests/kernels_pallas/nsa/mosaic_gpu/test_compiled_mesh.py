@@ -30,8 +30,7 @@ MODEL = ModelConfig(
     head_dim=128,
     mlp_width=4096,
     max_length=LENGTH,
-    attention="nsa",
-    nsa=NSAConfig(implementation="mosaic_gpu"),
+    attention=NSAConfig(implementation="mosaic_gpu"),
     compute_dtype="bfloat16",
     remat="layer",
 )

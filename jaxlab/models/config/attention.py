@@ -1,9 +1,46 @@
-"""Attention that reads a part of the text: trained so (NSA), or at inference only."""
+"""The kinds of attention that a decoder is trained with."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxlab.errors import ConfigError
+
+LayerKind = Literal["full", "sliding"]
+DenseImplementation = Literal["xla", "chunked", "cudnn"]
+
+
+@dataclass(frozen=True)
+class FullAttentionConfig:
+    """Every layer reads the whole text."""
+
+    kind: Literal["full"] = "full"
+    implementation: DenseImplementation = "xla"
+    """xla: anywhere, all scores at once; chunked: anywhere, in memory linear in the length, and twice as fast
+    on a CPU (with a cache as xla); cudnn: on NVIDIA GPUs in bf16 with Dk = Dv."""
+
+
+@dataclass(frozen=True)
+class SlidingAttentionConfig:
+    """Layers read a window of the text; with a pattern some of them all of it."""
+
+    kind: Literal["sliding"] = "sliding"
+    window: int = 512
+    """Tokens that a sliding layer sees, the query's own included."""
+    pattern: tuple[LayerKind, ...] = ()
+    """Kinds of the first layers, repeated over the others; empty: all layers slide."""
+    rope_theta: float | None = None
+    """Sliding layers turn by plain rotary positions of this base instead (Gemma 3)."""
+    implementation: DenseImplementation = "xla"
+    """As of full attention."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ConfigError(f"must be at least 1, is {self.window}", key="window")
+        if self.pattern and "sliding" not in self.pattern:
+            raise ConfigError("names no sliding layer; set kind full", key="pattern")
+        if self.rope_theta is not None and not 0 < self.rope_theta < float("inf"):
+            raise ConfigError(f"must be positive and finite, is {self.rope_theta}", key="rope_theta")
+
 
 Branch = Literal["compression", "selection", "window"]
 BRANCHES: tuple[Branch, ...] = ("compression", "selection", "window")
@@ -14,6 +51,7 @@ BRANCHES: tuple[Branch, ...] = ("compression", "selection", "window")
 class NSAConfig:
     """Native Sparse Attention (ACL 2025, sec. 3); the defaults are the paper's."""
 
+    kind: Literal["nsa"] = "nsa"
     block_len: int = 32
     """Tokens in a compression block (l)."""
     stride: int = 16
@@ -93,40 +131,4 @@ class NSAConfig:
             )
 
 
-@dataclass(frozen=True)
-class SparsityConfig:
-    """Full attention that reads a part of the text only, on a model that was trained with all of it."""
-
-    method: Literal["none", "exact_tokens", "exact_blocks", "quest", "infllm", "h2o"] = "none"
-    """How a query chooses (jaxlab/models/sparse_inference.py); none reads everything."""
-    block_size: int = 64
-    """Tokens in a block."""
-    num_blocks: int = 16
-    """Blocks that a query reads, the forced ones included; where tokens are chosen, as many as these hold."""
-    num_init: int = 1
-    """Blocks at the start of the text that are always read (not with exact_tokens and h2o)."""
-    num_local: int = 2
-    """Blocks ending at the query's own that are always read; with h2o so many tokens stay (not with
-    exact_tokens)."""
-    representatives: int = 4
-    """infllm: tokens that stand for a block."""
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "num_local", "representatives"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
-        if self.num_init < 0:
-            raise ConfigError(f"must not be negative, is {self.num_init}", key="num_init")
-        if self.num_init + self.num_local > self.num_blocks:
-            raise ConfigError(
-                f"{self.num_blocks} blocks cannot hold the forced {self.num_init} first "
-                f"and {self.num_local} local ones; raise num_blocks",
-                key="num_blocks",
-            )
-        if self.method == "infllm" and self.num_local < 2:
-            raise ConfigError("infllm rates tokens by the block after theirs; raise it to 2", key="num_local")
-
-    @property
-    def budget(self) -> int:
-        """Tokens that a query reads at most."""
-        return self.num_blocks * self.block_size
+AttentionConfig = FullAttentionConfig | SlidingAttentionConfig | NSAConfig

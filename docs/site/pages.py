@@ -1,11 +1,14 @@
-"""Notebooks as pages of the site: their text, their code, and the outputs that are stored in them."""
+"""Notebooks as pages of the site: their text, their code, and the outputs that are stored in them. And links
+that lead out of docs/, which only a checkout has."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -25,8 +28,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
-def on_page_markdown(text: str, **kwargs: Any) -> str:
-    """Pages link to notebooks by their files."""
+def on_page_markdown(text: str, *, page: Page, **kwargs: Any) -> str:
+    """Pages link to notebooks by their files; of links to other files of the checkout the path is left."""
+    if "/" not in page.file.src_uri:
+        text = re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", text)
     return text.replace(".ipynb)", ".md)")
 
 

@@ -8,21 +8,41 @@ A config is a frozen dataclass. Its fields hold int, float, bool, str, Literal, 
 `tuple[...]` and `dict[str, ...]` of these, and unions of them. A string under a field is its line of help. A
 field whose key is a Python keyword carries a trailing underscore (`lambda_` is the key `lambda`).
 `__post_init__` raises ConfigError for values that do not fit together.
+
+Configs in a union are told apart by `kind`, which each declares: `kind: Literal["nsa"] = "nsa"`. A group that
+names no kind has that of the field's default. A word alone, `attention: full`, is the group that names its
+kind and nothing else. A key has one type in all kinds of a union.
 """
 
 import dataclasses
+import logging
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 from jaxlab.config import command_line as command_words
 from jaxlab.config import yaml_text
-from jaxlab.config.schema import ABSENT, choices, describe, fields_of, is_config, leaves, members, suggestion
+from jaxlab.config.schema import (
+    ABSENT,
+    KIND,
+    choices,
+    describe,
+    fields_of,
+    groups,
+    inner_fields,
+    is_config,
+    leaves,
+    members,
+    suggestion,
+    variants,
+)
 from jaxlab.config.yaml_text import Keys
 from jaxlab.errors import COMMAND_LINE, ConfigError
 from jaxlab.files import shipped
+
+_log = logging.getLogger(__name__)
 
 Origins = dict[Keys, str]
 """Where values came from, by the keys that lead to them: `file:line`, or the command line."""
@@ -39,7 +59,8 @@ def load[T](cls: type[T], path: str | os.PathLike[str] | None, overrides: Overri
       path: the file, or None for defaults and overrides alone.
       overrides: words of a command line, or values by dotted key.
 
-    Raises: ConfigError.
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
     """
     source = Source.of_file(path) if path is not None else Source()
     source.override(cls, overrides)
@@ -47,7 +68,11 @@ def load[T](cls: type[T], path: str | os.PathLike[str] | None, overrides: Overri
 
 
 def replace[T](config: T, overrides: Overrides) -> T:
-    """A config like `config` with `overrides` on top. Raises ConfigError."""
+    """A config like `config` with `overrides` on top.
+
+    Raises:
+      ConfigError: a mistake in it, with its place and the remedy.
+    """
     source = Source(to_dict(config), {})
     source.override(type(config), overrides)
     return source.build(type(config))
@@ -56,14 +81,15 @@ def replace[T](config: T, overrides: Overrides) -> T:
 def build[T](cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """The config of class `cls` that `tree`, nested mappings of plain values, describes; errors name `where`.
 
-    Raises: ConfigError for unknown and missing keys, wrong types, and what `__post_init__` refuses.
+    Raises:
+      ConfigError: unknown and missing keys, wrong types, and what `__post_init__` refuses.
     """
     return Source(tree, {(): where}).build(cls)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain values of a config by key, as they stand in a file."""
-    return {key: to_plain(getattr(config, field.name)) for key, field in fields_of(type(config)).items()}
+    return {key: to_plain(getattr(config, field.name)) for key, field in fields_of(config.__class__).items()}
 
 
 def to_plain(value: Any) -> Any:
@@ -91,7 +117,11 @@ class Source:
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> "Source":
-        """What a YAML file holds. Raises ConfigError if that is not a mapping."""
+        """What a YAML file holds.
+
+        Raises:
+          ConfigError: that is not a mapping.
+        """
         path = shipped(path)
         where = os.fspath(path)
         try:
@@ -108,23 +138,56 @@ class Source:
         return cls(value, {**origins, (): where})
 
     def override(self, cls: type, overrides: Overrides) -> None:
-        """Puts values of the command line, or of a program, over those that are there."""
+        """Puts values of the command line, or of a program, over those that are there.
+
+        A group that is given another kind keeps the values that this kind takes too. Others are left out, and
+        a line of the log says so if a file gave them.
+        """
         if isinstance(overrides, Mapping):
             items = [(command_words.resolve(cls, dotted)[0], value) for dotted, value in overrides.items()]
         else:
             items = command_words.parse(cls, overrides)
-        for keys, value in items:
+        self.tree = _spelled_out(cls, self.tree)
+        single = [item for keys, value in items for item in _one_by_one(_type_at(cls, keys), keys, value)]
+        for keys, value in single:
             try:
+                if keys[-1] == KIND:
+                    self._leave_out(keys[:-1], variants(_type_at(cls, keys[:-1])), value)
                 _put(self.tree, keys, value)
             except ConfigError as error:
                 raise error.at(self._where(error.key)) from None
-            self.origins = {
-                known: place for known, place in self.origins.items() if known[: len(keys)] != keys
-            }
+            self._forget(keys)
             self.origins[keys] = COMMAND_LINE
 
+    def _leave_out(self, keys: Keys, kinds: Mapping[str, type], word: Any) -> None:
+        """Takes from the group at `keys` what its kind has and the kind `word` has not."""
+        group: Any = self.tree
+        for key in keys:
+            group = group.get(key) if isinstance(group, Mapping) else None
+        old = group.get(KIND) if isinstance(group, dict) else None
+        if not (isinstance(old, str) and isinstance(word, str) and {old, word} <= kinds.keys()):
+            return
+        alien = fields_of(kinds[old]).keys() - fields_of(kinds[word]).keys()
+        # What the command line itself gives stays: validation refuses it, whatever the order of the words.
+        lost = [key for key in group if key in alien and self.origins.get((*keys, key)) != COMMAND_LINE]
+        given = [key for key in lost if (*keys, key) in self.origins]
+        if given:
+            place = self._where(_dotted((*keys, given[0])))
+            text = "%s: %s: left out, the kind is %s now: %s"
+            _log.warning(text, place, _dotted(keys), word, ", ".join(given))
+        for key in lost:
+            del group[key]
+            self._forget((*keys, key))
+
+    def _forget(self, keys: Keys) -> None:
+        self.origins = {known: place for known, place in self.origins.items() if known[: len(keys)] != keys}
+
     def build[T](self, cls: type[T]) -> T:
-        """The validated config. Raises ConfigError, with the place of the value that it is about."""
+        """The validated config.
+
+        Raises:
+          ConfigError: with the place of the value that it is about.
+        """
         try:
             return typing.cast(T, _Builder(cls).config(cls, self.tree, (), ABSENT))
         except ConfigError as error:
@@ -137,14 +200,41 @@ class Source:
         return places.get(key, "")
 
 
-def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+def _type_at(kind: Any, keys: Keys) -> Any:
+    """The type of the value at `keys`, or None where no class says it."""
+    for key in keys:
+        field = inner_fields(kind).get(str(key))
+        kind = field.type if field else None
+    return kind
+
+
+def _spelled_out(kind: Any, value: Any) -> Any:
+    """`value` with `{kind: word}` for each word that stands alone for a group."""
+    if isinstance(value, str) and variants(kind) and str not in members(kind) and value not in choices(kind):
+        return {KIND: value}
+    if groups(kind) and isinstance(value, Mapping):
+        return {key: _spelled_out(_type_at(kind, (key,)), item) for key, item in value.items()}
+    return value
+
+
+def _one_by_one(kind: Any, keys: Keys, value: Any) -> Iterator[tuple[Keys, Any]]:
+    """A value for a group as values of the fields in it."""
+    value = _spelled_out(kind, value)
+    if groups(kind) and isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _one_by_one(_type_at(kind, (key,)), (*keys, key), item)
+    else:
+        yield keys, value
+
+
+def _put(tree: dict[Any, Any], keys: Keys, value: Any) -> None:
     """Sets one value; groups on the way are made, and a whole group is merged into what is there."""
-    *groups, last = keys
-    for depth, key in enumerate(groups):
+    *parents, last = keys
+    for depth, key in enumerate(parents):
         inner = tree.get(key)
         if not isinstance(inner, Mapping | None):
             raise ConfigError(
-                f"expected a group of values, found {_shown(inner)}", ".".join(groups[: depth + 1])
+                f"expected a group of values, found {_shown(inner)}", _dotted(keys[: depth + 1])
             )
         tree[key] = tree = dict(inner or {})
     if isinstance(value, Mapping) and isinstance(tree.get(last), Mapping):
@@ -160,7 +250,10 @@ class _Builder:
     def __init__(self, root: type) -> None:
         self.root = root
 
-    def config(self, cls: type, tree: Any, keys: Keys, default: Any) -> Any:
+    def config(
+        self, cls: type, tree: Any, keys: Keys, default: Any, kinds: Mapping[str, type] | None = None
+    ) -> Any:
+        """The config of class `cls`; `kinds` are those that it could have been, if it is one of several."""
         if tree is None:  # a group with all its lines commented out
             tree = {}
         if not isinstance(tree, Mapping):
@@ -168,7 +261,7 @@ class _Builder:
         fields = fields_of(cls)
         for key in tree:
             if key not in fields:
-                raise ConfigError(self.unknown(str(key), cls), _dotted((*keys, str(key))))
+                raise ConfigError(self.unknown(str(key), cls, kinds or {}), _dotted((*keys, str(key))))
         values = {}
         for key, field in fields.items():
             inherited = getattr(default, field.name) if isinstance(default, cls) else field.default
@@ -188,6 +281,11 @@ class _Builder:
     def convert(self, kind: Any, value: Any, keys: Keys, default: Any = ABSENT) -> Any:
         """`value` as the type `kind`: lists become tuples, ints floats where needed, nothing else bends."""
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        value = _spelled_out(kind, value)
+        if value is None and variants(kind) and types.NoneType not in members(kind):
+            value = {}
+        if isinstance(value, Mapping) and variants(kind):
+            return self.variant(kind, value, keys, default)
         if len(members(kind)) > 1:
             return self.union(kind, value, keys, default)
         if is_config(kind):
@@ -233,8 +331,25 @@ class _Builder:
             raise inner
         _wrong(kind, value, keys)
 
-    def unknown(self, key: str, cls: type) -> str:
+    def variant(self, kind: Any, tree: Mapping[str, Any], keys: Keys, default: Any) -> Any:
+        """The config of a union that its key `kind` names; without that key it is of the default's kind."""
+        kinds = variants(kind)
+        one_of: Any = Literal[tuple(kinds)]
+        word = tree.get(KIND, getattr(default, KIND) if type(default) in kinds.values() else ABSENT)
+        if word is ABSENT:
+            raise ConfigError(f"missing; give it as {describe(one_of)}", _dotted((*keys, KIND)))
+        return self.config(kinds[self.convert(one_of, word, (*keys, KIND))], tree, keys, default, kinds)
+
+    def unknown(self, key: str, cls: type, kinds: Mapping[str, type]) -> str:
         known = fields_of(cls)
+        owners = [word for word, other in kinds.items() if key in fields_of(other)]
+        if owners:
+            return f"belongs to kind {' and '.join(owners)}, here is {known[KIND].default}"
+        if key in kinds:
+            return f"what is below it stands beside `kind: {key}` now, without a key of its own"
+        moved: Mapping[str, str] = getattr(cls, "MOVED", {})
+        if key in moved:
+            return f"is written so now: {moved[key]}"
         group, _, last = key.rpartition(".")
         if group and key in leaves(self.root):
             return f"unknown key; write {last} below {group.replace('.', ' below ')}, indented"
