@@ -129,9 +129,8 @@ class NativeSparseAttention(Attention):
         q = tap("queries", self.with_rope(q, context.rotary))
         k, v = _tap_branches(tap, "keys", k), _tap_branches(tap, "values", v)
         # Compressed keys are built from keys without rotary positions.
-        (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win) = (jnp.unstack(y, axis=1) for y in (k, v))
-        k_slc, k_win = self.with_rope(k_slc, context.rotary), self.with_rope(k_win, context.rotary)
-        new = nsa.NewTokens(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+        k_slc, k_win = self.with_rope(k[:, 1], context.rotary), self.with_rope(k[:, 2], context.rotary)
+        new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])
         gates = tap("gates", self.gate(x))
         if isinstance(cache, PagedCache):
             return self._attend_with_cache(q, new, gates, context, cache)

@@ -110,8 +110,9 @@ def test_positions_count_within_segments():
 
 def test_given_positions_are_taken():
     config = make_config("other")
-    params, tokens = draw_params(config), draw_tokens(config, 1, 4)
-    shifted = logits(params, {"tokens": tokens, "positions": jnp.arange(5, 9, dtype=jnp.int32)[None]}, config)
+    params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
+    positions = jnp.broadcast_to(jnp.arange(5, 5 + SHAPE[1], dtype=jnp.int32)[None], SHAPE)
+    shifted = logits(params, {"tokens": tokens, "positions": positions}, config)
     table = {"table": jnp.roll(params["position"]["table"], -5, axis=0)}
     np.testing.assert_array_equal(shifted, logits({**params, "position": table}, {"tokens": tokens}, config))
 
@@ -119,7 +120,7 @@ def test_given_positions_are_taken():
 @pytest.mark.parametrize("variant", ["rotary", "nsa"])
 def test_bfloat16_computes_near_float32_from_float32_parameters(variant):
     config = make_config(variant)
-    params, tokens = draw_params(config), draw_tokens(config, 1, 9)
+    params, tokens = draw_params(config), draw_tokens(config, *SHAPE)
     low = make_config(variant, compute_dtype="bfloat16")
     found, intermediates = run(params, {"tokens": tokens}, low)
     assert found.dtype == jnp.float32

@@ -66,7 +66,6 @@ def test_greedy_tokens_after_prompts_in_chunks_are_those_of_a_full_forward():
         np.testing.assert_array_equal(made[row], likeliest[row, length - 1 : length + 7])
 
 
-@pytest.mark.optimized
 def test_a_step_copies_no_layer_of_the_cache():
     """Temporary memory grows by the compressed blocks at most, a thirty-second part of the tokens here."""
     config = make_config("nsa", attention=NSAConfig(block_len=32, stride=32, num_blocks=3, compress_width=4))

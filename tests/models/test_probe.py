@@ -195,7 +195,6 @@ def memory_probe(q, k, v, cotangent, streamed):
     return jnp.sum(jnp.abs(jnp.sum(per_head, axis=1)))
 
 
-@pytest.mark.optimized
 def test_memory_stays_far_below_a_map_per_head():
     shape = jax.ShapeDtypeStruct((1, 1024, 16, 16), jnp.float32)
     used = [
