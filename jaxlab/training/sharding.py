@@ -1,4 +1,4 @@
-"""The mesh, and the one table from logical axis names to mesh axes."""
+"""The mesh of devices, and where parameters and batches live on it (by the rules in logical_axes.py)."""
 
 import functools
 import math
@@ -13,7 +13,6 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import (
     BATCH,
     CONTEXT,
-    HEADS,
     Batch,
     ModelConfig,
     Params,
@@ -21,30 +20,7 @@ from jaxlab.models import (
     check_length,
     logical_axes,
 )
-
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": BATCH,
-    "embed": "fsdp",
-    "block": None,
-    "branch": None,
-    "channels": None,
-    "compress": "fsdp",
-    "experts": None,
-    "frames": None,
-    "gate": None,
-    "head_dim": None,
-    "heads": HEADS,
-    "kv_heads": HEADS,
-    "layers": None,
-    "mlp": HEADS,
-    "pixels": None,
-    "position": None,
-    "ratio": None,
-    "tile": None,
-    "tokens": CONTEXT,
-    "vocab": None,
-}
-"""Logical axis -> mesh axis (None: not split). An axis that is not named here is an error."""
+from jaxlab.training.logical_axes import LOGICAL_AXIS_RULES, partition_spec
 
 
 @dataclass(frozen=True)
@@ -91,23 +67,6 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
-def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """Mesh axes of a tensor with these logical axes.
-
-    Raises:
-      ValueError: an axis is not in the table, or two of them want the same mesh axis.
-    """
-    unknown = [axis for axis in axes if axis not in RULES]
-    if unknown:
-        raise ValueError(f"logical axis {unknown[0]!r} is not in the table of sharding rules")
-    spec = [RULES[axis] for axis in axes]
-    used = [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]
-    twice = {name for name in used if used.count(name) > 1}
-    if twice:
-        raise ValueError(f"axes {axes} would use mesh axis {twice.pop()!r} twice")
-    return PartitionSpec(*spec)
-
-
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """Where each parameter of `config` lives.
 
@@ -152,8 +111,8 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     """Examples split over devices, whole on each one where their number does not allow it; what a batch holds
     of each token over `context` besides."""
     rows, length = batch["tokens"].shape
-    examples = None if rows % _batch_parts(mesh) else RULES["batch"]
-    of_tokens = PartitionSpec(examples, RULES["tokens"])
+    examples = None if rows % _batch_parts(mesh) else LOGICAL_AXIS_RULES["batch"]
+    of_tokens = PartitionSpec(examples, LOGICAL_AXIS_RULES["tokens"])
     spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else PartitionSpec(examples)
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 

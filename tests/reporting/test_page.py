@@ -116,7 +116,7 @@ def test_commands_and_verdicts_are_on_the_page(whole_page):
 
 def test_time_of_attention_by_length_is_on_the_page(whole_page):
     words = " ".join(Reader(whole_page).words)
-    assert "2.00 ×  dense attention's time over NSA's, forward and backward" in words
+    assert "2.00 × dense attention's time over NSA's, forward and backward" in words
     assert "at 8\u202f192 tokens (0.50 × at 2\u202f048); test loss −1.9\u00a0% beside full attention" in words
     assert "chunked 1.50 s, query_stretches 2.50 s" in words
     assert "seconds of processor" in words

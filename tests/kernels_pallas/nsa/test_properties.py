@@ -134,6 +134,7 @@ def test_packed_sequences_give_what_they_give_alone(packed):
     assert relative_error(out[:, here], expected) < 1e-6
 
 
+@pytest.mark.slow  # test_decoding.py compares chunks as well, and operators_base.py with the oracle
 def test_decoding_and_prefill_in_chunks_equal_the_full_forward():
     case = Case(70, batch=2, segments=(-4, 66))
     args, ids = case.arguments(), case.segment_ids

@@ -101,12 +101,12 @@ def test_one_token_of_rows_of_different_lengths(make, heads):
 
 
 def test_given_blocks_in_any_order_and_a_row_without_a_token():
-    cache = contiguous()
+    cache = jax.tree.map(lambda x: x[:2], contiguous())
     random = np.random.default_rng(2)
-    q = jnp.asarray(random.standard_normal((3, 1, 2, 64)), jnp.bfloat16)
-    gates = jnp.ones((3, 1, 2, 3), jnp.bfloat16)
-    num_new = jnp.asarray([1, 0, 1], jnp.int32)
-    indices = jnp.broadcast_to(jnp.asarray([5, -1, 0, 3, 99], jnp.int32), (3, 2, 1, 5))
+    q = jnp.asarray(random.standard_normal((2, 1, 2, 64)), jnp.bfloat16)
+    gates = jnp.ones((2, 1, 2, 3), jnp.bfloat16)
+    num_new = jnp.asarray([1, 0], jnp.int32)
+    indices = jnp.broadcast_to(jnp.asarray([5, -1, 0, 3, 99], jnp.int32), (2, 2, 1, 5))
     with interpreted():
         found = attend(cache, q, gates, num_new, "mosaic_gpu", indices)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (cache, q, gates))

@@ -6,12 +6,20 @@ import pytest
 
 from kernels_pallas.nsa import selected_attention
 from kernels_pallas.nsa.mosaic_gpu import operators
+from kernels_pallas.nsa.mosaic_gpu.common import Tuning
 from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa.operators_base import OperatorTests
 
 needs_pallas = pytest.mark.skipif(
     jax.__version_info__ < OLDEST_JAX, reason=f"the kernels need jax {OLDEST_JAX}, this is {jax.__version__}"
 )
+
+
+def small_tuning(kernel, branch, k, v):
+    """Two tiles of rows with a warpgroup each, which costs half; for the window sizes differ by kernel."""
+    if branch == "window" and kernel != "query_gradient":
+        return Tuning(warpgroups=1, keys=128 if kernel == "forward" else 64, stages=3, registers=False)
+    return Tuning(warpgroups=1, registers=False)
 
 
 @needs_pallas
@@ -28,6 +36,12 @@ class TestOperators(OperatorTests):
     @pytest.fixture(autouse=True)
     def _by_queries(self, monkeypatch):
         monkeypatch.setattr(operators, "MOST_HEADS_BY_BLOCK", 0)
+
+    @pytest.mark.parametrize("tuning", [small_tuning, pytest.param(None, marks=pytest.mark.slow)])
+    def test_whole_attention_with_packed_sequences_and_poisoned_padding(self, monkeypatch, tuning):
+        if tuning is not None:
+            monkeypatch.setattr(operators, "kernel_tuning", tuning)
+        super().test_whole_attention_with_packed_sequences_and_poisoned_padding()
 
 
 @needs_pallas

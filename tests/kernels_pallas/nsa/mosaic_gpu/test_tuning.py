@@ -80,13 +80,10 @@ def test_each_kernel_has_its_own_sizes(folder):
     assert (found.forward.stages, found.query.stages, found.key.stages) == (2, 3, 4)
 
 
+@pytest.mark.slow
 @needs_pallas
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(((1, 128, 3), (2, 64, 2), 3), id="one and two"),
-        pytest.param(((2, 64, 3), (1, 128, 2), 2), id="two and one", marks=pytest.mark.slow),
-    ],
+    "sizes", [((1, 128, 3), (2, 64, 2), 3), ((2, 64, 3), (1, 128, 2), 2)], ids=["one and two", "two and one"]
 )
 def test_sizes_that_tuning_may_find_give_the_same(sizes):
     """In the interpreter: tiles and warpgroups that differ between the kernels of one attention."""

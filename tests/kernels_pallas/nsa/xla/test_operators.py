@@ -1,5 +1,7 @@
 """Outputs, gradients and selected blocks in XLA against the dense oracle."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,15 @@ from tests.kernels_pallas.nsa.operators_base import OperatorTests
 
 SPECS = with_tag("test")
 USUAL_TILES = ("one token", "odd head dims", "paper's blocks")
-SLOW = ("one head per group", "sixteen heads per group", "packed, with padding", "odd head dims")
-"""Also in `TestOperators` (sixteen heads, packed, odd dims) and in test_properties.py (a head a group)."""
+SLOW = (
+    "many tiles",
+    "one head per group",
+    "sixteen heads per group",
+    "packed, with padding",
+    "odd head dims",
+)
+"""Also in `TestOperators` (sixteen heads, packed, odd dims), spread over devices (many tiles) and in
+test_properties.py (a head a group)."""
 
 
 class TestOperators(OperatorTests):
@@ -113,9 +122,10 @@ def test_lengths_around_the_papers_blocks(length):
     )
 
 
-def test_a_batch_spread_over_devices():
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    compare(Case(33, batch=4, heads=2, kv_heads=1), mesh)
+def test_a_batch_spread_over_devices(monkeypatch):
+    shrink_tiles(monkeypatch)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    compare(dataclasses.replace(SPECS["many tiles"], batch=4), mesh)
 
 
 def test_bfloat16_is_close_to_float32():
