@@ -60,7 +60,7 @@ class TrainConfig:
         if not 0 < self.retrofit_gate < 0.5:
             raise ConfigError(f"must lie between 0 and 0.5, is {self.retrofit_gate}", key="retrofit_gate")
         if self.model.sparsity is not None:
-            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity.kind")
+            raise ConfigError("is for inference; give it to evaluate", key="model.sparsity")
         if self.seed < 0:
             raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
         if self.optimizer.language_scale != 1 and not self.model.has_vision:

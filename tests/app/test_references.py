@@ -13,7 +13,7 @@ from jaxlab.tasks import train
 def config(tmp_path):
     (tmp_path / "text.py").write_text("x = 1\n" * 100)
     path = tmp_path / "small.yaml"
-    path.write_text(f"data: {{text: {{path: {tmp_path / 'text.py'}, sequence_length: 8}}}}\n")
+    path.write_text(f"data: {{path: {tmp_path / 'text.py'}, sequence_length: 8}}\n")
     return path
 
 

@@ -135,7 +135,7 @@ def test_the_first_model_with_vision_is_compared_with_the_others(tmp_path, capsy
     assert said[start + 1 : start + 4] == [
         "  cannot be merged: the language models are not the same function",
         "  norm_eps: 1e-06 and 0.5",
-        "  rope: () and (theta 500000.0)",
+        "  position: () and (theta 500000.0)",
     ]
 
 

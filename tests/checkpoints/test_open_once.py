@@ -19,7 +19,7 @@ from jaxlab.tasks import icl, main, merge_search
 from tests.checkpoints import test_llama2c
 
 EPISODES = EpisodesConfig(longer_from=(5,), classes=2, shots=2, sequence_length=16)
-DATA = "{kind: episodes, episodes: {longer_from: [5], classes: 2, shots: 2, sequence_length: 16}}"
+DATA = "{kind: episodes, longer_from: [5], classes: 2, shots: 2, sequence_length: 16}"
 HEADERS = ("config.json", "config.yaml", ".safetensors", "model.bin", "tensors.json")
 """How names of files end whose reading tells what a model is."""
 WHOLE = ("identity", "copy_to", "copy_companions")
@@ -93,7 +93,7 @@ def models(tmp_path_factory):
         model = f"model: {place / form}\n"
         (place / f"evaluate-{form}.yaml").write_text(f"{model}data: {DATA}\nbatch_size: 2\nbatches: 1\n")
         (place / f"icl-{form}.yaml").write_text(
-            f"{model}data: {{episodes: {DATA.partition('episodes: ')[2][:-1]}}}\nanalyses: [blocking]\n"
+            f"{model}data: {DATA}\nanalyses: [blocking]\n"
             "examples: 2\nseeds: [1]\nbatch_size: 2\nblocked_layers: [1]\ntop_words: 2\n"
         )
         (place / f"train-{form}.yaml").write_text(

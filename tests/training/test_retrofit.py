@@ -148,7 +148,7 @@ def test_a_dense_model_that_differs_in_more_than_attention_is_refused(text, tmp_
     nsa = dataclasses.replace(NSA, **{"compress_width": 12, **ours})
     with pytest.raises(UserError, match=message) as raised:
         find_initial(
-            tmp_path / "base",
+            open_model(tmp_path / "base"),
             make_config("nsa", num_layers=1, attention=nsa, attention_bias=False),
             train.make_source(make(text, "nowhere").data),
         )

@@ -265,7 +265,7 @@ class ModelConfig:
 
     @property
     def nsa(self) -> NSAConfig:
-        """The attention of a model with NSA; of others a TypeError, as below."""
+        """The attention of a model with NSA; for others, as below, a ConfigError."""
         return _of_kind(self.attention, NSAConfig)
 
     @property
@@ -286,11 +286,12 @@ class ModelConfig:
     def image_token(self) -> int:
         """The token of an image in a model with vision."""
         if self.vision is None:
-            raise TypeError("a model without vision has no image token")
+            raise ConfigError("the model has no vision", key="vision")
         return self.vision.image_token
 
 
 def _of_kind[Group](group: Any, cls: type[Group]) -> Group:
     if not isinstance(group, cls):
-        raise TypeError(f"the model has {group}, not a {cls.__name__}")
+        found = "none" if group is None else repr(group.kind)
+        raise ConfigError(f"this takes a {cls.__name__}, the model has {found}")
     return group
