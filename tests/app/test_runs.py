@@ -13,7 +13,7 @@ from jaxlab.app import provenance, runs
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable, write_atomic
 from jaxlab.tasks import execute
-from tests.cli import fake_task
+from tests.app import fake_task
 
 
 def test_execute_takes_files_and_objects() -> None:

@@ -7,7 +7,7 @@ import pytest
 from jaxlab.app import provenance
 from jaxlab.app.registry import Task
 from jaxlab.tasks import TASKS
-from tests.cli import fake_command, fake_task
+from tests.app import fake_command, fake_task
 
 
 @pytest.fixture(autouse=True)

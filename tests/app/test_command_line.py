@@ -12,7 +12,7 @@ import pytest
 from jaxlab import config as configs
 from jaxlab.config.schema import leaves
 from jaxlab.tasks import TASKS, main
-from tests.cli import fake_command, fake_task
+from tests.app import fake_command, fake_task
 
 ROOT = Path(__file__).parents[2]
 
