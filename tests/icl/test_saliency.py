@@ -130,7 +130,7 @@ def test_other_kinds_of_attention(prompts, kind):
     assert np.all(np.asarray(sums)[:, -1, :2] == 0.0)
     assert np.all(np.asarray(sums)[:, 0, 1, 0] > 0.0)
     # NSA's compressed blocks and its window reach every token here; a sliding window does not.
-    seen = np.tri(TOKENS) - (np.tri(TOKENS, k=-config.window) if kind == "sliding" else 0.0)
+    seen = np.tri(TOKENS) - (np.tri(TOKENS, k=-config.sliding.window) if kind == "sliding" else 0.0)
     seen = np.broadcast_to(seen, (BATCH, MODEL.num_layers, TOKENS, TOKENS))
     np.testing.assert_array_equal(counts, by_class(seen, prompts["classes"], 3))
 

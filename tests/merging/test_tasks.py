@@ -372,7 +372,7 @@ def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_grids_of_different_sizes_are_refused():
-    options = {"vlm": "v", "expert": "e", "base": "b", "evaluate": {"text": {}}}
+    options = {"vlm": "v", "expert": "e", "base": "b", "evaluate": {"text": {"kind": "text"}}}
     operators = {"ties": {"density": [0.2, 0.4]}, "task_arithmetic": {}}
     with pytest.raises(UserError, match=r"different sizes \(ties 12, task_arithmetic 6\)"):
         build(Config, {**options, "operators": operators})
