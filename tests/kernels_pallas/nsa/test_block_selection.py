@@ -19,10 +19,15 @@ from tests.kernels_pallas.nsa.cases import Case, shrink_tiles
 PAPER = {"block_len": 32, "stride": 16, "block_size": 64}
 
 
+SELECT = jax.jit(
+    functools.partial(select_blocks, **PAPER, num_local=1, scale=1.0),
+    static_argnames=("num_blocks", "num_init"),
+)
+
+
 def choices(q, k_cmp, lse, **sizes):
-    """Blocks chosen for every query of the only group, by the paper's geometry and one local block."""
-    choose = functools.partial(select_blocks, **PAPER, num_local=1, scale=1.0, **sizes)
-    return np.asarray(jax.jit(choose)(q, k_cmp, lse))[0, 0].tolist()
+    """Blocks selected for every query of the only group, by the paper's geometry and one local block."""
+    return np.asarray(SELECT(q, k_cmp, lse, **sizes))[0, 0].tolist()
 
 
 def one_hot_choice(compressed_block, length=512, **sizes):
@@ -63,8 +68,15 @@ def test_ties_go_to_the_lowest_block():
     assert chosen[64] == [0, 1, -1, -1]
 
 
-@pytest.mark.parametrize("small", [True, False])
-@pytest.mark.parametrize("segments", [(), (100, 37, -20, 143)])
+@pytest.mark.parametrize(
+    ("small", "segments"),
+    [
+        (True, ()),
+        (True, (100, 37, -20, 143)),
+        (False, (100, 37, -20, 143)),
+        pytest.param(False, (), marks=pytest.mark.slow),
+    ],
+)
 def test_against_brute_force(monkeypatch, small, segments):
     if small:
         shrink_tiles(monkeypatch)

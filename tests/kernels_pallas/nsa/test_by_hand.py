@@ -35,19 +35,16 @@ def test_window_of_two_counts_the_current_token():
     np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-5)
 
 
-def test_selection_reads_the_chosen_blocks_up_to_the_query():
+def test_selection_reads_the_selected_blocks_up_to_the_query():
+    attend = jax.jit(functools.partial(selected_attention, block_size=2, scale=1.0))
     # Blocks of two tokens: 0 1 | 2 3 | 4. The second slot is missing for the first three queries.
     indices = jnp.asarray([[0, -1], [0, -1], [1, -1], [0, 1], [0, 2]], jnp.int32)[None, None]
-    out = jax.jit(functools.partial(selected_attention, block_size=2, scale=1.0))(ONES, KEYS, VALUES, indices)
+    out = attend(ONES, KEYS, VALUES, indices)
     both = 60 + 2 * 30
     expected = [60, both / 3, 12, (both + 3 * 12 + 0) / 10, (both + 5 * 6) / 8]
     np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-5)
-
-
-def test_nothing_chosen_gives_zero():
-    indices = jnp.full((1, 1, 5, 2), -1, jnp.int32)
-    out = jax.jit(functools.partial(selected_attention, block_size=2))(ONES, KEYS, VALUES, indices)
-    assert (np.asarray(out) == 0).all()
+    nothing = attend(ONES, KEYS, VALUES, jnp.full((1, 1, 5, 2), -1, jnp.int32))
+    assert (np.asarray(nothing) == 0).all()
 
 
 def test_compressed_block_is_seen_from_its_last_token_on():

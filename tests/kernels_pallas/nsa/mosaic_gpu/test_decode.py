@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(
 )
 BLOCKS = {"block_len": 8, "stride": 4, "block_size": 64, "window": 64}
 SHAPES = {**BLOCKS, "kv_heads": 2, "key_dim": 64, "value_dim": 64, "dtype": jnp.bfloat16}
-LENGTHS = (330, 70, 5)
-"""Of the rows: many blocks, a window that has come round, shorter than a block."""
-TABLE = ((4, 1, 3), (2, -1, -1), (0, -1, -1))
+LENGTHS = (330, 5)
+"""Of the rows: many blocks and a window that has come round, shorter than a block."""
+TABLE = ((4, 1, 3), (0, -1, -1))
 
 
 def drawn(cache):
@@ -31,7 +31,7 @@ def drawn(cache):
 
 
 def contiguous():
-    cache, draw = drawn(init_cache(3, 384, **SHAPES))
+    cache, draw = drawn(init_cache(2, 384, **SHAPES))
     kept = {
         name: draw(getattr(cache, name)) for name in ("k_slc", "v_slc", "k_cmp", "v_cmp", "k_win", "v_win")
     }
@@ -86,9 +86,9 @@ def attend(cache, q, gates, num_new, name, indices=None, num_blocks=3):
 def test_one_token_of_rows_of_different_lengths(make, heads):
     cache = make()
     random = np.random.default_rng(1)
-    q = jnp.asarray(random.standard_normal((3, 1, heads, 64)), jnp.bfloat16)
-    gates = jnp.asarray(random.random((3, 1, heads, 3)), jnp.bfloat16)
-    num_new = jnp.asarray([1, 1, 1], jnp.int32)
+    q = jnp.asarray(random.standard_normal((2, 1, heads, 64)), jnp.bfloat16)
+    gates = jnp.asarray(random.random((2, 1, heads, 3)), jnp.bfloat16)
+    num_new = jnp.asarray([1, 1], jnp.int32)
     with interpreted():
         *found, indices = attend(cache, q, gates, num_new, "mosaic_gpu")
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (cache, q, gates))
@@ -101,7 +101,7 @@ def test_one_token_of_rows_of_different_lengths(make, heads):
 
 
 def test_given_blocks_in_any_order_and_a_row_without_a_token():
-    cache = jax.tree.map(lambda x: x[:2], contiguous())
+    cache = contiguous()
     random = np.random.default_rng(2)
     q = jnp.asarray(random.standard_normal((2, 1, 2, 64)), jnp.bfloat16)
     gates = jnp.ones((2, 1, 2, 3), jnp.bfloat16)

@@ -1,5 +1,6 @@
 """Plans of the kernels against sets: what each tile reads, and who reads each block."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,7 +81,9 @@ def test_forced_blocks_are_read_once_per_tile_of_queries():
         indices[t, : len(chosen)] = chosen
     layout = plan_rows(length, groups, 128)
     queries = layout.queries(128)
-    plan = lists(layout, jnp.asarray(indices)[None, :, None], blocks, 128, 2)
+    plan = jax.jit(lists, static_argnums=(0, 2, 3, 4))(
+        layout, jnp.asarray(indices)[None, :, None], blocks, 128, 2
+    )
     steps, union, members = (np.asarray(x)[0] for x in plan[:3])
     everyone = (1 << queries) - 1
     for p in range(length // queries):
