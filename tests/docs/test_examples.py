@@ -39,6 +39,7 @@ def test_inject_expert():
     assert "vision" in merged
 
 
+@pytest.mark.slow
 def test_train_and_generate(tmp_path, monkeypatch):
     """With one layer and short texts: what is tested is that it runs."""
     module = load("train_and_generate")

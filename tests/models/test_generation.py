@@ -13,7 +13,15 @@ from tests.models.tiny import draw_params, draw_tokens, make_config
 run = jax.jit(forward, static_argnames="config")
 
 
-@pytest.mark.parametrize("variant", ["other", "sliding", "nsa", "nsa_min_max", "nsa_shared"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "other",
+        "sliding",
+        "nsa",
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("nsa_min_max", "nsa_shared")),
+    ],
+)
 def test_decoding_with_a_cache_equals_the_full_forward_at_each_step(variant):
     config = make_config(variant)
     params, tokens = draw_params(config), draw_tokens(config, 2, 14)

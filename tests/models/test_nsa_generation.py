@@ -27,7 +27,9 @@ def whole():
 
 
 # Three programs read chunks of five sizes; the shorter ones are padded.
-@pytest.mark.parametrize(("chunk", "size"), [(1, 1), (3, 5), (5, 5), (16, 21), (21, 21)])
+@pytest.mark.parametrize(
+    ("chunk", "size"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 5), (5, 5), (16, 21), (21, 21)]
+)
 def test_chunks_of_any_size_give_the_logits_of_the_full_forward(chunk, size):
     params, tokens, expected = whole()
     table = params["embedding"]["table"].at[PADDING].set(jnp.nan)

@@ -245,7 +245,7 @@ def dense_branch(q, k, v, mask, weight, ones):
     [
         (3, False, "token"),
         pytest.param(41, True, "token", marks=pytest.mark.slow),
-        (41, False, "block"),
+        pytest.param(41, False, "block", marks=pytest.mark.slow),
     ],
 )
 def test_flows_through_native_sparse_attention(tokens, packed, nsa_edges):

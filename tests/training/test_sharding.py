@@ -46,7 +46,7 @@ def on_one_device(variant):
 @pytest.mark.parametrize(
     ("variant", "data", "fsdp", "accumulation"),
     [
-        ("rotary", 4, 1, 1),
+        pytest.param("rotary", 4, 1, 1, marks=pytest.mark.slow),
         ("rotary", 1, 4, 2),
         pytest.param("vision", 2, 2, 1, marks=pytest.mark.slow),
         pytest.param("nsa", 2, 2, 1, marks=pytest.mark.slow),
