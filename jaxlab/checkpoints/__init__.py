@@ -13,8 +13,8 @@ with epy.lazy_api_imports(globals()):
         differences,
         language_differences,
     )
-    from jaxlab.checkpoints.forms.base import OpenModel
-    from jaxlab.checkpoints.forms.hf_write import huggingface_config
+    from jaxlab.checkpoints.formats.base import OpenModel
+    from jaxlab.checkpoints.formats.hf_write import huggingface_config
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
     from jaxlab.checkpoints.locate import resolve
     from jaxlab.checkpoints.open import load_model, open_model

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.compatibility import common_prefix, language_differences
-from jaxlab.checkpoints.forms.base import OpenModel
-from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.checkpoints.unexpected_tensors import Match, match
 from jaxlab.errors import UserError

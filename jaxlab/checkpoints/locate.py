@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from jaxlab.checkpoints.forms.base import Form
+from jaxlab.checkpoints.formats.base import Form
 from jaxlab.checkpoints.tensor_folder import CONFIG
 from jaxlab.errors import UserError
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.forms.base import OpenModel
-from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.locate import form_of, resolve
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
@@ -47,10 +47,10 @@ def open_model(
     if adapter is not None:
         raise UserError(f"{path}: --adapter is for folders of Hugging Face; convert it to one first")
     if form == "llama2c":
-        from jaxlab.checkpoints.forms.llama2c import Llama2cFile
+        from jaxlab.checkpoints.formats.llama2c import Llama2cFile
 
         return Llama2cFile(path)
-    from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
+    from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 
     return OrbaxFolder(path)
 

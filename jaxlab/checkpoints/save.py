@@ -6,7 +6,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.forms import hf_write, orbax_folder
+from jaxlab.checkpoints.formats import hf_write, orbax_folder
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.models import ModelConfig, Params
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from jaxlab.checkpoints import families
-from jaxlab.checkpoints.forms import hf_write
-from jaxlab.checkpoints.forms.base import OpenModel
-from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.formats import hf_write
+from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.models import ModelConfig, NSAConfig, Params, forward
 
 _TOKENS = (2, 24)

@@ -5,7 +5,6 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.models.batch import Batch
     from jaxlab.models.block import Block
-    from jaxlab.models.cache import Cache, init_cache
     from jaxlab.models.config import (
         BRANCHES,
         H2O,
@@ -38,6 +37,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.generation import generate, stream
     from jaxlab.models.initializer import Params, bind
     from jaxlab.models.interpretability import activations
+    from jaxlab.models.kv_cache import Cache, init_cache
     from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens
     from jaxlab.models.native_sparse import mean_compressor
     from jaxlab.models.output import Output

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.cache import LayerCache
 from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
+from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.layers import Norm
 from jaxlab.models.rotary import Rotary, rotate
 from jaxlab.models.taps import NO_TAP, Tap

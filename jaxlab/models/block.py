@@ -6,11 +6,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxlab.models.attention import Attended, Attention
-from jaxlab.models.cache import LayerCache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.full_attention import FullAttention
 from jaxlab.models.initializer import Initializer
+from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.layers import MLP, Norm, layer_norm
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.moe import MixtureOfExperts

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.models.batch import Batch
 from jaxlab.models.block import Block
-from jaxlab.models.cache import Cache
 from jaxlab.models.config import ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, Params, bind
+from jaxlab.models.kv_cache import Cache
 from jaxlab.models.layers import Embedding, layer_norm, softcap
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.output import Output

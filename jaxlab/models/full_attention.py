@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.models.attention import Attended, Attention
-from jaxlab.models.cache import LayerCache, write
 from jaxlab.models.context import AttentionContext
+from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
 from jaxlab.models.mesh import Part, in_parts
 from jaxlab.models.probe import probed_attention

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxlab.models.batch import Batch
-from jaxlab.models.cache import Cache, init_cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.initializer import Params
+from jaxlab.models.kv_cache import Cache, init_cache
 from jaxlab.models.vision.encoders import prepare_batch
 
 

@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.attention import Attended, Attention
-from jaxlab.models.cache import LayerCache
 from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
+from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.mesh import Part, in_parts, on_several_devices
 from jaxlab.models.probe import probed_nsa_attention
 from jaxlab.models.rotary import rotary_table

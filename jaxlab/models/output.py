@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.cache import Cache
+from jaxlab.models.kv_cache import Cache
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.cache import Cache, LayerCache, join_cache, split_cache
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.context import AttentionContext
+from jaxlab.models.kv_cache import Cache, LayerCache, join_cache, split_cache
 from jaxlab.models.taps import NO_TAPS, Taps
 
 

@@ -10,7 +10,7 @@ from kernels_pallas.nsa.api import (
     window_attention,
 )
 from kernels_pallas.nsa.base import NsaBranches, num_compressed
-from kernels_pallas.nsa.cache import (
+from kernels_pallas.nsa.decode_cache import (
     NewTokens,
     NsaCache,
     PagedCache,

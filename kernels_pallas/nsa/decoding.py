@@ -17,7 +17,7 @@ from kernels_pallas.nsa.api import (
     window_attention,
 )
 from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, where_finite
-from kernels_pallas.nsa.cache import Cache, PagedCache, Recent, compressed_keys, whole
+from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case
 

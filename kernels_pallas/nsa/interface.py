@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.base import Block, Interval, NsaBranches, Positions, SelectionGrid
-from kernels_pallas.nsa.cache import Cache, Recent
+from kernels_pallas.nsa.decode_cache import Cache, Recent
 
 
 class Case(NamedTuple):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import open_model, verification
-from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
-from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
+from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 from jaxlab.checkpoints.output_folder import MARKER
 from jaxlab.tasks import main
 from tests.checkpoints import folders

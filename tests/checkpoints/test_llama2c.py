@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import load_model
-from jaxlab.checkpoints.forms.llama2c import find_tokenizer, read_config, read_tokenizer
+from jaxlab.checkpoints.formats.llama2c import find_tokenizer, read_config, read_tokenizer
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, forward, generate
 

@@ -11,7 +11,7 @@ import pytest
 from orbax.checkpoint import StandardCheckpointer
 
 from jaxlab.checkpoints import OpenModel, open_model, save_model
-from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.tensor_folder import read_json
 from jaxlab.data import EpisodesConfig, EpisodesSource
 from jaxlab.models import ModelConfig, abstract_params

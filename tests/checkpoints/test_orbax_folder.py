@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import load_model, open_model, save_model
-from jaxlab.checkpoints.forms import orbax_folder
+from jaxlab.checkpoints.formats import orbax_folder
 from jaxlab.config import dump
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import UserError

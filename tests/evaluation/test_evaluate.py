@@ -10,7 +10,7 @@ import pytest
 
 from jaxlab.app.runs import Run
 from jaxlab.checkpoints import save_model
-from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
+from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 from jaxlab.config import build
 from jaxlab.data.needle_words import WORDS, needle_tokenizer
 from jaxlab.errors import ConfigError, UserError

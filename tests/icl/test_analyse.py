@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from jaxlab.checkpoints import open_model, save_model
-from jaxlab.checkpoints.forms.orbax_folder import OrbaxFolder
+from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import SourceFiles
-from jaxlab.checkpoints.forms.hf_folder import HuggingFaceFolder
+from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
 from jaxlab.models import ViTConfig
 from jaxlab.processing import load_processor

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, ceil_div, num_compressed, pad_axis
-from kernels_pallas.nsa.cache import Cache, PagedCache, Recent
+from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent
 from kernels_pallas.nsa.importance import ascending, block_importance, select_by_top_k
 from kernels_pallas.nsa.mosaic_gpu.common import (
     FLOOR,

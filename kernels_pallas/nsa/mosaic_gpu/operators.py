@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.nsa.base import Block, Interval, Positions, SelectionGrid
 from kernels_pallas.nsa.interface import Operators
 from kernels_pallas.nsa.mosaic_gpu import block_selection
-from kernels_pallas.nsa.mosaic_gpu.by_block import ByBlock, attend_by_block
+from kernels_pallas.nsa.mosaic_gpu.block_major import ByBlock, attend_by_block
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
 from kernels_pallas.nsa.mosaic_gpu.decode import decode_token
 from kernels_pallas.nsa.mosaic_gpu.target import BLOCK, current_target
@@ -70,7 +70,7 @@ def selected_attention(
     """For blocks of a multiple of 64 tokens.
 
     `order`: "queries", whose neighbours read the union of their blocks, or "blocks", which read the queries
-    that selected them (by_block.py); None: what suits the size of the groups.
+    that selected them (block_major.py); None: what suits the size of the groups.
 
     Raises:
         ValueError: `order` is another.

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.nsa.cache import PIECE, TILE, Cache, PagedCache
+from kernels_pallas.nsa.decode_cache import PIECE, TILE, Cache, PagedCache
 from kernels_pallas.nsa.interface import Case
 
 Target = Literal["device", "interpreter", "compiler"]

@@ -14,7 +14,7 @@ from kernels_pallas.nsa.base import (
     heads_first,
     where_finite,
 )
-from kernels_pallas.nsa.cache import Cache, Recent, address, compressed_keys
+from kernels_pallas.nsa.decode_cache import Cache, Recent, address, compressed_keys
 from kernels_pallas.nsa.importance import block_importance, select_by_rounds
 
 

@@ -24,7 +24,7 @@ def small_tuning(kernel, branch, k, v):
 
 @needs_pallas
 class TestOperators(OperatorTests):
-    """Selected attention in the order of the queries; that of the blocks is in test_by_block.py."""
+    """Selected attention in the order of the queries; that of the blocks is in test_block_major.py."""
 
     implementation = "mosaic_gpu"
     dtype = jnp.bfloat16

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.nsa.xla.pairs import Sizes, plan_pairs
+from kernels_pallas.nsa.xla.query_block_pairs import Sizes, plan_pairs
 from tests.kernels_pallas.nsa.cases import random_selection
 
 

@@ -1,11 +1,11 @@
 """Selected attention in the order of the blocks, by the Hopper kernels: for groups of few heads.
 
 Each block of a query is an attention of its own to 64 keys, with its own log-sum-exp; the n parts are joined
-afterwards. A tile of rows holds the entries of one block (by_block_plan.py), so no product is masked
+afterwards. A tile of rows holds the entries of one block (block_major_plan.py), so no product is masked
 away but the future and the padding, at the price of writing the rows in that order and the parts back.
 Slabs of heads and chunks of queries go one after the other, so the rows that exist at once do not grow with
-the number of queries (`by_block_plan.ROWS_AT_ONCE`); the gradients of keys and values are added up over the
-chunks in float32.
+the number of queries (`block_major_plan.ROWS_AT_ONCE`); the gradients of keys and values are added up over
+the chunks in float32.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.nsa.base import Positions, Residuals, finite, softmax_shift
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
-from kernels_pallas.nsa.mosaic_gpu.by_block_plan import (
+from kernels_pallas.nsa.mosaic_gpu.block_major_plan import (
     Layout,
     Sorted,
     gather,

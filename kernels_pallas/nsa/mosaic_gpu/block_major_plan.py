@@ -17,7 +17,7 @@ from kernels_pallas.nsa.base import ceil_div, pad_axis, power_of_two_at_most
 from kernels_pallas.nsa.mosaic_gpu.common import ROWS, Ranges, Visible
 from kernels_pallas.nsa.mosaic_gpu.plan import ranges
 from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
-from kernels_pallas.nsa.xla.pairs import Sizes, first_at_least, plan_pairs
+from kernels_pallas.nsa.xla.query_block_pairs import Sizes, first_at_least, plan_pairs
 from kernels_pallas.nsa.xla.tiling import take_rows
 
 ROWS_AT_ONCE = 1 << 21

@@ -8,8 +8,8 @@ import pytest
 
 from kernels_pallas.nsa import selected_attention
 from kernels_pallas.nsa.base import Block, Positions
-from kernels_pallas.nsa.mosaic_gpu import by_block_plan, operators
-from kernels_pallas.nsa.mosaic_gpu.by_block_plan import lay_out, sort_entries
+from kernels_pallas.nsa.mosaic_gpu import block_major_plan, operators
+from kernels_pallas.nsa.mosaic_gpu.block_major_plan import lay_out, sort_entries
 from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa import oracle
 from tests.kernels_pallas.nsa.cases import random_selection, relative_error
@@ -20,8 +20,8 @@ needs_pallas = pytest.mark.skipif(
 
 
 def shrink(monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(by_block_plan, "ROWS_AT_ONCE", rows)
-    monkeypatch.setattr(by_block_plan, "ROWS_PER_BLOCK", 1)
+    monkeypatch.setattr(block_major_plan, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(block_major_plan, "ROWS_PER_BLOCK", 1)
 
 
 def expected_of(q, k, v, indices, d_out, mask):

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families, lora
-from jaxlab.checkpoints.forms.base import OpenModel
+from jaxlab.checkpoints.formats.base import OpenModel
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import CONFIG, TensorFolder, inside, open_folder, read_json

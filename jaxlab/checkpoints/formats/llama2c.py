@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from jaxlab.checkpoints.forms.base import OpenModel, check_all_finite
+from jaxlab.checkpoints.formats.base import OpenModel, check_all_finite
 from jaxlab.checkpoints.safetensors_file import read_into
 from jaxlab.checkpoints.tensor_map import tree_of
 from jaxlab.checkpoints.tensor_table import LeafPath, parse

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.compatibility import check_same_tree
-from jaxlab.checkpoints.forms.base import OpenModel, check_all_finite
+from jaxlab.checkpoints.formats.base import OpenModel, check_all_finite
 from jaxlab.checkpoints.locate import OWN_CONFIG, OWN_PARAMS
 from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.source_files import SOURCE, SourceFiles, read_source_files
