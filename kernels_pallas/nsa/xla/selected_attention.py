@@ -1,10 +1,10 @@
 """Attention of each query over the blocks that were selected for its GQA group.
 
 Pairs (query, block) of one chunk of queries are sorted by block and cut into tiles of pairs that share their
-block (query_block_pairs.py). A tile is one small matrix product: the block's keys are read once for all pairs
-of the tile instead of once for every pair, and the gradients of keys and values are summed within a tile
-before they are added to the block. Memory per chunk is (queries x n) partial results; chunks shrink as heads and n
-grow.
+block (query_block_pairs.py). A tile is one small matrix product: the block's keys are read once for all
+pairs of the tile instead of once for every pair, and the gradients of keys and values are summed within a
+tile before they are added to the block. Memory per chunk is (queries x n) partial results; chunks shrink as
+heads and n grow.
 """
 
 from functools import partial
