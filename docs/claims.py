@@ -68,7 +68,8 @@ def collect(folder: Path) -> dict[str, Any]:
     if whole.setting("smoke") or whole.env["dirty"]:
         sys.exit(f"{folder}: a smoke test, or made by uncommitted code; its results are not kept")
     records = []
-    for section in build_sections(read_runs([str(folder)])):
+    runs = read_runs([str(folder)])
+    for section in build_sections(runs):
         settings = [r.setting(key) for r in section.runs for key in ("seed", "seeds")]
         listed = [value if isinstance(value, list | tuple) else [value] for value in settings]
         seeds = sorted({seed for values in listed for seed in values if seed is not None})
@@ -85,7 +86,8 @@ def collect(folder: Path) -> dict[str, Any]:
     env = whole.env
     versions = ", ".join(f"{name} {env['versions'][name]}" for name in ("jax", "flax", "numpy"))
     device = f"{env['device_count']} x {env['device_kind']}"
-    origin = f"Commit {env['commit'][:10]}, {device}, {versions}, {env['started'][:10]}."
+    started = min(run.env["started"] for run in runs if "started" in run.env)
+    origin = f"Commit {env['commit'][:10]}, {device}, {versions}, {started[:10]}."
     return {
         "title": "Quickstart",
         "origin": origin,

@@ -35,7 +35,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     if not long_input.speaks(runs):
         section.verdicts += [
             rules.N2.unexamined(
-                "A needle is found only after thousands of steps. configs/nsa/n2_needle_nsa.yaml and "
+                "A needle is found only by a model trained on needles. configs/nsa/n2_needle_nsa.yaml and "
                 "n2_needle_nsa_test.yaml train for it and search at every depth."
             ),
             rules.N4.unexamined(
