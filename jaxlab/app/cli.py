@@ -1,6 +1,7 @@
 """The command line, `run.py TASK ...`: exit 0 done, 2 the user's mistake in one line, 1 anything else."""
 
 import dataclasses
+import logging
 import os
 import shlex
 import sys
@@ -47,6 +48,8 @@ class RunOptions:
 
 def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
     """Runs the command line `words` (sys.argv without the program if None) and returns the exit status."""
+    # Before a library sets it up: what is logged for the user is a line, without the logger's name.
+    logging.basicConfig(format="%(message)s")
     try:
         _main(list(sys.argv[1:] if words is None else words), tasks)
         sys.stdout.flush()

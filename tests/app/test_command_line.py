@@ -1,6 +1,7 @@
 """Exit statuses, messages, and the options of every task."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -216,3 +217,14 @@ def test_no_task_takes_the_name_of_an_option(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fake_task, "Config", clashing)
     with pytest.raises(TypeError, match=r"fields named as options of every task: \['check'\]"):
         main(["fake", "small.yaml"])
+
+
+def test_what_is_logged_for_the_user_is_a_plain_line() -> None:
+    words = ["train", "configs/quickstart/nsa_sparse.yaml", "--model.attention", "full", "--print-config"]
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.fullmatch(
+        r"configs/quickstart/nsa_sparse\.yaml:\d+: model\.attention: left out.*\n", process.stderr
+    )
