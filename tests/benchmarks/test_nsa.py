@@ -158,6 +158,7 @@ def test_the_choice_is_in_what_is_timed(measured):
         np.testing.assert_array_equal(chosen, branches.indices)
 
 
+@pytest.mark.slow
 def test_backward_from_residuals_gives_the_gradients_of_one_program(measured):
     _, built = measured
     for subject in (subjects.nsa(TINY, "xla"), subjects.peers(TINY, 4096)[0]):

@@ -34,6 +34,7 @@ def test_information_flow():
     assert means[0, 1, 0] > 0.0
 
 
+@pytest.mark.slow
 def test_inject_expert():
     merged = load("inject_expert").main()
     assert "vision" in merged

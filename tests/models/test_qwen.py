@@ -149,6 +149,7 @@ def test_a_patch_reaches_its_window_or_its_image_and_no_other(qwen, seen):
     assert all(difference[i] == 0 for i in range(9) if i not in reached)
 
 
+@pytest.mark.slow
 def test_every_part_learns():
     """Of a tower with all of Qwen3-VL's parts."""
     config = make_config(patch_bias=True, position_side=3, deep_layers=(1, 0))

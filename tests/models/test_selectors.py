@@ -77,6 +77,7 @@ def test_scores_that_know_the_attention_have_no_loss_and_learning_comes_closer()
     assert float(last) < 0.8 * float(first)
 
 
+@pytest.mark.slow
 def test_the_loss_trains_the_scorer_and_nothing_else():
     config = make_config("nsa_auxiliary", num_layers=1)
     params, batch = draw_params(config), {"tokens": draw_tokens(config, 2, 18)}

@@ -56,6 +56,7 @@ def test_with_saturated_gates_a_covered_text_gives_the_dense_logits():
     np.testing.assert_allclose(sparse, dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_with_open_gates_a_covered_text_stays_within_the_bound():
     config, params = BASE, draw_params(BASE)
     # The output projection lets every component of every head through by itself.
