@@ -5,7 +5,6 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kernels_pallas.nsa import (
     Implementation,
@@ -104,7 +103,6 @@ class OperatorTests:
         assert padding.any()
         assert all((x[padding] == 0).all() for x in outputs)
 
-    @pytest.mark.slow
     def test_a_chunk_of_queries_with_sixteen_heads_at_the_end_of_the_keys(self):
         """Tiles seen in full, blocks of two sizes, rows of one tile that share the union of their blocks."""
         length, heads, positions = 330, 16, np.arange(322, 330)

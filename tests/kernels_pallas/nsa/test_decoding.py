@@ -117,7 +117,7 @@ def read(make, chunk: int, lengths: tuple[int, ...] = LENGTHS):
 @pytest.mark.parametrize(
     ("make", "chunk"),
     [
-        pytest.param(contiguous, 1, marks=pytest.mark.slow),
+        (contiguous, 1),
         (paged, 1),
         (paged, 16),
         pytest.param(contiguous, 16, marks=pytest.mark.slow),

@@ -89,7 +89,6 @@ def tokens_of_blocks(indices, positions, length):
     return mask & (np.arange(length) <= np.asarray(positions)[0][:, None])
 
 
-@pytest.mark.slow
 def test_the_last_queries_of_a_million_tokens_in_xla():
     """All three branches and the choice against the float64 oracle."""
     q, k, v, positions = last_queries()

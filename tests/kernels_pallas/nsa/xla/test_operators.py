@@ -122,7 +122,6 @@ def test_lengths_around_the_papers_blocks(length):
     )
 
 
-@pytest.mark.slow
 def test_a_batch_spread_over_devices(monkeypatch):
     shrink_tiles(monkeypatch)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
