@@ -323,7 +323,9 @@ class NativeSparseAttention(Attention):
             assert context.cache_slots is not None
             importance = self._bounds(q, nsa.whole(cache, cache.k_slc))
             last = importance.shape[-1] * n.block_size - 1  # padding may stand past the cache's end
-            indices = self._best_blocks(importance, q_positions=jnp.minimum(context.cache_slots, last))
+            indices = self._select_by_importance(
+                importance, q_positions=jnp.minimum(context.cache_slots, last)
+            )
         with _named_implementation():
             out, branches = nsa.cached_attention(
                 cache,
@@ -361,7 +363,7 @@ class NativeSparseAttention(Attention):
                 raise ValueError("the auxiliary selector reads one whole text a row: no segments")
             importance = self.selector(x)
             loss = auxiliary_loss(importance, self._grouped(q), k_slc, n, scale=self.config.score_scale)
-        return self._best_blocks(importance, segment_ids=context.segment_ids), loss
+        return self._select_by_importance(importance, segment_ids=context.segment_ids), loss
 
     def _compress(
         self,
@@ -397,7 +399,7 @@ class NativeSparseAttention(Attention):
         bounds = block_bounds(k, self.config.nsa.block_size)
         return jnp.sum(bound_scores(self._grouped(q), bounds), axis=2)
 
-    def _best_blocks(self, importance: Array, **more: Array | None) -> Int[Array, "B Hkv T n"]:
+    def _select_by_importance(self, importance: Array, **more: Array | None) -> Int[Array, "B Hkv T n"]:
         n = self.config.nsa
         return select_blocks_by_importance(
             importance,
