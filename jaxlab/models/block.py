@@ -36,7 +36,7 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or both read one norm (`parallel`)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or both at once (`parallel`)."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class Block(nnx.Module):
         """
         c, residual_scale = config, (2 * config.num_layers) ** -0.5
         self.parallel = c.parallel
-        self.attention_norm = layer_norm(c, init)
+        self.attention_norm = layer_norm(c, init) if c.pre_norms else None
         self.attention = ATTENTION[c.attention.kind](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
-        self.mlp_norm = None if c.parallel else layer_norm(c, init)
+        self.mlp_norm = layer_norm(c, init) if c.has_mlp_norm else None
         self.attention_post_norm = layer_norm(c, init) if c.post_norms else None
         self.mlp_post_norm = layer_norm(c, init) if c.post_norms else None
         has_experts = c.moe is not None and experts
@@ -80,12 +80,13 @@ class Block(nnx.Module):
         if context.causal:
             x = split_tokens(x)
         x = tap("residual_pre", x)
-        normed = self.attention_norm(x)
+        normed = self.attention_input(x)
         attended = self.attention(tap("attention_input", normed), context, kind=kind, tap=tap, cache=cache)
         attention_out = _scaled(_normed(attended.out, self.attention_post_norm), self.attention_gain)
         attention_out = tap("attention_output", attention_out)
+        if not self.parallel:
+            x = normed = tap("residual_mid", x + attention_out)
         if self.mlp_norm is not None:
-            x = tap("residual_mid", x + attention_out)
             normed = self.mlp_norm(x)
         normed = tap("mlp_input", normed)
         balance_loss = None
@@ -97,6 +98,10 @@ class Block(nnx.Module):
         mlp_out = tap("mlp_output", _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain))
         x = tap("residual_post", x + (attention_out + mlp_out if self.parallel else mlp_out))
         return BlockOutput(x, attended, balance_loss)
+
+    def attention_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What attention reads of the residual stream."""
+        return _normed(x, self.attention_norm)
 
 
 def _normed(x: Array, norm: Norm | None) -> Array:
