@@ -269,9 +269,12 @@ def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     leaves |= {f"attention.{part}_bias": c.attention_bias for part in ("query", "key", "value")}
     leaves |= {f"{norm}.scale": there for norm, there in norms.items()}
     leaves |= {f"{norm}.bias": there and layer_norm for norm, there in norms.items()}
+    shared = c.moe is not None and experts and c.moe.shared_width > 0
     leaves |= {f"moe.{part}": experts for part in ("router", "gate", "up", "down")}
+    leaves |= {f"moe.shared.{part}": shared for part in ("gate", "up", "down")}
     return leaves | {
         "attention.output_bias": c.has_output_bias,
+        "moe.shared_gate": c.moe is not None and experts and c.moe.shared_gate,
         "mlp.gate": mlp and gated,
         "mlp.up": mlp,
         "mlp.down": mlp,
