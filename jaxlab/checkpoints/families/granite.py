@@ -1,4 +1,4 @@
-"""Granite 3 and its mixtures of experts: Llama, with four factors that keep sizes as they were in training."""
+"""Granite 3 and its mixtures of experts: Llama, with four factors that keep sizes as in training."""
 
 from typing import Any
 
