@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.models import Params
 
 _SHOWN = 8
+_PARTS = ("gate", "up", "down")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -270,11 +271,14 @@ def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     leaves |= {f"{norm}.scale": there for norm, there in norms.items()}
     leaves |= {f"{norm}.bias": there and layer_norm for norm, there in norms.items()}
     shared = c.moe is not None and experts and c.moe.shared_width > 0
-    leaves |= {f"moe.{part}": experts for part in ("router", "gate", "up", "down")}
-    leaves |= {f"moe.shared.{part}": shared for part in ("gate", "up", "down")}
+    leaves |= {f"moe.{part}": experts for part in ("router", *_PARTS)}
+    leaves |= {f"moe.{part}_bias": c.moe is not None and experts and c.moe.bias for part in _PARTS}
+    leaves |= {f"moe.shared.{part}": shared for part in _PARTS}
     return leaves | {
         "attention.output_bias": c.has_output_bias,
         "moe.shared_gate": c.moe is not None and experts and c.moe.shared_gate,
+        "moe.router_bias": c.moe is not None and experts and c.moe.router_bias,
+        "moe.choice_bias": c.moe is not None and experts and c.moe.choice_bias,
         "mlp.gate": mlp and gated,
         "mlp.up": mlp,
         "mlp.down": mlp,
