@@ -59,7 +59,7 @@ def fused_shape(layout: Layout, axis: int, shapes: Sequence[tuple[int, ...]]) ->
 def grouped(
     part: "Tensor", layout: Layout, axis: int, shapes: Sequence[tuple[int, ...]], groups: str, lead: int = 0
 ) -> "Tensor":
-    """A leaf in their layout with two axes in place of the one that groups divide, as `fused_parts` has it."""
+    """A leaf in their layout with two axes for the one that groups divide, as `fused_parts` has it."""
     if not groups:
         return part
     axis += lead
