@@ -32,8 +32,8 @@ class Entry:
     paths: tuple[LeafPath, ...]
     """Of the leaves."""
     pattern: str
-    """Their name, with {i} for the layer, {e} for the expert and {branch} for NSA's branch; layers that are
-    told one by one, or are dense before others with experts, are listed, {3,8}."""
+    """Their name, with {i} for the layer, {e} for the expert, {h} for the head and {branch} for NSA's branch;
+    layers that are told one by one, or are dense before others with experts, are listed, {3,8}."""
     names: tuple[str, ...]
     """All N of them, in the order of the leaves' leading axes."""
     layers: tuple[int | None, ...]
@@ -90,9 +90,11 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
     layout, counted = parse(row.layout), re.findall(r"\{(\w+)\}", row.name)
     lead = len(shape) - layout.rank
     pattern = row.name
-    if lead == len(counted) + 1 and shape[1:2] == (len(BRANCHES),) and "i" in counted:
-        end = row.name.rpartition(".")[2]  # NSA's keys and values: those of its branches
-        pattern, counted = f"{row.name.removesuffix(end)}{{branch}}.{end}", ["i", "branch"]
+    of_heads = path.endswith("_norm.scale")  # norms with a scale for each head
+    if lead == len(counted) + 1 and "i" in counted and (of_heads or shape[1] == len(BRANCHES)):
+        axis = "h" if of_heads else "branch"  # NSA's keys and values: those of its branches
+        end = row.name.rpartition(".")[2]
+        pattern, counted = f"{row.name.removesuffix(end)}{{{axis}}}.{end}", ["i", axis]
     if lead != len(counted):
         raise UserError(f"the parameter {path} has shape {shape}; {row.name} does not fit it")
     ranges: list[Sequence[int] | tuple[str, ...]] = []

@@ -35,7 +35,7 @@ class Row:
     path: str | tuple[str, ...]
     """Of our leaf; of several leaves that one tensor of theirs holds, in their order."""
     name: str
-    """Theirs, with {i} for the layer, {e} for the expert, {branch} for NSA's branch."""
+    """Theirs, with {i} for the layer, {e} for the expert, {h} for the head, {branch} for NSA's branch."""
     layout: str
     """Of one tensor; see Layout."""
     join: int = 0

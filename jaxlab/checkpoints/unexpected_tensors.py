@@ -198,7 +198,7 @@ def _general(name: str) -> str:
 
 
 def _names(row: Row, config: ModelConfig, found: list[str]) -> list[str]:
-    """All names of a row, by what the config says of layers and experts; else those that are found."""
+    """All names of a row, by what the config says of layers, experts and heads; else those that are found."""
     counted = re.findall(r"\{(\w+)\}", row.name)
     if not counted:
         return [row.name]
@@ -206,8 +206,13 @@ def _names(row: Row, config: ModelConfig, found: list[str]) -> list[str]:
     if layers is None:
         return found
     numbers = row.layer_numbers(*layers) if "i" in counted else (0,)
-    experts = range(config.moe.num_experts) if "e" in counted and config.moe is not None else range(1)
-    return [row.name.replace("{i}", str(i)).replace("{e}", str(e)) for i in numbers for e in experts]
+    inner = 1
+    if "e" in counted and config.moe is not None:
+        inner = config.moe.num_experts
+    elif "h" in counted:
+        inner = config.num_heads if "query" in row.paths[0] else config.kv_heads
+    second = next((axis for axis in ("{e}", "{h}") if axis in row.name), "{e}")
+    return [row.name.replace("{i}", str(i)).replace(second, str(n)) for i in numbers for n in range(inner)]
 
 
 def _layers(path: str, config: ModelConfig) -> tuple[int, int] | None:
@@ -259,17 +264,20 @@ def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     mlp, gated, biased = not experts, c.mlp == "gated", c.mlp_bias
     layer_norm, normed = c.norm == "layer", c.qk_norm != "none"
     norms: dict[str, Any] = {
-        "attention_norm": True,
-        "mlp_norm": not c.parallel,
+        "attention_norm": c.pre_norms,
+        "mlp_norm": c.has_mlp_norm,
         "attention_post_norm": c.post_norms,
         "mlp_post_norm": c.post_norms,
         "attention.query_norm": normed,
         "attention.key_norm": normed,
     }
+    without_bias = ("attention.query_norm", "attention.key_norm") if c.qk_norm == "each_head" else ()
     leaves = {f"attention.{part}": True for part in ("query", "key", "value", "output")}
     leaves |= {f"attention.{part}_bias": c.attention_bias for part in ("query", "key", "value")}
     leaves |= {f"{norm}.scale": there for norm, there in norms.items()}
-    leaves |= {f"{norm}.bias": there and layer_norm for norm, there in norms.items()}
+    leaves |= {
+        f"{norm}.bias": there and layer_norm and norm not in without_bias for norm, there in norms.items()
+    }
     shared = c.moe is not None and experts and c.moe.shared_width > 0
     leaves |= {f"moe.{part}": experts for part in ("router", *_PARTS)}
     leaves |= {f"moe.{part}_bias": c.moe is not None and experts and c.moe.bias for part in _PARTS}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlab.checkpoints.families.base import Json, Renames
-from jaxlab.checkpoints.families.rope import max_length, read_rope, write_rope
+from jaxlab.checkpoints.families.rope import Partial, max_length, read_rope, write_rope
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
@@ -62,8 +62,14 @@ def decoder_rows(*layer: Rows) -> Rows:
     return EDGES + in_layers("layers", "model.layers", rows)
 
 
-def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelConfig:
+def read_decoder(
+    s: Settings, *, theta: float = 10000.0, partial: float | None = None, **more: Any
+) -> ModelConfig:
     """The model from the keys that Llama and its kin share, with what the family adds in `more`.
+
+    Args:
+      theta: base of rotary positions where none is given.
+      partial: the part of each head's dimensions that turns where none is given; None: all turn, always.
 
     Raises:
       UserError: a key that is wrong, not known, or known and not supported.
@@ -76,13 +82,14 @@ def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelCo
         "num_heads": heads,
         "num_kv_heads": s.whole("num_key_value_heads", heads),
         "mlp_width": s.whole("intermediate_size"),
-        "norm_eps": s.number("rms_norm_eps"),
+        "norm_eps": more["norm_eps"] if "norm_eps" in more else s.number("rms_norm_eps"),
         "tie_embeddings": s.flag("tie_word_embeddings"),
     }
     fields["head_dim"] = s.whole("head_dim", _head_dim(s, fields["width"], heads))
     if "activation" not in more:
         fields["activation"] = activation(s, "hidden_act", "silu")
-    rope = more["position"] if "position" in more else read_rope(s, theta)
+    turning = None if partial is None else Partial(fields["head_dim"], partial)
+    rope = more["position"] if "position" in more else read_rope(s, theta, partial=turning)
     fields |= {"position": rope, "max_length": max_length(s, rope)}
     return finish(s, {**fields, **more})
 

@@ -20,7 +20,7 @@ class Projector(nnx.Module):
         v, d = config.vision_as(ViTConfig), config.width
         self.config = v
         size = v.width * len(v.feature_layers) * (1 if v.connector == "merger" else v.shuffle**2)
-        norm = lambda kind: Norm(size, kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
+        norm = lambda kind: Norm((size,), kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
         self.norm = None if v.connector_norm == "none" else norm(v.connector_norm)
         if v.resampler is not None:
             inward, outward = ("embed", "mlp"), ("mlp", "embed")

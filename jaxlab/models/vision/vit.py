@@ -69,7 +69,7 @@ class ViTTower(nnx.Module):
         self.position = Embedding(rows, v.width, "position", std, init) if has_table else None
         self.pre_norm = layer_norm(tower, init) if v.pre_norm else None
         has_final_norm = v.final_norm != "none"
-        self.final_norm = Norm(v.width, "layer", v.norm_eps, init) if has_final_norm else None
+        self.final_norm = Norm((v.width,), "layer", v.norm_eps, init) if has_final_norm else None
         self.head = PoolingHead(tower, init) if v.pooling_head else None
         self.layers = init.stack(lambda init: vit_block(config, init), v.num_layers)
 
