@@ -248,7 +248,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
         ".".join(EMBEDDING): True,
         "position.table": c.position.kind == "learned",
         "final_norm.scale": True,
-        "final_norm.bias": c.norm == "layer",
+        "final_norm.bias": c.norm == "layer" and c.norm_bias,
         "head.bias": c.head_bias,
     }
     if path in edges:
@@ -262,7 +262,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
 
 def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     mlp, gated, biased = not experts, c.mlp == "gated", c.mlp_bias
-    layer_norm, normed = c.norm == "layer", c.qk_norm != "none"
+    layer_norm, normed = c.norm == "layer" and c.norm_bias, c.qk_norm != "none"
     norms: dict[str, Any] = {
         "attention_norm": c.pre_norms,
         "mlp_norm": c.has_mlp_norm,

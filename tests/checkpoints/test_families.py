@@ -153,6 +153,19 @@ REFUSED = [
     ("granite", {"logits_scaling": 0}, "logits_scaling must be a positive number"),
     ("granite", {"shared_intermediate_size": 1024}, "shared_intermediate_size 1024 is not known"),
     ("ministral", {"layer_types": ["chunked_attention"] * 4}, "layer_types .* supported: full_attention"),
+    (
+        "cohere",
+        {"use_parallel_block": False},
+        "use_parallel_block False is not supported: models of this fam",
+    ),
+    ("cohere2", {"layer_types": ["full_attention"] * 5}, "full layers of this family have no positions"),
+    ("cohere2", {"layer_types": None, "layer_switch": 3}, "layer_switch 3 .* sliding_window_pattern says 4"),
+    ("exaone4", {"layer_types": ["full_attention"] * 4}, "sliding_window 8 .* no layer slides"),
+    (
+        "exaone4",
+        {"layer_types": None, "sliding_window_pattern": "LLLG"},
+        "sliding_window_pattern must be a wh",
+    ),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most the 5 experts"),
 ]
 

@@ -55,6 +55,8 @@ class ModelConfig:
     """RMSNorm or LayerNorm, before attention, before the MLP and at the end."""
     norm_eps: float = 1e-5
     """Added to the variance in norms."""
+    norm_bias: bool = True
+    """LayerNorm adds a parameter; RMSNorm never does. (Cohere's scales only.)"""
     norm_offset: float = 0.0
     """Norms scale by this plus their parameter (Gemma's is 1)."""
     pre_norms: bool = True

@@ -95,5 +95,66 @@ LIST = [
         },
         "layer 0 full, then three in a window of 9; head_dim 10 is not width / heads",
     ),
+    case(
+        "cohere",
+        "Cohere",
+        BASE | {"logit_scale": 0.7, "layer_norm_eps": 1e-3, "pad_token_id": 0},
+        "LayerNorm without a bias; attention and MLP in parallel, one norm; neighbours turn; scaled logits",
+        layouts=[TIED_HEAD_WRITTEN],
+    ),
+    case(
+        "cohere_qk_norm",
+        "Cohere",
+        BASE
+        | {
+            "num_hidden_layers": 3,
+            "logit_scale": 0.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+        },
+        "a norm with a scale of its own for each head of queries and of keys; biases; untied",
+    ),
+    case(
+        "cohere2",
+        "Cohere2",
+        BASE | {"num_hidden_layers": 5, "logit_scale": 0.25, "sliding_window": 8, "pad_token_id": 0},
+        "three layers in a window of 8 with positions, then a full one without, then one that slides",
+        layouts=[TIED_HEAD_WRITTEN],
+    ),
+    case(
+        "exaone4",
+        "Exaone4",
+        BASE
+        | {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "sliding_window": 8,
+            "sliding_window_pattern": 3,
+            "rope_theta": 500.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        "norms after attention and MLP, none before; norms on each head; layer 2 full, without positions",
+    ),
+    case(
+        "exaone4_full",
+        "Exaone4",
+        BASE
+        | {
+            "head_dim": 12,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+            "tie_word_embeddings": True,
+        },
+        "the small one: all layers full, with positions; tied",
+        layouts=[TIED_HEAD_WRITTEN],
+    ),
 ]
 LANGUAGE_MORE = {c.name: c for c in LIST}

@@ -3,7 +3,7 @@
 from typing import Any
 
 Json = dict[str, Any]
-NEW = ("ministral",)
+NEW = ("ministral", "exaone4")
 """Families that came with `layer_types`."""
 
 
