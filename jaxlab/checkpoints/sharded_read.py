@@ -119,9 +119,9 @@ class _Target:
 
 def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target]) -> None:
     """One tensor into the leaves that it holds."""
-    parts = fused_parts(entry.layout, entry.join, [target.own for target in targets])
-    for target, where in zip(targets, parts, strict=True):
-        part = values[where]
+    own = [target.own for target in targets]
+    parts = fused_parts(values, entry.layout, entry.join, own, entry.groups)
+    for target, part in zip(targets, parts, strict=True):
         if part.dtype != target.dtype:
             part = part.astype(target.dtype)
         target.fill(index, np.asarray(entry.layout.to_ours(part, target.own)))

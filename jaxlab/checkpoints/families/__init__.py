@@ -34,15 +34,19 @@ __all__ = [
 ]
 
 
+_COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+"""Of the families that can describe a model of our own these are the first choice: most tools read them."""
+
+
 @functools.cache
 def all_families() -> dict[str, Family]:
-    """Every family, by name: each module of this package that has a FAMILY or FAMILIES."""
+    """Every family, by name: each module of this package that has a FAMILY or FAMILIES; common ones first."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
         loaded = importlib.import_module(f"{__name__}.{module.name}")
         for family in getattr(loaded, "FAMILIES", ()) or filter(None, [getattr(loaded, "FAMILY", None)]):
             found[family.name] = family
-    return found
+    return {name: found[name] for name in (*_COMMON, *found)}
 
 
 def find(name: str) -> Family:
