@@ -1,4 +1,4 @@
-"""How the next token is chosen: each step as transformers does it, and what rows and keys have to do with it."""
+"""How the next token is chosen: each step as transformers does it; what rows and keys have to do with it."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_logits_are_those_of_transformers(name):
     found = process_logits(jnp.asarray(MADE["logits"]), jnp.asarray(seen), Sampling(**CASES[name]).values)
     rows = slice(
         3 if name == "top_p_none" else 4
-    )  # of equally likely tokens the sort chooses the one that stays
+    )  # which of equals stays is the sort's choice
     np.testing.assert_array_equal(np.isfinite(found)[rows], np.isfinite(MADE[name])[rows])
     np.testing.assert_allclose(found[rows], MADE[name][rows], rtol=1e-6)
     assert name in ("top_k_of_all",) or not np.array_equal(MADE[name], MADE["logits"])
