@@ -4,3 +4,11 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.processing.processor import Processor, load_processor
+    from jaxlab.processing.tokens import (
+        TextStream,
+        check_token_ids,
+        decode,
+        encode,
+        encode_batch,
+        make_tokenizer,
+    )

@@ -15,6 +15,7 @@ from jaxlab.processing.base import ImagePart, TextPart
 from jaxlab.processing.pixels import read_image
 from jaxlab.processing.registry import find_family, find_image_kind
 from jaxlab.processing.settings import ProcessorSettings, read_json
+from jaxlab.processing.tokens import encode
 
 PREPROCESSOR, PROCESSOR, CONFIG = "preprocessor_config.json", "processor_config.json", "config.json"
 
@@ -39,7 +40,7 @@ class Processor:
         """The batch of one prompt.
 
         Where the prompt holds no placeholder, the images go before it in the family's usual form; otherwise
-        it has to hold one for each. A tokenizer that cuts or fills texts is told to stop that.
+        it has to hold one for each.
 
         Returns:
           tokens int32[1, T]; images, float32, as the family's processor has its pixel_values; and what the
@@ -70,9 +71,7 @@ class Processor:
         first, *rest = text.split(mark)
         expanded = [self.text.expand(one, words) for one in ones]
         text = first + "".join(image + after for image, after in zip(expanded, rest, strict=True))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokens = tokenizer.encode(text, add_special_tokens=self.text.special_tokens).ids
+        tokens = encode(text, tokenizer, special=self.text.special_tokens, where="the prompt")
         self._check_count(tokens, text.count(words["image"]), words["image"], tokenizer)
         batch = {"tokens": np.asarray([tokens], np.int32)}
         return {**batch, **self.images.together(ones)} if ones else batch
