@@ -1,11 +1,14 @@
 """What a family's processor is made of: one part for the pixels, one for the text around them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from jaxlab.processing.pixels import Pixels
+from jaxlab.processing.settings import ProcessorSettings
+
+if TYPE_CHECKING:  # a family may say what it is made of without Pillow
+    from jaxlab.processing.pixels import Pixels
 
 
 class One(NamedTuple):
@@ -24,7 +27,7 @@ class One(NamedTuple):
 class ImagePart:
     """The pixels of a family, by a folder's settings."""
 
-    def one(self, image: Pixels, alone: bool) -> One:
+    def one(self, image: "Pixels", alone: bool) -> One:
         """One image: resized, cut, normalised.
 
         Raises:
@@ -59,6 +62,8 @@ class TextPart:
     """What follows a mark that is added."""
     special_tokens: ClassVar[bool] = True
     """Whether the tokenizer adds its own (like a first token of the text)."""
+    video: ClassVar[Token | None] = None
+    """What stands for a video in a prompt, to refuse it; None: the family has no such token."""
 
     def lead(self, count: int, words: Mapping[str, str]) -> str:
         """What goes before a prompt that does not say where its images are."""
@@ -71,6 +76,29 @@ class TextPart:
     def expand(self, one: One, words: Mapping[str, str]) -> str:
         """What replaces an image's mark."""
         raise NotImplementedError
+
+
+class ImageKind(NamedTuple):
+    """An image processor of transformers."""
+
+    read: Callable[[ProcessorSettings], ImagePart]
+    defaults: Mapping[str, Any]
+    """What it does unless a folder says otherwise."""
+
+
+class ProcessorKind(NamedTuple):
+    """The processor of a family of models, which names it (`Family.processor` of jaxlab.checkpoints)."""
+
+    processor_class: str
+    """Its class in transformers."""
+    images: str | ImageKind
+    """The image processor of a folder that names none; a kind itself: whatever the folder says."""
+    read: Callable[[ProcessorSettings, ProcessorSettings], TextPart]
+    """The text part, from what the folder says of its processor and of its model."""
+    always: Mapping[str, Any] = {}
+    """Settings of the image processor that the family's processor overrules."""
+    told: Callable[[ProcessorSettings], Mapping[str, Any]] | None = None
+    """Settings of the image processor that config.json tells, over those of the folder's files."""
 
 
 def int32(values: Any) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxlab.processing.base import ImagePart, One, TextPart, Token
+from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token
 from jaxlab.processing.pixels import CLIP, Pixels, Scale, cut, read_resample, resize, size_of
 from jaxlab.processing.settings import ProcessorSettings
 from jaxlab.processing.square import join
@@ -86,6 +86,7 @@ class InternVLText(TextPart):
         "end": Token((), "</img>"),
     }
     separator: ClassVar = "\n"
+    video: ClassVar = Token((), "<video>")
 
     @classmethod
     def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "InternVLText":
@@ -93,3 +94,6 @@ class InternVLText(TextPart):
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:
         return words["start"] + words["image"] * (self.count * len(one.pixels)) + words["end"]
+
+
+INTERNVL = ProcessorKind("InternVLProcessor", "GotOcr2ImageProcessor", InternVLText.read, ALWAYS)

@@ -9,12 +9,16 @@ import functools
 import importlib
 import pkgutil
 import re
+from typing import TYPE_CHECKING
 
 from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
 from jaxlab.checkpoints.tensor_table import HEAD, Rows
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxlab.processing import ProcessorKind
 
 __all__ = [
     "Family",
@@ -24,6 +28,7 @@ __all__ = [
     "head_name",
     "ignored",
     "names_of",
+    "processor_kinds",
     "read_config",
     "rows_of",
 ]
@@ -82,6 +87,20 @@ def read_config(config: Json, where: object) -> ModelConfig:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: config.json cannot be understood ({problem[:200]})") from error
+
+
+def processor_kinds(name: str) -> "tuple[ProcessorKind, ...]":
+    """The processor of a family by its whole name, and after it those of the others.
+
+    Raises:
+      UserError: the family has none.
+    """
+    family = find(name)
+    if family.processor is None:
+        known = ", ".join(sorted(f.name for f in all_families().values() if f.processor is not None))
+        raise UserError(f"the family {family.name} has no processor of images; those with one: {known}")
+    others = (f.processor for f in all_families().values() if f.processor is not None and f is not family)
+    return (family.processor(), *(make() for make in others))
 
 
 def names_of(name: str) -> tuple[str, ...]:
