@@ -22,6 +22,8 @@ class One(NamedTuple):
     """(rows, columns) of tiles, or of patches, where the text needs them."""
     alone: bool = True
     """No other image is in the prompt."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """(height, width) of each of its tiles, of tiles that vary in size and are filled up with zeros."""
 
 
 class ImagePart:
@@ -58,6 +60,8 @@ class TextPart:
     """Its tokens by our names; "image" is the one that image tokens of the tower replace."""
     mark: ClassVar[str] = "image"
     """Which of them stands for an image in a prompt."""
+    plain_mark: ClassVar[str] = ""
+    """What stands for an image in place of it, of a family whose tokenizer has no token for that."""
     separator: ClassVar[str] = ""
     """What follows a mark that is added."""
     special_tokens: ClassVar[bool] = True
@@ -67,7 +71,7 @@ class TextPart:
 
     def lead(self, count: int, words: Mapping[str, str]) -> str:
         """What goes before a prompt that does not say where its images are."""
-        return (words[self.mark] + self.separator) * count
+        return ((self.plain_mark or words[self.mark]) + self.separator) * count
 
     def finish(self, text: str, words: Mapping[str, str]) -> str:
         """The prompt with marks in it as the family writes it."""
@@ -76,6 +80,14 @@ class TextPart:
     def expand(self, one: One, words: Mapping[str, str]) -> str:
         """What replaces an image's mark."""
         raise NotImplementedError
+
+    def join(self, pieces: Sequence[str], words: Mapping[str, str]) -> str:
+        """The whole text of its pieces: the prompt's, and between them those of the images."""
+        return "".join(pieces)
+
+    def of_tokens(self, tokens: Sequence[int], image: int, ones: Sequence[One]) -> dict[str, np.ndarray]:
+        """Further arrays of a batch that follow from where the tokens `image` lie in the text."""
+        return {}
 
 
 class ImageKind(NamedTuple):
@@ -97,8 +109,9 @@ class ProcessorKind(NamedTuple):
     """The text part, from what the folder says of its processor and of its model."""
     always: Mapping[str, Any] = {}
     """Settings of the image processor that the family's processor overrules."""
-    told: Callable[[ProcessorSettings], Mapping[str, Any]] | None = None
-    """Settings of the image processor that config.json tells, over those of the folder's files."""
+    told: Callable[[ProcessorSettings, ProcessorSettings], Mapping[str, Any]] | None = None
+    """Settings of the image processor that follow from processor_config.json and config.json; they are
+    stronger than what the image processor's file says."""
 
 
 def int32(values: Any) -> np.ndarray:

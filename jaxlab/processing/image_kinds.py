@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from jaxlab.errors import UserError
-from jaxlab.processing import anyres, gemma3, idefics3, qwen, square, tiles
+from jaxlab.processing import anyres, gemma3, idefics2, idefics3, mllama, pixtral, qwen, square, tiles
 from jaxlab.processing.base import ImageKind, ProcessorKind
 from jaxlab.processing.settings import ProcessorSettings, shown
 
@@ -25,6 +25,9 @@ IMAGE_KINDS: Mapping[str, ImageKind] = {
     "GotOcr2ImageProcessor": ImageKind(tiles.Tiles.read, tiles.DEFAULTS),
     "Gemma3ImageProcessor": ImageKind(gemma3.PanAndScan.read, gemma3.DEFAULTS),
     "Idefics3ImageProcessor": ImageKind(idefics3.NamedTiles.read, idefics3.DEFAULTS),
+    "Idefics2ImageProcessor": ImageKind(idefics2.Quarters.read, idefics2.DEFAULTS),
+    "PixtralImageProcessor": ImageKind(pixtral.WholeTokens.read, pixtral.DEFAULTS),
+    "MllamaImageProcessor": ImageKind(mllama.Canvas.read, mllama.DEFAULTS),
     "SmolVLMImageProcessor": ImageKind(idefics3.NamedTiles.read, idefics3.DEFAULTS),
 }
 """By image_processor_type, without the ending that tells a backend."""

@@ -52,7 +52,7 @@ class Processor:
         """
         words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
         self._refuse_videos(text, tokenizer)
-        mark = words[self.text.mark]
+        mark = self.text.plain_mark or words[self.text.mark]
         if mark not in text:
             text = self.text.lead(len(images), words) + text
         text = self.text.finish(text, words)
@@ -71,13 +71,19 @@ class Processor:
                 raise UserError(f"{name}{error}") from error
         first, *rest = text.split(mark)
         expanded = [self.text.expand(one, words) for one in ones]
-        text = first + "".join(image + after for image, after in zip(expanded, rest, strict=True))
+        pieces = [first]
+        for image, after in zip(expanded, rest, strict=True):
+            pieces += [image, after]
+        text = self.text.join(pieces, words)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokens = tokenizer.encode(text, add_special_tokens=self.text.special_tokens).ids
         self._check_count(tokens, text.count(words["image"]), words["image"], tokenizer)
         batch = {"tokens": np.asarray([tokens], np.int32)}
-        return {**batch, **self.images.together(ones)} if ones else batch
+        if not ones:
+            return batch
+        of_tokens = self.text.of_tokens(tokens, tokenizer.token_to_id(words["image"]), ones)
+        return {**batch, **self.images.together(ones), **of_tokens}
 
     def _refuse_videos(self, text: str, tokenizer: Tokenizer) -> None:
         """Refuses a prompt with the token that stands for a video, by its id in config.json or its name."""
@@ -154,7 +160,10 @@ def load_processor(
     images = find_image_kind(ProcessorSettings((files[1],)), kind)
     asked = ("the overrides", overrides)
     standard = ("its defaults", images.defaults)
-    told = ("config.json", {} if kind.told is None else kind.told(settings))
+    told = (
+        kind.processor_class,
+        {} if kind.told is None else kind.told(ProcessorSettings((files[0],)), settings),
+    )
     layers = ProcessorSettings((asked, (kind.processor_class, kind.always), told, files[1], standard))
     text = ProcessorSettings((asked, *files, standard))
     return Processor(

@@ -181,9 +181,7 @@ def test_the_class_of_processor_is_stronger_than_the_type_of_the_model(tmp_path)
 
 
 def test_a_family_without_a_processor_reads_no_images():
-    with pytest.raises(
-        UserError, match=r"llama has no processor of images; those with one: .*qwen"
-    ):
+    with pytest.raises(UserError, match=r"llama has no processor of images; those with one: .*qwen"):
         families.processor_kinds("llama")
 
 
