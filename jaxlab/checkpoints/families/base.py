@@ -39,8 +39,6 @@ class Family:
     """Variants whose tensors lie otherwise, by a word for each: rows in place of the family's."""
     processor: "Callable[[], ProcessorKind] | None" = None
     """How images and text become a batch, of a vision-language model; a function, since it needs Pillow."""
-    forward: bool = True
-    """Whether the model code runs it; False: its tensors are mapped, and can be merged and written."""
 
 
 def renamed(rows: Rows, renames: Renames) -> Rows:

@@ -272,10 +272,7 @@ class QwenVisionConfig(_Tower):
 
 @dataclass(frozen=True)
 class MllamaVisionConfig(_SquareTower):
-    """What Mllama has besides a vision transformer: tiles with embeddings, layers that read the images.
-
-    Known by its parameters only: it is read, merged and written, and does not run.
-    """
+    """What Mllama has besides a vision transformer: tiles with embeddings, layers that read the images."""
 
     kind: Literal["mllama"] = "mllama"
     norm_eps: float = 1e-5

@@ -1,14 +1,13 @@
 """From the features of a vision transformer to tokens of the decoder's width."""
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxlab.errors import UserError
 from jaxlab.models.block import Block
 from jaxlab.models.config import ModelConfig, NoPositions, ResamplerConfig, ViTConfig
 from jaxlab.models.full_attention import softmax_attention
@@ -132,15 +131,6 @@ class ResamplerBlock(Block):
         assert self.mlp is not None
         assert self.mlp_norm is not None
         return x + self.mlp(self.mlp_norm(x))
-
-
-def refuse(config: ModelConfig) -> NoReturn:
-    """Refuses a family whose parameters are known, and whose images are not run.
-
-    Raises:
-      UserError: it is one of them.
-    """
-    raise UserError(f"images of {config.family} models cannot be read yet; leave them out of the batch")
 
 
 def tokens_per_tile(config: ModelConfig) -> int:
