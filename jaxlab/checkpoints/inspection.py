@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import families
 from jaxlab.checkpoints.compatibility import common_prefix, language_differences
 from jaxlab.checkpoints.formats.base import OpenModel, is_finite
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
@@ -143,8 +142,6 @@ def _policies(first: ModelReport, other: ModelReport, shared: int) -> list[str]:
 
 def _architecture(c: ModelConfig) -> list[tuple[str, str]]:
     lines = [("family", c.family)]
-    if c.family != "jaxlab" and not families.find(c.family).forward:
-        lines[0] = ("family", f"{c.family} (converted and merged, not run)")
     heads = f"{c.num_heads} heads" + ("" if c.kv_heads == c.num_heads else f" ({c.kv_heads} key/value)")
     lines.append(("language model", f"{c.num_layers} layers, width {c.width}, {heads} of {c.key_dim}"))
     if c.moe is not None:

@@ -11,6 +11,7 @@ import pkgutil
 import re
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
@@ -18,6 +19,9 @@ from jaxlab.checkpoints.families.settings import IGNORED_KEYS, reading
 from jaxlab.checkpoints.tensor_table import HEAD, Rows
 from jaxlab.errors import UserError, UserNote
 from jaxlab.models import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxlab.processing import ProcessorKind
 
 __all__ = [
     "IGNORED_KEYS",
@@ -28,6 +32,7 @@ __all__ = [
     "head_name",
     "ignored",
     "names_of",
+    "processor_kinds",
     "read_config",
     "recorded",
     "rows_of",
@@ -116,6 +121,20 @@ def _read(config: Json, where: object) -> ModelConfig:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: config.json cannot be understood ({problem[:200]})") from error
+
+
+def processor_kinds(name: str) -> "tuple[ProcessorKind, ...]":
+    """The processor of a family by its whole name, and after it those of the others.
+
+    Raises:
+      UserError: the family has none.
+    """
+    family = find(name)
+    if family.processor is None:
+        known = ", ".join(sorted(f.name for f in all_families().values() if f.processor is not None))
+        raise UserError(f"the family {family.name} has no processor of images; those with one: {known}")
+    others = (f.processor for f in all_families().values() if f.processor is not None and f is not family)
+    return (family.processor(), *(make() for make in others))
 
 
 def names_of(name: str) -> tuple[str, ...]:

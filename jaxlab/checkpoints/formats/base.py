@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # jax is imported where a tensor, or the shape of one, is ask
     import jax
 
     from jaxlab.models import Params
+    from jaxlab.processing import Processor
 
 Form = Literal["orbax", "huggingface", "llama2c"]
 NotFinite = Literal["take", "warn", "refuse"]
@@ -87,6 +88,19 @@ class OpenModel(abc.ABC):
     def companion_folder(self) -> Path:
         """Where config.json and the files of tokenizer and processor lie, if the model has any."""
         return self.path
+
+    @functools.cached_property
+    def processor(self) -> "Processor":
+        """How its images and text become a batch, by its family and the files beside its tensors."""
+        from jaxlab.checkpoints import families
+        from jaxlab.processing import load_processor
+
+        source = self.source_files
+        try:
+            kinds = families.processor_kinds(self.config.family)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        return load_processor(self.companion_folder, kinds, config=None if source is None else source.config)
 
     @property
     def made_by(self) -> dict[str, Any] | None:
