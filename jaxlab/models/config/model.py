@@ -94,6 +94,8 @@ class ModelConfig:
     """Factor on scores; none means head_dim ** -0.5."""
     attention_softcap: float | None = None
     """Scores are cap * tanh(score / cap) (Gemma 2)."""
+    attention_sinks: bool = False
+    """A logit for each head that takes part in the softmax of every query and has no value (gpt-oss)."""
     logit_softcap: float | None = None
     """Logits are cap * tanh(logit / cap) (Gemma 2)."""
     attention: AttentionConfig = FullAttentionConfig()
@@ -183,6 +185,12 @@ class ModelConfig:
 
     def _check_attention(self) -> None:
         attention, softcap = self.attention, self.attention_softcap is not None
+        if self.attention_sinks and (
+            self.sparsity is not None or getattr(attention, "implementation", "") != "xla"
+        ):
+            raise ConfigError(
+                "are known to full and sliding attention by xla, without sparsity", key="attention_sinks"
+            )
         if self.sparsity is not None:
             if attention.kind != "full" or softcap:
                 raise ConfigError(
