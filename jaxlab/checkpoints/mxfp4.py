@@ -1,8 +1,8 @@
 """Checkpoints in MXFP4 (OCP Microscaling Formats, 2023), as gpt-oss has it: unpacked as they are read.
 
-Each matrix of the experts is two tensors: `<name>_blocks` uint8[E, rows, groups, 16], two numbers of 4 bits in
-a byte, the lower half first, and `<name>_scales` uint8[E, rows, groups], an exponent of 2 (with a bias of 127)
-for each group of 32. `<name>` is [E, columns, rows]: it lies the other way round.
+A matrix of the experts is two tensors: `<name>_blocks` uint8[E, rows, groups, 16], two numbers of 4 bits in a
+byte, the lower half first, and `<name>_scales` uint8[E, rows, groups], an exponent of 2 (biased by 127) for
+each group of 32. `<name>` is [E, columns, rows]: it lies the other way round.
 """
 
 import dataclasses

@@ -74,6 +74,13 @@ class TensorAccount:
         head = next((e.names[0] for e in self.entries if e.path == HEAD), None)
         if head in self.missing:
             return f" ({head} may be absent only where config.json says tie_word_embeddings)"
+        if any(".lora_" in name for name in self.unmapped):
+            return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
+        if self.unmapped and not self.missing and not self.wrong:
+            common = self.unmapped[0] if len(self.unmapped) == 1 else "NAME ..."
+            return (
+                f"; if the model does not need them, pass --ignore-tensors {common} (* stands for anything)"
+            )
         return ""
 
 

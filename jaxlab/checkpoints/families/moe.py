@@ -128,6 +128,8 @@ def read_qwen3(config: Json) -> ModelConfig:
     window = s.maybe_whole("sliding_window", 4096)
     slides = s.flag("use_sliding_window") and window is not None
     s.ignore("max_window_layers")  # of Qwen2's; here all layers slide or none
+    if not s.flag("use_qk_norm", True):
+        raise s.refuse("use_qk_norm", "queries and keys are always normed")
     attention = language.attention_of(window if slides else None)
     bias = s.flag("attention_bias")
     return language.read_decoder(

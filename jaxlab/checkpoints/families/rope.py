@@ -40,9 +40,11 @@ def read_rope(
     theta = settings.number("rope_theta", theta)
     given = settings.value("rope_parameters")
     older = settings.value("rope_scaling")
-    key = "rope_scaling" if given is None else "rope_parameters"
     length = settings.whole("max_position_embeddings", 2048)
-    found = older if given is None else given
+    # Where both stand, transformers 4 knows rope_scaling alone, and 5 takes it in place of rope_parameters.
+    key, found = ("rope_scaling", older) if older or given is None else ("rope_parameters", given)
+    if older and given and older != given:
+        settings.note("rope_parameters is not applied: rope_scaling stands beside it, as in transformers")
     if partial is not None:
         partial = dataclasses.replace(partial, factor=settings.number(partial.key, partial.factor))
     group = {} if found is None else found

@@ -77,7 +77,7 @@ def hf_family(config: ModelConfig, source_files: SourceFiles | None = None) -> s
     own = families.find(config.family).name if config.family != "jaxlab" else None
     problems = []
     for name, family in families.all_families().items():
-        if name != own and (own is not None or config.has_vision or not family.forward):
+        if name != own and (own is not None or config.has_vision):
             continue
         as_theirs = config if own is not None else dataclasses.replace(config, family=name)
         try:
