@@ -17,15 +17,16 @@ _DEFAULTS: Json = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "num_experts_per_tok": 4,
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
 }
+_YARN: Json = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""Where config.json says nothing of positions."""
 _EXPERTS: Rows = (
     Row("moe.router", "mlp.router.weight", "e d -> d e"),
     Row("moe.router_bias", "mlp.router.bias", "e -> e"),
@@ -38,7 +39,8 @@ _EXPERTS: Rows = (
 
 
 def read_config(config: Json) -> ModelConfig:
-    s = Settings(config, "gpt_oss", _DEFAULTS)
+    told = config.get("rope_parameters") or config.get("rope_scaling")
+    s = Settings(config, "gpt_oss", _DEFAULTS if told else {**_DEFAULTS, "rope_parameters": _YARN})
     s.ignore("experts_per_token", "initial_context_length")  # of OpenAI's own code
     layers, bias = s.whole("num_hidden_layers", most=1 << 12), s.flag("attention_bias", True)
     default: list[LayerKind] = ["full" if i % 2 else "sliding" for i in range(layers)]
