@@ -40,6 +40,9 @@ class Row:
     """Of one tensor; see Layout."""
     join: int = 0
     """The axis of theirs along which several leaves are joined."""
+    runs: str = ""
+    """Several leaves: the axis of ours of whose least size there are so many runs, each with a piece of every
+    leaf; empty: each leaf is one piece."""
     numbers: tuple[int, ...] = ()
     """Theirs of our layers 0, 1, ..., where they are not the same."""
     skips: tuple[int, ...] = ()
