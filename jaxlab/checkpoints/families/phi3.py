@@ -43,6 +43,7 @@ def write_config(config: ModelConfig) -> Json:
     return {
         **language.write_decoder(config, "phi3", "Phi3ForCausalLM"),
         "partial_rotary_factor": rope.partial_factor(config),
+        "pad_token_id": None,  # the class's own may lie outside of the vocabulary
         "sliding_window": language.window_of(config),
     }
 

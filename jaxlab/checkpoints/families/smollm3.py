@@ -56,6 +56,7 @@ def write_config(config: ModelConfig) -> Json:
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         "use_sliding_window": window is not None,
+        "pad_token_id": None,  # the class's own may lie outside of the vocabulary
         "sliding_window": window,
         "layer_types": language.layer_types(config),
     }
