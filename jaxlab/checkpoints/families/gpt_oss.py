@@ -30,8 +30,8 @@ _YARN: Json = {
 _EXPERTS: Rows = (
     Row("moe.router", "mlp.router.weight", "e d -> d e"),
     Row("moe.router_bias", "mlp.router.bias", "e -> e"),
-    Row(("moe.gate", "moe.up"), "mlp.experts.gate_up_proj", "e d f -> e d f", join=2, groups="f"),
-    Row(("moe.gate_bias", "moe.up_bias"), "mlp.experts.gate_up_proj_bias", "e f -> e f", join=1, groups="f"),
+    Row(("moe.gate", "moe.up"), "mlp.experts.gate_up_proj", "e d f -> e d f", join=2, runs="f"),
+    Row(("moe.gate_bias", "moe.up_bias"), "mlp.experts.gate_up_proj_bias", "e f -> e f", join=1, runs="f"),
     Row("moe.down", "mlp.experts.down_proj", "e f d -> e f d"),
     Row("moe.down_bias", "mlp.experts.down_proj_bias", "e d -> e d"),
 )

@@ -173,6 +173,11 @@ class ModelConfig:
             raise ConfigError(f"rotary positions need an even head_dim, not {self.key_dim}", key="head_dim")
         if self.rotary_dim > self.key_dim:
             raise ConfigError(f"{self.rotary_dim} exceeds head_dim {self.key_dim}", key="position.dim")
+        factors = {len(rope.short_factors), len(rope.long_factors)}
+        if rope.scaling == "longrope" and factors != {self.rotary_dim // 2}:
+            raise ConfigError(
+                f"there must be one for each of {self.rotary_dim // 2} pairs", key="position.short_factors"
+            )
         if len(rope.layers) > self.num_layers:
             raise ConfigError(
                 f"names {len(rope.layers)} layers, the model has {self.num_layers}", key="position.layers"
