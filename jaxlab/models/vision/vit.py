@@ -317,8 +317,8 @@ def _rotary(count: int, rows: int, patches: int, dim: int) -> Rotary:
     frequencies = 1.0 / THETA ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
     row, column = np.divmod(np.arange(patches, dtype=np.float32), patches // rows)
     angles = np.concatenate([row[:, None] * frequencies[0::2], column[:, None] * frequencies[1::2]], axis=1)
-    angles = jnp.broadcast_to(jnp.asarray(angles, jnp.float32)[None], (count, *angles.shape))
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+    of_each = jnp.broadcast_to(jnp.asarray(angles, jnp.float32)[None], (count, *angles.shape))
+    return Rotary(jnp.cos(of_each), jnp.sin(of_each))
 
 
 def _places(lengths: Int[np.ndarray, " N"], count: int, side: int) -> Int[np.ndarray, "N n"]:
