@@ -183,6 +183,8 @@ class Decoder(nnx.Module):
         )
         if self.head is not None and self.head.bias is not None:
             logits = logits + self.head.bias.astype(jnp.float32)[None, None]
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)
 
 

@@ -28,11 +28,20 @@ class Stacked(NamedTuple):
     """Those that the taps read."""
 
 
+class Kind(NamedTuple):
+    """What is static in a layer and may differ from that of the next."""
+
+    attention: str
+    """One of `ModelConfig.kinds`."""
+    rotary: bool
+    """Whether it has rotary positions, where the model has any."""
+
+
 class Run(NamedTuple):
     """Consecutive layers done by one scan: `repeats` times the kinds, from layer `start` on."""
 
     start: int
-    kinds: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     repeats: int
 
     @property
@@ -79,13 +88,14 @@ def apply_blocks(
     pool, caches = split_cache(None if cache is None else cache.layers)
     num_additions = 0 if additions is None else additions.shape[0]
     results: list[tuple[Any, ...]] = []
+    kinds = tuple(map(Kind, config.kinds, config.rotary_layers))
     found, start = taps.buffers, 0
     for blocks in stacks:
         graphdef, params = nnx.split(blocks)
         count = jax.tree.leaves(params)[0].shape[0]
         alone = min(max(0, num_additions - start), count)
         cuts = [layer - start for layer in between.before]
-        for run in _runs(config.kinds[start : start + count], alone, cuts):
+        for run in _runs(kinds[start : start + count], alone, cuts):
             x = between.done(start + run.start, x)
             layers = slice(start + run.start, start + run.stop)
             of_run = (
@@ -140,23 +150,24 @@ class _Scan(NamedTuple):
             results.append(result)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-    def _step(self, kind: str) -> Any:
+    def _step(self, kind: Kind) -> Any:
         step = lambda carry, of_layer: self._layer(carry, of_layer, kind)
         # The scan already keeps the two passes apart.
         return jax.checkpoint(step, prevent_cse=False) if self.remat else step
 
-    def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: str) -> tuple[Carry, tuple[Any, ...]]:
+    def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: Kind) -> tuple[Carry, tuple[Any, ...]]:
         (x, pool, found), (params, per_layer, cache) = carry, of_layer
         tap = self.taps.layer(per_layer)
         block = nnx.merge(self.graphdef, params)
-        done = block(x, self.context, kind=kind, tap=tap, cache=join_cache(pool, cache))
+        context = self.context.for_layer(kind.rotary)
+        done = block(x, context, kind=kind.attention, tap=tap, cache=join_cache(pool, cache))
         pool, cache = split_cache(done.attended.cache)
         attended = done.attended
         results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss)
         return (done.x, pool, self.taps.store(found, per_layer, tap)), results
 
 
-def _runs(kinds: tuple[str, ...], alone: int, cuts: Sequence[int] = ()) -> list[Run]:
+def _runs(kinds: tuple[Kind, ...], alone: int, cuts: Sequence[int] = ()) -> list[Run]:
     """The fewest scans: kinds that repeat are one, with a shorter one for what is left; else a scan for each
     stretch of one kind. The first `alone` layers are scans of their own; none goes on over a layer of `cuts`.
     """

@@ -19,3 +19,11 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.processing.settings import ProcessorSettings
     from jaxlab.processing.square import LLAVA, PALIGEMMA
     from jaxlab.processing.tiles import INTERNVL, INTERNVL_CHAT
+    from jaxlab.processing.tokens import (
+        TextStream,
+        check_token_ids,
+        decode,
+        encode,
+        encode_batch,
+        make_tokenizer,
+    )

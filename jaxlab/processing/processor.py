@@ -15,6 +15,7 @@ from jaxlab.processing.base import ImageKind, ImagePart, ProcessorKind, TextPart
 from jaxlab.processing.image_kinds import find_image_kind
 from jaxlab.processing.pixels import read_image
 from jaxlab.processing.settings import ProcessorSettings, read_json, shown
+from jaxlab.processing.tokens import encode
 
 PREPROCESSOR, PROCESSOR, CONFIG = "preprocessor_config.json", "processor_config.json", "config.json"
 TOKENIZER = "tokenizer_config.json"
@@ -40,7 +41,7 @@ class Processor:
         """The batch of one prompt.
 
         Where the prompt holds no placeholder, the images go before it in the family's usual form; otherwise
-        it has to hold one for each. A tokenizer that cuts or fills texts is told to stop that.
+        it has to hold one for each.
 
         Returns:
           tokens int32[1, T]; images, float32, as the family's processor has its pixel_values; and what the
@@ -75,14 +76,14 @@ class Processor:
         for image, after in zip(expanded, rest, strict=True):
             pieces += [image, after]
         text = self.text.join(pieces, words)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokens = tokenizer.encode(text, add_special_tokens=self.text.special_tokens).ids
+        tokens = encode(text, tokenizer, special=self.text.special_tokens, where="the prompt")
         self._check_count(tokens, text.count(words["image"]), words["image"], tokenizer)
         batch = {"tokens": np.asarray([tokens], np.int32)}
         if not ones:
             return batch
-        of_tokens = self.text.of_tokens(tokens, tokenizer.token_to_id(words["image"]), ones)
+        image = tokenizer.token_to_id(words["image"])
+        assert image is not None  # counted above
+        of_tokens = self.text.of_tokens(tokens, image, ones)
         return {**batch, **self.images.together(ones), **of_tokens}
 
     def _refuse_videos(self, text: str, tokenizer: Tokenizer) -> None:

@@ -22,7 +22,7 @@ class Projector(nnx.Module):
         v, d = config.vision_as(ViTConfig), config.width
         self.config, self.activation = v, config.activation
         size = v.width * len(v.feature_layers) * (1 if v.connector == "merger" else v.shuffle**2)
-        norm = lambda kind: Norm(size, kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
+        norm = lambda kind: Norm((size,), kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
         self.norm = None if v.connector_norm == "none" else norm(v.connector_norm)
         if v.resampler is not None:
             inward, outward = ("embed", "mlp"), ("mlp", "embed")
@@ -123,7 +123,7 @@ class ResamplerBlock(Block):
         self, x: Float[Array, "N P D"], features: Float[Array, "N F D"], mask: Bool[Array, "N 1 S"]
     ) -> Float[Array, "N P D"]:
         """The queries after they have read features and themselves, in this order in the mask."""
-        normed = self.attention_norm(x)
+        normed = self.attention_input(x)
         q = self.attention.project(normed)[0]
         _, k, v = self.attention.project(jnp.concatenate([self.context_norm(features), normed], axis=1))
         mask = jnp.broadcast_to(mask, (*x.shape[:2], k.shape[1]))

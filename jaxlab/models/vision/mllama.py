@@ -52,7 +52,7 @@ class GatedBlock(Block):
         cache: LayerCache | None = None,
     ) -> BlockOutput:
         """The tower's layers over all tiles of an image."""
-        attended = self.attention(self.attention_norm(x), context, kind=kind, tap=tap, cache=cache)
+        attended = self.attention(self.attention_input(x), context, kind=kind, tap=tap, cache=cache)
         x = x + _gate(self.attention_gate, x) * attended.out
         assert self.mlp is not None
         assert self.mlp_norm is not None
@@ -85,7 +85,7 @@ class CrossBlock(GatedBlock):
         """
         mask = jnp.ones((*x.shape[:2], keys.shape[1]), bool) if visible is None else visible
         sees = jnp.any(mask, axis=-1, keepdims=True)
-        q = self.attention.project(self.attention_norm(x))[0]
+        q = self.attention.project(self.attention_input(x))[0]
         out = softmax_attention(q, keys, values, mask | ~sees, scale=self.scale)
         x = x + _gate(self.attention_gate, x) * self.attention.project_output(out)
         assert self.mlp is not None
@@ -166,7 +166,7 @@ class MllamaTower(nnx.Module):
         self.position = GatedPositions(tiles, v.num_patches + 1, config, init)
         of_tiles = ((*tiles, v.width), ("ratio", "tile", "embed"), std)
         self.tiles_before, self.tiles_after = GatedTable(*of_tiles, init), GatedTable(*of_tiles, init)
-        self.pre_norm, self.post_norm = (Norm(v.width, "layer", EPSILON, init) for _ in range(2))
+        self.pre_norm, self.post_norm = (Norm((v.width,), "layer", EPSILON, init) for _ in range(2))
         self.global_layers = repeat(GatedBlock(global_config(config), init), v.num_global_layers)
         self.layers = init.stack(lambda init: Block(tower, init), v.num_layers)
 

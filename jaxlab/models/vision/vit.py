@@ -74,7 +74,7 @@ class ViTTower(nnx.Module):
         self.position = Embedding(rows, v.width, "position", std, init) if has_table else None
         self.pre_norm = layer_norm(tower, init) if v.pre_norm else None
         has_final_norm = v.final_norm != "none"
-        self.final_norm = Norm(v.width, "layer", v.norm_eps, init) if has_final_norm else None
+        self.final_norm = Norm((v.width,), "layer", v.norm_eps, init) if has_final_norm else None
         self.head = PoolingHead(tower, init) if v.pooling_head else None
         self.layers = init.stack(lambda init: vit_block(config, init), v.num_layers)
 
@@ -317,8 +317,8 @@ def _rotary(count: int, rows: int, patches: int, dim: int) -> Rotary:
     frequencies = 1.0 / THETA ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
     row, column = np.divmod(np.arange(patches, dtype=np.float32), patches // rows)
     angles = np.concatenate([row[:, None] * frequencies[0::2], column[:, None] * frequencies[1::2]], axis=1)
-    of_each = jnp.broadcast_to(jnp.asarray(angles, jnp.float32)[None], (count, *angles.shape))
-    return Rotary(jnp.cos(of_each), jnp.sin(of_each))
+    turns = jnp.broadcast_to(jnp.asarray(angles, jnp.float32)[None], (count, *angles.shape))
+    return Rotary(jnp.cos(turns), jnp.sin(turns))
 
 
 def _places(lengths: Int[np.ndarray, " N"], count: int, side: int) -> Int[np.ndarray, "N n"]:
