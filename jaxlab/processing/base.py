@@ -86,7 +86,7 @@ class TextPart:
         return "".join(pieces)
 
     def of_tokens(
-        self, tokens: Sequence[int], image: int | None, ones: Sequence[One]
+        self, tokens: Sequence[int], image: int, ones: Sequence[One]
     ) -> dict[str, np.ndarray]:
         """Further arrays of a batch that follow from where the tokens `image` lie in the text."""
         return {}

@@ -115,7 +115,7 @@ class MllamaText(TextPart):
         return words["image"]
 
     def of_tokens(
-        self, tokens: Sequence[int], image: int | None, ones: Sequence[One]
+        self, tokens: Sequence[int], image: int, ones: Sequence[One]
     ) -> dict[str, np.ndarray]:
         """cross_attention_mask int32 [1, T, images, most tiles]: 1 on the tiles that a token sees.
 
