@@ -1,4 +1,4 @@
-"""Opening a model, wherever it comes from: a folder of ours or of Hugging Face, a hub id, llama2.c."""
+"""Opening a model, wherever it comes from: a folder of ours or of Hugging Face, a hub id, GGUF, llama2.c."""
 
 import os
 from pathlib import Path
@@ -46,6 +46,10 @@ def open_model(
         return HuggingFaceFolder(path, adapter=merged, allow_pickle=allow_pickle)
     if adapter is not None:
         raise UserError(f"{path}: --adapter is for folders of Hugging Face; convert it to one first")
+    if form == "gguf":
+        from jaxlab.checkpoints.formats.gguf_file import GGUFFile
+
+        return GGUFFile(path)
     if form == "llama2c":
         from jaxlab.checkpoints.formats.llama2c import Llama2cFile
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # jax is imported where a tensor, or the shape of one, is ask
 
     from jaxlab.models import Params
 
-Form = Literal["orbax", "huggingface", "llama2c"]
+Form = Literal["orbax", "huggingface", "llama2c", "gguf"]
 
 
 class OpenModel(abc.ABC):
@@ -82,6 +82,11 @@ class OpenModel(abc.ABC):
     def companion_folder(self) -> Path:
         """Where config.json and the files of tokenizer and processor lie, if the model has any."""
         return self.path
+
+    @property
+    def dequantized(self) -> str | None:
+        """The types that tensors are dequantised from, so that they are not the original's; None: none."""
+        return None
 
     @property
     def made_by(self) -> dict[str, Any] | None:

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families, lora
-from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.formats.base import Form, OpenModel
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import CONFIG, TensorFolder, inside, open_folder, read_json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # `inspect` looks into a folder without jax
 class HuggingFaceFolder(OpenModel):
     """A folder with config.json and tensors, whose names are those of a family."""
 
-    form = "huggingface"
+    form: ClassVar[Form] = "huggingface"
 
     def __init__(self, path: Path, *, adapter: Path | None = None, allow_pickle: bool = False) -> None:
         """
