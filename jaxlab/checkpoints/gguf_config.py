@@ -37,6 +37,8 @@ _INERT = frozenset(
 )
 """Keys that do not change what the logits are: the vocabulary is counted in the embedding."""
 _FREQUENCIES = "rope_freqs.weight"
+_LOW, _HIGH, _ORIGINAL_LENGTHS = 1.0, 4.0, (8192, *(1 << power for power in range(4, 21)))
+"""Of Llama 3's stretching, as all its models have them; the length is Llama 3's, or another power of two."""
 
 
 class Metadata:
@@ -183,24 +185,25 @@ def _llama3(metadata: Metadata) -> Json | None:
     largest = float(str(np.float32(factors.max())))
     if (factors == 1).all():
         return None
-    low, high, original = 1.0, 4.0, 8192
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if not np.allclose(factors, 1 / ((1 - smooth) / largest + smooth), rtol=1e-4):
-        raise UserError(
-            f"{metadata.where}: {_FREQUENCIES} stretches rotary positions in a way that is not known"
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": largest,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    for original in _ORIGINAL_LENGTHS:
+        smooth = np.clip((original / wavelengths - _LOW) / (_HIGH - _LOW), 0, 1)
+        if np.allclose(factors, 1 / ((1 - smooth) / largest + smooth), rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": largest,
+                "low_freq_factor": _LOW,
+                "high_freq_factor": _HIGH,
+                "original_max_position_embeddings": original,
+            }
+    raise UserError(f"{metadata.where}: {_FREQUENCIES} stretches rotary positions in a way that is not known")
+
+
+def _biased(metadata: Metadata) -> Json:
+    return {**_decoder(metadata), "attention_bias": metadata.has("blk.0.attn_q.bias")}
 
 
 def _llama(metadata: Metadata) -> Json:
-    bias = metadata.has("blk.0.attn_q.bias")
-    return {**_decoder(metadata), "attention_bias": bias, "mlp_bias": metadata.has("blk.0.ffn_up.bias")}
+    return {**_biased(metadata), "mlp_bias": metadata.has("blk.0.ffn_up.bias")}
 
 
 def _scalar(metadata: Metadata, large: int) -> Json:
@@ -239,7 +242,12 @@ def _experts(count: str) -> Callable[[Metadata], Json]:
 
 def _qwen3_moe(metadata: Metadata) -> Json:
     width = metadata.needed("expert_feed_forward_length")
-    return {**_experts("num_experts")(metadata), "moe_intermediate_size": width, "norm_topk_prob": True}
+    return {
+        **_biased(metadata),
+        **_experts("num_experts")(metadata),
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
+    }
 
 
 _GPT2 = {
@@ -255,7 +263,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _DECODER, _llama, _PAIRS),
     "mixtral": Architecture("mixtral", _DECODER, _experts("num_local_experts"), _PAIRS),
     "qwen2": Architecture("qwen2", _DECODER, _decoder),
-    "qwen3": Architecture("qwen3", _DECODER, _decoder),
+    "qwen3": Architecture("qwen3", _DECODER, _biased),
     "qwen3moe": Architecture("qwen3_moe", _DECODER, _qwen3_moe),
     "gemma": Architecture("gemma", _DECODER, _decoder, _SHIFTED_NORMS),
     "gemma2": Architecture("gemma2", _DECODER, _gemma2, _SHIFTED_NORMS),

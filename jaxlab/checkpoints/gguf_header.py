@@ -206,6 +206,23 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.wrong(f"{what} is no UTF-8") from None
 
+    def texts(self, what: str, count: int) -> list[str]:
+        """Many of them, read without a call for each."""
+        if 8 * count > self.limit - self.at:
+            raise self.wrong(f"cut off inside its header: {what} has {count} strings")
+        read, at, found = self.file.read, self.at, []
+        for _ in range(count):
+            size = int.from_bytes(read(8), "little")
+            at += 8 + size
+            if at > self.limit:
+                raise self.wrong(f"cut off inside its header: a string of {what} has {size} bytes")
+            found.append(read(size))
+        self.at = at
+        try:
+            return [raw.decode("utf-8") for raw in found]
+        except UnicodeDecodeError:
+            raise self.wrong(f"{what} holds a string that is no UTF-8") from None
+
     def kind(self, key: str) -> GGUFValueType:
         number = self.whole("<I")
         try:
@@ -223,9 +240,7 @@ class _Reader:
         if inner == GGUFValueType.ARRAY:
             raise self.wrong(f"{key[:80]!r} is an array of arrays, which is not read")
         if inner == GGUFValueType.STRING:
-            if 8 * count > self.limit - self.at:
-                raise self.wrong(f"cut off inside its header: {key[:80]!r} has {count} strings")
-            return [self.text(repr(key[:80])) for _ in range(count)]
+            return self.texts(repr(key[:80]), count)
         return self.numbers(inner, count)
 
     def numbers(self, kind: GGUFValueType, count: int) -> np.ndarray:

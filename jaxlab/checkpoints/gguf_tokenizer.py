@@ -194,7 +194,7 @@ class GGUFTokens:
         return phi3 and text not in ("<unk>", "<s>", "<|endoftext|>")
 
     def _vocabulary(self) -> dict[str, int]:
-        return {text: token for token, text in enumerate(self.texts)}
+        return {text: token for token, text in enumerate(self.texts) if text}
 
     def _byte_level(self, types: list[int]) -> Tokenizer:
         name = self.value("pre")
@@ -207,11 +207,12 @@ class GGUFTokens:
         merges = self.value("merges")
         if not isinstance(merges, list):
             raise self.wrong("merges", "is missing, or no list of strings")
+        vocabulary = self._vocabulary()
         pairs = [tuple(merge.split(" ")) for merge in merges]
-        odd = next((merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2), None)
-        if odd is not None:
-            raise self.wrong("merges", f"holds {odd[:40]!r}, which is no pair")
-        tokenizer = Tokenizer(models.BPE(self._vocabulary(), pairs, ignore_merges=rules.whole_words))
+        for merge, pair in zip(merges, pairs, strict=True):
+            if len(pair) != 2 or not all(part in vocabulary for part in (*pair, "".join(pair))):
+                raise self.wrong("merges", f"holds {merge[:40]!r}, which is no pair of tokens that make one")
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=rules.whole_words))
         if rules.nfc:
             tokenizer.normalizer = normalizers.NFC()
         cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in rules.cuts]

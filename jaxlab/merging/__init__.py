@@ -17,6 +17,7 @@ with epy.lazy_api_imports(globals()):
         MergeRecipe,
         Trio,
         check_same_architecture,
+        describe_dequantized,
         inject_by_recipe,
         load_recipe,
         merge_by_recipe,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -233,6 +233,15 @@ def check_same_architecture(models: Sequence[OpenModel]) -> None:
                 f"{first.path} and {other.path} cannot be merged: "
                 f"{field} is {values[0]} in one, {values[1]} in the other"
             )
+
+
+def describe_dequantized(models: Iterable[OpenModel]) -> list[str]:
+    """A line for each model whose tensors are not the original ones."""
+    return [
+        f"{model.path}: its tensors are dequantised from {model.dequantized}, not the original ones"
+        for model in models
+        if model.dequantized is not None
+    ]
 
 
 def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
