@@ -7,7 +7,7 @@ what they write. The package `gguf` knows the names; what is done to the values 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,10 @@ _LOW, _HIGH, _ORIGINAL_LENGTHS = 1.0, 4.0, (8192, *(1 << power for power in rang
 class Metadata:
     """The keys of an architecture; each is asked for, or refused by `done`."""
 
-    def __init__(self, header: GGUFHeader, architecture: str, where: object) -> None:
-        self.header, self.where = header, where
+    def __init__(
+        self, header: GGUFHeader, architecture: str, where: object, ignore_keys: Sequence[str] = ()
+    ) -> None:
+        self.header, self.where, self.ignore_keys = header, where, ignore_keys
         self.prefix = f"{architecture}."
         self.read: set[str] = set()
 
@@ -86,11 +88,20 @@ class Metadata:
         Raises:
           UserError: one that may matter was not.
         """
-        for key in sorted(self.header.metadata):
-            name = key.removeprefix(self.prefix)
-            if key.startswith(self.prefix) and name not in self.read | _INERT:
-                told = str(self.header.metadata[key])[:60]
-                raise UserError(f"{self.where}: {key} {told} is not known, so what the model computes is not")
+        unread = {
+            key
+            for key in self.header.metadata
+            if key.startswith(self.prefix) and key.removeprefix(self.prefix) not in self.read | _INERT
+        }
+        for key in sorted(unread - set(self.ignore_keys)):
+            told = str(self.header.metadata[key])[:60]
+            raise UserError(
+                f"{self.where}: {key} {told} is not known; if it does not change what the model computes, "
+                f"leave it out: --ignore-keys {key}"
+            )
+        idle = [key for key in self.ignore_keys if key not in unread]
+        if idle:
+            raise UserError(f"{self.where}: --ignore-keys {idle[0]}: the metadata lacks it, or it is read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,8 +299,11 @@ class Origin:
     """The keys of config.json that the metadata tells."""
 
 
-def origin(header: GGUFHeader, where: object) -> Origin:
+def origin(header: GGUFHeader, where: object, *, ignore_keys: Sequence[str] = ()) -> Origin:
     """What a file was made from.
+
+    Args:
+      ignore_keys: keys of the metadata to leave out although nobody knows them.
 
     Raises:
       UserError: an architecture or a key that is not known.
@@ -304,9 +318,9 @@ def origin(header: GGUFHeader, where: object) -> Origin:
         known = ", ".join(sorted(set(ARCHITECTURES) - {"mixtral"}))
         raise UserError(f"{where}: the architecture {str(name)[:40]!r} is not supported; supported: {known}")
     if name == "llama" and header.metadata.get("llama.expert_count"):
-        metadata, name = Metadata(header, "llama", where), "mixtral"
+        metadata, name = Metadata(header, "llama", where, ignore_keys), "mixtral"
     else:
-        metadata = Metadata(header, name, where)
+        metadata = Metadata(header, name, where, ignore_keys)
     architecture = ARCHITECTURES[name]
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:

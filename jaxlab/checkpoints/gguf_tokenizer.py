@@ -22,8 +22,10 @@ from tokenizers import (
 )
 
 from jaxlab.errors import UserError
+from jaxlab.processing import make_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+_SPECIAL = (UNKNOWN, CONTROL, USER_DEFINED)
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _PREFIX = "tokenizer.ggml."
 _MAX_TOKENS = 1 << 22
@@ -170,22 +172,17 @@ class GGUFTokens:
         if not self.texts:
             raise self.wrong("tokens", "is missing")
         types = self.types()
-        try:
-            tokenizer = build(types)
-            tokenizer.add_tokens(
-                [
-                    AddedToken(
-                        text, normalized=False, special=kind != USER_DEFINED, rstrip=self._strips(text)
-                    )
-                    for text, kind in zip(self.texts, types, strict=True)
-                    if kind in (CONTROL, USER_DEFINED, UNKNOWN) and text
-                ]
-            )
-            self._surround(tokenizer)
-        except UserError:
-            raise
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{self.where}: its tokens are no tokenizer ({str(error)[:200]})") from error
+        return make_tokenizer(lambda: self._with_special(build(types), types), str(self.where))
+
+    def _with_special(self, tokenizer: Tokenizer, types: list[int]) -> Tokenizer:
+        """With the tokens that stand for themselves in text, and those around a text."""
+        special = {text: t for text, t in zip(self.texts, types, strict=True) if t in _SPECIAL and text}
+        added = [
+            AddedToken(text, normalized=False, special=kind != USER_DEFINED, rstrip=self._strips(text))
+            for text, kind in special.items()
+        ]
+        tokenizer.add_tokens(added)
+        self._surround(tokenizer)
         return tokenizer
 
     def _strips(self, text: str) -> bool:

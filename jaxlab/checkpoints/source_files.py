@@ -80,10 +80,12 @@ class SourceFiles:
         """Put everything into a model folder of ours."""
         place = model / SOURCE
         place.mkdir()
-        if self.folder is None:
-            (place / CONFIG).write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        else:
-            (place / CONFIG).write_bytes(inside(self.folder, CONFIG).read_bytes())
+        config = None if self.folder is None else inside(self.folder, CONFIG)
+        if config is not None and read_json(config) == self.config:
+            (place / CONFIG).write_bytes(config.read_bytes())
+        else:  # it notes keys that were ignored, or was never a file
+            (place / CONFIG).write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+        if self.folder is not None:
             copy_companions(self.folder, place)
         for name, text in self.texts.items():
             (place / name).write_text(text, encoding="utf-8")

@@ -4,7 +4,6 @@ The best point of every operator is chosen on validation splits and measured onc
 operator has equally many points, unless the config says otherwise.
 """
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,10 +22,10 @@ from jaxlab.merging import (
     Method,
     answered,
     check_same_architecture,
-    describe_dequantized,
     exact_match_of,
     inject_by_recipe,
     measure_model,
+    note_dequantized,
     plan_injection,
     read_data,
     read_trio,
@@ -131,8 +130,7 @@ def check(config: Config) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     models = _models(config)
-    for line in describe_dequantized(models):
-        print(f"note: {line}", file=sys.stderr)
+    note_dequantized(models)
     trio = read_trio(*models)
     sources = {name: make_source(data, model_folder) for name, data in config.evaluate.items()}
     validation, test = (

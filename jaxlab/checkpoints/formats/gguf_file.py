@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxlab.checkpoints.gguf_config import Origin, named_tensors, origin
 from jaxlab.checkpoints.gguf_header import GGUFHeader, check_kinds, read_gguf
 from jaxlab.checkpoints.gguf_tokenizer import GGUFTokens
 from jaxlab.checkpoints.source_files import SourceFiles
+from jaxlab.checkpoints.stray_tensors import without
 from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
@@ -29,8 +31,15 @@ class GGUFFile(HuggingFaceFolder):
 
     form = "gguf"
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(
+        self, path: Path, *, ignore_keys: Sequence[str] = (), ignore_tensors: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+          ignore_keys: keys of the metadata to leave out although nobody knows them.
+          ignore_tensors: patterns of names of tensors, as Hugging Face has them, to leave out.
+        """
+        super().__init__(path, ignore_keys=ignore_keys, ignore_tensors=ignore_tensors)
 
     @functools.cached_property
     def header(self) -> GGUFHeader:
@@ -42,7 +51,7 @@ class GGUFFile(HuggingFaceFolder):
 
     @functools.cached_property
     def _origin(self) -> Origin:
-        return origin(self.header, self.path)
+        return origin(self.header, self.path, ignore_keys=self.ignore_keys)
 
     @functools.cached_property
     def described(self) -> ModelConfig:
@@ -52,7 +61,9 @@ class GGUFFile(HuggingFaceFolder):
     def config_json(self) -> dict[str, Any]:
         """As the family writes it: what metadata does not tell is said in full."""
         ids = {key: self._tokens.id_of(f"{key}_token_id") for key in ("bos", "eos")}
-        told = {f"{key}_token_id": token for key, token in ids.items() if token is not None}
+        told: dict[str, Any] = {f"{key}_token_id": token for key, token in ids.items() if token is not None}
+        if self.ignore_keys:
+            told[families.IGNORED_KEYS] = list(self.ignore_keys)
         return {**families.find(self.described.family).write_config(self.described), **told}
 
     @functools.cached_property
@@ -63,7 +74,7 @@ class GGUFFile(HuggingFaceFolder):
     def tensors(self) -> TensorFolder:
         check_kinds(self.header.tensors.values(), self.path)
         named = named_tensors(self.header, self._origin, self.described)
-        return TensorFolder(self.path, self._origin.config, named)
+        return without(TensorFolder(self.path, self._origin.config, named), self.ignore_tensors)
 
     @property
     def dequantized(self) -> str | None:
