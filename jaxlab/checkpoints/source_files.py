@@ -39,7 +39,8 @@ class SourceFiles:
           UserError: a file that says so is damaged.
         """
         for said in (self._json("generation_config.json"), self.config):
-            found = said.get("eos_token_id", (said.get("text_config") or {}).get("eos_token_id"))
+            text = said.get("text_config") or said.get("llm_config") or {}
+            found = said.get("eos_token_id", text.get("eos_token_id"))
             ids = found if isinstance(found, list) else [found]
             if all(type(token) is int for token in ids):
                 return frozenset(ids)
