@@ -28,15 +28,21 @@ class Change:
 
     values: Callable[[np.ndarray, ModelConfig], np.ndarray]
     """As Hugging Face has them, from those of the file."""
-    turned: bool = False
-    """Whether a matrix lies the other way round."""
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    """Theirs from that of the file."""
 
 
 _INERT = frozenset(
     ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal", "pooling_type")
 )
 """Keys that do not change what the logits are: the vocabulary is counted in the embedding."""
+_MOST_LAYERS = 1 << 12
 _FREQUENCIES = "rope_freqs.weight"
+_YARN = {
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 _LOW, _HIGH, _ORIGINAL_LENGTHS = 1.0, 4.0, (8192, *(1 << power for power in range(4, 21)))
 """Of Llama 3's stretching, as all its models have them; the length is Llama 3's, or another power of two."""
 
@@ -81,6 +87,13 @@ class Metadata:
 
     def has(self, tensor: str) -> bool:
         return tensor in self.header.tensors
+
+    def rows(self, tensor: str) -> int:
+        """Of the matrices in a tensor."""
+        found = self.header.tensors.get(tensor)
+        if found is None or len(found.shape) < 2:
+            raise UserError(f"{self.where}: {tensor} is missing, or no matrix")
+        return found.shape[-2]
 
     def done(self) -> None:
         """Whether every key was asked for.
@@ -140,7 +153,16 @@ _PAIRS: Mapping[str, Change] = {
 }
 _SHIFTED_NORMS: Mapping[str, Change] = {r".*norm\.scale": Change(lambda values, c: values - 1)}
 _TURNED: Mapping[str, Change] = {
-    r"layers\.(attention\.(query|output)|mlp\.(up|down))": Change(lambda values, c: values.T, turned=True),
+    r"layers\.(attention\.(query|output)|mlp\.(up|down))": Change(
+        lambda values, c: values.T, lambda shape: shape[::-1]
+    ),
+}
+
+
+_SQUEEZED: Mapping[str, Change] = {
+    r".*\.moe\.shared_gate": Change(
+        lambda values, c: values.reshape(1, -1), lambda shape: (1, *shape) if len(shape) == 1 else shape
+    )
 }
 
 
@@ -171,7 +193,7 @@ def _rope(metadata: Metadata) -> Json:
         scaling = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        for theirs, ours in _YARN.items():
             value = metadata.value(f"rope.scaling.{theirs}")
             if value is not None:
                 scaling[ours] = value
@@ -261,6 +283,63 @@ def _qwen3_moe(metadata: Metadata) -> Json:
     }
 
 
+def _qwen2_moe(metadata: Metadata) -> Json:
+    widths = {
+        "moe_intermediate_size": ("expert_feed_forward_length", "blk.0.ffn_gate_exps.weight"),
+        "shared_expert_intermediate_size": (
+            "expert_shared_feed_forward_length",
+            "blk.0.ffn_gate_shexp.weight",
+        ),
+    }
+    told = {ours: metadata.whole(key) or metadata.rows(tensor) for ours, (key, tensor) in widths.items()}
+    return {**_experts("num_experts")(metadata), **told, "norm_topk_prob": False}
+
+
+def _olmoe(metadata: Metadata) -> Json:
+    return {**_biased(metadata), **_experts("num_experts")(metadata), "norm_topk_prob": False}
+
+
+def _granite(metadata: Metadata) -> Json:
+    factors = {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    }
+    told = {ours: metadata.value(key) for ours, key in factors.items()}
+    return {**_llama(metadata), **{key: value for key, value in told.items() if value is not None}}
+
+
+def _cohere(metadata: Metadata) -> Json:
+    return {**_biased(metadata), "logit_scale": metadata.value("logit_scale") or 1.0}
+
+
+def _command_r(metadata: Metadata) -> Json:
+    return {**_cohere(metadata), "use_qk_norm": metadata.has("blk.0.attn_q_norm.weight")}
+
+
+def _cohere2(metadata: Metadata) -> Json:
+    return {**_cohere(metadata), **_slides(metadata, 4)}
+
+
+def _seed_oss(metadata: Metadata) -> Json:
+    return {**_llama(metadata), "attention_out_bias": metadata.has("blk.0.attn_output.bias")}
+
+
+def _slides(metadata: Metadata, period: int) -> Json:
+    """Which layers slide: by an array, or all but every `period`-th one."""
+    window = metadata.whole("attention.sliding_window")
+    pattern = metadata.header.metadata.get(metadata.prefix + "attention.sliding_window_pattern", period)
+    metadata.read.add("attention.sliding_window_pattern")
+    layers = metadata.needed("block_count")
+    if isinstance(pattern, int) and pattern > 0:
+        pattern = [(i + 1) % pattern != 0 for i in range(min(layers, _MOST_LAYERS))]
+    if len(pattern) != layers:
+        raise metadata.wrong("attention.sliding_window_pattern", f"a period, or true and false for {layers} layers")
+    kinds = ["sliding_attention" if slides and window else "full_attention" for slides in pattern]
+    return {"sliding_window": window or None, "layer_types": kinds}
+
+
 _GPT2 = {
     "context_length": "n_positions",
     "embedding_length": "n_embd",
@@ -270,6 +349,7 @@ _GPT2 = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
 
+_COHERE = _SIZES | {"attention.layer_norm_epsilon": "layer_norm_eps"}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _DECODER, _llama, _PAIRS),
     "mixtral": Architecture("mixtral", _DECODER, _experts("num_local_experts"), _PAIRS),
@@ -279,6 +359,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma": Architecture("gemma", _DECODER, _decoder, _SHIFTED_NORMS),
     "gemma2": Architecture("gemma2", _DECODER, _gemma2, _SHIFTED_NORMS),
     "gemma3": Architecture("gemma3_text", _DECODER, _gemma3, _SHIFTED_NORMS),
+    "qwen2moe": Architecture("qwen2_moe", _DECODER, _qwen2_moe, _SQUEEZED),
+    "olmoe": Architecture("olmoe", _DECODER, _olmoe),
+    "granite": Architecture("granite", _DECODER, _granite, _PAIRS),
+    "command-r": Architecture("cohere", _COHERE, _command_r),
+    "cohere2": Architecture("cohere2", _COHERE, _cohere2),
+    "exaone4": Architecture(
+        "exaone4", _DECODER, lambda metadata: {**_decoder(metadata), **_slides(metadata, 4)}
+    ),
+    "seed_oss": Architecture("seed_oss", _DECODER, _seed_oss),
     "gpt2": Architecture("gpt2", _GPT2, changes=_TURNED),
 }
 """By general.architecture; of "llama" with experts "mixtral"."""
@@ -395,7 +484,7 @@ def _changed(
             dtype
         )
         return Tensor(stored.name, dtype, stored.shape, cast)
-    shape = stored.shape[::-1] if change.turned else stored.shape
+    shape = change.shape(stored.shape)
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         check_rows(shape, start, stop)

@@ -23,10 +23,17 @@ ARCHITECTURE = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
+    "qwen2_moe": "qwen2moe",
+    "olmoe": "olmoe",
+    "granite": "granite",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
+    "seed_oss": "seed_oss",
 }
 """By model_type of config.json."""
 SHIFTED = ("gemma", "gemma2", "gemma3")
-PERMUTED = ("llama",)
+PERMUTED = ("llama", "granite")
 _F32 = GGMLQuantizationType.F32
 
 
@@ -109,9 +116,11 @@ def metadata(config: Json) -> Json:
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         "rope.freq_base": config["rope_theta"],
     }
+    for norm, key in (("rms_norm_eps", "layer_norm_rms_epsilon"), ("layer_norm_eps", "layer_norm_epsilon")):
+        if norm in config:
+            found[f"attention.{key}"] = config[norm]
     if config.get("head_dim"):
         found |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
     if config["model_type"] in ("llama", "mixtral"):
@@ -125,11 +134,20 @@ def metadata(config: Json) -> Json:
         ("attn_logit_softcapping", "attn_logit_softcapping"),
         ("final_logit_softcapping", "final_logit_softcapping"),
         ("rope_local_base_freq", "rope.freq_base_swa"),
+        ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+        ("attention_multiplier", "attention.scale"),
+        ("embedding_multiplier", "embedding_scale"),
+        ("residual_multiplier", "residual_scale"),
+        ("logits_scaling", "logit_scale"),
+        ("logit_scale", "logit_scale"),
     ):
         if config.get(theirs) is not None:
             found[ours] = config[theirs]
-    if config["model_type"].startswith("gemma") and config.get("sliding_window"):
+    if config["model_type"].startswith(("gemma", "cohere2", "exaone4")) and config.get("sliding_window"):
         found["attention.sliding_window"] = config["sliding_window"]
+        if config["model_type"] == "exaone4":
+            slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+            found["attention.sliding_window_pattern"] = slides
     rope = config.get("rope_scaling") or {}
     if rope.get("rope_type") in ("linear", "yarn"):
         found |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
