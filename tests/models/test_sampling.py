@@ -22,9 +22,7 @@ MADE = np.load(GOLDEN / "logits.npz")
 def test_logits_are_those_of_transformers(name):
     seen = seen_tokens(MADE["tokens"], None, MADE["logits"].shape[1])
     found = process_logits(jnp.asarray(MADE["logits"]), jnp.asarray(seen), Sampling(**CASES[name]).values)
-    rows = slice(
-        3 if name == "top_p_none" else 4
-    )  # which of equals stays is the sort's choice
+    rows = slice(3 if name == "top_p_none" else 4)  # which of equals stays is the sort's choice
     np.testing.assert_array_equal(np.isfinite(found)[rows], np.isfinite(MADE[name])[rows])
     np.testing.assert_allclose(found[rows], MADE[name][rows], rtol=1e-6)
     assert name in ("top_k_of_all",) or not np.array_equal(MADE[name], MADE["logits"])
