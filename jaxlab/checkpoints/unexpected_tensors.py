@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.models import Params
 
 _SHOWN = 8
+_PARTS = ("gate", "up", "down")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -73,6 +74,13 @@ class TensorAccount:
         head = next((e.names[0] for e in self.entries if e.path == HEAD), None)
         if head in self.missing:
             return f" ({head} may be absent only where config.json says tie_word_embeddings)"
+        if any(".lora_" in name for name in self.unmapped):
+            return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
+        if self.unmapped and not self.missing and not self.wrong:
+            common = self.unmapped[0] if len(self.unmapped) == 1 else "NAME ..."
+            return (
+                f"; if the model does not need them, pass --ignore-tensors {common} (* stands for anything)"
+            )
         return ""
 
 
@@ -197,7 +205,7 @@ def _general(name: str) -> str:
 
 
 def _names(row: Row, config: ModelConfig, found: list[str]) -> list[str]:
-    """All names of a row, by what the config says of layers and experts; else those that are found."""
+    """All names of a row, by what the config says of layers, experts and heads; else those that are found."""
     counted = re.findall(r"\{(\w+)\}", row.name)
     if not counted:
         return [row.name]
@@ -205,8 +213,13 @@ def _names(row: Row, config: ModelConfig, found: list[str]) -> list[str]:
     if layers is None:
         return found
     numbers = row.layer_numbers(*layers) if "i" in counted else (0,)
-    experts = range(config.moe.num_experts) if "e" in counted and config.moe is not None else range(1)
-    return [row.name.replace("{i}", str(i)).replace("{e}", str(e)) for i in numbers for e in experts]
+    inner = 1
+    if "e" in counted and config.moe is not None:
+        inner = config.moe.num_experts
+    elif "h" in counted:
+        inner = config.num_heads if "query" in row.paths[0] else config.kv_heads
+    second = next((axis for axis in ("{e}", "{h}") if axis in row.name), "{e}")
+    return [row.name.replace("{i}", str(i)).replace(second, str(n)) for i in numbers for n in range(inner)]
 
 
 def _layers(path: str, config: ModelConfig) -> tuple[int, int] | None:
@@ -242,7 +255,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
         ".".join(EMBEDDING): True,
         "position.table": c.position.kind == "learned",
         "final_norm.scale": True,
-        "final_norm.bias": c.norm == "layer",
+        "final_norm.bias": c.norm == "layer" and c.norm_bias,
         "head.bias": c.head_bias,
     }
     if path in edges:
@@ -256,22 +269,31 @@ def _needed(path: str, config: ModelConfig) -> bool:
 
 def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     mlp, gated, biased = not experts, c.mlp == "gated", c.mlp_bias
-    layer_norm, normed = c.norm == "layer", c.qk_norm != "none"
+    layer_norm, normed = c.norm == "layer" and c.norm_bias, c.qk_norm != "none"
     norms: dict[str, Any] = {
-        "attention_norm": True,
-        "mlp_norm": not c.parallel,
+        "attention_norm": c.pre_norms,
+        "mlp_norm": c.has_mlp_norm,
         "attention_post_norm": c.post_norms,
         "mlp_post_norm": c.post_norms,
         "attention.query_norm": normed,
         "attention.key_norm": normed,
     }
+    without_bias = ("attention.query_norm", "attention.key_norm") if c.qk_norm == "each_head" else ()
     leaves = {f"attention.{part}": True for part in ("query", "key", "value", "output")}
     leaves |= {f"attention.{part}_bias": c.attention_bias for part in ("query", "key", "value")}
     leaves |= {f"{norm}.scale": there for norm, there in norms.items()}
-    leaves |= {f"{norm}.bias": there and layer_norm for norm, there in norms.items()}
-    leaves |= {f"moe.{part}": experts for part in ("router", "gate", "up", "down")}
+    leaves |= {
+        f"{norm}.bias": there and layer_norm and norm not in without_bias for norm, there in norms.items()
+    }
+    shared = c.moe is not None and experts and c.moe.shared_width > 0
+    leaves |= {f"moe.{part}": experts for part in ("router", *_PARTS)}
+    leaves |= {f"moe.{part}_bias": c.moe is not None and experts and c.moe.bias for part in _PARTS}
+    leaves |= {f"moe.shared.{part}": shared for part in _PARTS}
     return leaves | {
         "attention.output_bias": c.has_output_bias,
+        "moe.shared_gate": c.moe is not None and experts and c.moe.shared_gate,
+        "moe.router_bias": c.moe is not None and experts and c.moe.router_bias,
+        "moe.choice_bias": c.moe is not None and experts and c.moe.choice_bias,
         "mlp.gate": mlp and gated,
         "mlp.up": mlp,
         "mlp.down": mlp,

@@ -67,10 +67,8 @@ class Attention(nnx.Module):
         self.output_bias = init.zeros((c.width,), ("embed",)) if c.has_output_bias else None
         if c.qk_norm != "none":
             kind = qk_norm_kind or c.norm
-            norm = lambda size: Norm(size, kind, c.norm_eps, init, offset=c.norm_offset, axis="head_dim")
-            over_all = c.qk_norm == "width"
-            self.query_norm = norm(c.num_heads * c.key_dim if over_all else c.key_dim)
-            self.key_norm = norm(c.kv_heads * c.key_dim if over_all else c.key_dim)
+            norm = lambda heads, axis: _head_norm(c, kind, heads, axis, init)
+            self.query_norm, self.key_norm = norm(c.num_heads, "heads"), norm(c.kv_heads, "kv_heads")
 
     def __call__(
         self,
@@ -128,9 +126,23 @@ class Attention(nnx.Module):
 
     def _norm_heads(self, norm: Norm, x: Float[Array, "*rows H K"]) -> Float[Array, "*rows H K"]:
         """Over each head, or over all heads together."""
-        if self.config.qk_norm == "head":
-            return norm(x)
-        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        if self.config.qk_norm == "width":
+            return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        return norm(x)
+
+
+def _head_norm(
+    c: ModelConfig, kind: Literal["rms", "layer"], heads: int, axis: str, init: Initializer
+) -> Norm:
+    """The norm on queries or keys of `heads` heads."""
+    shape: tuple[int, ...] = (c.key_dim,)
+    axes: tuple[str, ...] = ("head_dim",)
+    if c.qk_norm == "width":
+        shape = (heads * c.key_dim,)
+    elif c.qk_norm == "each_head":
+        shape, axes = (heads, c.key_dim), (axis, "head_dim")
+    biased = c.norm_bias and c.qk_norm != "each_head"
+    return Norm(shape, kind, c.norm_eps, init, offset=c.norm_offset, axes=axes, biased=biased)
 
 
 def _heads(

@@ -68,6 +68,7 @@ def process_logits(
     """
     x = logits.astype(jnp.float32)
     if "repetition_penalty" in values:
+        assert seen is not None
         penalty = values["repetition_penalty"]
         x = jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)
     if "temperature" in values:

@@ -126,5 +126,6 @@ def check_messages(messages: Any, where: str) -> None:
         for part in parts:
             if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
                 raise UserError(
-                    f'{where}: message {number} holds a part that is not like {{"type": "text", "text": "..."}}'
+                    f"{where}: a part of message {number} is not like "
+                    '{"type": "text", "text": "..."}'
                 )

@@ -17,8 +17,9 @@ run = jax.jit(forward, static_argnames="config")
     [
         "other",
         "sliding",
+        "nope",
         "nsa",
-        *(pytest.param(v, marks=pytest.mark.slow) for v in ("nsa_min_max", "nsa_shared")),
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("nsa_nope", "nsa_min_max", "nsa_shared")),
     ],
 )
 def test_decoding_with_a_cache_equals_the_full_forward_at_each_step(variant):

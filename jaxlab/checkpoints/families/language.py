@@ -1,15 +1,23 @@
 """What language-model families share: the rows of Llama's names, and the common keys of config.json."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlab.checkpoints.families.base import Json, Renames
-from jaxlab.checkpoints.families.rope import max_length, read_rope, write_rope
+from jaxlab.checkpoints.families.rope import Partial, max_length, read_rope, write_rope
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import AttentionConfig, FullAttentionConfig, LayerKind, ModelConfig, SlidingAttentionConfig
+from jaxlab.models import (
+    AttentionConfig,
+    FullAttentionConfig,
+    LayerKind,
+    ModelConfig,
+    RopeConfig,
+    SlidingAttentionConfig,
+)
 
 _KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
@@ -62,8 +70,14 @@ def decoder_rows(*layer: Rows) -> Rows:
     return EDGES + in_layers("layers", "model.layers", rows)
 
 
-def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelConfig:
+def read_decoder(
+    s: Settings, *, theta: float = 10000.0, partial: float | None = None, **more: Any
+) -> ModelConfig:
     """The model from the keys that Llama and its kin share, with what the family adds in `more`.
+
+    Args:
+      theta: base of rotary positions where none is given.
+      partial: the part of each head's dimensions that turns where none is given; None: all turn, always.
 
     Raises:
       UserError: a key that is wrong, not known, or known and not supported.
@@ -76,13 +90,14 @@ def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelCo
         "num_heads": heads,
         "num_kv_heads": s.whole("num_key_value_heads", heads),
         "mlp_width": s.whole("intermediate_size"),
-        "norm_eps": s.number("rms_norm_eps"),
+        "norm_eps": more["norm_eps"] if "norm_eps" in more else s.number("rms_norm_eps"),
         "tie_embeddings": s.flag("tie_word_embeddings"),
     }
     fields["head_dim"] = s.whole("head_dim", _head_dim(s, fields["width"], heads))
     if "activation" not in more:
         fields["activation"] = activation(s, "hidden_act", "silu")
-    rope = more["position"] if "position" in more else read_rope(s, theta)
+    turning = None if partial is None else Partial(fields["head_dim"], partial)
+    rope = more["position"] if "position" in more else read_rope(s, theta, partial=turning)
     fields |= {"position": rope, "max_length": max_length(s, rope)}
     return finish(s, {**fields, **more})
 
@@ -179,6 +194,13 @@ def layer_types(config: ModelConfig) -> list[str]:
         if kind not in names:
             raise UserError(f"the family {config.family} has no attention of kind {kind}")
     return [names[kind] for kind in config.kinds]
+
+
+def turning(position: RopeConfig, attention: AttentionConfig) -> RopeConfig:
+    """Rotary positions of a model whose sliding layers have them and whose full ones have none (Cohere2)."""
+    if not isinstance(attention, SlidingAttentionConfig):
+        return position
+    return dataclasses.replace(position, layers=tuple(kind == "sliding" for kind in attention.pattern))
 
 
 def attention_of(window: int | None) -> AttentionConfig:

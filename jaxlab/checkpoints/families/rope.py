@@ -1,23 +1,38 @@
 """Rotary positions in a config.json: `rope_parameters` of transformers 5, `rope_scaling` of those before."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.errors import ConfigError
+from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, RopeConfig
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
-def read_rope(settings: Settings, theta: float = 10000.0, *, sections: bool = False) -> RopeConfig:
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """Families in which a part of each head's dimensions turns."""
+
+    head_dim: int
+    factor: float
+    """The part, where config.json says none."""
+    key: str = "partial_rotary_factor"
+    """Where older configs say it, beside `rope_theta`."""
+
+
+def read_rope(
+    settings: Settings, theta: float = 10000.0, *, sections: bool = False, partial: Partial | None = None
+) -> RopeConfig:
     """The rotary positions that one level of a config.json describes.
 
     Args:
       theta: the family's base where none is given.
       sections: whether the family has positions with several coordinates (`mrope_section`).
+      partial: how many dimensions turn; None: all of them, and no other number is known.
 
     Raises:
       UserError: a kind of stretching, or a key, that is not known.
@@ -25,14 +40,26 @@ def read_rope(settings: Settings, theta: float = 10000.0, *, sections: bool = Fa
     theta = settings.number("rope_theta", theta)
     given = settings.value("rope_parameters")
     older = settings.value("rope_scaling")
-    key = "rope_scaling" if given is None else "rope_parameters"
     length = settings.whole("max_position_embeddings", 2048)
-    found = older if given is None else given
-    return rope_of(settings, {} if found is None else found, key, theta, length, sections=sections)
+    # Where both stand, transformers 4 knows rope_scaling alone, and 5 takes it in place of rope_parameters.
+    key, found = ("rope_scaling", older) if older or given is None else ("rope_parameters", given)
+    if older and given and older != given:
+        settings.note("rope_parameters is not applied: rope_scaling stands beside it, as in transformers")
+    if partial is not None:
+        partial = dataclasses.replace(partial, factor=settings.number(partial.key, partial.factor))
+    group = {} if found is None else found
+    return rope_of(settings, group, key, theta, length, sections=sections, partial=partial)
 
 
 def rope_of(
-    settings: Settings, config: Any, key: str, theta: float, max_length: int, *, sections: bool = False
+    settings: Settings,
+    config: Any,
+    key: str,
+    theta: float,
+    max_length: int,
+    *,
+    sections: bool = False,
+    partial: Partial | None = None,
 ) -> RopeConfig:
     """The rotary positions of one group of keys, which stands at `key`."""
     s = Settings(config, settings.family, within=f"{settings.within}{key}.")
@@ -43,7 +70,9 @@ def rope_of(
     if kind not in _KINDS:
         raise s.refuse("rope_type" if "rope_type" in s else "type", f"supported: {', '.join(_KINDS)}")
     fields: dict[str, Any] = {"theta": s.number("rope_theta", theta)}
-    if s.value("partial_rotary_factor", 1.0) != 1.0:
+    if partial is not None:
+        fields["dim"] = _turning(s, partial)
+    elif s.value("partial_rotary_factor", 1.0) != 1.0:
         raise s.refuse("partial_rotary_factor", "all dimensions of a head turn")
     s.ignore("finetuned")
     if kind != "default":
@@ -68,6 +97,23 @@ def rope_of(
         return RopeConfig(**fields)
     except ConfigError as error:
         raise s.wrong(error.key, error.message.replace("must be ", "").partition(", is")[0]) from None
+
+
+def _turning(s: Settings, partial: Partial) -> int | None:
+    """Dimensions of a head that turn; None: all."""
+    factor = s.number("partial_rotary_factor", partial.factor)
+    dim = int(partial.head_dim * min(factor, 2.0))
+    if not 2 <= dim <= partial.head_dim or dim % 2:
+        why = f"it must give an even number of the {partial.head_dim} dimensions of a head, not {dim}"
+        raise UserError(f"config.json: {s.within}partial_rotary_factor {factor} is not supported: {why}")
+    return dim if dim < partial.head_dim else None
+
+
+def partial_factor(config: ModelConfig) -> float:
+    """The part of a head's dimensions that turns, as a factor which gives their number when it is cut to a
+    whole one."""
+    factor = config.rotary_dim / config.key_dim
+    return factor if int(config.key_dim * factor) == config.rotary_dim else math.nextafter(factor, 2.0)
 
 
 def _attention_factor(s: Settings, factor: float) -> float | None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from jaxlab.checkpoints.formats.base import OpenModel, check_all_finite
+from jaxlab.checkpoints.formats.base import NotFinite, OpenModel, report_all_not_finite
 from jaxlab.checkpoints.safetensors_file import read_into
 from jaxlab.checkpoints.tensor_map import tree_of
 from jaxlab.checkpoints.tensor_table import LeafPath, parse
@@ -64,13 +64,7 @@ class Llama2cFile(OpenModel):
     def companion_folder(self) -> Path:
         return self.path.parent
 
-    def read(
-        self,
-        *,
-        shardings: Params | None = None,
-        dtype: jax.typing.DTypeLike | None = None,
-        check_finite: bool = False,
-    ) -> Params:
+    def _read(self, shardings: Params | None, dtype: np.dtype | None, not_finite: NotFinite) -> Params:
         config, shared = self._header
         size, offset = self.path.stat().st_size, HEADER.size
         tables = _tensors(config, shared)
@@ -89,8 +83,7 @@ class Llama2cFile(OpenModel):
             lead = 1 if leaf[0] == "layers" else 0
             leaves[leaf] = jnp.asarray(_to_ours(values, leaf, layout, config, lead), dtype)
         params = tree_of(leaves)
-        if check_finite:
-            check_all_finite(params, self.path)
+        report_all_not_finite(params, self.path, not_finite)
         return params if shardings is None else jax.device_put(params, shardings)
 
 

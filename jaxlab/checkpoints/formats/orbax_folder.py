@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.compatibility import check_same_tree
-from jaxlab.checkpoints.formats.base import OpenModel, check_all_finite
+from jaxlab.checkpoints.formats.base import NotFinite, OpenModel, report_all_not_finite
 from jaxlab.checkpoints.locate import OWN_CONFIG, OWN_PARAMS
 from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.source_files import SOURCE, SourceFiles, read_source_files
@@ -84,13 +85,7 @@ class OrbaxFolder(OpenModel):
         self._check_links()
         return super().identity
 
-    def read(
-        self,
-        *,
-        shardings: Params | None = None,
-        dtype: jax.typing.DTypeLike | None = None,
-        check_finite: bool = False,
-    ) -> Params:
+    def _read(self, shardings: Params | None, dtype: np.dtype | None, not_finite: NotFinite) -> Params:
         expected = abstract_params(self.config)
         check_same_tree(self.shapes, expected, self.path)
         if shardings is None:
@@ -100,8 +95,7 @@ class OrbaxFolder(OpenModel):
         path = self.path.absolute() / OWN_PARAMS
         with _damage(path), ocp.StandardCheckpointer() as checkpointer:
             params: Params = checkpointer.restore(path, jax.tree.map(place, self.shapes_in(dtype), shardings))
-        if check_finite:
-            check_all_finite(params, self.path)
+        report_all_not_finite(params, self.path, not_finite)
         return params
 
     def _check_links(self) -> None:

@@ -41,6 +41,9 @@ class RopeConfig:
     empty: positions have one coordinate."""
     sections_interleaved: bool = False
     """Coordinates alternate over the pairs (Qwen3-VL) instead of taking one stretch each."""
+    layers: tuple[bool, ...] = ()
+    """Whether the first layers turn their queries and keys, repeated over the others; those that do not know
+    no positions (NoPE, arXiv 2305.19466). Empty: all layers turn them."""
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "low_frequency_factor", "high_frequency_factor", "beta_fast"):
@@ -50,6 +53,8 @@ class RopeConfig:
             raise ConfigError(f"must be at least 1, is {self.original_length}", key="original_length")
         if self.dim is not None and (self.dim < 2 or self.dim % 2):
             raise ConfigError(f"must be even and positive, is {self.dim}", key="dim")
+        if self.layers and not any(self.layers):
+            raise ConfigError("names no layer with positions; set kind none", key="layers")
         if self.low_frequency_factor >= self.high_frequency_factor:
             raise ConfigError(
                 f"must be above low_frequency_factor {self.low_frequency_factor}, "

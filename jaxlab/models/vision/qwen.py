@@ -104,7 +104,7 @@ class Merger(nnx.Module):
 
     def __init__(self, config: ModelConfig, norm_size: int, init: Initializer, lead: int | None = None):
         v, d = config.vision_as(QwenVisionConfig), config.width
-        size, norm = v.width * v.merge**2, Norm(norm_size, v.norm, EPSILON, init)
+        size, norm = v.width * v.merge**2, Norm((norm_size,), v.norm, EPSILON, init)
         ahead: tuple[int, ...] = () if lead is None else (lead,)
         axes: tuple[str, ...] = () if lead is None else ("layers",)
         self.norm = norm if lead is None else repeat(norm, lead)
