@@ -126,6 +126,5 @@ def check_messages(messages: Any, where: str) -> None:
         for part in parts:
             if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
                 raise UserError(
-                    f"{where}: a part of message {number} is not like "
-                    '{"type": "text", "text": "..."}'
+                    f'{where}: a part of message {number} is not like {{"type": "text", "text": "..."}}'
                 )

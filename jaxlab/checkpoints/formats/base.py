@@ -4,11 +4,8 @@ import abc
 import functools
 import hashlib
 import json
-<<<<<<< HEAD
 from collections.abc import Mapping
-=======
 import warnings
->>>>>>> main
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
