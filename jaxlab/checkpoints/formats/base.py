@@ -4,8 +4,8 @@ import abc
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
