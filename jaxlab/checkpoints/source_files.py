@@ -82,7 +82,7 @@ class SourceFiles:
             found = self._json(place).get("chat_template")
             if isinstance(found, list):  # several, by name
                 found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-            named = found if isinstance(found, dict) else {"default": found}
+            named: dict[Any, Any] = found if isinstance(found, dict) else {"default": found}
             if "default" not in texts:
                 named = {n: t for n, t in named.items() if isinstance(n, str) and isinstance(t, str)}
                 texts = {**named, **texts}

@@ -67,19 +67,29 @@ def render_chats(
     special_tokens: Mapping[str, str] | None = None,
     image_mark: str | None = None,
     place: str = "chat template",
+    where: Sequence[str] = (),
+    each: Sequence[Mapping[str, Any]] = (),
     **variables: Any,
 ) -> list[str]:
     """Several conversations, in one process of the template's; see `render_chat`.
 
+    Args:
+      where: what each conversation is, for messages.
+      each: what the template sees for each alone, besides what it sees for all.
+
     Raises:
       UserError: as `render_chat` does.
     """
-    for messages in conversations:
-        check_messages(messages, "the conversation")
+    where = where or ["the conversation"] * len(conversations)
+    for messages, name in zip(conversations, where, strict=True):
+        check_messages(messages, name)
     given = {"add_generation_prompt": True, "tools": None, "documents": None, **variables}
     request = {
         "template": template,
-        "conversations": [{"messages": list(messages)} for messages in conversations],
+        "conversations": [
+            {**own, "messages": list(messages)}
+            for messages, own in zip(conversations, each or [{}] * len(conversations), strict=True)
+        ],
         "mark": image_mark,
         "variables": {**(special_tokens or {}), **given},
     }
@@ -104,8 +114,20 @@ def render_chats(
         raise RuntimeError(f"the process that renders chat templates failed: {done.stderr}")
     found = json.loads(done.stdout)
     if "error" in found:
-        raise UserError(f"{place}: {str(found['error'])[:400]}")
+        name = f"{where[found['at']]}: " if len(where) > 1 else ""
+        raise UserError(f"{name}{place}: {str(found['error'])[:400]}")
     return [str(text) for text in found["texts"]]
+
+
+def as_texts(messages: Sequence[Message], mark: str) -> list[dict[str, Any]]:
+    """Messages whose contents are texts: parts joined, `mark` where an image was."""
+    flat = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            content = "".join(mark if p.get("type") == "image" else str(p.get("text", "")) for p in content)
+        flat.append({**message, "content": content})
+    return flat
 
 
 def check_messages(messages: Any, where: str) -> None:

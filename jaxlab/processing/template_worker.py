@@ -7,7 +7,7 @@ hanging. Only this module knows Jinja, with the settings that transformers gives
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -67,8 +67,8 @@ def _raise(message: str) -> None:
 
 def render(
     template: str, conversations: list[dict[str, Any]], mark: str | None, variables: dict[str, Any]
-) -> list[str]:
-    """Each conversation as text.
+) -> Iterator[str]:
+    """One conversation after the other as text.
 
     Args:
       conversations: each with what is its own: messages, tools, documents, ...
@@ -94,10 +94,9 @@ def render(
             known[kind] = _PROBE in text and "'type'" not in text and '"type"' not in text
         return known[kind]
 
-    return [
-        compiled.render(**{**variables, **own, "messages": [_fit(m, mark, takes) for m in own["messages"]]})
-        for own in conversations
-    ]
+    for own in conversations:
+        messages = [_fit(message, mark, takes) for message in own["messages"]]
+        yield compiled.render(**{**variables, **own, "messages": messages})
 
 
 def _fit(message: dict[str, Any], mark: str | None, takes: Callable[[str], bool]) -> dict[str, Any]:
@@ -124,22 +123,26 @@ def _text_of(part: Any, mark: str | None) -> str:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What is written for a request: the texts, or what went wrong."""
+    """What is written for a request: the texts, or what went wrong at which conversation."""
+    texts: list[str] = []
     try:
-        texts = render(**request)
+        for text in render(**request):
+            if len(text) > CHARACTERS:
+                raise jinja2.TemplateError(f"it makes a text of {len(text):,} characters")
+            texts.append(text)
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}"}
+        wrong = f"line {error.lineno}: {error.message}"
     except jinja2.TemplateError as error:
-        return {"error": str(error.message or type(error).__name__)}
+        wrong = str(error.message or type(error).__name__)
     except RecursionError:
-        return {"error": "it calls itself without end"}
+        wrong = "it calls itself without end"
     except MemoryError:
-        return {"error": f"it takes more than {BYTES >> 30} GiB"}
+        wrong = f"it takes more than {BYTES >> 30} GiB"
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    if sum(map(len, texts)) > CHARACTERS:
-        return {"error": f"it makes a text of {max(map(len, texts)):,} characters"}
-    return {"texts": texts}
+        wrong = f"{type(error).__name__}: {error}"
+    else:
+        return {"texts": texts}
+    return {"error": wrong, "at": len(texts)}
 
 
 def main() -> None:
