@@ -107,9 +107,9 @@ class Processor:
         batch = {"tokens": np.asarray([tokens], np.int32)}
         if not ones:
             return batch
-        image = tokenizer.token_to_id(words["image"])
-        assert image is not None  # counted above
-        of_tokens = self.text.of_tokens(tokens, image, ones)
+        number = tokenizer.token_to_id(words["image"])
+        assert number is not None  # such tokens were counted
+        of_tokens = self.text.of_tokens(tokens, number, ones)
         return {**batch, **self.images.together(ones), **of_tokens}
 
     def _refuse_videos(self, text: str, tokenizer: Tokenizer) -> None:
