@@ -68,6 +68,7 @@ def sampling_options(
         of_file.pop("temperature", None)
     options = {**OPTIONS, **of_file, **asked}
     try:
+        options = {name: type(OPTIONS[name])(value) for name, value in options.items()}
         steps = Sampling(**options).steps
     except (ValueError, OverflowError) as error:
         raise UserError(f"{place}: {error}") from None
