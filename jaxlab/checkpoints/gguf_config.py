@@ -335,7 +335,9 @@ def _slides(metadata: Metadata, period: int) -> Json:
     if isinstance(pattern, int) and pattern > 0:
         pattern = [(i + 1) % pattern != 0 for i in range(min(layers, _MOST_LAYERS))]
     if len(pattern) != layers:
-        raise metadata.wrong("attention.sliding_window_pattern", f"a period, or true and false for {layers} layers")
+        raise metadata.wrong(
+            "attention.sliding_window_pattern", f"a period, or true and false for {layers} layers"
+        )
     kinds = ["sliding_attention" if slides and window else "full_attention" for slides in pattern]
     return {"sliding_window": window or None, "layer_types": kinds}
 

@@ -101,16 +101,11 @@ def huggingface_config(config: ModelConfig, source_files: SourceFiles | None) ->
     family = hf_family(config, source_files)
     if source_files is None:
         return families.find(family).write_config(dataclasses.replace(config, family=family))
-<<<<<<< HEAD
-    text, folder = source_files.config, source_files.folder
-    described = families.read_config(text, folder)
+    text, where = source_files.config, CONFIG if source_files.folder is None else source_files.folder / CONFIG
+    described = families.read_config(text, where)
     if families.image_word(described, text) is not None:  # the tokenizer told it
         described = families.with_image_token(described, config.image_token)
     different = difference(config, described)
-=======
-    text, where = source_files.config, CONFIG if source_files.folder is None else source_files.folder / CONFIG
-    different = difference(config, families.read_config(text, where))
->>>>>>> main
     if different is not None:
         raise UserError(f"{where}: not this model any more: {different}")
     return text
