@@ -1,14 +1,17 @@
 """The files beside the tensors of a Hugging Face folder: config, tokenizer, processor, how texts end.
 
-A model of ours that came from such a folder keeps them in huggingface/, to become one again.
+A model of ours that came from such a folder keeps them in huggingface/, to become one again. Those of a GGUF
+file are made from its metadata.
 """
 
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlab.checkpoints.safetensors_file import parse_json
 from jaxlab.checkpoints.tensor_folder import CONFIG, copy_companions, inside, read_json
 from jaxlab.errors import UserError
 
@@ -19,11 +22,14 @@ SOURCE, _TENSORS = "huggingface", "tensors.json"
 class SourceFiles:
     """A folder with config.json and, where there are any, COMPANIONS."""
 
-    folder: Path
+    folder: Path | None
+    """None: no folder holds them; `texts` are all there are."""
     config: dict[str, Any]
     """What its config.json holds."""
     copies: tuple[str, ...] = ()
     """Names under which a tied embedding is written once more."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Of files that are not in the folder, by name."""
 
     @functools.cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -47,7 +53,9 @@ class SourceFiles:
         Raises:
           UserError: a file that says so is damaged.
         """
-        if (self.folder / "chat_template.jinja").exists():
+        if "chat_template.jinja" in self.texts:
+            return self.texts["chat_template.jinja"]
+        if self.folder is not None and (self.folder / "chat_template.jinja").exists():
             path = inside(self.folder, "chat_template.jinja")
             try:
                 return path.read_text(encoding="utf-8")
@@ -63,18 +71,25 @@ class SourceFiles:
         return None
 
     def _json(self, name: str) -> dict[str, Any]:
-        return read_json(inside(self.folder, name)) if (self.folder / name).exists() else {}
+        if name in self.texts:
+            return parse_json(self.texts[name], name)
+        if self.folder is None or not (self.folder / name).exists():
+            return {}
+        return read_json(inside(self.folder, name))
 
     def copy_to(self, model: Path) -> None:
         """Put everything into a model folder of ours."""
         place = model / SOURCE
         place.mkdir()
-        config = inside(self.folder, CONFIG)
-        if read_json(config) == self.config:
+        config = None if self.folder is None else inside(self.folder, CONFIG)
+        if config is not None and read_json(config) == self.config:
             (place / CONFIG).write_bytes(config.read_bytes())
-        else:  # it notes keys that were ignored
+        else:  # it notes keys that were ignored, or was never a file
             (place / CONFIG).write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
-        copy_companions(self.folder, place)
+        if self.folder is not None:
+            copy_companions(self.folder, place)
+        for name, text in self.texts.items():
+            (place / name).write_text(text, encoding="utf-8")
         if self.copies:
             (place / _TENSORS).write_text(json.dumps({"copies": list(self.copies)}) + "\n")
 

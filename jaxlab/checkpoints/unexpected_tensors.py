@@ -291,6 +291,7 @@ def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     leaves |= {f"moe.shared.{part}": shared for part in _PARTS}
     return leaves | {
         "attention.output_bias": c.has_output_bias,
+        "attention.sinks": c.attention_sinks,
         "moe.shared_gate": c.moe is not None and experts and c.moe.shared_gate,
         "moe.router_bias": c.moe is not None and experts and c.moe.router_bias,
         "moe.choice_bias": c.moe is not None and experts and c.moe.choice_bias,

@@ -65,6 +65,7 @@ class Attention(nnx.Module):
         self.key_bias = bias((*lead, c.kv_heads, c.key_dim), (*lead_axes, *bias_axes))
         self.value_bias = bias((*lead, c.kv_heads, c.value_dim), (*lead_axes, *bias_axes))
         self.output_bias = init.zeros((c.width,), ("embed",)) if c.has_output_bias else None
+        self.sinks = init.zeros((c.num_heads,), ("heads",)) if c.attention_sinks else None
         if c.qk_norm != "none":
             kind = qk_norm_kind or c.norm
             norm = lambda heads, axis: _head_norm(c, kind, heads, axis, init)

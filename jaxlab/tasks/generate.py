@@ -25,8 +25,8 @@ class Arguments:
     """Stream text from a model."""
 
     model: Annotated[str, POSITIONAL]
-    """A model folder, ours or Hugging Face's; a hub id; a .bin file of llama2.c; a run folder, or the config
-    of a finished train run."""
+    """A model folder, ours or Hugging Face's; a hub id; a .gguf file; a .bin file of llama2.c; a run folder,
+    or the config of a finished train run."""
     prompt: str
     """The text to go on from."""
     image: tuple[str, ...] = ()

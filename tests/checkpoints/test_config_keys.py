@@ -84,6 +84,7 @@ WITHOUT_EFFECT = {
     "rope_theta": "where rope_parameters says it",
     "rope_local_base_freq": "where rope_parameters says it",
     "sliding_window_pattern": "where layer_types says it",
+    "max_position_embeddings": "where yarn reaches further",
     "attn_logit_softcapping": "of Gemma 3, which transformers never applies",
 }
 

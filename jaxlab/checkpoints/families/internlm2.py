@@ -22,8 +22,8 @@ _PARTS = ("attention.query", "attention.key", "attention.value")
 _LAYER: Rows = (
     Row("attention_norm.scale", "attention_norm.weight", "d -> d"),
     Row("mlp_norm.scale", "ffn_norm.weight", "d -> d"),
-    Row(_PARTS, "attention.wqkv.weight", "(h k) d -> d h k", groups="h"),
-    Row(tuple(f"{part}_bias" for part in _PARTS), "attention.wqkv.bias", "(h k) -> h k", groups="h"),
+    Row(_PARTS, "attention.wqkv.weight", "(h k) d -> d h k", runs="h"),
+    Row(tuple(f"{part}_bias" for part in _PARTS), "attention.wqkv.bias", "(h k) -> h k", runs="h"),
     Row("attention.output", "attention.wo.weight", "d (h k) -> h k d"),
     Row("attention.output_bias", "attention.wo.bias", "d -> d"),
     Row("mlp.gate", "feed_forward.w1.weight", "f d -> d f"),

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families, lora
-from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
+from jaxlab.checkpoints.formats.base import Form, NotFinite, OpenModel
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.stray_tensors import unwrapped, without
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # `inspect` looks into a folder without jax
 class HuggingFaceFolder(OpenModel):
     """A folder with config.json and tensors, whose names are those of a family."""
 
-    form = "huggingface"
+    form: ClassVar[Form] = "huggingface"
 
     def __init__(
         self,

@@ -94,6 +94,8 @@ class ModelConfig:
     """Factor on scores; none means head_dim ** -0.5."""
     attention_softcap: float | None = None
     """Scores are cap * tanh(score / cap) (Gemma 2)."""
+    attention_sinks: bool = False
+    """A logit for each head that takes part in the softmax of every query and has no value (gpt-oss)."""
     logit_softcap: float | None = None
     """Logits are cap * tanh(logit / cap) (Gemma 2)."""
     attention: AttentionConfig = FullAttentionConfig()
@@ -171,6 +173,11 @@ class ModelConfig:
             raise ConfigError(f"rotary positions need an even head_dim, not {self.key_dim}", key="head_dim")
         if self.rotary_dim > self.key_dim:
             raise ConfigError(f"{self.rotary_dim} exceeds head_dim {self.key_dim}", key="position.dim")
+        factors = {len(rope.short_factors), len(rope.long_factors)}
+        if rope.scaling == "longrope" and factors != {self.rotary_dim // 2}:
+            raise ConfigError(
+                f"there must be one for each of {self.rotary_dim // 2} pairs", key="position.short_factors"
+            )
         if len(rope.layers) > self.num_layers:
             raise ConfigError(
                 f"names {len(rope.layers)} layers, the model has {self.num_layers}", key="position.layers"
@@ -183,6 +190,12 @@ class ModelConfig:
 
     def _check_attention(self) -> None:
         attention, softcap = self.attention, self.attention_softcap is not None
+        if self.attention_sinks and (
+            self.sparsity is not None or getattr(attention, "implementation", "") != "xla"
+        ):
+            raise ConfigError(
+                "are known to full and sliding attention by xla, without sparsity", key="attention_sinks"
+            )
         if self.sparsity is not None:
             if attention.kind != "full" or softcap:
                 raise ConfigError(

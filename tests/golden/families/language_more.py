@@ -156,5 +156,31 @@ LIST = [
         "the small one: all layers full, with positions; tied",
         layouts=[TIED_HEAD_WRITTEN],
     ),
+    case(
+        "gpt_oss",
+        "GptOss",
+        BASE
+        | {
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "sliding_window": 8,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 20,
+            "swiglu_limit": 1.2,
+            "tie_word_embeddings": False,
+            "rope_theta": 500.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        "attention sinks; layers 0 and 2 in a window of 8, layer 1 full; biases everywhere, in experts too, "
+        "whose gates and ups stand in turns and are clamped; a softmax over the chosen; yarn not rounded",
+    ),
 ]
 LANGUAGE_MORE = {c.name: c for c in LIST}
