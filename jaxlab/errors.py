@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
+class UserNote(UserWarning):
+    """Something that the user should know while the work goes on; the command line prints it as one line."""
+
+
 class ConfigError(UserError):
     """A value in a config that is wrong by itself or beside another one.
 

@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from jaxlab.config import (
     suggestion,
     take_option,
 )
-from jaxlab.errors import COMMAND_LINE, ConfigError, UserError
+from jaxlab.errors import COMMAND_LINE, ConfigError, UserError, UserNote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
     """Runs the command line `words` (sys.argv without the program if None) and returns the exit status."""
     # Before a library sets it up: what is logged for the user is a line, without the logger's name.
     logging.basicConfig(format="%(message)s")
+    warnings.formatwarning = _format_warning
     try:
         _main(list(sys.argv[1:] if words is None else words), tasks)
         sys.stdout.flush()
@@ -63,6 +65,15 @@ def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A note for the user as one line; other warnings with the place that they come from."""
+    if issubclass(category, UserNote):
+        return f"note: {UserError(str(message))}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _main(words: list[str], tasks: Registry) -> None:

@@ -13,7 +13,7 @@ with epy.lazy_api_imports(globals()):
         differences,
         language_differences,
     )
-    from jaxlab.checkpoints.formats.base import OpenModel
+    from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
     from jaxlab.checkpoints.formats.hf_write import huggingface_config
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
     from jaxlab.checkpoints.locate import resolve

@@ -72,6 +72,8 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
     if field == "moe":
         mixtures = [c.moe and dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
         return mixtures[0] == mixtures[1]
+    if field == "norm_bias":
+        return one.norm == other.norm == "rms"
     if field == "position":
         return bool(_position(one) == _position(other))
     if field == "attention":

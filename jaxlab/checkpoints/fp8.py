@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxlab.checkpoints.foreign_forms import packed_form
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.errors import UserError
@@ -27,6 +28,9 @@ def dequantized(folder: TensorFolder) -> TensorFolder:
     Raises:
       UserError: another kind of quantisation; a weight without a scale, or a scale without a weight.
     """
+    packed = packed_form(folder, folder.config)
+    if packed is not None:
+        raise UserError(f"{folder.path}: quantised: {packed}; not read; take a checkpoint in bf16")
     quantized = folder.config.get(QUANTIZED)
     if quantized is None:
         if any(tensor.dtype in _FLOAT8 for tensor in folder.values()):

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import families
 from jaxlab.checkpoints.compatibility import common_prefix, language_differences
-from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.formats.base import OpenModel, is_finite
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.tensor_folder import TensorFolder
-from jaxlab.checkpoints.unexpected_tensors import Match, match
+from jaxlab.checkpoints.unexpected_tensors import Match, is_float, match
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, RopeConfig
 
@@ -34,14 +34,17 @@ class ModelReport:
     """What makes it no model of its family; "": nothing."""
 
 
-def inspect_model(opened: OpenModel, name: str) -> ModelReport:
+def inspect_model(opened: OpenModel, name: str, *, scan: bool = False) -> ModelReport:
     """What a model is. Tensors that are missing or not known are told, not raised.
+
+    Args:
+      scan: read all tensors for NaN and infinities.
 
     Raises:
       UserError: files that are no model, or one of no known family.
     """
     if not isinstance(opened, HuggingFaceFolder):
-        return _inspect_parameters(opened, name)
+        return _inspect_parameters(opened, name, scan)
     found = match(opened.tensors, opened.described)
     config = dataclasses.replace(opened.described, family=found.family)
     try:
@@ -56,6 +59,13 @@ def inspect_model(opened: OpenModel, name: str) -> ModelReport:
         ("tensors", _mapped(found)),
         ("tokenizer", described),
     ]
+    if scan:
+        bad = [
+            n
+            for n, tensor in opened.tensors.items()
+            if is_float(tensor.dtype) and not is_finite(tensor.read())
+        ]
+        lines.append(("scan", _scanned(bad, len(opened.tensors))))
     problems = [
         f"{len(names)} tensors {what}: {_listed(names)}"
         for what, names in (("missing", found.missing), ("not known", found.unmapped))
@@ -64,7 +74,7 @@ def inspect_model(opened: OpenModel, name: str) -> ModelReport:
     return ModelReport(name, config, tuple(lines), tokenizer, "; ".join(problems))
 
 
-def _inspect_parameters(opened: OpenModel, name: str) -> ModelReport:
+def _inspect_parameters(opened: OpenModel, name: str, scan: bool) -> ModelReport:
     """A model of ours, or of llama2.c: their sizes are known to Orbax and to jax."""
     import jax
 
@@ -81,6 +91,11 @@ def _inspect_parameters(opened: OpenModel, name: str) -> ModelReport:
         ("stored", f"{stored:,} bytes of {_list_dtypes(sizes)}, {form}"),
         ("tokenizer", _vocabulary(opened.tokenizer, "bytes" if config.family == "jaxlab" else "none")),
     ]
+    if scan:
+        read = jax.tree_util.tree_leaves_with_path(opened.read())
+        found = [path for path, leaf in read if not is_finite(np.asarray(leaf))]
+        bad = [jax.tree_util.keystr(path, simple=True, separator=".") for path in found]
+        lines.append(("scan", _scanned(bad, len(read))))
     if opened.source_files is not None:
         lines.append(("came from", "a folder of Hugging Face, whose files it keeps"))
     return ModelReport(name, config, tuple(lines), opened.tokenizer)
@@ -127,8 +142,6 @@ def _policies(first: ModelReport, other: ModelReport, shared: int) -> list[str]:
 
 def _architecture(c: ModelConfig) -> list[tuple[str, str]]:
     lines = [("family", c.family)]
-    if c.family != "jaxlab" and not families.find(c.family).forward:
-        lines[0] = ("family", f"{c.family} (converted and merged, not run)")
     heads = f"{c.num_heads} heads" + ("" if c.kv_heads == c.num_heads else f" ({c.kv_heads} key/value)")
     lines.append(("language model", f"{c.num_layers} layers, width {c.width}, {heads} of {c.key_dim}"))
     if c.moe is not None:
@@ -186,6 +199,12 @@ def _mapped(found: Match) -> str:
         if names:
             parts.append(f"{len(names):,} {what}")
     return ", ".join(parts)
+
+
+def _scanned(bad: Sequence[str], count: int) -> str:
+    if not bad:
+        return f"all {count:,} tensors are finite"
+    return f"NaN or infinities in {len(bad):,} of {count:,} tensors: {_listed(bad)}"
 
 
 def _vocabulary(tokenizer: Tokenizer | None, without: str) -> str:

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from jaxlab.checkpoints.foreign_forms import foreign_files
 from jaxlab.checkpoints.formats.base import Form
 from jaxlab.checkpoints.tensor_folder import CONFIG
 from jaxlab.errors import UserError
@@ -59,6 +60,8 @@ def form_of(path: Path) -> Form:
     if path.is_file():
         if path.suffix == ".bin":
             return "llama2c"
+        if path.suffix == ".safetensors":
+            raise UserError(f"{path}: tensors without their config.json; name the folder that holds both")
         raise UserError(f"{path}: not a model: name its folder, or a .bin file of llama2.c")
     if (path / OWN_CONFIG).is_file() or (path / OWN_PARAMS).is_dir():
         return "orbax"
@@ -70,9 +73,11 @@ def form_of(path: Path) -> Form:
         raise UserError(
             f"{path}: an adapter, not a model: convert the model it is for, with --adapter {path}"
         )
+    other = foreign_files(path)
+    instead = "" if other is None else f"; it holds {other}"
     raise UserError(
         f"{path}: not a model folder: it needs {OWN_CONFIG} and {OWN_PARAMS}/ (ours), or {CONFIG} and "
-        "tensors (Hugging Face)"
+        f"tensors (Hugging Face){instead}"
     )
 
 

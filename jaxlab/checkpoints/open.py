@@ -1,12 +1,13 @@
 """Opening a model, wherever it comes from: a folder of ours or of Hugging Face, a hub id, llama2.c."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.formats.base import OpenModel, parameter_dtype
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.locate import form_of, resolve
 from jaxlab.errors import UserError
@@ -25,6 +26,8 @@ def open_model(
     allow_pickle: bool = False,
     revision: str | None = None,
     offline: bool = False,
+    ignore_keys: Sequence[str] = (),
+    ignore_tensors: Sequence[str] = (),
 ) -> OpenModel:
     """The model that `reference` names: a folder or file, a run, or a hub id `owner/name[@revision]`.
 
@@ -35,6 +38,9 @@ def open_model(
       allow_pickle: read PyTorch's .bin files where there are no safetensors (no code from them is run).
       revision: commit, tag or branch of a hub id that names none.
       offline: take a hub id from the cache alone.
+      ignore_keys: keys of a Hugging Face config.json that no family knows, to leave out; what is written of
+        the model notes them.
+      ignore_tensors: tensors of a Hugging Face folder to leave out: names, * and ? for what varies.
 
     Raises:
       UserError: there is no such model.
@@ -43,9 +49,17 @@ def open_model(
     form = form_of(path)
     if form == "huggingface":
         merged = None if adapter is None else resolve(adapter, allow_pickle=allow_pickle)
-        return HuggingFaceFolder(path, adapter=merged, allow_pickle=allow_pickle)
-    if adapter is not None:
-        raise UserError(f"{path}: --adapter is for folders of Hugging Face; convert it to one first")
+        return HuggingFaceFolder(
+            path,
+            adapter=merged,
+            allow_pickle=allow_pickle,
+            ignore_keys=ignore_keys,
+            ignore_tensors=ignore_tensors,
+        )
+    options = {"adapter": adapter, "ignore-keys": ignore_keys, "ignore-tensors": ignore_tensors}
+    for option, given in options.items():
+        if given:
+            raise UserError(f"{path}: --{option} is for folders of Hugging Face; convert it to one first")
     if form == "llama2c":
         from jaxlab.checkpoints.formats.llama2c import Llama2cFile
 
@@ -64,8 +78,11 @@ def load_model(
       config, parameters and tokenizer; None: the model reads bytes, or came without one.
 
     Raises:
-      UserError: there is no such model, or it is damaged, or not of a known family.
+      UserError: there is no such model, or it is damaged, or not of a known family; a dtype that parameters
+        cannot have.
     """
+    if dtype is not None:
+        parameter_dtype(dtype)
     opened = open_model(path)
     config, tokenizer = opened.config_in(dtype), opened.tokenizer
     return config, opened.read(shardings=shardings, dtype=dtype), tokenizer

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxlab.checkpoints.blocked_copy import aligned_empty, copy_by_blocks
-from jaxlab.checkpoints.fused_qkv import split_fused
+from jaxlab.checkpoints.formats.base import NotFinite, parameter_dtype, report_not_finite
+from jaxlab.checkpoints.fused_qkv import fused_parts
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_map import Entry, leaf_at, tree_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, LeafPath
@@ -30,14 +31,14 @@ def read_params(
     *,
     shardings: Params | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    check_finite: bool = False,
+    not_finite: NotFinite = "take",
 ) -> Params:
     """The parameters that an account without problems describes.
 
     Args:
       shardings: a tree like the parameters of `jax.sharding.Sharding`. None: the default device.
       dtype: of all parameters, instead of the one they are stored in.
-      check_finite: refuse NaN and infinities.
+      not_finite: what to do about NaN and infinities.
 
     Raises:
       UserError: a tied head that is not the embedding, stored dtypes that one leaf cannot hold, a file that
@@ -52,8 +53,7 @@ def read_params(
             targets.append(_Target(leaf_at(template, path).shape, dtypes[entry.pattern], where, entry))
         for index, name in enumerate(entry.names):
             values = tensors[name].read()
-            if check_finite and not np.isfinite(values).all():
-                raise UserError(f"{name} holds NaN or infinities")
+            report_not_finite(name, values, not_finite)
             if entry.path == EMBEDDING:
                 _check_copies(tensors, account, name, values)
             _fill(entry, index, values, targets)
@@ -70,12 +70,14 @@ def leaf_dtype(
       UserError: tensors differ, or jax has no such dtype.
     """
     if wanted is not None:
-        return np.dtype(wanted)
+        return parameter_dtype(wanted)
     stored = {tensors[name].dtype for name in entry.names}
     first = next(iter(stored))
     if len(stored) > 1 or first.itemsize not in (2, 4):
         names = ", ".join(sorted(dtype.name for dtype in stored))
-        raise UserError(f"{entry.pattern} is stored in {names}; choose one dtype, float32 or bfloat16")
+        raise UserError(
+            f"{entry.pattern} is stored in {names}; convert the model with --dtype float32 or bfloat16 first"
+        )
     return first
 
 
@@ -118,7 +120,7 @@ class _Target:
 def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target]) -> None:
     """One tensor into the leaves that it holds."""
     own = [target.own for target in targets]
-    parts = split_fused(values, entry.layout, entry.join, own, runs=entry.runs)
+    parts = fused_parts(values, entry.layout, entry.join, own, entry.groups)
     for target, part in zip(targets, parts, strict=True):
         if part.dtype != target.dtype:
             part = part.astype(target.dtype)
@@ -143,7 +145,7 @@ def _check_copies(
         if not same:
             raise UserError(
                 f"{copy} differs from {name}, but config.json ties the two; set tie_word_embeddings to false "
-                "if the head is one of its own"
+                f"if the head is one of its own, or pass --ignore-tensors {copy}"
             )
 
 

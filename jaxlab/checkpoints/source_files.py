@@ -68,7 +68,11 @@ class SourceFiles:
         """Put everything into a model folder of ours."""
         place = model / SOURCE
         place.mkdir()
-        (place / CONFIG).write_bytes(inside(self.folder, CONFIG).read_bytes())
+        config = inside(self.folder, CONFIG)
+        if read_json(config) == self.config:
+            (place / CONFIG).write_bytes(config.read_bytes())
+        else:  # it notes keys that were ignored
+            (place / CONFIG).write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
         copy_companions(self.folder, place)
         if self.copies:
             (place / _TENSORS).write_text(json.dumps({"copies": list(self.copies)}) + "\n")

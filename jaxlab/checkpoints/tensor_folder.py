@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlab.checkpoints.foreign_forms import foreign_files
 from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.safetensors_file import NAMES, Tensor, parse_json, read_header
 from jaxlab.errors import UserError
@@ -81,7 +82,9 @@ def open_folder(
         return TensorFolder(path, config, read_header(inside(path, SINGLE)))
     single, index = _there(path, PICKLED), _there(path, PICKLED_INDEX)
     if not single and not index:
-        raise UserError(f"{path}: holds no {SINGLE} and no {INDEX}")
+        other = foreign_files(path)
+        instead = "" if other is None else f"; it holds {other}"
+        raise UserError(f"{path}: holds no {SINGLE} and no {INDEX}{instead}")
     if not allow_pickle:
         raise UserError(
             f"{path}: holds only PyTorch pickles, which can carry code; convert them, or pass --allow-pickle "
@@ -153,7 +156,9 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def _sharded(path: Path, index_name: str, single: str, read: Any) -> dict[str, Tensor]:
-    """The tensors that an index lists, in its order, each from the shard that it names.
+    """The tensors that an index lists, in its order, each from the shard that it names; then those that it
+    does not list. A tensor of two shards is taken from the one that the index names if it is the last of
+    them by name, which transformers takes whatever the index says.
 
     Args:
       single: the file that would hold all of them if there were no index; both at once are refused.
@@ -175,11 +180,14 @@ def _sharded(path: Path, index_name: str, single: str, read: Any) -> dict[str, T
         listed = ", ".join(shard[:80] for shard in absent[:3])
         raise UserError(f"{path}: shards are missing: {listed}{more}")
     held: dict[str, dict[str, Tensor]] = {shard: read(inside(path, shard)) for shard in shards}
+    places = dict(places)
     for shard, tensors in held.items():
         for name in tensors:
-            if places.get(name) != shard:
-                told = f"says it is in {places[name]}" if name in places else "does not list it"
-                raise UserError(f"{path / shard}: holds the tensor {name[:80]!r}; the index {told}")
+            if places.setdefault(name, shard) < shard:
+                raise UserError(
+                    f"{path / shard}: holds the tensor {name[:80]!r} too, which the index has in "
+                    f"{places[name]}; put right which is meant"
+                )
     for name, shard in places.items():
         if name not in held[shard]:
             raise UserError(f"{path / index_name}: the tensor {name[:80]!r} is not in {shard}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.models import Params
 
 _SHOWN = 8
+_PARTS = ("gate", "up", "down")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -73,6 +74,13 @@ class TensorAccount:
         head = next((e.names[0] for e in self.entries if e.path == HEAD), None)
         if head in self.missing:
             return f" ({head} may be absent only where config.json says tie_word_embeddings)"
+        if any(".lora_" in name for name in self.unmapped):
+            return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
+        if self.unmapped and not self.missing and not self.wrong:
+            common = self.unmapped[0] if len(self.unmapped) == 1 else "NAME ..."
+            return (
+                f"; if the model does not need them, pass --ignore-tensors {common} (* stands for anything)"
+            )
         return ""
 
 
@@ -247,7 +255,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
         ".".join(EMBEDDING): True,
         "position.table": c.position.kind == "learned",
         "final_norm.scale": True,
-        "final_norm.bias": c.norm == "layer",
+        "final_norm.bias": c.norm == "layer" and c.norm_bias,
         "head.bias": c.head_bias,
     }
     if path in edges:
@@ -261,7 +269,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
 
 def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     mlp, gated, biased = not experts, c.mlp == "gated", c.mlp_bias
-    layer_norm, normed = c.norm == "layer", c.qk_norm != "none"
+    layer_norm, normed = c.norm == "layer" and c.norm_bias, c.qk_norm != "none"
     norms: dict[str, Any] = {
         "attention_norm": c.pre_norms,
         "mlp_norm": c.has_mlp_norm,
@@ -277,9 +285,15 @@ def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     leaves |= {
         f"{norm}.bias": there and layer_norm and norm not in without_bias for norm, there in norms.items()
     }
-    leaves |= {f"moe.{part}": experts for part in ("router", "gate", "up", "down")}
+    shared = c.moe is not None and experts and c.moe.shared_width > 0
+    leaves |= {f"moe.{part}": experts for part in ("router", *_PARTS)}
+    leaves |= {f"moe.{part}_bias": c.moe is not None and experts and c.moe.bias for part in _PARTS}
+    leaves |= {f"moe.shared.{part}": shared for part in _PARTS}
     return leaves | {
         "attention.output_bias": c.has_output_bias,
+        "moe.shared_gate": c.moe is not None and experts and c.moe.shared_gate,
+        "moe.router_bias": c.moe is not None and experts and c.moe.router_bias,
+        "moe.choice_bias": c.moe is not None and experts and c.moe.choice_bias,
         "mlp.gate": mlp and gated,
         "mlp.up": mlp,
         "mlp.down": mlp,

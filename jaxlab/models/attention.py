@@ -141,7 +141,7 @@ def _head_norm(
         shape = (heads * c.key_dim,)
     elif c.qk_norm == "each_head":
         shape, axes = (heads, c.key_dim), (axis, "head_dim")
-    biased = c.qk_norm != "each_head"
+    biased = c.norm_bias and c.qk_norm != "each_head"
     return Norm(shape, kind, c.norm_eps, init, offset=c.norm_offset, axes=axes, biased=biased)
 
 

@@ -25,10 +25,17 @@ class Batch(TypedDict, total=False):
     image_grid_thw: Any
     """int[images, 3]: frames, rows and columns of patches of each image (Qwen2-VL and after)."""
     image_sizes: Any
-    """int[images, 2]: heights and widths of images that are cut to tiles (LLaVA-NeXT and after)."""
+    """int[images, 2]: heights and widths of images, as they were before they were cut to tiles (LLaVA-NeXT
+    and after), or as they lie in `images` (Mistral 3)."""
     batch_num_images: Any
     """int[B]: images of each row (LLaVA-OneVision)."""
     pixel_attention_mask: Any
-    """int[B, n, height, width]: 1 on pixels of the image (Idefics3)."""
+    """int[B, n, height, width]: 1 on pixels of the image (Idefics 2 and 3)."""
+    aspect_ratio_ids: Any
+    """int[B, n]: which of the model's aspect ratios an image has, from 1; 0: none (Mllama)."""
+    aspect_ratio_mask: Any
+    """int[B, n, tiles]: 1 on tiles of the image (Mllama)."""
+    cross_attention_mask: Any
+    """int[B, T, n, tiles]: 1 on tiles that a token sees (Mllama)."""
     token_type_ids: Any
     """int[B, T]: 0 on the prompt (PaliGemma)."""

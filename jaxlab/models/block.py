@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -55,7 +56,7 @@ class Block(nnx.Module):
             none.
         """
         c, residual_scale = config, (2 * config.num_layers) ** -0.5
-        self.parallel = c.parallel
+        self.parallel, self.residual_scale = c.parallel, c.residual_scale
         self.attention_norm = layer_norm(c, init) if c.pre_norms else None
         self.attention = ATTENTION[c.attention.kind](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
         self.mlp_norm = layer_norm(c, init) if c.has_mlp_norm else None
@@ -82,7 +83,7 @@ class Block(nnx.Module):
         x = tap("residual_pre", x)
         normed = self.attention_input(x)
         attended = self.attention(tap("attention_input", normed), context, kind=kind, tap=tap, cache=cache)
-        attention_out = _scaled(_normed(attended.out, self.attention_post_norm), self.attention_gain)
+        attention_out = self._added(attended.out, self.attention_post_norm, self.attention_gain)
         attention_out = tap("attention_output", attention_out)
         if not self.parallel:
             x = normed = tap("residual_mid", x + attention_out)
@@ -95,19 +96,18 @@ class Block(nnx.Module):
         else:
             assert self.mlp is not None
             mlp_out = self.mlp(normed, tap)
-        mlp_out = tap("mlp_output", _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain))
+        mlp_out = tap("mlp_output", self._added(mlp_out, self.mlp_post_norm, self.mlp_gain))
         x = tap("residual_post", x + (attention_out + mlp_out if self.parallel else mlp_out))
         return BlockOutput(x, attended, balance_loss)
 
     def attention_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What attention reads of the residual stream."""
-        return _normed(x, self.attention_norm)
+        return x if self.attention_norm is None else self.attention_norm(x)
 
-
-def _normed(x: Array, norm: Norm | None) -> Array:
-    return x if norm is None else norm(x)
-
-
-def _scaled(x: Array, gain: nnx.Param | None) -> Array:
-    """LayerScale, in layers that have it."""
-    return x if gain is None else x * gain.astype(x.dtype)[None, None]
+    def _added(self, out: Array, norm: Norm | None, gain: nnx.Param | None) -> Float[Array, "B T D"]:
+        """What the stream gets of an output of attention or the MLP: normed, and times LayerScale's factors
+        or the model's one, where there are any."""
+        y = out if norm is None else norm(out)
+        if gain is not None:
+            y = y * gain.astype(y.dtype)[None, None]
+        return y if self.residual_scale == 1.0 else y * jnp.asarray(self.residual_scale, y.dtype)

@@ -19,7 +19,7 @@ from jaxlab.models.mesh import split_tokens
 from jaxlab.models.output import Output
 from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import rope_tables
-from jaxlab.models.stack import apply_blocks
+from jaxlab.models.stack import NO_BETWEEN, apply_blocks
 from jaxlab.models.taps import NO_TAPS, Patch, Taps, make_taps
 from jaxlab.models.vision.encoder import Encoded
 from jaxlab.models.vision.encoders import encode_images, prepare_batch
@@ -60,7 +60,7 @@ def forward(
     taps = NO_TAPS
     if probe is not None or patches:
         taps = make_taps(batch, config, patches=patches, probe=probe)
-    images = encode_images(params, batch, config) if "images" in batch else None
+    images = encode_images(params, batch, config, cache)
     return bind_decoder(params, config)(batch, images=images, taps=taps, cache=cache)
 
 
@@ -121,16 +121,27 @@ class Decoder(nnx.Module):
         x, context, additions = self.embed(batch, images, cache)
         tap = taps.around()
         x = tap("embedding", x)
-        done = apply_blocks(self.stacks, x, context, self.config, taps=taps, cache=cache, additions=additions)
+        done = apply_blocks(
+            self.stacks,
+            x,
+            context,
+            self.config,
+            taps=taps,
+            cache=cache,
+            additions=additions,
+            between=NO_BETWEEN if images is None else images.between,
+        )
         hidden = tap("final_hidden", self.final_norm(split_tokens(done.x)))
         logits = tap("logits", self.logits(hidden))
         new_cache = None
         if cache is not None and done.caches is not None:
-            length = cache.length + _lengths(batch)
+            read = _lengths(batch)
+            length = cache.length + read
             offset = cache.offset
             if "positions" in batch:
                 offset = _next_position(batch, context, cache) - length
-            new_cache = Cache(done.caches, length, offset)
+            cross = None if images is None or images.cross is None else images.cross.of_next(read)
+            new_cache = Cache(done.caches, length, offset, cross)
         return Output(
             logits,
             hidden,
@@ -157,7 +168,7 @@ class Decoder(nnx.Module):
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         additions = None
-        if images is not None:
+        if images is not None and images.tokens is not None:
             x = place_images(x, tokens, images.tokens, c.image_token)
             if images.deep is not None:
                 additions = scatter_deep(images.deep, tokens, c.image_token)
@@ -175,6 +186,8 @@ class Decoder(nnx.Module):
         )
         if self.head is not None and self.head.bias is not None:
             logits = logits + self.head.bias.astype(jnp.float32)[None, None]
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)
 
 

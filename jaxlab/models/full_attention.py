@@ -101,7 +101,8 @@ class FullAttention(Attention):
             mask = attention_mask(context, k.shape[1], window, part)
             return softmax_attention(q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap)
         kwargs: dict[str, Any] = {"implementation": implementation, "scale": c.score_scale}
-        plain = context.segment_ids is None and context.together is None and context.visible is None
+        marks = (context.segment_ids, context.together, context.visible, context.apart)
+        plain = all(mark is None for mark in marks)
         if plain and not cached and part is None:
             kwargs["is_causal"] = context.causal
             kwargs["local_window_size"] = None if window is None else (window - 1, 0)
@@ -173,6 +174,8 @@ def attention_mask(
         mask &= behind < window
     if context.visible is not None and not cached:
         mask &= context.visible[:, None, :]
+    if context.apart is not None:
+        mask &= ~(context.apart[:, :, None] & context.apart[:, None, :])
     if context.segment_ids is not None and not cached:
         mask &= of_targets(context.segment_ids)[:, :, None] == context.segment_ids[:, None, :]
     return mask

@@ -6,13 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlab.models.batch import Batch
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.initializer import Params
 from jaxlab.models.kv_cache import Cache, init_cache
+from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
 from jaxlab.models.vision.encoders import prepare_batch
 
 
@@ -23,7 +24,11 @@ def stream(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    key: Key[Array, "..."] | None = None,
     prefill_chunk: int | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yield the next token of every sequence, `max_new_tokens` times.
@@ -33,27 +38,37 @@ def stream(
         segment_ids 1 on tokens and 0 on padding, and go on where each one ends.
       temperature: 0 takes the most likely token (the lowest id on a tie); otherwise logits are divided by it
         and sampled with `key`.
+      top_k: sample from so many of the most likely tokens; 0: from all.
+      top_p: sample from the most likely tokens that together have this probability; 1: from all.
+      min_p: sample from tokens with at least this part of the highest probability; 0: from all.
+      repetition_penalty: logits of tokens that the prompt or the text holds are divided by it where they are
+        positive, and multiplied where negative; 1: none. It counts without sampling too.
+      key: one key, or one for each row: then a row is drawn as it would be alone with its key.
       prefill_chunk: prompts are read so many tokens at a time, in memory that does not grow with their length
         but for the cache; None reads them at once. Prompts with images or positions are read at once only.
 
     Raises:
-      ValueError: sampling without a key, a negative temperature, an empty prompt, one that is packed or
-        padded at the left, more tokens than config.max_length, or a prefill_chunk below 1 or for prompts that
-        are more than tokens.
+      ValueError: sampling without a key, or options of it that make no sense, an empty prompt, one that is
+        packed or padded at the left, tokens that the embedding has no row for, more tokens than
+        config.max_length, or a prefill_chunk below 1 or for prompts that are more than tokens.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, is {temperature}")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if temperature > 0 and key is None:
         raise ValueError("sampling (temperature > 0) needs a key")
-    batch_size, prompt_len = batch["tokens"].shape
+    tokens = np.asarray(batch["tokens"])
+    batch_size, prompt_len = tokens.shape
     if prompt_len == 0:
         raise ValueError("the prompt is empty")
+    segments = None
     if "segment_ids" in batch:
         segments = np.asarray(batch["segment_ids"])
         if (segments[:, 0] != 1).any() or (segments[:, 1:] > segments[:, :-1]).any() or (segments < 0).any():
             raise ValueError(
                 "segment_ids of prompts must be 1 on their tokens, then 0 on padding at the right"
             )
+    if not 0 <= tokens.min() <= tokens.max() < config.embedding_rows:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise ValueError(f"the prompt holds token {wrong}, the embedding has {config.embedding_rows} rows")
     if prompt_len + max_new_tokens > config.max_length:
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"
@@ -64,11 +79,14 @@ def stream(
     logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
     for chunk in chunks:
         logits, cache = _read(params, prepare_batch(chunk, config), cache, logits, config)
-    token = sample(logits, jax.random.fold_in(key, 0), temperature)
+    seen, values = None, sampling.values
+    if "repetition_penalty" in values:
+        seen = jnp.asarray(seen_tokens(tokens, segments, config.vocab_size))
+    token = sample(logits, fold_in(key, 0), values, seen)
     for i in range(1, max_new_tokens):
         yield np.asarray(token)
-        token, cache = _step(
-            params, {"tokens": token[:, None]}, cache, jax.random.fold_in(key, i), config, temperature
+        token, cache, seen = _step(
+            params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, config
         )
     if max_new_tokens > 0:
         yield np.asarray(token)
@@ -81,13 +99,20 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    key: Key[Array, "..."] | None = None,
     stop_token: int | None = None,
     prefill_chunk: int | None = None,
 ) -> Int[np.ndarray, "B new"]:
-    """The tokens of `stream`, collected.
+    """The tokens of `stream`, collected; the options are its.
 
     After its first `stop_token` a sequence holds nothing else; when every sequence has made one, it ends.
+
+    Raises:
+      ValueError: as `stream` does.
     """
     made: list[np.ndarray] = []
     stopped = np.zeros(batch["tokens"].shape[0], bool)
@@ -97,6 +122,10 @@ def generate(
         config,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         key=key,
         prefill_chunk=prefill_chunk,
     ):
@@ -136,16 +165,17 @@ def _read(
     return jnp.where((read > 0)[:, None], new, logits), intermediates["cache"]
 
 
-@partial(jax.jit, static_argnames=("config", "temperature"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))
 def _step(
-    params: Params, batch: Batch, cache: Cache, key: Key[Array, ""], config: ModelConfig, temperature: float
-) -> tuple[Int[Array, " B"], Cache]:
+    params: Params,
+    batch: Batch,
+    cache: Cache,
+    key: Key[Array, "..."],
+    values: dict[str, Array],
+    seen: Bool[Array, "B V"] | None,
+    config: ModelConfig,
+) -> tuple[Int[Array, " B"], Cache, Bool[Array, "B V"] | None]:
     logits, intermediates = forward(params, batch, config, cache=cache)
-    return sample(logits[:, 0], key, temperature), intermediates["cache"]
-
-
-def sample(logits: Float[Array, "B V"], key: Key[Array, ""], temperature: float) -> Int[Array, " B"]:
-    """The most likely token at temperature 0, a sampled one otherwise."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(seen)), batch["tokens"][:, 0]].set(True)
+    return sample(logits[:, 0], key, values, seen), intermediates["cache"], seen

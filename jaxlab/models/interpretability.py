@@ -64,6 +64,6 @@ def _activations(
 ) -> dict[str, Array]:
     batch = as_arrays(batch)
     taps = make_taps(batch, config, names=names, layers=layers, patches=patches)
-    images = encode_images(params, batch, config) if "images" in batch else None
+    images = encode_images(params, batch, config)
     found = bind_decoder(params, config)(batch, images=images, taps=taps).activations
     return found or {}

@@ -61,7 +61,8 @@ class Norm(nnx.Module):
 
 def layer_norm(config: ModelConfig, init: Initializer) -> Norm:
     """The norm of a decoder's width: before attention, before the MLP, at the end."""
-    return Norm((config.width,), config.norm, config.norm_eps, init, offset=config.norm_offset)
+    c = config
+    return Norm((c.width,), c.norm, c.norm_eps, init, offset=c.norm_offset, biased=c.norm_bias)
 
 
 def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:

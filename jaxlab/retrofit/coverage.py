@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.errors import ConfigError
 from jaxlab.models import (
     AttentionContext,
     Batch,
@@ -57,12 +58,14 @@ def attention_coverage(
     `SCORES` allows), so that memory is linear in the length. Padding counts for nothing.
 
     Raises:
-      ConfigError: the model cannot be retrofitted (see `retrofitted`).
+      ConfigError: the model cannot be retrofitted (see `retrofitted`), or its layers read the images.
     """
     retrofitted(config, nsa)
     batch = as_arrays(prepare_batch(batch, config))
     decoder = bind_decoder(params, config)
-    images = encode_images(params, batch, config) if "images" in batch else None
+    images = encode_images(params, batch, config)
+    if images is not None and images.cross is not None:
+        raise ConfigError("models whose layers read images are measured on text alone; leave the images out")
     x, context, _ = decoder.embed(batch, images)  # DeepStack's models have M-RoPE: they are refused above
 
     parts: list[Coverage] = []

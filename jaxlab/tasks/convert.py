@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 from tokenizers import Tokenizer
 
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import (
+    NotFinite,
     OpenModel,
     check_output,
     huggingface_config,
@@ -44,6 +45,10 @@ class Arguments:
     """Take a hub id from the cache alone."""
     allow_pickle: bool = False
     """Read PyTorch's .bin files where there are no safetensors."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of config.json that no family knows, to leave out; OUT notes them."""
+    ignore_tensors: tuple[str, ...] = ()
+    """Tensors to leave out: names, with * and ? for what varies."""
     check_finite: bool = False
     """Refuse tensors with NaN or infinities."""
     check: bool = False
@@ -66,7 +71,8 @@ def run(arguments: Arguments) -> None:
     if arguments.check:
         return
     config = opened.config_in(arguments.dtype)
-    params = opened.read(dtype=arguments.dtype, check_finite=arguments.check_finite)
+    not_finite: NotFinite = "refuse" if arguments.check_finite else "warn" if arguments.verify else "take"
+    params = opened.read(dtype=arguments.dtype, not_finite=not_finite)
     save_model(
         out,
         config,
@@ -87,20 +93,20 @@ def run(arguments: Arguments) -> None:
 
 
 def _open(arguments: Arguments) -> OpenModel:
-    name, allow_pickle, adapter = arguments.in_, arguments.allow_pickle, arguments.adapter
+    name = arguments.in_
+    options: dict[str, Any] = {
+        "adapter": arguments.adapter,
+        "allow_pickle": arguments.allow_pickle,
+        "ignore_keys": arguments.ignore_keys,
+        "ignore_tensors": arguments.ignore_tensors,
+    }
     if not Path(name).exists() and not name.endswith((".yaml", ".yml")):
-        return open_model(
-            name,
-            adapter=adapter,
-            allow_pickle=allow_pickle,
-            revision=arguments.revision,
-            offline=arguments.offline,
-        )
+        return open_model(name, revision=arguments.revision, offline=arguments.offline, **options)
     if arguments.revision is not None or arguments.offline:
         raise UserError(
             f"--{'revision' if arguments.revision else 'offline'} is for a hub id; {name} is here"
         )
-    return open_model(model_folder(name), adapter=adapter, allow_pickle=allow_pickle)
+    return open_model(model_folder(name), **options)
 
 
 def _tokenizer(opened: OpenModel) -> Tokenizer | None:

@@ -18,6 +18,7 @@ from jaxlab.data import (
     DataConfig,
     Source,
     TextConfig,
+    check_all_tokens,
     check_fits,
     check_same_words,
     first_held_out,
@@ -149,6 +150,7 @@ def _prepare(config: Config) -> tuple[OpenModel, ModelConfig, Source, dict[str, 
         )
     check_fits(batch, model)
     check_same_words(opened.tokenizer, source.tokenizer(), opened.path)
+    check_all_tokens(source, model)
     return opened, model, source, batch
 
 

@@ -18,7 +18,6 @@ from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch, stream
-from jaxlab.processing import load_processor
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,7 @@ def read_prompt(arguments: Arguments, opened: OpenModel) -> Batch:
     if files and not isinstance(config.vision, PlainVisionConfig):
         if tokenizer is None:
             raise UserError(f"{opened.path}: no tokenizer; images are placed by its tokens")
-        source = opened.source_files
-        processor = load_processor(opened.companion_folder, config=None if source is None else source.config)
-        batch = processor(arguments.prompt, files, tokenizer)
+        batch = opened.processor(arguments.prompt, files, tokenizer)
         try:
             return prepare_batch(batch, config)
         except ValueError as error:

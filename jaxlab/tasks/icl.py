@@ -35,6 +35,7 @@ from jaxlab.icl import (
     word_loyalty,
 )
 from jaxlab.models import ModelConfig, Params
+from jaxlab.processing import check_token_ids
 
 PICTURE_TOKENS = 512
 """Longest prompt whose maps go into results.json."""
@@ -120,6 +121,10 @@ def _check_fits(config: Config, model: ModelConfig, source: PromptSource) -> Non
         )
     if source.length > model.max_length and model.position.kind == "learned":
         raise UserError(f"data: prompts of {source.length} tokens exceed the model's {model.max_length}")
+    for seed in config.seeds:
+        for prompts in source.batches(seed, config.examples, config.batch_size):
+            for name, ids in (("prompts", prompts.batch["tokens"]), ("label words", prompts.label_tokens)):
+                check_token_ids(ids, model, source.tokenizer, where=f"data: one of the {name}")
     if config.top_words > model.vocab_size:
         raise UserError(f"top_words: the vocabulary has {model.vocab_size} words, not {config.top_words}")
     if "figure1" in config.analyses and source.length > PICTURE_TOKENS:

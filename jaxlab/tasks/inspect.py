@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from jaxlab.app import model_folder
-from jaxlab.checkpoints import ModelReport, compare_for_merging, inspect_model, open_model
+from jaxlab.checkpoints import ModelReport, OpenModel, compare_for_merging, inspect_model, open_model
 from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
 
@@ -18,6 +18,12 @@ class Arguments:
     """Folders of Hugging Face or of ours, hub ids, run folders, .bin files of llama2.c."""
     allow_pickle: bool = False
     """Look into PyTorch's .bin files where there are no safetensors."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of config.json that no family knows, to leave out."""
+    ignore_tensors: tuple[str, ...] = ()
+    """Tensors to leave out: names, with * and ? for what varies."""
+    scan: bool = False
+    """Read all tensors, and tell which hold NaN or infinities."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -25,10 +31,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    models = [
-        inspect_model(open_model(model_folder(name), allow_pickle=arguments.allow_pickle), name)
-        for name in arguments.models
-    ]
+    models = [inspect_model(_open(name, arguments), name, scan=arguments.scan) for name in arguments.models]
     for model in models:
         print(model.name)
         for key, value in model.lines:
@@ -40,6 +43,15 @@ def run(arguments: Arguments) -> None:
     for model in models:
         if model.problems:
             raise UserError(f"{model.name}: not the family {model.config.family}: {model.problems}")
+
+
+def _open(name: str, arguments: Arguments) -> OpenModel:
+    return open_model(
+        model_folder(name),
+        allow_pickle=arguments.allow_pickle,
+        ignore_keys=arguments.ignore_keys,
+        ignore_tensors=arguments.ignore_tensors,
+    )
 
 
 def _pairs(models: Sequence[ModelReport]) -> list[tuple[ModelReport, ModelReport]]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jaxlab.app import Run, model_folder, read_metrics, train_inputs
 from jaxlab.checkpoints import open_model, save_model
 from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, peak_flops, train_flops_per_token
-from jaxlab.data import Source, check_fits, first_held_out, make_source
+from jaxlab.data import Source, check_all_tokens, check_fits, first_held_out, make_source
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
 from jaxlab.models import Batch, Params, count_params
@@ -183,6 +183,7 @@ def prepare(config: Config) -> Setup:
     """
     mesh = make_mesh(config.mesh)
     source = make_source(config.data, model_folder)
+    check_all_tokens(source, config.model)
     batch = source.batch(config.seed, 0, config.batch_size)
     for seen in (
         batch,

@@ -25,6 +25,8 @@ _MEANING = (
     "norm_offset",
     "position",
     "embedding_scale",
+    "residual_scale",
+    "logit_scale",
     "parallel",
     "attention_scale",
     "attention_softcap",

@@ -29,6 +29,7 @@ GENERATED = (
     "gemma3_text",
     "mixtral_window",
     "qwen3_moe",
+    "ministral",
     *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
 )
 """One of each kind of cache, two programs compiled for each; slow are those whose parts others share."""
@@ -159,6 +160,25 @@ REFUSED = [
     ("gptj", {"rotary_dim": None}, "rotary_dim None is not supported"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers .* must be the first ones"),
     ("qwen3_moe_sparse_step", {"num_hidden_layers": 4}, "decoder_sparse_step .* must be the first ones"),
+    ("qwen2_moe", {"mlp_only_layers": [2]}, "mlp_only_layers .* must be the first ones"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be a whole"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported: queries, keys and values are not clipped"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling must be a positive number"),
+    ("granite", {"shared_intermediate_size": 1024}, "shared_intermediate_size 1024 is not known"),
+    ("ministral", {"layer_types": ["chunked_attention"] * 4}, "layer_types .* supported: full_attention"),
+    (
+        "cohere",
+        {"use_parallel_block": False},
+        "use_parallel_block False is not supported: models of this fam",
+    ),
+    ("cohere2", {"layer_types": ["full_attention"] * 5}, "full layers of this family have no positions"),
+    ("cohere2", {"layer_types": None, "layer_switch": 3}, "layer_switch 3 .* sliding_window_pattern says 4"),
+    ("exaone4", {"layer_types": ["full_attention"] * 4}, "sliding_window 8 .* no layer slides"),
+    (
+        "exaone4",
+        {"layer_types": None, "sliding_window_pattern": "LLLG"},
+        "sliding_window_pattern must be a wh",
+    ),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most the 5 experts"),
     (
         "gpt_neox",

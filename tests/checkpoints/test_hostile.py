@@ -183,7 +183,6 @@ BAD_FOLDERS = {
     "an index of numbers": {"index": {"weight_map": {"a": 3}}},
     "a missing shard": {"index": index_of(a="x", b="y"), "x__safetensors": ONE},
     "a tensor that is not in its shard": {"index": index_of(a="x", b="x"), "x__safetensors": ONE},
-    "a tensor that is not in the index": {"index": index_of(a="x"), "x__safetensors": GOOD},
     "a tensor in two shards": {
         "index": index_of(a="x", b="y"),
         "x__safetensors": ONE,

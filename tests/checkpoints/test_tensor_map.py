@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints.families.jaxlab import ROWS as TABLE
+from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape, grouped
 from jaxlab.checkpoints.tensor_map import entries, host_tensors, to_hf
+from jaxlab.checkpoints.tensor_table import parse
 from jaxlab.errors import UserError
 from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, PlainVisionConfig, abstract_params
 from tests.checkpoints import folders
@@ -100,3 +102,36 @@ def test_parameters_without_a_name_are_errors():
         entries({**params, "extra": {"table": np.zeros((2, 2), np.float32)}})
     with pytest.raises(UserError, match="does not fit"):
         entries({"embedding": {"table": np.zeros((2, 2, 2), np.float32)}})
+
+
+FUSED = {
+    # Three queries a key: q q q k v of the first key's head, then of the second.
+    "grouped heads": ("(h k) d -> d h k", 0, "h", [(5, 6, 4), (5, 2, 4), (5, 2, 4)]),
+    # Keys and values of different sizes, head by head.
+    "latents": ("(h k) d -> d h k", 0, "h", [(5, 3, 4), (5, 3, 2)]),
+    # Gate and up in turns.
+    "neurons": ("e d f -> e d f", 2, "f", [(2, 5, 3), (2, 5, 3)]),
+    "one after the other": ("(h k) d -> d h k", 0, "", [(5, 6, 4), (5, 2, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_tensor_is_taken_apart_and_put_together(name):
+    text, axis, groups, shapes = FUSED[name]
+    layout = parse(text)
+    tensor = np.arange(np.prod(fused_shape(layout, axis, shapes))).reshape(fused_shape(layout, axis, shapes))
+    parts = fused_parts(tensor, layout, axis, shapes, groups)
+    leaves = [layout.to_ours(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+    if name == "grouped heads":  # rows of one head of a key: 3 x 4 of queries, 4 of the key, 4 of the value
+        rows = tensor.reshape(2, 20, 5)
+        np.testing.assert_array_equal(leaves[0][:, 4].T, rows[1, 4:8])
+        np.testing.assert_array_equal(leaves[1][:, 1].T, rows[1, 12:16])
+    if name == "latents":
+        np.testing.assert_array_equal(leaves[1][:, 2].T, tensor[16:18])
+    if name == "neurons":
+        np.testing.assert_array_equal(leaves[0], tensor[..., ::2])
+        np.testing.assert_array_equal(leaves[1], tensor[..., 1::2])
+    back = np.zeros_like(tensor)
+    for leaf, part in zip(leaves, fused_parts(back, layout, axis, shapes, groups), strict=True):
+        part[...] = grouped(layout.to_theirs(leaf), layout, axis, shapes, groups)
+    np.testing.assert_array_equal(back, tensor)

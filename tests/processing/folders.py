@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxlab import processing
+from jaxlab.checkpoints import families
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "processors"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())["cases"]
 
@@ -19,3 +22,11 @@ def write_folder(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
     (folder / "processor_config.json").write_text(json.dumps(around))
     (folder / "config.json").write_text(json.dumps(case["config"]))
     return folder
+
+
+def load_processor(folder: Path, **overrides: Any) -> processing.Processor:
+    """The processor of a folder by the family of its config.json; LLaVA's where there is none."""
+    config = folder / "config.json"
+    kind = json.loads(config.read_text())["model_type"] if config.exists() else "llava"
+    kinds = families.processor_kinds(families.find_by_model_type(kind).name)
+    return processing.load_processor(folder, kinds, **overrides)

@@ -10,17 +10,16 @@ from jaxlab.checkpoints import SourceFiles
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
 from jaxlab.models import ViTConfig
-from jaxlab.processing import load_processor
 from jaxlab.tasks import generate
 from tests.models.tiny import make_config
-from tests.processing.folders import CASES, GOLDEN, write_folder
+from tests.processing.folders import CASES, GOLDEN, load_processor, write_folder
 
 
 def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatch):
     folder = write_folder(tmp_path, "llava")
     tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
     config = make_config("vision")
-    config = dataclasses.replace(config, vision=ViTConfig(image_token=3), max_length=99)
+    config = dataclasses.replace(config, vision=ViTConfig(image_token=3), max_length=99, family="llava+llama")
     seen = []
     opened = HuggingFaceFolder(folder)  # one without tensors
     opened.config, opened.tokenizer, opened.read = config, tokenizer, dict

@@ -10,8 +10,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from jaxlab.errors import UserError
-from jaxlab.processing import load_processor, pixels
-from tests.processing.folders import CASES, GOLDEN, write_folder
+from jaxlab.processing import pixels
+from tests.processing.folders import CASES, GOLDEN, load_processor, write_folder
 
 TOKENIZER = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
 

@@ -1,14 +1,15 @@
 """The text around images, and folders, prompts and tokenizers that are refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from jaxlab.checkpoints import families
 from jaxlab.errors import UserError
-from jaxlab.processing import load_processor
-from tests.processing.folders import CASES, GOLDEN, write_folder
+from tests.processing.folders import CASES, GOLDEN, load_processor, write_folder
 
 TOKENIZER = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
 WIDE, GRAY = GOLDEN / "wide.png", GOLDEN / "gray.png"
@@ -97,7 +98,7 @@ def test_tokenizers_without_the_tokens_of_the_family(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"processor": {"processor_class": "MllamaProcessor"}}, "'MllamaProcessor' are not supported; supp"),
+        ({"processor": {"processor_class": "BlipProcessor"}}, "class 'BlipProcessor' is not supported; supp"),
         ({"preprocessor": {"image_processor_type": "ViTImageProcessor"}}, "supported are CLIPImageProcessor"),
         ({"preprocessor": {"size": {"longest_edge": 5}}}, "size needs shortest_edge"),
         ({"preprocessor": {"size": "large"}}, "size must be a size, is 'large'"),
@@ -159,7 +160,53 @@ def test_files_that_are_no_configs(tmp_path):
     (tmp_path / "processor_config.json").write_text('{"image_processor": 3}')
     with pytest.raises(UserError, match="must be an object"):
         load_processor(tmp_path)
-    file.write_text("{}")
-    (tmp_path / "processor_config.json").write_text('{"image_processor": {}}')
-    with pytest.raises(UserError, match="images for None are not supported"):
-        load_processor(tmp_path)
+
+
+def test_the_class_of_processor_is_stronger_than_the_type_of_the_model(tmp_path):
+    """As for transformers; of files the processor's comes first, and the tokenizer's last."""
+    folder = write_folder(tmp_path, "qwen3_vl")
+    own = load_processor(folder)("", [WIDE], TOKENIZER)
+    config = {**CASES["qwen3_vl"]["config"], "model_type": "llava"}
+    (folder / "config.json").write_text(json.dumps(config))
+    named = load_processor(folder)("", [WIDE], TOKENIZER)
+    assert named["tokens"].tolist() == own["tokens"].tolist()
+    around = json.loads((folder / "processor_config.json").read_text())
+    del around["processor_class"]
+    (folder / "processor_config.json").write_text(json.dumps(around))
+    (folder / "tokenizer_config.json").write_text('{"processor_class": "Qwen3VLProcessor"}')
+    assert load_processor(folder)("", [WIDE], TOKENIZER)["tokens"].tolist() == own["tokens"].tolist()
+    (folder / "tokenizer_config.json").write_text('{"processor_class": "PixelProcessor"}')
+    with pytest.raises(UserError, match=r"tokenizer_config.json: processor_class 'PixelProcessor' is not"):
+        load_processor(folder)
+
+
+def test_a_family_without_a_processor_reads_no_images():
+    with pytest.raises(UserError, match=r"llama has no processor of images; those with one: .*qwen"):
+        families.processor_kinds("llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("qwen2_vl", "<|video_pad|>"),
+        ("internvl", "<video>"),
+        ("llava_onevision", "<video>"),
+    ],
+)
+def test_videos_are_refused_and_their_files_do_not_matter(name, word, tmp_path):
+    folder = write_folder(tmp_path, name, processor={"video_processor": {"video_processor_type": "A"}})
+    (folder / "video_preprocessor_config.json").write_text('{"processor_class": "B", "size": 3}')
+    processor = load_processor(folder)
+    assert processor("", [WIDE], TOKENIZER)["tokens"].size
+    with pytest.raises(UserError, match=f"^the prompt holds {re.escape(word)}: videos are not read; give fr"):
+        processor(f"What is {word}?", [], TOKENIZER)
+    (tmp_path / "clip.MP4").write_bytes(b"")
+    with pytest.raises(UserError, match=r"clip\.MP4: videos are not read; give frames of it as images"):
+        processor("", [tmp_path / "clip.MP4"], TOKENIZER)
+
+
+def test_the_token_of_a_video_is_that_of_the_config(tmp_path):
+    number = TOKENIZER.token_to_id("<end_of_utterance>")
+    processor = load_processor(write_folder(tmp_path, "qwen2_vl", config={"video_token_id": number}))
+    with pytest.raises(UserError, match="the prompt holds <end_of_utterance>: videos are not read"):
+        processor("<end_of_utterance>", [], TOKENIZER)

@@ -9,14 +9,22 @@ import functools
 import importlib
 import pkgutil
 import re
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
+from jaxlab.checkpoints.families.settings import IGNORED_KEYS, reading
 from jaxlab.checkpoints.tensor_table import HEAD, Rows
-from jaxlab.errors import UserError
+from jaxlab.errors import UserError, UserNote
 from jaxlab.models import ModelConfig
 
+if TYPE_CHECKING:
+    from jaxlab.processing import ProcessorKind
+
 __all__ = [
+    "IGNORED_KEYS",
     "Family",
     "all_families",
     "find",
@@ -24,20 +32,26 @@ __all__ = [
     "head_name",
     "ignored",
     "names_of",
+    "processor_kinds",
     "read_config",
+    "recorded",
     "rows_of",
 ]
 
 
+_COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+"""Of the families that can describe a model of our own these are the first choice: most tools read them."""
+
+
 @functools.cache
 def all_families() -> dict[str, Family]:
-    """Every family, by name: each module of this package that has a FAMILY or FAMILIES."""
+    """Every family, by name: each module of this package that has a FAMILY or FAMILIES; common ones first."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
         loaded = importlib.import_module(f"{__name__}.{module.name}")
         for family in getattr(loaded, "FAMILIES", ()) or filter(None, [getattr(loaded, "FAMILY", None)]):
             found[family.name] = family
-    return found
+    return {name: found[name] for name in (*_COMMON, *found)}
 
 
 def find(name: str) -> Family:
@@ -66,12 +80,37 @@ def find_by_model_type(model_type: str) -> Family:
     return by_type[model_type]
 
 
-def read_config(config: Json, where: object) -> ModelConfig:
-    """The model that a config.json describes.
+def read_config(config: Json, where: object, *, ignore_keys: Iterable[str] = ()) -> ModelConfig:
+    """The model that a config.json describes. Keys that it holds and that are not applied are warned of.
+
+    Args:
+      ignore_keys: keys to leave out although nobody knows them, besides those under IGNORED_KEYS.
 
     Raises:
-      UserError: something in it is wrong, or not known.
+      UserError: something in it is wrong, or not known; or one of `ignore_keys` is not there, or is read.
     """
+    asked = tuple(ignore_keys)
+    with reading((*asked, *recorded(config))) as now:
+        found = _read(config, where)
+    idle = [key for key in asked if key not in now.ignored]
+    if idle:
+        raise UserError(f"{where}: --ignore-keys {idle[0]}: config.json lacks it, or {found.family} reads it")
+    paths = sorted(now.ignored.values())
+    ignored = [f"config.json: {', '.join(paths)} ignored, as you asked"] if paths else []
+    for note in (*now.notes, *ignored):
+        warnings.warn(f"{where}: {note}", UserNote, stacklevel=2)
+    return found
+
+
+def recorded(config: Json) -> tuple[str, ...]:
+    """The keys that were ignored when this config.json was written."""
+    found = config.get(IGNORED_KEYS, [])
+    if not isinstance(found, list) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"config.json: {IGNORED_KEYS} must be a list of keys")
+    return tuple(found)
+
+
+def _read(config: Json, where: object) -> ModelConfig:
     kind = config.get("model_type")
     try:
         if not isinstance(kind, str):
@@ -82,6 +121,20 @@ def read_config(config: Json, where: object) -> ModelConfig:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: config.json cannot be understood ({problem[:200]})") from error
+
+
+def processor_kinds(name: str) -> "tuple[ProcessorKind, ...]":
+    """The processor of a family by its whole name, and after it those of the others.
+
+    Raises:
+      UserError: the family has none.
+    """
+    family = find(name)
+    if family.processor is None:
+        known = ", ".join(sorted(f.name for f in all_families().values() if f.processor is not None))
+        raise UserError(f"the family {family.name} has no processor of images; those with one: {known}")
+    others = (f.processor for f in all_families().values() if f.processor is not None and f is not family)
+    return (family.processor(), *(make() for make in others))
 
 
 def names_of(name: str) -> tuple[str, ...]:

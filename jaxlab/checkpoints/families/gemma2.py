@@ -49,11 +49,14 @@ def read_config(config: Json) -> ModelConfig:
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     s = Settings(config, "gemma2", _DEFAULTS | caps)
     layers = s.whole("num_hidden_layers", most=1 << 12)
+    window = s.maybe_whole("sliding_window", 4096)
+    if s.value("sliding_window_size", window) != window:  # an older name, which transformers does not read
+        raise s.refuse("sliding_window_size", f"sliding_window is {window}")
     default: list[LayerKind] = ["full" if i % 2 else "sliding" for i in range(layers)]
     return language.read_decoder(
         s,
         **read_common(s),
-        attention=language.read_kinds(s, layers, default, s.maybe_whole("sliding_window", 4096)),
+        attention=language.read_kinds(s, layers, default, window),
         attention_softcap=s.maybe_number("attn_logit_softcapping"),
         logit_softcap=s.maybe_number("final_logit_softcapping"),
     )

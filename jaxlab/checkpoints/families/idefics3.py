@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
@@ -74,6 +75,7 @@ FAMILY = Family(
     ),
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.IDEFICS3,
     ignored=towers.CLIP_IGNORED,
     text_renames=WITHIN_IDEFICS,
 )

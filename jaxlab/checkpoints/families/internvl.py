@@ -1,5 +1,6 @@
 """InternVL in Hugging Face's layout: InternViT, pixel shuffle, an MLP after a norm, any language model."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
@@ -122,6 +123,7 @@ FAMILY = Family(
     rows=ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.INTERNVL,
     text_renames=towers.WITHIN_LLAVA,
     variants={"memory": towers.LLAVA_VARIANTS["memory"]},
 )

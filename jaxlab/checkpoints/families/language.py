@@ -1,5 +1,6 @@
 """What language-model families share: the rows of Llama's names, and the common keys of config.json."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,14 @@ from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import AttentionConfig, FullAttentionConfig, LayerKind, ModelConfig, SlidingAttentionConfig
+from jaxlab.models import (
+    AttentionConfig,
+    FullAttentionConfig,
+    LayerKind,
+    ModelConfig,
+    RopeConfig,
+    SlidingAttentionConfig,
+)
 
 _KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
@@ -185,6 +193,13 @@ def layer_types(config: ModelConfig) -> list[str]:
         if kind not in names:
             raise UserError(f"the family {config.family} has no attention of kind {kind}")
     return [names[kind] for kind in config.kinds]
+
+
+def turning(position: RopeConfig, attention: AttentionConfig) -> RopeConfig:
+    """Rotary positions of a model whose sliding layers have them and whose full ones have none (Cohere2)."""
+    if not isinstance(attention, SlidingAttentionConfig):
+        return position
+    return dataclasses.replace(position, layers=tuple(kind == "sliding" for kind in attention.pattern))
 
 
 def attention_of(window: int | None) -> AttentionConfig:

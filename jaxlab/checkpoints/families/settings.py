@@ -1,51 +1,54 @@
 """A config.json read key by key: each key is read, ignored by a list, or refused.
 
 What changes the function of a model and is not known must never pass in silence, so `Settings.done` refuses
-every key that nobody asked for, unless it is on one of the lists below.
+every key that nobody asked for, unless it is inert (inert_keys.py), or the user says that it is.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from jaxlab.checkpoints.families.inert_keys import NOT_APPLIED, is_inert
 from jaxlab.errors import UserError
 
-# Training, tokens, generation, caches, names, serving: they do not change what the logits are.
-_WORDS = """
-    architectures auto_map auto_class base_model_name_or_path bos_token bos_token_id eos_token
-    eos_token_id pad_token_id pad_token unk_token_id sep_token_id cls_token_id decoder_start_token_id
-    forced_bos_token_id forced_eos_token_id image_token_id video_token_id audio_token_id
-    vision_start_token_id vision_end_token_id vision_token_id suppress_tokens begin_suppress_tokens
-    bad_words_ids attention_dropout attn_pdrop dropout embd_pdrop embedding_dropout hidden_dropout
-    hidden_dropout_prob classifier_dropout resid_pdrop summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj problem_type finetuning_task id2label label2id
-    num_labels task_specific_params initializer_range initializer_factor router_aux_loss_coef
-    router_jitter_noise output_router_logits use_cache cache_implementation gradient_checkpointing
-    pretraining_tp torch_dtype dtype use_bfloat16 torchscript transformers_version model_type name_or_path
-    return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
-    tokenizer_class prefix chunk_size_feed_forward use_return_dict tf_legacy_loss remove_invalid_values
-    is_decoder reorder_and_upcast_attn n_ctx max_length min_length do_sample early_stopping num_beams
-    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    exponential_decay_length_penalty quantization_config mask_token_id transformers_weights
-    unsloth_version unsloth_fixed tie_encoder_decoder experts_implementation attn_implementation
-"""
-_IGNORED = frozenset(_WORDS.split())
+IGNORED_KEYS = "_jaxlab_ignored_keys"
+"""The key under which a config.json that was written here names those that were ignored on request."""
 
-# Keys that are no matter as long as they say this.
-_INERT: Mapping[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
-    "use_mrope": (False,),
-    "use_qk_norm": (False,),
-    "use_bidirectional_attention": (False,),
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
-    "pruned_heads": ({},),
-    "partial_rotary_factor": (1, 1.0),
-    "num_nextn_predict_layers": (0,),
-}
+
+@dataclasses.dataclass
+class Reading:
+    """One reading of a config.json: what it may leave out, and what it has to say."""
+
+    ignore_keys: tuple[str, ...] = ()
+    """Keys to leave out although nobody knows them: whole ("text_config.key") or their last part."""
+    ignored: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Which of them were met, and where."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """Lines for the user about keys that are not applied."""
+
+    def ignores(self, path: str) -> bool:
+        """Whether a key that nobody read is one of `ignore_keys`."""
+        for key in self.ignore_keys:
+            if f".{path}".endswith(f".{key}") or f".{key}".endswith(f".{path}"):
+                self.ignored[key] = path
+                return True
+        return False
+
+
+_reading: ContextVar[Reading] = ContextVar("reading")
+
+
+@contextmanager
+def reading(ignore_keys: Iterable[str]) -> Iterator[Reading]:
+    """Every `Settings` inside leaves `ignore_keys` out, and notes what it does not apply."""
+    token = _reading.set(Reading(tuple(ignore_keys)))
+    try:
+        yield _reading.get()
+    finally:
+        _reading.reset(token)
 
 
 class Settings:
@@ -133,21 +136,27 @@ class Settings:
         shown = _shown(self.config.get(key))
         return UserError(f"config.json: {self.within}{key} {shown} is not supported: {why}")
 
+    def note(self, line: str) -> None:
+        """Something to tell the user about keys of this level."""
+        (_reading.get(None) or Reading()).notes.append(f"config.json: {self.within}{line}")
+
     def done(self) -> None:
         """Whether every key was read.
 
         Raises:
           UserError: one that may matter was not.
         """
+        now = _reading.get(None) or Reading()
         for key in sorted(self.given - self.read):
-            value = self.config[key]
-            inert = any(type(value) is type(ok) and value == ok for ok in _INERT.get(key, ()))
-            if key.startswith("_") or key in _IGNORED or value is None or inert:
+            value, path = self.config[key], f"{self.within}{key}"
+            if is_inert(key, value) or now.ignores(path):
                 continue
-            raise UserError(
-                f"config.json: {self.within}{key} {_shown(value)} is not known to the family {self.family}; "
-                "take it out if it does not change what the model computes"
-            )
+            if key not in NOT_APPLIED:
+                raise UserError(
+                    f"config.json: {path} {_shown(value)} is not known to the family {self.family}; if it "
+                    f"does not change what the model computes, pass --ignore-keys {path}"
+                )
+            self.note(f"{key} is not applied: {NOT_APPLIED[key]}")
 
 
 def _shown(value: Any) -> str:

@@ -4,21 +4,27 @@ import abc
 import functools
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.source_files import SourceFiles
-from jaxlab.errors import UserError
+from jaxlab.errors import UserError, UserNote
 from jaxlab.models import ModelConfig
 
 if TYPE_CHECKING:  # jax is imported where a tensor, or the shape of one, is asked for
     import jax
 
     from jaxlab.models import Params
+    from jaxlab.processing import Processor
 
 Form = Literal["orbax", "huggingface", "llama2c"]
+NotFinite = Literal["take", "warn", "refuse"]
+"""What to do about NaN and infinities among the parameters."""
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class OpenModel(abc.ABC):
@@ -83,6 +89,19 @@ class OpenModel(abc.ABC):
         """Where config.json and the files of tokenizer and processor lie, if the model has any."""
         return self.path
 
+    @functools.cached_property
+    def processor(self) -> "Processor":
+        """How its images and text become a batch, by its family and the files beside its tensors."""
+        from jaxlab.checkpoints import families
+        from jaxlab.processing import load_processor
+
+        source = self.source_files
+        try:
+            kinds = families.processor_kinds(self.config.family)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        return load_processor(self.companion_folder, kinds, config=None if source is None else source.config)
+
     @property
     def made_by(self) -> dict[str, Any] | None:
         """What a shipped model says of its making: config, command, commit, results."""
@@ -102,13 +121,12 @@ class OpenModel(abc.ABC):
                 raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
         return digest.hexdigest()
 
-    @abc.abstractmethod
     def read(
         self,
         *,
         shardings: "Params | None" = None,
         dtype: "jax.typing.DTypeLike | None" = None,
-        check_finite: bool = False,
+        not_finite: NotFinite = "take",
     ) -> "Params":
         """The parameters.
 
@@ -116,27 +134,70 @@ class OpenModel(abc.ABC):
           shardings: a tree like the parameters of `jax.sharding.Sharding`: each tensor is read straight to
             where it will live. None: the default device.
           dtype: read the tensors in this dtype instead of the one they are stored in.
-          check_finite: refuse NaN and infinities.
+          not_finite: what to do about NaN and infinities.
 
         Raises:
-          UserError: tensors that are damaged, not the config's, or not finite though that was asked for.
+          UserError: tensors that are damaged, not the config's, or not finite though that is refused; a dtype
+            that parameters cannot have.
         """
+        return self._read(shardings, None if dtype is None else parameter_dtype(dtype), not_finite)
+
+    @abc.abstractmethod
+    def _read(
+        self, shardings: "Params | None", dtype: np.dtype | None, not_finite: NotFinite
+    ) -> "Params": ...
 
     def config_in(self, dtype: "jax.typing.DTypeLike | None") -> ModelConfig:
         """The config for parameters that were read in `dtype`."""
         return self.config
 
 
-def check_all_finite(params: "Params", path: Path) -> None:
-    """Whether all numbers are finite.
+def parameter_dtype(dtype: "jax.typing.DTypeLike") -> np.dtype:
+    """A dtype that parameters can be read in.
 
     Raises:
-      UserError: a parameter, which is named, holds NaN or infinities.
+      UserError: it is none.
+    """
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise UserError(f"no dtype {dtype!r}; parameters are float32, bfloat16 or float16") from None
+    if found.name not in _DTYPES:
+        raise UserError(f"parameters cannot be {found.name}; they are float32, bfloat16 or float16")
+    return found
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether there is no NaN and no infinity. The exponents of 16-bit floats tell it faster than numpy."""
+    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(values.dtype.name)
+    if exponent is None:
+        return bool(np.isfinite(values).all())
+    return not ((values.view(np.uint16) & exponent) == exponent).any()
+
+
+def report_not_finite(name: str, values: np.ndarray, what: NotFinite) -> None:
+    """Does about NaN and infinities in one tensor what is asked for.
+
+    Raises:
+      UserError: there are some, and they are refused.
+    """
+    if what == "take" or is_finite(values):
+        return
+    if what == "refuse":
+        raise UserError(f"{name} holds NaN or infinities")
+    warnings.warn(f"{name} holds NaN or infinities", UserNote, stacklevel=2)
+
+
+def report_all_not_finite(params: "Params", path: Path, what: NotFinite) -> None:
+    """The same about parameters that have been read.
+
+    Raises:
+      UserError: a parameter, which is named, holds NaN or infinities, and they are refused.
     """
     import jax
-    import jax.numpy as jnp
 
+    if what == "take":
+        return
     for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not bool(jnp.isfinite(leaf).all()):
-            name = jax.tree_util.keystr(leaf_path, simple=True, separator=".")
-            raise UserError(f"{path}: {name} holds NaN or infinities")
+        name = jax.tree_util.keystr(leaf_path, simple=True, separator=".")
+        report_not_finite(f"{path}: {name}", np.asarray(leaf), what)

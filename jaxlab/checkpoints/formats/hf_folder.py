@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families, lora
-from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
+from jaxlab.checkpoints.stray_tensors import unwrapped, without
 from jaxlab.checkpoints.tensor_folder import CONFIG, TensorFolder, inside, open_folder, read_json
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
 from jaxlab.checkpoints.unexpected_tensors import TensorAccount, account
@@ -29,15 +31,27 @@ class HuggingFaceFolder(OpenModel):
 
     form = "huggingface"
 
-    def __init__(self, path: Path, *, adapter: Path | None = None, allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        adapter: Path | None = None,
+        allow_pickle: bool = False,
+        ignore_keys: Sequence[str] = (),
+        ignore_tensors: Sequence[str] = (),
+    ) -> None:
         """
         Args:
           adapter: a folder with a LoRA adapter, merged into the tensors as they are read.
           allow_pickle: read PyTorch's .bin files where there are no safetensors.
+          ignore_keys: keys of config.json to leave out although nobody knows them.
+          ignore_tensors: patterns of names of tensors to leave out.
         """
         super().__init__(path)
         self.adapter = adapter
         self.allow_pickle = allow_pickle
+        self.ignore_keys = tuple(ignore_keys)
+        self.ignore_tensors = tuple(ignore_tensors)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -55,7 +69,7 @@ class HuggingFaceFolder(OpenModel):
     @functools.cached_property
     def tensors(self) -> TensorFolder:
         """The tensors as they are read: scales of float8 and the adapter are in them."""
-        folder = dequantized(self.stored)
+        folder = without(unwrapped(dequantized(self.stored)), self.ignore_tensors)
         if self.adapter is None:
             return folder
         return lora.merged(folder, self.adapter, allow_pickle=self.allow_pickle)
@@ -63,7 +77,7 @@ class HuggingFaceFolder(OpenModel):
     @functools.cached_property
     def described(self) -> ModelConfig:
         """What config.json describes, whatever the tensors are."""
-        return families.read_config(self.tensors.config, self.path)
+        return families.read_config(self.tensors.config, self.path, ignore_keys=self.ignore_keys)
 
     @functools.cached_property
     def template(self) -> "Params":
@@ -116,15 +130,13 @@ class HuggingFaceFolder(OpenModel):
 
     @functools.cached_property
     def source_files(self) -> SourceFiles:
-        return SourceFiles(self.path, self.config_json, self.account.copies)
+        config = self.config_json
+        if self.ignore_keys:
+            known = dict.fromkeys((*families.recorded(config), *self.ignore_keys))
+            config = {**config, families.IGNORED_KEYS: list(known)}
+        return SourceFiles(self.path, config, self.account.copies)
 
-    def read(
-        self,
-        *,
-        shardings: "Params | None" = None,
-        dtype: "jax.typing.DTypeLike | None" = None,
-        check_finite: bool = False,
-    ) -> "Params":
+    def _read(self, shardings: "Params | None", dtype: np.dtype | None, not_finite: NotFinite) -> "Params":
         from jaxlab.checkpoints.sharded_read import read_params
 
         try:
@@ -134,7 +146,7 @@ class HuggingFaceFolder(OpenModel):
                 self.template,
                 shardings=shardings,
                 dtype=dtype,
-                check_finite=check_finite,
+                not_finite=not_finite,
             )
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error

@@ -14,7 +14,7 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.blocked_copy import copy_by_blocks
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.checkpoints.families.base import Json
-from jaxlab.checkpoints.fused_qkv import join_fused
+from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape, grouped
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import CONFIG, Planned, write_folder
 from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at
@@ -77,7 +77,7 @@ def hf_family(config: ModelConfig, source_files: SourceFiles | None = None) -> s
     own = families.find(config.family).name if config.family != "jaxlab" else None
     problems = []
     for name, family in families.all_families().items():
-        if name != own and (own is not None or config.has_vision or not family.forward):
+        if name != own and (own is not None or config.has_vision):
             continue
         as_theirs = config if own is not None else dataclasses.replace(config, family=name)
         try:
@@ -153,9 +153,13 @@ def _on_host(params: Params, entry: Entry) -> list[np.ndarray]:
 def _tensor(entry: Entry, index: int, on_host: Any, dtype: np.dtype) -> np.ndarray:
     """One tensor in Hugging Face's layout."""
     leaves = [leaf[index] for leaf in on_host()]
-    parts = [np.empty(entry.layout.shape(leaf.shape), leaf.dtype) for leaf in leaves]
-    for leaf, part in zip(leaves, parts, strict=True):
-        copy_by_blocks(*entry.layout.pair(part, leaf))
     shapes = [leaf.shape for leaf in leaves]
-    tensor = np.asarray(join_fused(parts, entry.layout, entry.join, shapes, runs=entry.runs, module=np))
+    tensor = np.empty(fused_shape(entry.layout, entry.join, shapes), leaves[0].dtype)
+    parts = fused_parts(tensor, entry.layout, entry.join, shapes, entry.groups)
+    for leaf, part in zip(leaves, parts, strict=True):
+        if entry.groups:  # no view of it has the leaf's axes
+            theirs = entry.layout.to_theirs(leaf)
+            part[...] = grouped(theirs, entry.layout, entry.join, shapes, entry.groups)
+        else:
+            copy_by_blocks(*entry.layout.pair(part, leaf))
     return tensor if tensor.dtype == dtype else tensor.astype(dtype)

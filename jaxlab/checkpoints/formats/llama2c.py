@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from jaxlab.checkpoints.formats.base import OpenModel, check_all_finite
+from jaxlab.checkpoints.formats.base import NotFinite, OpenModel, report_all_not_finite
 from jaxlab.checkpoints.safetensors_file import read_into
 from jaxlab.checkpoints.tensor_map import tree_of
 from jaxlab.checkpoints.tensor_table import LeafPath, parse
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
+from jaxlab.processing import make_tokenizer
 
 HEADER = struct.Struct("<7i")
 BOS, EOS = 1, 2
@@ -63,13 +64,7 @@ class Llama2cFile(OpenModel):
     def companion_folder(self) -> Path:
         return self.path.parent
 
-    def read(
-        self,
-        *,
-        shardings: Params | None = None,
-        dtype: jax.typing.DTypeLike | None = None,
-        check_finite: bool = False,
-    ) -> Params:
+    def _read(self, shardings: Params | None, dtype: np.dtype | None, not_finite: NotFinite) -> Params:
         config, shared = self._header
         size, offset = self.path.stat().st_size, HEADER.size
         tables = _tensors(config, shared)
@@ -88,8 +83,7 @@ class Llama2cFile(OpenModel):
             lead = 1 if leaf[0] == "layers" else 0
             leaves[leaf] = jnp.asarray(_to_ours(values, leaf, layout, config, lead), dtype)
         params = tree_of(leaves)
-        if check_finite:
-            check_all_finite(params, self.path)
+        report_all_not_finite(params, self.path, not_finite)
         return params if shardings is None else jax.device_put(params, shardings)
 
 
@@ -209,14 +203,16 @@ def read_tokenizer(path: str | os.PathLike[str], config: ModelConfig) -> Tokeniz
         for cut in range(1, len(piece))
         if index > 258 and piece[:cut] in vocabulary and piece[cut:] in vocabulary
     )  # 0 ... 258: <unk>, <s>, </s> and the bytes
-    model = models.BPE(
-        vocabulary,
-        [(left, right) for *_, left, right in merges],
-        unk_token="<unk>",
-        fuse_unk=True,
-        byte_fallback=True,
+    make = lambda: Tokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for *_, left, right in merges],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
-    tokenizer = Tokenizer(model)
+    tokenizer = make_tokenizer(make, path)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)

@@ -7,17 +7,19 @@ huggingface/ what it needs to become one again (source_files.py).
 import functools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.compatibility import check_same_tree
-from jaxlab.checkpoints.formats.base import OpenModel, check_all_finite
+from jaxlab.checkpoints.formats.base import NotFinite, OpenModel, report_all_not_finite
 from jaxlab.checkpoints.locate import OWN_CONFIG, OWN_PARAMS
 from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.source_files import SOURCE, SourceFiles, read_source_files
@@ -83,13 +85,7 @@ class OrbaxFolder(OpenModel):
         self._check_links()
         return super().identity
 
-    def read(
-        self,
-        *,
-        shardings: Params | None = None,
-        dtype: jax.typing.DTypeLike | None = None,
-        check_finite: bool = False,
-    ) -> Params:
+    def _read(self, shardings: Params | None, dtype: np.dtype | None, not_finite: NotFinite) -> Params:
         expected = abstract_params(self.config)
         check_same_tree(self.shapes, expected, self.path)
         if shardings is None:
@@ -99,8 +95,7 @@ class OrbaxFolder(OpenModel):
         path = self.path.absolute() / OWN_PARAMS
         with _damage(path), ocp.StandardCheckpointer() as checkpointer:
             params: Params = checkpointer.restore(path, jax.tree.map(place, self.shapes_in(dtype), shardings))
-        if check_finite:
-            check_all_finite(params, self.path)
+        report_all_not_finite(params, self.path, not_finite)
         return params
 
     def _check_links(self) -> None:
@@ -143,10 +138,12 @@ def save(
     """
     with write_aside(path, inputs, overwrite=overwrite) as folder:
         (folder / OWN_CONFIG).write_text(dump(config))
-        if tokenizer is not None:
-            tokenizer.save(str(folder / TOKENIZER))
         if source_files is not None:
             source_files.copy_to(folder)
+        if tokenizer is not None and (folder / SOURCE / TOKENIZER).exists():  # its bytes, not our form of it
+            shutil.copyfile(folder / SOURCE / TOKENIZER, folder / TOKENIZER)
+        elif tokenizer is not None:
+            tokenizer.save(str(folder / TOKENIZER))
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         with ocp.StandardCheckpointer() as checkpointer:

@@ -55,6 +55,8 @@ class ModelConfig:
     """RMSNorm or LayerNorm, before attention, before the MLP and at the end."""
     norm_eps: float = 1e-5
     """Added to the variance in norms."""
+    norm_bias: bool = True
+    """LayerNorm adds a parameter; RMSNorm never does. (Cohere's scales only.)"""
     norm_offset: float = 0.0
     """Norms scale by this plus their parameter (Gemma's is 1)."""
     pre_norms: bool = True
@@ -75,6 +77,10 @@ class ModelConfig:
     """A bias on the logits."""
     embedding_scale: float = 1.0
     """Factor on embeddings as they enter the first layer (Gemma's is the root of the width)."""
+    residual_scale: float = 1.0
+    """Factor on what attention and the MLP add to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    """Factor on logits, before any softcap (Granite, Cohere)."""
     attention_bias: bool = False
     """Biases on the query, key and value projections."""
     output_bias: bool | None = None
@@ -122,6 +128,8 @@ class ModelConfig:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         for name in (
             "norm_eps",
+            "residual_scale",
+            "logit_scale",
             "attention_scale",
             "attention_softcap",
             "logit_softcap",

@@ -6,6 +6,7 @@ from typing import Any, cast
 from jaxlab.models.batch import Batch
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Params, bind
+from jaxlab.models.kv_cache import Cache
 from jaxlab.models.vision.encoder import Encoded, Encoder
 from jaxlab.models.vision.mllama import MllamaEncoder
 from jaxlab.models.vision.plain import PlainEncoder
@@ -42,11 +43,20 @@ def prepare_batch(batch: Mapping[str, Any], config: ModelConfig) -> Batch:
     return cast(Batch, {**batch, **encoder_of(config).prepare(batch, config)})
 
 
-def encode_images(params: Params, batch: Mapping[str, Any], config: ModelConfig) -> Encoded:
-    """The image tokens of a prepared batch.
+def encode_images(
+    params: Params, batch: Mapping[str, Any], config: ModelConfig, cache: Cache | None = None
+) -> Encoded | None:
+    """The images of a prepared batch, or those that layers read and the cache keeps; None: there are none.
 
     Raises:
-      ValueError: images that the model does not take, or parameters that are not those of the config.
+      ValueError: images that the model does not take, images after others that the cache keeps, or
+        parameters that are not those of the config.
     """
+    kept = None if cache is None else cache.cross
+    if "images" not in batch and kept is None:
+        return None
+    if "images" in batch and kept is not None:
+        raise ValueError("images cannot follow others that were read before; read them in one batch")
     own: Params = {name: params[name] for name in ("vision", "projector") if name in params}
-    return bind(own, encoder_of(config), config)(batch)
+    encoder = bind(own, encoder_of(config), config)
+    return encoder(batch) if kept is None else encoder.recall(kept)

@@ -3,6 +3,8 @@
 from typing import Any
 
 Json = dict[str, Any]
+NEW = ("ministral", "exaone4")
+"""Families that came with `layer_types`."""
 
 
 def config_of_transformers_4(config: Json) -> Json:
@@ -24,7 +26,9 @@ def config_of_transformers_4(config: Json) -> Json:
             del old["tie_word_embeddings"]
     if old.get("model_type") in ("qwen3_moe", "qwen3_vl_moe_text"):
         old["num_experts"] = old.pop("num_local_experts")
-    kinds = old.pop("layer_types", None)  # older configs leave them to the model's rule
+    kinds = old.get("layer_types")
+    if old.get("model_type") not in NEW:
+        old.pop("layer_types", None)  # older configs leave them to the model's rule
     if kinds and old.get("model_type") == "gemma3_text":
         old["sliding_window_pattern"] = kinds.index("full_attention") + 1
     rope = old.pop("rope_parameters", None)

@@ -298,6 +298,19 @@ def mllama_inputs(generator: np.random.Generator) -> Inputs:
     }
 
 
+def mllama_prompt(generator: np.random.Generator, long: bool) -> Inputs:
+    """An image of 2 x 1 tiles after a few tokens, which do not see it."""
+    rows = batch(generator, [[3, image(1), 4]], [IMAGE])
+    seen = np.zeros((1, 8, 1, 2), np.int64)
+    seen[:, 3:] = 1
+    return rows | {
+        "pixel_values": pixels(generator, 1, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": np.array([[3]]),
+        "aspect_ratio_mask": np.array([[[1, 1]]]),
+        "cross_attention_mask": seen,
+    }
+
+
 KEYS = [
     Case(
         name="mistral3",
@@ -376,6 +389,8 @@ KEYS = [
             image_token_index=IMAGE,
         ),
         inputs=mllama_inputs,
+        prompt=mllama_prompt,
+        special=(IMAGE,),
         layouts=[IN_MEMORY],
     ),
 ]
