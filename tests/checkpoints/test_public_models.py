@@ -1,4 +1,4 @@
-"""The config.json of public checkpoints means the model that they are: its size, and what its family is about."""
+"""The config.json of public checkpoints means the model that they are: its size, and what is its own."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,6 @@ PARAMETERS = {
     "pythia-2.8b": 2_775_208_960,
     "pythia-12b": 11_846_072_320,
     "opt-125m": 125_239_296,
-    "opt-66b": 65_719_701_504,
     "OLMo-2-0425-1B": 1_484_916_736,
     "OLMo-2-1124-13B": 13_716_198_400,
     "Olmo-3-1025-7B": 7_298_011_136,
@@ -27,9 +26,8 @@ PARAMETERS = {
     "Phi-4-mini-instruct": 3_836_021_760,
     "stablelm-zephyr-3b": 2_795_443_200,
     "stablelm-2-1_6b": 1_644_515_328,
-    "stablelm-2-12b": 12_143_185_920,
 }
-"""As the checkpoints' own pages count them."""
+"""As counted for the public checkpoints."""
 TURNING = {
     "pythia-70m": 16,
     "pythia-12b": 32,
