@@ -20,8 +20,11 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.locate import resolve
     from jaxlab.checkpoints.open import load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
+    from jaxlab.checkpoints.safetensors_file import Tensor
     from jaxlab.checkpoints.save import save_model
     from jaxlab.checkpoints.source_files import SourceFiles
+    from jaxlab.checkpoints.tensor_folder import TensorFolder
+    from jaxlab.checkpoints.tensor_kinds import ModelTensors, TensorKind, model_tensors, relaid, whole_tensor
     from jaxlab.checkpoints.tensor_map import (
         Entry,
         entries,

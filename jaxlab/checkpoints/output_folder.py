@@ -1,6 +1,7 @@
 """A folder that this tool writes: aside first, then put in place; what it did not write is never replaced."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -87,24 +88,79 @@ def write_aside(
     """
     inputs = list(inputs)
     path = check_output(path, inputs, overwrite=overwrite)
-    aside = None
+    aside = lock = None
     made = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(path)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        lock = _begin(aside)
         yield aside
-        text = json.dumps({"written": sorted(_files(aside))}) + "\n"
-        (aside / MARKER).write_text(text, encoding="utf-8")
-        os.chmod(aside, 0o755)
-        _sync(*aside.rglob("*"), aside)
-        check_output(path, inputs, overwrite=overwrite)  # what came there meanwhile stays, too
-        _swap(aside, path)
-        _sync(path.parent)
+        put_in_place(aside, path, inputs, overwrite=overwrite)
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         if not os.path.exists(path):
-            _remove_empty(made)
+            remove_empty(made)
+
+
+def put_in_place(
+    aside: Path, path: Path, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool
+) -> None:
+    """A folder that is complete, marked and flushed to disk, takes the place of `path`.
+
+    Raises:
+      UserError: as `check_output`: something came there meanwhile.
+    """
+    text = json.dumps({"written": sorted(_files(aside) - {MARKER})}) + "\n"
+    (aside / MARKER).write_text(text, encoding="utf-8")
+    os.chmod(aside, 0o755)
+    _sync(*aside.rglob("*"), aside)
+    check_output(path, inputs, overwrite=overwrite)  # what came there meanwhile stays, too
+    _swap(aside, path)
+    _sync(path.parent)
+
+
+def _begin(aside: Path) -> int:
+    """Marks a new folder as one that is being written; whoever lives holds the lock that this returns."""
+    descriptor = os.open(aside / MARKER, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, b'{"writing": true}\n')
+    return descriptor
+
+
+def _remove_orphans(path: Path) -> None:
+    """Removes what writers of `path` that were killed have left: folders marked as being written, and nobody
+    writes them any more. An old folder that was moved away and never replaced comes back.
+    """
+    for aside in sorted(path.parent.iterdir()):
+        if not aside.name.startswith(f".{path.name}-") or aside.is_symlink() or not aside.is_dir():
+            continue
+        if aside.name.endswith("-old") and _foreign(aside) is None:
+            if os.path.lexists(path):
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.rename(aside, path)
+        elif _abandoned(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _abandoned(aside: Path) -> bool:
+    """Whether a folder was being written here, or was about to be put in place, by a process that is gone."""
+    marker = aside / MARKER
+    if marker.is_symlink() or not marker.is_file():
+        return False
+    descriptor = os.open(marker, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        said = json.loads(os.read(descriptor, 1 << 24) or b"{}")
+        return isinstance(said, dict) and ("writing" in said or _foreign(aside) is None)
+    except (BlockingIOError, ValueError):
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _swap(aside: Path, path: Path) -> None:
@@ -132,7 +188,7 @@ def _sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
-def _remove_empty(folders: Sequence[Path]) -> None:
+def remove_empty(folders: Sequence[Path]) -> None:
     """Remove folders, the innermost first, as far as nobody has put anything into them."""
     for folder in folders:
         with contextlib.suppress(OSError):  # never made, or in use by now

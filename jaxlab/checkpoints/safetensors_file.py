@@ -10,7 +10,7 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Tensor:
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], np.ndarray]
     """Rows start..stop of the first axis (IndexError outside of it); of a scalar always the scalar."""
+    file: Path | None = field(default=None, kw_only=True)
+    """Where its bytes lie as they are, row-major and without a gap; None: they are computed."""
+    offset: int = field(default=0, kw_only=True)
+    """Of the first byte in the file."""
 
     def read(self) -> np.ndarray:
         """The whole tensor; a new array each time."""
@@ -94,7 +98,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     spans = {name: _span(name, entry, path) for name, entry in entries.items()}
     _check_covered({name: span[2:] for name, span in spans.items()}, size - start, path)
     return {
-        name: Tensor(name, dtype, shape, _reader(path, dtype, shape, start + begin))
+        name: Tensor(
+            name, dtype, shape, _reader(path, dtype, shape, start + begin), file=path, offset=start + begin
+        )
         for name, (dtype, shape, begin, _) in spans.items()
     }
 

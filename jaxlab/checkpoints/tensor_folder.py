@@ -238,17 +238,15 @@ def write_folder(
     Raises:
       UserError: `path` may not be written, the disk is full, or two tensors have one name.
     """
-    shards = _shards(list(tensors), shard_bytes)
+    shards = in_shards(list(tensors), shard_bytes)
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     try:
         with write_aside(path, inputs, overwrite=overwrite) as folder:
-            names = [SINGLE]
+            names = shard_names(len(shards))
             if len(shards) > 1:
-                count = len(shards)
-                names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-                _write_text(folder / INDEX, _index(shards, names))
+                _write_text(folder / INDEX, shard_index(shards, names))
             # All files take their space before any is filled: a full disk shows at once.
-            starts = [_begin(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
+            starts = [begin_file(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
             for name, shard, start in zip(names, shards, starts, strict=True):
                 _fill(folder / name, shard, start, progress)
             _write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -263,7 +261,14 @@ def write_folder(
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+def shard_names(count: int) -> list[str]:
+    """Of files that hold the tensors together."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def in_shards(tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> list[list[Planned]]:
     """The tensors in their order, cut so that no shard exceeds `shard_bytes` unless one tensor does.
 
     In a shard wider dtypes come first, as the format's own library has them: then all begin at a multiple of
@@ -284,7 +289,8 @@ def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]
     return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
-def _index(shards: Sequence[Sequence[Planned]], names: Sequence[str]) -> str:
+def shard_index(shards: Sequence[Sequence[Planned]], names: Sequence[str]) -> str:
+    """The text of the index of several files."""
     places = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
     metadata = {
         "total_parameters": sum(math.prod(t.shape) for shard in shards for t in shard),
@@ -293,8 +299,10 @@ def _index(shards: Sequence[Sequence[Planned]], names: Sequence[str]) -> str:
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
 
 
-def _begin(path: Path, shard: Sequence[Planned]) -> int:
-    """Write a shard's header and take the space of its tensors; returns where they begin."""
+def begin_file(path: Path, shard: Sequence[Planned]) -> int:
+    """Write a shard's header and take the space of its tensors, which stay if they are there already; returns
+    where they begin.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard:
@@ -308,8 +316,11 @@ def _begin(path: Path, shard: Sequence[Planned]) -> int:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     start = 8 + len(text)
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, start + end)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "wb") as file:
+        if os.fstat(descriptor).st_size > start + end:
+            os.ftruncate(descriptor, start + end)
+        os.posix_fallocate(descriptor, 0, start + end)
         file.write(len(text).to_bytes(8, "little") + text)
     return start
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.safetensors_file import Tensor
+from jaxlab.checkpoints.tensor_kinds import TensorKind, kind_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, Row
 from jaxlab.errors import UserError
 from jaxlab.models import MllamaVisionConfig, ModelConfig, MoEConfig, QwenVisionConfig, ViTConfig
@@ -162,6 +163,8 @@ class Match:
     """With the variant whose names they are."""
     paths: Mapping[str, str]
     """The leaf, or the first of several, of each name that is used."""
+    kinds: tuple[TensorKind, ...]
+    """Of those names."""
     copies: tuple[str, ...]
     ignored: tuple[str, ...]
     unmapped: tuple[str, ...]
@@ -189,10 +192,12 @@ def _match(names: list[str], config: ModelConfig, family: str) -> Match:
     for name in names:
         kinds.setdefault(_general(name), []).append(name)
     expected: dict[str, str] = {}
+    rows: list[tuple[Row, list[str]]] = []
     for row in families.rows_of(family):
         path, found = row.paths[0], kinds.get(_general(re.sub(r"\{\w+\}", "0", row.name)), [])
         if _needed(path, config) if _is_language(path) else found:
-            expected |= dict.fromkeys(_names(row, config, found), path)
+            rows.append((row, _names(row, config, found)))
+            expected |= dict.fromkeys(rows[-1][1], path)
     present = set(names)
     missing = [name for name in expected if name not in present]
     left = [name for name in names if name not in expected]
@@ -200,7 +205,16 @@ def _match(names: list[str], config: ModelConfig, family: str) -> Match:
     ignored = [n for n in left if n not in copies and families.ignored(family).fullmatch(n)]
     unmapped = [n for n in left if n not in copies and n not in ignored]
     paths = {n: path for n, path in expected.items() if n in present}
-    return Match(family, paths, tuple(copies), tuple(ignored), tuple(unmapped), tuple(missing))
+    kinds = tuple(_kind(row, listed, expected, config) for row, listed in rows)
+    return Match(family, paths, kinds, tuple(copies), tuple(ignored), tuple(unmapped), tuple(missing))
+
+
+def _kind(row: Row, names: list[str], expected: Mapping[str, str], config: ModelConfig) -> TensorKind:
+    """The tensors of a row; a name that a later row has too is that one's."""
+    own = tuple(name for name in names if expected[name] == row.paths[0])
+    layers = _layers(row.paths[0], config) if "{i}" in row.name else None
+    numbers = () if layers is None else row.layer_numbers(*layers)
+    return kind_of(row, own, numbers, 0 if layers is None else layers[1])
 
 
 def _general(name: str) -> str:

@@ -3,7 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.models.batch import Batch
+    from jaxlab.models.batch import Batch, Params
     from jaxlab.models.block import Block
     from jaxlab.models.config import (
         BRANCHES,
@@ -36,7 +36,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.context import AttentionContext
     from jaxlab.models.decoder import Decoder, as_arrays, bind_decoder, forward, language_model, positions_of
     from jaxlab.models.generation import generate, stream
-    from jaxlab.models.initializer import Params, bind
+    from jaxlab.models.initializer import bind
     from jaxlab.models.interpretability import activations
     from jaxlab.models.kv_cache import Cache, init_cache
     from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens

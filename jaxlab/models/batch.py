@@ -1,6 +1,9 @@
-"""What a model reads."""
+"""What a model reads, and what it computes with."""
 
 from typing import Any, Required, TypedDict
+
+Params = dict[str, Any]
+"""The parameters of a model: `init_params`, `abstract_params` and `logical_axes`, all from its modules."""
 
 
 class Batch(TypedDict, total=False):

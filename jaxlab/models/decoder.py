@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.models.batch import Batch
+from jaxlab.models.batch import Batch, Params
 from jaxlab.models.block import Block
 from jaxlab.models.config import LearnedPositions, ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
-from jaxlab.models.initializer import Initializer, Params, bind
+from jaxlab.models.initializer import Initializer, bind
 from jaxlab.models.kv_cache import Cache
 from jaxlab.models.layers import Embedding, layer_norm, softcap
 from jaxlab.models.mesh import split_tokens

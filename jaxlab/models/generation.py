@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.models.batch import Batch
+from jaxlab.models.batch import Batch, Params
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import forward
-from jaxlab.models.initializer import Params
 from jaxlab.models.kv_cache import Cache, init_cache
 from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
 from jaxlab.models.vision.encoders import prepare_batch

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-Params = dict[str, Any]
-"""A nested dict of arrays."""
+from jaxlab.models.batch import Params
 
 
 class Axes(tuple):

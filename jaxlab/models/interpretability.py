@@ -7,10 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxlab.models.batch import Batch
+from jaxlab.models.batch import Batch, Params
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import as_arrays, bind_decoder
-from jaxlab.models.initializer import Params
 from jaxlab.models.taps import ACTIVATIONS, Patch, make_taps
 from jaxlab.models.vision.encoders import encode_images, prepare_batch
 

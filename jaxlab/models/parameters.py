@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
+from jaxlab.models.batch import Params
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import Decoder
-from jaxlab.models.initializer import Params, abstract, axes, draw, values
+from jaxlab.models.initializer import abstract, axes, draw, values
 from jaxlab.models.vision.encoders import encoder_of
 
 

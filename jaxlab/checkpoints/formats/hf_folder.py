@@ -16,7 +16,7 @@ from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.stray_tensors import unwrapped, without
 from jaxlab.checkpoints.tensor_folder import CONFIG, TensorFolder, inside, open_folder, read_json
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
-from jaxlab.checkpoints.unexpected_tensors import TensorAccount, account
+from jaxlab.checkpoints.unexpected_tensors import Match, TensorAccount, account, match
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 
@@ -105,6 +105,16 @@ class HuggingFaceFolder(OpenModel):
         found = account(self.tensors, self.described, self.template)
         found.check(self.path)
         return found
+
+    @functools.cached_property
+    def matched(self) -> Match:
+        """What becomes of every name; `account` looks at shapes, too, and needs jax.
+
+        Raises:
+          UserError: config.json asks for more names than there can be.
+        """
+        _check_size(self.tensors, self.described)
+        return match(self.tensors, self.described)
 
     @functools.cached_property
     def config(self) -> ModelConfig:

@@ -1,0 +1,538 @@
+"""Carries out a plan of a merge: a stream from the inputs' files to the output's, on a few threads.
+
+Operators that work element by element get chunks and never hold a tensor; the others get one tensor at a
+time, and those on whole models see all tensors once more before. What is not merged is copied without being
+decoded. Nothing of the result depends on chunks, threads or order.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from jaxlab.checkpoints import Planned, ResumableFolder, Tensor
+from jaxlab.errors import UserError
+from jaxlab.merging.injection import inject_tensor
+from jaxlab.merging.merge import merge_tensors
+from jaxlab.merging.numerics import Mode, Share, tensor_key
+from jaxlab.merging.operators import Operator, operator_named
+from jaxlab.merging.plan import Input, Merging, MergePlan, PlannedTensor, Source, dtype_of
+
+CHUNK = 1 << 18
+"""Elements that are merged at once: with their intermediate results they fit in a cache."""
+_SMALL = 1 << 12
+_COPY = 1 << 22
+"""Bytes."""
+_WHOLE = 3 << 29
+"""Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
+
+
+class Program(NamedTuple):
+    """What a compiled merge depends on beside shapes and dtypes."""
+
+    operator: str
+    mode: Mode
+    injected: bool
+    fixed: tuple[tuple[str, Any], ...]
+    """Switches and counts."""
+    out: str
+    num_layers: int
+
+
+class Done(NamedTuple):
+    """What became of one tensor."""
+
+    sha256: str
+    not_finite: int
+    sources: dict[str, str]
+    """SHA-256 of the bytes that were read, by input and name, if they were asked for."""
+
+
+def scope_of(step: Merging) -> str:
+    """What an element of the output depends on; see `Operator.scope`."""
+    return _operator(step.operator, step.injected).scope(step.mode)
+
+
+def _operator(name: str, injected: bool) -> Operator:
+    operator = operator_named(name)
+    return operator.for_injection if injected else operator
+
+
+def layout(plan: MergePlan, inputs: Sequence[Input], shard_bytes: int | None = None) -> list[list[Planned]]:
+    """The tensors of each file of the output: those of the first input's files, or cut by size.
+
+    Args:
+      shard_bytes: cut by this size, whatever the first input has.
+    """
+    from jaxlab.checkpoints import in_shards
+
+    planned = [Planned(t.name, dtype_of(t.dtype), t.shape, _never) for t in plan.tensors]
+    files: dict[str, list[Planned]] = {}
+    for tensor in planned:
+        try:
+            file = inputs[0][tensor.name].file
+        except KeyError:  # a plan may have names of its own
+            file = None
+        files.setdefault("" if file is None else str(file), []).append(tensor)
+    if shard_bytes is not None or "" in files:
+        return in_shards(planned) if shard_bytes is None else in_shards(planned, shard_bytes)
+    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in files.values()]
+
+
+def _never() -> np.ndarray:
+    raise AssertionError("an engine writes it")
+
+
+def execute(
+    plan: MergePlan,
+    inputs: Sequence[Mapping[str, Tensor] | Input],
+    folder: ResumableFolder,
+    *,
+    threads: int | None = None,
+    chunk: int = CHUNK,
+    allow_not_finite: bool = False,
+    hash_inputs: bool = True,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> dict[str, dict[str, Any]]:
+    """Writes every tensor of the plan that is not finished yet.
+
+    Args:
+      inputs: tensors by name, in the order of the plan's models.
+      chunk: elements at once.
+      allow_not_finite: whether NaN and infinities may be written.
+      hash_inputs: whether the bytes of the inputs that are read are hashed, too.
+      progress: called with the bytes of each tensor.
+
+    Returns:
+      For each tensor its record: sha256, not_finite, sources.
+
+    Raises:
+      UserError: an input is damaged, or the result is not finite though that is not allowed.
+    """
+    files = _Files()
+    threads = threads or min(4, os.cpu_count() or 1)
+    worker = _Worker(plan, inputs, files, chunk, hash_inputs, _Budget(_WHOLE))
+    try:
+        todo = []
+        for tensor in plan.tensors:
+            record = folder.finished.get(tensor.name)
+            if record is None or (hash_inputs and not record["sources"]):
+                todo.append(tensor)
+            else:
+                _check_finite(tensor, record["not_finite"], allow_not_finite)
+                progress(tensor.nbytes)
+        worker.gather(todo)
+
+        def one(tensor: PlannedTensor) -> None:
+            done = worker.do(tensor, functools.partial(folder.write, tensor.name))
+            _check_finite(tensor, done.not_finite, allow_not_finite)
+            folder.finish(tensor.name, **done._asdict())
+            progress(tensor.nbytes)
+
+        _run(one, todo, threads)
+    finally:
+        files.close()
+    return dict(folder.finished)
+
+
+def _check_finite(tensor: PlannedTensor, count: int, allowed: bool) -> None:
+    if count and not allowed:
+        raise UserError(
+            f"{tensor.name}: {count} of {math.prod(tensor.shape)} values would be NaN or infinite; find them "
+            "in the inputs with `inspect --scan`, or write them with --allow-nonfinite"
+        )
+
+
+def _run(one: Callable[[PlannedTensor], None], todo: Sequence[PlannedTensor], threads: int) -> None:
+    """All of them, in their order as far as several threads can; the first exception ends it."""
+    if threads == 1:
+        for tensor in todo:
+            one(tensor)
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="merge")
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(one, tensor) for tensor in todo]):
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Files:
+    """Files that are opened once and read by all threads."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, buffer: memoryview, offset: int) -> None:
+        """Fills the buffer.
+
+        Raises:
+          UserError: the file is shorter, or cannot be read.
+        """
+        try:
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = self._open[path]
+            while len(buffer):
+                count = os.preadv(descriptor, [buffer], offset)
+                if count == 0:
+                    raise UserError(f"{path}: cut off while it was read")
+                buffer, offset = buffer[count:], offset + count
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+class _Budget:
+    """Bytes of memory that several threads share."""
+
+    def __init__(self, total: int) -> None:
+        self._total = self._free = total
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        count = min(count, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+class _Worker:
+    """Reads, merges and hands on the bytes of single tensors; any number of threads may use it."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        inputs: Sequence[Mapping[str, Tensor] | Input],
+        files: _Files,
+        chunk: int,
+        hash_inputs: bool,
+        budget: _Budget,
+    ) -> None:
+        self.plan, self.inputs, self.files, self.chunk = plan, inputs, files, chunk
+        self.hash_inputs, self.budget = hash_inputs, budget
+        self.totals: dict[Any, Any] = {}
+
+    def tensor(self, source: Source) -> Tensor:
+        return self.inputs[source.model][source.name]
+
+    def do(self, tensor: PlannedTensor, write: Callable[[np.ndarray, int], None]) -> Done:
+        """One tensor; `write` is called with its bytes from the first to the last."""
+        out = _Out(write)
+        hashes: dict[str, Any] = {}
+        if tensor.merging is None:
+            assert tensor.copy is not None
+            for part in self._parts(tensor.copy, 0, None, _COPY, hashes):
+                out.add(_cast(part, dtype_of(tensor.dtype)))
+        else:
+            step = tensor.merging
+            size = math.prod(tensor.shape)
+            merged = size if step.rows is None else size // max(1, tensor.shape[0]) * step.rows
+            if scope_of(step) == "element":
+                self._by_chunks(tensor, step, merged, out, hashes)
+            else:
+                self._whole(tensor, step, out, hashes)
+            if merged < size:
+                for part in self._parts(step.sources[0], merged, size, _COPY, hashes):
+                    out.add(_cast(part, dtype_of(tensor.dtype)))
+            self._rest_of_hashes(step, merged, hashes)
+        return Done(
+            out.digest.hexdigest(), out.not_finite, {name: h.hexdigest() for name, h in hashes.items()}
+        )
+
+    def gather(self, todo: Sequence[PlannedTensor]) -> None:
+        """What operators on whole models need to know of all tensors."""
+        groups: dict[Any, list[PlannedTensor]] = {}
+        for tensor in self.plan.tensors:
+            if tensor.merging is not None and scope_of(tensor.merging) == "model":
+                groups.setdefault(_group(tensor.merging), []).append(tensor)
+        wanted = {_group(t.merging) for t in todo if t.merging is not None}
+        for group, tensors in groups.items():
+            if group in wanted:
+                self.totals[group] = self._totals(tensors)
+
+    def _totals(self, tensors: Sequence[PlannedTensor]) -> Any:
+        raise NotImplementedError
+
+    def _by_chunks(
+        self, tensor: PlannedTensor, step: Merging, size: int, out: "_Out", hashes: dict[str, Any]
+    ) -> None:
+        """An operator that works element by element."""
+        program, numbers, weights = self._program(tensor, step, size)
+        everything = [*step.sources, *([] if step.base is None else [step.base])]
+        length = self.chunk if size > _SMALL else min(_SMALL, self.chunk)
+        streams = [self._parts(source, 0, size, length, hashes, step.read_as) for source in everything]
+        key = tensor_key(self.plan.seed, tensor.name)
+        start = 0
+        for parts in zip(*streams, strict=True):
+            count = len(parts[0])
+            parts = tuple(_padded(part, length) for part in parts)
+            base = parts[-1] if step.base is not None else None
+            models = parts[: len(step.sources)]
+            offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
+            merged, bad = _merge_part(
+                program, models, base, numbers, weights, key, offset, _layer(step), np.uint32(count)
+            )
+            out.add(np.asarray(merged)[:count], int(bad))
+            start += count
+
+    def _whole(self, tensor: PlannedTensor, step: Merging, out: "_Out", hashes: dict[str, Any]) -> None:
+        """An operator that needs a tensor whole."""
+        rows = step.rows
+        shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+        size = math.prod(shape)
+        everything = [*step.sources, *([] if step.base is None else [step.base])]
+        program, numbers, weights = self._program(tensor, step, size)
+        key = tensor_key(self.plan.seed, tensor.name)
+        with self.budget.take(size * 4 * (2 * len(everything) + 3)):
+            arrays = [self._read(source, size, hashes, step.read_as).reshape(shape) for source in everything]
+            base = arrays.pop() if step.base is not None else None
+            totals = self.totals.get(_group(step))
+            merged, bad = _merge_whole(
+                program, tuple(arrays), base, numbers, weights, key, _layer(step), totals
+            )
+            del arrays, base
+            out.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1), int(bad))
+
+    def _read(self, source: Source, size: int, hashes: dict[str, Any], read_as: str | None) -> np.ndarray:
+        parts = list(self._parts(source, 0, size, max(1, size), hashes, read_as))
+        return parts[0] if parts else np.empty(0, self.tensor(source).dtype)
+
+    def _program(self, tensor: PlannedTensor, step: Merging, size: int) -> tuple[Program, Any, Any]:
+        operator, count = _operator(step.operator, step.injected), len(step.sources)
+        known = operator.parameters
+        given = {**_defaults(operator, step), **dict(step.parameters)}
+        fixed = tuple((name, value) for name, value in sorted(given.items()) if known[name].static)
+        numbers: dict[str, Any] = {}
+        for name, value in given.items():
+            if known[name].static:
+                continue
+            one = (lambda x: Share.of(float(x), size)) if known[name].counted else np.float32
+            if known[name].per_model:
+                values = value if isinstance(value, tuple) else (value,) * count
+                numbers[name] = [one(x) for x in (values * count if len(values) == 1 else values)]
+            else:
+                numbers[name] = one(value)
+        weights = None if step.weights is None else [np.float32(w) for w in step.weights]
+        program = Program(step.operator, step.mode, step.injected, fixed, tensor.dtype, self.plan.num_layers)
+        return program, numbers, weights
+
+    def _rest_of_hashes(self, step: Merging, merged: int, hashes: dict[str, Any]) -> None:
+        """The hash of a source is that of all its bytes, also where only its first rows were merged."""
+        if not self.hash_inputs:
+            return
+        for source in [*step.sources, *([] if step.base is None else [step.base])]:
+            size = self.tensor(source).size
+            begun = size if (step.rows is None or source == step.sources[0]) else merged
+            for _ in self._parts(source, begun, size, _COPY, hashes):
+                pass
+
+    def _parts(
+        self,
+        source: Source,
+        start: int,
+        stop: int | None,
+        length: int,
+        hashes: dict[str, Any],
+        read_as: str | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter."""
+        tensor = self.tensor(source)
+        stop = tensor.size if stop is None else stop
+        parts = self._of_file if tensor.file is not None else _of_rows
+        digest = None
+        if self.hash_inputs:
+            digest = hashes.setdefault(f"{source.model}:{source.name}", hashlib.sha256())
+        for part in parts(tensor, start, stop, length):
+            if digest is not None:
+                digest.update(part.view(np.uint8))
+            yield part if read_as is None else part.astype(dtype_of(read_as), copy=False)
+
+    def _of_file(self, tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:
+        assert tensor.file is not None
+        size = tensor.dtype.itemsize
+        for at in range(start, stop, length):
+            part = np.empty(min(length, stop - at), tensor.dtype)
+            self.files.read(tensor.file, memoryview(part.view(np.uint8)), tensor.offset + at * size)
+            yield part
+
+
+class _Out:
+    """Bytes on their way out, hashed and searched for NaN and infinities."""
+
+    def __init__(self, write: Callable[[np.ndarray, int], None]) -> None:
+        self.digest = hashlib.sha256()
+        self.not_finite = 0
+        self._write, self._at = write, 0
+
+    def add(self, values: np.ndarray, not_finite: int | None = None) -> None:
+        """Flat values, in their order; `not_finite` is counted here unless it is told."""
+        self.not_finite += count_not_finite(values) if not_finite is None else not_finite
+        raw = values.view(np.uint8)
+        self.digest.update(raw)
+        self._write(raw, self._at)
+        self._at += raw.nbytes
+
+
+def count_not_finite(values: np.ndarray) -> int:
+    """How many NaN and infinities there are; integers have none."""
+    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(values.dtype.name)
+    if exponent is not None:
+        return int(np.count_nonzero((values.view(np.uint16) & exponent) == exponent))
+    if values.dtype.kind != "f" and not values.dtype.name.startswith("float8"):
+        return 0
+    return int(values.size - np.count_nonzero(np.isfinite(values)))
+
+
+def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return values if values.dtype == dtype else values.astype(dtype)
+
+
+def _padded(part: np.ndarray, length: int) -> np.ndarray:
+    """With zeros at its end, so that one program serves all parts."""
+    if len(part) == length:
+        return part
+    padded = np.zeros(length, part.dtype)
+    padded[: len(part)] = part
+    return padded
+
+
+def _of_rows(tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:
+    """The same of a tensor that is computed as it is read, by rows."""
+    if not tensor.shape or tensor.size == 0:
+        if start < stop:
+            yield np.ascontiguousarray(tensor.read()).reshape(-1)
+        return
+    row = tensor.size // tensor.shape[0]
+    step = max(1, length // row)
+    held = np.empty(0, tensor.dtype)
+    at = start // row
+    skip = start - at * row
+    last = -(-stop // row)
+    left = stop - start
+    while left:
+        while len(held) < min(length, left):
+            rows = tensor.read_rows(at, min(at + step, last)).reshape(-1)[skip:]
+            skip, at = 0, min(at + step, last)
+            held = np.concatenate([held, rows]) if len(held) else np.ascontiguousarray(rows)
+        count = min(length, left)
+        yield held[:count]
+        held, left = held[count:], left - count
+
+
+def _defaults(operator: Operator, step: Merging) -> dict[str, Any]:
+    """Shares that are counted are told even where they are the default's."""
+    return {
+        name: parameter.default_in(step.mode)
+        for name, parameter in operator.parameters.items()
+        if parameter.counted
+    }
+
+
+def _layer(step: Merging) -> np.int32:
+    return np.int32(-1 if step.layer is None else step.layer)
+
+
+def _group(step: Merging | None) -> Any:
+    """Tensors that an operator on whole models sees together."""
+    return None if step is None else (step.operator, step.mode, step.injected, step.parameters)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _merge_part(
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    weights: Any,
+    key: UInt32[Array, "2"],
+    offset: UInt32[Array, "2"],
+    layer: Array,
+    count: UInt32[Array, ""],
+) -> tuple[Array, Array]:
+    """The merged part in the output's dtype, and how many of its first `count` values are not finite."""
+    merged = _merge(program, models, base, numbers, weights, key, offset, layer, None)
+    real = jax.lax.iota(jnp.uint32, merged.size) < count
+    return merged, jnp.sum(~jnp.isfinite(merged) & real, dtype=jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _merge_whole(
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    weights: Any,
+    key: UInt32[Array, "2"],
+    layer: Array,
+    totals: Any,
+) -> tuple[Array, Array]:
+    merged = _merge(program, models, base, numbers, weights, key, 0, layer, totals)
+    return merged, jnp.sum(~jnp.isfinite(merged), dtype=jnp.uint32)
+
+
+def _merge(
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    weights: Any,
+    key: Array,
+    offset: Any,
+    layer: Array,
+    totals: Any,
+) -> Array:
+    parameters = {**dict(program.fixed), **numbers}
+    if program.injected:
+        merged = inject_tensor(
+            program.operator,
+            program.mode,
+            parameters,
+            models,
+            base,
+            weights,
+            key=key,
+            offset=offset,
+            layer=layer,
+            num_layers=program.num_layers,
+            totals=totals,
+        )
+    else:
+        given = {} if weights is None else {"weight": weights}
+        merged = merge_tensors(
+            program.operator,
+            models,
+            base=base,
+            mode=program.mode,
+            key=key,
+            offset=offset,
+            layer=layer,
+            num_layers=program.num_layers,
+            totals=totals,
+            **given,
+            **parameters,
+        )
+    return merged.astype(dtype_of(program.out))
