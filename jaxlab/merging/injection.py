@@ -14,32 +14,46 @@ them. Numbers, keys and lambdas are traced.
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
-from jaxlab.merging.merge import add_to_base, arithmetic_dtype
-from jaxlab.merging.numerics import Mode, Share, difference, kept_count, round_to, tensor_key
-from jaxlab.merging.operators import OPERATORS, Operator
+from jaxlab.merging.merge import add_to_base, arithmetic_dtype, gather_totals, statistics_of
+from jaxlab.merging.numerics import Mode, Share, difference, round_to, tensor_key
+from jaxlab.merging.operators import Operator, operator_named
+from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]
 """By pattern: a lambda for each tensor."""
 
-Keys = dict[str, UInt32[np.ndarray, "tensors 2"] | UInt32[Array, "tensors 2"]]
 Numbers = dict[str, Any]
 """Parameters of an operator that are traced: a scalar, or a `Share` for each of the two task vectors."""
 
+TASKS = ("vlm", "expert")
+"""What the models are called that an operator makes for each task."""
+
 _FIXED = {"lambda": 1.0, "normalize": False}
 """Parameters of operators that an injection does not leave open."""
+
+
+class Given(NamedTuple):
+    """What an operator may ask for beside the tensors of a leaf; stacked as they are."""
+
+    key: UInt32[np.ndarray, "tensors 2"] | UInt32[Array, "tensors 2"]
+    layer: Int[np.ndarray, " tensors"] | Int[Array, " tensors"]
+    """-1 outside of layers."""
+    statistics: Any
+    totals: Any
+    """One for all tensors."""
 
 
 class Prepared(NamedTuple):
@@ -49,6 +63,7 @@ class Prepared(NamedTuple):
     """What the operator's first stage made of them."""
     base: Float[Array, "tensors ..."]
     numbers: Numbers
+    given: Given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +96,16 @@ class Method:
           ConfigError: no such operator; a parameter that it does not have, or must be told, or of a value
             that it cannot have.
         """
-        if operator not in OPERATORS:
-            raise ConfigError(f"no operator {operator!r}; there are {', '.join(OPERATORS)}", key="operator")
+        try:
+            known = operator_named(operator).for_injection.parameters
+        except UserError as error:
+            raise ConfigError(str(error), key="operator") from None
         given = {name: value for name, value in parameters.items() if value is not None}
-        known = OPERATORS[operator].for_injection.parameters
         for name in given:
             if name not in known or name in _FIXED:
                 raise ConfigError(f"{operator} has none", key=name)
         for name, parameter in known.items():
-            if parameter.per_model and name not in given:
+            if parameter.asked and name not in given:
                 raise ConfigError(
                     f"{operator} needs it: one value, or one for the VLM and one for the expert", key=name
                 )
@@ -102,6 +118,8 @@ class Method:
                     )
             if name in given and (problem := parameter.problem(value)):
                 raise ConfigError(problem, key=name)
+            if name not in given and name not in _FIXED and parameter.default_in(mode) is REQUIRED:
+                raise ConfigError(f"{operator} needs it", key=name)
         return cls(operator, mode, tuple(sorted(given.items())))
 
     def replace(self, **parameters: Any) -> "Method":
@@ -109,29 +127,60 @@ class Method:
         given = {name: value for name, value in parameters.items() if value is not None}
         return Method.of(self.operator, self.mode, **{**dict(self.parameters), **given})
 
+    def check_one_model(self) -> None:
+        """Refuses operators that make a model for each task.
+
+        Raises:
+          ConfigError: this is one.
+        """
+        if self.of_injection.per_task:
+            raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
+
     @property
     def switches(self) -> "Method":
         """What a compiled program depends on: the method without its numbers, which are traced."""
-        kept = tuple((name, value) for name, value in self.parameters if isinstance(value, bool))
+        known = self.of_injection.parameters
+        kept = tuple((name, value) for name, value in self.parameters if known[name].static)
         return Method(self.operator, self.mode, kept)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Every parameter, as Python numbers; of each model where they have their own."""
+        return self.of_injection.resolve({**dict(self.parameters), **self._fixed}, 2, self.mode)
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        return {name: value for name, value in _FIXED.items() if name in self.of_injection.parameters}
+
+    @property
+    def of_injection(self) -> Operator:
+        """The operator as an injection calls it."""
+        return operator_named(self.operator).for_injection
 
     def numbers(self, size: int) -> Numbers:
         """The rest, for tensors of `size` elements."""
-        known = OPERATORS[self.operator].for_injection.parameters
+        known = self.of_injection.parameters
         numbers: Numbers = {}
-        for name, value in self.parameters:
+        for name, value in self._all_numbers():
+            one = (lambda x: Share.of(x, size)) if known[name].counted else jnp.float32
             if known[name].per_model:
-                pair = np.broadcast_to(np.asarray(value, float), 2).tolist()
-                numbers[name] = [Share(jnp.float32(x), jnp.int32(kept_count(x, size))) for x in pair]
-            elif not isinstance(value, bool):
-                numbers[name] = jnp.float32(value)
+                numbers[name] = [one(x) for x in np.broadcast_to(np.asarray(value, float), 2).tolist()]
+            else:
+                numbers[name] = one(float(value))
         return numbers
+
+    def _all_numbers(self) -> list[tuple[str, Any]]:
+        """Those given, and the defaults of shares, which are counted too."""
+        known, given = self.of_injection.parameters, dict(self.parameters)
+        for name, parameter in known.items():
+            if parameter.counted and name not in given:
+                given[name] = parameter.default_in(self.mode)
+        return [(name, value) for name, value in sorted(given.items()) if not known[name].static]
 
     def values(self, numbers: Numbers) -> dict[str, Any]:
         """Every parameter of the operator, with its traced numbers."""
-        operator = OPERATORS[self.operator].for_injection
-        fixed = {name: value for name, value in _FIXED.items() if name in operator.parameters}
-        return operator.resolve({**dict(self.parameters), **numbers, **fixed}, 2, self.mode)
+        given = {**dict(self.parameters), **numbers, **self._fixed}
+        return self.of_injection.resolve(given, 2, self.mode)
 
 
 def inject(
@@ -147,8 +196,9 @@ def inject(
     seed: int = 0,
     mode: Mode = "paper",
     family: str = "jaxlab",
+    statistics: Mapping[str, Any] | None = None,
     **operator_parameters: Any,
-) -> tuple[Params, MergeAccount]:
+) -> tuple[Any, MergeAccount]:
     """The VLM with the expert merged into its language model, in the VLM's dtypes, and the account of every
     tensor.
 
@@ -160,6 +210,10 @@ def inject(
       embeddings, common_rows: see `plan_injection`.
       seed: of random masks, which depend on it and on the tensor's name alone.
       family: `ModelConfig.family` of the VLM, whose names and shapes an operator sees.
+      statistics: of data, by the tensor's name, for operators that need them.
+
+    Returns:
+      The model, or of operators that make one for each task {"vlm": one, "expert": the other}; the account.
 
     Raises:
       UserError: language models that differ, an unknown operator or parameter, lambdas that do not fit.
@@ -168,7 +222,9 @@ def inject(
     plan = plan_injection(
         vlm_params, expert_params, base_params, embeddings=embeddings, common_rows=common_rows, family=family
     )
-    prepared = prepare_task_vectors(plan, method, vlm_params, expert_params, base_params, seed=seed)
+    prepared = prepare_task_vectors(
+        plan, method, vlm_params, expert_params, base_params, seed=seed, statistics=statistics
+    )
     lambdas = layer_weights(plan, lambda_v), layer_weights(plan, lambda_e)
     return weight_task_vectors(plan, method, vlm_params, prepared, *lambdas), plan.account()
 
@@ -202,13 +258,37 @@ def _first_match(name: str, rules: Sequence[PatternValue]) -> float:
 
 
 def prepare_task_vectors(
-    plan: InjectionPlan, method: Method, vlm: Params, expert: Params, base: Params, *, seed: int = 0
+    plan: InjectionPlan,
+    method: Method,
+    vlm: Params,
+    expert: Params,
+    base: Params,
+    *,
+    seed: int = 0,
+    statistics: Mapping[str, Any] | None = None,
 ) -> dict[str, Prepared]:
-    """Task vectors, trimmed or masked, by pattern: all that the lambdas have no part in."""
-    merged = [leaf for leaf in plan.leaves if leaf.action == "merged"]
-    keys = {p.entry.pattern: np.stack([tensor_key(seed, name) for name in p.entry.names]) for p in merged}
-    numbers = {p.entry.pattern: method.numbers(_size(vlm, p)) for p in merged}
-    return _prepare(plan, method.switches, vlm, expert, base, keys, numbers)
+    """Task vectors, trimmed or masked, by pattern: all that the lambdas have no part in.
+
+    Raises:
+      UserError: statistics that the operator needs are missing.
+    """
+    operator = method.of_injection
+    given, numbers = {}, {}
+    for leaf in plan.leaves:
+        if leaf.action == "merged":
+            entry = leaf.entry
+            given[entry.pattern] = Given(
+                np.stack([tensor_key(seed, name) for name in entry.names]),
+                np.array([-1 if layer is None else layer for layer in entry.layers], np.int32),
+                statistics_of(operator, statistics, entry.names),
+                None,
+            )
+            numbers[entry.pattern] = method.numbers(_size(vlm, leaf))
+    if operator.gather is not None:
+        measure = functools.partial(_measure, plan, method.switches, vlm, expert, base, given, numbers)
+        totals = gather_totals(operator.gather, measure, method.chosen)
+        given = {pattern: own._replace(totals=totals) for pattern, own in given.items()}
+    return _prepare(plan, method.switches, vlm, expert, base, given, numbers)
 
 
 def weight_task_vectors(
@@ -218,9 +298,54 @@ def weight_task_vectors(
     prepared: dict[str, Prepared],
     lambda_v: TensorWeights,
     lambda_e: TensorWeights,
-) -> Params:
-    """The VLM with its language model merged by the given weights, element by element."""
+) -> Any:
+    """The VLM with its language model merged by the given weights; of operators that make a model for each
+    task {"vlm": one, "expert": the other}.
+    """
     return _weight(plan, method.switches, vlm, prepared, lambda_v, lambda_e)
+
+
+def _task_vectors(
+    plan: InjectionPlan, method: Method, vlm: Params, expert: Params, base: Params
+) -> Iterator[tuple[str, list[Array], Array, jnp.dtype]]:
+    """By leaf that is merged: its pattern, stacked task vectors, the base and the dtype to compute in."""
+    for leaf in plan.leaves:
+        if leaf.action == "merged":
+            x, y, origin = (_merged_part(params, leaf.entry, leaf.rows) for params in (vlm, expert, base))
+            dtype = arithmetic_dtype(method.of_injection, method.mode, x.dtype)
+            yield leaf.entry.pattern, [difference(m, origin, dtype) for m in (x, y)], origin, dtype
+
+
+def _stacked(function: Callable[..., Any], given: Given, *arrays: Any) -> Any:
+    """The function for each tensor of a leaf, given what belongs to it."""
+    axes = Given(0, 0, 0, None)
+    return jax.vmap(function, in_axes=(axes, *(0 for _ in arrays)))(
+        given._replace(key=jnp.asarray(given.key), layer=jnp.asarray(given.layer)), *arrays
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "method"))
+def _measure(
+    plan: InjectionPlan,
+    method: Method,
+    vlm: Params,
+    expert: Params,
+    base: Params,
+    given: dict[str, Given],
+    numbers: dict[str, Numbers],
+    totals: Any,
+) -> list[Any]:
+    """One round of what an operator on whole models gathers, leaf by leaf, each stacked by tensor."""
+    operator, result = method.of_injection, []
+    for pattern, vectors, _, dtype in _task_vectors(plan, method, vlm, expert, base):
+        values = method.values(numbers[pattern])
+
+        def one(own: Given, *vectors: Array, values: Any = values, dtype: Any = dtype) -> Any:
+            supplied = {"dtype": dtype, "statistics": own.statistics, "totals": totals}
+            return operator.measure(list(vectors), values, **supplied)
+
+        result.append(_stacked(one, given[pattern], *vectors))
+    return result
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "method"))
@@ -230,34 +355,24 @@ def _prepare(
     vlm: Params,
     expert: Params,
     base: Params,
-    keys: Keys,
+    given: dict[str, Given],
     numbers: dict[str, Numbers],
 ) -> dict[str, Prepared]:
-    operator = OPERATORS[method.operator].for_injection
-    result = {}
-    for leaf in plan.leaves:
-        if leaf.action == "merged":
-            x, y, origin = (_merged_part(params, leaf.entry, leaf.rows) for params in (vlm, expert, base))
-            own = numbers[leaf.entry.pattern]
-            dtype, values = arithmetic_dtype(operator, method.mode, x.dtype), method.values(own)
-            one = functools.partial(_prepare_one, operator, method.mode, dtype, values)
-            vectors = jax.vmap(one)(x, y, origin, jnp.asarray(keys[leaf.entry.pattern]))
-            result[leaf.entry.pattern] = Prepared(vectors, origin, own)
+    operator, result = method.of_injection, {}
+    for pattern, vectors, origin, dtype in _task_vectors(plan, method, vlm, expert, base):
+        values = method.values(numbers[pattern])
+
+        def one(own: Given, *vectors: Array, values: Any = values, dtype: Any = dtype) -> Any:
+            return operator.prepare(list(vectors), values, **_supplied(plan, method, dtype, own))
+
+        prepared = _stacked(one, given[pattern], *vectors)
+        result[pattern] = Prepared(prepared, origin, numbers[pattern], given[pattern])
     return result
 
 
-def _prepare_one(
-    operator: Operator,
-    mode: Mode,
-    dtype: jnp.dtype,
-    values: dict[str, Any],
-    vlm: Array,
-    expert: Array,
-    base: Array,
-    key: UInt32[Array, "2"],
-) -> Any:
-    vectors = [difference(model, base, dtype) for model in (vlm, expert)]
-    return operator.prepare(vectors, values, mode=mode, dtype=dtype, key=key)
+def _supplied(plan: InjectionPlan, method: Method, dtype: jnp.dtype, given: Given) -> dict[str, Any]:
+    own = given._asdict()
+    return {"mode": method.mode, "dtype": dtype, "num_layers": plan.num_layers, **own}
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "method"))
@@ -268,37 +383,48 @@ def _weight(
     prepared: dict[str, Prepared],
     lambda_v: TensorWeights,
     lambda_e: TensorWeights,
-) -> Params:
-    operator = OPERATORS[method.operator].for_injection
-    leaves: dict[tuple[str, ...], Any] = {}
+) -> Any:
+    operator = method.of_injection
+    models: list[dict[tuple[str, ...], Any]] = [{} for _ in range(2 if operator.per_task else 1)]
     for leaf in plan.leaves:
         entry, stored = leaf.entry, leaf_at(vlm, leaf.entry.path).dtype
         if leaf.action == "merged":
-            vectors, base, numbers = prepared[entry.pattern]
-            dtype, values = arithmetic_dtype(operator, method.mode, stored), method.values(numbers)
-            one = functools.partial(_weight_one, operator, method.mode, dtype, values)
-            merged = jax.vmap(one)(vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
-            merged = merged.astype(stored)
-            if leaf.rows is not None:
-                merged = jnp.concatenate([merged, to_hf(vlm, entry)[:, leaf.rows :]], axis=1)
-            leaves |= from_hf(merged, entry, vlm)
+            vectors, base, numbers, given = prepared[entry.pattern]
+            dtype = arithmetic_dtype(operator, method.mode, stored)
+            one = functools.partial(_weight_one, plan, method, method.values(numbers), dtype)
+            merged = _stacked(one, given, vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
+            for leaves, tensors in zip(models, merged if operator.per_task else [merged], strict=True):
+                tensors = tensors.astype(stored)
+                if leaf.rows is not None:
+                    tensors = jnp.concatenate([tensors, to_hf(vlm, entry)[:, leaf.rows :]], axis=1)
+                leaves |= from_hf(tensors, entry, vlm)
         else:
-            leaves |= {path: leaf_at(vlm, path) for path in entry.paths}
-    return tree_of(leaves)
+            for leaves in models:
+                leaves |= {path: leaf_at(vlm, path) for path in entry.paths}
+    trees = [tree_of(leaves) for leaves in models]
+    return dict(zip(TASKS, trees, strict=True)) if operator.per_task else trees[0]
 
 
 def _weight_one(
-    operator: Operator,
-    mode: Mode,
-    dtype: jnp.dtype,
+    plan: InjectionPlan,
+    method: Method,
     values: dict[str, Any],
+    dtype: jnp.dtype,
+    given: Given,
     vectors: Any,
     base: Array,
     lambda_v: Array,
     lambda_e: Array,
-) -> Array:
+) -> Any:
+    operator = method.of_injection
     weights = [round_to(lambda_v, dtype), round_to(lambda_e, dtype)]
-    return add_to_base(base, operator.combine(vectors, weights, values, mode=mode, dtype=dtype))
+    supplied = _supplied(plan, method, dtype, given) | {"base": base.astype(jnp.float32)}
+    merged = operator.combine(vectors, weights, values, **supplied)
+    if operator.makes_tensor:
+        return merged
+    if operator.per_task:
+        return [add_to_base(base, one) for one in merged]
+    return add_to_base(base, merged)
 
 
 def _size(params: Params, leaf: PlannedLeaf) -> int:

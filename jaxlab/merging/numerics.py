@@ -3,20 +3,25 @@ nor the number of devices.
 """
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Integer, UInt32
 
 from jaxlab.errors import UserError
 
 Mode = Literal["paper", "mergekit"]
 """paper: as published, in float32. mergekit: as mergekit 0.1.5 computes, its rounding included."""
 
-MAX_ELEMENTS = 2**31 - 1
+F32 = jnp.dtype(jnp.float32)
+
+MAX_ELEMENTS = 2**32 - 2
+"""Of one tensor, as far as 32 bits can count."""
 
 
 # One rounding at a time.
@@ -76,21 +81,87 @@ def rescale_l1(
     return multiply(kept, jnp.where(after == 0, 1.0, scale), dtype)
 
 
+# Sums whose order is written down.
+
+
+def tree_sum(
+    *arrays: Float[Array, "*shape"], of: Callable[..., Float[Array, "*block"]] = lambda x: x
+) -> Float[Array, ""]:
+    """The sum of all elements, or of a function of the elements of several arrays, float32, by halves of
+    halves: the same bits in every program, stacked, sharded, on a CPU or a GPU, as `jnp.sum` does not promise;
+    and closer to the exact sum.
+    """
+    flat = [x.reshape(-1) for x in arrays]
+    one = lambda blocks: fold_sum(jax.lax.optimization_barrier(of(*blocks)), 0)
+    size = flat[0].size
+    whole = size // _BLOCK
+    if whole < 2:
+        return one(flat)
+    block = lambda i: one([jax.lax.dynamic_slice(x, (i * jnp.uint32(_BLOCK),), (_BLOCK,)) for x in flat])
+    sums = jax.lax.map(block, _index(whole))
+    if size % _BLOCK:
+        sums = jnp.append(sums, one([x[whole * _BLOCK :] for x in flat]))
+    return fold_sum(sums, 0)
+
+
+_BLOCK = 1 << 15
+"""Elements that a cache holds; the sums depend on it."""
+
+
+def fold_sum(x: Float[Array, "*shape"], axis: int) -> Float[Array, "*rest"]:
+    """`tree_sum` along one axis."""
+    x = jnp.moveaxis(x.astype(jnp.float32), axis, 0)
+    if x.shape[0] == 0:
+        return jnp.zeros(x.shape[1:], jnp.float32)
+    while (count := x.shape[0]) > 1:
+        parts = min(8, count)
+        whole, rest = divmod(count, parts)
+        if rest > whole:  # only short ones
+            x = jnp.concatenate([x, jnp.zeros((parts - rest, *x.shape[1:]), jnp.float32)])
+            whole, rest = whole + 1, 0
+        terms = [x[i * whole : (i + 1) * whole] for i in range(parts)]
+        while len(terms) > 1:
+            terms = [a + b for a, b in itertools.zip_longest(terms[::2], terms[1::2], fillvalue=0.0)]
+        (total,) = terms
+        if rest:
+            total = jnp.concatenate([total[:rest] + x[parts * whole :], total[rest:]])
+        x = jax.lax.optimization_barrier(total)
+    return x[0]
+
+
+def dot(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The sum of all products, float32; see `tree_sum`."""
+    return tree_sum(x, y, of=lambda a, b: a * b)
+
+
+def norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The L2 norm of all elements, float32; see `tree_sum`."""
+    return round_to(jnp.sqrt(tree_sum(x, of=lambda a: a * a)), F32)
+
+
 # A share of the elements.
 
 
 class Share(NamedTuple):
-    """A density as traced numbers that are exact: one program then serves every density."""
+    """A share of a tensor's elements as traced numbers that are exact: one program then serves every share."""
 
     value: Float[Array, ""]
-    kept: Int[Array, ""]
+    kept: Integer[Array, ""]
     """`kept_count` of the tensor in question."""
+    whole: Integer[Array, ""]
+    """`floor_count` of it."""
+
+    @classmethod
+    def of(cls, value: float, size: int) -> "Share":
+        """Of a tensor of `size` elements."""
+        counts = kept_count(value, size), floor_count(value, size)
+        return cls(jnp.float32(value), *(jnp.uint32(count) for count in counts))
 
 
 Density = float | Float[Array, ""] | Share
 
 
-def kept_count(density: Density, size: int) -> int | Int[Array, ""]:
+def kept_count(density: Density, size: int) -> int | Integer[Array, ""]:
     """How many of `size` elements a density keeps: rounded down, but at least one unless the density is 0.
 
     Exact for a Python number. A traced density is a float32, and the count may be one off where density *
@@ -100,8 +171,18 @@ def kept_count(density: Density, size: int) -> int | Int[Array, ""]:
         return density.kept
     if isinstance(density, float | int):
         return min(max(int(density * size), 1), size) if density > 0 else 0
-    count = jnp.floor(density * jnp.float32(size)).astype(jnp.int32)
-    return jnp.where(density > 0, jnp.clip(count, min(1, size), size), 0)
+    count = floor_count(density, size)
+    least = jnp.uint32(min(1, size))
+    return jnp.where(density > 0, jnp.maximum(jnp.asarray(count, jnp.uint32), least), jnp.uint32(0))
+
+
+def floor_count(share: Density, size: int) -> int | Integer[Array, ""]:
+    """The whole number of elements in a share of `size`; exact as `kept_count` is."""
+    if isinstance(share, Share):
+        return share.whole
+    if isinstance(share, float | int):
+        return min(int(share * size), size)
+    return jnp.minimum(jnp.floor(share * jnp.float32(size)).astype(jnp.uint32), jnp.uint32(size))
 
 
 def share_of(density: Density) -> Float[Array, ""]:
@@ -111,41 +192,114 @@ def share_of(density: Density) -> Float[Array, ""]:
 
 
 @jax.jit
-def largest(x: Float[Array, "*shape"], count: int | Int[Array, ""]) -> Bool[Array, "*shape"]:
+def largest(x: Float[Array, "*shape"], count: int | Integer[Array, ""]) -> Bool[Array, "*shape"]:
     """The `count` elements of largest magnitude, exactly so many; among equals those of lowest row-major
     index.
 
-    NaN counts as larger than infinity. Two bisections on integers, each step one count over the tensor:
-    exact, without a sort, and under sharding each step is one small all-reduce.
+    NaN counts as larger than infinity. Exact, by counting, without a sort; under sharding each step is one
+    small all-reduce.
     """
-    if x.size > MAX_ELEMENTS:
-        raise UserError(f"a tensor of {x.size} elements has more than the {MAX_ELEMENTS} that can be counted")
-    # The bits of non-negative floats are ordered as the floats are.
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) & jnp.uint32(0x7FFFFFFF)
-    bits = bits.astype(jnp.int32).reshape(-1)
-    count = jnp.asarray(count, jnp.int32)
-    # Threshold: the greatest value that at least `count` elements reach.
-    threshold = _greatest(31, lambda value: _count(bits >= value) >= count)
-    above, equal = bits > threshold, bits == threshold
-    # Of the equal ones, those before the greatest index that does not take too many.
-    index = jnp.arange(bits.size, dtype=jnp.int32)
-    room = count - _count(above)
-    end = _greatest(max(bits.size, 1).bit_length(), lambda value: _count(equal & (index < value)) <= room)
-    return (above | (equal & (index < end))).reshape(x.shape)
+    _check_size(x.size)
+    magnitude = lambda: magnitude_bits(x).reshape(-1)
+    count = jnp.asarray(count).astype(jnp.uint32)
+    threshold, reached = _reached_by(magnitude, count, x.size, 1 << 31)
+    # Of those equal to the threshold, the last ones may be too many.
+    surplus = jnp.maximum(reached, count) - count
+    place = lambda: jnp.where(magnitude() == threshold, _index(x.size) + jnp.uint32(1), jnp.uint32(0))
+    start, _ = _reached_by(place, surplus, x.size, x.size + 1)
+    return ((magnitude() >= threshold) & ~((surplus > 0) & (place() >= start))).reshape(x.shape)
 
 
-def _count(mask: Bool[Array, " n"]) -> Int[Array, ""]:
-    return jnp.sum(mask, dtype=jnp.int32)
+def order_statistic(x: Float[Array, "*shape"], rank: int | Integer[Array, ""]) -> Float[Array, ""]:
+    """The element of a tensor that has `rank` others before it in ascending order; exact. NaN comes last,
+    and is what an empty tensor gives.
+    """
+    _check_size(x.size)
+    if x.size == 0:
+        return jnp.float32(jnp.nan)
+    sign, last = jnp.uint32(1 << 31), jnp.uint32(0xFFFFFFFF)
+
+    def ordered() -> UInt32[Array, " n"]:
+        # The greater the bits of a negative number, the less it is.
+        bits = _float_bits(x)
+        bits = jnp.where(jnp.isnan(x), last, jnp.where(bits >= sign, ~bits, bits | sign))
+        return bits.reshape(-1)
+
+    count = jnp.uint32(x.size) - jnp.asarray(rank).astype(jnp.uint32)
+    low, _ = _reached_by(ordered, count, x.size, 0xFFFFFFFF)
+    found = jnp.min(jnp.where(ordered() >= low, ordered(), last))
+    return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
 
 
-def _greatest(bits: int, holds: Callable[[Int[Array, ""]], Bool[Array, ""]]) -> Int[Array, ""]:
-    """The greatest integer of so many bits for which `holds`, which is true from 0 up to some value."""
+_MARKS = 7
+"""At how many values one pass over a tensor counts: three bits of a threshold each."""
+_SAMPLE = 1024
 
-    def set_bit(place: Int[Array, ""], value: Int[Array, ""]) -> Int[Array, ""]:
-        candidate = value | (jnp.int32(1) << (jnp.int32(bits - 1) - place))
-        return jnp.where(holds(candidate), candidate, value)
 
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(bits), set_bit, jnp.int32(0))
+def _reached_by(
+    values: Callable[[], UInt32[Array, " n"]], count: UInt32[Array, ""], size: int, ceiling: int
+) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+    """A value that `count` of the `size` values reach and how many do: exactly `count`, or if equal values
+    allow no such number, the greatest value that more than so many reach. All values are below the ceiling.
+
+    `values` is called within each pass, so that they are never written to memory. The first pass counts where
+    a sample expects the value to be.
+    """
+    none = count == 0
+    top = jnp.uint32(ceiling)
+    steps = jnp.arange(1, _MARKS + 1, dtype=jnp.uint32)
+
+    def marks_between(low: UInt32[Array, ""], high: UInt32[Array, ""]) -> UInt32[Array, " marks"]:
+        width = jnp.maximum((high - low) // jnp.uint32(_MARKS + 1), jnp.uint32(1))
+        return jnp.minimum(low + width * steps, high - 1)
+
+    def undecided(state: Any) -> Bool[Array, ""]:
+        low, reached, high, _ = state
+        return (reached > count) & (high - low > 1)
+
+    def narrow(state: Any) -> Any:
+        low, reached, high, marks = state
+        found, zero = values(), jnp.uint32(0)
+        tests = tuple((found >= marks[i]).astype(jnp.uint32) for i in range(_MARKS))
+        add = lambda x, y: tuple(p + q for p, q in zip(x, y, strict=True))
+        counts = jnp.stack(jax.lax.reduce(tests, (zero,) * _MARKS, add, (0,)))
+        enough = jnp.sum(counts >= count, dtype=jnp.int32)
+        at = jnp.maximum(enough - 1, 0)
+        low, reached = jnp.where(enough > 0, marks[at], low), jnp.where(enough > 0, counts[at], reached)
+        high = jnp.where(enough < _MARKS, marks[jnp.minimum(enough, _MARKS - 1)], high)
+        return low, reached, high, marks_between(low, high)
+
+    low = jnp.where(none, top, jnp.uint32(0))
+    if size < 8 * _SAMPLE:
+        marks = marks_between(low, top)
+    else:
+        sample = jnp.sort(jax.lax.slice(values(), (0,), (size,), (size // _SAMPLE,)))
+        share = count.astype(jnp.float32) / jnp.float32(size)
+        place = sample.size - jnp.floor(share * jnp.float32(sample.size)).astype(jnp.int32)
+        spread = jnp.arange(-(_MARKS // 2), _MARKS // 2 + 1) * (_SAMPLE // 64)  # a standard deviation apart
+        marks = sample[jnp.clip(place + spread, 0, sample.size - 1)]
+        marks = jnp.clip(marks, jnp.uint32(1), top - 1)
+    reached = jnp.where(none, jnp.uint32(0), jnp.uint32(size))
+    low, reached, _, _ = jax.lax.while_loop(undecided, narrow, (low, reached, top, marks))
+    return low, reached
+
+
+def magnitude_bits(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """The bits of |x| in float32, which are ordered as the magnitudes are; NaN beyond infinity."""
+    return _float_bits(x) & jnp.uint32(0x7FFFFFFF)
+
+
+def _float_bits(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+
+
+def _index(size: int) -> UInt32[Array, " n"]:
+    return jax.lax.iota(jnp.uint32, size)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_ELEMENTS:
+        raise UserError(f"a tensor of {size} elements has more than the {MAX_ELEMENTS} that can be counted")
 
 
 # Random masks. An element's bits are a hash of (seed, tensor name, which model, index of the element), with
@@ -179,28 +333,51 @@ def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 
 def random_bits(
-    key: UInt32[Array, "2"], size: int, *, stream: int | UInt32[Array, ""] = 0, offset: int = 0
+    key: UInt32[Array, "2"],
+    size: int,
+    *,
+    stream: int | UInt32[Array, ""] = 0,
+    offset: int | UInt32[Array, "2"] = 0,
 ) -> UInt32[Array, " {size}"]:
-    """Bits of `size` elements of a tensor from `offset` on (row-major); `stream` tells models apart."""
-    if offset + size > MAX_ELEMENTS:
-        raise UserError(
-            f"a tensor of {offset + size} elements has more than the {MAX_ELEMENTS} that a mask can count"
-        )
+    """Bits of `size` elements of a tensor from `offset` on (row-major); `stream` tells models apart.
+
+    Elements are counted in 64 bits: an offset is an integer, or traced its two words, the lower first.
+    """
+    _check_size(size)
     salt = (jnp.asarray(stream, jnp.uint32) + jnp.uint32(1)) * jnp.uint32(0x9E3779B9)
     first, second = _mix(key[0] + salt), _mix(key[1] ^ salt)
-    index = jnp.arange(offset, offset + size, dtype=jnp.uint32)
-    return _mix(_mix(index ^ first) + second)
+    index = jax.lax.iota(jnp.uint32, size)
+    if isinstance(offset, int) and offset + size <= 1 << 32:
+        return _mix(_mix((index + jnp.uint32(offset)) ^ first) + second)
+    words = (offset & 0xFFFFFFFF, offset >> 32) if isinstance(offset, int) else (offset[0], offset[1])
+    low, high = (jnp.asarray(word, jnp.uint32) for word in words)
+    index = index + low
+    high = _mix((high + (index < low).astype(jnp.uint32)) * jnp.uint32(0x9E3779B9))  # 0 for the first 2^32
+    return _mix(_mix(index ^ first ^ high) + (second + high))
+
+
+def uniform(
+    key: UInt32[Array, "2"],
+    shape: tuple[int, ...],
+    *,
+    stream: int | UInt32[Array, ""] = 0,
+    offset: int | UInt32[Array, "2"] = 0,
+) -> UInt32[Array, "..."]:
+    """Uniformly random integers of 24 bits, which are exact in float32; arguments as for `random_bits`."""
+    bits = random_bits(key, math.prod(shape), stream=stream, offset=offset)
+    return (bits >> jnp.uint32(8)).reshape(shape)
 
 
 def keep_mask(
     key: UInt32[Array, "2"],
     shape: tuple[int, ...],
-    density: Float[Array, ""],
+    density: Float[Array, "..."],
     *,
     stream: int | UInt32[Array, ""] = 0,
+    offset: int | UInt32[Array, "2"] = 0,
 ) -> Bool[Array, "..."]:
-    """True with probability `density` (float32, may be traced), independently for each element."""
-    bits = random_bits(key, int(np.prod(shape, dtype=np.int64)), stream=stream)
-    # 24 bits are exact in float32: 0 <= uniform < 1, so density 0 keeps nothing and 1 everything.
-    uniform = (bits >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
-    return (uniform < density).reshape(shape)
+    """True with probability `density` (float32, may be traced; one for all or one for each element),
+    independently for each element: density 0 keeps nothing and 1 everything.
+    """
+    bound = jnp.ceil(density * jnp.float32(2.0**24)).astype(jnp.uint32)
+    return uniform(key, shape, stream=stream, offset=offset) < bound

@@ -18,7 +18,7 @@ from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection import Method, PatternValue, inject
 from jaxlab.merging.merge import merge_models
-from jaxlab.merging.operators import OPERATORS
+from jaxlab.merging.operators import operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.models import ModelConfig, Params
 
@@ -62,7 +62,7 @@ class InjectRecipe:
         for name in ("vlm", "expert", "base"):
             if not getattr(self, name):
                 raise ConfigError("missing; an injection needs vlm, expert and base", key=name)
-        self.method()
+        self.method().check_one_model()
 
     def method(self) -> Method:
         """The operator with its parameters.
@@ -121,14 +121,15 @@ class MergeRecipe:
     def __post_init__(self) -> None:
         if not self.models:
             raise ConfigError("missing; a merge needs a list of models", key="models")
-        if self.operator not in OPERATORS:
+        try:
+            operator = operator_named(self.operator)
+        except UserError as error:
+            raise ConfigError(str(error), key="operator") from None
+        if operator.per_task:
+            raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
+        if operator.base == ("required" if self.base is None else "unused"):
             raise ConfigError(
-                f"no operator {self.operator!r}; there are {', '.join(OPERATORS)}", key="operator"
-            )
-        operator = OPERATORS[self.operator]
-        if operator.of_models != (self.base is None):
-            raise ConfigError(
-                f"{self.operator} {'takes no' if operator.of_models else 'needs a'} base", key="base"
+                f"{self.operator} {'needs a' if self.base is None else 'takes no'} base", key="base"
             )
         given = self._options()
         for key in given:
@@ -154,7 +155,7 @@ class MergeRecipe:
     def options(self) -> dict[str, Any]:
         """The parameters of `merge_tensors`."""
         weights = {"weight": [model.weight for model in self.models]}
-        return (weights if OPERATORS[self.operator].takes("weights") else {}) | self._options()
+        return (weights if operator_named(self.operator).takes("weights") else {}) | self._options()
 
     def references(self) -> list[str]:
         """The models that it names, the base last."""

@@ -86,7 +86,7 @@ class Config:
         for name, grid in self.operators.items():
             try:
                 for density in grid.density or (None,):
-                    self.method(name, density)
+                    self.method(name, density).check_one_model()
             except ConfigError as error:
                 key = f"operators.{name}" + (".density" if error.key == "density" else "")
                 raise ConfigError(error.message, key=key) from None

@@ -1,6 +1,45 @@
 """The merge operators, one file for each family of methods; importing this registers them all."""
 
-from jaxlab.merging.operators import averaging, dare, slerp, ties
-from jaxlab.merging.operators.registry import OPERATORS, Operator, operator, operator_named
+from jaxlab.merging.operators import (
+    averaging,
+    breadcrumbs,
+    consensus,
+    dare,
+    data,
+    della,
+    layers,
+    optimized,
+    similarity,
+    slerp,
+    spectral,
+    spheres,
+    tasks,
+    thresholds,
+    ties,
+    widen,
+)
+from jaxlab.merging.operators.registry import AFTERWARDS, OPERATORS, Operator, operator, operator_named
 
-__all__ = ["OPERATORS", "Operator", "averaging", "dare", "operator", "operator_named", "slerp", "ties"]
+__all__ = [
+    "AFTERWARDS",
+    "OPERATORS",
+    "Operator",
+    "averaging",
+    "breadcrumbs",
+    "consensus",
+    "dare",
+    "data",
+    "della",
+    "layers",
+    "operator",
+    "operator_named",
+    "optimized",
+    "similarity",
+    "slerp",
+    "spectral",
+    "spheres",
+    "tasks",
+    "thresholds",
+    "ties",
+    "widen",
+]

@@ -9,7 +9,7 @@ from jaxlab.merging.numerics import divide, multiply, total
 from jaxlab.merging.operators.registry import NonzeroSum, Scalar, Vectors, Weights, operator
 
 
-@operator("Wortsman et al. 2022, arXiv 2203.05482")
+@operator("Wortsman et al. 2022, arXiv 2203.05482", in_float32=True)
 def linear(
     models: Vectors,
     weights: Weights,

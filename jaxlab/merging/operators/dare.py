@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
@@ -31,6 +30,7 @@ def drop_and_rescale(
     mode: Mode,
     dtype: jnp.dtype,
     key: UInt32[Array, "2"] | None = None,
+    offset: int | UInt32[Array, "2"] = 0,
     masks: Sequence[Bool[Array, "..."]] | None = None,
 ) -> list[Float[Array, "*shape"]]:
     """Each element of d_i stays with probability density_i, by a mask of its own, and becomes
@@ -46,10 +46,10 @@ def drop_and_rescale(
     if masks is None:
         if key is None:
             raise UserError("a random merge method needs key=jaxlab.merging.tensor_key(seed, tensor name)")
-        shape, shares = task_vectors[0].shape, jnp.stack([share_of(d) for d in densities])
-        streams = jnp.arange(len(densities), dtype=jnp.uint32)
-        draw = lambda share, stream: keep_mask(key, shape, share, stream=stream)
-        masks = list(jax.vmap(draw)(shares, streams))
+        masks = [
+            keep_mask(key, x.shape, share_of(d), stream=i, offset=offset)
+            for i, (x, d) in enumerate(zip(task_vectors, densities, strict=True))
+        ]
     kept = [jnp.where(mask, x, 0.0) for mask, x in zip(masks, task_vectors, strict=True)]
     if not rescale:
         return kept
@@ -61,7 +61,7 @@ def drop_and_rescale(
     return [multiply(k, jnp.where(jnp.isinf(s), 0.0, s), dtype) for k, s in zip(kept, scales, strict=True)]
 
 
-@operator("Yu et al. 2023, arXiv 2311.03099", prepare=drop_and_rescale)
+@operator("Yu et al. 2023, arXiv 2311.03099", prepare=drop_and_rescale, scope={"paper": "element", "mergekit": "tensor"})
 def dare_linear(
     kept: Vectors,
     weights: Weights,
@@ -74,7 +74,7 @@ def dare_linear(
     return multiply(weighted_sum(kept, weights, normalize=normalize, dtype=dtype), lambda_, dtype)
 
 
-@operator("Yu et al. 2023, arXiv 2311.03099, with TIES' election", prepare=drop_and_rescale)
+@operator("Yu et al. 2023, arXiv 2311.03099, with TIES' election", prepare=drop_and_rescale, scope={"paper": "element", "mergekit": "tensor"})
 def dare_ties(
     kept: Vectors,
     weights: Weights,

@@ -11,12 +11,19 @@ The names in the signature say what the operator takes:
     weights         float32 scalars, one for each.
     mode, dtype     "paper" or "mergekit", and the dtype that intermediate results are rounded to.
     key, masks      random numbers: uint32[2] made of seed and tensor name; or masks given in their place.
-    base            the base's tensor, float32, or None (for operators on models).
+    offset          for chunks of a tensor: the index of the first element, an integer or two traced words.
+    base            the base's tensor, float32; with the default None it may be absent (operators on models).
+    statistics      what was measured on data; the operator's docstring says what.
+    layer           the tensor's layer (traced; -1 outside of layers); num_layers, how many there are.
+    totals          of operators on whole models (`Gather`): what was gathered over all tensors, or None: then
+                    this tensor is the whole model.
     the others      are the operator's parameters under mergekit's names (lambda_ is lambda): their defaults,
-                    and in `Annotated` their bounds and markers. bool is a switch; all else may be traced.
+                    and in `Annotated` their bounds and markers. bool is a switch and int a count; all else
+                    may be traced.
 
 Operators are pure, may be jitted and vmapped, and give the same bits in every such setting. NaN in an input
-gives NaN in that element of the output, unless trimming or a mask dropped it.
+gives NaN in that element of the output, unless trimming or a mask dropped it; operators that are not element
+by element (`Operator.scope`) may spread it over the tensor.
 """
 
 import dataclasses
@@ -24,7 +31,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +39,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlab.errors import UserError
-from jaxlab.merging.numerics import Density, Mode, Share
+from jaxlab.merging.numerics import Density, Mode, Share, multiply
 
 Vectors = Sequence[Float[Array, "*shape"]]
 Weights = Sequence[Float[Array, ""]]
@@ -62,11 +69,68 @@ class NonzeroSum:
     """Marks a switch that divides by the sum of the weights: known weights that sum to zero are refused."""
 
 
-Densities = Annotated[Density | Sequence[Density], PerModel(), Bounds(0.0, 1.0)]
+class Counted:
+    """Marks a share of a tensor's elements, which is counted exactly (`Share`) where it is traced."""
+
+
+class Static:
+    """Marks a number that a program is compiled for, as counts and switches are."""
+
+
+class Asked:
+    """Marks a parameter whose default does nothing, so that an injection or a search has to give it."""
+
+
+Densities = Annotated[Density | Sequence[Density], PerModel(), Bounds(0.0, 1.0), Counted(), Asked()]
 """The share of each task vector that is kept."""
 
+StaticShare = Annotated[float, Bounds(0.0, 1.0), Static()]
+
 REQUIRED: Any = inspect.Parameter.empty
-_SUPPLIED = ("mode", "dtype", "key", "masks", "base", "statistics")
+_SUPPLIED = (
+    "mode", "dtype", "key", "masks", "offset", "base", "statistics", "layer", "num_layers", "totals",
+)  # fmt: skip
+
+Scope = Literal["element", "row", "tensor", "matrix", "model"]
+"""What an element of the output depends on.
+
+element: the same element of the inputs, and its index if it is random: any chunks may be merged apart.
+row, tensor: its row or column, or the whole tensor. matrix: the whole tensor, by matrix products or singular
+values. model: what was gathered over all tensors, too.
+"""
+
+
+_WIDTH: tuple[Scope, ...] = typing.get_args(Scope)
+
+
+class NotInjected(typing.NamedTuple):
+    """An operator that no injection can use."""
+
+    reason: str
+
+
+Injection = Callable[..., Any] | Literal["models"] | NotInjected | None
+
+
+class Afterwards(typing.NamedTuple):
+    """Something done to a merged task vector, whichever operator made it."""
+
+    name: str
+    source: str
+    function: Callable[..., Any]
+    """(merged, task_vectors, **named) -> merged, or without the task vectors."""
+    scope: Scope
+
+
+class Gather(typing.NamedTuple):
+    """What an operator on whole models needs to know of all tensors: one round after the other."""
+
+    rounds: int
+    measure: Callable[..., Any]
+    """(task_vectors, **named) -> a tree of arrays, to be added up over all tensors; `totals` among the named
+    holds what the rounds before concluded."""
+    conclude: Callable[[Any, Any, Mapping[str, Any]], Any]
+    """(sums as NumPy arrays of 64 bits, totals of the rounds before or None, parameters) -> totals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +138,28 @@ class Parameter:
     """A parameter of an operator, as its signature declares it."""
 
     name: str
-    """mergekit's, and that in recipes."""
     default: Any
-    """REQUIRED: it must be given."""
     is_switch: bool
     markers: tuple[Any, ...] = ()
+    is_count: bool = False
+    """A whole number."""
+
+    @property
+    def static(self) -> bool:
+        """A program is compiled for its value."""
+        return self.is_switch or self.is_count or any(isinstance(marker, Static) for marker in self.markers)
 
     @property
     def per_model(self) -> bool:
         return any(isinstance(marker, PerModel) for marker in self.markers)
+
+    @property
+    def counted(self) -> bool:
+        return any(isinstance(marker, Counted) for marker in self.markers)
+
+    @property
+    def asked(self) -> bool:
+        return any(isinstance(marker, Asked) for marker in self.markers)
 
     @property
     def needs_nonzero_sum(self) -> bool:
@@ -110,13 +187,21 @@ class Parameter:
         """
         if self.is_switch:
             return bool(value)
-        if not self.per_model and np.ndim(value) > 0:
+        if self.is_count:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise UserError(f"{self.name} is a whole number, not {value}")
+            if problem := self.problem(int(value)):
+                raise UserError(f"{self.name} {problem}")
+            return int(value)
+        if not self.per_model and not isinstance(value, Share) and np.ndim(value) > 0:
             raise UserError(f"{self.name} is one number, not {value}")
         values = per_model(self.name, value, count if self.per_model else 1)
         if problem := self.problem(values):
             raise UserError(f"{self.name} {problem}")
         if self.per_model:
             return [float(x) if isinstance(x, int) else x for x in values]
+        if self.counted or self.static:
+            return values[0]
         return jnp.asarray(values[0]).astype(jnp.float32)
 
 
@@ -130,13 +215,24 @@ class Operator:
     function: Callable[..., Any]
     """As declared. Its first argument is what `preparation` returned, if there is one."""
     preparation: Callable[..., Any] | None = None
-    injection: Callable[..., Any] | None = None
-    """In place of `function` when an injection says (lambda_v, lambda_e) to an operator without weights."""
+    injection: Injection = None
+    """What the lambdas of an injection are to it; see `operator`."""
+    scopes: Mapping[str, Scope] = dataclasses.field(default_factory=dict)
+    """By mode; see `Scope`."""
+    per_task: bool = False
+    """Makes a list: a task vector for each of the models."""
+    gather: Gather | None = None
+    weighted_first: bool = False
+    """As an injection calls it: the weights scale the task vectors before anything else."""
+    after: tuple["Afterwards", ...] = ()
+    """What is done to the merged task vector."""
+    in_float32: bool = False
+    """mergekit, too, computes in float32."""
 
     @property
     def parameters(self) -> dict[str, Parameter]:
         """By mergekit's names, without the weights."""
-        return {p.name: p for f in self._stages for p in _parameters(f)}
+        return {p.name: p for f in self._signatures for p in _parameters(f)}
 
     @property
     def of_models(self) -> bool:
@@ -144,13 +240,39 @@ class Operator:
         return next(iter(inspect.signature(self._stages[0]).parameters)) == "models"
 
     @property
+    def makes_tensor(self) -> bool:
+        """In an injection: whether `combine` gives the merged tensor and not the merged task vector."""
+        return self.of_models and self.weighted_first
+
+    @property
+    def base(self) -> Literal["required", "optional", "unused"]:
+        """What a base is to it."""
+        if not self.of_models:
+            return "required"
+        stages = [inspect.signature(stage).parameters for stage in self._stages]
+        defaults = [stage["base"].default for stage in stages if "base" in stage]
+        if not defaults:
+            return "unused"
+        return "optional" if all(default is None for default in defaults) else "required"
+
+    @property
     def random(self) -> bool:
         """Needs a key."""
         return self.takes("key")
 
+    def scope(self, mode: Mode) -> Scope:
+        """What an element of the output depends on, for an engine to decide what it must hold at once."""
+        return max([self.scopes[mode], *(step.scope for step in self.after)], key=_WIDTH.index)
+
     def takes(self, name: str) -> bool:
         """Whether a stage has an argument of this name."""
-        return any(name in inspect.signature(stage).parameters for stage in self._stages)
+        if name == "weights" and self.weighted_first:
+            return True
+        return any(name in inspect.signature(stage).parameters for stage in self._signatures)
+
+    @property
+    def _signatures(self) -> list[Callable[..., Any]]:
+        return [*self._stages, *(step.function for step in self.after)]
 
     @property
     def _stages(self) -> list[Callable[..., Any]]:
@@ -158,8 +280,17 @@ class Operator:
 
     @property
     def for_injection(self) -> "Operator":
-        """The operator as an injection calls it, with a weight for each task vector."""
-        return self if self.injection is None else dataclasses.replace(self, function=self.injection)
+        """The operator as an injection calls it, with a weight for each task vector.
+
+        Raises:
+          UserError: it cannot be injected.
+        """
+        if isinstance(self.injection, NotInjected):
+            raise UserError(f"{self.name} cannot be injected: {self.injection.reason}")
+        if callable(self.injection):
+            return dataclasses.replace(self, function=self.injection)
+        first = self.injection == "models" or not self.takes("weights")
+        return dataclasses.replace(self, weighted_first=True) if first else self
 
     def resolve(self, given: Mapping[str, Any], count: int, mode: Mode) -> dict[str, Any]:
         """The value of every parameter, from those given and the defaults.
@@ -177,59 +308,138 @@ class Operator:
 
     def prepare(self, tensors: Vectors, values: Mapping[str, Any], **supplied: Any) -> Any:
         """What weights have no part in, such as trimming, random masks and angles: a pytree of arrays."""
-        if self.preparation is None:
+        if self.after:
+            return dataclasses.replace(self, after=()).prepare(tensors, values, **supplied), list(tensors)
+        if self.preparation is None or self.weighted_first:
             return list(tensors)
         return _call(self.preparation, (tensors,), values, supplied)
 
-    def combine(self, prepared: Any, weights: Weights, values: Mapping[str, Any], **supplied: Any) -> Array:
-        """The merged task vector, or of an operator on models the merged tensor; float32."""
+    def combine(self, prepared: Any, weights: Weights, values: Mapping[str, Any], **supplied: Any) -> Any:
+        """The merged task vector, or of an operator on models the merged tensor; float32. If the operator is
+        `per_task`, a list of them.
+        """
+        if self.after:
+            inner, task_vectors = prepared
+            merged = dataclasses.replace(self, after=()).combine(inner, weights, values, **supplied)
+            for step in self.after:
+                takes_vectors = "task_vectors" in inspect.signature(step.function).parameters
+                positional = (merged, task_vectors) if takes_vectors else (merged,)
+                merged = _call(step.function, positional, values, supplied)
+            return merged
+        if self.weighted_first:
+            once = dataclasses.replace(self, weighted_first=False)
+            dtype = supplied["dtype"]
+            vectors = [multiply(d, w, dtype) for d, w in zip(prepared, weights, strict=True)]
+            if self.of_models:
+                vectors = [supplied["base"] + d for d in vectors]
+                supplied |= {} if self.base == "required" else {"base": None}
+            ones = [jnp.float32(1.0)] * len(vectors)
+            return once.combine(once.prepare(vectors, values, **supplied), ones, values, **supplied)
         takes_weights = "weights" in inspect.signature(self.function).parameters
         positional = (prepared, weights) if takes_weights else (prepared,)
         return _call(self.function, positional, values, supplied)
 
+    def measure(self, tensors: Vectors, values: Mapping[str, Any], **supplied: Any) -> Any:
+        """One round of what an operator on whole models gathers, for one tensor."""
+        assert self.gather is not None
+        return _call(self.gather.measure, (tensors,), values, supplied)
+
 
 OPERATORS: dict[str, Operator] = {}
-"""All merge operators by name, which is mergekit's."""
+"""All merge operators by name, which is mergekit's where it has the operator."""
 
 
 def operator(
-    source: str, *, prepare: Callable[..., Any] | None = None, inject: Callable[..., Any] | None = None
+    source: str,
+    *,
+    prepare: Callable[..., Any] | None = None,
+    inject: Injection = None,
+    scope: Scope | Mapping[str, Scope] = "element",
+    per_task: bool = False,
+    gather: Gather | None = None,
+    in_float32: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the merge operator of its name; the function stays what it is.
 
     Args:
       source: where it was published.
-      prepare: a first stage that needs no weights. A search runs it once for many weights, so all that sums
-        over a tensor belongs there: the order of such a sum may change with the program around it.
-      inject: for an operator without weights, (prepared, weights, ...) -> merged: what the lambdas of an
-        injection mean to it.
+      prepare: a first stage that needs no weights. A search runs it once for many weights.
+      inject: what the lambdas of an injection are to it. None: its weights; without weights they scale the
+        task vectors, or an operator on models merges the models base + lambda_i d_i. "models": that also with
+        weights, which are 1. A function (prepared, weights, ...) -> merged task vector takes the operator's
+        place. Or why it cannot be injected.
+      scope: what an element of the output depends on, in both modes or by mode.
+      per_task: it returns a list with a task vector for each model.
+      gather: what it needs to know of all tensors.
+      in_float32: in mode mergekit, too, intermediate results are not rounded to the tensors' dtype.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
         if name in OPERATORS:
             raise ValueError(f"there are two operators named {name}")
-        entry = Operator(name, source, function, prepare, inject)
+        scopes = {mode: scope for mode in ("paper", "mergekit")} if isinstance(scope, str) else scope
+        entry = Operator(
+            name, source, function, prepare, inject, scopes, per_task, gather, in_float32=in_float32
+        )
         first = next(iter(inspect.signature(entry._stages[0]).parameters))
         if first not in ("task_vectors", "models"):
             raise TypeError(f"{name}: the first argument is task_vectors or models, not {first}")
-        if not entry.for_injection.takes("weights"):
-            raise TypeError(f"{name} has no weights; say with inject= what an injection's lambdas mean to it")
+        if (gather is not None) != ("model" in scopes.values()):
+            raise TypeError(f"{name}: scope model and gather= belong together")
         OPERATORS[name] = entry
         return function
 
     return register
 
 
+AFTERWARDS: dict[str, Afterwards] = {}
+"""What can follow an operator on task vectors, by name: `ties+svc`. Alone, it follows task_arithmetic."""
+
+
+def afterwards(source: str, *, scope: Scope = "element") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of a merged task vector (and of the task vectors) that any operator on task
+    vectors can be followed by: `operator+name`. The function stays what it is.
+
+    Args:
+      source: where it was published.
+      scope: what an element of the output depends on.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
+        if name in AFTERWARDS or name in OPERATORS:
+            raise ValueError(f"there are two operators named {name}")
+        AFTERWARDS[name] = Afterwards(name, source, function, scope)
+        return function
+
+    return register
+
+
 def operator_named(method: str) -> Operator:
-    """Refuses a method that does not exist.
+    """An operator by its name, or one followed by something else, as in `ties+svc`.
 
     Raises:
       UserError: there is no such method.
     """
-    if method not in OPERATORS:
-        raise UserError(f"no merge method {method!r}; there are {', '.join(sorted(OPERATORS))}")
-    return OPERATORS[method]
+    first, *following = method.split("+")
+    if first in AFTERWARDS:
+        first, following = "task_arithmetic", [first, *following]
+    if first not in OPERATORS:
+        known = ", ".join(sorted([*OPERATORS, *AFTERWARDS]))
+        raise UserError(f"no merge method {first!r}; there are {known}")
+    entry = OPERATORS[first]
+    if not following:
+        return entry
+    for name in following:
+        if name not in AFTERWARDS:
+            raise UserError(f"{name!r} cannot follow a merge method; {', '.join(AFTERWARDS)} can")
+    if entry.of_models or entry.per_task:
+        kind = "makes a model for each task" if entry.per_task else "merges models, not task vectors"
+        raise UserError(f"{first} {kind}: nothing can follow it")
+    steps = tuple(AFTERWARDS[name] for name in following)
+    sources = "; ".join([entry.source, *(step.source for step in steps)])
+    return dataclasses.replace(entry, name=method, source=sources, after=steps)
 
 
 def per_model(name: str, value: Any, count: int) -> list[Any]:
@@ -258,8 +468,9 @@ def _parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
         if declared.kind is inspect.Parameter.KEYWORD_ONLY and name not in _SUPPLIED:
             hint = hints.get(name, Any)
             markers = getattr(hint, "__metadata__", ())
-            is_switch = (typing.get_args(hint)[0] if markers else hint) is bool
-            result.append(Parameter(name.removesuffix("_"), declared.default, is_switch, markers))
+            kind = typing.get_args(hint)[0] if markers else hint
+            public = name.removesuffix("_")
+            result.append(Parameter(public, declared.default, kind is bool, markers, kind is int))
     return tuple(result)
 
 

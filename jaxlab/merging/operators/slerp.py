@@ -6,10 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.errors import UserError
-from jaxlab.merging.numerics import Mode, divide, multiply, round_to, total
+from jaxlab.merging.numerics import F32, Mode, divide, multiply, round_to, total
 from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
-
-F32 = jnp.dtype(jnp.float32)
 
 
 class Arc(NamedTuple):
@@ -56,7 +54,7 @@ def along_the_arc(arc: Arc, weights: Weights) -> Float[Array, "*shape"]:
     return multiply(slerp(arc, t=round_to(t, F32)), reach, F32)
 
 
-@operator("Shoemake 1985", prepare=arc_between, inject=along_the_arc)
+@operator("Shoemake 1985", prepare=arc_between, inject=along_the_arc, scope="tensor", in_float32=True)
 def slerp(arc: Arc, *, t: Scalar) -> Float[Array, "*shape"]:
     """(sin((1 - t) angle) a + sin(t angle) b) / sin(angle): fraction t of the way from a (0) to b (1), both
     ends exact (Shoemake 1985, sec. 3.3).

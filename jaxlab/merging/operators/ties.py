@@ -1,6 +1,5 @@
 """TIES: trim the task vectors, elect a sign for each element, add up those that agree with it."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,17 +14,16 @@ def trim(
     others become zero (arXiv 2306.01708, sec. 3, step 1); with `rescale` scaled to the L1 norm before.
     """
     densities = per_model("density", density, len(task_vectors))
-    counts = [
-        jnp.asarray(kept_count(d, x.size), jnp.int32) for x, d in zip(task_vectors, densities, strict=True)
+    trimmed = [
+        jnp.where(largest(x, kept_count(d, x.size)), x, 0.0)
+        for x, d in zip(task_vectors, densities, strict=True)
     ]
-    masks = jax.vmap(largest)(jnp.stack(task_vectors), jnp.stack(counts))
-    trimmed = [jnp.where(mask, x, 0.0) for mask, x in zip(masks, task_vectors, strict=True)]
     if not rescale:
         return trimmed
     return [rescale_l1(kept, x, dtype) for kept, x in zip(trimmed, task_vectors, strict=True)]
 
 
-@operator("Yadav et al. 2023, arXiv 2306.01708", prepare=trim)
+@operator("Yadav et al. 2023, arXiv 2306.01708", prepare=trim, scope="tensor")
 def ties(
     trimmed: Vectors,
     weights: Weights,
