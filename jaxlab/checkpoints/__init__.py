@@ -14,16 +14,17 @@ with epy.lazy_api_imports(globals()):
         language_differences,
     )
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
-    from jaxlab.checkpoints.formats.hf_write import huggingface_config
+    from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
     from jaxlab.checkpoints.locate import resolve
     from jaxlab.checkpoints.open import load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
+    from jaxlab.checkpoints.resume import ResumableFolder, resumable_folder
     from jaxlab.checkpoints.safetensors_file import Tensor
     from jaxlab.checkpoints.save import save_model
     from jaxlab.checkpoints.source_files import SourceFiles
-    from jaxlab.checkpoints.tensor_folder import TensorFolder
+    from jaxlab.checkpoints.tensor_folder import Planned, TensorFolder, in_shards, open_folder
     from jaxlab.checkpoints.tensor_kinds import ModelTensors, TensorKind, model_tensors, relaid, whole_tensor
     from jaxlab.checkpoints.tensor_map import (
         Entry,

@@ -3,6 +3,7 @@ tensor and never builds a model.
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,12 @@ class ModelTensors:
     """No parameters, by a rule of the family."""
 
 
-def model_tensors(opened: OpenModel) -> ModelTensors:
+def model_tensors(opened: OpenModel, family: str | None = None) -> ModelTensors:
     """The tensors of an opened model. A Hugging Face folder or a GGUF file tells them without jax; a model of
     ours is read whole when the first of its tensors is.
+
+    Args:
+      family: whose names a model of ours has; by default those of its config.
 
     Raises:
       UserError: tensors are missing, not known, or not of floating point.
@@ -92,7 +96,7 @@ def model_tensors(opened: OpenModel) -> ModelTensors:
 
     if isinstance(opened, HuggingFaceFolder):
         return _of_folder(opened)
-    return _of_parameters(opened)
+    return _of_parameters(opened, family or opened.config.family)
 
 
 def _of_folder(opened: "HuggingFaceFolder") -> ModelTensors:
@@ -110,17 +114,19 @@ def _of_folder(opened: "HuggingFaceFolder") -> ModelTensors:
     return ModelTensors(opened.tensors, found.kinds, found.copies, found.ignored)
 
 
-def _of_parameters(opened: OpenModel) -> ModelTensors:
+def _of_parameters(opened: OpenModel, family: str) -> ModelTensors:
     from jaxlab.checkpoints.families import rows_of
     from jaxlab.checkpoints.tensor_map import entries, leaf_at, to_hf
 
-    shapes, family = opened.shapes, opened.config.family
+    shapes = opened.shapes
     layouts = {row.paths[0]: row.layout for row in rows_of(family)}
     held: list[Any] = []
+    lock = threading.Lock()
 
     def tensor(entry: Any, index: int) -> np.ndarray:
-        if not held:
-            held.append(opened.read())
+        with lock:
+            if not held:
+                held.append(opened.read())
         return np.ascontiguousarray(np.asarray(to_hf(held[0], entry)[index]))
 
     kinds, tensors = [], {}

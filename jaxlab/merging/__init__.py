@@ -6,12 +6,24 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.merging.account import AccountLine, MergeAccount
+    from jaxlab.merging.engine import execute
     from jaxlab.merging.injection import Method, PatternValue, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
     from jaxlab.merging.numerics import tensor_key
     from jaxlab.merging.operators import OPERATORS, Operator
     from jaxlab.merging.operators.registry import operator
+    from jaxlab.merging.output import (
+        check_room,
+        describe,
+        needs_of,
+        notes_of,
+        prepare_merge,
+        verify_folder,
+        write_merge,
+    )
+    from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, open_inputs
+    from jaxlab.merging.plan import Source as TensorSource
     from jaxlab.merging.recipe import (
         InjectRecipe,
         MergeRecipe,

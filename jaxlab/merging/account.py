@@ -31,6 +31,8 @@ class AccountLine:
     dtype: str = ""
     sha256: str = ""
     """Of its bytes in Hugging Face's shape, row-major; empty until `with_hashes`."""
+    not_finite: int = 0
+    """How many of its values are NaN or infinite."""
 
     def filled(self, identity: dict[str, Any]) -> "AccountLine":
         """The line with shape, dtype and digest."""
@@ -59,17 +61,46 @@ class MergeAccount:
         lines = (line if line.action == "refused" else line.filled(seen[line.name]) for line in self.lines)
         return MergeAccount(tuple(lines), self.family)
 
+    def with_records(self, records: Mapping[str, Mapping[str, Any]]) -> "MergeAccount":
+        """The account with what an engine found of each tensor: sha256 and not_finite.
+
+        Raises:
+          ValueError: a tensor has no record, or the account does not know one.
+        """
+        known = {line.name for line in self.lines if line.action != "refused"}
+        if known != set(records):
+            raise ValueError(f"unaccounted: {sorted(known ^ set(records))[:3]}")
+        keys = ("sha256", "not_finite")
+        lines = (
+            line if line.action == "refused" else line.filled({k: records[line.name][k] for k in keys})
+            for line in self.lines
+        )
+        return MergeAccount(tuple(lines), self.family)
+
+    def wrong(self, found: Mapping[str, tuple[tuple[int, ...], str, str]]) -> list[str]:
+        """Names of tensors whose shape, dtype and digest is not the account's; missing ones and unknown ones
+        too.
+        """
+        want = {
+            line.name: (tuple(line.shape), line.dtype, line.sha256)
+            for line in self.lines
+            if line.action != "refused"
+        }
+        return sorted(name for name in found | want if found.get(name) != want.get(name))
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors are merged, copied and refused."""
+        return {
+            action: sum(line.action == action for line in self.lines)
+            for action in ("merged", "copied", "refused")
+        }
+
     def differences(self, params: Mapping[str, Any]) -> list[str]:
         """Names of the tensors of `params` whose digest, shape or dtype is not the account's; missing ones
         too.
         """
-        have = {name: _identity(value) for name, value in host_tensors(params, self.family)}
-        want = {
-            line.name: {"shape": line.shape, "dtype": line.dtype, "sha256": line.sha256}
-            for line in self.lines
-            if line.action != "refused"
-        }
-        return sorted(name for name in have | want if have.get(name) != want.get(name))
+        seen = {name: _identity(value) for name, value in host_tensors(params, self.family)}
+        return self.wrong({name: (v["shape"], v["dtype"], v["sha256"]) for name, v in seen.items()})
 
     def to_json(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(line) for line in self.lines]

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from jaxlab.checkpoints import Planned, ResumableFolder, Tensor
+from jaxlab.checkpoints import Planned, ResumableFolder, Tensor, in_shards
 from jaxlab.errors import UserError
-from jaxlab.merging.injection import inject_tensor
-from jaxlab.merging.merge import merge_tensors
-from jaxlab.merging.numerics import Mode, Share, tensor_key
+from jaxlab.merging.injection import Given, Method, inject_tensor
+from jaxlab.merging.merge import arithmetic_dtype, gather_totals, merge_tensors
+from jaxlab.merging.numerics import Mode, Share, difference, tensor_key
 from jaxlab.merging.operators import Operator, operator_named
-from jaxlab.merging.plan import Input, Merging, MergePlan, PlannedTensor, Source, dtype_of
+from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source, dtype_of
 
 CHUNK = 1 << 18
 """Elements that are merged at once: with their intermediate results they fit in a cache."""
@@ -43,11 +43,16 @@ class Program(NamedTuple):
 
     operator: str
     mode: Mode
-    injected: bool
     fixed: tuple[tuple[str, Any], ...]
     """Switches and counts."""
+    injected: bool
     out: str
     num_layers: int
+
+    @property
+    def method(self) -> Method:
+        """Of an injection."""
+        return Method(self.operator, self.mode, self.fixed)
 
 
 class Done(NamedTuple):
@@ -69,14 +74,17 @@ def _operator(name: str, injected: bool) -> Operator:
     return operator.for_injection if injected else operator
 
 
+def whole_bytes(step: Merging, size: int) -> int:
+    """About what merging a tensor of `size` elements whole takes."""
+    return size * 4 * (2 * len(step.everything) + 3)
+
+
 def layout(plan: MergePlan, inputs: Sequence[Input], shard_bytes: int | None = None) -> list[list[Planned]]:
     """The tensors of each file of the output: those of the first input's files, or cut by size.
 
     Args:
       shard_bytes: cut by this size, whatever the first input has.
     """
-    from jaxlab.checkpoints import in_shards
-
     planned = [Planned(t.name, dtype_of(t.dtype), t.shape, _never) for t in plan.tensors]
     files: dict[str, list[Planned]] = {}
     for tensor in planned:
@@ -103,6 +111,7 @@ def execute(
     chunk: int = CHUNK,
     allow_not_finite: bool = False,
     hash_inputs: bool = True,
+    statistics: Mapping[str, Any] | None = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
     """Writes every tensor of the plan that is not finished yet.
@@ -112,6 +121,7 @@ def execute(
       chunk: elements at once.
       allow_not_finite: whether NaN and infinities may be written.
       hash_inputs: whether the bytes of the inputs that are read are hashed, too.
+      statistics: of data, by the tensor's name, for operators that need them.
       progress: called with the bytes of each tensor.
 
     Returns:
@@ -122,7 +132,7 @@ def execute(
     """
     files = _Files()
     threads = threads or min(4, os.cpu_count() or 1)
-    worker = _Worker(plan, inputs, files, chunk, hash_inputs, _Budget(_WHOLE))
+    worker = _Worker(plan, inputs, files, chunk, hash_inputs, statistics or {})
     try:
         todo = []
         for tensor in plan.tensors:
@@ -230,10 +240,10 @@ class _Worker:
         files: _Files,
         chunk: int,
         hash_inputs: bool,
-        budget: _Budget,
+        statistics: Mapping[str, Any],
     ) -> None:
         self.plan, self.inputs, self.files, self.chunk = plan, inputs, files, chunk
-        self.hash_inputs, self.budget = hash_inputs, budget
+        self.hash_inputs, self.statistics, self.budget = hash_inputs, statistics, _Budget(_WHOLE)
         self.totals: dict[Any, Any] = {}
 
     def tensor(self, source: Source) -> Tensor:
@@ -275,17 +285,40 @@ class _Worker:
                 self.totals[group] = self._totals(tensors)
 
     def _totals(self, tensors: Sequence[PlannedTensor]) -> Any:
-        raise NotImplementedError
+        step = tensors[0].merging
+        assert step is not None
+        operator = _operator(step.operator, step.injected)
+        assert operator.gather is not None
+        if step.injected:
+            chosen = Method(step.operator, step.mode, step.parameters).chosen
+        else:
+            chosen = operator.resolve(dict(step.parameters), len(step.sources), step.mode)
+        measure = lambda totals: (self._measured(tensor, totals) for tensor in tensors)
+        return gather_totals(operator.gather, measure, chosen)
+
+    def _measured(self, tensor: PlannedTensor, totals: Any) -> Any:
+        step = tensor.merging
+        assert step is not None
+        shape = tensor.shape if step.rows is None else (step.rows, *tensor.shape[1:])
+        size = math.prod(shape)
+        program, numbers = self._program(tensor, step, size)
+        arrays = [self._read(source, size, {}, step.read_as).reshape(shape) for source in step.everything]
+        base = arrays.pop() if step.base is not None else None
+        given = _given(
+            tensor_key(self.plan.seed, tensor.name), step, totals, self.statistics.get(tensor.name)
+        )
+        found = _measure(program, tuple(arrays), base, numbers, given)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], found)
 
     def _by_chunks(
         self, tensor: PlannedTensor, step: Merging, size: int, out: "_Out", hashes: dict[str, Any]
     ) -> None:
         """An operator that works element by element."""
-        program, numbers, weights = self._program(tensor, step, size)
-        everything = [*step.sources, *([] if step.base is None else [step.base])]
+        program, numbers = self._program(tensor, step, size)
+        everything = step.everything
         length = self.chunk if size > _SMALL else min(_SMALL, self.chunk)
         streams = [self._parts(source, 0, size, length, hashes, step.read_as) for source in everything]
-        key = tensor_key(self.plan.seed, tensor.name)
+        key = tensor_key(self.plan.seed, step.key or tensor.name)
         start = 0
         for parts in zip(*streams, strict=True):
             count = len(parts[0])
@@ -294,7 +327,7 @@ class _Worker:
             models = parts[: len(step.sources)]
             offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
             merged, bad = _merge_part(
-                program, models, base, numbers, weights, key, offset, _layer(step), np.uint32(count)
+                program, models, base, numbers, _given(key, step), offset, np.uint32(count)
             )
             out.add(np.asarray(merged)[:count], int(bad))
             start += count
@@ -304,16 +337,14 @@ class _Worker:
         rows = step.rows
         shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
         size = math.prod(shape)
-        everything = [*step.sources, *([] if step.base is None else [step.base])]
-        program, numbers, weights = self._program(tensor, step, size)
-        key = tensor_key(self.plan.seed, tensor.name)
-        with self.budget.take(size * 4 * (2 * len(everything) + 3)):
+        everything = step.everything
+        program, numbers = self._program(tensor, step, size)
+        key = tensor_key(self.plan.seed, step.key or tensor.name)
+        with self.budget.take(whole_bytes(step, size)):
             arrays = [self._read(source, size, hashes, step.read_as).reshape(shape) for source in everything]
             base = arrays.pop() if step.base is not None else None
-            totals = self.totals.get(_group(step))
-            merged, bad = _merge_whole(
-                program, tuple(arrays), base, numbers, weights, key, _layer(step), totals
-            )
+            given = _given(key, step, self.totals.get(_group(step)), self.statistics.get(tensor.name))
+            merged, bad = _merge_whole(program, tuple(arrays), base, numbers, given)
             del arrays, base
             out.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1), int(bad))
 
@@ -321,30 +352,23 @@ class _Worker:
         parts = list(self._parts(source, 0, size, max(1, size), hashes, read_as))
         return parts[0] if parts else np.empty(0, self.tensor(source).dtype)
 
-    def _program(self, tensor: PlannedTensor, step: Merging, size: int) -> tuple[Program, Any, Any]:
-        operator, count = _operator(step.operator, step.injected), len(step.sources)
-        known = operator.parameters
-        given = {**_defaults(operator, step), **dict(step.parameters)}
-        fixed = tuple((name, value) for name, value in sorted(given.items()) if known[name].static)
-        numbers: dict[str, Any] = {}
-        for name, value in given.items():
-            if known[name].static:
-                continue
-            one = (lambda x: Share.of(float(x), size)) if known[name].counted else np.float32
-            if known[name].per_model:
-                values = value if isinstance(value, tuple) else (value,) * count
-                numbers[name] = [one(x) for x in (values * count if len(values) == 1 else values)]
-            else:
-                numbers[name] = one(value)
+    def _program(self, tensor: PlannedTensor, step: Merging, size: int) -> tuple[Program, Any]:
+        """The program and its numbers; weights are among them."""
+        known = _operator(step.operator, step.injected).parameters
+        fixed = tuple((name, value) for name, value in step.parameters if known[name].static)
+        if step.injected:
+            numbers = Method(step.operator, step.mode, step.parameters).numbers(size)
+        else:
+            numbers = _numbers(step, size)
         weights = None if step.weights is None else [np.float32(w) for w in step.weights]
-        program = Program(step.operator, step.mode, step.injected, fixed, tensor.dtype, self.plan.num_layers)
-        return program, numbers, weights
+        program = Program(step.operator, step.mode, fixed, step.injected, tensor.dtype, self.plan.num_layers)
+        return program, (numbers, weights)
 
     def _rest_of_hashes(self, step: Merging, merged: int, hashes: dict[str, Any]) -> None:
         """The hash of a source is that of all its bytes, also where only its first rows were merged."""
         if not self.hash_inputs:
             return
-        for source in [*step.sources, *([] if step.base is None else [step.base])]:
+        for source in step.everything:
             size = self.tensor(source).size
             begun = size if (step.rows is None or source == step.sources[0]) else merged
             for _ in self._parts(source, begun, size, _COPY, hashes):
@@ -443,17 +467,22 @@ def _of_rows(tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.
         held, left = held[count:], left - count
 
 
-def _defaults(operator: Operator, step: Merging) -> dict[str, Any]:
-    """Shares that are counted are told even where they are the default's."""
-    return {
-        name: parameter.default_in(step.mode)
-        for name, parameter in operator.parameters.items()
-        if parameter.counted
-    }
+def _numbers(step: Merging, size: int) -> dict[str, Any]:
+    """What is traced of the parameters of a merge, for a tensor of `size` elements."""
+    known, numbers = operator_named(step.operator).parameters, {}
+    given = {name: p.default_in(step.mode) for name, p in known.items() if p.counted} | dict(step.parameters)
+    for name, value in given.items():
+        one = (lambda x: Share.of(float(x), size)) if known[name].counted else np.float32
+        if known[name].per_model:
+            values = value if isinstance(value, tuple) else (value,)
+            numbers[name] = [one(x) for x in values * (len(step.sources) // len(values))]
+        elif not known[name].static:
+            numbers[name] = one(value)
+    return numbers
 
 
-def _layer(step: Merging) -> np.int32:
-    return np.int32(-1 if step.layer is None else step.layer)
+def _given(key: np.ndarray, step: Merging, totals: Any = None, statistics: Any = None) -> Given:
+    return Given(key, np.int32(-1 if step.layer is None else step.layer), statistics, totals)
 
 
 def _group(step: Merging | None) -> Any:
@@ -467,72 +496,67 @@ def _merge_part(
     models: tuple[Array, ...],
     base: Array | None,
     numbers: Any,
-    weights: Any,
-    key: UInt32[Array, "2"],
+    given: Any,
     offset: UInt32[Array, "2"],
-    layer: Array,
     count: UInt32[Array, ""],
 ) -> tuple[Array, Array]:
     """The merged part in the output's dtype, and how many of its first `count` values are not finite."""
-    merged = _merge(program, models, base, numbers, weights, key, offset, layer, None)
+    merged = _merge(program, models, base, numbers, given, offset)
     real = jax.lax.iota(jnp.uint32, merged.size) < count
     return merged, jnp.sum(~jnp.isfinite(merged) & real, dtype=jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def _merge_whole(
-    program: Program,
-    models: tuple[Array, ...],
-    base: Array | None,
-    numbers: Any,
-    weights: Any,
-    key: UInt32[Array, "2"],
-    layer: Array,
-    totals: Any,
+    program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any, given: Any
 ) -> tuple[Array, Array]:
-    merged = _merge(program, models, base, numbers, weights, key, 0, layer, totals)
+    merged = _merge(program, models, base, numbers, given, 0)
     return merged, jnp.sum(~jnp.isfinite(merged), dtype=jnp.uint32)
 
 
 def _merge(
-    program: Program,
-    models: tuple[Array, ...],
-    base: Array | None,
-    numbers: Any,
-    weights: Any,
-    key: Array,
-    offset: Any,
-    layer: Array,
-    totals: Any,
+    program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any, given: Given, offset: Any
 ) -> Array:
-    parameters = {**dict(program.fixed), **numbers}
+    numbers, weights = numbers
     if program.injected:
+        assert base is not None
+        method, layers = program.method, program.num_layers
         merged = inject_tensor(
-            program.operator,
-            program.mode,
-            parameters,
-            models,
-            base,
-            weights,
-            key=key,
-            offset=offset,
-            layer=layer,
-            num_layers=program.num_layers,
-            totals=totals,
+            method, numbers, models, base, weights, given, num_layers=layers, offset=offset
         )
-    else:
-        given = {} if weights is None else {"weight": weights}
-        merged = merge_tensors(
-            program.operator,
-            models,
-            base=base,
-            mode=program.mode,
-            key=key,
-            offset=offset,
-            layer=layer,
-            num_layers=program.num_layers,
-            totals=totals,
-            **given,
-            **parameters,
-        )
+        return merged.astype(dtype_of(program.out))
+    operator = operator_named(program.operator)
+    named = given._asdict() | ({} if weights is None else {"weight": weights})
+    if operator.takes("num_layers"):
+        named["num_layers"] = program.num_layers
+    merged = merge_tensors(
+        program.operator,
+        models,
+        base=base,
+        mode=program.mode,
+        offset=offset,
+        **named,
+        **dict(program.fixed),
+        **numbers,
+    )
     return merged.astype(dtype_of(program.out))
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _measure(
+    program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any, given: Given
+) -> Any:
+    """One round of what an operator on whole models gathers, of one tensor."""
+    operator = _operator(program.operator, program.injected)
+    dtype = arithmetic_dtype(operator, program.mode, models[0].dtype)
+    if program.injected:
+        values = program.method.values(numbers[0])
+    else:
+        values = operator.resolve({**dict(program.fixed), **numbers[0]}, len(models), program.mode)
+    if program.injected or not operator.of_models:
+        assert base is not None
+        vectors = [difference(x, base, dtype) for x in models]
+    else:
+        vectors = [x.astype(jnp.float32) for x in models]
+    supplied = {"dtype": dtype, "statistics": given.statistics, "totals": given.totals}
+    return operator.measure(vectors, values, **supplied)

@@ -229,6 +229,36 @@ def inject(
     return weight_task_vectors(plan, method, vlm_params, prepared, *lambdas), plan.account()
 
 
+def inject_tensor(
+    method: Method,
+    numbers: Numbers,
+    models: Sequence[Float[Array, "*shape"]],
+    base: Float[Array, "*shape"],
+    lambdas: Sequence[Float[Array, ""]],
+    given: Given,
+    *,
+    num_layers: int,
+    offset: int | UInt32[Array, "2"] = 0,
+) -> Any:
+    """One tensor of an injection, float32: what `inject` makes of it, bit for bit.
+
+    Args:
+      method, numbers: `Method.switches` and `Method.numbers` of the whole tensor.
+      models: of the VLM and of the expert; their dtype is the one that mode mergekit rounds to.
+      given: of this tensor, not stacked.
+      offset: see `merge_tensors`.
+
+    Returns:
+      The merged tensor; of operators that make a model for each task a list.
+    """
+    operator, values = method.of_injection, method.values(numbers)
+    dtype = arithmetic_dtype(operator, method.mode, models[0].dtype)
+    supplied = {**_supplied(num_layers, method, dtype, given), "offset": offset}
+    vectors = [difference(model, base, dtype) for model in models]
+    prepared = operator.prepare(vectors, values, **supplied)
+    return _weighted(method, values, supplied, prepared, base, lambdas)
+
+
 def layer_weights(plan: InjectionPlan, value: Lambda) -> TensorWeights:
     """A lambda of a recipe as one weight for each tensor to be merged, by pattern; a number may be traced."""
     if isinstance(value, list | tuple):
@@ -363,16 +393,16 @@ def _prepare(
         values = method.values(numbers[pattern])
 
         def one(own: Given, *vectors: Array, values: Any = values, dtype: Any = dtype) -> Any:
-            return operator.prepare(list(vectors), values, **_supplied(plan, method, dtype, own))
+            return operator.prepare(list(vectors), values, **_supplied(plan.num_layers, method, dtype, own))
 
         prepared = _stacked(one, given[pattern], *vectors)
         result[pattern] = Prepared(prepared, origin, numbers[pattern], given[pattern])
     return result
 
 
-def _supplied(plan: InjectionPlan, method: Method, dtype: jnp.dtype, given: Given) -> dict[str, Any]:
+def _supplied(num_layers: int, method: Method, dtype: jnp.dtype, given: Given) -> dict[str, Any]:
     own = given._asdict()
-    return {"mode": method.mode, "dtype": dtype, "num_layers": plan.num_layers, **own}
+    return {"mode": method.mode, "dtype": dtype, "num_layers": num_layers, **own}
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "method"))
@@ -416,10 +446,23 @@ def _weight_one(
     lambda_v: Array,
     lambda_e: Array,
 ) -> Any:
+    supplied = _supplied(plan.num_layers, method, dtype, given)
+    return _weighted(method, values, supplied, vectors, base, [lambda_v, lambda_e])
+
+
+def _weighted(
+    method: Method,
+    values: dict[str, Any],
+    supplied: Mapping[str, Any],
+    prepared: Any,
+    base: Array,
+    lambdas: Sequence[Array],
+) -> Any:
+    """What was prepared with its lambdas: the merged tensor."""
     operator = method.of_injection
-    weights = [round_to(lambda_v, dtype), round_to(lambda_e, dtype)]
-    supplied = _supplied(plan, method, dtype, given) | {"base": base.astype(jnp.float32)}
-    merged = operator.combine(vectors, weights, values, **supplied)
+    weights = [round_to(weight, supplied["dtype"]) for weight in lambdas]
+    origin = base.astype(jnp.float32)
+    merged = operator.combine(prepared, weights, values, **{**supplied, "base": origin})
     if operator.makes_tensor:
         return merged
     if operator.per_task:

@@ -87,7 +87,7 @@ def merge_tensors(
     models, origin = _inputs(operator, tensors, base)
     values = operator.resolve(parameters, len(models), mode)
     weights = per_model("weight", parameters.get("weight", 1.0), len(models))
-    _check_sum(operator, values, weights)
+    check_sum(operator, values, weights)
     dtype = arithmetic_dtype(operator, mode, models[0].dtype)
     supplied: dict[str, Any] = {
         "mode": mode,
@@ -289,7 +289,7 @@ def _inputs(
     return models, origin
 
 
-def _check_sum(operator: Operator, values: Mapping[str, Any], weights: Sequence[Any]) -> None:
+def check_sum(operator: Operator, values: Mapping[str, Any], weights: Sequence[Any]) -> None:
     """Refuses known weights that sum to zero, by which nothing can be divided.
 
     Raises:

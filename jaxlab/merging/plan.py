@@ -7,6 +7,7 @@ another number than the one it came from), and models that are not named stay un
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from jaxlab.checkpoints import (
     Tensor,
     TensorKind,
     common_prefix,
+    hf_family,
     model_tensors,
     relaid,
 )
@@ -31,6 +33,7 @@ from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, Action, MergeAccount
 from jaxlab.merging.injection import PatternValue
+from jaxlab.merging.merge import check_sum
 from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import operator_named
 
@@ -66,8 +69,15 @@ class Merging:
     """Only so many first rows are merged; the others are those of the first source. None: all."""
     layer: int | None = None
     """For operators that depend on depth; None outside of layers."""
+    key: str | None = None
+    """The name that random masks come from; None: the tensor's own."""
     read_as: str | None = None
     """The dtype that the sources are rounded to before anything else."""
+
+    @property
+    def everything(self) -> tuple[Source, ...]:
+        """The sources, and the base last."""
+        return self.sources if self.base is None else (*self.sources, self.base)
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * _dtype(self.dtype).itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * dtype_of(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,8 @@ class MergePlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _dtype(name: str) -> np.dtype:
+def dtype_of(name: str) -> np.dtype:
+    """The dtype of this name, bfloat16 and float8 among them."""
     import ml_dtypes
 
     return np.dtype(getattr(ml_dtypes, name, name))
@@ -140,18 +151,42 @@ class Input:
     found: ModelTensors
     relaid: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Tensors that had to be laid out anew for another family, by the names that the plan uses."""
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of ours, from which random masks come, of tensors that are written under others."""
+
+    @functools.cached_property
+    def holders(self) -> dict[LeafPath, TensorKind]:
+        """For each leaf the kind that holds it."""
+        return {path: kind for kind in self.found.kinds for path in kind.paths}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.relaid.get(name) or self.found.tensors[name]
 
 
-def open_inputs(models: Sequence[OpenModel], roles: Sequence[str]) -> list[Input]:
+def open_inputs(models: Sequence[OpenModel], roles: Sequence[str], *, own_names: bool = False) -> list[Input]:
     """The inputs of a plan.
+
+    Args:
+      own_names: a first model that is one of ours keeps its names; otherwise it gets those of the family of
+        Hugging Face that it will be written as.
 
     Raises:
       UserError: a model whose tensors are not those of its family.
     """
-    return [Input(role, model, model_tensors(model)) for role, model in zip(roles, models, strict=True)]
+    first, family = models[0], None
+    keys: dict[str, str] = {}
+    if (
+        first.form not in ("huggingface", "gguf") and not own_names
+    ):  # what is written has names of Hugging Face
+        family = hf_family(first.config, first.source_files)
+        ours = {kind.path: kind for kind in model_tensors(first).kinds}
+        for kind in model_tensors(first, family).kinds:
+            if kind.lies_as(ours[kind.path]):
+                keys |= dict(zip(kind.names, ours[kind.path].names, strict=True))
+    inputs = [Input(role, model, model_tensors(model)) for role, model in zip(roles, models, strict=True)]
+    if family is not None:
+        inputs[0] = Input(roles[0], first, model_tensors(first, family), keys=keys)
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -222,8 +257,12 @@ def plan_merge_of(
     Raises:
       UserError: models that differ in names or shapes.
     """
-    parameters = dict(parameters)
+    parameters, known = dict(parameters), operator_named(operator)
     count = len(inputs) - with_base
+    if known.per_task:
+        raise UserError(f"{operator} makes a model for each task; merge_tensors gives them tensor by tensor")
+    values = known.resolve({k: v for k, v in parameters.items() if k != "weight"}, count, mode)
+    check_sum(known, values, parameters.get("weight") or [1.0])
     weights = parameters.pop("weight", None)
     rules = _Rules(
         operator,
@@ -232,7 +271,7 @@ def plan_merge_of(
         len(inputs) - 1 if with_base else None,
         _plain(parameters),
         tuple(weights) if weights is not None else (1.0,) * count,
-        operator_named(operator).takes("weights"),
+        known.takes("weights"),
         "merge",
         None,
         operator,
@@ -319,11 +358,6 @@ def _num_layers(one: Input) -> int:
     return 1 + max((i for kind in kinds for i in kind.layers if i is not None), default=-1)
 
 
-def _holders(one: Input) -> dict[LeafPath, TensorKind]:
-    """For each leaf the kind that holds it."""
-    return {path: kind for kind in one.found.kinds for path in kind.paths}
-
-
 def _decide(
     inputs: Sequence[Input], kind: TensorKind, rules: _Rules, problems: list[str]
 ) -> tuple[str | None, int | None, tuple[str, ...]]:
@@ -331,11 +365,11 @@ def _decide(
 
     Models whose tensors do not fit are added to the problems; the reason is None then.
     """
-    tied = tuple(one.role for one in inputs if kind.path == HEAD and HEAD not in _holders(one))
+    tied = tuple(one.role for one in inputs if kind.path == HEAD and HEAD not in one.holders)
     shapes: dict[str, tuple[int, ...]] = {}
     for i, one in enumerate(inputs):
         path = EMBEDDING if one.role in tied else kind.path
-        held = _holders(one)
+        held = one.holders
         missing = [p for p in ((path,) if one.role in tied else kind.paths) if p not in held]
         if missing:
             problems.append(f"the {one.role} has no {kind.pattern}")
@@ -377,7 +411,7 @@ def _source(
     inputs: Sequence[Input], model: int, kind: TensorKind, index: int, tied: tuple[str, ...]
 ) -> Source:
     """The tensor of an input for one of a kind of the first model."""
-    one, held = inputs[model], _holders(inputs[model])
+    one, held = inputs[model], inputs[model].holders
     if one.role in tied:
         return Source(model, held[EMBEDDING].names[index])
     own = held[kind.path]
@@ -406,7 +440,7 @@ def _take(
     """Crosses out the tensors that a merged one takes."""
     for one in inputs:
         if one.role not in tied:
-            held = _holders(one)
+            held = one.holders
             for path in kind.paths:
                 left[one.role].pop(held[path].names[index], None)
 
@@ -444,6 +478,7 @@ def _merged(
         rules.injected,
         rows,
         layer,
+        inputs[0].keys.get(name),
     )
     models = tuple(one.role for one in inputs)
     tied = [one.role for one, s in zip(inputs, sources, strict=True) if kind.path == HEAD and _ties(one, s)]
@@ -461,7 +496,7 @@ def _merged(
 
 
 def _ties(one: Input, source: Source) -> bool:
-    return HEAD not in _holders(one) and source.name == _holders(one)[EMBEDDING].names[0]
+    return HEAD not in one.holders and source.name == one.holders[EMBEDDING].names[0]
 
 
 def _at(value: Any, kind: TensorKind, name: str, layer: int | None, layers: int) -> float:
@@ -490,7 +525,7 @@ def _refuse(
 ) -> list[AccountLine]:
     """Lines for what is left over; what has no place in the first model is a problem."""
     refused = []
-    mine = _holders(inputs[0])
+    mine = inputs[0].holders
     for one in inputs:
         for name, (kind, reason) in list(left[one.role].items()):
             pattern = name if kind is None else kind.pattern

@@ -225,8 +225,8 @@ def check_same_architecture(models: Sequence[OpenModel]) -> None:
     """
     first, *others = models
     for other in others:
-        for field in language_differences(first.config, other.config):
-            values = getattr(first.config, field), getattr(other.config, field)
+        for field in language_differences(first.described, other.described):
+            values = getattr(first.described, field), getattr(other.described, field)
             if dataclasses.is_dataclass(values[0]):  # a group: the first of its fields that differs
                 inner = [f.name for f in dataclasses.fields(values[0])]
                 differs = next(f for f in inner if getattr(values[0], f) != getattr(values[1], f))

@@ -1,13 +1,20 @@
 """Task `merge`: models into one, by a recipe."""
 
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxlab.app import model_folder
-from jaxlab.checkpoints import check_output, open_model
+from jaxlab.app import command_line, model_folder
 from jaxlab.config import POSITIONAL
-from jaxlab.merging import load_recipe, merge_by_recipe, note_dequantized, save_merged, verify_merged
+
+if TYPE_CHECKING:
+    from jaxlab.checkpoints import OpenModel
+    from jaxlab.merging import InjectRecipe, MergeRecipe
+    from jaxlab.merging.output import Prepared
+
+# jax and what imports it are loaded when the task runs: its help needs none of it.
 
 
 @dataclass(frozen=True)
@@ -18,21 +25,102 @@ class Arguments:
     """YAML file that begins with kind: inject or kind: merge."""
     out: str
     """Folder to write the model to."""
+    to: Literal["auto", "huggingface", "orbax"] = "auto"
+    """A folder of Hugging Face, or ours; auto: of Hugging Face, but for models of ours that no family there
+    can describe."""
+    check: bool = False
+    """Make all checks, print the account and what the merge takes; read headers alone, write nothing."""
     verify: bool = False
     """Read the written model again and compare every tensor's hash with the account."""
     overwrite: bool = False
     """Replace the folder if this tool wrote it."""
+    allow_nonfinite: bool = False
+    """Write NaN and infinities where they come out."""
+    hash_inputs: bool = True
+    """Hash what is read of the inputs, too, for the card."""
+    threads: int = 0
+    """Tensors that are merged at once; 0: as many as there are cores, up to four."""
 
 
 def run(arguments: Arguments) -> None:
+    from jaxlab.checkpoints import check_output, hf_family, open_model
+    from jaxlab.errors import UserError, UserNote
+    from jaxlab.merging import (
+        check_room,
+        describe,
+        load_recipe,
+        needs_of,
+        note_dequantized,
+        notes_of,
+        prepare_merge,
+    )
+
     recipe, out = load_recipe(arguments.recipe), Path(arguments.out)
-    folders = [model_folder(reference) for reference in recipe.references()]
+    references = recipe.references()
+    folders = [model_folder(reference) for reference in references]
     check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
     models = [open_model(folder) for folder in folders]
     note_dequantized(models)
+    to = arguments.to
+    if to == "auto":
+        to = "huggingface"
+        if models[0].form not in ("huggingface", "gguf"):
+            try:
+                hf_family(models[0].config, models[0].source_files)
+            except UserError as error:
+                to = "orbax"
+                warnings.warn(f"written in our own form: {error}", UserNote, stacklevel=2)
+    prepared = prepare_merge(recipe, models, to=to)
+    for note in notes_of(prepared):
+        warnings.warn(note, UserNote, stacklevel=2)
+    check_room(out, prepared.shards)
+    print(prepared.plan.account().table())
+    print(describe(needs_of(prepared, threads=arguments.threads or None), out))
+    if arguments.check:
+        return
+    sys.stdout.flush()
+    if to == "orbax":
+        _to_orbax(arguments, recipe, models, out)
+    else:
+        _to_huggingface(arguments, prepared, references, out)
+
+
+def _to_huggingface(arguments: Arguments, prepared: "Prepared", references: list[str], out: Path) -> None:
+    from tqdm import tqdm
+
+    from jaxlab.errors import UserNote
+    from jaxlab.merging import verify_folder, write_merge
+
+    with tqdm(total=prepared.plan.nbytes, unit="B", unit_scale=True, disable=None, desc=out.name) as bar:
+        account = write_merge(
+            prepared,
+            out,
+            references=references,
+            command=command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify"),
+            overwrite=arguments.overwrite,
+            threads=arguments.threads or None,
+            allow_not_finite=arguments.allow_nonfinite,
+            hash_inputs=arguments.hash_inputs,
+            progress=bar.update,
+        )
+    bad = [line for line in account.lines if line.not_finite]
+    if bad:
+        listed = ", ".join(f"{line.name} ({line.not_finite})" for line in bad[:3])
+        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+        warnings.warn(f"{out}: NaN or infinite values in {listed}{more}", UserNote, stacklevel=2)
+    print(f"written: {out}")
+    if arguments.verify:
+        count = verify_folder(out, account)
+        print(f"verified: all {count} tensors of {out} are what the account says")
+
+
+def _to_orbax(
+    arguments: Arguments, recipe: "InjectRecipe | MergeRecipe", models: "list[OpenModel]", out: Path
+) -> None:
+    from jaxlab.merging import merge_by_recipe, save_merged, verify_merged
+
     params, account = merge_by_recipe(recipe, models)
     account = save_merged(out, recipe, models, params, account, overwrite=arguments.overwrite)
-    print(account.table())
     print(f"written: {out}")
     if arguments.verify:
         verify_merged(out, account)

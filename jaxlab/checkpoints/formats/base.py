@@ -49,6 +49,11 @@ class OpenModel(abc.ABC):
     @abc.abstractmethod
     def config(self) -> ModelConfig: ...
 
+    @property
+    def described(self) -> ModelConfig:
+        """What its files describe, whatever the tensors are; as `config` where there is no difference."""
+        return self.config
+
     @functools.cached_property
     def shapes(self) -> "Params":
         """Shapes and dtypes of the parameters as they are stored."""

@@ -103,7 +103,7 @@ class GGUFFile(HuggingFaceFolder):
         }
         if self._tokens.chat_template is not None:
             texts["chat_template.jinja"] = self._tokens.chat_template
-        return SourceFiles(None, self.config_json, self.account.copies, texts)
+        return SourceFiles(None, self.config_json, self.matched.copies, texts)
 
     @property
     def companion_folder(self) -> Path:

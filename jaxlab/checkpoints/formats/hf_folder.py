@@ -152,7 +152,7 @@ class HuggingFaceFolder(OpenModel):
         if self.ignore_keys:
             known = dict.fromkeys((*families.recorded(config), *self.ignore_keys))
             config = {**config, families.IGNORED_KEYS: list(known)}
-        return SourceFiles(self.path, config, self.account.copies)
+        return SourceFiles(self.path, config, self.matched.copies)
 
     def _read(self, shardings: "Params | None", dtype: np.dtype | None, not_finite: NotFinite) -> "Params":
         from jaxlab.checkpoints.sharded_read import read_params

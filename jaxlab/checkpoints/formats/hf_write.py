@@ -14,6 +14,8 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.blocked_copy import copy_by_blocks
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.checkpoints.families.base import Json
+from jaxlab.checkpoints.formats.base import OpenModel
+from jaxlab.checkpoints.fp8 import QUANTIZED
 from jaxlab.checkpoints.fused_qkv import join_fused
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import CONFIG, Planned, write_folder
@@ -54,7 +56,7 @@ def save(
     if tokenizer is not None:
         texts[TOKENIZER] = tokenizer.to_str(pretty=True)
     largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
-    text = _with_dtype(text, np.dtype(largest.dtype if dtype is None else dtype).name)
+    text = with_dtype(text, np.dtype(largest.dtype if dtype is None else dtype).name)
     write_folder(
         path,
         _planned(params, config.family, () if source_files is None else source_files.copies, dtype),
@@ -111,6 +113,27 @@ def huggingface_config(config: ModelConfig, source_files: SourceFiles | None) ->
     return text
 
 
+def huggingface_form(opened: OpenModel, dtype: str) -> tuple[Json, SourceFiles | None]:
+    """config.json of a model whose tensors are written in `dtype`, and the files beside it. A model that is a
+    Hugging Face folder keeps its own, unless it says another dtype or a quantisation that is undone.
+
+    Raises:
+      UserError: no family can describe the model.
+    """
+    source = opened.source_files
+    if opened.form not in ("huggingface", "gguf"):
+        return with_dtype(huggingface_config(opened.config, source), dtype), source
+    assert source is not None
+    text = source.config
+    inner = text.get("text_config")
+    said = {
+        c.get(key) for c in (text, inner or {}) if isinstance(c, dict) for key in ("dtype", "torch_dtype")
+    }
+    if QUANTIZED in text or said - {None, dtype}:
+        text = with_dtype(text, dtype)
+    return text, source
+
+
 def tensors(
     config: ModelConfig, params: Params, source_files: SourceFiles | None = None
 ) -> dict[str, Callable[[], np.ndarray]]:
@@ -120,7 +143,7 @@ def tensors(
     return {tensor.name: tensor.get for tensor in planned}
 
 
-def _with_dtype(text: Json, name: str) -> Json:
+def with_dtype(text: Json, name: str) -> Json:
     """config.json with the dtype of the tensors that are written, which are not quantized."""
     text = {key: value for key, value in text.items() if key != "quantization_config"}
     for key in {"torch_dtype", "dtype"} & set(text) or {"torch_dtype"}:
@@ -128,7 +151,7 @@ def _with_dtype(text: Json, name: str) -> Json:
     for key in ("text_config", "llm_config", "vision_config"):
         inner = text.get(key)
         if isinstance(inner, dict) and {"torch_dtype", "dtype"} & set(inner):
-            text[key] = _with_dtype(inner, name)
+            text[key] = with_dtype(inner, name)
     return text
 
 

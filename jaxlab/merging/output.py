@@ -1,0 +1,400 @@
+"""From a recipe to a Hugging Face folder: the plan, what it needs, the merge itself, its account and card."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxlab import __version__
+from jaxlab import config as configs
+from jaxlab.checkpoints import (
+    OpenModel,
+    SourceFiles,
+    TensorFolder,
+    huggingface_form,
+    open_folder,
+    resumable_folder,
+)
+from jaxlab.errors import UserError
+from jaxlab.files import jsonable
+from jaxlab.merging.account import MergeAccount
+from jaxlab.merging.plan import (
+    Input,
+    MergePlan,
+    open_inputs,
+    plan_injection_of,
+    plan_merge_of,
+)
+from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, Recipe, check_same_architecture
+
+if TYPE_CHECKING:
+    from jaxlab.checkpoints import Planned
+
+CARD, RECIPE = "README.md", "recipe.yaml"
+_READ_BLOCK = 1 << 22
+_BASE_MEMORY = 350 << 20
+"""Bytes that Python and jax take."""
+_BYTES_A_SECOND = {"element": 700e6, "row": 150e6, "tensor": 150e6, "matrix": 30e6, "model": 60e6}
+"""Read and written, by what an element depends on: about what two cores do."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its inputs opened and everything decided; nothing but headers has been read."""
+
+    recipe: Recipe
+    inputs: tuple[Input, ...]
+    plan: MergePlan
+    shards: "list[list[Planned]]"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a merge takes, estimated from headers."""
+
+    read_bytes: int
+    written_bytes: int
+    memory_bytes: int
+    seconds: float
+
+
+def prepare_merge(
+    recipe: Recipe, models: Sequence[OpenModel], *, to: Literal["huggingface", "orbax"] = "huggingface"
+) -> Prepared:
+    """Opens the tensors of the models, in the order of `recipe.references()`, and plans the merge.
+
+    Args:
+      to: whose names the tensors of a model of ours get.
+
+    Raises:
+      UserError: models that cannot be merged as the recipe says, or whose tensors are not their family's.
+    """
+    from jaxlab.merging.engine import layout
+
+    check_same_architecture(models)
+    injects = isinstance(recipe, InjectRecipe)
+    count = len(models) - (1 if not injects and recipe.base is not None else 0)
+    roles = ["vlm", "expert", "base"] if injects else [f"model {i}" for i in range(count)] + ["base"]
+    inputs = open_inputs(models, roles[: len(models)], own_names=to == "orbax")
+    if isinstance(recipe, InjectRecipe):
+        plan = plan_injection_of(
+            inputs,
+            operator=recipe.operator,
+            mode=recipe.mode,
+            parameters=recipe.options(),
+            lambda_v=recipe.lambda_v,
+            lambda_e=recipe.lambda_e,
+            embeddings=recipe.embeddings,
+            seed=recipe.seed,
+        )
+    else:
+        plan = plan_merge_of(
+            inputs,
+            operator=recipe.operator,
+            mode=recipe.mode,
+            parameters=recipe.options(),
+            with_base=recipe.base is not None,
+            seed=recipe.seed,
+        )
+    return Prepared(recipe, tuple(inputs), plan, layout(plan, inputs))
+
+
+def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
+    """What carrying it out takes."""
+    from jaxlab.merging.engine import CHUNK, scope_of, whole_bytes
+
+    plan, inputs = prepared.plan, prepared.inputs
+    read, seconds, largest = 0, 0.0, 0
+    for tensor in plan.tensors:
+        step = tensor.merging
+        sources = (tensor.copy,) if step is None else step.everything
+        taken = sum(inputs[s.model][s.name].nbytes for s in sources if s is not None)
+        scope = "element" if step is None else scope_of(step)
+        read += taken
+        seconds += (taken + tensor.nbytes) / _BYTES_A_SECOND[scope]
+        if step is not None and scope != "element":
+            largest = max(largest, whole_bytes(step, math.prod(tensor.shape)))
+    threads = threads or min(4, os.cpu_count() or 1)
+    memory = _BASE_MEMORY + threads * CHUNK * 64 + largest
+    whole = [one for one in inputs if any(t.file is None for t in one.found.tensors.values())]
+    for one in whole:  # a model of ours is read at once; of others a tensor at a time
+        sizes = [t.nbytes for t in one.found.tensors.values()]
+        memory += sum(sizes) if one.model.form in ("orbax", "llama2c") else max(sizes, default=0)
+    return Needs(read, plan.nbytes, memory, seconds)
+
+
+def check_room(out: Path, shards: "Sequence[Sequence[Planned]]") -> None:
+    """Whether a folder of these files can be made, as far as that can be known before.
+
+    Raises:
+      UserError: no room on the disk, a limit on the size of files, a place that cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
+    parent = out.parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{out}: cannot be made: {parent} is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be made: {parent} is not writable")
+    longest = os.pathconf(parent, "PC_NAME_MAX") - len("..partial")
+    for part in out.parts[len(parent.parts) :]:
+        if len(os.fsencode(part)) > longest:
+            raise UserError(f"{out}: a name of more than {longest} bytes; choose a shorter one")
+    partial = out.parent / f".{out.name}.partial"
+    there = sum(f.stat().st_blocks * 512 for f in partial.glob("*.safetensors")) if partial.is_dir() else 0
+    free = shutil.disk_usage(parent).free + there
+    if sum(sizes) > free:
+        raise UserError(f"{out}: needs {_size(sum(sizes))}, the disk has {_size(free)} left")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and max(sizes, default=0) > limit:
+        raise UserError(
+            f"{out}: a file of {_size(max(sizes))} is beyond the limit on the size of files, {_size(limit)} "
+            "(ulimit -f)"
+        )
+
+
+def write_merge(
+    prepared: Prepared,
+    out: str | os.PathLike[str],
+    *,
+    references: Sequence[str] = (),
+    command: str = "python run.py merge recipe.yaml --out again --verify",
+    overwrite: bool = False,
+    threads: int | None = None,
+    allow_not_finite: bool = False,
+    hash_inputs: bool = True,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> MergeAccount:
+    """Carries the plan out into a new Hugging Face folder, whole or not at all; a killed one is taken up.
+
+    Args:
+      references: of the models as the user named them, for the card.
+      command: what makes it again, beside its own recipe.yaml; for the card.
+      threads, allow_not_finite, hash_inputs, progress: see `jaxlab.merging.engine.execute`.
+
+    Returns:
+      The account with digests.
+
+    Raises:
+      UserError: `out` may not be written (see `check_output`), no room, damaged inputs, a result that is not
+        finite.
+    """
+    from jaxlab.merging.engine import execute
+
+    plan, inputs = prepared.plan, prepared.inputs
+    first = inputs[0].model
+    config, source = _config(prepared)
+    texts = dict({} if source is None else source.texts)
+    if first.tokenizer is not None and (source is None or source.folder is None):
+        texts.setdefault("tokenizer.json", first.tokenizer.to_str(pretty=True))
+    with resumable_folder(
+        out,
+        prepared.shards,
+        digest=_digest(prepared),
+        texts=[*texts, ACCOUNT, CARD, RECIPE],
+        inputs=[path for one in inputs for path in one.model.inputs],
+        overwrite=overwrite,
+    ) as folder:
+        records = execute(
+            plan,
+            inputs,
+            folder,
+            threads=threads,
+            allow_not_finite=allow_not_finite,
+            hash_inputs=hash_inputs,
+            progress=progress,
+        )
+        account = plan.account().with_records(records)
+        made = _made(prepared, references, records, hash_inputs)
+        written = {**made, "tensors": account.to_json()}
+        texts[ACCOUNT] = json.dumps(jsonable(written), indent=2, allow_nan=False) + "\n"
+        texts[RECIPE] = configs.dump(prepared.recipe)
+        texts[CARD] = _card(prepared, made, account, command, Path(out).name)
+        folder.complete(config=config, copy_from=None if source is None else source.folder, texts=texts)
+    return account
+
+
+def _config(prepared: Prepared) -> tuple[dict[str, Any], SourceFiles | None]:
+    """config.json of the first model, with the dtype of what is written, and the files beside it."""
+    largest = max(prepared.plan.tensors, key=lambda tensor: math.prod(tensor.shape))
+    return huggingface_form(prepared.inputs[0].model, largest.dtype)
+
+
+def _digest(prepared: Prepared) -> str:
+    """Of what decides the bytes: the plan, and the files as they are now."""
+    files: list[Any] = [__version__, prepared.plan.digest()]
+    for one in prepared.inputs:
+        tensors = one.found.tensors
+        paths = {t.file for t in tensors.values() if t.file is not None} or set(_all_files(one.model))
+        for path in sorted(paths):
+            stat = os.stat(path)
+            files.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _all_files(model: OpenModel) -> list[Path]:
+    found = []
+    for path in model.inputs:
+        found += [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return found
+
+
+def _made(
+    prepared: Prepared, references: Sequence[str], records: Mapping[str, Mapping[str, Any]], hashed: bool
+) -> dict[str, Any]:
+    """What made the folder: versions, the recipe, the inputs with a digest of the bytes that were read."""
+    import jax
+
+    read: list[dict[str, str]] = [{} for _ in prepared.inputs]
+    for record in records.values():
+        for source, sha256 in record["sources"].items():
+            model, _, name = source.partition(":")
+            read[int(model)][name] = sha256
+    inputs = []
+    for i, one in enumerate(prepared.inputs):
+        line = {"role": one.role, "model": references[i] if references else str(one.model.path)}
+        line["tensors_read"] = len(read[i]) if hashed else None
+        text = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(read[i].items()))
+        line["sha256"] = hashlib.sha256(text.encode()).hexdigest() if hashed else None
+        inputs.append(line)
+    return {
+        "version": __version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "recipe": configs.to_dict(prepared.recipe),
+        "inputs": inputs,
+    }
+
+
+def _card(prepared: Prepared, made: Mapping[str, Any], account: MergeAccount, command: str, name: str) -> str:
+    """README.md: what this model is and how it is made again."""
+    inputs = made["inputs"]
+    hub = [
+        line["model"] for line in inputs if line["model"].count("/") == 1 and line["model"][0] not in "./~"
+    ]
+    front = ["---", "tags:", "- merge", "- jaxlab"]
+    if hub:
+        front += ["base_model:", *(f"- {reference}" for reference in dict.fromkeys(hub))]
+    counts = account.counts()
+    recipe = configs.dump(prepared.recipe).rstrip()
+    rows = [
+        f"| {line['role']} | {line['model']} | {line['tensors_read']} | {line['sha256'] or 'not asked for'} |"
+        for line in inputs
+    ]
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"A merge made by jaxlab {made['version']} (jax {made['jax']}, Python {made['python']}): "
+            f"{counts['merged']} tensors merged, {counts['copied']} copied, {counts['refused']} of the "
+            f"inputs left out. `{ACCOUNT}` lists every one, with the SHA-256 of what was written.",
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            recipe,
+            "```",
+            "",
+            "## Inputs",
+            "",
+            "| role | model | tensors read | SHA-256 |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "The digest is that of a list of lines, `SHA-256 of the tensor's bytes`, two spaces, `its name`, "
+            "sorted by name.",
+            "",
+            "## Made again, bit for bit",
+            "",
+            f"With the `{RECIPE}` that lies here, from the folder in which its paths mean the same models:",
+            "",
+            "```",
+            command,
+            "```",
+            "",
+        ]
+    )
+
+
+def verify_folder(out: str | os.PathLike[str], account: MergeAccount) -> int:
+    """Reads a folder again and compares shape, dtype and SHA-256 of every tensor with the account.
+
+    Returns:
+      How many tensors there are.
+
+    Raises:
+      RuntimeError: something is not what the account says.
+    """
+    folder = open_folder(out)
+    wrong = account.wrong({name: (t.shape, t.dtype.name, _hash(folder, name)) for name, t in folder.items()})
+    if wrong:
+        raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")
+    return len(folder)
+
+
+def _hash(folder: TensorFolder, name: str) -> str:
+    tensor = folder[name]
+    assert tensor.file is not None
+    digest, left = hashlib.sha256(), tensor.nbytes
+    with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        while left:
+            block = file.read(min(_READ_BLOCK, left))
+            if not block:
+                raise RuntimeError(f"{tensor.file}: cut off while it was read")
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def describe(needs: Needs, out: Path | None = None) -> str:
+    """What is needed, for people to read."""
+    line = (
+        f"reads {_size(needs.read_bytes)}, writes {_size(needs.written_bytes)}, holds about "
+        f"{_size(needs.memory_bytes)} of memory, takes about {_time(needs.seconds)} on two cores"
+    )
+    if out is None:
+        return line
+    parent = Path(os.path.abspath(out)).parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return f"{line}; {_size(shutil.disk_usage(parent).free)} of disk are free"
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit in ("bytes", "kB") else f"{value:.1f} {unit}"
+
+
+def _time(seconds: float) -> str:
+    return f"{max(1, round(seconds))} s" if seconds < 120 else f"{round(seconds / 60)} min"
+
+
+def notes_of(prepared: Prepared) -> list[str]:
+    """What is allowed and probably not meant."""
+    inputs, notes = prepared.inputs, []
+    if isinstance(prepared.recipe, InjectRecipe):
+        paths = [one.model.path.resolve() for one in inputs]
+        if paths[1] == paths[2]:
+            notes.append("the expert is the base: its task vector is zero")
+        if paths[0] == paths[2]:
+            notes.append("the VLM is the base: its task vector is zero")
+        if not any(kind.names for kind in inputs[0].found.kinds if not kind.is_language):
+            notes.append(f"{inputs[0].model.path}: the vlm is a language model alone, without vision")
+    return notes
