@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,19 @@ from jaxlab.checkpoints import Planned, ResumableFolder, Tensor, in_shards
 from jaxlab.errors import UserError
 from jaxlab.merging.injection import Given, Method, inject_tensor
 from jaxlab.merging.merge import arithmetic_dtype, gather_totals, merge_tensors
-from jaxlab.merging.numerics import Mode, Share, difference, tensor_key
+from jaxlab.merging.numerics import Mode, Share, difference, rounding_by, tensor_key
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source, dtype_of
 
 CHUNK = 1 << 18
 """Elements that are merged at once: with their intermediate results they fit in a cache."""
-_SMALL = 1 << 12
 _COPY = 1 << 22
 """Bytes."""
+_PAGE, _EVERY = 1 << 12, 1 << 18
+"""Of every 256 kB of an input, 4 kB are in its sampled digest."""
+_ZERO = np.uint32(0)
+Hashed = Literal["none", "sampled", "full"]
+"""Which bytes of the inputs are hashed: none, 4 kB of every 256 kB of each tensor, all that are read."""
 _WHOLE = 3 << 29
 """Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
 
@@ -110,7 +114,7 @@ def execute(
     threads: int | None = None,
     chunk: int = CHUNK,
     allow_not_finite: bool = False,
-    hash_inputs: bool = True,
+    hash_inputs: Hashed = "sampled",
     statistics: Mapping[str, Any] | None = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
@@ -120,7 +124,7 @@ def execute(
       inputs: tensors by name, in the order of the plan's models.
       chunk: elements at once.
       allow_not_finite: whether NaN and infinities may be written.
-      hash_inputs: whether the bytes of the inputs that are read are hashed, too.
+      hash_inputs: which bytes of the inputs are hashed, too.
       statistics: of data, by the tensor's name, for operators that need them.
       progress: called with the bytes of each tensor.
 
@@ -137,7 +141,7 @@ def execute(
         todo = []
         for tensor in plan.tensors:
             record = folder.finished.get(tensor.name)
-            if record is None or (hash_inputs and not record["sources"]):
+            if record is None or record["hashed"] != hash_inputs:
                 todo.append(tensor)
             else:
                 _check_finite(tensor, record["not_finite"], allow_not_finite)
@@ -147,7 +151,7 @@ def execute(
         def one(tensor: PlannedTensor) -> None:
             done = worker.do(tensor, functools.partial(folder.write, tensor.name))
             _check_finite(tensor, done.not_finite, allow_not_finite)
-            folder.finish(tensor.name, **done._asdict())
+            folder.finish(tensor.name, hashed=hash_inputs, **done._asdict())
             progress(tensor.nbytes)
 
         _run(one, todo, threads)
@@ -239,10 +243,12 @@ class _Worker:
         inputs: Sequence[Mapping[str, Tensor] | Input],
         files: _Files,
         chunk: int,
-        hash_inputs: bool,
+        hash_inputs: Hashed,
         statistics: Mapping[str, Any],
     ) -> None:
-        self.plan, self.inputs, self.files, self.chunk = plan, inputs, files, chunk
+        self.plan, self.inputs, self.files = plan, inputs, files
+        largest = max((math.prod(tensor.shape) for tensor in plan.tensors), default=1)
+        self.chunk = min(chunk, 1 << max(0, largest - 1).bit_length())  # one program serves all
         self.hash_inputs, self.statistics, self.budget = hash_inputs, statistics, _Budget(_WHOLE)
         self.totals: dict[Any, Any] = {}
 
@@ -316,18 +322,17 @@ class _Worker:
         """An operator that works element by element."""
         program, numbers = self._program(tensor, step, size)
         everything = step.everything
-        length = self.chunk if size > _SMALL else min(_SMALL, self.chunk)
-        streams = [self._parts(source, 0, size, length, hashes, step.read_as) for source in everything]
+        streams = [self._parts(source, 0, size, self.chunk, hashes, step.read_as) for source in everything]
         key = tensor_key(self.plan.seed, step.key or tensor.name)
         start = 0
         for parts in zip(*streams, strict=True):
             count = len(parts[0])
-            parts = tuple(_padded(part, length) for part in parts)
+            parts = tuple(_padded(part, self.chunk) for part in parts)
             base = parts[-1] if step.base is not None else None
             models = parts[: len(step.sources)]
             offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
             merged, bad = _merge_part(
-                program, models, base, numbers, _given(key, step), offset, np.uint32(count)
+                program, models, base, numbers, _given(key, step), offset, np.uint32(count), _ZERO
             )
             out.add(np.asarray(merged)[:count], int(bad))
             start += count
@@ -344,7 +349,7 @@ class _Worker:
             arrays = [self._read(source, size, hashes, step.read_as).reshape(shape) for source in everything]
             base = arrays.pop() if step.base is not None else None
             given = _given(key, step, self.totals.get(_group(step)), self.statistics.get(tensor.name))
-            merged, bad = _merge_whole(program, tuple(arrays), base, numbers, given)
+            merged, bad = _merge_whole(program, tuple(arrays), base, numbers, given, _ZERO)
             del arrays, base
             out.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1), int(bad))
 
@@ -366,7 +371,7 @@ class _Worker:
 
     def _rest_of_hashes(self, step: Merging, merged: int, hashes: dict[str, Any]) -> None:
         """The hash of a source is that of all its bytes, also where only its first rows were merged."""
-        if not self.hash_inputs:
+        if self.hash_inputs == "none":
             return
         for source in step.everything:
             size = self.tensor(source).size
@@ -388,11 +393,15 @@ class _Worker:
         stop = tensor.size if stop is None else stop
         parts = self._of_file if tensor.file is not None else _of_rows
         digest = None
-        if self.hash_inputs:
+        if self.hash_inputs != "none":
             digest = hashes.setdefault(f"{source.model}:{source.name}", hashlib.sha256())
+        at = start * tensor.dtype.itemsize
         for part in parts(tensor, start, stop, length):
             if digest is not None:
-                digest.update(part.view(np.uint8))
+                raw = part.view(np.uint8)
+                for first, last in _hashed(at, at + raw.nbytes, self.hash_inputs):
+                    digest.update(raw[first - at : last - at])
+                at += raw.nbytes
             yield part if read_as is None else part.astype(dtype_of(read_as), copy=False)
 
     def _of_file(self, tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:
@@ -419,6 +428,16 @@ class _Out:
         self.digest.update(raw)
         self._write(raw, self._at)
         self._at += raw.nbytes
+
+
+def _hashed(start: int, stop: int, what: Hashed) -> Iterator[tuple[int, int]]:
+    """The bytes of a tensor between two that are hashed, as ranges."""
+    if what == "full":
+        yield start, stop
+        return
+    for page in range(start // _EVERY * _EVERY, stop, _EVERY):
+        if page + _PAGE > start:
+            yield max(page, start), min(page + _PAGE, stop)
 
 
 def count_not_finite(values: np.ndarray) -> int:
@@ -499,18 +518,26 @@ def _merge_part(
     given: Any,
     offset: UInt32[Array, "2"],
     count: UInt32[Array, ""],
+    zero: UInt32[Array, ""],
 ) -> tuple[Array, Array]:
     """The merged part in the output's dtype, and how many of its first `count` values are not finite."""
-    merged = _merge(program, models, base, numbers, given, offset)
+    with rounding_by(zero):
+        merged = _merge(program, models, base, numbers, given, offset)
     real = jax.lax.iota(jnp.uint32, merged.size) < count
     return merged, jnp.sum(~jnp.isfinite(merged) & real, dtype=jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def _merge_whole(
-    program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any, given: Any
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    given: Given,
+    zero: UInt32[Array, ""],
 ) -> tuple[Array, Array]:
-    merged = _merge(program, models, base, numbers, given, 0)
+    with rounding_by(zero):
+        merged = _merge(program, models, base, numbers, given, 0)
     return merged, jnp.sum(~jnp.isfinite(merged), dtype=jnp.uint32)
 
 

@@ -38,6 +38,14 @@ if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned
 
 CARD, RECIPE = "README.md", "recipe.yaml"
+_DIGESTS = {
+    "none": "",
+    "sampled": "The digest is that of a list of lines sorted by name: a SHA-256, two spaces, the tensor's "
+    "name. That SHA-256 is of 4 kB of every 256 kB of the tensor, from its first byte on: it tells models apart, not "
+    "a bit that flipped (`--hash-inputs full` does).",
+    "full": "The digest is that of a list of lines sorted by name: the SHA-256 of a tensor's bytes, two "
+    "spaces, its name.",
+}
 _READ_BLOCK = 1 << 22
 _BASE_MEMORY = 350 << 20
 """Bytes that Python and jax take."""
@@ -171,7 +179,7 @@ def write_merge(
     overwrite: bool = False,
     threads: int | None = None,
     allow_not_finite: bool = False,
-    hash_inputs: bool = True,
+    hash_inputs: Literal["none", "sampled", "full"] = "sampled",
     progress: Callable[[int], Any] = lambda count: None,
 ) -> MergeAccount:
     """Carries the plan out into a new Hugging Face folder, whole or not at all; a killed one is taken up.
@@ -249,7 +257,7 @@ def _all_files(model: OpenModel) -> list[Path]:
 
 
 def _made(
-    prepared: Prepared, references: Sequence[str], records: Mapping[str, Mapping[str, Any]], hashed: bool
+    prepared: Prepared, references: Sequence[str], records: Mapping[str, Mapping[str, Any]], hashed: str
 ) -> dict[str, Any]:
     """What made the folder: versions, the recipe, the inputs with a digest of the bytes that were read."""
     import jax
@@ -262,15 +270,16 @@ def _made(
     inputs = []
     for i, one in enumerate(prepared.inputs):
         line = {"role": one.role, "model": references[i] if references else str(one.model.path)}
-        line["tensors_read"] = len(read[i]) if hashed else None
+        line["tensors_read"] = len(read[i]) if hashed != "none" else None
         text = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(read[i].items()))
-        line["sha256"] = hashlib.sha256(text.encode()).hexdigest() if hashed else None
+        line["sha256"] = hashlib.sha256(text.encode()).hexdigest() if hashed != "none" else None
         inputs.append(line)
     return {
         "version": __version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "recipe": configs.to_dict(prepared.recipe),
+        "hashed": hashed,
         "inputs": inputs,
     }
 
@@ -313,8 +322,7 @@ def _card(prepared: Prepared, made: Mapping[str, Any], account: MergeAccount, co
             "|---|---|---|---|",
             *rows,
             "",
-            "The digest is that of a list of lines, `SHA-256 of the tensor's bytes`, two spaces, `its name`, "
-            "sorted by name.",
+            _DIGESTS[made["hashed"]],
             "",
             "## Made again, bit for bit",
             "",

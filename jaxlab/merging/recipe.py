@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from jaxlab import __version__
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model, save_model
+from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
@@ -303,6 +303,8 @@ def save_merged(
     Raises:
       UserError: `out` may not be written (see `check_output`).
     """
+    from jaxlab.checkpoints import save_model  # Orbax and Flax come with it
+
     account = account.with_hashes(params)
     written = {"version": __version__, "recipe": configs.to_dict(recipe), "tensors": account.to_json()}
     save_model(

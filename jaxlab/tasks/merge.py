@@ -36,8 +36,8 @@ class Arguments:
     """Replace the folder if this tool wrote it."""
     allow_nonfinite: bool = False
     """Write NaN and infinities where they come out."""
-    hash_inputs: bool = True
-    """Hash what is read of the inputs, too, for the card."""
+    hash_inputs: Literal["none", "sampled", "full"] = "sampled"
+    """What of the inputs is hashed for the card: 4 kB of every 256 kB, or all that is read."""
     threads: int = 0
     """Tensors that are merged at once; 0: as many as there are cores, up to four."""
 
