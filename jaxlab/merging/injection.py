@@ -417,7 +417,7 @@ def _weight_one(
     lambda_e: Array,
 ) -> Any:
     operator = method.of_injection
-    weights = [round_to(lambda_v, dtype), round_to(lambda_e, dtype)]
+    weights = operator.rounded([lambda_v, lambda_e], dtype)
     supplied = _supplied(plan, method, dtype, given) | {"base": base.astype(jnp.float32)}
     merged = operator.combine(vectors, weights, values, **supplied)
     if operator.makes_tensor:
