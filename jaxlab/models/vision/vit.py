@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, NoPositions, ViTConfig
+from jaxlab.models.config import ModelConfig, NoPositions, RopeConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Embedding, Norm, layer_norm
@@ -48,7 +48,7 @@ def tower_config(config: ModelConfig) -> ModelConfig:
         activation=v.activation,
         norm=v.norm,
         norm_eps=v.norm_eps,
-        position=NoPositions(),
+        position=RopeConfig(theta=THETA) if v.position == "rotary" else NoPositions(),
         attention_bias=v.attention_bias,
         output_bias=v.output_bias,
         mlp_bias=v.mlp_bias,
