@@ -23,10 +23,24 @@ ARCHITECTURE = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
+    "qwen2_moe": "qwen2moe",
+    "olmoe": "olmoe",
+    "granite": "granite",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
+    "seed_oss": "seed_oss",
+    "gpt_neox": "gptneox",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
 }
 """By model_type of config.json."""
 SHIFTED = ("gemma", "gemma2", "gemma3")
-PERMUTED = ("llama",)
+PERMUTED = ("llama", "granite", "smollm3")
 _F32 = GGMLQuantizationType.F32
 
 
@@ -50,8 +64,9 @@ def converted(config: Json, tensors: Mapping[str, np.ndarray]) -> dict[str, np.n
     experts: dict[str, dict[int, np.ndarray]] = {}
     heads = config.get("num_attention_heads", config.get("n_head"))
     for name, values in tensors.items():
-        number = re.search(r"experts\.(\d+)\.", name)
-        module, _, kind = re.sub(r"\.experts\.\d+\.", ".experts.", name).rpartition(".")
+        number = re.search(r"(?:experts|layernorm\.norms)\.(\d+)\.", name)
+        module = re.sub(r"(\.norms|(?<=\.experts))\.\d+\.", ".", name)
+        module, _, kind = module.rpartition(".")
         ours = f"{names.get_name(module)}.{kind}"
         assert not ours.startswith("None"), name
         if arch in PERMUTED and "q_proj" in name:
@@ -62,14 +77,19 @@ def converted(config: Json, tensors: Mapping[str, np.ndarray]) -> dict[str, np.n
             values = values + 1
         if arch == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight", name):
             values = values.T
+        if arch == "gptneox" and "query_key_value" in name:
+            values = np.concatenate(np.split(values, heads), 0).reshape(heads, 3, -1, *values.shape[1:])
+            values = np.concatenate([values[:, i].reshape(-1, *values.shape[3:]) for i in range(3)])
         if number is not None:
             experts.setdefault(ours, {})[int(number[1])] = values
         else:
             found[ours] = values
     found |= {name: np.stack([parts[i] for i in range(len(parts))]) for name, parts in experts.items()}
     rope = config.get("rope_scaling") or {}
-    if rope.get("rope_type") == "llama3":
+    if kind_of(rope) == "llama3":
         found["rope_freqs.weight"] = _llama3_factors(config, rope)
+    for kind in ("long", "short") if kind_of(rope) == "longrope" else ():
+        found[f"rope_factors_{kind}.weight"] = np.asarray(rope[f"{kind}_factor"], np.float32)
     return {name: np.ascontiguousarray(values) for name, values in found.items()}
 
 
@@ -108,15 +128,18 @@ def metadata(config: Json) -> Json:
         "block_count": config["num_hidden_layers"],
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "rope.freq_base": config["rope_theta"],
+        "attention.head_count_kv": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "rope.freq_base": config.get("rope_theta") or config["rotary_emb_base"],
     }
+    for norm, key in (("rms_norm_eps", "layer_norm_rms_epsilon"), ("layer_norm_eps", "layer_norm_epsilon")):
+        if norm in config:
+            found[f"attention.{key}"] = config[norm]
     if config.get("head_dim"):
         found |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
-    if config["model_type"] in ("llama", "mixtral"):
+    part = config.get("partial_rotary_factor", config.get("rotary_pct"))
+    if config["model_type"] in ("llama", "mixtral") or part is not None:
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": size}
+        found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": int(size * (part or 1))}
     for theirs, ours in (
         ("num_local_experts", "expert_count"),
         ("num_experts", "expert_count"),
@@ -125,17 +148,43 @@ def metadata(config: Json) -> Json:
         ("attn_logit_softcapping", "attn_logit_softcapping"),
         ("final_logit_softcapping", "final_logit_softcapping"),
         ("rope_local_base_freq", "rope.freq_base_swa"),
+        ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+        ("attention_multiplier", "attention.scale"),
+        ("embedding_multiplier", "embedding_scale"),
+        ("residual_multiplier", "residual_scale"),
+        ("logits_scaling", "logit_scale"),
+        ("logit_scale", "logit_scale"),
     ):
         if config.get(theirs) is not None:
             found[ours] = config[theirs]
-    if config["model_type"].startswith("gemma") and config.get("sliding_window"):
+    if config["model_type"].startswith(("gemma", "cohere2", "exaone4", "olmo3", "phi3")) and config.get(
+        "sliding_window"
+    ):
         found["attention.sliding_window"] = config["sliding_window"]
+        if config["model_type"] in ("exaone4", "olmo3"):
+            layers = range(config["num_hidden_layers"])
+            default = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in layers]
+            slides = [kind == "sliding_attention" for kind in config.get("layer_types") or default]
+            found["attention.sliding_window_pattern"] = slides
+    if "use_parallel_residual" in config:
+        found["use_parallel_residual"] = config["use_parallel_residual"]
     rope = config.get("rope_scaling") or {}
-    if rope.get("rope_type") in ("linear", "yarn"):
-        found |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
-    if rope.get("rope_type") == "yarn":
+    if kind_of(rope) == "longrope":
+        original = config["original_max_position_embeddings"]
+        found["rope.scaling.original_context_length"] = original
+        scale = config["max_position_embeddings"] / original
+        found["rope.scaling.attn_factor"] = np.sqrt(1 + np.log(scale) / np.log(original)).item()
+    if kind_of(rope) in ("linear", "yarn"):
+        found |= {"rope.scaling.type": kind_of(rope), "rope.scaling.factor": rope["factor"]}
+    if kind_of(rope) == "yarn":
         found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        if rope.get("attention_factor"):
+            found["rope.scaling.yarn_attn_factor"] = rope["attention_factor"]
     return found
+
+
+def kind_of(rope: Json) -> str | None:
+    return rope.get("rope_type", rope.get("type"))
 
 
 def add(writer: GGUFWriter, key: str, value: Any) -> None:

@@ -85,6 +85,9 @@ WITHOUT_EFFECT = {
     "rope_local_base_freq": "where rope_parameters says it",
     "sliding_window_pattern": "where layer_types says it",
     "max_position_embeddings": "where yarn reaches further",
+    "no_rope_layer_interval": "where no_rope_layers says it",
+    "original_max_position_embeddings": "of models whose positions are not stretched",
+    "partial_rotary_factor": "of GPT-NeoX, where rotary_pct says it",
     "attn_logit_softcapping": "of Gemma 3, which transformers never applies",
 }
 

@@ -43,6 +43,7 @@ GENERATED = (
     "mixtral_window",
     "qwen3_moe",
     "gpt_oss",
+    "ministral",
     *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
 )
 """One of each kind of cache, two programs compiled for each; slow are those whose parts others share."""

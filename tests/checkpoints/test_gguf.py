@@ -37,6 +37,24 @@ CASES = (
     "gemma2",
     "gemma3_text",
     "gpt2",
+    "gpt_neox",
+    "gpt_neox_serial",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "phi",
+    "phi3",
+    "phi3_longrope",
+    "smollm3",
+    "stablelm",
+    "stablelm_parallel",
+    "granite",
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "exaone4_full",
+    "seed_oss",
+    "seed_oss_bias",
 )
 SAID_OTHERWISE = {
     "gemma2": {"query_pre_attn_scalar": 12},
@@ -83,6 +101,22 @@ def test_rows_in_their_own_order_are_not_taken_for_permuted_ones(tmp_path):
     tensors["blk.0.attn_q.weight"] = folders.weights("llama2")[name]
     path = gguf_files.write(tmp_path / "m.gguf", "llama", gguf_files.metadata(config), tensors)
     assert not np.array_equal(open_model(path).tensors[name].read(), folders.weights("llama2")[name])
+
+
+def test_a_gate_of_shared_experts_that_lost_an_axis_is_read(tmp_path):
+    """Qwen2-MoE, without the layer of the golden case that has no experts, which llama.cpp does not know."""
+    config = config_of("qwen2_moe") | {"mlp_only_layers": [], "norm_topk_prob": False}
+    first = {n: v for n, v in folders.weights("qwen2_moe").items() if ".layers.1." in n}
+    tensors = {n: v for n, v in folders.weights("qwen2_moe").items() if ".layers.0." not in n}
+    tensors |= {n.replace(".layers.1.", ".layers.0."): v for n, v in first.items()}
+    made = gguf_files.converted(config, tensors)
+    made = {n: v.reshape(-1) if "gate_inp_shexp" in n else v for n, v in made.items()}
+    path = gguf_files.write(tmp_path / "m.gguf", "qwen2moe", gguf_files.metadata(config), made)
+    opened = open_model(path)
+    assert set(opened.tensors) == set(tensors)
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(opened.tensors[name].read(), values)
+    assert difference(opened.config, families.read_config(config, "x")) is None
 
 
 def test_logits_are_those_of_transformers(tmp_path):
@@ -430,6 +464,7 @@ def test_a_shard_of_another_name_says_so(tmp_path):
         ("llama", {"llama.block_count": 1000}, "says 1000 layers, and holds 21 tensors"),
         ("llama", {"llama.context_length": None}, "llama.context_length is missing"),
         ("llama", {"llama.embedding_length": 33}, "expected"),
+        ("llama", {"llama.attention.causal": False}, "attention.causal must be true, is False"),
         ("llama", {"llama.attention.head_count_kv": [2, 4]}, "must be a whole number"),
     ],
 )
@@ -442,6 +477,24 @@ def test_what_is_not_known_is_one_line(tmp_path, architecture, others, message):
     with pytest.raises(UserError, match=message) as caught:
         open_model(path).read()
     assert str(path) in str(caught.value)
+
+
+def test_keys_and_tensors_are_left_out_on_request(tmp_path):
+    config = config_of("llama2")
+    tensors = gguf_files.converted(config, folders.weights("llama2")) | {
+        "strange": np.ones((2, 2), np.float32)
+    }
+    keys = gguf_files.metadata(config) | {"attention.clamp_kqv": 8.0}
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", keys, tensors)
+    wanted = {"ignore_keys": ["llama.attention.clamp_kqv"], "ignore_tensors": ["stra*"]}
+    opened = open_model(path, **wanted)
+    with pytest.warns(UserNote, match="1 tensors ignored, as you asked: stra"):
+        opened.read()
+    assert opened.source_files.config["_jaxlab_ignored_keys"] == ["llama.attention.clamp_kqv"]
+    with pytest.raises(UserError, match=r"--ignore-keys llama\.block_count: the metadata lacks it"):
+        _ = open_model(path, ignore_keys=[*wanted["ignore_keys"], "llama.block_count"]).config
+    with pytest.raises(UserError, match="--adapter is for folders of Hugging Face"):
+        open_model(path, adapter=tmp_path)
 
 
 def test_a_tensor_that_is_not_known_is_named(tmp_path):
