@@ -182,7 +182,7 @@ def load_processor(
     described = ((str(folder / CONFIG), model), (f"{folder / CONFIG}: text_config", inner(model)))
     settings = ProcessorSettings(described)
     files = ((str(folder / PROCESSOR), around), (str(place), pixels))
-    naming = files
+    naming: tuple[tuple[str, Mapping[str, Any]], ...] = files
     if ProcessorSettings(files).find("processor_class")[0] is None:
         naming = (*files, (str(folder / TOKENIZER), read_json(folder / TOKENIZER)))
     kind = _named(ProcessorSettings(naming), kinds)
