@@ -1,14 +1,17 @@
 """The files beside the tensors of a Hugging Face folder: config, tokenizer, processor, how texts end.
 
-A model of ours that came from such a folder keeps them in huggingface/, to become one again.
+A model of ours that came from such a folder keeps them in huggingface/, to become one again. Those of a GGUF
+file are made from its metadata.
 """
 
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlab.checkpoints.safetensors_file import parse_json
 from jaxlab.checkpoints.tensor_folder import (
     CHAT_TEMPLATES,
     CONFIG,
@@ -28,11 +31,14 @@ MAX_TEMPLATE = 1 << 20
 class SourceFiles:
     """A folder with config.json and, where there are any, COMPANIONS."""
 
-    folder: Path
+    folder: Path | None
+    """None: no folder holds them; `texts` are all there are."""
     config: dict[str, Any]
     """What its config.json holds."""
     copies: tuple[str, ...] = ()
     """Names under which a tied embedding is written once more."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Of files that are not in the folder, by name."""
 
     @functools.cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -41,7 +47,7 @@ class SourceFiles:
         Raises:
           UserError: a file that says so is damaged.
         """
-        inner = self.config.get("text_config")
+        inner = self.config.get("text_config") or self.config.get("llm_config")
         for said in (self.generation, self.config, inner if isinstance(inner, dict) else {}):
             found = said.get("eos_token_id")
             ids = found if isinstance(found, list) else [found]
@@ -74,9 +80,11 @@ class SourceFiles:
         Raises:
           UserError: a file that says so is damaged.
         """
-        files = additional_chat_templates(self.folder)
+        files = () if self.folder is None else additional_chat_templates(self.folder)
         texts = {name.removesuffix(".jinja"): self._text(name, CHAT_TEMPLATES) for name in files}
-        if (self.folder / "chat_template.jinja").exists():
+        if "chat_template.jinja" in self.texts:
+            texts["default"] = self.texts["chat_template.jinja"]
+        elif self.folder is not None and (self.folder / "chat_template.jinja").exists():
             texts["default"] = self._text("chat_template.jinja")
         for place in ("chat_template.json", "tokenizer_config.json"):
             found = self._json(place).get("chat_template")
@@ -105,6 +113,7 @@ class SourceFiles:
         return {key: text for key, text in texts.items() if isinstance(text, str)}
 
     def _text(self, name: str, under: str = "") -> str:
+        assert self.folder is not None
         path = inside(self.folder, name, under)
         try:
             if path.stat().st_size > MAX_TEMPLATE:
@@ -114,18 +123,25 @@ class SourceFiles:
             raise UserError(f"{path}: not a text file in UTF-8") from None
 
     def _json(self, name: str) -> dict[str, Any]:
-        return read_json(inside(self.folder, name)) if (self.folder / name).exists() else {}
+        if name in self.texts:
+            return parse_json(self.texts[name], name)
+        if self.folder is None or not (self.folder / name).exists():
+            return {}
+        return read_json(inside(self.folder, name))
 
     def copy_to(self, model: Path) -> None:
         """Put everything into a model folder of ours."""
         place = model / SOURCE
         place.mkdir()
-        config = inside(self.folder, CONFIG)
-        if read_json(config) == self.config:
+        config = None if self.folder is None else inside(self.folder, CONFIG)
+        if config is not None and read_json(config) == self.config:
             (place / CONFIG).write_bytes(config.read_bytes())
-        else:  # it notes keys that were ignored
+        else:  # it notes keys that were ignored, or was never a file
             (place / CONFIG).write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
-        copy_companions(self.folder, place)
+        if self.folder is not None:
+            copy_companions(self.folder, place)
+        for name, text in self.texts.items():
+            (place / name).write_text(text, encoding="utf-8")
         if self.copies:
             (place / _TENSORS).write_text(json.dumps({"copies": list(self.copies)}) + "\n")
 

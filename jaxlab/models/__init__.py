@@ -13,6 +13,7 @@ with epy.lazy_api_imports(globals()):
         ExactTokens,
         FullAttentionConfig,
         InfLLM,
+        LatentConfig,
         LayerKind,
         LearnedPositions,
         MllamaVisionConfig,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.models.batch import Batch
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, ViTConfig
+from jaxlab.models.config import LearnedPositions, ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, Params, bind
 from jaxlab.models.kv_cache import Cache
@@ -99,8 +99,9 @@ class Decoder(nnx.Module):
         c, std = config, config.initializer_range
         self.config = c
         self.embedding = Embedding(c.embedding_rows, c.width, "vocab", std, init)
-        learned = c.position.kind == "learned"
-        self.position = Embedding(c.max_length, c.width, "position", std, init) if learned else None
+        learned = c.position if isinstance(c.position, LearnedPositions) else None
+        rows = 0 if learned is None else learned.offset + c.max_length
+        self.position = Embedding(rows, c.width, "position", std, init) if learned is not None else None
         self.final_norm = layer_norm(c, init)
         self.head = None if c.tie_embeddings else Head(c, init)
         # Stacked on a leading axis L; those with an MLP before others with experts stand apart.
@@ -171,8 +172,10 @@ class Decoder(nnx.Module):
             x = place_images(x, tokens, images.tokens, c.image_token)
             if images.deep is not None:
                 additions = scatter_deep(images.deep, tokens, c.image_token)
-        if self.position is not None:
-            x = x + self.position(context.positions, x.dtype)
+        if isinstance(c.position, LearnedPositions):
+            assert self.position is not None
+            row = context.positions + c.position.offset if c.position.offset else context.positions
+            x = x + self.position(row, x.dtype)
         return x, context, additions
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -36,8 +36,8 @@ class Arguments:
     """Stream text from a model."""
 
     model: Annotated[str, POSITIONAL]
-    """A model folder, ours or Hugging Face's; a hub id; a .bin file of llama2.c; a run folder, or the config
-    of a finished train run."""
+    """A model folder, ours or Hugging Face's; a hub id; a .gguf file; a .bin file of llama2.c; a run folder,
+    or the config of a finished train run."""
     prompt: str = ""
     """The text to go on from, or to answer (see chat)."""
     prompts: str | None = None
@@ -82,6 +82,10 @@ class Arguments:
     """Prompts that are read together."""
     format: Literal["text", "jsonl"] | None = None
     """Of what is written; by default text for one answer, JSON Lines for several."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of config.json that no family knows, to leave out."""
+    ignore_tensors: tuple[str, ...] = ()
+    """Tensors to leave out: names, with * and ? for what varies."""
     prefill_chunk: int | None = None
     """Read the prompt so many tokens at a time: less memory for long ones. Not with images."""
 
@@ -123,7 +127,11 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    opened = open_model(model_folder(arguments.model))
+    opened = open_model(
+        model_folder(arguments.model),
+        ignore_keys=arguments.ignore_keys,
+        ignore_tensors=arguments.ignore_tensors,
+    )
     folder, config = opened.path, opened.config
     if opened.tokenizer is None and config.family != "jaxlab":
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
@@ -139,7 +147,7 @@ def run(arguments: Arguments) -> None:
     for note in notes:
         _note(note)
 
-    params = opened.read()
+    params = opened.read(not_finite="warn")
     single = len(answers) == 1
     form = arguments.format or ("text" if single else "jsonl")
     for made, pieces in fill_all(

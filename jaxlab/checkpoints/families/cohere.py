@@ -49,7 +49,6 @@ def _read_common(s: Settings, theta: float) -> dict[str, Any]:
         "position": dataclasses.replace(rope.read_rope(s, theta), interleaved=True),
         "norm": "layer",
         "norm_bias": False,
-        "norm_eps": s.number("layer_norm_eps"),
         "parallel": True,
         "attention_bias": bias,
         "output_bias": bias,
@@ -58,11 +57,8 @@ def _read_common(s: Settings, theta: float) -> dict[str, Any]:
 
 
 def _write_common(config: ModelConfig, model_type: str, architecture: str) -> Json:
-    keys = language.write_decoder(config, model_type, architecture)
-    del keys["rms_norm_eps"]
     return {
-        **keys,
-        "layer_norm_eps": config.norm_eps,
+        **language.write_decoder(config, model_type, architecture),
         "attention_bias": config.attention_bias,
         "logit_scale": config.logit_scale,
     }
@@ -90,7 +86,7 @@ def read_second(config: Json) -> ModelConfig:
     if s.value("layer_switch", period) != period and "layer_types" not in s:
         raise s.refuse("layer_switch", f"sliding_window_pattern says {period}")
     fields = _read_common(s, 10000.0)
-    fields["position"] = language.turning(fields["position"], attention)
+    fields["position"] = rope.in_sliding_layers(fields["position"], attention)
     return language.read_decoder(s, **fields, attention=attention)
 
 

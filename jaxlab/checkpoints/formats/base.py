@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # jax is imported where a tensor, or the shape of one, is ask
     from jaxlab.models import Params
     from jaxlab.processing import Processor
 
-Form = Literal["orbax", "huggingface", "llama2c"]
+Form = Literal["orbax", "huggingface", "llama2c", "gguf"]
 NotFinite = Literal["take", "warn", "refuse"]
 """What to do about NaN and infinities among the parameters."""
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -117,6 +117,11 @@ class OpenModel(abc.ABC):
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
         return load_processor(self.companion_folder, kinds, config=None if source is None else source.config)
+
+    @property
+    def dequantized(self) -> str | None:
+        """The types that tensors are dequantised from, so that they are not the original's; None: none."""
+        return None
 
     @property
     def made_by(self) -> dict[str, Any] | None:

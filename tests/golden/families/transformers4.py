@@ -3,7 +3,7 @@
 from typing import Any
 
 Json = dict[str, Any]
-NEW = ("ministral", "exaone4")
+NEW = ("ministral", "exaone4", "gpt_oss")
 """Families that came with `layer_types`."""
 
 
@@ -34,12 +34,23 @@ def config_of_transformers_4(config: Json) -> Json:
     rope = old.pop("rope_parameters", None)
     if rope is None:
         return old
-    if "full_attention" in rope:  # Gemma 3: one base for each kind of layer
-        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if "full_attention" in rope:  # Gemma 3: one base for each kind of layer; OLMo 3: one for both
+        if old["model_type"] != "olmo3":
+            old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     if rope["rope_type"] == "axial":  # vision towers of Qwen: the base was fixed
         return old
     rope = dict(rope)
+    partial = rope.pop("partial_rotary_factor", None)
+    if old["model_type"] == "gpt_neox":
+        old["rotary_pct"], old["rotary_emb_base"] = partial, rope.pop("rope_theta")
+        old["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+        return old
+    if partial is not None:
+        old["partial_rotary_factor"] = partial
+    if "short_factor" in rope:  # Phi-3's group had three keys
+        rope["type"] = rope.pop("rope_type")
+        del rope["original_max_position_embeddings"]
     if "mrope_section" in rope and "mrope_interleaved" not in rope:
         rope["type"] = rope["rope_type"] = "mrope"
     old["rope_theta"] = rope.pop("rope_theta")
