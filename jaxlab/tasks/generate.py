@@ -138,6 +138,8 @@ def run(arguments: Arguments) -> None:
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     prompts = read_all(arguments)
+    if arguments.prefill_chunk is not None and (seen := next((p for p in prompts if p.images), None)):
+        raise UserError(f"{seen.where}: a prompt with images is read at once; leave --prefill_chunk out")
     template = find_template(arguments, opened, prompts)
     if template is not None:
         prompts = render(prompts, template, arguments, opened)
@@ -245,8 +247,7 @@ def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opene
         image_mark=lead,
         place=f"{opened.path}: its chat template",
         where=[prompt.where for prompt in prompts],
-        each=[prompt.variables for prompt in prompts],
-        **arguments.chat_options,
+        each=[{**arguments.chat_options, **prompt.variables} for prompt in prompts],
     )
     texts = show(conversations)
     if mark is not None and any(t.count(mark) != len(p.images) for t, p in zip(texts, prompts, strict=True)):
