@@ -178,8 +178,8 @@ def _parameters(folder: TensorFolder, found: Match) -> str:
 def _stored(folder: TensorFolder) -> str:
     sizes: Counter[str] = Counter()
     for tensor in folder.values():
-        sizes[tensor.dtype.name] += tensor.size
-    return f"{sum(tensor.nbytes for tensor in folder.values()):,} bytes of {_list_dtypes(sizes)}"
+        sizes[tensor.stored_as] += tensor.size
+    return f"{sum(tensor.stored_bytes for tensor in folder.values()):,} bytes of {_list_dtypes(sizes)}"
 
 
 def _list_dtypes(sizes: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""Opening a model, wherever it comes from: a folder of ours or of Hugging Face, a hub id, llama2.c."""
+"""Opening a model, wherever it comes from: a folder of ours or of Hugging Face, a hub id, GGUF, llama2.c."""
 
 import os
 from collections.abc import Sequence
@@ -56,6 +56,10 @@ def open_model(
             ignore_keys=ignore_keys,
             ignore_tensors=ignore_tensors,
         )
+    if form == "gguf" and adapter is None:
+        from jaxlab.checkpoints.formats.gguf_file import GGUFFile
+
+        return GGUFFile(path, ignore_keys=ignore_keys, ignore_tensors=ignore_tensors)
     options = {"adapter": adapter, "ignore-keys": ignore_keys, "ignore-tensors": ignore_tensors}
     for option, given in options.items():
         if given:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape, grouped
+from jaxlab.checkpoints.fused_qkv import fused_shape, join_fused, split_fused
 from jaxlab.checkpoints.tensor_table import Layout, LeafPath, Row, parse
 from jaxlab.errors import UserError
 from jaxlab.models import BRANCHES
@@ -42,7 +42,7 @@ class Entry:
     """Leading axes of a leaf that tell them apart."""
     layout: Layout
     join: int
-    groups: str
+    runs: str
 
     @property
     def path(self) -> LeafPath:
@@ -118,31 +118,27 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
         lead=lead,
         layout=layout,
         join=row.join,
-        groups=row.groups,
+        runs=row.runs,
     )
 
 
 def to_hf(params: Mapping[str, Any], entry: Entry) -> Stack:
     """The tensors of an entry in Hugging Face's shape, stacked on one leading axis N."""
-    parts: list[Any] = []
-    shapes = [leaf_at(params, path).shape[entry.lead :] for path in entry.paths]
+    parts = []
     for path in entry.paths:
         leaf = leaf_at(params, path)
         flat = leaf.reshape(len(entry.names), *leaf.shape[entry.lead :])
-        theirs = entry.layout.to_theirs(flat, lead=1)
-        parts.append(grouped(theirs, entry.layout, entry.join, shapes, entry.groups, lead=1))
-    if len(parts) == 1:
-        return parts[0]
-    module: Any = np if all(isinstance(part, np.ndarray) for part in parts) else jax.numpy
-    joined = module.concatenate(parts, axis=entry.join + 1 + bool(entry.groups))
-    return joined.reshape(len(entry.names), *fused_shape(entry.layout, entry.join, shapes))
+        parts.append(entry.layout.to_theirs(flat, lead=1))
+    shapes = [leaf_at(params, path).shape[entry.lead :] for path in entry.paths]
+    module = np if all(isinstance(part, np.ndarray) for part in parts) else jax.numpy
+    return join_fused(parts, entry.layout, entry.join, shapes, runs=entry.runs, lead=1, module=module)
 
 
 def from_hf(tensors: Stack, entry: Entry, template: Mapping[str, Any]) -> dict[LeafPath, Leaf]:
     """The inverse of `to_hf`: leaves with the shapes that they have in `template`."""
     shapes = [leaf_at(template, path).shape for path in entry.paths]
     own = [shape[entry.lead :] for shape in shapes]
-    parts = fused_parts(tensors, entry.layout, entry.join, own, entry.groups, lead=1)
+    parts = split_fused(tensors, entry.layout, entry.join, own, runs=entry.runs, lead=1)
     return {
         path: entry.layout.to_ours(part, shape[entry.lead :], lead=1).reshape(shape)
         for path, shape, part in zip(entry.paths, shapes, parts, strict=True)

@@ -40,9 +40,9 @@ class Row:
     """Of one tensor; see Layout."""
     join: int = 0
     """The axis of theirs along which several leaves are joined."""
-    groups: str = ""
-    """They are joined anew in each of so many groups as the last leaf's axis of this letter is long (GPT-NeoX
-    has q, k and v of the first head, then of the second); empty: one leaf after the other."""
+    runs: str = ""
+    """Several leaves: the axis of ours of whose least size there are so many runs, each with a piece of every
+    leaf; empty: each leaf is one piece."""
     numbers: tuple[int, ...] = ()
     """Theirs of our layers 0, 1, ..., where they are not the same."""
     skips: tuple[int, ...] = ()

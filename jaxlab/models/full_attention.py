@@ -50,14 +50,16 @@ class FullAttention(Attention):
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
         if tap.probe is not None:
-            if c.attention_softcap is not None or context.together is not None:
-                raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
+            if c.attention_softcap is not None or self.sinks is not None or context.together is not None:
+                raise ValueError(
+                    "flows and blocking know no softcap, no sinks and no images that see themselves whole"
+                )
             return probed_attention(
                 q, k, v, tap.probe, segment_ids=segment_ids, window=window, scale=c.score_scale
             )
         if tap.wants("attention_scores", "attention_pattern"):
             mask = attention_mask(context, k.shape[1], window)
-            return softmax_attention(q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, tap=tap)
+            return self._softmax(q, k, v, mask, tap)
         if cached or not context.causal:
             return self._part_output(q, k, v, context, window)
 
@@ -99,7 +101,7 @@ class FullAttention(Attention):
             )
         if implementation in ("xla", "chunked"):
             mask = attention_mask(context, k.shape[1], window, part)
-            return softmax_attention(q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap)
+            return self._softmax(q, k, v, mask)
         kwargs: dict[str, Any] = {"implementation": implementation, "scale": c.score_scale}
         marks = (context.segment_ids, context.together, context.visible, context.apart)
         plain = all(mark is None for mark in marks)
@@ -111,6 +113,12 @@ class FullAttention(Attention):
         with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
             return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
+    def _softmax(self, q: Array, k: Array, v: Array, mask: Array, tap: Tap = NO_TAP) -> Array:
+        c, sinks = self.config, None if self.sinks is None else self.sinks[...]
+        return softmax_attention(
+            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap
+        )
+
 
 def softmax_attention(
     q: Float[Array, "B T H Dk"],
@@ -120,10 +128,12 @@ def softmax_attention(
     *,
     scale: float,
     cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     tap: Tap = NO_TAP,
 ) -> Float[Array, "B T H Dv"]:
     """softmax(cap(scale q k)) v. Scores and softmax in float32, the output in the dtype of v.
 
+    `sinks` stand beside the scores of every query of their head and have no value: what goes to them is lost.
     Dk and Dv may differ, unlike in jax.nn.dot_product_attention. A score has one row for each query and head
     of a group: with an axis for each, XLA takes half as long again on a CPU.
     """
@@ -140,7 +150,13 @@ def softmax_attention(
     )
     scores = jnp.where(of_rows, softcap(scores, cap), jnp.finfo(jnp.float32).min)
     scores = tap_heads("attention_scores", scores)
-    weights = tap_heads("attention_pattern", jax.nn.softmax(scores, axis=-1).astype(v.dtype))
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        beside = sinks.astype(jnp.float32).reshape(1, k.shape[2], groups, 1)
+        beside = jnp.broadcast_to(beside, (batch, k.shape[2], groups, length)).reshape(*scores.shape[:3], 1)
+        weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
+    weights = tap_heads("attention_pattern", weights.astype(v.dtype))
     out = jnp.einsum("bhrs,bshd->bhrd", weights, v)
     return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
 

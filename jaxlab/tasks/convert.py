@@ -28,7 +28,8 @@ class Arguments:
     """Write a model in another form."""
 
     in_: Annotated[str, POSITIONAL]
-    """A folder of Hugging Face or of ours, a hub id, a run folder, or a .bin file of llama2.c."""
+    """A folder of Hugging Face or of ours, a hub id, a run folder, a .gguf file, or a .bin file of
+    llama2.c."""
     out: Annotated[str, POSITIONAL]
     """The folder to write."""
     to: Literal["hf", "orbax"] | None = None
@@ -67,6 +68,8 @@ def run(arguments: Arguments) -> None:
     shapes = opened.shapes_in(arguments.dtype)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     print(f"{opened.path}: {opened.summary}")
+    if opened.dequantized is not None:
+        print(f"{opened.path}: dequantised from {opened.dequantized}")
     print(f"{opened.config.family}, {count_params(shapes):,} parameters, {size:,} bytes per device")
     if arguments.check:
         return
@@ -110,11 +113,12 @@ def _open(arguments: Arguments) -> OpenModel:
 
 
 def _tokenizer(opened: OpenModel) -> Tokenizer | None:
-    """What can be read of it: a folder with SentencePiece's format alone is copied as it is."""
+    """What can be read of it: a folder with SentencePiece's format alone is copied as it is, and a GGUF file
+    is converted even if the way in which its text is cut is not known."""
     try:
         return opened.tokenizer
     except UserError as error:
-        if opened.form != "huggingface":
+        if opened.form not in ("huggingface", "gguf"):
             raise
         print(f"note: {error}")
         return None

@@ -37,7 +37,8 @@ def test_public_checkpoints_are_read(name):
     notes = [str(w.message) for w in said]
     assert len(notes) == (name in NOTED)
     assert NOTED.get(name, "") in "".join(notes)
-    text = PUBLIC[name].get("text_config", PUBLIC[name])
+    told = PUBLIC[name]
+    text = told.get("text_config", told.get("llm_config", told))
     assert (config.width, config.num_layers) == (text["hidden_size"], text["num_hidden_layers"])
 
 
@@ -83,6 +84,7 @@ WITHOUT_EFFECT = {
     "rope_theta": "where rope_parameters says it",
     "rope_local_base_freq": "where rope_parameters says it",
     "sliding_window_pattern": "where layer_types says it",
+    "max_position_embeddings": "where yarn reaches further",
     "no_rope_layer_interval": "where no_rope_layers says it",
     "original_max_position_embeddings": "of models whose positions are not stretched",
     "partial_rotary_factor": "of GPT-NeoX, where rotary_pct says it",

@@ -17,7 +17,20 @@ CASES = [case for case in folders.CASES if "vision_config" not in folders.config
 LAYOUTS = [(case, i) for case in CASES for i in range(len(folders.layouts(case)))]
 STATEFUL = ("llama_dynamic", "phi3_longrope")
 """Their positions turn by the longest sequence of a batch."""
-SLOW = ("llama_tied", "mistral", "qwen3", "gpt_neox", "olmo3", "smollm3_window", "phi3", "stablelm_parallel")
+SLOW = (
+    "llama_tied",
+    "mistral",
+    "qwen3",
+    "gpt_neox",
+    "olmo3",
+    "smollm3_window",
+    "phi3",
+    "stablelm_parallel",
+    "ministral",
+    "cohere2",
+    "exaone4",
+    "qwen2_moe",
+)
 GENERATED = (
     "gpt2",
     "gptj",
@@ -29,6 +42,7 @@ GENERATED = (
     "gemma3_text",
     "mixtral_window",
     "qwen3_moe",
+    "gpt_oss",
     "ministral",
     *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints.families.jaxlab import ROWS as TABLE
-from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape, grouped
+from jaxlab.checkpoints.fused_qkv import fused_shape, join_fused, split_fused
 from jaxlab.checkpoints.tensor_map import entries, host_tensors, to_hf
 from jaxlab.checkpoints.tensor_table import parse
 from jaxlab.errors import UserError
@@ -117,10 +117,10 @@ FUSED = {
 
 @pytest.mark.parametrize("name", FUSED)
 def test_a_fused_tensor_is_taken_apart_and_put_together(name):
-    text, axis, groups, shapes = FUSED[name]
+    text, axis, runs, shapes = FUSED[name]
     layout = parse(text)
     tensor = np.arange(np.prod(fused_shape(layout, axis, shapes))).reshape(fused_shape(layout, axis, shapes))
-    parts = fused_parts(tensor, layout, axis, shapes, groups)
+    parts = split_fused(tensor, layout, axis, shapes, runs=runs)
     leaves = [layout.to_ours(part, shape) for part, shape in zip(parts, shapes, strict=True)]
     if name == "grouped heads":  # rows of one head of a key: 3 x 4 of queries, 4 of the key, 4 of the value
         rows = tensor.reshape(2, 20, 5)
@@ -131,7 +131,6 @@ def test_a_fused_tensor_is_taken_apart_and_put_together(name):
     if name == "neurons":
         np.testing.assert_array_equal(leaves[0], tensor[..., ::2])
         np.testing.assert_array_equal(leaves[1], tensor[..., 1::2])
-    back = np.zeros_like(tensor)
-    for leaf, part in zip(leaves, fused_parts(back, layout, axis, shapes, groups), strict=True):
-        part[...] = grouped(layout.to_theirs(leaf), layout, axis, shapes, groups)
+    theirs = [layout.to_theirs(leaf) for leaf in leaves]
+    back = join_fused(theirs, layout, axis, shapes, runs=runs, module=np)
     np.testing.assert_array_equal(back, tensor)

@@ -21,6 +21,7 @@ FAMILIES = (
     "paligemma",
     "gemma3",
     "idefics3",
+    "smolvlm",
     "idefics2",
     "mistral3",
     "mllama",
@@ -80,7 +81,7 @@ GENERATED = (
     "mistral3",
     "mllama",
 )
-"""One of each family: two programs are compiled for each."""
+"""One of each family but SmolVLM's, which is Idefics3's arithmetic: two programs are compiled for each."""
 
 
 @pytest.mark.parametrize("case", GENERATED)
@@ -104,7 +105,7 @@ def test_every_tensor_comes_back_bit_for_bit(case):
 
 def test_every_family_has_a_case():
     assert {folders.config(case)["model_type"] for case in CASES} == set(FAMILIES)
-    assert {folders.config(case)["model_type"] for case in GENERATED} == set(FAMILIES)
+    assert {folders.config(case)["model_type"] for case in GENERATED} == set(FAMILIES) - {"smolvlm"}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -86,7 +86,7 @@ def read_second(config: Json) -> ModelConfig:
     if s.value("layer_switch", period) != period and "layer_types" not in s:
         raise s.refuse("layer_switch", f"sliding_window_pattern says {period}")
     fields = _read_common(s, 10000.0)
-    fields["position"] = language.turning(fields["position"], attention)
+    fields["position"] = rope.in_sliding_layers(fields["position"], attention)
     return language.read_decoder(s, **fields, attention=attention)
 
 

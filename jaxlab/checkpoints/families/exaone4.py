@@ -38,7 +38,7 @@ def read_config(config: Json) -> ModelConfig:
     position = rope.read_rope(s)
     return language.read_decoder(
         s,
-        position=language.turning(position, attention),
+        position=rope.in_sliding_layers(position, attention),
         attention=attention,
         pre_norms=False,
         post_norms=True,

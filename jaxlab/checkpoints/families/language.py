@@ -1,6 +1,5 @@
 """What language-model families share: the rows of Llama's names, and the common keys of config.json."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from jaxlab.models import (
     FullAttentionConfig,
     LayerKind,
     ModelConfig,
-    RopeConfig,
     SlidingAttentionConfig,
 )
 
@@ -193,13 +191,6 @@ def layer_types(config: ModelConfig) -> list[str]:
         if kind not in names:
             raise UserError(f"the family {config.family} has no attention of kind {kind}")
     return [names[kind] for kind in config.kinds]
-
-
-def turning(position: RopeConfig, attention: AttentionConfig) -> RopeConfig:
-    """Rotary positions of a model whose sliding layers have them and whose full ones have none (Cohere2)."""
-    if not isinstance(attention, SlidingAttentionConfig):
-        return position
-    return dataclasses.replace(position, layers=tuple(kind == "sliding" for kind in attention.pattern))
 
 
 def attention_of(window: int | None) -> AttentionConfig:

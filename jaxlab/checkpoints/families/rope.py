@@ -8,7 +8,14 @@ from typing import Any
 from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, NoPositions, PositionConfig, RopeConfig
+from jaxlab.models import (
+    AttentionConfig,
+    ModelConfig,
+    NoPositions,
+    PositionConfig,
+    RopeConfig,
+    SlidingAttentionConfig,
+)
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -152,6 +159,13 @@ def in_layers(rope: RopeConfig, turned: Sequence[bool]) -> PositionConfig:
     if not any(turned):
         return NoPositions()
     return rope if all(turned) else dataclasses.replace(rope, layers=period_of(tuple(turned)))
+
+
+def in_sliding_layers(rope: RopeConfig, attention: AttentionConfig) -> PositionConfig:
+    """Of a model whose sliding layers have positions; full ones beside them have none (Cohere2)."""
+    if not isinstance(attention, SlidingAttentionConfig):
+        return rope
+    return in_layers(rope, [kind == "sliding" for kind in attention.pattern or ("sliding",)])
 
 
 def period_of[T](values: tuple[T, ...]) -> tuple[T, ...]:

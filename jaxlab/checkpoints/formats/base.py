@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # jax is imported where a tensor, or the shape of one, is ask
     from jaxlab.models import Params
     from jaxlab.processing import Processor
 
-Form = Literal["orbax", "huggingface", "llama2c"]
+Form = Literal["orbax", "huggingface", "llama2c", "gguf"]
 NotFinite = Literal["take", "warn", "refuse"]
 """What to do about NaN and infinities among the parameters."""
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -75,6 +76,21 @@ class OpenModel(abc.ABC):
         return None if self.source_files is None else self.source_files.chat_template
 
     @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """All of them by name."""
+        return {} if self.source_files is None else self.source_files.chat_templates
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Tokens by the names that chat templates ask for: bos_token, eos_token, ..."""
+        return {} if self.source_files is None else self.source_files.special_tokens
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """How the model's authors sample from it, as generation_config.json says it."""
+        return {} if self.source_files is None else self.source_files.generation
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, by the files of the model; none where they say nothing."""
         return frozenset() if self.source_files is None else self.source_files.end_tokens
@@ -101,6 +117,11 @@ class OpenModel(abc.ABC):
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
         return load_processor(self.companion_folder, kinds, config=None if source is None else source.config)
+
+    @property
+    def dequantized(self) -> str | None:
+        """The types that tensors are dequantised from, so that they are not the original's; None: none."""
+        return None
 
     @property
     def made_by(self) -> dict[str, Any] | None:

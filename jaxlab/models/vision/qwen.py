@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, NoPositions, QwenVisionConfig, RopeConfig
+from jaxlab.models.config import ModelConfig, QwenVisionConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Embedding, Norm, linear
@@ -46,7 +46,7 @@ def tower_config(config: ModelConfig) -> ModelConfig:
         activation=v.activation,
         norm=v.norm,
         norm_eps=EPSILON,
-        position=NoPositions(),
+        position=RopeConfig(theta=THETA),
         attention_bias=True,
         mlp_bias=True,
         compute_dtype=config.compute_dtype,

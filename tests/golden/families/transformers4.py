@@ -3,7 +3,7 @@
 from typing import Any
 
 Json = dict[str, Any]
-NEW = ("ministral", "exaone4")
+NEW = ("ministral", "exaone4", "gpt_oss")
 """Families that came with `layer_types`."""
 
 

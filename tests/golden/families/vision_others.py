@@ -222,32 +222,56 @@ def idefics3_inputs(
     return batch(generator, rows, [IMAGE]) | {"pixel_values": values, "pixel_attention_mask": mask}
 
 
+def idefics3(name: str, awkward: str, model: str, tokens: int, config: Callable[[], Any]) -> Case:
+    seen = image(tokens)
+    return Case(
+        name=name,
+        model=model,
+        awkward=awkward,
+        config=config,
+        inputs=lambda generator: idefics3_inputs(
+            generator, [[5, seen, 3, seen, 6], [9, seen, 5 + tokens]], [2, 1]
+        ),
+        prompt=lambda generator, long: idefics3_inputs(generator, [[3, seen, 4]], [1]),
+        special=(IMAGE,),
+        no_effect=r"k_proj\.bias",
+    )
+
+
+SIGLIP_24: dict[str, Any] = dict(
+    hidden_size=24,
+    intermediate_size=34,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=24,
+    patch_size=4,
+)
 IDEFICS3 = [
-    Case(
-        name="idefics3",
-        model="Idefics3ForConditionalGeneration",
-        awkward="an image that fills its tile in part: fractional positions and a mask "
+    idefics3(
+        "idefics3",
+        "an image that fills its tile in part: fractional positions and a mask "
         "on patches; 3 x 3 pixel shuffle; "
         "two images in one row, one and padding in the other; untied Llama",
-        config=lambda: hf.Idefics3Config(
-            vision_config=dict(
-                hidden_size=24,
-                intermediate_size=34,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=24,
-                patch_size=4,
-            ),
+        "Idefics3ForConditionalGeneration",
+        4,
+        lambda: hf.Idefics3Config(
+            vision_config=dict(SIGLIP_24),
             text_config=hf.LlamaConfig(**TEXT),
             image_token_id=IMAGE,
             scale_factor=3,
         ),
-        inputs=lambda generator: idefics3_inputs(
-            generator, [[5, image(4), 3, image(4), 6], [9, image(4), 9]], [2, 1]
+    ),
+    idefics3(
+        "smolvlm",
+        "as idefics3, under another type; 2 x 2 pixel shuffle",
+        "SmolVLMForConditionalGeneration",
+        9,
+        lambda: hf.SmolVLMConfig(
+            vision_config=dict(SIGLIP_24),
+            text_config=hf.LlamaConfig(**TEXT),
+            image_token_id=IMAGE,
+            scale_factor=2,
         ),
-        prompt=lambda generator, long: idefics3_inputs(generator, [[3, image(4), 4]], [1]),
-        special=(IMAGE,),
-        no_effect=r"k_proj\.bias",
     ),
 ]
 
