@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab.checkpoints.safetensors_file import parse_json
-from jaxlab.checkpoints.tensor_folder import CONFIG, copy_companions, inside, read_json
+from jaxlab.checkpoints.tensor_folder import (
+    CHAT_TEMPLATES,
+    CONFIG,
+    additional_chat_templates,
+    copy_companions,
+    inside,
+    read_json,
+)
 from jaxlab.errors import UserError
 
 SOURCE, _TENSORS = "huggingface", "tensors.json"
+MAX_TEMPLATE = 1 << 20
+"""Bytes of a chat template; real ones are a few kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +47,80 @@ class SourceFiles:
         Raises:
           UserError: a file that says so is damaged.
         """
-        for said in (self._json("generation_config.json"), self.config):
-            found = said.get("eos_token_id", (said.get("text_config") or {}).get("eos_token_id"))
+        inner = self.config.get("text_config") or self.config.get("llm_config")
+        for said in (self.generation, self.config, inner if isinstance(inner, dict) else {}):
+            found = said.get("eos_token_id")
             ids = found if isinstance(found, list) else [found]
             if all(type(token) is int for token in ids):
                 return frozenset(ids)
         return frozenset()
 
     @functools.cached_property
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json says; nothing where there is none.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        return self._json("generation_config.json")
+
+    @property
     def chat_template(self) -> str | None:
         """The default chat template, in Jinja; None without one.
 
         Raises:
           UserError: a file that says so is damaged.
         """
+        return self.chat_templates.get("default")
+
+    @functools.cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """All chat templates by name, in Jinja: files of their own go before what JSON files hold.
+
+        Raises:
+          UserError: a file that says so is damaged.
+        """
+        files = () if self.folder is None else additional_chat_templates(self.folder)
+        texts = {name.removesuffix(".jinja"): self._text(name, CHAT_TEMPLATES) for name in files}
         if "chat_template.jinja" in self.texts:
-            return self.texts["chat_template.jinja"]
-        if self.folder is not None and (self.folder / "chat_template.jinja").exists():
-            path = inside(self.folder, "chat_template.jinja")
-            try:
-                return path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                raise UserError(f"{path}: not a text file in UTF-8") from None
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            found = self._json(name).get("chat_template")
+            texts["default"] = self.texts["chat_template.jinja"]
+        elif self.folder is not None and (self.folder / "chat_template.jinja").exists():
+            texts["default"] = self._text("chat_template.jinja")
+        for place in ("chat_template.json", "tokenizer_config.json"):
+            found = self._json(place).get("chat_template")
             if isinstance(found, list):  # several, by name
-                named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-                found = named.get("default")
-            if isinstance(found, str):
-                return found
-        return None
+                found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+            named: dict[Any, Any] = found if isinstance(found, dict) else {"default": found}
+            if "default" not in texts:
+                named = {n: t for n, t in named.items() if isinstance(n, str) and isinstance(t, str)}
+                texts = {**named, **texts}
+        return texts
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Tokens by the names under which chat templates ask for them: bos_token, eos_token, ...
+
+        Raises:
+          UserError: a file that says so is damaged.
+        """
+        said = self._json("tokenizer_config.json")
+        if "added_tokens_decoder" not in said:  # an older folder
+            said = {**said, **self._json("special_tokens_map.json")}
+        extra = said.get("extra_special_tokens")
+        said = {**said, **(extra if isinstance(extra, dict) else {})}
+        named = {key: value for key, value in said.items() if isinstance(key, str) and key.endswith("_token")}
+        texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
+        return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+    def _text(self, name: str, under: str = "") -> str:
+        assert self.folder is not None
+        path = inside(self.folder, name, under)
+        try:
+            if path.stat().st_size > MAX_TEMPLATE:
+                raise UserError(f"{path}: too large for a chat template")
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"{path}: not a text file in UTF-8") from None
 
     def _json(self, name: str) -> dict[str, Any]:
         if name in self.texts:

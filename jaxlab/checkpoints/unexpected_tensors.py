@@ -15,7 +15,7 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, Row
 from jaxlab.errors import UserError
-from jaxlab.models import MllamaVisionConfig, ModelConfig, QwenVisionConfig, ViTConfig
+from jaxlab.models import MllamaVisionConfig, ModelConfig, MoEConfig, QwenVisionConfig, ViTConfig
 
 if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.checkpoints.tensor_map import Entry
@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # names are matched without jax
 
 _SHOWN = 8
 _PARTS = ("gate", "up", "down")
+_LATENT_QUERY = tuple(f"attention.{leaf}" for leaf in ("query_down", "query_latent_norm.scale", "query_up"))
+_LATENT = tuple(
+    f"attention.{leaf}" for leaf in ("kv_down", "shared_key", "kv_latent_norm.scale", "key_up", "value_up")
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -279,26 +283,37 @@ def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
         "attention.key_norm": normed,
     }
     without_bias = ("attention.query_norm", "attention.key_norm") if c.qk_norm == "each_head" else ()
-    leaves = {f"attention.{part}": True for part in ("query", "key", "value", "output")}
+    latent = c.latent is not None
+    latent_query = c.latent is not None and c.latent.query_rank is not None
+    leaves = {"attention.output": True, "attention.query": not latent_query}
+    leaves |= {f"attention.{part}": not latent for part in ("key", "value")}
+    leaves |= dict.fromkeys(_LATENT, latent) | dict.fromkeys(_LATENT_QUERY, latent_query)
     leaves |= {f"attention.{part}_bias": c.attention_bias for part in ("query", "key", "value")}
     leaves |= {f"{norm}.scale": there for norm, there in norms.items()}
     leaves |= {
         f"{norm}.bias": there and layer_norm and norm not in without_bias for norm, there in norms.items()
     }
-    shared = c.moe is not None and experts and c.moe.shared_width > 0
-    leaves |= {f"moe.{part}": experts for part in ("router", *_PARTS)}
-    leaves |= {f"moe.{part}_bias": c.moe is not None and experts and c.moe.bias for part in _PARTS}
-    leaves |= {f"moe.shared.{part}": shared for part in _PARTS}
+    leaves |= _of_experts(c.moe if experts else None)
     return leaves | {
         "attention.output_bias": c.has_output_bias,
         "attention.sinks": c.attention_sinks,
-        "moe.shared_gate": c.moe is not None and experts and c.moe.shared_gate,
-        "moe.router_bias": c.moe is not None and experts and c.moe.router_bias,
-        "moe.choice_bias": c.moe is not None and experts and c.moe.choice_bias,
         "mlp.gate": mlp and gated,
         "mlp.up": mlp,
         "mlp.down": mlp,
         "mlp.gate_bias": mlp and gated and biased,
         "mlp.up_bias": mlp and biased,
         "mlp.down_bias": mlp and biased,
+    }
+
+
+def _of_experts(m: MoEConfig | None) -> dict[str, bool]:
+    if m is None:
+        return {}
+    leaves = dict.fromkeys(("moe.router", *(f"moe.{part}" for part in _PARTS)), True)
+    leaves |= {f"moe.{part}_bias": m.bias for part in _PARTS}
+    leaves |= {f"moe.shared.{part}": m.shared_width > 0 for part in _PARTS}
+    return leaves | {
+        "moe.shared_gate": m.shared_gate,
+        "moe.router_bias": m.router_bias,
+        "moe.choice_bias": m.choice_bias,
     }

@@ -13,6 +13,7 @@ with epy.lazy_api_imports(globals()):
         ExactTokens,
         FullAttentionConfig,
         InfLLM,
+        LatentConfig,
         LayerKind,
         LearnedPositions,
         MllamaVisionConfig,
@@ -50,5 +51,6 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.models.probe import Probe
     from jaxlab.models.rotary import rope_tables, rotary_table, rotate
+    from jaxlab.models.sampling import Sampling
     from jaxlab.models.taps import ACTIVATIONS, Patch, activation_names
     from jaxlab.models.vision.encoders import encode_images, prepare_batch

@@ -12,6 +12,7 @@ from jaxlab.models.context import AttentionContext
 from jaxlab.models.full_attention import FullAttention
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
+from jaxlab.models.latent_attention import LatentAttention
 from jaxlab.models.layers import MLP, Norm, layer_norm
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.moe import MixtureOfExperts
@@ -58,7 +59,8 @@ class Block(nnx.Module):
         c, residual_scale = config, (2 * config.num_layers) ** -0.5
         self.parallel, self.residual_scale = c.parallel, c.residual_scale
         self.attention_norm = layer_norm(c, init) if c.pre_norms else None
-        self.attention = ATTENTION[c.attention.kind](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
+        kind = LatentAttention if c.latent is not None else ATTENTION[c.attention.kind]
+        self.attention = kind(c, residual_scale, init, qk_norm_kind=qk_norm_kind)
         self.mlp_norm = layer_norm(c, init) if c.has_mlp_norm else None
         self.attention_post_norm = layer_norm(c, init) if c.post_norms else None
         self.mlp_post_norm = layer_norm(c, init) if c.post_norms else None

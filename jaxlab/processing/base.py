@@ -85,9 +85,7 @@ class TextPart:
         """The whole text of its pieces: the prompt's, and between them those of the images."""
         return "".join(pieces)
 
-    def of_tokens(
-        self, tokens: Sequence[int], image: int, ones: Sequence[One]
-    ) -> dict[str, np.ndarray]:
+    def of_tokens(self, tokens: Sequence[int], image: int, ones: Sequence[One]) -> dict[str, np.ndarray]:
         """Further arrays of a batch that follow from where the tokens `image` lie in the text."""
         return {}
 

@@ -114,9 +114,7 @@ class MllamaText(TextPart):
     def expand(self, one: One, words: Mapping[str, str]) -> str:
         return words["image"]
 
-    def of_tokens(
-        self, tokens: Sequence[int], image: int, ones: Sequence[One]
-    ) -> dict[str, np.ndarray]:
+    def of_tokens(self, tokens: Sequence[int], image: int, ones: Sequence[One]) -> dict[str, np.ndarray]:
         """cross_attention_mask int32 [1, T, images, most tiles]: 1 on the tiles that a token sees.
 
         From an image's token on up to the next one; of images that follow each other up to where the last

@@ -35,13 +35,38 @@ class Processor:
     model: ProcessorSettings
     """The model's config.json, for the ids of tokens."""
 
+    def mark(self, tokenizer: Tokenizer) -> str:
+        """What stands for an image in a prompt.
+
+        Raises:
+          UserError: the tokenizer lacks it.
+        """
+        return self.text.plain_mark or self._word(self.text.tokens[self.text.mark], tokenizer)
+
+    def lead(self, count: int, tokenizer: Tokenizer) -> str:
+        """What goes before a text that does not say where its images are.
+
+        Raises:
+          UserError: the tokenizer lacks the family's tokens.
+        """
+        words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
+        return self.text.lead(count, words)
+
     def __call__(
-        self, text: str, images: Sequence[ImageSource], tokenizer: Tokenizer
+        self,
+        text: str,
+        images: Sequence[ImageSource],
+        tokenizer: Tokenizer,
+        *,
+        special_tokens: bool | None = None,
     ) -> dict[str, np.ndarray]:
         """The batch of one prompt.
 
         Where the prompt holds no placeholder, the images go before it in the family's usual form; otherwise
         it has to hold one for each.
+
+        Args:
+          special_tokens: whether the tokenizer adds its own; None: as the family has it.
 
         Returns:
           tokens int32[1, T]; images, float32, as the family's processor has its pixel_values; and what the
@@ -76,7 +101,8 @@ class Processor:
         for image, after in zip(expanded, rest, strict=True):
             pieces += [image, after]
         text = self.text.join(pieces, words)
-        tokens = encode(text, tokenizer, special=self.text.special_tokens, where="the prompt")
+        special = self.text.special_tokens if special_tokens is None else special_tokens
+        tokens = encode(text, tokenizer, special=special, where="the prompt")
         self._check_count(tokens, text.count(words["image"]), words["image"], tokenizer)
         batch = {"tokens": np.asarray([tokens], np.int32)}
         if not ones:

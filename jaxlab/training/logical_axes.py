@@ -17,6 +17,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "heads": HEADS,
     "kv_heads": HEADS,
+    "latent": None,
     "layers": None,
     "mlp": HEADS,
     "pixels": None,

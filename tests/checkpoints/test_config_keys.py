@@ -37,7 +37,8 @@ def test_public_checkpoints_are_read(name):
     notes = [str(w.message) for w in said]
     assert len(notes) == (name in NOTED)
     assert NOTED.get(name, "") in "".join(notes)
-    text = PUBLIC[name].get("text_config", PUBLIC[name])
+    told = PUBLIC[name]
+    text = told.get("text_config", told.get("llm_config", told))
     assert (config.width, config.num_layers) == (text["hidden_size"], text["num_hidden_layers"])
 
 

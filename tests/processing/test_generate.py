@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints import SourceFiles
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
+from jaxlab.evaluation import answers
 from jaxlab.models import ViTConfig
 from jaxlab.tasks import generate
 from tests.models.tiny import make_config
@@ -19,14 +20,15 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     folder = write_folder(tmp_path, "llava")
     tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
     config = make_config("vision")
-    config = dataclasses.replace(config, vision=ViTConfig(image_token=3), max_length=99, family="llava+llama")
+    config = dataclasses.replace(config, vocab_size=300, max_length=99, family="llava+llama")
+    config = dataclasses.replace(config, vision=ViTConfig(image_token=260))
     seen = []
     opened = HuggingFaceFolder(folder)  # one without tensors
     opened.config, opened.tokenizer, opened.read = config, tokenizer, dict
     opened.source_files = SourceFiles(folder, opened.config_json)
     monkeypatch.setattr(generate, "open_model", lambda path: opened)
     monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)
-    monkeypatch.setattr(generate, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
+    monkeypatch.setattr(answers, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
     images = tuple(str(GOLDEN / image) for image in CASES["llava"]["images"])
     generate.run(generate.Arguments(str(folder), prompt=CASES["llava"]["text"], image=images))
     expected = load_processor(folder)(CASES["llava"]["text"], images, tokenizer)

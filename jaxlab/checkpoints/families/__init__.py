@@ -5,6 +5,7 @@ a family under other names; "mllama+llama@3,8" one whose layers 3 and 8 are not 
 docs/families.md tells how to add one.
 """
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -31,11 +32,13 @@ __all__ = [
     "find_by_model_type",
     "head_name",
     "ignored",
+    "image_word",
     "names_of",
     "processor_kinds",
     "read_config",
     "recorded",
     "rows_of",
+    "with_image_token",
 ]
 
 
@@ -135,6 +138,21 @@ def processor_kinds(name: str) -> "tuple[ProcessorKind, ...]":
         raise UserError(f"the family {family.name} has no processor of images; those with one: {known}")
     others = (f.processor for f in all_families().values() if f.processor is not None and f is not family)
     return (family.processor(), *(make() for make in others))
+
+
+def image_word(config: ModelConfig, told: Json) -> str | None:
+    """What the placeholder of a model is called, where its config.json does not tell the id; else None."""
+    return None if "image_token_id" in told else find(config.family).image_word
+
+
+def with_image_token(config: ModelConfig, token: int) -> ModelConfig:
+    """The model with another placeholder.
+
+    Raises:
+      UserError: the token is beyond its embedding.
+    """
+    vision = None if config.vision is None else dataclasses.replace(config.vision, image_token=token)
+    return dataclasses.replace(config, vision=vision)
 
 
 def names_of(name: str) -> tuple[str, ...]:

@@ -39,6 +39,9 @@ class Family:
     """Variants whose tensors lie otherwise, by a word for each: rows in place of the family's."""
     processor: "Callable[[], ProcessorKind] | None" = None
     """How images and text become a batch, of a vision-language model; a function, since it needs Pillow."""
+    image_word: str | None = None
+    """What stands for a patch in the tokenizer, of a family whose config.json does not tell its id
+    (`image_token_id`)."""
 
 
 def renamed(rows: Rows, renames: Renames) -> Rows:

@@ -157,7 +157,7 @@ def in_layers(rope: RopeConfig, turned: Sequence[bool]) -> PositionConfig:
 
 
 def in_sliding_layers(rope: RopeConfig, attention: AttentionConfig) -> PositionConfig:
-    """Of a model whose sliding layers have positions and whose full ones, beside them, have none (Cohere2)."""
+    """Of a model whose sliding layers have positions; full ones beside them have none (Cohere2)."""
     if not isinstance(attention, SlidingAttentionConfig):
         return rope
     return in_layers(rope, [kind == "sliding" for kind in attention.pattern or ("sliding",)])

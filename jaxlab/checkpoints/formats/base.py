@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -73,6 +74,21 @@ class OpenModel(abc.ABC):
     def chat_template(self) -> str | None:
         """Of several templates the default one, in Jinja; None: the model has none."""
         return None if self.source_files is None else self.source_files.chat_template
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """All of them by name."""
+        return {} if self.source_files is None else self.source_files.chat_templates
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Tokens by the names that chat templates ask for: bos_token, eos_token, ..."""
+        return {} if self.source_files is None else self.source_files.special_tokens
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """How the model's authors sample from it, as generation_config.json says it."""
+        return {} if self.source_files is None else self.source_files.generation
 
     @property
     def end_tokens(self) -> frozenset[int]:

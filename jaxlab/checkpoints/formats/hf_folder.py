@@ -77,7 +77,15 @@ class HuggingFaceFolder(OpenModel):
     @functools.cached_property
     def described(self) -> ModelConfig:
         """What config.json describes, whatever the tensors are."""
-        return families.read_config(self.tensors.config, self.path, ignore_keys=self.ignore_keys)
+        config = families.read_config(self.tensors.config, self.path, ignore_keys=self.ignore_keys)
+        word = families.image_word(config, self.config_json)
+        if word is None:
+            return config
+        try:
+            token = None if self.tokenizer is None else self.tokenizer.token_to_id(word)
+        except UserError:  # said where the tokenizer is needed
+            token = None
+        return config if token is None else families.with_image_token(config, token)
 
     @functools.cached_property
     def template(self) -> "Params":

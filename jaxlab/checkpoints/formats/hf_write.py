@@ -102,7 +102,10 @@ def huggingface_config(config: ModelConfig, source_files: SourceFiles | None) ->
     if source_files is None:
         return families.find(family).write_config(dataclasses.replace(config, family=family))
     text, where = source_files.config, CONFIG if source_files.folder is None else source_files.folder / CONFIG
-    different = difference(config, families.read_config(text, where))
+    described = families.read_config(text, where)
+    if families.image_word(described, text) is not None:  # the tokenizer told it
+        described = families.with_image_token(described, config.image_token)
+    different = difference(config, described)
     if different is not None:
         raise UserError(f"{where}: not this model any more: {different}")
     return text
@@ -122,7 +125,7 @@ def _with_dtype(text: Json, name: str) -> Json:
     text = {key: value for key, value in text.items() if key != "quantization_config"}
     for key in {"torch_dtype", "dtype"} & set(text) or {"torch_dtype"}:
         text[key] = name
-    for key in ("text_config", "vision_config"):
+    for key in ("text_config", "llm_config", "vision_config"):
         inner = text.get(key)
         if isinstance(inner, dict) and {"torch_dtype", "dtype"} & set(inner):
             text[key] = _with_dtype(inner, name)

@@ -8,6 +8,7 @@ from jaxlab.errors import ConfigError
 from jaxlab.models.config.attention import (
     AttentionConfig,
     FullAttentionConfig,
+    LatentConfig,
     NSAConfig,
     SlidingAttentionConfig,
 )
@@ -100,6 +101,8 @@ class ModelConfig:
     """Logits are cap * tanh(logit / cap) (Gemma 2)."""
     attention: AttentionConfig = FullAttentionConfig()
     """The attention of every layer."""
+    latent: LatentConfig | None = None
+    """Queries, keys and values come from narrow latents (DeepSeek); none: from the stream."""
     sparsity: SparsityConfig | None = None
     """Sparsity at inference of a model trained with full attention; none reads everything."""
     moe: MoEConfig | None = None
@@ -190,6 +193,7 @@ class ModelConfig:
 
     def _check_attention(self) -> None:
         attention, softcap = self.attention, self.attention_softcap is not None
+        self._check_latent()
         if self.attention_sinks and (
             self.sparsity is not None or getattr(attention, "implementation", "") != "xla"
         ):
@@ -228,6 +232,23 @@ class ModelConfig:
         for why, holds in refused.items():
             if holds and why.startswith(attention.implementation) and attention.implementation != "xla":
                 raise ConfigError(why, key="attention.implementation")
+
+    def _check_latent(self) -> None:
+        if self.latent is None:
+            return
+        turns = isinstance(self.position, RopeConfig) and self.rotary_dim < self.key_dim
+        needs = {
+            "full attention in all layers, without sparsity": (
+                self.attention.kind == "full" and self.sparsity is None
+            ),
+            "attention_bias false": not self.attention_bias,
+            "qk_norm none: its norms are on latents": self.qk_norm == "none",
+            "as many key/value heads as query heads": self.kv_heads == self.num_heads,
+            f"a position.dim below the {self.key_dim} dimensions of a head": turns,
+        }
+        lacking = next((what for what, there in needs.items() if not there), None)
+        if lacking is not None:
+            raise ConfigError(f"needs {lacking}", key="latent")
 
     def _check_experts_and_vision(self) -> None:
         if self.moe is not None:

@@ -5,6 +5,43 @@ from language import BASE, STACKED_EXPERTS, TIED_HEAD_WRITTEN, case
 MOE = BASE | dict(
     num_hidden_layers=3, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, pad_token_id=0
 )
+ROUTED = MOE | dict(
+    num_key_value_heads=4,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.7,
+    n_group=2,
+    topk_group=1,
+    norm_topk_prob=True,
+)
+del ROUTED["num_experts"]
+LATENT = dict(kv_lora_rank=14, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, topk_group=2)
+GROWN = dict(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=0.8,
+)
+
+
+def second_token(layer: int) -> dict:
+    """The layer after the last one, which predicts a second token; its number is that of public models."""
+    name, width = f"model.layers.{layer}", 32
+    extra = [
+        [f"{name}.eh_proj.weight", [width, 2 * width], "F32"],
+        [f"{name}.enorm.weight", [width], "F32"],
+        [f"{name}.shared_head.head.weight", [131, width], "F32"],
+        [f"{name}.self_attn.o_proj.weight", [width, width], "F32"],
+        [f"{name}.mlp.experts.0.up_proj.weight", [20, width], "F32"],
+    ]
+    return {"name": "with the layer that predicts a second token", "rename": [], "extra": extra}
+
+
 LIST = [
     case(
         "qwen2_moe",
@@ -181,6 +218,62 @@ LIST = [
         },
         "attention sinks; layers 0 and 2 in a window of 8, layer 1 full; biases everywhere, in experts too, "
         "whose gates and ups stand in turns and are clamped; a softmax over the chosen; yarn not rounded",
+    ),
+    case(
+        "glm4_moe",
+        "Glm4Moe",
+        ROUTED | {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True, "use_qk_norm": True},
+        "half of each head turns; layer 0 dense; a sigmoid, a choice in the better of two groups by numbers "
+        "of its own, a shared expert, a factor; biases on queries, keys and values; norms on each head",
+        layouts=[STACKED_EXPERTS, second_token(46)],
+    ),
+    case(
+        "deepseek_v3",
+        "DeepseekV3",
+        ROUTED | LATENT | {"q_lora_rank": 20, "rope_scaling": GROWN},
+        "latent attention, queries from a latent too; 8 + 4 dimensions of keys, 10 of values; yarn that "
+        "scales the scores; neighbours turn; layer 0 dense, then experts in groups",
+        layouts=[STACKED_EXPERTS, second_token(61)],
+    ),
+    case(
+        "deepseek_v3_halves",
+        "DeepseekV3",
+        ROUTED
+        | LATENT
+        | {
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "num_experts_per_tok": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+        },
+        "queries from the stream; halves turn; one group; weights not normalised; plain positions",
+    ),
+    case(
+        "deepseek_v2",
+        "DeepseekV2",
+        ROUTED
+        | LATENT
+        | {
+            "q_lora_rank": None,
+            "rope_scaling": GROWN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+        },
+        "V2-Lite: queries from the stream, a softmax over all experts, two shared ones",
+        layouts=[STACKED_EXPERTS],
+    ),
+    case(
+        "deepseek_v2_groups",
+        "DeepseekV2",
+        ROUTED
+        | LATENT
+        | {"q_lora_rank": 20, "topk_method": "group_limited_greedy", "n_group": 3, "norm_topk_prob": False},
+        "V2: queries from a latent; a choice in the best two of three groups, by their best expert",
     ),
 ]
 LANGUAGE_MORE = {c.name: c for c in LIST}
