@@ -13,6 +13,7 @@ from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.initializer import Params
 from jaxlab.models.kv_cache import Cache, init_cache
+from jaxlab.models.mesh import on_several_devices
 from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
 from jaxlab.models.vision.encoders import prepare_batch
 
@@ -75,17 +76,17 @@ def stream(
         )
     chunks = [batch] if prefill_chunk is None else _chunks(batch, prefill_chunk)
     key = jax.random.key(0) if key is None else key
-    cache = init_cache(config, batch_size, prompt_len + max_new_tokens)
+    cache = _empty_cache(config, batch_size, prompt_len + max_new_tokens)
     logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
     for chunk in chunks:
-        logits, cache = _read(params, prepare_batch(chunk, config), cache, logits, config)
+        logits, cache = prefill(params, prepare_batch(chunk, config), cache, logits, config)
     seen, values = None, sampling.values
     if "repetition_penalty" in values:
         seen = jnp.asarray(seen_tokens(tokens, segments, config.vocab_size))
     token = sample(logits, fold_in(key, 0), values, seen)
     for i in range(1, max_new_tokens):
         yield np.asarray(token)
-        token, cache, seen = _step(
+        token, cache, seen = decode_step(
             params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, config
         )
     if max_new_tokens > 0:
@@ -154,11 +155,21 @@ def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
         yield {"tokens": tokens[:, part], "segment_ids": segment_ids[:, part]}
 
 
+def _empty_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """On a mesh each device makes its own part: the whole may fit on none."""
+    make = jax.jit(init_cache, static_argnums=(0, 1, 2)) if on_several_devices() else init_cache
+    return make(config, batch_size, length)
+
+
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "logits"))
-def _read(
+def prefill(
     params: Params, batch: Batch, cache: Cache, logits: Float[Array, "B V"], config: ModelConfig
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the last token of each row; those given where the batch holds none of the row's."""
+    """The part of prompts in a batch: logits after the last token of each row; those given where it has none.
+
+    Args:
+      cache, logits: given away.
+    """
     new, intermediates = forward(params, batch, config, cache=cache)
     read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
     new = jnp.take_along_axis(new, jnp.maximum(read - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -166,7 +177,7 @@ def _read(
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))
-def _step(
+def decode_step(
     params: Params,
     batch: Batch,
     cache: Cache,
@@ -175,6 +186,12 @@ def _step(
     seen: Bool[Array, "B V"] | None,
     config: ModelConfig,
 ) -> tuple[Int[Array, " B"], Cache, Bool[Array, "B V"] | None]:
+    """The token after one token of each row, the cache with it, and what has been seen.
+
+    Args:
+      values: options of `sample`.
+      cache, seen: given away.
+    """
     logits, intermediates = forward(params, batch, config, cache=cache)
     if seen is not None:
         seen = seen.at[jnp.arange(len(seen)), batch["tokens"][:, 0]].set(True)
