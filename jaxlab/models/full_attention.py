@@ -10,7 +10,7 @@ from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
-from jaxlab.models.mesh import Part, in_parts
+from jaxlab.models.mesh import Part, in_parts, split_heads
 from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
@@ -36,7 +36,8 @@ class FullAttention(Attention):
         q, k, v = tap("queries", q), tap("keys", k), tap("values", v)
         if isinstance(cache, tuple):
             slots = context.cache_slots
-            cache = k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            cache = k, v = split_heads(k, batch=0, heads=2), split_heads(v, batch=0, heads=2)
         window = self.config.sliding.window if sliding else None
         return Attended(self._heads_output(q, k, v, context, window, tap), cache)
 
