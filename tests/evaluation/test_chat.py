@@ -1,7 +1,9 @@
 """The task generate as a chat, with many prompts, stops, samples, and what the model's files say of them."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -374,3 +376,13 @@ def test_a_language_model_reads_no_images(ask, tmp_path):
     file.write_text(json.dumps({"prompt": "hi", "images": ["a.png"]}))
     with pytest.raises(UserError, match=r"without vision cannot read .*a\.png"):
         ask(prompts=str(file), raw=True)
+
+
+def test_the_python_of_the_page_runs(model, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    made = code.replace("path/or/owner/name", str(model)).replace(
+        "What is the capital of France?", "what is it?"
+    )
+    exec(compile(made.replace("max_new_tokens=40", "max_new_tokens=5"), "generation.md", "exec"), {})
+    assert len(capsys.readouterr().out) == 6
