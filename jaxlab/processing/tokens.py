@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,18 @@ def encode_batch(
         return [np.asarray(one.ids, np.int64) for one in encoded]
 
 
-def decode(ids: Iterable[int], tokenizer: Tokenizer, *, skip_special: bool = True) -> str:
+def decode(ids: Any, tokenizer: Tokenizer, *, skip_special: bool = True) -> str:
     """The text of token ids.
+
+    Args:
+      ids: int[T], a list or an array on the host.
+      skip_special: leave special tokens out.
 
     Raises:
       UserError: the tokenizer fails on them.
     """
     with _one_line("tokens: the tokenizer fails to decode them"):
-        text: str = tokenizer.decode([int(token) for token in ids], skip_special_tokens=skip_special)
+        text: str = tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=skip_special)
         return text
 
 
