@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/model_mesh.py --out benchmarks/model_mesh.json
 
-Needs the extra `gpu-compile`. The shape is Llama 3.1 70B's, in bfloat16, its parameters abstract: reading prompts
-and one step of decoding are compiled for each mesh, and the compiler's plan is told: bytes of parameters, of the
-cache and of temporary memory, those that `generate --check` prints. Nothing here was run or timed.
+Needs the extra `gpu-compile`. The shape is Llama 3.1 70B's, in bfloat16, its parameters abstract: reading
+prompts and one step of decoding are compiled for each mesh, and the compiler's plan is told: bytes of
+parameters, of the cache and of temporary memory, those that `generate --check` prints. Nothing was run.
 """
 
 import dataclasses
