@@ -1,5 +1,6 @@
 """Greedy and sampled generation with a KV cache."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlab.models.batch import Batch
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.initializer import Params
 from jaxlab.models.kv_cache import Cache, init_cache
@@ -74,20 +75,30 @@ def stream(
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"
         )
-    chunks = [batch] if prefill_chunk is None else _chunks(batch, prefill_chunk)
+    lengths = np.full(batch_size, prompt_len) if segments is None else segments.sum(axis=1)
+    longest, made, size = int(lengths.max()), [], prompt_len + max_new_tokens
+    settled, limit = _settled(config, longest), _limit(config, longest)
+    if longest <= limit < longest + max_new_tokens - 1 and set(batch) - {"tokens", "segment_ids"}:
+        raise ValueError(
+            f"prompts that are more than tokens cannot grow past {limit} tokens, where positions change"
+        )
     key = jax.random.key(0) if key is None else key
-    cache = _empty_cache(config, batch_size, prompt_len + max_new_tokens)
-    logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
-    for chunk in chunks:
-        logits, cache = prefill(params, prepare_batch(chunk, config), cache, logits, config)
+    logits, cache = _read_prompts(params, batch, settled, size, prefill_chunk)
     seen, values = None, sampling.values
     if "repetition_penalty" in values:
         seen = jnp.asarray(seen_tokens(tokens, segments, config.vocab_size))
     token = sample(logits, fold_in(key, 0), values, seen)
     for i in range(1, max_new_tokens):
-        yield np.asarray(token)
+        made.append(np.asarray(token))
+        yield made[-1]
+        if longest + i == limit + 1:  # wavelengths change: what was kept is read anew with the others
+            settled = _settled(config, longest + i)
+            logits, cache = _read_prompts(params, _grown(tokens, lengths, made), settled, size, prefill_chunk)
+            seen = None if seen is None else _with(seen, token)
+            token = sample(logits, fold_in(key, i), values, seen)
+            continue
         token, cache, seen = decode_step(
-            params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, config
+            params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, settled
         )
     if max_new_tokens > 0:
         yield np.asarray(token)
@@ -137,6 +148,50 @@ def generate(
         if stop_token is not None and stopped.all():
             break
     return np.stack(made, axis=1) if made else np.zeros((len(stopped), 0), np.int32)
+
+
+def _settled(config: ModelConfig, length: int) -> ModelConfig:
+    """The model that reads texts of at most `length` tokens: longrope's factors are those of this length."""
+    rope = config.position
+    if not isinstance(rope, RopeConfig) or rope.scaling != "longrope":
+        return config
+    factors = rope.long_factors if length > rope.original_length else rope.short_factors
+    rope = dataclasses.replace(rope, short_factors=factors, long_factors=factors)
+    return dataclasses.replace(config, position=rope)
+
+
+def _limit(config: ModelConfig, length: int) -> int:
+    """Tokens after which another `_settled` model goes on with texts of `length`; -1: none does."""
+    rope = config.position
+    changes = isinstance(rope, RopeConfig) and rope.scaling == "longrope" and length <= rope.original_length
+    return config.rope.original_length if changes else -1
+
+
+def _grown(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], made: list[np.ndarray]) -> Batch:
+    """Prompts of these lengths, and what was made after them, padded at the right."""
+    new = np.stack(made, axis=1)
+    grown = np.zeros((len(tokens), tokens.shape[1] + new.shape[1]), np.int32)
+    for row, length in enumerate(lengths):
+        grown[row, : length + new.shape[1]] = np.concatenate([tokens[row, :length], new[row]])
+    ends = (lengths + new.shape[1])[:, None]
+    return {"tokens": grown, "segment_ids": (np.arange(grown.shape[1])[None] < ends).astype(np.int32)}
+
+
+def _read_prompts(
+    params: Params, batch: Batch, config: ModelConfig, size: int, chunk: int | None
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after the last token of each row, and a cache for `size` tokens that holds them."""
+    rows = batch["tokens"].shape[0]
+    cache = _empty_cache(config, rows, size)
+    logits = jnp.zeros((rows, config.vocab_size), jnp.float32)
+    for part in [batch] if chunk is None else _chunks(batch, chunk):
+        logits, cache = prefill(params, prepare_batch(part, config), cache, logits, config)
+    return logits, cache
+
+
+def _with(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """The tokens that each row holds, with one more."""
+    return seen.at[jnp.arange(len(seen)), token].set(True)
 
 
 def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
@@ -194,5 +249,5 @@ def decode_step(
     """
     logits, intermediates = forward(params, batch, config, cache=cache)
     if seen is not None:
-        seen = seen.at[jnp.arange(len(seen)), batch["tokens"][:, 0]].set(True)
+        seen = _with(seen, batch["tokens"][:, 0])
     return sample(logits[:, 0], key, values, seen), intermediates["cache"], seen

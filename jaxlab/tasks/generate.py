@@ -93,6 +93,10 @@ class Arguments:
     """Prompts that are read together."""
     format: Literal["text", "jsonl"] | None = None
     """Of what is written; by default text for one answer, JSON Lines for several."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of config.json that no family knows, to leave out."""
+    ignore_tensors: tuple[str, ...] = ()
+    """Tensors to leave out: names, with * and ? for what varies."""
     prefill_chunk: int | None = None
     """Read the prompt so many tokens at a time: less memory for long ones. Not with images."""
     mesh: SplitConfig = SplitConfig()
@@ -138,13 +142,19 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    opened = open_model(model_folder(arguments.model))
+    opened = open_model(
+        model_folder(arguments.model),
+        ignore_keys=arguments.ignore_keys,
+        ignore_tensors=arguments.ignore_tensors,
+    )
     folder, config = opened.path, opened.config
     if opened.tokenizer is None and config.family != "jaxlab":
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     prompts = read_all(arguments)
+    if arguments.prefill_chunk is not None and (seen := next((p for p in prompts if p.images), None)):
+        raise UserError(f"{seen.where}: a prompt with images is read at once; leave --prefill_chunk out")
     template = find_template(arguments, opened, prompts)
     if template is not None:
         prompts = render(prompts, template, arguments, opened)
@@ -159,7 +169,7 @@ def run(arguments: Arguments) -> None:
         with using(mesh):
             _print_memory(answers, arguments, opened, mesh)
         return
-    params = opened.read(mesh=mesh)
+    params = opened.read(mesh=mesh, not_finite="warn")
     single = len(answers) == 1
     form = arguments.format or ("text" if single else "jsonl")
     with using(mesh):
@@ -275,8 +285,7 @@ def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opene
         image_mark=lead,
         place=f"{opened.path}: its chat template",
         where=[prompt.where for prompt in prompts],
-        each=[prompt.variables for prompt in prompts],
-        **arguments.chat_options,
+        each=[{**arguments.chat_options, **prompt.variables} for prompt in prompts],
     )
     texts = show(conversations)
     if mark is not None and any(t.count(mark) != len(p.images) for t, p in zip(texts, prompts, strict=True)):

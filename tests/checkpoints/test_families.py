@@ -43,6 +43,7 @@ GENERATED = (
     "mixtral_window",
     "qwen3_moe",
     "gpt_oss",
+    "ministral",
     *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
 )
 """One of each kind of cache, two programs compiled for each; slow are those whose parts others share."""
@@ -192,6 +193,20 @@ REFUSED = [
         {"layer_types": None, "sliding_window_pattern": "LLLG"},
         "sliding_window_pattern must be a wh",
     ),
+    ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit must be a positive number"),
+    ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported: known is sigmoid"),
+    ("glm4_moe", {"n_group": 4}, "6 experts cannot form 4 groups"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy' is not supported: known is noaux_tc"),
+    (
+        "deepseek_v3",
+        {"moe_layer_freq": 2},
+        "moe_layer_freq 2 .* all layers after the first ones have experts",
+    ),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2 .* each of the 4 heads has a key"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias True is not known"),
+    ("deepseek_v3", {"index_topk": 2048}, "index_topk 2048 is not known"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' .* known are greedy and group_limi"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most the 5 experts"),
     (
         "gpt_neox",

@@ -8,7 +8,7 @@ from PIL import Image
 
 from jaxlab.checkpoints import save_model
 from jaxlab.data.digits_words import digits_tokenizer
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.evaluation import answers
 from jaxlab.models import PlainVisionConfig
 from jaxlab.processing import TextStream
@@ -179,3 +179,11 @@ def test_a_selector_without_a_cache_is_refused(tmp_path):
     save_model(tmp_path / "model", model, draw_params(model))
     with pytest.raises(UserError, match="auxiliary selector keeps no cache to generate from"):
         generate.run(generate.Arguments(str(tmp_path / "model"), prompt="ab"))
+
+
+def test_nan_among_the_weights_is_said(tmp_path):
+    model, params = successor(256)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(jnp.nan)
+    save_model(tmp_path / "nan", model, params)
+    with pytest.warns(UserNote, match=r"final_norm\.scale holds NaN or infinities"):
+        generate.run(generate.Arguments(str(tmp_path / "nan"), prompt="ab", max_new_tokens=1))

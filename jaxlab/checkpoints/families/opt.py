@@ -51,7 +51,7 @@ def read_config(config: Json) -> ModelConfig:
         raise s.refuse("_remove_final_layer_norm", "there is a norm before the head")
     if not s.flag("layer_norm_elementwise_affine", True):
         raise s.refuse("layer_norm_elementwise_affine", "norms have parameters")
-    s.ignore("layerdrop", "activation_dropout", "init_std")
+    s.ignore("output_projection")  # of the larger ones' converter: the head, tied or not
     bias, dim = s.flag("enable_bias", True), language.head_dim(s, width, heads)
     fields = {
         "vocab_size": s.whole("vocab_size"),

@@ -129,14 +129,19 @@ def read_two_ropes(settings: Settings, theta: float, local: float | None = None)
         return of_full, of_full.theta if local is None else local
     inner = Settings(given, settings.family, within="rope_parameters.")
     length = settings.whole("max_position_embeddings", 2048)
-    bases = {"full_attention": theta, "sliding_attention": theta if local is None else local}
+    groups = {kind: inner.value(kind, {}) for kind in ("full_attention", "sliding_attention")}
+    older = settings.value("rope_scaling", {})
+    if isinstance(older, Mapping) and isinstance(groups["full_attention"], Mapping):
+        groups["full_attention"] = {**groups["full_attention"], **older}  # as in transformers 5
+    bases = (theta, theta if local is None else local)
     of_full, of_sliding = (
-        rope_of(inner, inner.value(kind, {}), kind, base, length) for kind, base in bases.items()
+        rope_of(inner, group, kind, base, length)
+        for (kind, group), base in zip(groups.items(), bases, strict=True)
     )
     inner.done()
     if of_sliding != RopeConfig(theta=of_sliding.theta):
         raise inner.refuse("sliding_attention", "sliding layers have plain rotary positions")
-    settings.ignore("rope_theta", "rope_scaling")
+    settings.ignore("rope_theta")
     return of_full, of_sliding.theta
 
 
