@@ -7,7 +7,6 @@ the backward pass.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlab.costs import bytes_per_device
 from jaxlab.errors import UserError
 from jaxlab.icl.prompts import Roles
-from jaxlab.models import Batch, ModelConfig, Params, Probe, abstract_params, as_arrays, forward
+from jaxlab.models import Batch, ModelConfig, Params, Probe, as_arrays, forward
 
 Reduction = Literal["abs_of_sum", "sum_of_abs"]
 Loss = Literal["labels", "vocabulary"]
@@ -159,12 +159,21 @@ def _maps(params: Params, batch: Batch, targets: Any, config: ModelConfig, optio
 
 
 def flow_memory(
-    config: ModelConfig, batch_size: int, tokens: int, num_labels: int, roles: Roles
+    config: ModelConfig,
+    batch_size: int,
+    tokens: int,
+    num_labels: int,
+    roles: Roles,
+    *,
+    params: Params,
 ) -> tuple[int, int]:
     """(bytes of the parameters, bytes of XLA's temporaries) of `flows` on one device, from compiling it
-    alone."""
+    alone.
+
+    Args:
+      params: shapes, dtypes and shardings; those of a mesh under `jaxlab.models.using(mesh)`.
+    """
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    params = abstract_params(config)
     targets = {
         "positions": integers(batch_size),
         "label_tokens": integers(batch_size, num_labels),
@@ -173,7 +182,7 @@ def flow_memory(
     sequences = integers(batch_size, tokens)
     options = _Options("labels", num_classes=roles.classes)
     compiled = _flows.lower(params, {"tokens": sequences}, sequences, targets, config, options).compile()
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    size = bytes_per_device(params)
     memory = compiled.memory_analysis()
     assert memory is not None
     return size, int(memory.temp_size_in_bytes)

@@ -10,7 +10,7 @@ from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
-from jaxlab.models.mesh import Part, in_parts
+from jaxlab.models.mesh import Part, in_parts, split_heads
 from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
@@ -36,7 +36,8 @@ class FullAttention(Attention):
         q, k, v = tap("queries", q), tap("keys", k), tap("values", v)
         if isinstance(cache, tuple):
             slots = context.cache_slots
-            cache = k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            cache = k, v = split_heads(k, batch=0, heads=2), split_heads(v, batch=0, heads=2)
         window = self.config.sliding.window if sliding else None
         return Attended(self._heads_output(q, k, v, context, window, tap), cache)
 
@@ -50,12 +51,17 @@ class FullAttention(Attention):
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
         if tap.probe is not None:
-            if c.attention_softcap is not None or self.sinks is not None or context.together is not None:
-                raise ValueError(
-                    "flows and blocking know no softcap, no sinks and no images that see themselves whole"
-                )
+            if c.attention_softcap is not None or context.together is not None:
+                raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
             return probed_attention(
-                q, k, v, tap.probe, segment_ids=segment_ids, window=window, scale=c.score_scale
+                q,
+                k,
+                v,
+                tap.probe,
+                segment_ids=segment_ids,
+                window=window,
+                scale=c.score_scale,
+                sinks=self._sinks,
             )
         if tap.wants("attention_scores", "attention_pattern"):
             mask = attention_mask(context, k.shape[1], window)
@@ -114,10 +120,14 @@ class FullAttention(Attention):
             return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
     def _softmax(self, q: Array, k: Array, v: Array, mask: Array, tap: Tap = NO_TAP) -> Array:
-        c, sinks = self.config, None if self.sinks is None else self.sinks[...]
+        c = self.config
         return softmax_attention(
-            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap
+            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=self._sinks, tap=tap
         )
+
+    @property
+    def _sinks(self) -> Array | None:
+        return None if self.sinks is None else self.sinks[...]
 
 
 def softmax_attention(

@@ -14,6 +14,7 @@ from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.initializer import Params
 from jaxlab.models.kv_cache import Cache, init_cache
+from jaxlab.models.mesh import on_several_devices
 from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
 from jaxlab.models.vision.encoders import prepare_batch
 
@@ -82,7 +83,7 @@ def stream(
             f"prompts that are more than tokens cannot grow past {limit} tokens, where positions change"
         )
     key = jax.random.key(0) if key is None else key
-    logits, cache = _prefill(params, batch, settled, size, prefill_chunk)
+    logits, cache = _read_prompts(params, batch, settled, size, prefill_chunk)
     seen, values = None, sampling.values
     if "repetition_penalty" in values:
         seen = jnp.asarray(seen_tokens(tokens, segments, config.vocab_size))
@@ -92,11 +93,11 @@ def stream(
         yield made[-1]
         if longest + i == limit + 1:  # wavelengths change: what was kept is read anew with the others
             settled = _settled(config, longest + i)
-            logits, cache = _prefill(params, _grown(tokens, lengths, made), settled, size, prefill_chunk)
+            logits, cache = _read_prompts(params, _grown(tokens, lengths, made), settled, size, prefill_chunk)
             seen = None if seen is None else _with(seen, token)
             token = sample(logits, fold_in(key, i), values, seen)
             continue
-        token, cache, seen = _step(
+        token, cache, seen = decode_step(
             params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, settled
         )
     if max_new_tokens > 0:
@@ -176,15 +177,15 @@ def _grown(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], made:
     return {"tokens": grown, "segment_ids": (np.arange(grown.shape[1])[None] < ends).astype(np.int32)}
 
 
-def _prefill(
+def _read_prompts(
     params: Params, batch: Batch, config: ModelConfig, size: int, chunk: int | None
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after the last token of each row, and a cache for `size` tokens that holds them."""
     rows = batch["tokens"].shape[0]
-    cache = init_cache(config, rows, size)
+    cache = _empty_cache(config, rows, size)
     logits = jnp.zeros((rows, config.vocab_size), jnp.float32)
     for part in [batch] if chunk is None else _chunks(batch, chunk):
-        logits, cache = _read(params, prepare_batch(part, config), cache, logits, config)
+        logits, cache = prefill(params, prepare_batch(part, config), cache, logits, config)
     return logits, cache
 
 
@@ -209,11 +210,21 @@ def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
         yield {"tokens": tokens[:, part], "segment_ids": segment_ids[:, part]}
 
 
+def _empty_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """On a mesh each device makes its own part: the whole may fit on none."""
+    make = jax.jit(init_cache, static_argnums=(0, 1, 2)) if on_several_devices() else init_cache
+    return make(config, batch_size, length)
+
+
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "logits"))
-def _read(
+def prefill(
     params: Params, batch: Batch, cache: Cache, logits: Float[Array, "B V"], config: ModelConfig
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the last token of each row; those given where the batch holds none of the row's."""
+    """The part of prompts in a batch: logits after the last token of each row; those given where it has none.
+
+    Args:
+      cache, logits: given away.
+    """
     new, intermediates = forward(params, batch, config, cache=cache)
     read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
     new = jnp.take_along_axis(new, jnp.maximum(read - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -221,7 +232,7 @@ def _read(
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))
-def _step(
+def decode_step(
     params: Params,
     batch: Batch,
     cache: Cache,
@@ -230,6 +241,12 @@ def _step(
     seen: Bool[Array, "B V"] | None,
     config: ModelConfig,
 ) -> tuple[Int[Array, " B"], Cache, Bool[Array, "B V"] | None]:
+    """The token after one token of each row, the cache with it, and what has been seen.
+
+    Args:
+      values: options of `sample`.
+      cache, seen: given away.
+    """
     logits, intermediates = forward(params, batch, config, cache=cache)
     if seen is not None:
         seen = _with(seen, batch["tokens"][:, 0])

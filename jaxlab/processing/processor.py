@@ -182,8 +182,10 @@ def load_processor(
     described = ((str(folder / CONFIG), model), (f"{folder / CONFIG}: text_config", inner(model)))
     settings = ProcessorSettings(described)
     files = ((str(folder / PROCESSOR), around), (str(place), pixels))
-    of_tokenizer = (str(folder / TOKENIZER), read_json(folder / TOKENIZER))
-    kind = _named(ProcessorSettings((*files, of_tokenizer)), kinds)
+    naming: tuple[tuple[str, Mapping[str, Any]], ...] = files
+    if ProcessorSettings(files).find("processor_class")[0] is None:
+        naming = (*files, (str(folder / TOKENIZER), read_json(folder / TOKENIZER)))
+    kind = _named(ProcessorSettings(naming), kinds)
     images = find_image_kind(ProcessorSettings((files[1],)), kind)
     asked = ("the overrides", overrides)
     standard = ("its defaults", images.defaults)

@@ -9,14 +9,25 @@ from typing import Annotated, Literal, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import OPTIONS, OpenModel, open_model, sampling_options, stop_strings
 from jaxlab.config import POSITIONAL, REPEATED
+from jaxlab.costs import generation_memory
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.evaluation import Answer, fill_all
-from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch
+from jaxlab.models import (
+    Batch,
+    ModelConfig,
+    PlainVisionConfig,
+    SplitConfig,
+    count_params,
+    model_mesh,
+    prepare_batch,
+    using,
+)
 from jaxlab.processing import (
     Message,
     Prompt,
@@ -88,6 +99,10 @@ class Arguments:
     """Tensors to leave out: names, with * and ? for what varies."""
     prefill_chunk: int | None = None
     """Read the prompt so many tokens at a time: less memory for long ones. Not with images."""
+    mesh: SplitConfig = SplitConfig()
+    """Devices over which the model is split, if one of them does not hold it."""
+    check: bool = False
+    """Make all checks and estimate the memory of each device; read no tensor and make nothing."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "batch_size"):
@@ -138,6 +153,8 @@ def run(arguments: Arguments) -> None:
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     prompts = read_all(arguments)
+    if arguments.prefill_chunk is not None and (seen := next((p for p in prompts if p.images), None)):
+        raise UserError(f"{seen.where}: a prompt with images is read at once; leave --prefill_chunk out")
     template = find_template(arguments, opened, prompts)
     if template is not None:
         prompts = render(prompts, template, arguments, opened)
@@ -147,24 +164,47 @@ def run(arguments: Arguments) -> None:
     for note in notes:
         _note(note)
 
-    params = opened.read(not_finite="warn")
+    mesh = model_mesh(arguments.mesh)
+    if arguments.check:
+        with using(mesh):
+            _print_memory(answers, arguments, opened, mesh)
+        return
+    params = opened.read(mesh=mesh, not_finite="warn")
     single = len(answers) == 1
     form = arguments.format or ("text" if single else "jsonl")
-    for made, pieces in fill_all(
-        answers,
-        params,
-        config,
-        sampling,
-        jax.random.key(arguments.seed),
-        batch_size=arguments.batch_size,
-        prefill_chunk=arguments.prefill_chunk,
-    ):
-        for piece in pieces:
-            if single and form == "text":
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        for answer in made:
-            print(answer.as_json() if form == "jsonl" else "" if single else answer.text, flush=True)
+    with using(mesh):
+        for made, pieces in fill_all(
+            answers,
+            params,
+            config,
+            sampling,
+            jax.random.key(arguments.seed),
+            batch_size=arguments.batch_size,
+            prefill_chunk=arguments.prefill_chunk,
+        ):
+            for piece in pieces:
+                if single and form == "text":
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            for answer in made:
+                print(answer.as_json() if form == "jsonl" else "" if single else answer.text, flush=True)
+
+
+def _print_memory(
+    answers: Sequence[Answer], arguments: Arguments, opened: OpenModel, mesh: Mesh | None
+) -> None:
+    """Of the largest batch of texts, its images left out."""
+    params = opened.placed(mesh)
+    rows = min(len(answers), arguments.batch_size)
+    longest = max(answer.length for answer in answers)
+    budget = max(answer.budget for answer in answers)
+    memory = generation_memory(
+        params, opened.config, rows, min(longest, arguments.prefill_chunk or longest), budget
+    )
+    told = ", ".join(f"{what} {size:,}" for what, size in memory.items())
+    texts = f"{rows} texts of {longest} and {budget} tokens"
+    print(f"{opened.config.family}, {count_params(params):,} parameters; {texts}")
+    print(f"bytes per device: {told}")
 
 
 def read_all(arguments: Arguments) -> list[Prompt]:
@@ -245,8 +285,7 @@ def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opene
         image_mark=lead,
         place=f"{opened.path}: its chat template",
         where=[prompt.where for prompt in prompts],
-        each=[prompt.variables for prompt in prompts],
-        **arguments.chat_options,
+        each=[{**arguments.chat_options, **prompt.variables} for prompt in prompts],
     )
     texts = show(conversations)
     if mark is not None and any(t.count(mark) != len(p.images) for t, p in zip(texts, prompts, strict=True)):

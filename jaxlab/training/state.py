@@ -13,9 +13,15 @@ from jaxtyping import Array, Key
 from jaxlab.checkpoints import OpenModel, check_same_tree, differences
 from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, Params, RopeConfig, abstract_params, init_params
+from jaxlab.models import (
+    ModelConfig,
+    Params,
+    RopeConfig,
+    abstract_params,
+    init_params,
+    param_shardings,
+)
 from jaxlab.retrofit import GATE, retrofit, retrofitted
-from jaxlab.training.sharding import param_shardings
 from jaxlab.training.step import State
 
 # What shows in no shape and makes another function of the same parameters.

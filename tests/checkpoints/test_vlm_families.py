@@ -92,6 +92,50 @@ def test_greedy_tokens_are_those_of_transformers(case):
     np.testing.assert_array_equal(made, golden["greedy"])
 
 
+def test_rows_of_different_lengths_go_on_as_alone():
+    """Of Mllama: what follows a text sees the images that the text's own last token sees."""
+    config, params = load("mllama")
+    golden = folders.golden("mllama")
+    short, long = batch_of(golden, "prompt"), {k: v[1:] for k, v in batch_of(golden).items()}
+    missing = long["tokens"].shape[1] - short["tokens"].shape[1]
+    wider = lambda x: np.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+    for key in ("tokens", "cross_attention_mask"):
+        short[key] = wider(short[key])
+    batch = {key: np.concatenate([short[key], long[key]]) for key in long}
+    batch["segment_ids"] = np.ones_like(batch["tokens"])
+    batch["segment_ids"][0, -missing:] = 0
+    made = generate(params, batch, config, max_new_tokens=6)
+    np.testing.assert_array_equal(made[0], golden["greedy"][0, :6])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"images": np.zeros((1, 1, 3, 3, 16, 16))},
+            r"images are \(1, 1, 3.*the model takes \('B', 'images', 2",
+        ),
+        ({"aspect_ratio_ids": np.array([[4]])}, "are beyond the 3 ratios"),
+        ({"aspect_ratio_ids": np.array([[0]])}, r"texts have \[1\] tokens of images, there are \[0\] images"),
+        ({"aspect_ratio_mask": np.ones((1, 1, 3))}, r"aspect_ratio_mask must be \(1, 1, 2\) beside these"),
+        ({"aspect_ratio_mask": None}, r"aspect_ratio_mask must be \(1, 1, 2\) beside these images, is None"),
+        ({"cross_attention_mask": np.ones((1, 3, 1, 2))}, r"cross_attention_mask must be \(1, 8, 1, 2\)"),
+    ],
+)
+def test_images_of_mllama_that_do_not_fit(change, message):
+    batch = batch_of(folders.golden("mllama"), "prompt") | change
+    batch = {key: value for key, value in batch.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        prepare_batch(batch, read(folders.config("mllama")))
+
+
+@pytest.mark.parametrize("sizes", [[(16, 6)], [(16, 32)], [(0, 8)], [(16, 8), (16, 8)]])
+def test_images_of_mistral_3_that_do_not_fit(sizes):
+    batch = batch_of(folders.golden("mistral3"), "prompt") | {"image_sizes": np.array(sizes)}
+    with pytest.raises(ValueError, match="each must be made of tokens of 8 pixels a side, and lie within"):
+        prepare_batch(batch, read(folders.config("mistral3")))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_comes_back_bit_for_bit(case):
     config, params = load(case)

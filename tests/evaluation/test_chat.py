@@ -331,6 +331,30 @@ def test_repeated_words_of_the_command_line(model, capsys):
     assert "--stop TEXT, may be repeated" in capsys.readouterr().out
 
 
+def test_options_of_the_template_and_of_nothing_else(ask, tmp_path, capsys):
+    folder = write_chat_model(
+        tmp_path / "model", template="{{ 'b' if template else 'x' }}{{ messages[0].role[0] }}"
+    )
+    words = ["generate", str(folder), "--prompt", "hi", "--max_new_tokens", "1"]
+    assert main([*words, "--chat_options.template", "true", "--chat_options.messages", "y"]) == 0
+    assert main([*words, "--chat_options.template", "false"]) == 0
+    assert capsys.readouterr().out == "v\nv\n"
+
+
+def test_images_and_chunks_do_not_go_together(ask, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "hi", "images": ["a.png"]}))
+    with pytest.raises(UserError, match="line 1: a prompt with images is read at once"):
+        ask(prompts=str(file), raw=True, prefill_chunk=4)
+
+
+def test_prompts_in_chunks(ask, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("hi\nwhat is that\n")
+    options = {"prompts": str(file), "raw": True, "max_new_tokens": 4}
+    assert ask(prefill_chunk=4, **options) == ask(**options)
+
+
 def test_a_language_model_reads_no_images(ask, tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     file = tmp_path / "p.jsonl"

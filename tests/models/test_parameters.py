@@ -21,8 +21,8 @@ from jaxlab.models import (
     language_model,
     logical_axes,
 )
-from jaxlab.training.logical_axes import partition_spec
-from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
+from jaxlab.models.axis_rules import partition_spec
+from jaxlab.models.sharding import MeshConfig, make_mesh, param_shardings
 from kernels_pallas.nsa import compress_blocks
 from tests.models.tiny import NSA, VARIANTS, VISION, make_config
 

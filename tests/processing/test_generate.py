@@ -1,6 +1,8 @@
 """The task generate hands images of other people's models to the processor in their folder."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     opened = HuggingFaceFolder(folder)  # one without tensors
     opened.config, opened.tokenizer, opened.read = config, tokenizer, dict
     opened.source_files = SourceFiles(folder, opened.config_json)
-    monkeypatch.setattr(generate, "open_model", lambda path: opened)
+    monkeypatch.setattr(generate, "open_model", lambda path, **_: opened)
     monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)
     monkeypatch.setattr(answers, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
     images = tuple(str(GOLDEN / image) for image in CASES["llava"]["images"])
@@ -46,3 +48,101 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     with pytest.raises(UserError, match="no tokenizer"):
         generate.run(generate.Arguments(str(folder), prompt="a", image=images))
     capsys.readouterr()
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role | upper }}: {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text }}{% endfor %}{% endif %} "
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+TEXTS = "{% for m in messages %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endfor %}ASSISTANT:"
+BLIND = PARTS.replace("'<image>\n'", "''")
+
+
+def vision_model(folder, template):
+    """An opened LLaVA without tensors."""
+    write_folder(folder, "llava")
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
+    config = dataclasses.replace(make_config("vision"), vocab_size=300, max_length=400, family="llava+llama")
+    opened = HuggingFaceFolder(folder)
+    opened.config = dataclasses.replace(config, vision=ViTConfig(image_token=260))
+    opened.tokenizer = tokenizer
+    described = {"bos_token": "<bos>", "eos_token": "<eos>"} | (
+        {"chat_template": template} if template else {}
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    opened.source_files = SourceFiles(folder, opened.config_json)
+    return opened
+
+
+def asked(opened, monkeypatch, **options):
+    """What the model is given."""
+    monkeypatch.setattr(generate, "open_model", lambda path, **_: opened)
+    monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)
+    monkeypatch.setattr(opened, "read", dict, raising=False)
+    seen = []
+    monkeypatch.setattr(answers, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
+    generate.run(generate.Arguments(str(opened.path), **options))
+    return seen[0]
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value)
+
+
+IMAGES = (str(GOLDEN / "wide.png"), str(GOLDEN / "gray.png"))
+
+
+@pytest.mark.parametrize("template", [PARTS, TEXTS, BLIND], ids=["parts", "texts", "blind"])
+def test_images_stand_in_a_chat_where_the_family_has_them(tmp_path, monkeypatch, capsys, template):
+    opened = vision_model(tmp_path, template)
+    processor, tokenizer = load_processor(tmp_path), opened.tokenizer
+    batch = asked(opened, monkeypatch, prompt="What?", image=IMAGES, system="Be.")
+    same(batch, processor("SYSTEM: Be. USER: <image>\n<image>\nWhat? ASSISTANT:", IMAGES, tokenizer))
+    # One that says where they are.
+    batch = asked(opened, monkeypatch, prompt="A <image> and <image>", image=IMAGES)
+    same(batch, processor("USER: A <image> and <image> ASSISTANT:", IMAGES, tokenizer))
+    with pytest.raises(UserError, match="the chat holds 1 <image> for 2 images; write one for each"):
+        asked(opened, monkeypatch, prompt="A <image>", image=IMAGES)
+    capsys.readouterr()
+
+
+def test_images_in_turns_from_a_file(tmp_path, monkeypatch, capsys):
+    opened = vision_model(tmp_path, PARTS)
+    words = lambda text: {"type": "text", "text": text}
+    turns = [
+        {"role": "user", "content": [{"type": "image", "path": "wide.png"}, words("What?")]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [words("And "), {"type": "image_url", "image_url": {"url": "gray.png"}}]},
+    ]
+    for name in ("wide.png", "gray.png"):
+        shutil.copy(GOLDEN / name, tmp_path / name)
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    batch = asked(opened, monkeypatch, messages=str(tmp_path / "chat.jsonl"))
+    text = "USER: <image>\nWhat? ASSISTANT: A cat. USER: And <image>\n ASSISTANT:"
+    same(batch, load_processor(tmp_path)(text, IMAGES, opened.tokenizer))
+    capsys.readouterr()
+
+
+def test_a_first_token_of_the_template_is_not_doubled(tmp_path, monkeypatch, capsys):
+    # As transformers' processors do: the tokenizer adds it where the template has not.
+    for template, count in ((PARTS, 1), ("{{ bos_token }}" + PARTS, 1)):
+        opened = vision_model(tmp_path, template)
+        for image in ((), IMAGES):
+            tokens = asked(opened, monkeypatch, prompt="What?", image=image)["tokens"][0].tolist()
+            assert tokens.count(258) == count
+            assert tokens[0] == 258
+    capsys.readouterr()
+
+
+def test_a_place_for_an_image_without_one_is_refused(tmp_path, monkeypatch):
+    opened = vision_model(tmp_path, PARTS)
+    for options in ({"raw": True}, {"chat": True}, {}):
+        with pytest.raises(UserError, match="--prompt holds <image>, where an image goes, and no image is"):
+            asked(opened, monkeypatch, prompt="What is <image>?", **options)
+    (tmp_path / "preprocessor_config.json").unlink()
+    opened = vision_model(tmp_path, None)
+    with pytest.raises(UserError, match="--prompt holds <image>, where an image goes"):
+        asked(opened, monkeypatch, prompt="What is <image>?")

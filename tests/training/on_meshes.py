@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlab.losses import loss_sum
 from jaxlab.models import ModelConfig, SlidingAttentionConfig
-from jaxlab.training.sharding import MeshConfig, make_mesh, on_mesh, param_shardings, place_batch
+from jaxlab.models.sharding import MeshConfig, make_mesh, on_mesh, param_shardings, place_batch
 from tests.models.tiny import NSA, draw_params, make_config
 
 LENGTH = 32

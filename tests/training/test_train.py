@@ -15,9 +15,9 @@ from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import target_losses
 from jaxlab.models import RopeConfig, abstract_params, count_params, forward, init_params
+from jaxlab.models.sharding import MeshConfig, make_mesh
 from jaxlab.tasks import execute, train
 from jaxlab.training.optimizer import make_optimizer
-from jaxlab.training.sharding import MeshConfig, make_mesh
 from jaxlab.training.state import find_initial, init_state, read_initial, state_shardings
 from tests.models.tiny import draw_params, make_config
 

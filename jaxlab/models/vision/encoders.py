@@ -7,6 +7,7 @@ from jaxlab.models.batch import Batch
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Params, bind
 from jaxlab.models.kv_cache import Cache
+from jaxlab.models.stack import NO_BETWEEN, Between
 from jaxlab.models.vision.encoder import Encoded, Encoder
 from jaxlab.models.vision.mllama import MllamaEncoder
 from jaxlab.models.vision.plain import PlainEncoder
@@ -57,6 +58,18 @@ def encode_images(
         return None
     if "images" in batch and kept is not None:
         raise ValueError("images cannot follow others that were read before; read them in one batch")
+    if kept is not None:
+        return Encoded(cross=kept)
+    return _encoder(params, config)(batch)
+
+
+def layers_between(params: Params, images: Encoded | None, config: ModelConfig) -> Between:
+    """The layers that stand between those of the decoder and read the images; none of most models."""
+    if images is None or images.cross is None:
+        return NO_BETWEEN
+    return _encoder(params, config).between(images.cross)
+
+
+def _encoder(params: Params, config: ModelConfig) -> Encoder:
     own: Params = {name: params[name] for name in ("vision", "projector") if name in params}
-    encoder = bind(own, encoder_of(config), config)
-    return encoder(batch) if kept is None else encoder.recall(kept)
+    return bind(own, encoder_of(config), config)
