@@ -157,7 +157,7 @@ def _architecture(c: ModelConfig) -> list[tuple[str, str]]:
     stretched = isinstance(c.position, RopeConfig) and c.position.scaling != "none"
     scaling = f", rotary positions stretched ({c.rope.scaling})" if stretched else ""
     if isinstance(c.position, RopeConfig) and not all(c.rotary_layers):
-        scaling += f", {c.rotary_layers.count(False)} layers without positions"
+        scaling += f", no positions in {c.rotary_layers.count(False)} of {c.num_layers} layers"
     lines.append(("context", f"{c.max_length:,} tokens{scaling}"))
     head = "head is the embedding" if c.tie_embeddings else "head of its own"
     lines.append(("vocabulary", f"{c.embedding_rows:,} rows, {head}"))
