@@ -271,6 +271,17 @@ def _image_mark(opened: OpenModel) -> str | None:
         return word
 
 
+def _refuse_videos(prompt: Prompt, opened: OpenModel) -> None:
+    """Refuses a prompt that asks for a video, of a model whose folder says what stands for one."""
+    if opened.tokenizer is None or isinstance(opened.config.vision, PlainVisionConfig):
+        return
+    try:
+        processor = opened.processor
+    except UserError:  # a folder without files of a processor: it reads text alone
+        return
+    processor.refuse_videos(prompt.text, opened.tokenizer)
+
+
 def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opened: OpenModel) -> list[Prompt]:
     """Prompts whose text is the conversation that they hold, or that they are a part of."""
     mark = _image_mark(opened)
@@ -340,6 +351,7 @@ def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
                 f"{prompt.where} holds {mark or config.image_token}, where an image goes, and no image is "
                 "given; name its file by --image, or leave that out"
             )
+        _refuse_videos(prompt, opened)
     check_token_ids(tokens, config, tokenizer, where=prompt.where)
     return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 

@@ -15,11 +15,11 @@ from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
 from jaxlab.evaluation import answers
 from jaxlab.models import ViTConfig
+from jaxlab.processing import Prompt, read_messages
 from jaxlab.tasks import generate
 from tests.checkpoints import folders as families
 from tests.models.tiny import make_config
 from tests.processing.folders import CASES, GOLDEN, load_processor, write_folder
-
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxlab.errors.UserNote")
 
@@ -174,3 +174,23 @@ def test_a_chat_with_images_says_what_transformers_says(tmp_path, capsys):
     for row, expected in zip(rows, made.values(), strict=True):
         assert row["prompt_tokens"] == expected["prompt_tokens"]
         assert row["text"] == expected["text"]
+
+
+def test_a_prompt_that_asks_for_a_video_is_refused(tmp_path):
+    opened = HuggingFaceFolder(write_folder(tmp_path, "qwen2_vl"))  # one without tensors
+    config = dataclasses.replace(make_config("vision"), vocab_size=300, family="qwen2_vl+qwen2")
+    image = CASES["qwen2_vl"]["config"]["image_token_id"]
+    opened.config = dataclasses.replace(config, vision=ViTConfig(image_token=image))
+    opened.tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer_plain.json"))
+    opened.source_files = SourceFiles(opened.path, opened.config_json)
+    video = Prompt("--prompt", "What is <|video_pad|>?")
+    with pytest.raises(
+        UserError, match=r"^the prompt holds <\|video_pad\|>: videos are not read; give frames"
+    ):
+        generate.read_prompt(video, opened, chat=False)
+    batch = generate.read_prompt(Prompt("--prompt", "What?"), opened, chat=False)
+    assert batch.keys() == {"tokens"}
+    messages = [{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}]}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(UserError, match=r"chat\.jsonl.*: videos are not read; give frames of it as images"):
+        read_messages(tmp_path / "chat.jsonl")
