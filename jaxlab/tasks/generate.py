@@ -333,9 +333,7 @@ def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
     first = opened.special_tokens.get("bos_token")
     special = not chat or (config.has_vision and not plain and not (first and prompt.text.startswith(first)))
     if files and not plain:
-        batch = _with_images(prompt, opened, chat, special)
-        check_token_ids(batch["tokens"], config, tokenizer, where=prompt.where)
-        return batch
+        return _with_images(prompt, opened, chat, special)
     tokens = encode(prompt.text, tokenizer, special=special, where=prompt.where)
     images: dict[str, np.ndarray] = {}
     if files:
@@ -366,6 +364,7 @@ def _with_images(prompt: Prompt, opened: OpenModel, chat: bool, special: bool) -
             "texts, or none"
         )
     batch = processor(prompt.text, prompt.images, opened.tokenizer, special_tokens=None if special else False)
+    check_token_ids(batch["tokens"], opened.config, opened.tokenizer, where=prompt.where)
     try:
         return prepare_batch(batch, opened.config)
     except ValueError as error:
