@@ -85,7 +85,8 @@ def _field_lines(cls: type, prefix: str, default: Any) -> Iterator[str]:
                 continue
         elif field.key == KIND and prefix and kind_of(cls):  # the heading shows it, with the other kinds
             continue
-        name = _positional(field) if field.positional else f"--{prefix}{field.key} {describe(field.type)}"
+        words = "TEXT, may be repeated" if field.repeated else describe(field.type)
+        name = _positional(field) if field.positional else f"--{prefix}{field.key} {words}"
         yield f"  {name}"
         yield from _wrapped(f"{docs.get(field.name, '')} ({_default(value)})", 6)
     for field, value in inner:

@@ -15,6 +15,7 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
     from jaxlab.checkpoints.formats.hf_write import huggingface_config
+    from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
     from jaxlab.checkpoints.locate import resolve
     from jaxlab.checkpoints.open import load_model, open_model

@@ -72,10 +72,21 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
     if field == "moe":
         mixtures = [c.moe and dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
         return mixtures[0] == mixtures[1]
+    if field == "norm_bias":
+        return one.norm == other.norm == "rms"
+    if field == "position":
+        return bool(_position(one) == _position(other))
     if field == "attention":
         return bool(_attention(one) == _attention(other))
     plain_mlp = any(c.moe is None or c.dense_layers for c in (one, other))
     return field == "mlp_width" and not plain_mlp
+
+
+def _position(c: ModelConfig) -> Any:
+    """How every layer turns, however it is said."""
+    if not isinstance(c.position, RopeConfig):
+        return c.position
+    return c.rotary_layers, dataclasses.replace(c.position, layers=(), dim=c.rotary_dim)
 
 
 def _attention(c: ModelConfig) -> Any:

@@ -1,7 +1,8 @@
 """Checkpoints in float8: dequantised as they are read, with the scales that stand beside the weights.
 
 Two forms are known: a scale for each block of a matrix (`<name>_scale_inv`, DeepSeek-V3, arXiv 2412.19437),
-and a scale for a tensor or for each of its rows (`<name>_scale`, compressed-tensors and others).
+and a scale for a tensor or for each of its rows (`<name>_scale`, compressed-tensors and others). MXFP4 stands
+in mxfp4.py.
 """
 
 import dataclasses
@@ -10,13 +11,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxlab.checkpoints import mxfp4
 from jaxlab.checkpoints.foreign_forms import packed_form
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.errors import UserError
 
 QUANTIZED = "quantization_config"
-METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8")
+METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8", mxfp4.METHOD)
 _ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", ".k_scale", ".v_scale")
 """Scales of activations and of caches of keys and values; ours are not quantised, so they are left out."""
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
@@ -45,6 +47,9 @@ def dequantized(folder: TensorFolder) -> TensorFolder:
     block = quantized.get("weight_block_size")
     others = {"float32": np.float32, "float16": np.float16}
     dtype = np.dtype(others.get(_stored(folder), ml_dtypes.bfloat16))
+    config = {key: value for key, value in folder.config.items() if key != QUANTIZED}
+    if method == mxfp4.METHOD:
+        return dataclasses.replace(mxfp4.unpacked(folder, dtype), config=config)
     tensors: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for name, tensor in folder.items():
@@ -64,7 +69,6 @@ def dequantized(folder: TensorFolder) -> TensorFolder:
             tensors[name] = _scaled(tensor, scales[name], block, dtype)
         elif name in scales:
             raise UserError(f"{folder.path}: {name} has a scale, but is {tensor.dtype.name}")
-    config = {key: value for key, value in folder.config.items() if key != QUANTIZED}
     return dataclasses.replace(folder, config=config, tensors=tensors)
 
 

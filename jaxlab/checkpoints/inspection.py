@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import families
 from jaxlab.checkpoints.compatibility import common_prefix, language_differences
 from jaxlab.checkpoints.formats.base import OpenModel, is_finite
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
@@ -143,22 +142,26 @@ def _policies(first: ModelReport, other: ModelReport, shared: int) -> list[str]:
 
 def _architecture(c: ModelConfig) -> list[tuple[str, str]]:
     lines = [("family", c.family)]
-    if c.family != "jaxlab" and not families.find(c.family).forward:
-        lines[0] = ("family", f"{c.family} (converted and merged, not run)")
     heads = f"{c.num_heads} heads" + ("" if c.kv_heads == c.num_heads else f" ({c.kv_heads} key/value)")
     lines.append(("language model", f"{c.num_layers} layers, width {c.width}, {heads} of {c.key_dim}"))
     if c.moe is not None:
-        dense = f", {c.dense_layers} layers without" if c.dense_layers else ""
-        lines.append(("experts", f"{c.moe.experts_per_token} of {c.moe.num_experts} of {c.moe.width}{dense}"))
-    kinds = Counter(c.kinds)
+        more = f", {c.moe.shared_width} shared" if c.moe.shared_width else ""
+        more += f", {c.dense_layers} layers without" if c.dense_layers else ""
+        lines.append(("experts", f"{c.moe.experts_per_token} of {c.moe.num_experts} of {c.moe.width}{more}"))
+    kinds, said = Counter(c.kinds), []
     if set(kinds) != {"full"}:
         said = [
             f"{n} {kind}" + (f" ({c.sliding.window})" if kind == "sliding" else "")
             for kind, n in kinds.items()
         ]
+    said += [f"keys and values from a latent ({c.latent.kv_rank})"] if c.latent is not None else []
+    said += ["sinks"] if c.attention_sinks else []
+    if said:
         lines.append(("attention", ", ".join(said)))
     stretched = isinstance(c.position, RopeConfig) and c.position.scaling != "none"
     scaling = f", rotary positions stretched ({c.rope.scaling})" if stretched else ""
+    if isinstance(c.position, RopeConfig) and not all(c.rotary_layers):
+        scaling += f", no positions in {c.rotary_layers.count(False)} of {c.num_layers} layers"
     lines.append(("context", f"{c.max_length:,} tokens{scaling}"))
     head = "head is the embedding" if c.tie_embeddings else "head of its own"
     lines.append(("vocabulary", f"{c.embedding_rows:,} rows, {head}"))
@@ -179,8 +182,8 @@ def _parameters(folder: TensorFolder, found: Match) -> str:
 def _stored(folder: TensorFolder) -> str:
     sizes: Counter[str] = Counter()
     for tensor in folder.values():
-        sizes[tensor.dtype.name] += tensor.size
-    return f"{sum(tensor.nbytes for tensor in folder.values()):,} bytes of {_list_dtypes(sizes)}"
+        sizes[tensor.stored_as] += tensor.size
+    return f"{sum(tensor.stored_bytes for tensor in folder.values()):,} bytes of {_list_dtypes(sizes)}"
 
 
 def _list_dtypes(sizes: Counter[str]) -> str:

@@ -42,8 +42,8 @@ def resolve(
         return path / "model" if is_run else path
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(
-            f"{path}: no such model: a model folder, a run folder, the config of a train run, a .bin file of "
-            "llama2.c, or a hub id owner/name"
+            f"{path}: no such model: a model folder, a run folder, the config of a train run, a .gguf file, "
+            "a .bin file of llama2.c, or a hub id owner/name"
         )
     try:
         return hub_snapshot(str(path), revision=revision, offline=offline, allow_pickle=allow_pickle)
@@ -60,15 +60,19 @@ def form_of(path: Path) -> Form:
     if path.is_file():
         if path.suffix == ".bin":
             return "llama2c"
+        if path.suffix == ".gguf":
+            return "gguf"
         if path.suffix == ".safetensors":
             raise UserError(f"{path}: tensors without their config.json; name the folder that holds both")
-        raise UserError(f"{path}: not a model: name its folder, or a .bin file of llama2.c")
+        raise UserError(f"{path}: not a model: name its folder, a .gguf file, or a .bin file of llama2.c")
     if (path / OWN_CONFIG).is_file() or (path / OWN_PARAMS).is_dir():
         return "orbax"
     if (path / CONFIG).exists():
         return "huggingface"
     if not path.is_dir():
         raise UserError(f"{path}: no such model")
+    if any(path.glob("*.gguf")):
+        raise UserError(f"{path}: holds GGUF files; name one of them, of a split one the first")
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path}: an adapter, not a model: convert the model it is for, with --adapter {path}"

@@ -67,6 +67,15 @@ class Tensor:
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    @property
+    def stored_as(self) -> str:
+        """The type that it has in its file; not `dtype` where that is computed."""
+        return self.dtype.name
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.nbytes
+
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a file, by name; only its header is read.

@@ -13,7 +13,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxlab.checkpoints.blocked_copy import aligned_empty, copy_by_blocks
 from jaxlab.checkpoints.formats.base import NotFinite, parameter_dtype, report_not_finite
-from jaxlab.checkpoints.fused_qkv import fused_parts
+from jaxlab.checkpoints.fused_qkv import split_fused
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_map import Entry, leaf_at, tree_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, LeafPath
@@ -119,9 +119,9 @@ class _Target:
 
 def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target]) -> None:
     """One tensor into the leaves that it holds."""
-    parts = fused_parts(entry.layout, entry.join, [target.own for target in targets])
-    for target, where in zip(targets, parts, strict=True):
-        part = values[where]
+    own = [target.own for target in targets]
+    parts = split_fused(values, entry.layout, entry.join, own, runs=entry.runs)
+    for target, part in zip(targets, parts, strict=True):
         if part.dtype != target.dtype:
             part = part.astype(target.dtype)
         target.fill(index, np.asarray(entry.layout.to_ours(part, target.own)))

@@ -40,6 +40,8 @@ COMPANIONS = (
     "vocab.json",
 )
 """Files that a folder takes over from the one it was made from."""
+CHAT_TEMPLATES = "additional_chat_templates"
+"""A folder in it with further templates, NAME.jinja."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(text, str(path))
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder.
+def inside(folder: Path, name: str, under: str = "") -> Path:
+    """The file `name` of a folder, or of the folder `under` in it.
 
     Raises:
       UserError: the name is a path, or the file is missing, no plain file, or a link that leads out of the
         folder. Links of the Hugging Face cache, from a snapshot to the blobs beside it, stay inside.
     """
-    path = folder / _file_name(folder, name)
+    path = folder / under / _file_name(folder, name)
     try:
         real = path.resolve(strict=True)
         plain = stat.S_ISREG(real.stat().st_mode)
@@ -338,3 +340,11 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(inside(source, name), target / name)
+    for name in additional_chat_templates(source):
+        (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(inside(source, name, CHAT_TEMPLATES), target / CHAT_TEMPLATES / name)
+
+
+def additional_chat_templates(folder: Path) -> list[str]:
+    """The names of the files of further chat templates."""
+    return sorted(path.name for path in (folder / CHAT_TEMPLATES).glob("*.jinja"))

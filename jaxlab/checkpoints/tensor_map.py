@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape
+from jaxlab.checkpoints.fused_qkv import fused_shape, join_fused, split_fused
 from jaxlab.checkpoints.tensor_table import Layout, LeafPath, Row, parse
 from jaxlab.errors import UserError
 from jaxlab.models import BRANCHES
@@ -32,8 +32,8 @@ class Entry:
     paths: tuple[LeafPath, ...]
     """Of the leaves."""
     pattern: str
-    """Their name, with {i} for the layer, {e} for the expert and {branch} for NSA's branch; layers that are
-    told one by one, or are dense before others with experts, are listed, {3,8}."""
+    """Their name, with {i} for the layer, {e} for the expert, {h} for the head and {branch} for NSA's branch;
+    layers that are told one by one, or are dense before others with experts, are listed, {3,8}."""
     names: tuple[str, ...]
     """All N of them, in the order of the leaves' leading axes."""
     layers: tuple[int | None, ...]
@@ -42,6 +42,7 @@ class Entry:
     """Leading axes of a leaf that tell them apart."""
     layout: Layout
     join: int
+    runs: str
 
     @property
     def path(self) -> LeafPath:
@@ -89,9 +90,11 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
     layout, counted = parse(row.layout), re.findall(r"\{(\w+)\}", row.name)
     lead = len(shape) - layout.rank
     pattern = row.name
-    if lead == len(counted) + 1 and shape[1:2] == (len(BRANCHES),) and "i" in counted:
-        end = row.name.rpartition(".")[2]  # NSA's keys and values: those of its branches
-        pattern, counted = f"{row.name.removesuffix(end)}{{branch}}.{end}", ["i", "branch"]
+    of_heads = path.endswith("_norm.scale")  # norms with a scale for each head
+    if lead == len(counted) + 1 and "i" in counted and (of_heads or shape[1] == len(BRANCHES)):
+        axis = "h" if of_heads else "branch"  # NSA's keys and values: those of its branches
+        end = row.name.rpartition(".")[2]
+        pattern, counted = f"{row.name.removesuffix(end)}{{{axis}}}.{end}", ["i", axis]
     if lead != len(counted):
         raise UserError(f"the parameter {path} has shape {shape}; {row.name} does not fit it")
     ranges: list[Sequence[int] | tuple[str, ...]] = []
@@ -115,6 +118,7 @@ def _entry(row: Row, path: str, shape: tuple[int, ...], first_layer: int) -> Ent
         lead=lead,
         layout=layout,
         join=row.join,
+        runs=row.runs,
     )
 
 
@@ -125,18 +129,18 @@ def to_hf(params: Mapping[str, Any], entry: Entry) -> Stack:
         leaf = leaf_at(params, path)
         flat = leaf.reshape(len(entry.names), *leaf.shape[entry.lead :])
         parts.append(entry.layout.to_theirs(flat, lead=1))
-    if len(parts) == 1:
-        return parts[0]
+    shapes = [leaf_at(params, path).shape[entry.lead :] for path in entry.paths]
     module = np if all(isinstance(part, np.ndarray) for part in parts) else jax.numpy
-    return module.concatenate(parts, axis=entry.join + 1)
+    return join_fused(parts, entry.layout, entry.join, shapes, runs=entry.runs, lead=1, module=module)
 
 
 def from_hf(tensors: Stack, entry: Entry, template: Mapping[str, Any]) -> dict[LeafPath, Leaf]:
     """The inverse of `to_hf`: leaves with the shapes that they have in `template`."""
     shapes = [leaf_at(template, path).shape for path in entry.paths]
-    parts = fused_parts(entry.layout, entry.join, [shape[entry.lead :] for shape in shapes], lead=1)
+    own = [shape[entry.lead :] for shape in shapes]
+    parts = split_fused(tensors, entry.layout, entry.join, own, runs=entry.runs, lead=1)
     return {
-        path: entry.layout.to_ours(tensors[part], shape[entry.lead :], lead=1).reshape(shape)
+        path: entry.layout.to_ours(part, shape[entry.lead :], lead=1).reshape(shape)
         for path, shape, part in zip(entry.paths, shapes, parts, strict=True)
     }
 

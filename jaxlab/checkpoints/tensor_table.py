@@ -35,11 +35,14 @@ class Row:
     path: str | tuple[str, ...]
     """Of our leaf; of several leaves that one tensor of theirs holds, in their order."""
     name: str
-    """Theirs, with {i} for the layer, {e} for the expert, {branch} for NSA's branch."""
+    """Theirs, with {i} for the layer, {e} for the expert, {h} for the head, {branch} for NSA's branch."""
     layout: str
     """Of one tensor; see Layout."""
     join: int = 0
     """The axis of theirs along which several leaves are joined."""
+    runs: str = ""
+    """Several leaves: the axis of ours of whose least size there are so many runs, each with a piece of every
+    leaf; empty: each leaf is one piece."""
     numbers: tuple[int, ...] = ()
     """Theirs of our layers 0, 1, ..., where they are not the same."""
     skips: tuple[int, ...] = ()

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxlab.checkpoints.tensor_folder import inside, read_json
 from jaxlab.errors import UserError
+from jaxlab.processing import make_tokenizer
 
 TOKENIZER = "tokenizer.json"
 _BYTE_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -48,10 +49,7 @@ def load_tokenizer_file(file: Path) -> Tokenizer:
     Raises:
       UserError: it is none.
     """
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{file}: not a tokenizer ({str(error)[:200]})") from error
+    return make_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
 
 
 def _byte_pairs(folder: Path, vocabulary: Path, merges: Path, config: Mapping[str, Any]) -> Tokenizer:
@@ -62,10 +60,11 @@ def _byte_pairs(folder: Path, vocabulary: Path, merges: Path, config: Mapping[st
             f'a {TOKENIZER} does: python -c "from transformers import AutoTokenizer as T; '
             f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
-    try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{vocabulary}: not a vocabulary of byte pairs ({str(error)[:200]})") from error
+    tokenizer = make_tokenizer(
+        lambda: Tokenizer(models.BPE.from_file(str(vocabulary), str(merges))),
+        vocabulary,
+        "a vocabulary of byte pairs",
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token in _special(folder) if tokenizer.token_to_id(token) is not None]

@@ -15,13 +15,18 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, Row
 from jaxlab.errors import UserError
-from jaxlab.models import MllamaVisionConfig, ModelConfig, QwenVisionConfig, ViTConfig
+from jaxlab.models import MllamaVisionConfig, ModelConfig, MoEConfig, QwenVisionConfig, ViTConfig
 
 if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.checkpoints.tensor_map import Entry
     from jaxlab.models import Params
 
 _SHOWN = 8
+_PARTS = ("gate", "up", "down")
+_LATENT_QUERY = tuple(f"attention.{leaf}" for leaf in ("query_down", "query_latent_norm.scale", "query_up"))
+_LATENT = tuple(
+    f"attention.{leaf}" for leaf in ("kv_down", "shared_key", "kv_latent_norm.scale", "key_up", "value_up")
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -204,7 +209,7 @@ def _general(name: str) -> str:
 
 
 def _names(row: Row, config: ModelConfig, found: list[str]) -> list[str]:
-    """All names of a row, by what the config says of layers and experts; else those that are found."""
+    """All names of a row, by what the config says of layers, experts and heads; else those that are found."""
     counted = re.findall(r"\{(\w+)\}", row.name)
     if not counted:
         return [row.name]
@@ -212,8 +217,13 @@ def _names(row: Row, config: ModelConfig, found: list[str]) -> list[str]:
     if layers is None:
         return found
     numbers = row.layer_numbers(*layers) if "i" in counted else (0,)
-    experts = range(config.moe.num_experts) if "e" in counted and config.moe is not None else range(1)
-    return [row.name.replace("{i}", str(i)).replace("{e}", str(e)) for i in numbers for e in experts]
+    inner = 1
+    if "e" in counted and config.moe is not None:
+        inner = config.moe.num_experts
+    elif "h" in counted:
+        inner = config.num_heads if "query" in row.paths[0] else config.kv_heads
+    second = next((axis for axis in ("{e}", "{h}") if axis in row.name), "{e}")
+    return [row.name.replace("{i}", str(i)).replace(second, str(n)) for i in numbers for n in range(inner)]
 
 
 def _layers(path: str, config: ModelConfig) -> tuple[int, int] | None:
@@ -249,7 +259,7 @@ def _needed(path: str, config: ModelConfig) -> bool:
         ".".join(EMBEDDING): True,
         "position.table": c.position.kind == "learned",
         "final_norm.scale": True,
-        "final_norm.bias": c.norm == "layer",
+        "final_norm.bias": c.norm == "layer" and c.norm_bias,
         "head.bias": c.head_bias,
     }
     if path in edges:
@@ -263,26 +273,47 @@ def _needed(path: str, config: ModelConfig) -> bool:
 
 def _of_layer(c: ModelConfig, experts: bool) -> dict[str, bool]:
     mlp, gated, biased = not experts, c.mlp == "gated", c.mlp_bias
-    layer_norm, normed = c.norm == "layer", c.qk_norm != "none"
+    layer_norm, normed = c.norm == "layer" and c.norm_bias, c.qk_norm != "none"
     norms: dict[str, Any] = {
-        "attention_norm": True,
-        "mlp_norm": not c.parallel,
+        "attention_norm": c.pre_norms,
+        "mlp_norm": c.has_mlp_norm,
         "attention_post_norm": c.post_norms,
         "mlp_post_norm": c.post_norms,
         "attention.query_norm": normed,
         "attention.key_norm": normed,
     }
-    leaves = {f"attention.{part}": True for part in ("query", "key", "value", "output")}
+    without_bias = ("attention.query_norm", "attention.key_norm") if c.qk_norm == "each_head" else ()
+    latent = c.latent is not None
+    latent_query = c.latent is not None and c.latent.query_rank is not None
+    leaves = {"attention.output": True, "attention.query": not latent_query}
+    leaves |= {f"attention.{part}": not latent for part in ("key", "value")}
+    leaves |= dict.fromkeys(_LATENT, latent) | dict.fromkeys(_LATENT_QUERY, latent_query)
     leaves |= {f"attention.{part}_bias": c.attention_bias for part in ("query", "key", "value")}
     leaves |= {f"{norm}.scale": there for norm, there in norms.items()}
-    leaves |= {f"{norm}.bias": there and layer_norm for norm, there in norms.items()}
-    leaves |= {f"moe.{part}": experts for part in ("router", "gate", "up", "down")}
+    leaves |= {
+        f"{norm}.bias": there and layer_norm and norm not in without_bias for norm, there in norms.items()
+    }
+    leaves |= _of_experts(c.moe if experts else None)
     return leaves | {
         "attention.output_bias": c.has_output_bias,
+        "attention.sinks": c.attention_sinks,
         "mlp.gate": mlp and gated,
         "mlp.up": mlp,
         "mlp.down": mlp,
         "mlp.gate_bias": mlp and gated and biased,
         "mlp.up_bias": mlp and biased,
         "mlp.down_bias": mlp and biased,
+    }
+
+
+def _of_experts(m: MoEConfig | None) -> dict[str, bool]:
+    if m is None:
+        return {}
+    leaves = dict.fromkeys(("moe.router", *(f"moe.{part}" for part in _PARTS)), True)
+    leaves |= {f"moe.{part}_bias": m.bias for part in _PARTS}
+    leaves |= {f"moe.shared.{part}": m.shared_width > 0 for part in _PARTS}
+    return leaves | {
+        "moe.shared_gate": m.shared_gate,
+        "moe.router_bias": m.router_bias,
+        "moe.choice_bias": m.choice_bias,
     }

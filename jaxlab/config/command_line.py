@@ -5,6 +5,7 @@
   types, text that is nothing else is itself, and quotes make a word of `'1'` or `'null'`.
 - The kind of a group that is one of several is set by `--a.kind word`, or by `--a word`.
 - A list is one YAML list or several words. A true|false field given without a value is true.
+- Options that may be repeated take one word each time, as it is, and are a list together.
 - Words before the options, and those that no option takes, fill the positional fields in order.
 """
 
@@ -41,12 +42,19 @@ def parse(cls: type, words: Sequence[str]) -> list[tuple[Path, Any]]:
     Raises:
       ConfigError: a mistake in it, with its place and the remedy.
     """
-    result, positionals = [], []
+    result: list[tuple[Path, Any]] = []
+    positionals = []
+    repeated: dict[Path, list[str]] = {}
     queue = list(words)
     while queue:
         if is_option(queue[0]):
             path, values = take_option(cls, queue)
-            result.append((path, values))
+            if _is_repeated(cls, path):
+                if path not in repeated:
+                    result.append((path, repeated.setdefault(path, [])))
+                repeated[path].extend(values)
+            else:
+                result.append((path, values))
         else:
             positionals.append(queue.pop(0))
     for field in fields_of(cls).values():
@@ -64,6 +72,10 @@ def take_option(cls: type, queue: list[str]) -> tuple[Path, Any]:
     dotted, equals, text = queue.pop(0)[2:].partition("=")
     path, kind = resolve(cls, dotted)
     following = next((index for index, word in enumerate(queue) if is_option(word)), len(queue))
+    if _is_repeated(cls, path):
+        if not equals and not following:
+            raise ConfigError("needs a value", dotted, COMMAND_LINE)
+        return path, [text if equals else queue.pop(0)]
     if equals:
         values = [text]
     elif is_list(kind):
@@ -76,6 +88,10 @@ def take_option(cls: type, queue: list[str]) -> tuple[Path, Any]:
     else:
         raise ConfigError(f"needs a value: {describe(kind)}", dotted, COMMAND_LINE)
     return path, from_words(kind, values)
+
+
+def _is_repeated(cls: type, path: Path) -> bool:
+    return len(path) == 1 and fields_of(cls)[path[0]].repeated
 
 
 def resolve(cls: type, dotted: str) -> tuple[Path, Any]:

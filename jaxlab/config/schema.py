@@ -17,6 +17,9 @@ ABSENT: Any = object()
 POSITIONAL: Any = object()
 """Marks a field that the command line gives without its name: `model: Annotated[str, POSITIONAL]`."""
 
+REPEATED: Any = object()
+"""Marks a list of str that the command line gives one by one, each word as it is: `--stop a --stop '[b]'`."""
+
 KIND = "kind"
 """The key that tells the configs of a union apart; each declares its own: `kind: Literal["nsa"] = "nsa"`."""
 
@@ -32,6 +35,7 @@ class Field:
     type: Any
     default: Any
     positional: bool
+    repeated: bool = False
 
 
 @functools.cache
@@ -50,17 +54,17 @@ def fields_of(cls: type) -> dict[str, Field]:
             continue
         bare = field.name.removesuffix("_")
         key = bare if keyword.iskeyword(bare) else field.name
-        hint, positional = hints[field.name], False
+        hint, positional, repeated = hints[field.name], False, False
         if typing.get_origin(hint) is Annotated:
             hint, *extras = typing.get_args(hint)
-            positional = POSITIONAL in extras
+            positional, repeated = POSITIONAL in extras, REPEATED in extras
         _check_type(hint, f"{cls.__name__}.{field.name}")
         default = ABSENT
         if field.default is not dataclasses.MISSING:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        result[key] = Field(key, field.name, hint, default, positional)
+        result[key] = Field(key, field.name, hint, default, positional, repeated)
     return {KIND: result.pop(KIND), **result} if KIND in result else result
 
 

@@ -247,3 +247,7 @@ class DigitsSource:
 
     def tokenizer(self) -> Tokenizer:
         return tokenizer(self.config)
+
+    @property
+    def largest_token(self) -> int:
+        return int(self.tokenizer().get_vocab_size()) - 1

@@ -262,3 +262,7 @@ class EpisodesSource:
 
     def tokenizer(self) -> Tokenizer:
         return episode_tokenizer()
+
+    @property
+    def largest_token(self) -> int:
+        return int(self.tokenizer().get_vocab_size()) - 1

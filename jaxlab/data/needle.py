@@ -199,3 +199,7 @@ class NeedleSource:
 
     def tokenizer(self) -> Tokenizer:
         return needle_tokenizer()
+
+    @property
+    def largest_token(self) -> int:
+        return int(self.tokenizer().get_vocab_size()) - 1

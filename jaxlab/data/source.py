@@ -40,6 +40,11 @@ class Source(Protocol):
         """None: tokens are bytes."""
         ...
 
+    @property
+    def largest_token(self) -> int:
+        """The highest token id that a batch may hold."""
+        ...
+
 
 def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
     """The source that `config` describes; `find_model` says where a model is that it names.
@@ -84,11 +89,7 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
             f"sequences of {tokens.shape[1]} tokens exceed the model's max_length {model.max_length}; "
             "raise model.max_length or shorten the data"
         )
-    if tokens.max() >= model.vocab_size:
-        raise UserError(
-            f"the data holds token {tokens.max()}, the model's vocab_size is {model.vocab_size}; "
-            "raise model.vocab_size or take other data"
-        )
+    _check_token(int(tokens.max()), model)
     if "images" in batch:
         vision = model.vision
         if not isinstance(vision, PlainVisionConfig):
@@ -102,6 +103,24 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
                 f"the data holds images of {batch['images'].shape[2:]}, the model takes {size}; "
                 "set model.vision.image_size and channels"
             )
+
+
+def check_all_tokens(source: Source, model: ModelConfig) -> None:
+    """Checks that no batch of a source can hold a token that `model` has no row for; one batch tells little.
+
+    Raises:
+      UserError: one can.
+    """
+    _check_token(source.largest_token, model, source.tokenizer())
+
+
+def _check_token(largest: int, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    if largest >= model.vocab_size:  # they are targets too, and none beyond it is ever made
+        word = None if tokenizer is None else tokenizer.id_to_token(largest)
+        raise UserError(
+            f"the data holds token {largest}{'' if word is None else f' ({word!r})'}, the model's vocab_size "
+            f"is {model.vocab_size}; raise model.vocab_size or take other data"
+        )
 
 
 def check_same_words(model: Tokenizer | None, source: Tokenizer | None, path: str | Path) -> None:

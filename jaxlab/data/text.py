@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import open_model, resolve
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.processing import encode_batch, make_tokenizer
 
 FindModel = Callable[[str], Path]
 """From the name of a model to its folder or file. Raises UserError if there is none."""
@@ -81,6 +82,10 @@ class TextSource:
     def tokenizer(self) -> Tokenizer | None:
         return self._tokenizer
 
+    @functools.cached_property
+    def largest_token(self) -> int:
+        return int(max(tokens.max() for tokens in (self.training, *self.held_out.values())))
+
     def _crops(self, tokens: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
         crops = tokens[starts[:, None] + np.arange(self.config.sequence_length)[None]].astype(np.int32)
         mask = np.ones(crops.shape, bool)
@@ -130,10 +135,15 @@ def _read(
 
     `words` is the tokenizer as text; None: bytes.
     """
-    texts = [file.read_bytes() for file, _, _ in files]
-    texts = [t for t in texts if t and SEPARATOR not in t]
+    found = {file: file.read_bytes() for file, _, _ in files}
+    found = {file: text for file, text in found.items() if text and SEPARATOR not in text}
+    if words is not None:
+        _check_utf8(found)
+    texts = list(found.values())
     if len(texts) == 1:  # one file: its end is held out
         cut = len(texts[0]) * (holdout_every - 1) // holdout_every
+        while words is not None and texts[0][cut] & 0xC0 == 0x80:  # inside a letter
+            cut -= 1
         training, held_out = [texts[0][:cut]], [texts[0][cut:]]
     else:
         held_out = texts[holdout_every - 1 :: holdout_every]
@@ -145,11 +155,22 @@ def _read(
     if words is None:
         return np.frombuffer(joined[0], np.uint8), np.frombuffer(joined[1], np.uint8), digest.hexdigest()
     digest.update(words.encode())
-    tokenizer = Tokenizer.from_str(words)
+    tokenizer = make_tokenizer(lambda: Tokenizer.from_str(words), "the tokenizer of the data")
     return _encode(training, tokenizer), _encode(held_out, tokenizer), digest.hexdigest()
 
 
 def _encode(texts: list[bytes], tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of texts, one after the other."""
-    encoded = tokenizer.encode_batch([text.decode("utf-8", "replace") for text in texts])
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(e.ids, np.int32) for e in encoded)])
+    encoded = encode_batch([text.decode() for text in texts], tokenizer)
+    return np.concatenate([np.zeros(0, np.int32), *(ids.astype(np.int32) for ids in encoded)])
+
+
+def _check_utf8(texts: dict[Path, bytes]) -> None:
+    for file, text in texts.items():
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}: not valid UTF-8 (at its byte {error.start + 1}), which a tokenizer reads; "
+                "convert it, choose files by data.pattern, or leave data.tokenizer out to read bytes"
+            ) from None

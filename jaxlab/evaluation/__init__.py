@@ -3,6 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from jaxlab.evaluation.answers import Answer, fill_all
     from jaxlab.evaluation.attention_speed import (
         AttentionSpeedConfig,
         attention_speed_memory,

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.data import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer, make_episodes
+from jaxlab.processing import decode
 
 
 @dataclass(frozen=True)
@@ -114,4 +115,4 @@ def token_texts(tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:
     """Each token of one sequence as text; without a tokenizer tokens are bytes."""
     if tokenizer is None:
         return [chr(token) if 32 <= token < 127 else f"\\x{token:02x}" for token in tokens.tolist()]
-    return [tokenizer.decode([token], skip_special_tokens=False) for token in tokens.tolist()]
+    return [decode([token], tokenizer, skip_special=False) for token in tokens.tolist()]

@@ -21,6 +21,7 @@ with epy.lazy_api_imports(globals()):
         inject_by_recipe,
         load_recipe,
         merge_by_recipe,
+        note_dequantized,
         read_trio,
         save_merged,
         verify_merged,

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from jaxlab import __version__
 from jaxlab import config as configs
 from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model, save_model
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection import Method, PatternValue, inject
@@ -234,6 +235,16 @@ def check_same_architecture(models: Sequence[OpenModel]) -> None:
                 f"{first.path} and {other.path} cannot be merged: "
                 f"{field} is {values[0]} in one, {values[1]} in the other"
             )
+
+
+def note_dequantized(models: Iterable[OpenModel]) -> None:
+    """A note for each model whose tensors are not the original ones."""
+    for model in models:
+        if model.dequantized is not None:
+            note = (
+                f"{model.path}: its tensors are dequantised from {model.dequantized}, not the original ones"
+            )
+            warnings.warn(note, UserNote, stacklevel=2)
 
 
 def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:

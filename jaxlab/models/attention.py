@@ -49,28 +49,34 @@ class Attention(nnx.Module):
           branches: so many key and value projections of their own; None: one, without the axis.
           qk_norm_kind: of the norms on queries and keys; None: as the other norms.
         """
-        c, std = config, config.initializer_range
+        c = config
         self.config = config
+        self._init_projections(init, branches)
+        self.output = init.normal(
+            (c.num_heads, c.value_dim, c.width),
+            ("heads", "head_dim", "embed"),
+            c.initializer_range * residual_scale,
+        )
+        self.output_bias = init.zeros((c.width,), ("embed",)) if c.has_output_bias else None
+        self.sinks = init.zeros((c.num_heads,), ("heads",)) if c.attention_sinks else None
+        if c.qk_norm != "none":
+            kind = qk_norm_kind or c.norm
+            norm = lambda heads, axis: _head_norm(c, kind, heads, axis, init)
+            self.query_norm, self.key_norm = norm(c.num_heads, "heads"), norm(c.kv_heads, "kv_heads")
+
+    def _init_projections(self, init: Initializer, branches: int | None) -> None:
+        """Those of queries, keys and values."""
+        c, std = self.config, self.config.initializer_range
         lead: tuple[int, ...] = () if branches is None else (branches,)
         lead_axes: tuple[str, ...] = () if branches is None else ("branch",)
         kv_axes, bias_axes = ("embed", "kv_heads", "head_dim"), ("kv_heads", "head_dim")
         self.query = init.normal((c.width, c.num_heads, c.key_dim), ("embed", "heads", "head_dim"), std)
         self.key = init.normal((*lead, c.width, c.kv_heads, c.key_dim), (*lead_axes, *kv_axes), std)
         self.value = init.normal((*lead, c.width, c.kv_heads, c.value_dim), (*lead_axes, *kv_axes), std)
-        self.output = init.normal(
-            (c.num_heads, c.value_dim, c.width), ("heads", "head_dim", "embed"), std * residual_scale
-        )
         bias = lambda shape, axes: init.zeros(shape, axes) if c.attention_bias else None
         self.query_bias = bias((c.num_heads, c.key_dim), ("heads", "head_dim"))
         self.key_bias = bias((*lead, c.kv_heads, c.key_dim), (*lead_axes, *bias_axes))
         self.value_bias = bias((*lead, c.kv_heads, c.value_dim), (*lead_axes, *bias_axes))
-        self.output_bias = init.zeros((c.width,), ("embed",)) if c.has_output_bias else None
-        if c.qk_norm != "none":
-            kind = qk_norm_kind or c.norm
-            norm = lambda size: Norm(size, kind, c.norm_eps, init, offset=c.norm_offset, axis="head_dim")
-            over_all = c.qk_norm == "width"
-            self.query_norm = norm(c.num_heads * c.key_dim if over_all else c.key_dim)
-            self.key_norm = norm(c.kv_heads * c.key_dim if over_all else c.key_dim)
 
     def __call__(
         self,
@@ -128,9 +134,23 @@ class Attention(nnx.Module):
 
     def _norm_heads(self, norm: Norm, x: Float[Array, "*rows H K"]) -> Float[Array, "*rows H K"]:
         """Over each head, or over all heads together."""
-        if self.config.qk_norm == "head":
-            return norm(x)
-        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        if self.config.qk_norm == "width":
+            return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        return norm(x)
+
+
+def _head_norm(
+    c: ModelConfig, kind: Literal["rms", "layer"], heads: int, axis: str, init: Initializer
+) -> Norm:
+    """The norm on queries or keys of `heads` heads."""
+    shape: tuple[int, ...] = (c.key_dim,)
+    axes: tuple[str, ...] = ("head_dim",)
+    if c.qk_norm == "width":
+        shape = (heads * c.key_dim,)
+    elif c.qk_norm == "each_head":
+        shape, axes = (heads, c.key_dim), (axis, "head_dim")
+    biased = c.norm_bias and c.qk_norm != "each_head"
+    return Norm(shape, kind, c.norm_eps, init, offset=c.norm_offset, axes=axes, biased=biased)
 
 
 def _heads(

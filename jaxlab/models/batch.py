@@ -2,6 +2,11 @@
 
 from typing import Any, Required, TypedDict
 
+import jax
+import numpy as np
+
+from jaxlab.models.config import ModelConfig
+
 
 class Batch(TypedDict, total=False):
     """Rows of tokens with what goes with them; arrays of numpy or JAX.
@@ -25,10 +30,39 @@ class Batch(TypedDict, total=False):
     image_grid_thw: Any
     """int[images, 3]: frames, rows and columns of patches of each image (Qwen2-VL and after)."""
     image_sizes: Any
-    """int[images, 2]: heights and widths of images that are cut to tiles (LLaVA-NeXT and after)."""
+    """int[images, 2]: heights and widths of images, as they were before they were cut to tiles (LLaVA-NeXT
+    and after), or as they lie in `images` (Mistral 3)."""
     batch_num_images: Any
     """int[B]: images of each row (LLaVA-OneVision)."""
     pixel_attention_mask: Any
-    """int[B, n, height, width]: 1 on pixels of the image (Idefics3)."""
+    """int[B, n, height, width]: 1 on pixels of the image (Idefics 2 and 3)."""
+    aspect_ratio_ids: Any
+    """int[B, n]: which of the model's aspect ratios an image has, from 1; 0: none (Mllama)."""
+    aspect_ratio_mask: Any
+    """int[B, n, tiles]: 1 on tiles of the image (Mllama)."""
+    cross_attention_mask: Any
+    """int[B, T, n, tiles]: 1 on tiles that a token sees (Mllama)."""
     token_type_ids: Any
     """int[B, T]: 0 on the prompt (PaliGemma)."""
+
+
+def check_tokens(tokens: Any, config: ModelConfig) -> None:
+    """Checks that the embedding has a row for every token: a gather beyond it would say nothing.
+
+    Tokens that are traced, or not all on this host, are believed.
+
+    Args:
+      tokens: int[...].
+
+    Raises:
+      ValueError: a token is beyond it.
+    """
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+        return
+    ids = np.asarray(tokens)
+    beyond = ids[(ids < 0) | (ids >= config.embedding_rows)]
+    if beyond.size:
+        token, rows = int(beyond.reshape(-1)[0]), config.embedding_rows
+        raise ValueError(f"the batch holds token {token}, the embedding has {rows} rows")

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -11,6 +12,7 @@ from jaxlab.models.context import AttentionContext
 from jaxlab.models.full_attention import FullAttention
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
+from jaxlab.models.latent_attention import LatentAttention
 from jaxlab.models.layers import MLP, Norm, layer_norm
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.moe import MixtureOfExperts
@@ -36,7 +38,7 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or both read one norm (`parallel`)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or both at once (`parallel`)."""
 
     def __init__(
         self,
@@ -55,10 +57,11 @@ class Block(nnx.Module):
             none.
         """
         c, residual_scale = config, (2 * config.num_layers) ** -0.5
-        self.parallel = c.parallel
-        self.attention_norm = layer_norm(c, init)
-        self.attention = ATTENTION[c.attention.kind](c, residual_scale, init, qk_norm_kind=qk_norm_kind)
-        self.mlp_norm = None if c.parallel else layer_norm(c, init)
+        self.parallel, self.residual_scale = c.parallel, c.residual_scale
+        self.attention_norm = layer_norm(c, init) if c.pre_norms else None
+        kind = LatentAttention if c.latent is not None else ATTENTION[c.attention.kind]
+        self.attention = kind(c, residual_scale, init, qk_norm_kind=qk_norm_kind)
+        self.mlp_norm = layer_norm(c, init) if c.has_mlp_norm else None
         self.attention_post_norm = layer_norm(c, init) if c.post_norms else None
         self.mlp_post_norm = layer_norm(c, init) if c.post_norms else None
         has_experts = c.moe is not None and experts
@@ -80,12 +83,13 @@ class Block(nnx.Module):
         if context.causal:
             x = split_tokens(x)
         x = tap("residual_pre", x)
-        normed = self.attention_norm(x)
+        normed = self.attention_input(x)
         attended = self.attention(tap("attention_input", normed), context, kind=kind, tap=tap, cache=cache)
-        attention_out = _scaled(_normed(attended.out, self.attention_post_norm), self.attention_gain)
+        attention_out = self._added(attended.out, self.attention_post_norm, self.attention_gain)
         attention_out = tap("attention_output", attention_out)
+        if not self.parallel:
+            x = normed = tap("residual_mid", x + attention_out)
         if self.mlp_norm is not None:
-            x = tap("residual_mid", x + attention_out)
             normed = self.mlp_norm(x)
         normed = tap("mlp_input", normed)
         balance_loss = None
@@ -94,15 +98,18 @@ class Block(nnx.Module):
         else:
             assert self.mlp is not None
             mlp_out = self.mlp(normed, tap)
-        mlp_out = tap("mlp_output", _scaled(_normed(mlp_out, self.mlp_post_norm), self.mlp_gain))
+        mlp_out = tap("mlp_output", self._added(mlp_out, self.mlp_post_norm, self.mlp_gain))
         x = tap("residual_post", x + (attention_out + mlp_out if self.parallel else mlp_out))
         return BlockOutput(x, attended, balance_loss)
 
+    def attention_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What attention reads of the residual stream."""
+        return x if self.attention_norm is None else self.attention_norm(x)
 
-def _normed(x: Array, norm: Norm | None) -> Array:
-    return x if norm is None else norm(x)
-
-
-def _scaled(x: Array, gain: nnx.Param | None) -> Array:
-    """LayerScale, in layers that have it."""
-    return x if gain is None else x * gain.astype(x.dtype)[None, None]
+    def _added(self, out: Array, norm: Norm | None, gain: nnx.Param | None) -> Float[Array, "B T D"]:
+        """What the stream gets of an output of attention or the MLP: normed, and times LayerScale's factors
+        or the model's one, where there are any."""
+        y = out if norm is None else norm(out)
+        if gain is not None:
+            y = y * gain.astype(y.dtype)[None, None]
+        return y if self.residual_scale == 1.0 else y * jnp.asarray(self.residual_scale, y.dtype)

@@ -26,3 +26,9 @@ class AttentionContext(NamedTuple):
     """Sliding layers bound what `together` allows by their window (Gemma 3)."""
     visible: Bool[Array, "B T"] | None = None
     """Tokens that may be seen; None: all (the patches of an image within a larger tensor)."""
+    apart: Bool[Array, "B T"] | None = None
+    """Tokens that do not see each other, and the others do (what fills up the tiles of Mllama)."""
+
+    def for_layer(self, rotary: bool) -> "AttentionContext":
+        """What a layer with or without rotary positions knows."""
+        return self if rotary else self._replace(rotary=None, local_rotary=None)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.models.batch import Batch
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, ViTConfig
+from jaxlab.models.config import LearnedPositions, ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, Params, bind
 from jaxlab.models.kv_cache import Cache
@@ -19,10 +19,10 @@ from jaxlab.models.mesh import split_tokens
 from jaxlab.models.output import Output
 from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import rope_tables
-from jaxlab.models.stack import apply_blocks
+from jaxlab.models.stack import NO_BETWEEN, Between, apply_blocks
 from jaxlab.models.taps import NO_TAPS, Patch, Taps, make_taps
 from jaxlab.models.vision.encoder import Encoded
-from jaxlab.models.vision.encoders import encode_images, prepare_batch
+from jaxlab.models.vision.encoders import encode_images, layers_between, prepare_batch
 from jaxlab.models.vision.placeholders import place_images, scatter_deep
 
 
@@ -46,9 +46,10 @@ def forward(
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
 
     Raises:
-      ValueError: images for a model without vision, a probe or patches together with a cache, positions that
-        are given together with a cache of NSA, which counts its blocks itself, patches of what is not there,
-        or parameters that are not those of the config.
+      ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
+        has no row for, a probe or patches together with a cache, positions that are given together with a
+        cache of NSA, which counts its blocks itself, patches of what is not there, or parameters that are not
+        those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
@@ -60,8 +61,9 @@ def forward(
     taps = NO_TAPS
     if probe is not None or patches:
         taps = make_taps(batch, config, patches=patches, probe=probe)
-    images = encode_images(params, batch, config) if "images" in batch else None
-    return bind_decoder(params, config)(batch, images=images, taps=taps, cache=cache)
+    images = encode_images(params, batch, config, cache)
+    between = layers_between(params, images, config)
+    return bind_decoder(params, config)(batch, images=images, between=between, taps=taps, cache=cache)
 
 
 def bind_decoder(params: Params, config: ModelConfig) -> "Decoder":
@@ -99,8 +101,9 @@ class Decoder(nnx.Module):
         c, std = config, config.initializer_range
         self.config = c
         self.embedding = Embedding(c.embedding_rows, c.width, "vocab", std, init)
-        learned = c.position.kind == "learned"
-        self.position = Embedding(c.max_length, c.width, "position", std, init) if learned else None
+        learned = c.position if isinstance(c.position, LearnedPositions) else None
+        rows = 0 if learned is None else learned.offset + c.max_length
+        self.position = Embedding(rows, c.width, "position", std, init) if learned is not None else None
         self.final_norm = layer_norm(c, init)
         self.head = None if c.tie_embeddings else Head(c, init)
         # Stacked on a leading axis L; those with an MLP before others with experts stand apart.
@@ -113,6 +116,7 @@ class Decoder(nnx.Module):
         batch: Batch,
         *,
         images: Encoded | None = None,
+        between: Between = NO_BETWEEN,
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
     ) -> Output:
@@ -120,16 +124,27 @@ class Decoder(nnx.Module):
         x, context, additions = self.embed(batch, images, cache)
         tap = taps.around()
         x = tap("embedding", x)
-        done = apply_blocks(self.stacks, x, context, self.config, taps=taps, cache=cache, additions=additions)
+        done = apply_blocks(
+            self.stacks,
+            x,
+            context,
+            self.config,
+            taps=taps,
+            cache=cache,
+            additions=additions,
+            between=between,
+        )
         hidden = tap("final_hidden", self.final_norm(split_tokens(done.x)))
         logits = tap("logits", self.logits(hidden))
         new_cache = None
         if cache is not None and done.caches is not None:
-            length = cache.length + _lengths(batch)
+            read = _lengths(batch)
+            length = cache.length + read
             offset = cache.offset
             if "positions" in batch:
                 offset = _next_position(batch, context, cache) - length
-            new_cache = Cache(done.caches, length, offset)
+            cross = None if images is None or images.cross is None else images.cross.of_next(read)
+            new_cache = Cache(done.caches, length, offset, cross)
         return Output(
             logits,
             hidden,
@@ -156,12 +171,14 @@ class Decoder(nnx.Module):
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         additions = None
-        if images is not None:
+        if images is not None and images.tokens is not None:
             x = place_images(x, tokens, images.tokens, c.image_token)
             if images.deep is not None:
                 additions = scatter_deep(images.deep, tokens, c.image_token)
-        if self.position is not None:
-            x = x + self.position(context.positions, x.dtype)
+        if isinstance(c.position, LearnedPositions):
+            assert self.position is not None
+            row = context.positions + c.position.offset if c.position.offset else context.positions
+            x = x + self.position(row, x.dtype)
         return x, context, additions
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -172,6 +189,8 @@ class Decoder(nnx.Module):
         )
         if self.head is not None and self.head.bias is not None:
             logits = logits + self.head.bias.astype(jnp.float32)[None, None]
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)
 
 

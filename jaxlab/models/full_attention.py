@@ -10,7 +10,7 @@ from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
-from jaxlab.models.mesh import Part, in_parts
+from jaxlab.models.mesh import Part, in_parts, split_heads
 from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
@@ -36,7 +36,8 @@ class FullAttention(Attention):
         q, k, v = tap("queries", q), tap("keys", k), tap("values", v)
         if isinstance(cache, tuple):
             slots = context.cache_slots
-            cache = k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            cache = k, v = split_heads(k, batch=0, heads=2), split_heads(v, batch=0, heads=2)
         window = self.config.sliding.window if sliding else None
         return Attended(self._heads_output(q, k, v, context, window, tap), cache)
 
@@ -53,31 +54,43 @@ class FullAttention(Attention):
             if c.attention_softcap is not None or context.together is not None:
                 raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
             return probed_attention(
-                q, k, v, tap.probe, segment_ids=segment_ids, window=window, scale=c.score_scale
+                q,
+                k,
+                v,
+                tap.probe,
+                segment_ids=segment_ids,
+                window=window,
+                scale=c.score_scale,
+                sinks=self._sinks,
             )
         if tap.wants("attention_scores", "attention_pattern"):
             mask = attention_mask(context, k.shape[1], window)
-            return softmax_attention(q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, tap=tap)
+            return self._softmax(q, k, v, mask, self._sinks, tap)
         if cached or not context.causal:
-            return self._part_output(q, k, v, context, window)
+            return self._part_output(q, k, v, self._sinks, context, window)
 
         def core(
             tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
         ) -> tuple[Array, None]:
-            q, k, v = tokens
+            q, k, v, *sinks = tokens
             if part is not None:
                 k, v = part.whole(k), part.whole(v)
             here = context._replace(**dict(zip(of_keys, rows, strict=True)))
-            return self._part_output(q, k, v, here, window, part), None
+            of_heads = sinks[0][0, 0] if sinks else None
+            return self._part_output(q, k, v, of_heads, here, window, part), None
 
         of_keys = ("positions", "segment_ids", "together", "visible")
-        return in_parts(core, (q, k, v), tuple(getattr(context, name) for name in of_keys), None)[0]
+        tokens: tuple[Array, ...] = (q, k, v)
+        if self._sinks is not None:  # split as the heads are: a device has those of its own
+            tokens += (jnp.broadcast_to(self._sinks[None, None], q.shape[:3]),)
+        return in_parts(core, tokens, tuple(getattr(context, name) for name in of_keys), None)[0]
 
     def _part_output(
         self,
         q: Array,
         k: Array,
         v: Array,
+        sinks: Array | None,
         context: AttentionContext,
         window: int | None,
         part: Part | None = None,
@@ -99,9 +112,10 @@ class FullAttention(Attention):
             )
         if implementation in ("xla", "chunked"):
             mask = attention_mask(context, k.shape[1], window, part)
-            return softmax_attention(q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap)
+            return self._softmax(q, k, v, mask, sinks)
         kwargs: dict[str, Any] = {"implementation": implementation, "scale": c.score_scale}
-        plain = context.segment_ids is None and context.together is None and context.visible is None
+        marks = (context.segment_ids, context.together, context.visible, context.apart)
+        plain = all(mark is None for mark in marks)
         if plain and not cached and part is None:
             kwargs["is_causal"] = context.causal
             kwargs["local_window_size"] = None if window is None else (window - 1, 0)
@@ -109,6 +123,18 @@ class FullAttention(Attention):
             kwargs["mask"] = attention_mask(context, k.shape[1], window, part)[:, None]
         with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
             return jax.nn.dot_product_attention(q, k, v, **kwargs)
+
+    def _softmax(
+        self, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, tap: Tap = NO_TAP
+    ) -> Array:
+        c = self.config
+        return softmax_attention(
+            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap
+        )
+
+    @property
+    def _sinks(self) -> Array | None:
+        return None if self.sinks is None else self.sinks[...]
 
 
 def softmax_attention(
@@ -119,10 +145,12 @@ def softmax_attention(
     *,
     scale: float,
     cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     tap: Tap = NO_TAP,
 ) -> Float[Array, "B T H Dv"]:
     """softmax(cap(scale q k)) v. Scores and softmax in float32, the output in the dtype of v.
 
+    `sinks` stand beside the scores of every query of their head and have no value: what goes to them is lost.
     Dk and Dv may differ, unlike in jax.nn.dot_product_attention. A score has one row for each query and head
     of a group: with an axis for each, XLA takes half as long again on a CPU.
     """
@@ -139,7 +167,13 @@ def softmax_attention(
     )
     scores = jnp.where(of_rows, softcap(scores, cap), jnp.finfo(jnp.float32).min)
     scores = tap_heads("attention_scores", scores)
-    weights = tap_heads("attention_pattern", jax.nn.softmax(scores, axis=-1).astype(v.dtype))
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        beside = sinks.astype(jnp.float32).reshape(1, k.shape[2], groups, 1)
+        beside = jnp.broadcast_to(beside, (batch, k.shape[2], groups, length)).reshape(*scores.shape[:3], 1)
+        weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
+    weights = tap_heads("attention_pattern", weights.astype(v.dtype))
     out = jnp.einsum("bhrs,bshd->bhrd", weights, v)
     return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
 
@@ -173,6 +207,8 @@ def attention_mask(
         mask &= behind < window
     if context.visible is not None and not cached:
         mask &= context.visible[:, None, :]
+    if context.apart is not None:
+        mask &= ~(context.apart[:, :, None] & context.apart[:, None, :])
     if context.segment_ids is not None and not cached:
         mask &= of_targets(context.segment_ids)[:, :, None] == context.segment_ids[:, None, :]
     return mask

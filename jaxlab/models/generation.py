@@ -1,18 +1,21 @@
 """Greedy and sampled generation with a KV cache."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.models.batch import Batch
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.batch import Batch, check_tokens
+from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.initializer import Params
 from jaxlab.models.kv_cache import Cache, init_cache
+from jaxlab.models.mesh import on_several_devices
+from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
 from jaxlab.models.vision.encoders import prepare_batch
 
 
@@ -23,7 +26,11 @@ def stream(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    key: Key[Array, "..."] | None = None,
     prefill_chunk: int | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yield the next token of every sequence, `max_new_tokens` times.
@@ -33,42 +40,63 @@ def stream(
         segment_ids 1 on tokens and 0 on padding, and go on where each one ends.
       temperature: 0 takes the most likely token (the lowest id on a tie); otherwise logits are divided by it
         and sampled with `key`.
+      top_k: sample from so many of the most likely tokens; 0: from all.
+      top_p: sample from the most likely tokens that together have this probability; 1: from all.
+      min_p: sample from tokens with at least this part of the highest probability; 0: from all.
+      repetition_penalty: logits of tokens that the prompt or the text holds are divided by it where they are
+        positive, and multiplied where negative; 1: none. It counts without sampling too.
+      key: one key, or one for each row: then a row is drawn as it would be alone with its key.
       prefill_chunk: prompts are read so many tokens at a time, in memory that does not grow with their length
         but for the cache; None reads them at once. Prompts with images or positions are read at once only.
 
     Raises:
-      ValueError: sampling without a key, a negative temperature, an empty prompt, one that is packed or
-        padded at the left, more tokens than config.max_length, or a prefill_chunk below 1 or for prompts that
-        are more than tokens.
+      ValueError: sampling without a key, or options of it that make no sense, an empty prompt, one that is
+        packed or padded at the left, tokens that the embedding has no row for, more tokens than
+        config.max_length, or a prefill_chunk below 1 or for prompts that are more than tokens.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, is {temperature}")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if temperature > 0 and key is None:
         raise ValueError("sampling (temperature > 0) needs a key")
-    batch_size, prompt_len = batch["tokens"].shape
+    tokens = np.asarray(batch["tokens"])
+    batch_size, prompt_len = tokens.shape
     if prompt_len == 0:
         raise ValueError("the prompt is empty")
+    segments = None
     if "segment_ids" in batch:
         segments = np.asarray(batch["segment_ids"])
         if (segments[:, 0] != 1).any() or (segments[:, 1:] > segments[:, :-1]).any() or (segments < 0).any():
             raise ValueError(
                 "segment_ids of prompts must be 1 on their tokens, then 0 on padding at the right"
             )
+    check_tokens(tokens, config)
     if prompt_len + max_new_tokens > config.max_length:
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"
         )
-    chunks = [batch] if prefill_chunk is None else _chunks(batch, prefill_chunk)
+    lengths = np.full(batch_size, prompt_len) if segments is None else segments.sum(axis=1)
+    longest, made, size = int(lengths.max()), [], prompt_len + max_new_tokens
+    settled, limit = _settled(config, longest), _limit(config, longest)
+    if longest <= limit < longest + max_new_tokens - 1 and set(batch) - {"tokens", "segment_ids"}:
+        raise ValueError(
+            f"prompts that are more than tokens cannot grow past {limit} tokens, where positions change"
+        )
     key = jax.random.key(0) if key is None else key
-    cache = init_cache(config, batch_size, prompt_len + max_new_tokens)
-    logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
-    for chunk in chunks:
-        logits, cache = _read(params, prepare_batch(chunk, config), cache, logits, config)
-    token = sample(logits, jax.random.fold_in(key, 0), temperature)
+    logits, cache = _read_prompts(params, batch, settled, size, prefill_chunk)
+    seen, values = None, sampling.values
+    if "repetition_penalty" in values:
+        seen = jnp.asarray(seen_tokens(tokens, segments, config.vocab_size))
+    token = sample(logits, fold_in(key, 0), values, seen)
     for i in range(1, max_new_tokens):
-        yield np.asarray(token)
-        token, cache = _step(
-            params, {"tokens": token[:, None]}, cache, jax.random.fold_in(key, i), config, temperature
+        made.append(np.asarray(token))
+        yield made[-1]
+        if longest + i == limit + 1:  # wavelengths change: what was kept is read anew with the others
+            settled = _settled(config, longest + i)
+            logits, cache = _read_prompts(params, _grown(tokens, lengths, made), settled, size, prefill_chunk)
+            seen = None if seen is None else _with(seen, token)
+            token = sample(logits, fold_in(key, i), values, seen)
+            continue
+        token, cache, seen = decode_step(
+            params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, settled
         )
     if max_new_tokens > 0:
         yield np.asarray(token)
@@ -81,13 +109,20 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    key: Key[Array, "..."] | None = None,
     stop_token: int | None = None,
     prefill_chunk: int | None = None,
 ) -> Int[np.ndarray, "B new"]:
-    """The tokens of `stream`, collected.
+    """The tokens of `stream`, collected; the options are its.
 
     After its first `stop_token` a sequence holds nothing else; when every sequence has made one, it ends.
+
+    Raises:
+      ValueError: as `stream` does.
     """
     made: list[np.ndarray] = []
     stopped = np.zeros(batch["tokens"].shape[0], bool)
@@ -97,6 +132,10 @@ def generate(
         config,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         key=key,
         prefill_chunk=prefill_chunk,
     ):
@@ -107,6 +146,50 @@ def generate(
         if stop_token is not None and stopped.all():
             break
     return np.stack(made, axis=1) if made else np.zeros((len(stopped), 0), np.int32)
+
+
+def _settled(config: ModelConfig, length: int) -> ModelConfig:
+    """The model that reads texts of at most `length` tokens: longrope's factors are those of this length."""
+    rope = config.position
+    if not isinstance(rope, RopeConfig) or rope.scaling != "longrope":
+        return config
+    factors = rope.long_factors if length > rope.original_length else rope.short_factors
+    rope = dataclasses.replace(rope, short_factors=factors, long_factors=factors)
+    return dataclasses.replace(config, position=rope)
+
+
+def _limit(config: ModelConfig, length: int) -> int:
+    """Tokens after which another `_settled` model goes on with texts of `length`; -1: none does."""
+    rope = config.position
+    changes = isinstance(rope, RopeConfig) and rope.scaling == "longrope" and length <= rope.original_length
+    return config.rope.original_length if changes else -1
+
+
+def _grown(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], made: list[np.ndarray]) -> Batch:
+    """Prompts of these lengths, and what was made after them, padded at the right."""
+    new = np.stack(made, axis=1)
+    grown = np.zeros((len(tokens), tokens.shape[1] + new.shape[1]), np.int32)
+    for row, length in enumerate(lengths):
+        grown[row, : length + new.shape[1]] = np.concatenate([tokens[row, :length], new[row]])
+    ends = (lengths + new.shape[1])[:, None]
+    return {"tokens": grown, "segment_ids": (np.arange(grown.shape[1])[None] < ends).astype(np.int32)}
+
+
+def _read_prompts(
+    params: Params, batch: Batch, config: ModelConfig, size: int, chunk: int | None
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after the last token of each row, and a cache for `size` tokens that holds them."""
+    rows = batch["tokens"].shape[0]
+    cache = _empty_cache(config, rows, size)
+    logits = jnp.zeros((rows, config.vocab_size), jnp.float32)
+    for part in [batch] if chunk is None else _chunks(batch, chunk):
+        logits, cache = prefill(params, prepare_batch(part, config), cache, logits, config)
+    return logits, cache
+
+
+def _with(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """The tokens that each row holds, with one more."""
+    return seen.at[jnp.arange(len(seen)), token].set(True)
 
 
 def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
@@ -125,27 +208,44 @@ def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
         yield {"tokens": tokens[:, part], "segment_ids": segment_ids[:, part]}
 
 
+def _empty_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """On a mesh each device makes its own part: the whole may fit on none."""
+    make = jax.jit(init_cache, static_argnums=(0, 1, 2)) if on_several_devices() else init_cache
+    return make(config, batch_size, length)
+
+
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "logits"))
-def _read(
+def prefill(
     params: Params, batch: Batch, cache: Cache, logits: Float[Array, "B V"], config: ModelConfig
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the last token of each row; those given where the batch holds none of the row's."""
+    """The part of prompts in a batch: logits after the last token of each row; those given where it has none.
+
+    Args:
+      cache, logits: given away.
+    """
     new, intermediates = forward(params, batch, config, cache=cache)
     read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
     new = jnp.take_along_axis(new, jnp.maximum(read - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where((read > 0)[:, None], new, logits), intermediates["cache"]
 
 
-@partial(jax.jit, static_argnames=("config", "temperature"), donate_argnames=("cache",))
-def _step(
-    params: Params, batch: Batch, cache: Cache, key: Key[Array, ""], config: ModelConfig, temperature: float
-) -> tuple[Int[Array, " B"], Cache]:
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))
+def decode_step(
+    params: Params,
+    batch: Batch,
+    cache: Cache,
+    key: Key[Array, "..."],
+    values: dict[str, Array],
+    seen: Bool[Array, "B V"] | None,
+    config: ModelConfig,
+) -> tuple[Int[Array, " B"], Cache, Bool[Array, "B V"] | None]:
+    """The token after one token of each row, the cache with it, and what has been seen.
+
+    Args:
+      values: options of `sample`.
+      cache, seen: given away.
+    """
     logits, intermediates = forward(params, batch, config, cache=cache)
-    return sample(logits[:, 0], key, temperature), intermediates["cache"]
-
-
-def sample(logits: Float[Array, "B V"], key: Key[Array, ""], temperature: float) -> Int[Array, " B"]:
-    """The most likely token at temperature 0, a sampled one otherwise."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+    if seen is not None:
+        seen = _with(seen, batch["tokens"][:, 0])
+    return sample(logits[:, 0], key, values, seen), intermediates["cache"], seen

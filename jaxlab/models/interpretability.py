@@ -12,7 +12,7 @@ from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import as_arrays, bind_decoder
 from jaxlab.models.initializer import Params
 from jaxlab.models.taps import ACTIVATIONS, Patch, make_taps
-from jaxlab.models.vision.encoders import encode_images, prepare_batch
+from jaxlab.models.vision.encoders import encode_images, layers_between, prepare_batch
 
 
 def activations(
@@ -64,6 +64,7 @@ def _activations(
 ) -> dict[str, Array]:
     batch = as_arrays(batch)
     taps = make_taps(batch, config, names=names, layers=layers, patches=patches)
-    images = encode_images(params, batch, config) if "images" in batch else None
-    found = bind_decoder(params, config)(batch, images=images, taps=taps).activations
+    images = encode_images(params, batch, config)
+    between = layers_between(params, images, config)
+    found = bind_decoder(params, config)(batch, images=images, between=between, taps=taps).activations
     return found or {}

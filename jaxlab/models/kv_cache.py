@@ -4,14 +4,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.config import ModelConfig, RopeConfig
+from jaxlab.models.mesh import split_heads
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache
 
 LayerCache = tuple[Array, Array] | PagedCache
 """Of one layer: keys and values [B, S, Hkv, D], a slot a position; or what NSA keeps."""
+
+
+class CrossCache(NamedTuple):
+    """Of layers that read images and not the text (Mllama): what they need of them."""
+
+    keys: Float[Array, "n B S Hkv Dk"]
+    values: Float[Array, "n B S Hkv Dv"]
+    visible: Bool[Array, "B T S"] | None
+    """What each token sees; of tokens to come T is 1. None: everything."""
+
+    def of_next(self, lengths: Int[Array, " B"]) -> "CrossCache":
+        """For what follows texts of these lengths: it sees what their last tokens see."""
+        if self.visible is None:
+            return self
+        last = jnp.clip(lengths - 1, 0, self.visible.shape[1] - 1)
+        return self._replace(visible=jnp.take_along_axis(self.visible, last[:, None, None], axis=1))
 
 
 class Cache(NamedTuple):
@@ -24,6 +41,8 @@ class Cache(NamedTuple):
     """Tokens held, for each sequence."""
     offset: Int[Array, " B"]
     """By how much the next position exceeds its slot (M-RoPE: an image has fewer positions than slots)."""
+    cross: CrossCache | None = None
+    """Of images that layers read; None: there are none."""
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
@@ -46,7 +65,9 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
 def _empty_full(config: ModelConfig, batch_size: int, length: int) -> tuple[Array, Array]:
     shape = (config.num_layers, batch_size, length, config.kv_heads)
     dtype = jnp.dtype(config.compute_dtype)
-    return jnp.zeros((*shape, config.key_dim), dtype), jnp.zeros((*shape, config.value_dim), dtype)
+    empty = (jnp.zeros((*shape, size), dtype) for size in (config.key_dim, config.value_dim))
+    keys, values = (split_heads(x, batch=1, heads=3) for x in empty)
+    return keys, values
 
 
 def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:

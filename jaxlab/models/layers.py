@@ -25,30 +25,32 @@ class Norm(nnx.Module):
 
     def __init__(
         self,
-        size: int,
+        shape: tuple[int, ...],
         kind: Literal["rms", "layer"],
         eps: float,
         init: Initializer,
         *,
         offset: float = 0.0,
-        axis: str = "embed",
+        axes: tuple[str, ...] = ("embed",),
+        biased: bool = True,
     ):
         """
         Args:
-          size: of the last axis.
+          shape: of the parameters: the last axis, or also others before it.
           eps: added to the variance.
           offset: it scales by this plus its parameter (Gemma's is 1).
-          axis: logical axis of the parameters.
+          axes: logical axes of the parameters.
+          biased: whether LayerNorm adds a parameter.
         """
-        self.eps, self.offset = eps, offset
-        self.scale = init.full((size,), (axis,), 1.0 - offset)
-        self.bias = init.zeros((size,), (axis,)) if kind == "layer" else None
+        self.eps, self.offset, self.centered = eps, offset, kind == "layer"
+        self.scale = init.full(shape, axes, 1.0 - offset)
+        self.bias = init.zeros(shape, axes) if self.centered and biased else None
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Statistics in float32, the result in the dtype of `x`."""
-        along = lambda p: p.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+        along = lambda p: p.astype(jnp.float32).reshape((1,) * (x.ndim - p.ndim) + p.shape)
         y = x.astype(jnp.float32)
-        if self.bias is not None:
+        if self.centered:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         y = y * (along(self.scale) + self.offset)
@@ -59,7 +61,8 @@ class Norm(nnx.Module):
 
 def layer_norm(config: ModelConfig, init: Initializer) -> Norm:
     """The norm of a decoder's width: before attention, before the MLP, at the end."""
-    return Norm(config.width, config.norm, config.norm_eps, init, offset=config.norm_offset)
+    c = config
+    return Norm((c.width,), c.norm, c.norm_eps, init, offset=c.norm_offset, biased=c.norm_bias)
 
 
 def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:

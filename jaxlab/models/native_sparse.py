@@ -163,7 +163,9 @@ class NativeSparseAttention(Attention):
             indices: Array | None,
             part: Part | None,
         ) -> tuple[Array, Array | None]:
-            return self._part_output(tokens, rows, nnx.merge(graphdef, weights), indices, part)
+            return self._part_output(
+                tokens, rows, nnx.merge(graphdef, weights), indices, part, rotary=context.rotary is not None
+            )
 
         out, chosen = in_parts(
             core,
@@ -190,7 +192,9 @@ class NativeSparseAttention(Attention):
             raise ValueError("what NSA's branches compute is read and patched on one device; set no mesh")
         n = self.config.nsa
         compressors = self.compress_key, self.compress_value
-        k_cmp, v_cmp = self._compress(compressors, new.k_cmp, new.v_cmp, self._block_starts(context))
+        k_cmp, v_cmp = self._compress(
+            compressors, new.k_cmp, new.v_cmp, self._block_starts(context), rotary=context.rotary is not None
+        )
         attend = functools.partial(
             nsa_attention,
             *(q, k_cmp, v_cmp, new.k_slc, new.v_slc, new.k_win, new.v_win, gates),
@@ -264,6 +268,8 @@ class NativeSparseAttention(Attention):
         compressors: Compressors,
         indices: Array | None,
         part: Part | None,
+        *,
+        rotary: bool,
     ) -> tuple[Array, Array | None]:
         """Output and choice of all queries, or of those of one stretch of the sequence.
 
@@ -272,7 +278,7 @@ class NativeSparseAttention(Attention):
         """
         (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
         n, positions = self.config.nsa, None
-        k_cmp, v_cmp = self._compress(compressors, k, v, starts, part)
+        k_cmp, v_cmp = self._compress(compressors, k, v, starts, part, rotary=rotary)
         if part is not None:
             others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
         k_slc, v_slc, k_win, v_win = others
@@ -304,7 +310,7 @@ class NativeSparseAttention(Attention):
         self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, cache: PagedCache
     ) -> Attended:
         """Of tokens that continue what the cache holds; segment_ids mark padding at their right end."""
-        n, num_new = self.config.nsa, None
+        n, num_new, rotary = self.config.nsa, None, context.rotary is not None
         if n.selector == "auxiliary" and "selection" in n.branches:
             raise ValueError("the auxiliary selector reads one whole text a row: no cache")
         if context.segment_ids is not None:
@@ -313,7 +319,7 @@ class NativeSparseAttention(Attention):
         cache, recent = nsa.append_tokens(
             cache,
             new,
-            lambda k, v, starts: self._compress(compressors, k, v, starts),
+            lambda k, v, starts: self._compress(compressors, k, v, starts, rotary=rotary),
             block_len=n.block_len,
             stride=n.stride,
             num_new=num_new,
@@ -344,7 +350,9 @@ class NativeSparseAttention(Attention):
         if self.config.nsa.selector != "compressed":
             raise ValueError("flows and blocking know no selector of NSA but compressed")
         compressors = self.compress_key, self.compress_value
-        compressed = self._compress(compressors, new.k_cmp, new.v_cmp, self._block_starts(context))
+        compressed = self._compress(
+            compressors, new.k_cmp, new.v_cmp, self._block_starts(context), rotary=context.rotary is not None
+        )
         operands = (q, *compressed, new.k_slc, new.v_slc, new.k_win, new.v_win, gates)
         return probed_nsa_attention(*operands, probe, segment_ids=context.segment_ids, **self._sizes)
 
@@ -372,9 +380,11 @@ class NativeSparseAttention(Attention):
         v: Array,
         starts: Int[Array, "B M *axes"],
         part: Part | None = None,
+        *,
+        rotary: bool,
     ) -> tuple[Array, Array]:
         """Compressed keys are built from keys without rotary positions and take that of their block's first
-        token; all of them, where k and v are one stretch of the tokens."""
+        token, in layers with rotary positions; all of them, where k and v are one stretch of the tokens."""
         c = self.config
         if part is not None:
             beyond = c.nsa.block_len - c.nsa.stride
@@ -382,7 +392,7 @@ class NativeSparseAttention(Attention):
         k_cmp, v_cmp = (compressor(y) for compressor, y in zip(compressors, (k, v), strict=True))
         if part is not None:  # blocks that run past the end are no blocks
             k_cmp, v_cmp = part.whole(k_cmp)[:, : starts.shape[1]], part.whole(v_cmp)[:, : starts.shape[1]]
-        if c.position.kind == "rotary":
+        if rotary:
             k_cmp = self.with_rope(k_cmp, rotary_table(starts, c.rope, c.rotary_dim))
         return k_cmp, v_cmp
 

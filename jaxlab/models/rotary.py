@@ -80,6 +80,13 @@ def _frequencies(
         return _llama3(plain, rope), 1.0
     if rope.scaling == "yarn":
         return _yarn(plain, rope, dim), _attention_factor(rope)
+    if rope.scaling == "longrope":
+        of_short, of_long = (
+            jnp.asarray(plain / np.asarray(factors, np.float32))
+            for factors in (rope.short_factors, rope.long_factors)
+        )
+        is_long = jnp.max(positions) + 1 > rope.original_length
+        return jnp.where(is_long, of_long, of_short), _attention_factor(rope)
     return plain, 1.0
 
 
@@ -110,6 +117,9 @@ def _yarn(plain: np.ndarray, rope: RopeConfig, dim: int) -> np.ndarray:
 def _attention_factor(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.scaling == "longrope":
+        growth = math.log(max(rope.factor, 1.0)) / math.log(max(rope.original_length, 2))
+        return math.sqrt(1 + growth)
     return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
 
 

@@ -1,6 +1,6 @@
 """Layers one after the other: stacked blocks, applied by scans."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,16 +28,43 @@ class Stacked(NamedTuple):
     """Those that the taps read."""
 
 
+class Kind(NamedTuple):
+    """What is static in a layer and may differ from that of the next."""
+
+    attention: str
+    """One of `ModelConfig.kinds`."""
+    rotary: bool
+    """Whether it has rotary positions, where the model has any."""
+
+
 class Run(NamedTuple):
     """Consecutive layers done by one scan: `repeats` times the kinds, from layer `start` on."""
 
     start: int
-    kinds: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     repeats: int
 
     @property
     def stop(self) -> int:
         return self.start + len(self.kinds) * self.repeats
+
+
+class Between(NamedTuple):
+    """Layers that stand between those of the stacks and read something else (images of Mllama)."""
+
+    before: tuple[int, ...]
+    """Of each, in rising order, the number of the layer that follows it; the last one may follow all."""
+    apply: Callable[[int, Float[Array, "B T D"]], Float[Array, "B T D"]]
+    """The residual stream after one of them, by its own number."""
+
+    def done(self, layer: int, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The stream after those that stand before `layer`."""
+        for index, before in enumerate(self.before):
+            x = self.apply(index, x) if before == layer else x
+        return x
+
+
+NO_BETWEEN = Between((), lambda index, x: x)
 
 
 def apply_blocks(
@@ -49,22 +76,27 @@ def apply_blocks(
     taps: Taps = NO_TAPS,
     cache: Cache | None = None,
     additions: Float[Array, "n B T D"] | None = None,
+    between: Between = NO_BETWEEN,
 ) -> Stacked:
     """The layers of all stacks, one stack after the other.
 
     Args:
       stacks: blocks whose parameters are stacked on a leading axis (`Initializer.stack`).
       additions: added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
+      between: further layers.
     """
     pool, caches = split_cache(None if cache is None else cache.layers)
     num_additions = 0 if additions is None else additions.shape[0]
     results: list[tuple[Any, ...]] = []
+    kinds = tuple(map(Kind, config.kinds, config.rotary_layers))
     found, start = taps.buffers, 0
     for blocks in stacks:
         graphdef, params = nnx.split(blocks)
         count = jax.tree.leaves(params)[0].shape[0]
         alone = min(max(0, num_additions - start), count)
-        for run in _runs(config.kinds[start : start + count], alone):
+        cuts = [layer - start for layer in between.before]
+        for run in _runs(kinds[start : start + count], alone, cuts):
+            x = between.done(start + run.start, x)
             layers = slice(start + run.start, start + run.stop)
             of_run = (
                 _cut(params, slice(run.start, run.stop)),
@@ -78,6 +110,7 @@ def apply_blocks(
                 x = x + additions[start + run.start].astype(x.dtype)
             results.append(ys)
         start += count
+    x = between.done(start, x)
     caches, chosen, selector_loss, balance_loss = (_joined([ys[i] for ys in results]) for i in range(4))
     return Stacked(x, join_cache(pool, caches), chosen, selector_loss, balance_loss, found)
 
@@ -117,26 +150,32 @@ class _Scan(NamedTuple):
             results.append(result)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-    def _step(self, kind: str) -> Any:
+    def _step(self, kind: Kind) -> Any:
         step = lambda carry, of_layer: self._layer(carry, of_layer, kind)
         # The scan already keeps the two passes apart.
         return jax.checkpoint(step, prevent_cse=False) if self.remat else step
 
-    def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: str) -> tuple[Carry, tuple[Any, ...]]:
+    def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: Kind) -> tuple[Carry, tuple[Any, ...]]:
         (x, pool, found), (params, per_layer, cache) = carry, of_layer
         tap = self.taps.layer(per_layer)
         block = nnx.merge(self.graphdef, params)
-        done = block(x, self.context, kind=kind, tap=tap, cache=join_cache(pool, cache))
+        context = self.context.for_layer(kind.rotary)
+        done = block(x, context, kind=kind.attention, tap=tap, cache=join_cache(pool, cache))
         pool, cache = split_cache(done.attended.cache)
         attended = done.attended
         results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss)
         return (done.x, pool, self.taps.store(found, per_layer, tap)), results
 
 
-def _runs(kinds: tuple[str, ...], alone: int) -> list[Run]:
+def _runs(kinds: tuple[Kind, ...], alone: int, cuts: Sequence[int] = ()) -> list[Run]:
     """The fewest scans: kinds that repeat are one, with a shorter one for what is left; else a scan for each
-    stretch of one kind. The first `alone` layers are scans of their own.
+    stretch of one kind. The first `alone` layers are scans of their own; none goes on over a layer of `cuts`.
     """
+    for cut in cuts:
+        if 0 < cut < len(kinds):
+            after = _runs(kinds[cut:], max(0, alone - cut), [other - cut for other in cuts])
+            before = _runs(kinds[:cut], min(alone, cut))
+            return before + [run._replace(start=run.start + cut) for run in after]
     runs = [Run(i, (kinds[i],), 1) for i in range(alone)]
     rest = kinds[alone:]
     if not rest:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import ImagePart, One, TextPart, int32
+from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token, int32
 from jaxlab.processing.pixels import CLIP, Pixels, cut, pad_to_square, resize, size_of
 from jaxlab.processing.settings import ProcessorSettings
 from jaxlab.processing.square import CLIP_DEFAULTS, LlavaText, Square, join, vision_settings
@@ -154,6 +154,7 @@ class OneVisionText(TextPart):
     most_tiles: int
     tokens: ClassVar = LlavaText.tokens
     separator: ClassVar = "\n"
+    video: ClassVar = Token(("video_token_index", "video_token_id"), "<video>")
 
     @classmethod
     def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "OneVisionText":
@@ -181,3 +182,7 @@ class OneVisionText(TextPart):
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
         return words["image"] * (count + rows * columns + rows)
+
+
+LLAVA_NEXT = ProcessorKind("LlavaNextProcessor", "LlavaNextImageProcessor", NextText.read)
+LLAVA_ONEVISION = ProcessorKind("LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", OneVisionText.read)

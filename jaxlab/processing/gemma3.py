@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from jaxlab.processing.base import ImagePart, One, TextPart, Token
+from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token
 from jaxlab.processing.pixels import PLAIN, Pixels, size_of
 from jaxlab.processing.settings import ProcessorSettings
 from jaxlab.processing.square import Square, join
@@ -87,3 +87,6 @@ class Gemma3Text(TextPart):
             return image
         crops_follow = "and here are some crops to help you see better"
         return f"Here is the original image {image} {crops_follow} {' '.join([image] * crops)}"
+
+
+GEMMA3 = ProcessorKind("Gemma3Processor", "Gemma3ImageProcessor", Gemma3Text.read, ALWAYS)

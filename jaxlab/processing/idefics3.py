@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import ImagePart, One, TextPart, Token, int32
+from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token, int32
 from jaxlab.processing.pixels import PLAIN, Pixels, Scale, cut, read_resample, resize, size_of
 from jaxlab.processing.settings import ProcessorSettings, Size, shown
 from jaxlab.processing.square import join
@@ -139,3 +139,14 @@ class Idefics3Text(TextPart):
             for r in range(one.grid[0])
         ]
         return f"{''.join(rows)}{chr(10) if rows else ''}{between}<global-img>{images}{between}"
+
+
+@dataclass(frozen=True)
+class SmolVLMText(Idefics3Text):
+    """As Idefics 3's; what stands for a video is known."""
+
+    video: ClassVar = Token((), "<video>")
+
+
+IDEFICS3 = ProcessorKind("Idefics3Processor", "Idefics3ImageProcessor", Idefics3Text.read)
+SMOLVLM = ProcessorKind("SmolVLMProcessor", "SmolVLMImageProcessor", SmolVLMText.read)

@@ -21,6 +21,9 @@ from jaxlab.processing.settings import ProcessorSettings, Size, shown
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read: others that Pillow knows start further programs (EPS) or are no photographs."""
 
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+"""Endings of files that hold videos, to say so."""
+
 MOST_PIXELS = 1 << 26
 """Of anything made from an image, 8192 by 8192: beyond, a strange shape or size would fill the memory."""
 
@@ -54,11 +57,14 @@ def read_image(source: str | os.PathLike[str] | Image.Image, convert: bool) -> P
       convert: an image that is not RGB is converted; files always are.
 
     Raises:
-      UserError: no such file, not an image, broken, too large, without pixels, or not RGB without `convert`.
+      UserError: no such file, a video, not an image, broken, too large, without pixels, or not RGB without
+        `convert`.
     """
     name = "the image" if isinstance(source, Image.Image) else str(source)
     if not isinstance(source, Image.Image) and not Path(source).is_file():
         raise UserError(f"{name}: no such image file")
+    if name.lower().endswith(VIDEOS):
+        raise UserError(f"{name}: videos are not read; give frames of it as images")
     if isinstance(source, Image.Image) and source.mode != "RGB" and not convert:
         raise UserError(
             f"{name} is {source.mode}, and the processor takes RGB only (do_convert_rgb is false)"
@@ -104,6 +110,18 @@ def resize(image: Pixels, height: int, width: int, resample: int) -> Pixels:
             "crop the image to a less extreme shape"
         )
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling(resample)))
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Refuses a size that images are filled up to.
+
+    Raises:
+      UserError: it would fill the memory.
+    """
+    if height * width > MOST_PIXELS:
+        raise UserError(
+            f"images would be filled up to {width} by {height} pixels; crop them to less extreme shapes"
+        )
 
 
 def target_size(height: int, width: int, size: Size) -> tuple[int, int]:

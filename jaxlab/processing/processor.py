@@ -11,12 +11,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import ImagePart, TextPart
+from jaxlab.processing.base import ImageKind, ImagePart, ProcessorKind, TextPart, Token
+from jaxlab.processing.image_kinds import find_image_kind
 from jaxlab.processing.pixels import read_image
-from jaxlab.processing.registry import find_family, find_image_kind
-from jaxlab.processing.settings import ProcessorSettings, read_json
+from jaxlab.processing.settings import ProcessorSettings, read_json, shown
+from jaxlab.processing.tokens import encode
 
 PREPROCESSOR, PROCESSOR, CONFIG = "preprocessor_config.json", "processor_config.json", "config.json"
+TOKENIZER = "tokenizer_config.json"
 
 ImageSource = str | os.PathLike[str] | Image.Image
 
@@ -33,13 +35,38 @@ class Processor:
     model: ProcessorSettings
     """The model's config.json, for the ids of tokens."""
 
+    def mark(self, tokenizer: Tokenizer) -> str:
+        """What stands for an image in a prompt.
+
+        Raises:
+          UserError: the tokenizer lacks it.
+        """
+        return self.text.plain_mark or self._word(self.text.tokens[self.text.mark], tokenizer)
+
+    def lead(self, count: int, tokenizer: Tokenizer) -> str:
+        """What goes before a text that does not say where its images are.
+
+        Raises:
+          UserError: the tokenizer lacks the family's tokens.
+        """
+        words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
+        return self.text.lead(count, words)
+
     def __call__(
-        self, text: str, images: Sequence[ImageSource], tokenizer: Tokenizer
+        self,
+        text: str,
+        images: Sequence[ImageSource],
+        tokenizer: Tokenizer,
+        *,
+        special_tokens: bool | None = None,
     ) -> dict[str, np.ndarray]:
         """The batch of one prompt.
 
         Where the prompt holds no placeholder, the images go before it in the family's usual form; otherwise
-        it has to hold one for each. A tokenizer that cuts or fills texts is told to stop that.
+        it has to hold one for each.
+
+        Args:
+          special_tokens: whether the tokenizer adds its own; None: as the family has it.
 
         Returns:
           tokens int32[1, T]; images, float32, as the family's processor has its pixel_values; and what the
@@ -47,10 +74,11 @@ class Processor:
 
         Raises:
           UserError: an image that cannot be read or is of an extreme shape, placeholders that do not fit the
-            images, or a tokenizer that lacks the family's tokens.
+            images, a video, or a tokenizer that lacks the family's tokens.
         """
-        words = {name: self._word(name, tokenizer) for name in self.text.tokens}
-        mark = words[self.text.mark]
+        words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
+        self.refuse_videos(text, tokenizer)
+        mark = self.text.plain_mark or words[self.text.mark]
         if mark not in text:
             text = self.text.lead(len(images), words) + text
         text = self.text.finish(text, words)
@@ -69,17 +97,37 @@ class Processor:
                 raise UserError(f"{name}{error}") from error
         first, *rest = text.split(mark)
         expanded = [self.text.expand(one, words) for one in ones]
-        text = first + "".join(image + after for image, after in zip(expanded, rest, strict=True))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokens = tokenizer.encode(text, add_special_tokens=self.text.special_tokens).ids
+        pieces = [first]
+        for image, after in zip(expanded, rest, strict=True):
+            pieces += [image, after]
+        text = self.text.join(pieces, words)
+        special = self.text.special_tokens if special_tokens is None else special_tokens
+        tokens = encode(text, tokenizer, special=special, where="the prompt")
         self._check_count(tokens, text.count(words["image"]), words["image"], tokenizer)
         batch = {"tokens": np.asarray([tokens], np.int32)}
-        return {**batch, **self.images.together(ones)} if ones else batch
+        if not ones:
+            return batch
+        number = tokenizer.token_to_id(words["image"])
+        assert number is not None  # such tokens were counted
+        of_tokens = self.text.of_tokens(tokens, number, ones)
+        return {**batch, **self.images.together(ones), **of_tokens}
 
-    def _word(self, name: str, tokenizer: Tokenizer) -> str:
+    def refuse_videos(self, text: str, tokenizer: Tokenizer) -> None:
+        """Whether a prompt holds what stands for a video, by its id in config.json or by its usual name.
+
+        Raises:
+          UserError: it does.
+        """
+        if (token := self.text.video) is None:
+            return
+        number = self.model.maybe_whole(*token.ids, least=0) if token.ids else None
+        for word in (token.text, None if number is None else tokenizer.id_to_token(number)):
+            if word and word in text:
+                raise UserError(f"the prompt holds {word}: videos are not read; give frames of it as images")
+
+    def _word(self, token: Token, tokenizer: Tokenizer) -> str:
         """A token of the family as the tokenizer has it: by its id in config.json, else by its usual name."""
-        ids, usual = self.text.tokens[name]
+        ids, usual = token
         number = self.model.maybe_whole(*ids, least=0) if ids else None
         if number is None and tokenizer.token_to_id(usual) is None:
             raise UserError(
@@ -101,17 +149,25 @@ class Processor:
 
 
 def load_processor(
-    folder: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None, **overrides: Any
+    folder: str | os.PathLike[str],
+    kinds: Sequence[ProcessorKind],
+    *,
+    config: Mapping[str, Any] | None = None,
+    **overrides: Any,
 ) -> Processor:
     """The processor of a Hugging Face folder, from its processor files and config.json.
 
+    As in transformers, the class that the files of processor or tokenizer name has precedence over the type
+    of the model.
+
     Args:
+      kinds: that of the model's family, and after it those of other families.
       config: its config.json, if that has been read already.
       overrides: settings of the image processor by their names in those files, over what the files say,
         like do_pan_and_scan=True.
 
     Raises:
-      UserError: no such files, values that do not fit, or a family that is not supported.
+      UserError: no such files, values that do not fit, or a class of processor that is not known.
     """
     folder = Path(folder)
     model = read_json(folder / CONFIG) if config is None else config
@@ -121,7 +177,7 @@ def load_processor(
     place, pixels = folder / PROCESSOR, nested
     if nested is None:
         place, pixels = folder / PREPROCESSOR, read_json(folder / PREPROCESSOR)
-        if not place.is_file():
+        if not place.is_file() and not isinstance(kinds[0].images, ImageKind):
             raise UserError(
                 f"{folder}: no {PREPROCESSOR}, nor an image_processor in {PROCESSOR}: it reads no images"
             )
@@ -130,15 +186,32 @@ def load_processor(
     described = ((str(folder / CONFIG), model), (f"{folder / CONFIG}: text_config", inner(model)))
     settings = ProcessorSettings(described)
     files = ((str(folder / PROCESSOR), around), (str(place), pixels))
-    family = find_family(ProcessorSettings(files), settings)
-    kind = find_image_kind(ProcessorSettings((files[1],)), family)
+    naming: tuple[tuple[str, Mapping[str, Any]], ...] = files
+    if ProcessorSettings(files).find("processor_class")[0] is None:
+        naming = (*files, (str(folder / TOKENIZER), read_json(folder / TOKENIZER)))
+    kind = _named(ProcessorSettings(naming), kinds)
+    images = find_image_kind(ProcessorSettings((files[1],)), kind)
     asked = ("the overrides", overrides)
-    standard = ("its defaults", kind.defaults)
-    images = ProcessorSettings((asked, (family.processor_class, family.always), files[1], standard))
+    standard = ("its defaults", images.defaults)
+    told = (
+        kind.processor_class,
+        {} if kind.told is None else kind.told(ProcessorSettings((files[0],)), settings),
+    )
+    layers = ProcessorSettings((asked, (kind.processor_class, kind.always), told, files[1], standard))
     text = ProcessorSettings((asked, *files, standard))
     return Processor(
-        folder, images.flag("do_convert_rgb"), kind.read(images), family.read(text, settings), settings
+        folder, layers.flag("do_convert_rgb"), images.read(layers), kind.read(text, settings), settings
     )
+
+
+def _named(files: ProcessorSettings, kinds: Sequence[ProcessorKind]) -> ProcessorKind:
+    """The kind whose class the files name; the first one where they name none."""
+    name, where = files.find("processor_class")
+    for kind in kinds:
+        if name in (None, kind.processor_class):
+            return kind
+    known = ", ".join(dict.fromkeys(kind.processor_class for kind in kinds))
+    raise UserError(f"{where} {shown(name)} is not supported; supported are {known}")
 
 
 def inner(model: Mapping[str, Any]) -> Mapping[str, Any]:

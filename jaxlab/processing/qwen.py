@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import ImagePart, One, TextPart, Token, int32
+from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token, int32
 from jaxlab.processing.pixels import CLIP, Pixels, Scale, read_resample, resize, size_of
 from jaxlab.processing.settings import ProcessorSettings, shown
 
@@ -106,6 +106,7 @@ class QwenText(TextPart):
         "start": Token(("vision_start_token_id",), "<|vision_start|>"),
         "end": Token(("vision_end_token_id",), "<|vision_end|>"),
     }
+    video: ClassVar = Token(("video_token_id",), "<|video_pad|>")
 
     @classmethod
     def read(cls, settings: ProcessorSettings, model: ProcessorSettings) -> "QwenText":
@@ -116,3 +117,8 @@ class QwenText(TextPart):
 
     def expand(self, one: One, words: Mapping[str, str]) -> str:
         return words["image"] * (one.grid[0] * one.grid[1] // self.merge**2)
+
+
+QWEN2_VL = ProcessorKind("Qwen2VLProcessor", "Qwen2VLImageProcessor", QwenText.read)
+QWEN2_5_VL = ProcessorKind("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", QwenText.read)
+QWEN3_VL = ProcessorKind("Qwen3VLProcessor", "Qwen2VLImageProcessor", QwenText.read)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import ImagePart, One, TextPart, Token
+from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token
 from jaxlab.processing.pixels import (
     CLIP,
     PLAIN,
@@ -153,3 +153,7 @@ def vision_settings(model: ProcessorSettings) -> ProcessorSettings:
     place, config = model.layers[0]
     vision = config.get("vision_config")
     return ProcessorSettings(((f"{place}: vision_config", vision if isinstance(vision, dict) else {}),))
+
+
+LLAVA = ProcessorKind("LlavaProcessor", "LlavaImageProcessor", LlavaText.read)
+PALIGEMMA = ProcessorKind("PaliGemmaProcessor", "SiglipImageProcessor", PaliGemmaText.read)

@@ -85,9 +85,9 @@ def retrofitted(config: ModelConfig, nsa: NSAConfig) -> ModelConfig:
         raise ConfigError(
             "NSA decodes by positions of one coordinate, not by M-RoPE", key="position.sections"
         )
-    if isinstance(config.position, RopeConfig) and config.position.scaling == "dynamic":
+    if isinstance(config.position, RopeConfig) and config.position.scaling in ("dynamic", "longrope"):
         raise ConfigError(
-            "wavelengths that grow with the text differ between NSA's blocks and queries; take yarn",
+            "wavelengths that change with the length differ between NSA's blocks and queries; take yarn",
             key="position.scaling",
         )
     if isinstance(config.vision, ViTConfig) and config.vision.together != "none":

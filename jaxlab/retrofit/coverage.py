@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.errors import ConfigError
 from jaxlab.models import (
     AttentionContext,
     Batch,
@@ -57,23 +58,37 @@ def attention_coverage(
     `SCORES` allows), so that memory is linear in the length. Padding counts for nothing.
 
     Raises:
-      ConfigError: the model cannot be retrofitted (see `retrofitted`).
+      ConfigError: the model cannot be retrofitted (see `retrofitted`), or its layers read the images.
     """
     retrofitted(config, nsa)
     batch = as_arrays(prepare_batch(batch, config))
     decoder = bind_decoder(params, config)
-    images = encode_images(params, batch, config) if "images" in batch else None
+    images = encode_images(params, batch, config)
+    if images is not None and images.cross is not None:
+        raise ConfigError("models whose layers read images are measured on text alone; leave the images out")
     x, context, _ = decoder.embed(batch, images)  # DeepStack's models have M-RoPE: they are refused above
 
-    parts = []
+    parts: list[Coverage] = []
     for blocks in decoder.stacks:
         graphdef, stacked = nnx.split(blocks)
+        first = sum(part.choice.shape[0] for part in parts)
+        turned = jnp.asarray(config.rotary_layers[first:])[: jax.tree.leaves(stacked)[0].shape[0]]
 
-        def layer(x: Array, state: Any, graphdef: Any = graphdef) -> tuple[Array, Coverage]:
-            block = nnx.merge(graphdef, state)
-            return block(x, context).x, _coverage(block, x, context, nsa, query_chunk)
+        def layer(
+            x: Array, of_layer: tuple[Any, Bool[Array, ""]], graphdef: Any = graphdef
+        ) -> tuple[Array, Coverage]:
+            state, rotary = of_layer
 
-        x, found = lax.scan(layer, x, stacked)
+            def step(x: Array, context: AttentionContext) -> tuple[Array, Coverage]:
+                block = nnx.merge(graphdef, state)
+                return block(x, context).x, _coverage(block, x, context, nsa, query_chunk)
+
+            if len({*config.rotary_layers}) == 1:
+                return step(x, context)
+            of_kinds = (lambda x, r=r: step(x, context.for_layer(r)) for r in (True, False))
+            return lax.cond(rotary, *of_kinds, x)
+
+        x, found = lax.scan(layer, x, (stacked, turned))
         parts.append(found)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
@@ -87,7 +102,7 @@ def _coverage(
 ) -> Coverage:
     """Of one layer, whose input is x."""
     attention, config = block.attention, block.attention.config
-    q, k, _ = attention.project(block.attention_norm(x))
+    q, k, _ = attention.project(block.attention_input(x))
     batch, length, heads, dim = q.shape
     sizes: dict[str, Any] = {"block_len": nsa.block_len, "stride": nsa.stride}
     k_cmp = compress_blocks(k, mean_compressor(nsa.block_len, dim, k.dtype), **sizes)

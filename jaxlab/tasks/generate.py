@@ -1,24 +1,45 @@
-"""Task `generate`: stream text from a model."""
+"""Task `generate`: text from a model, of one prompt, of many, or as a chat."""
 
-import codecs
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from jaxlab.app import model_folder
-from jaxlab.checkpoints import OpenModel, open_model
-from jaxlab.config import POSITIONAL
-from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch, stream
-from jaxlab.processing import load_processor
+from jaxlab.checkpoints import OPTIONS, OpenModel, open_model, sampling_options, stop_strings
+from jaxlab.config import POSITIONAL, REPEATED
+from jaxlab.costs import generation_memory
+from jaxlab.errors import ConfigError, UserError, UserNote
+from jaxlab.evaluation import Answer, fill_all
+from jaxlab.models import (
+    Batch,
+    ModelConfig,
+    PlainVisionConfig,
+    SplitConfig,
+    count_params,
+    model_mesh,
+    prepare_batch,
+    using,
+)
+from jaxlab.processing import (
+    Message,
+    Prompt,
+    StopTexts,
+    TextStream,
+    as_texts,
+    check_token_ids,
+    encode,
+    read_messages,
+    read_prompts,
+    render_chats,
+)
 
 
 @dataclass(frozen=True)
@@ -26,89 +47,294 @@ class Arguments:
     """Stream text from a model."""
 
     model: Annotated[str, POSITIONAL]
-    """A model folder, ours or Hugging Face's; a hub id; a .bin file of llama2.c; a run folder, or the config
-    of a finished train run."""
-    prompt: str
-    """The text to go on from."""
+    """A model folder, ours or Hugging Face's; a hub id; a .gguf file; a .bin file of llama2.c; a run folder,
+    or the config of a finished train run."""
+    prompt: str = ""
+    """The text to go on from, or to answer (see chat)."""
+    prompts: str | None = None
+    """A file of prompts instead: one in each line, or JSON Lines of {"prompt": text, "images": [files]}."""
+    messages: str | None = None
+    """A file of conversations instead, in JSON Lines: each line a message {"role": ..., "content": ...} of
+    one conversation, or a conversation {"messages": [...]}."""
     image: tuple[str, ...] = ()
     """Image files for a vision-language model; before the prompt, unless it says where they are."""
+    chat: bool = False
+    """Ask by the model's chat template; by default where it has one and the prompt is plain text."""
+    raw: bool = False
+    """Take the prompt as it is, whatever template there is."""
+    system: str = ""
+    """What the model is told before a chat."""
+    chat_template: str | None = None
+    """The name of another one of the model's chat templates, or a file with one, in Jinja."""
+    chat_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """What the chat template asks for besides, such as --chat_options.enable_thinking false."""
     max_new_tokens: int = 200
     """Most tokens to make."""
-    temperature: float = 0.0
-    """0: always the most likely token; higher: sampled."""
+    temperature: float | None = None
+    """0: always the most likely token; higher: sampled. By default as the model's generation_config.json says
+    (this and the next four), else 0."""
+    top_k: int | None = None
+    """Sample from so many of the most likely tokens; 0: from all."""
+    top_p: float | None = None
+    """Sample from the most likely tokens that together have this probability."""
+    min_p: float | None = None
+    """Sample from tokens with at least this part of the highest probability."""
+    repetition_penalty: float | None = None
+    """Above 1: tokens of the prompt and of the text so far become less likely."""
     seed: int = 0
-    """Of sampling."""
-    stop: str = ""
-    """Stop after this token (a word of the model's tokenizer, or one byte)."""
+    """Of sampling. The same prompt and seed give the same text, in a batch or alone."""
+    samples: int = 1
+    """Answers to each prompt, drawn apart."""
+    stop: Annotated[tuple[str, ...], REPEATED] = ()
+    """Stop before this text, or at this special token."""
     past_end: bool = False
     """Go on where the model ends its text."""
+    batch_size: int = 8
+    """Prompts that are read together."""
+    format: Literal["text", "jsonl"] | None = None
+    """Of what is written; by default text for one answer, JSON Lines for several."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of config.json that no family knows, to leave out."""
+    ignore_tensors: tuple[str, ...] = ()
+    """Tensors to leave out: names, with * and ? for what varies."""
     prefill_chunk: int | None = None
     """Read the prompt so many tokens at a time: less memory for long ones. Not with images."""
+    mesh: SplitConfig = SplitConfig()
+    """Devices over which the model is split, if one of them does not hold it."""
+    check: bool = False
+    """Make all checks and estimate the memory of each device; read no tensor and make nothing."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"must be at least 1, is {self.max_new_tokens}", key="max_new_tokens")
-        if not 0 <= self.temperature < float("inf"):
+        for name in ("max_new_tokens", "samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"must be finite and not negative, is {self.temperature}", key="temperature")
+        if self.top_k is not None and self.top_k < 0:
+            raise ConfigError(f"must not be negative, is {self.top_k} (0 keeps all tokens)", key="top_k")
+        for name in ("top_p", "min_p"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"must be between 0 and 1, is {getattr(self, name)}", key=name)
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(
+                f"must be positive and finite, is {self.repetition_penalty}", key="repetition_penalty"
+            )
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise ConfigError(f"must be at least 1, is {self.prefill_chunk}", key="prefill_chunk")
         if self.prefill_chunk is not None and self.image:
             raise ConfigError("a prompt with images is read at once; leave it out", key="prefill_chunk")
+        if self.chat and self.raw:
+            raise ConfigError("a chat is not raw; give --chat or --raw", key="raw")
+        if self.raw and self.messages is not None:
+            raise ConfigError("messages are a chat; leave --raw out", key="raw")
+        for name in ("system", "chat_template", "chat_options"):
+            if self.raw and getattr(self, name):
+                raise ConfigError("is for a chat; leave --raw out", key=name)
+        given = [name for name in ("prompt", "prompts", "messages") if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"--{given[0]} is given too; give one of them", key=given[1])
+        if not given and not self.raw:
+            raise ConfigError(
+                "give one, or --prompts or --messages FILE (--raw goes on from nothing)", key="prompt"
+            )
+        if (self.image and self.prompts) or (self.image and self.messages):
+            raise ConfigError("goes with --prompt; name images in the file", key="image")
 
 
 def run(arguments: Arguments) -> None:
-    opened = open_model(model_folder(arguments.model))
-    folder, config, tokenizer = opened.path, opened.config, opened.tokenizer
-    if tokenizer is None and config.family != "jaxlab":
+    opened = open_model(
+        model_folder(arguments.model),
+        ignore_keys=arguments.ignore_keys,
+        ignore_tensors=arguments.ignore_tensors,
+    )
+    folder, config = opened.path, opened.config
+    if opened.tokenizer is None and config.family != "jaxlab":
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
-    ends = frozenset() if arguments.past_end else opened.end_tokens
-    batch = read_prompt(arguments, opened)
-    length = batch["tokens"].shape[1]
-    budget = min(arguments.max_new_tokens, config.max_length - length)
-    if not length or budget < 1:
-        raise UserError(f"--prompt holds {length} tokens; the model takes 1 to {config.max_length - 1}")
-    stop = encode(arguments.stop, tokenizer, special=False)
-    if len(stop) > 1:
-        raise UserError(f"--stop {arguments.stop!r} is {len(stop)} tokens; give one")
+    prompts = read_all(arguments)
+    if arguments.prefill_chunk is not None and (seen := next((p for p in prompts if p.images), None)):
+        raise UserError(f"{seen.where}: a prompt with images is read at once; leave --prefill_chunk out")
+    template = find_template(arguments, opened, prompts)
+    if template is not None:
+        prompts = render(prompts, template, arguments, opened)
+    asked = {name: getattr(arguments, name) for name in OPTIONS}
+    sampling, notes = sampling_options(opened.generation, asked, f"{folder}: generation_config.json")
+    answers = make_answers(prompts, arguments, opened, chat=template is not None)
+    for note in notes:
+        _note(note)
 
-    params = opened.read()
-    decode = _decoder(tokenizer, batch["tokens"][0].tolist())
-    for token in stream(
-        params,
-        batch,
-        config,
-        max_new_tokens=budget,
-        temperature=arguments.temperature,
-        key=jax.random.key(arguments.seed),
-        prefill_chunk=arguments.prefill_chunk,
-    ):
-        if int(token[0]) in ends:
-            break
-        sys.stdout.write(decode(int(token[0])))
-        sys.stdout.flush()
-        if stop and int(token[0]) == stop[0]:
-            break
-    sys.stdout.write("\n")
+    mesh = model_mesh(arguments.mesh)
+    if arguments.check:
+        with using(mesh):
+            _print_memory(answers, arguments, opened, mesh)
+        return
+    params = opened.read(mesh=mesh, not_finite="warn")
+    single = len(answers) == 1
+    form = arguments.format or ("text" if single else "jsonl")
+    with using(mesh):
+        for made, pieces in fill_all(
+            answers,
+            params,
+            config,
+            sampling,
+            jax.random.key(arguments.seed),
+            batch_size=arguments.batch_size,
+            prefill_chunk=arguments.prefill_chunk,
+        ):
+            for piece in pieces:
+                if single and form == "text":
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            for answer in made:
+                print(answer.as_json() if form == "jsonl" else "" if single else answer.text, flush=True)
 
 
-def read_prompt(arguments: Arguments, opened: OpenModel) -> Batch:
-    """The batch of prompt and images: for models of other people, by the processor in their folder."""
-    files, config, tokenizer = arguments.image, opened.config, opened.tokenizer
-    if files and not config.has_vision:
-        raise UserError(f"{arguments.model}: a language model without vision cannot read {files[0]}")
-    if files and not isinstance(config.vision, PlainVisionConfig):
-        if tokenizer is None:
-            raise UserError(f"{opened.path}: no tokenizer; images are placed by its tokens")
-        source = opened.source_files
-        processor = load_processor(opened.companion_folder, config=None if source is None else source.config)
-        batch = processor(arguments.prompt, files, tokenizer)
+def _print_memory(
+    answers: Sequence[Answer], arguments: Arguments, opened: OpenModel, mesh: Mesh | None
+) -> None:
+    """Of the largest batch of texts, its images left out."""
+    params = opened.placed(mesh)
+    rows = min(len(answers), arguments.batch_size)
+    longest = max(answer.length for answer in answers)
+    budget = max(answer.budget for answer in answers)
+    memory = generation_memory(
+        params, opened.config, rows, min(longest, arguments.prefill_chunk or longest), budget
+    )
+    told = ", ".join(f"{what} {size:,}" for what, size in memory.items())
+    texts = f"{rows} texts of {longest} and {budget} tokens"
+    print(f"{opened.config.family}, {count_params(params):,} parameters; {texts}")
+    print(f"bytes per device: {told}")
+
+
+def read_all(arguments: Arguments) -> list[Prompt]:
+    """What is asked: of the command line or of a file."""
+    if arguments.prompts is not None:
+        return read_prompts(arguments.prompts)
+    if arguments.messages is not None:
+        return read_messages(arguments.messages)
+    return [Prompt("--prompt", arguments.prompt, images=arguments.image)]
+
+
+def find_template(arguments: Arguments, opened: OpenModel, prompts: Sequence[Prompt]) -> str | None:
+    """The chat template by which prompts are asked; None: they are taken as they are."""
+    if arguments.raw:
+        return None
+    name, known = arguments.chat_template, opened.chat_templates
+    template = known.get(name or "default")
+    if name is not None and template is None:
         try:
-            return prepare_batch(batch, config)
-        except ValueError as error:
-            raise UserError(f"{opened.path}: its processor does not fit its model: {error}") from error
-    tokens = encode(arguments.prompt, tokenizer)
+            template = Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            listed = f"the model's are {', '.join(sorted(known))}" if known else "the model has none"
+            raise UserError(f"--chat_template {name}: no template, nor a text file; {listed}") from None
+    if template is None:
+        if arguments.chat or arguments.messages or arguments.system or arguments.chat_options:
+            raise UserError(
+                f"{opened.path}: has no chat template{_others(known)}; give one by --chat_template FILE, or "
+                "go on from a text by --prompt alone"
+            )
+        return None
+    if arguments.chat or arguments.messages or arguments.system or arguments.chat_options or name:
+        return template
+    if (special := _special_in(prompts, opened)) is not None:
+        _note(f"the prompt holds {special}, so it is taken as it is; --chat puts it in a turn of its own")
+        return None
+    _note("the model has a chat template, so the prompt is a user's turn; --raw takes it as it is")
+    return template
+
+
+def _others(known: Mapping[str, str]) -> str:
+    return f" by the name default, but {', '.join(sorted(known))} (--chat_template NAME)" if known else ""
+
+
+def _special_in(prompts: Sequence[Prompt], opened: OpenModel) -> str | None:
+    """A special token that a prompt holds, as one that was rendered does; places of images are none."""
+    if opened.tokenizer is None:
+        return None
+    added = opened.tokenizer.get_added_tokens_decoder()
+    special = [token.content for token in added.values() if token.special and token.content]
+    mark = _image_mark(opened)
+    return next((s for s in special if s != mark and any(s in prompt.text for prompt in prompts)), None)
+
+
+def _image_mark(opened: OpenModel) -> str | None:
+    """What stands for an image in a prompt; None: the model reads none, or its folder does not say."""
+    if opened.tokenizer is None or not opened.config.has_vision:
+        return None
+    if isinstance(opened.config.vision, PlainVisionConfig):
+        return None
+    try:
+        return opened.processor.mark(opened.tokenizer)
+    except UserError:  # of a folder without files of a processor; a prompt with images will say so
+        word: str | None = opened.tokenizer.id_to_token(opened.config.image_token)
+        return word
+
+
+def _refuse_videos(prompt: Prompt, opened: OpenModel) -> None:
+    """Refuses a prompt that asks for a video, of a model whose folder says what stands for one."""
+    if opened.tokenizer is None or isinstance(opened.config.vision, PlainVisionConfig):
+        return
+    try:
+        processor = opened.processor
+    except UserError:  # a folder without files of a processor: it reads text alone
+        return
+    processor.refuse_videos(prompt.text, opened.tokenizer)
+
+
+def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opened: OpenModel) -> list[Prompt]:
+    """Prompts whose text is the conversation that they hold, or that they are a part of."""
+    mark = _image_mark(opened)
+    conversations = [_conversation(prompt, arguments, mark) for prompt in prompts]
+    lead = mark
+    if any(prompt.images for prompt in prompts) and mark is not None and opened.tokenizer is not None:
+        lead = opened.processor.lead(1, opened.tokenizer)
+    show = lambda chats: render_chats(
+        chats,
+        template,
+        special_tokens=opened.special_tokens,
+        image_mark=lead,
+        place=f"{opened.path}: its chat template",
+        where=[prompt.where for prompt in prompts],
+        each=[{**arguments.chat_options, **prompt.variables} for prompt in prompts],
+    )
+    texts = show(conversations)
+    if mark is not None and any(t.count(mark) != len(p.images) for t, p in zip(texts, prompts, strict=True)):
+        # A template that reads parts, and leaves images out.
+        texts = show([as_texts(messages, lead or mark) for messages in conversations])
+    return [replace(prompt, text=text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _conversation(prompt: Prompt, arguments: Arguments, mark: str | None) -> list[Message]:
+    messages = list(prompt.messages)
+    if not messages:
+        content: str | list[dict[str, str]] = prompt.text
+        if prompt.images and (mark is None or mark not in prompt.text):
+            content = [{"type": "image"}] * len(prompt.images) + [{"type": "text", "text": prompt.text}]
+        messages = [{"role": "user", "content": content}]
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{prompt.where}: ends with what the assistant said; leave that out, it is made here")
+    if arguments.system and messages[0]["role"] == "system":
+        raise UserError(f"{prompt.where}: begins with a system message; leave --system out")
+    return [{"role": "system", "content": arguments.system}] * bool(arguments.system) + messages
+
+
+def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
+    """The batch of prompt and images: for models of other people, by the processor in their folder.
+
+    Args:
+      chat: its text is a conversation, in which the template has put special tokens.
+    """
+    files, config, tokenizer = prompt.images, opened.config, opened.tokenizer
+    if files and not config.has_vision:
+        raise UserError(f"{opened.path}: a language model without vision cannot read {files[0]}")
+    plain = isinstance(config.vision, PlainVisionConfig)
+    # As transformers' tokenizers do; its processors look for the first token, since templates may lack it.
+    first = opened.special_tokens.get("bos_token")
+    special = not chat or (config.has_vision and not plain and not (first and prompt.text.startswith(first)))
+    if files and not plain:
+        return _with_images(prompt, opened, chat, special)
+    tokens = encode(prompt.text, tokenizer, special=special, where=prompt.where)
     images: dict[str, np.ndarray] = {}
     if files:
         images["images"] = np.stack([read_image(file, config) for file in files])[None]
@@ -116,33 +342,74 @@ def read_prompt(arguments: Arguments, opened: OpenModel) -> Batch:
             config.image_token
         )
         tokens = [config.image_token] * missing + tokens
+    elif config.has_vision:
+        mark = _image_mark(opened)
+        if config.image_token in tokens or (mark is not None and mark in prompt.text):
+            raise UserError(
+                f"{prompt.where} holds {mark or config.image_token}, where an image goes, and no image is "
+                "given; name its file by --image, or leave that out"
+            )
+        _refuse_videos(prompt, opened)
+    check_token_ids(tokens, config, tokenizer, where=prompt.where)
     return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
 
-def encode(text: str, tokenizer: Tokenizer | None, special: bool = True) -> list[int]:
-    """Token ids of `text`: its bytes where the model has no tokenizer.
+def _with_images(prompt: Prompt, opened: OpenModel, chat: bool, special: bool) -> Batch:
+    if opened.tokenizer is None:
+        raise UserError(f"{opened.path}: no tokenizer; images are placed by its tokens")
+    processor, count = opened.processor, len(prompt.images)
+    if chat and (found := prompt.text.count(mark := processor.mark(opened.tokenizer))) != count:
+        raise UserError(
+            f"{prompt.where}: the chat holds {found} {mark} for {count} images; write one for each in its "
+            "texts, or none"
+        )
+    batch = processor(prompt.text, prompt.images, opened.tokenizer, special_tokens=None if special else False)
+    check_token_ids(batch["tokens"], opened.config, opened.tokenizer, where=prompt.where)
+    try:
+        return prepare_batch(batch, opened.config)
+    except ValueError as error:
+        raise UserError(f"{opened.path}: its processor does not fit its model: {error}") from error
 
-    `special`: with the tokens that the tokenizer puts around a text.
-    """
+
+def make_answers(
+    prompts: Sequence[Prompt], arguments: Arguments, opened: OpenModel, *, chat: bool
+) -> list[Answer]:
+    """The answers that are to be made, nothing of them yet."""
+    most = opened.config.max_length
+    ends, stops = find_ends(arguments, opened, chat=chat)
+    answers = []
+    for index, prompt in enumerate(prompts):
+        batch = read_prompt(prompt, opened, chat=chat)
+        ids = batch["tokens"][0].tolist()
+        budget = min(arguments.max_new_tokens, most - len(ids))
+        if not ids or budget < 1:
+            raise UserError(f"{prompt.where} holds {len(ids)} tokens; the model takes 1 to {most - 1}")
+        for sample in range(arguments.samples):
+            text = TextStream(opened.tokenizer, ids)
+            answers.append(Answer(index, sample, batch, budget, ends, text, StopTexts(stops)))
+    return answers
+
+
+def find_ends(arguments: Arguments, opened: OpenModel, *, chat: bool) -> tuple[frozenset[int], list[str]]:
+    """The tokens that end an answer, and the texts before which it ends."""
+    tokenizer, ends, stops = opened.tokenizer, set[int](), list(arguments.stop)
+    if not arguments.past_end:
+        ends |= opened.end_tokens
+        stops += stop_strings(opened.generation, f"{opened.path}: generation_config.json")
     if tokenizer is None:
-        return list(text.encode())
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
-    return ids
+        return frozenset(ends), stops
+    if chat and not arguments.past_end:  # the end of a turn, where the model's files name that of a text only
+        stops.append(opened.special_tokens.get("eos_token", ""))
+    for stop in stops:
+        encode(stop, None, where="--stop")  # checks that it is UTF-8
+        token = tokenizer.token_to_id(stop) if stop else None
+        if token is not None and token in tokenizer.get_added_tokens_decoder():
+            ends.add(token)  # special tokens are not shown, so no text holds them
+    return frozenset(ends), stops
 
 
-def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int] = ()) -> Callable[[int], str]:
-    """A function from one token to the text that it adds; parts of a letter wait for the rest of it."""
-    if tokenizer is None:
-        incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda token: incremental.decode(bytes([token])) if token < 256 else f"<{token}>"
-    decoding = DecodeStream(ids=list(prompt), skip_special_tokens=True)
-
-    def decode(token: int) -> str:
-        if tokenizer.id_to_token(token) is None:  # a row of the embedding that only fills it up
-            return f"<{token}>"
-        return decoding.step(tokenizer, token) or ""
-
-    return decode
+def _note(text: str) -> None:
+    warnings.warn(UserNote(text), stacklevel=2)
 
 
 def read_image(path: str, config: ModelConfig) -> np.ndarray:

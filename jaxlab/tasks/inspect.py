@@ -15,7 +15,7 @@ class Arguments:
     """Tell what models are, and which can be merged."""
 
     models: Annotated[tuple[str, ...], POSITIONAL]
-    """Folders of Hugging Face or of ours, hub ids, run folders, .bin files of llama2.c."""
+    """Folders of Hugging Face or of ours, hub ids, run folders, .gguf files, .bin files of llama2.c."""
     allow_pickle: bool = False
     """Look into PyTorch's .bin files where there are no safetensors."""
     ignore_keys: tuple[str, ...] = ()

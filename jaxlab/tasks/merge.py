@@ -7,7 +7,7 @@ from typing import Annotated
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import check_output, open_model
 from jaxlab.config import POSITIONAL
-from jaxlab.merging import load_recipe, merge_by_recipe, save_merged, verify_merged
+from jaxlab.merging import load_recipe, merge_by_recipe, note_dequantized, save_merged, verify_merged
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ def run(arguments: Arguments) -> None:
     folders = [model_folder(reference) for reference in recipe.references()]
     check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
     models = [open_model(folder) for folder in folders]
+    note_dequantized(models)
     params, account = merge_by_recipe(recipe, models)
     account = save_merged(out, recipe, models, params, account, overwrite=arguments.overwrite)
     print(account.table())

@@ -25,6 +25,7 @@ from jaxlab.merging import (
     exact_match_of,
     inject_by_recipe,
     measure_model,
+    note_dequantized,
     plan_injection,
     read_data,
     read_trio,
@@ -129,6 +130,7 @@ def check(config: Config) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     models = _models(config)
+    note_dequantized(models)
     trio = read_trio(*models)
     sources = {name: make_source(data, model_folder) for name, data in config.evaluate.items()}
     validation, test = (

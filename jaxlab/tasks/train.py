@@ -15,10 +15,19 @@ from tqdm import tqdm
 from jaxlab.app import Run, model_folder, read_metrics, train_inputs
 from jaxlab.checkpoints import open_model, save_model
 from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, peak_flops, train_flops_per_token
-from jaxlab.data import Source, check_fits, first_held_out, make_source
+from jaxlab.data import Source, check_all_tokens, check_fits, first_held_out, make_source
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
-from jaxlab.models import Batch, Params, count_params
+from jaxlab.models import (
+    Batch,
+    Params,
+    batch_shardings,
+    check_batch,
+    count_params,
+    make_mesh,
+    on_mesh,
+    place_batch,
+)
 from jaxlab.retrofit import describe_retrofit, mean_loss, measure_retrofit
 from jaxlab.training import (
     Initial,
@@ -26,15 +35,10 @@ from jaxlab.training import (
     Stopwatch,
     TrainConfig,
     abstract_state,
-    batch_shardings,
-    check_batch,
     find_initial,
     init_state,
-    make_mesh,
     make_optimizer,
     make_schedule,
-    on_mesh,
-    place_batch,
     read_initial,
     state_shardings,
     train_step,
@@ -183,6 +187,7 @@ def prepare(config: Config) -> Setup:
     """
     mesh = make_mesh(config.mesh)
     source = make_source(config.data, model_folder)
+    check_all_tokens(source, config.model)
     batch = source.batch(config.seed, 0, config.batch_size)
     for seen in (
         batch,

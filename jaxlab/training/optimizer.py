@@ -87,12 +87,14 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
 
 
 def _decayed(model: ModelConfig) -> Params:
-    """Matrices decay: two axes or more besides the stacking ones, unless they are positions or biases."""
+    """Matrices decay: two axes or more besides the stacking ones, unless they are positions, biases or scales
+    of norms."""
 
     def decays(path: tuple[Any, ...], axes: tuple[str, ...]) -> bool:
         name = str(path[-1].key)
         size = len([a for a in axes if a not in ("layers", "branch")])
-        return size >= 2 and not name.endswith("bias") and "position" not in axes and name != "position"
+        other = name.endswith("bias") or name in ("scale", "position") or "position" in axes
+        return size >= 2 and not other
 
     return jax.tree_util.tree_map_with_path(decays, logical_axes(model))
 

@@ -10,23 +10,41 @@ import pytest
 from jaxlab.checkpoints import families, load_model, open_model
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.errors import UserError
-from jaxlab.models import SlidingAttentionConfig, forward, generate
+from jaxlab.models import ModelConfig, RopeConfig, SlidingAttentionConfig, forward, generate
 from tests.checkpoints import folders
 
 CASES = [case for case in folders.CASES if "vision_config" not in folders.config(case)]
 LAYOUTS = [(case, i) for case in CASES for i in range(len(folders.layouts(case)))]
-DYNAMIC = "llama_dynamic"
-"""Its positions turn by the longest sequence of a batch."""
+STATEFUL = ("llama_dynamic", "phi3_longrope")
+"""Their positions turn by the longest sequence of a batch."""
+SLOW = (
+    "llama_tied",
+    "mistral",
+    "qwen3",
+    "gpt_neox",
+    "olmo3",
+    "smollm3_window",
+    "phi3",
+    "stablelm_parallel",
+    "ministral",
+    "cohere2",
+    "exaone4",
+    "qwen2_moe",
+)
 GENERATED = (
     "gpt2",
     "gptj",
-    DYNAMIC,
+    *STATEFUL,
+    "opt",
+    "smollm3",
     "qwen2_window",
     "gemma2",
     "gemma3_text",
     "mixtral_window",
     "qwen3_moe",
-    *(pytest.param(case, marks=pytest.mark.slow) for case in ("llama_tied", "mistral", "qwen3")),
+    "gpt_oss",
+    "ministral",
+    *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
 )
 """One of each kind of cache, two programs compiled for each; slow are those whose parts others share."""
 
@@ -55,7 +73,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, case):
     run = jax.jit(forward, static_argnames="config")
     logits = np.asarray(run(params, {"tokens": np.concatenate([tokens, row])}, config)[0])
     assert np.abs(logits[:2] - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
-    if case != DYNAMIC:
+    if case not in STATEFUL:
         start = golden["prompt"].shape[1]
         np.testing.assert_array_equal(logits[2].argmax(-1)[start - 1 : len(follows) - 1], golden["greedy"][0])
 
@@ -64,7 +82,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, case):
 def test_generation_with_a_cache_makes_the_same_tokens(tmp_path, case):
     config, params, _ = load(tmp_path, case)
     golden = folders.golden(case)
-    for suffix in ("", "_long") if case == DYNAMIC else ("",):
+    for suffix in ("", "_long") if case in STATEFUL else ("",):
         batch = {"tokens": golden[f"prompt{suffix}"].astype(np.int32)}
         made = generate(params, batch, config, max_new_tokens=golden[f"greedy{suffix}"].shape[1])
         np.testing.assert_array_equal(made, golden[f"greedy{suffix}"])
@@ -133,7 +151,17 @@ REFUSED = [
     ("llama2", {"residual_multiplier": 0.5}, "residual_multiplier 0.5 is not known to the family llama"),
     ("llama2", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
     ("llama2", {"tie_word_embeddings": "yes"}, "must be true or false"),
-    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "longrope' is not supported: supported: def"),
+    (
+        "llama2",
+        {"rope_parameters": {"rope_type": "proportional"}},
+        "proportional' is not supported: supported",
+    ),
+    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of positive"),
+    (
+        "llama2",
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor 0.5 is not suppor",
+    ),
     ("llama2", {"rope_parameters": {"rope_type": "default", "alpha": 2}}, "rope_parameters.alpha 2 is not k"),
     ("llama2", {"rope_parameters": [3]}, "rope_parameters must be a group of keys"),
     ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
@@ -146,7 +174,75 @@ REFUSED = [
     ("gptj", {"rotary_dim": None}, "rotary_dim None is not supported"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers .* must be the first ones"),
     ("qwen3_moe_sparse_step", {"num_hidden_layers": 4}, "decoder_sparse_step .* must be the first ones"),
+    ("qwen2_moe", {"mlp_only_layers": [2]}, "mlp_only_layers .* must be the first ones"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be a whole"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported: queries, keys and values are not clipped"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling must be a positive number"),
+    ("granite", {"shared_intermediate_size": 1024}, "shared_intermediate_size 1024 is not known"),
+    ("ministral", {"layer_types": ["chunked_attention"] * 4}, "layer_types .* supported: full_attention"),
+    (
+        "cohere",
+        {"use_parallel_block": False},
+        "use_parallel_block False is not supported: models of this fam",
+    ),
+    ("cohere2", {"layer_types": ["full_attention"] * 5}, "full layers of this family have no positions"),
+    ("cohere2", {"layer_types": None, "layer_switch": 3}, "layer_switch 3 .* sliding_window_pattern says 4"),
+    ("exaone4", {"layer_types": ["full_attention"] * 4}, "sliding_window 8 .* no layer slides"),
+    (
+        "exaone4",
+        {"layer_types": None, "sliding_window_pattern": "LLLG"},
+        "sliding_window_pattern must be a wh",
+    ),
+    ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit must be a positive number"),
+    ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported: known is sigmoid"),
+    ("glm4_moe", {"n_group": 4}, "6 experts cannot form 4 groups"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy' is not supported: known is noaux_tc"),
+    (
+        "deepseek_v3",
+        {"moe_layer_freq": 2},
+        "moe_layer_freq 2 .* all layers after the first ones have experts",
+    ),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2 .* each of the 4 heads has a key"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias True is not known"),
+    ("deepseek_v3", {"index_topk": 2048}, "index_topk 2048 is not known"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' .* known are greedy and group_limi"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most the 5 experts"),
+    (
+        "gpt_neox",
+        {"rope_theta": 5.0, "rotary_emb_base": 7},
+        "rope_theta 5.0 is not supported: rotary_emb_bas",
+    ),
+    (
+        "gpt_neox",
+        {"rope_parameters": {"partial_rotary_factor": 0.1}},
+        "it must give an even number of the 12",
+    ),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False is not supported"),
+    ("opt", {"word_embed_proj_dim": 20}, "word_embed_proj_dim 20 is not supported"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm True is not supported"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False is not supported"),
+    (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {},
+                "sliding_attention": {"rope_type": "linear", "factor": 2},
+            }
+        },
+        "rope_parameters.sliding_attention .* sliding layers have plain rotary positions",
+    ),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list with 1 or 0 for each of 6 layers"),
+    ("smollm3", {"no_rope_layers": [2] * 6}, "no_rope_layers must be a list with 1 or 0"),
+    ("smollm3_window", {"use_sliding_window": False}, "layer_types .* use_sliding_window is false"),
+    ("phi", {"tie_word_embeddings": True}, "a tied head has no bias"),
+    ("phi3", {"lm_head_bias": True}, "lm_head_bias True is not supported"),
+    (
+        "phi3_longrope",
+        {"rope_parameters": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}},
+        "position.short_factors: there must be one for each of 6 pairs",
+    ),
+    ("stablelm", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "it must give an even number"),
 ]
 
 
@@ -165,6 +261,16 @@ def test_defaults_are_those_of_transformers():
     gemma = families.read_config({"model_type": "gemma3_text", "num_hidden_layers": 12}, "")
     assert gemma.kinds == ("sliding",) * 5 + ("full",) + ("sliding",) * 5 + ("full",)
     assert (gemma.rope.theta, gemma.sliding.rope_theta, gemma.tie_embeddings) == (1e6, 1e4, True)
+
+
+def test_positions_that_are_told_otherwise_are_the_same():
+    plain = ModelConfig(num_layers=4, head_dim=8)
+    told = lambda **more: dataclasses.replace(plain, position=RopeConfig(**more))
+    assert difference(plain, told(layers=(True,), dim=8)) is None
+    assert difference(told(layers=(True, False)), told(layers=(True, False, True, False))) is None
+    for other in (told(layers=(True, False)), told(layers=(False, True)), told(dim=4)):
+        assert difference(plain, other) is not None
+        assert difference(told(layers=(True, True, False)), other) is not None
 
 
 def test_a_model_that_no_family_can_describe_is_not_written(tmp_path):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jaxlab.checkpoints.locate import hub_snapshot
+from jaxlab.checkpoints.locate import hub_snapshot, resolve
 from jaxlab.errors import UserError
 
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (extra hf)")
@@ -19,18 +19,20 @@ def cache(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (root / "blobs").mkdir()
     (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(COMMIT)
+    for branch in ("main", "step143000"):  # Pythia's training checkpoints are branches
+        (root / "refs" / branch).write_text(COMMIT)
     (root / "blobs" / "abc").write_text("{}")
     (folder / "config.json").symlink_to("../../blobs/abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     return folder
 
 
-@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+@pytest.mark.parametrize("revision", [None, "main", "step143000", COMMIT])
 def test_a_model_is_taken_from_the_cache(cache, revision):
     assert hub_snapshot("owner/name", revision=revision, offline=True) == cache
     if revision is not None:
         assert hub_snapshot(f"owner/name@{revision}", offline=True) == cache
+        assert resolve(f"owner/name@{revision}", offline=True) == cache
 
 
 def test_the_environment_can_forbid_the_network(cache, monkeypatch):

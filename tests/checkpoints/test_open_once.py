@@ -202,3 +202,4 @@ def test_the_chat_template_is_found_wherever_it_stands(models, tmp_path):
         source = HuggingFaceFolder(tmp_path)
         source.account = open_model(models / "vlm").account  # a folder without tensors
         assert source.chat_template == expected
+    assert source.special_tokens == {}

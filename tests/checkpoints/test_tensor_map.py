@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints.families.jaxlab import ROWS as TABLE
+from jaxlab.checkpoints.fused_qkv import fused_shape, join_fused, split_fused
 from jaxlab.checkpoints.tensor_map import entries, host_tensors, to_hf
+from jaxlab.checkpoints.tensor_table import parse
 from jaxlab.errors import UserError
 from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, PlainVisionConfig, abstract_params
 from tests.checkpoints import folders
@@ -20,6 +22,8 @@ CONFIGS = {
     "llama": SMALL,
     "untied": dataclasses.replace(SMALL, tie_embeddings=False, position=LearnedPositions(), max_length=9),
     "biases": dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True, norm="layer", mlp="plain"),
+    "norms after": dataclasses.replace(SMALL, pre_norms=False, post_norms=True, qk_norm="width"),
+    "a norm for each head": dataclasses.replace(SMALL, qk_norm="each_head", norm="layer"),
     "nsa": dataclasses.replace(SMALL, attention_bias=True, attention=NSAConfig()),
     "nsa, one projection": dataclasses.replace(SMALL, attention=NSAConfig(shared_kv=True)),
     "nsa, scorer": dataclasses.replace(SMALL, attention=NSAConfig(selector="auxiliary")),
@@ -100,3 +104,35 @@ def test_parameters_without_a_name_are_errors():
         entries({**params, "extra": {"table": np.zeros((2, 2), np.float32)}})
     with pytest.raises(UserError, match="does not fit"):
         entries({"embedding": {"table": np.zeros((2, 2, 2), np.float32)}})
+
+
+FUSED = {
+    # Three queries a key: q q q k v of the first key's head, then of the second.
+    "grouped heads": ("(h k) d -> d h k", 0, "h", [(5, 6, 4), (5, 2, 4), (5, 2, 4)]),
+    # Keys and values of different sizes, head by head.
+    "latents": ("(h k) d -> d h k", 0, "h", [(5, 3, 4), (5, 3, 2)]),
+    # Gate and up in turns.
+    "neurons": ("e d f -> e d f", 2, "f", [(2, 5, 3), (2, 5, 3)]),
+    "one after the other": ("(h k) d -> d h k", 0, "", [(5, 6, 4), (5, 2, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_tensor_is_taken_apart_and_put_together(name):
+    text, axis, runs, shapes = FUSED[name]
+    layout = parse(text)
+    tensor = np.arange(np.prod(fused_shape(layout, axis, shapes))).reshape(fused_shape(layout, axis, shapes))
+    parts = split_fused(tensor, layout, axis, shapes, runs=runs)
+    leaves = [layout.to_ours(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+    if name == "grouped heads":  # rows of one head of a key: 3 x 4 of queries, 4 of the key, 4 of the value
+        rows = tensor.reshape(2, 20, 5)
+        np.testing.assert_array_equal(leaves[0][:, 4].T, rows[1, 4:8])
+        np.testing.assert_array_equal(leaves[1][:, 1].T, rows[1, 12:16])
+    if name == "latents":
+        np.testing.assert_array_equal(leaves[1][:, 2].T, tensor[16:18])
+    if name == "neurons":
+        np.testing.assert_array_equal(leaves[0], tensor[..., ::2])
+        np.testing.assert_array_equal(leaves[1], tensor[..., 1::2])
+    theirs = [layout.to_theirs(leaf) for leaf in leaves]
+    back = join_fused(theirs, layout, axis, shapes, runs=runs, module=np)
+    np.testing.assert_array_equal(back, tensor)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlab.checkpoints.tokenizer_files import read_tokenizer
 from jaxlab.errors import UserError
-from jaxlab.tasks.generate import _decoder
+from jaxlab.processing import TextStream
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = [*LETTERS, "th", "the", "Ġthe", "<|endoftext|>"]
@@ -34,12 +34,13 @@ def test_text_is_shown_as_soon_as_its_letters_are_whole(tmp_path):
     tokenizer = read_tokenizer(byte_pairs(tmp_path / "model"))
     text = "the naïve 日本 🙂!"
     ids = tokenizer.encode(text).ids
-    shown = [decode(token) for decode in [_decoder(tokenizer, ids[:1])] for token in ids[1:]]
+    stream = TextStream(tokenizer, ids[:1])
+    shown = [stream.add(token) for token in ids[1:]]
     assert "".join(shown) == text.removeprefix("the")
     assert "\ufffd" not in "".join(shown)
     assert shown[-5:] == ["", "", "", "🙂", "!"]
     # A row that only fills the embedding up, as to a multiple of 64, stands for no token.
-    assert _decoder(tokenizer, ids)(len(WORDS) + 3) == f"<{len(WORDS) + 3}>"
+    assert TextStream(tokenizer, ids).add(len(WORDS) + 3) == f"<{len(WORDS) + 3}>"
 
 
 def test_byte_pairs_of_other_families_need_the_whole_tokenizer(tmp_path):

@@ -8,8 +8,10 @@ from PIL import Image
 
 from jaxlab.checkpoints import save_model
 from jaxlab.data.digits_words import digits_tokenizer
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
+from jaxlab.evaluation import answers
 from jaxlab.models import PlainVisionConfig
+from jaxlab.processing import TextStream
 from jaxlab.tasks import generate
 from tests.models.tiny import draw_params, make_config
 
@@ -38,7 +40,9 @@ def bytes_model(tmp_path_factory):
         ({"max_new_tokens": 4}, "cdef"),
         ({"max_new_tokens": 4, "prefill_chunk": 1}, "cdef"),
         ({}, "cdef"),  # up to max_length
-        ({"stop": "e"}, "cde"),
+        ({"stop": ("e",)}, "cd"),
+        ({"stop": ("x", "ef")}, "cd"),
+        ({"stop": ("dx", "fe")}, "cdef"),  # held back, and shown when nothing followed
     ],
 )
 def test_a_byte_model_streams(bytes_model, capsys, options, text):
@@ -47,9 +51,9 @@ def test_a_byte_model_streams(bytes_model, capsys, options, text):
 
 
 def test_bytes_of_one_letter_are_shown_together():
-    show = generate._decoder(None)
-    assert [show(byte) for byte in "é!".encode()] == ["", "é", "!"]
-    assert show(300) == "<300>"
+    stream = TextStream(None)
+    assert [stream.add(byte) for byte in "é!".encode()] == ["", "é", "!"]
+    assert stream.add(300) == "<300>"
 
 
 def test_a_model_with_words_reads_and_streams_words(tmp_path, capsys, monkeypatch):
@@ -61,7 +65,7 @@ def test_a_model_with_words_reads_and_streams_words(tmp_path, capsys, monkeypatc
     def following(params, batch, config, **_):
         return (batch["tokens"][:, -1] + i for i in (1, 2, 3))
 
-    monkeypatch.setattr(generate, "stream", following)
+    monkeypatch.setattr(answers, "stream", following)
     generate.run(generate.Arguments(str(tmp_path / "words"), prompt=words[0]))
     assert capsys.readouterr().out.split() == words[1:]
 
@@ -69,9 +73,15 @@ def test_a_model_with_words_reads_and_streams_words(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": ""}, "holds 0 tokens; the model takes 1 to 5"),
+        ({"raw": True}, "holds 0 tokens; the model takes 1 to 5"),
         ({"prompt": "abcdefgh"}, "holds 8 tokens"),
-        ({"prompt": "a", "stop": "ab"}, "is 2 tokens; give one"),
+        ({"prompt": "a\udcff"}, r"--prompt is not valid UTF-8 \(at its character 2\)"),
+        ({"prompt": "é" * 9}, "holds 18 tokens"),
+        ({"prompt": "a", "chat": True}, r"has no chat template; give one by --chat_template FILE"),
+        ({"prompt": "a", "system": "b"}, "has no chat template"),
+        ({"prompt": "a", "chat_template": "other"}, "no template, nor a text file; the model has none"),
+        ({"prompts": "none.txt"}, "none.txt: cannot be read: No such file"),
+        ({"messages": "none.jsonl"}, "none.jsonl: cannot be read: No such file"),
         ({"prompt": "a", "image": ("x.png",)}, "without vision cannot read x.png"),
     ],
 )
@@ -87,11 +97,24 @@ def test_errors(bytes_model, options, message):
         {"max_new_tokens": 0},
         {"prefill_chunk": 0},
         {"prefill_chunk": 8, "image": ("a",)},
+        {"top_k": -1},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+        {"samples": 0},
+        {"batch_size": 0},
+        {"chat": True, "raw": True},
+        {"system": "x", "raw": True},
+        {"chat_options": {"a": 1}, "raw": True},
+        {"prompts": "x"},
+        {"prompt": "", "messages": "x", "raw": True},
+        {"prompt": "", "messages": "x", "image": ("a",)},
+        {"prompt": ""},
     ],
 )
 def test_impossible_arguments(options):
     with pytest.raises(ConfigError) as raised:
-        generate.Arguments("model", prompt="a", **options)
+        generate.Arguments("model", **{"prompt": "a", **options})
     assert raised.value.key in options
 
 
@@ -139,7 +162,7 @@ def test_an_image_stands_before_the_prompt(tmp_path, capsys, monkeypatch):
     save_model(tmp_path / "vlm", model, draw_params(model))
     Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
     seen = []
-    monkeypatch.setattr(generate, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
+    monkeypatch.setattr(answers, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
     image = str(tmp_path / "white.png")
     generate.run(generate.Arguments(str(tmp_path / "vlm"), prompt="ab", image=(image,)))
     assert seen[0]["tokens"].tolist() == [[9, 9, 9, 9, 97, 98]]
@@ -156,3 +179,11 @@ def test_a_selector_without_a_cache_is_refused(tmp_path):
     save_model(tmp_path / "model", model, draw_params(model))
     with pytest.raises(UserError, match="auxiliary selector keeps no cache to generate from"):
         generate.run(generate.Arguments(str(tmp_path / "model"), prompt="ab"))
+
+
+def test_nan_among_the_weights_is_said(tmp_path):
+    model, params = successor(256)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(jnp.nan)
+    save_model(tmp_path / "nan", model, params)
+    with pytest.warns(UserNote, match=r"final_norm\.scale holds NaN or infinities"):
+        generate.run(generate.Arguments(str(tmp_path / "nan"), prompt="ab", max_new_tokens=1))

@@ -15,21 +15,25 @@ ACTIVATIONS = {
 
 
 def norm(p, x, config):
+    """Of the parameters `p`; of None, none."""
+    if p is None:
+        return x
     if config.norm == "layer":
         x = x - x.mean()
-        return x / np.sqrt((x**2).mean() + config.norm_eps) * p["scale"] + p["bias"]
+        return x / np.sqrt((x**2).mean() + config.norm_eps) * p["scale"] + p.get("bias", 0)
     return x / np.sqrt((x**2).mean() + config.norm_eps) * p["scale"]
 
 
-def rotate(x, position, theta):
-    """Each pair (x[i], x[i + half]) is a complex number, turned by position * theta ** (-i / half)."""
-    half = len(x) // 2
+def rotate(x, position, theta, dim=None):
+    """Each pair (x[i], x[i + half]) of the first `dim` numbers is a complex one, turned by
+    position * theta ** (-i / half)."""
+    half = (len(x) if dim is None else dim) // 2
     turned = [
         complex(x[i], x[i + half]) * complex(math.cos(angle), math.sin(angle))
         for i in range(half)
         for angle in [position * theta ** (-i / half)]
     ]
-    return np.array([z.real for z in turned] + [z.imag for z in turned])
+    return np.array([z.real for z in turned] + [z.imag for z in turned] + [*x[2 * half :]])
 
 
 def project(p, name, x, head):
@@ -37,18 +41,28 @@ def project(p, name, x, head):
     return y + p[f"{name}_bias"][head] if f"{name}_bias" in p else y
 
 
-def attention(p, xs, config):
-    rotary = config.position.kind == "rotary"
-    theta = config.rope.theta if rotary else None
+def normed_head(p, name, x, head, config):
+    """A query or key before its position."""
+    if config.qk_norm == "width":
+        every = np.array([project(p, name, x, other) for other in range(p[name].shape[1])])
+        return norm(p[f"{name}_norm"], every.reshape(-1), config).reshape(every.shape)[head]
+    y = project(p, name, x, head)
+    if config.qk_norm == "each_head":
+        return norm({"scale": p[f"{name}_norm"]["scale"][head]}, y, config)
+    return norm(p[f"{name}_norm"], y, config) if config.qk_norm == "head" else y
+
+
+def attention(p, xs, config, rotary=True):
+    theta, dim = (config.rope.theta, config.rotary_dim) if rotary else (None, None)
     share, outs = config.num_heads // config.kv_heads, []
     for t, x in enumerate(xs):
         total = p["output_bias"].copy() if config.attention_bias else np.zeros(config.width)
         for head in range(config.num_heads):
             first = max(0, t - config.sliding.window + 1) if config.attention.kind == "sliding" else 0
-            query, scores, values = project(p, "query", x, head), [], []
+            query, scores, values = normed_head(p, "query", x, head, config), [], []
             for s in range(first, t + 1):
-                key = project(p, "key", xs[s], head // share)
-                score = rotate(query, t, theta) @ rotate(key, s, theta) if rotary else query @ key
+                key = normed_head(p, "key", xs[s], head // share, config)
+                score = rotate(query, t, theta, dim) @ rotate(key, s, theta, dim) if rotary else query @ key
                 scores.append(score / math.sqrt(config.key_dim))
                 values.append(project(p, "value", xs[s], head // share))
             weights = np.exp(np.array(scores) - max(scores))
@@ -113,8 +127,9 @@ def choose(scores, t, n):
     return (forced + rest)[: n.num_blocks]
 
 
-def nsa(p, xs, config):
+def nsa(p, xs, config, rotary):
     """Native Sparse Attention: three branches with their own keys and values, gated."""
+    rotate = globals()["rotate"] if rotary else lambda x, *_: x
     n, theta, x, share = config.nsa, config.rope.theta, np.array(xs), config.num_heads // config.kv_heads
     gates = 1 / (1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"])))
     gates *= [name in n.branches for name in ("compression", "selection", "window")]
@@ -179,8 +194,14 @@ def logits(params, tokens, config):
         xs = [x + params["position"]["table"][t] for t, x in enumerate(xs)]
     for i in range(config.num_layers):
         p = layer_of(params["layers"], i)
-        ys = attend(p["attention"], [norm(p["attention_norm"], x, config) for x in xs], config)
-        xs = [x + y for x, y in zip(xs, ys, strict=True)]
-        xs = [x + mlp(p["mlp"], norm(p["mlp_norm"], x, config), config) for x in xs]
+        read = [norm(p.get("attention_norm"), x, config) for x in xs]
+        ys = attend(p["attention"], read, config, config.rotary_layers[i])
+        ys = [norm(p.get("attention_post_norm"), y, config) for y in ys]
+        if not config.parallel:
+            read = xs = [x + y for x, y in zip(xs, ys, strict=True)]
+        if "mlp_norm" in p:
+            read = [norm(p["mlp_norm"], x, config) for x in xs]
+        zs = [norm(p.get("mlp_post_norm"), mlp(p["mlp"], x, config), config) for x in read]
+        xs = [x + y * config.parallel + z for x, y, z in zip(xs, ys, zs, strict=True)]
     head = params["embedding"]["table"].T if config.tie_embeddings else params["head"]["table"]
     return np.array([norm(params["final_norm"], x, config) @ head for x in xs])

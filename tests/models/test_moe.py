@@ -21,6 +21,13 @@ VARIANTS = {
     "shared": dataclasses.replace(SIX, shared_width=7, shared_gate=True, scale=2.5, normalize=False),
     "sigmoid": dataclasses.replace(SIX, scoring="sigmoid", experts_per_token=3),
     "all": dataclasses.replace(SIX, experts_per_token=6),
+    "groups": dataclasses.replace(
+        SIX, num_groups=3, groups_per_token=2, experts_per_token=3, router_dtype="float32"
+    ),
+    "chosen apart": dataclasses.replace(
+        SIX, scoring="sigmoid", choice_bias=True, num_groups=2, group_score="top2", scale=1.5
+    ),
+    "biased": dataclasses.replace(SIX, router_bias=True, bias=True, swiglu_limit=0.3, swiglu_alpha=1.3),
 }
 
 
@@ -33,15 +40,27 @@ def by_loops(params, x, m):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     out = np.zeros(x.shape)
     for t, token in enumerate(np.asarray(x, np.float64)):
-        logits = token @ p["router"]
+        logits = token @ p["router"] + p.get("router_bias", 0.0)
         scores = (
             np.exp(logits) / np.exp(logits).sum() if m.scoring == "softmax" else 1 / (1 + np.exp(-logits))
         )
-        chosen = sorted(range(m.num_experts), key=lambda e: (-scores[e], e))[: m.experts_per_token]
+        rated = scores + p.get("choice_bias", 0.0)
+        groups = rated.reshape(m.num_groups, -1)
+        worth = [sum(sorted(group)[-1 if m.group_score == "max" else -2 :]) for group in groups]
+        best = sorted(range(m.num_groups), key=lambda g: (-worth[g], g))[: m.groups_per_token]
+        allowed = [e for e in range(m.num_experts) if e // groups.shape[1] in best]
+        chosen = sorted(allowed, key=lambda e: (-rated[e], e))[: m.experts_per_token]
         total = sum(scores[e] for e in chosen) if m.normalize else 1.0
         for e in chosen:
-            hidden = silu(token @ p["gate"][e]) * (token @ p["up"][e])
-            out[t] += m.scale * scores[e] / total * (hidden @ p["down"][e])
+            gate, up = (
+                token @ p[name][e] + (p[f"{name}_bias"][e] if m.bias else 0) for name in ("gate", "up")
+            )
+            hidden = silu(gate) * up
+            if m.swiglu_limit is not None:
+                gate, up = np.minimum(gate, m.swiglu_limit), np.clip(up, -m.swiglu_limit, m.swiglu_limit)
+                hidden = gate / (1 + np.exp(-m.swiglu_alpha * gate)) * (up + 1)
+            expert = hidden @ p["down"][e] + (p["down_bias"][e] if m.bias else 0)
+            out[t] += m.scale * scores[e] / total * expert
         if m.shared_width:
             s = p["shared"]
             hidden = silu(token @ s["gate"]) * (token @ s["up"])
@@ -147,6 +166,14 @@ def test_counting_takes_the_experts_that_a_token_passes():
         (lambda: MoEConfig(num_experts=2, experts_per_token=3), "experts_per_token"),
         (lambda: MoEConfig(num_experts=2, shared_gate=True), "shared_gate"),
         (lambda: MoEConfig(num_experts=0), "num_experts"),
+        (lambda: MoEConfig(num_experts=6, num_groups=4), "num_groups"),
+        (lambda: MoEConfig(num_experts=6, num_groups=3, groups_per_token=4), "groups_per_token"),
+        (lambda: MoEConfig(num_experts=6, num_groups=3, experts_per_token=3), "groups_per_token"),
+        (
+            lambda: MoEConfig(num_experts=3, experts_per_token=1, num_groups=3, group_score="top2"),
+            "group_score",
+        ),
+        (lambda: MoEConfig(num_experts=6, swiglu_limit=0.0), "swiglu_limit"),
         (lambda: ModelConfig(num_layers=2, moe=MoEConfig(num_experts=4, first_dense=2)), "moe.first_dense"),
         (lambda: ModelConfig(mlp="plain", moe=MoEConfig(num_experts=4)), "moe"),
     ],

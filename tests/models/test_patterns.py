@@ -19,22 +19,23 @@ from jaxlab.models import (
     rope_tables,
 )
 from jaxlab.models.rotary import rotary_table, rotate
-from jaxlab.models.stack import Run, _runs
+from jaxlab.models.stack import Kind, Run, _runs
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
 F, S = "full", "sliding"
+FR, SR, FN = Kind(F, True), Kind(S, True), Kind(F, False)
 
 
 @pytest.mark.parametrize(
     ("kinds", "alone", "expected"),
     [
-        ((F,) * 5, 0, [Run(0, (F,), 5)]),
-        ((S, F) * 3, 0, [Run(0, (S, F), 3)]),
-        ((S, S, F) * 2 + (S,), 0, [Run(0, (S, S, F), 2), Run(6, (S,), 1)]),
-        ((F, F, S, S, S), 0, [Run(0, (F,), 2), Run(2, (S,), 3)]),
-        ((F,) * 4, 2, [Run(0, (F,), 1), Run(1, (F,), 1), Run(2, (F,), 2)]),
-        ((F,), 0, [Run(0, (F,), 1)]),
-        ((F, S), 2, [Run(0, (F,), 1), Run(1, (S,), 1)]),
+        ((FR,) * 5, 0, [Run(0, (FR,), 5)]),
+        ((SR, FR) * 3, 0, [Run(0, (SR, FR), 3)]),
+        ((SR, SR, FN) * 2 + (SR,), 0, [Run(0, (SR, SR, FN), 2), Run(6, (SR,), 1)]),
+        ((FR, FR, FN, FN, FN), 0, [Run(0, (FR,), 2), Run(2, (FN,), 3)]),
+        ((FR,) * 4, 2, [Run(0, (FR,), 1), Run(1, (FR,), 1), Run(2, (FR,), 2)]),
+        ((FR,), 0, [Run(0, (FR,), 1)]),
+        ((FR, SR), 2, [Run(0, (FR,), 1), Run(1, (SR,), 1)]),
     ],
 )
 def test_scans_cover_all_layers_in_order(kinds, alone, expected):
@@ -130,6 +131,10 @@ def test_pairs_turn_by_their_coordinate():
         (lambda: RopeConfig(low_frequency_factor=4.0), "high_frequency_factor"),
         (lambda: ModelConfig(position=RopeConfig(dim=64)), "position.dim"),
         (lambda: ModelConfig(position=RopeConfig(sections=(1, 1))), "position.sections"),
+        (lambda: RopeConfig(layers=(False, False)), "layers"),
+        (lambda: ModelConfig(num_layers=1, position=RopeConfig(layers=(False, True))), "position.layers"),
+        (lambda: ModelConfig(pre_norms=False), "pre_norms"),
+        (lambda: ModelConfig(parallel_norms=True), "parallel_norms"),
         (lambda: SlidingAttentionConfig(pattern=(F,)), "pattern"),
         (lambda: SlidingAttentionConfig(window=0), "window"),
         (lambda: SlidingAttentionConfig(rope_theta=0.0), "rope_theta"),

@@ -12,6 +12,7 @@ from jaxlab.models import (
     ModelConfig,
     NSAConfig,
     PlainVisionConfig,
+    RopeConfig,
     SlidingAttentionConfig,
     abstract_params,
 )
@@ -37,6 +38,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "value_head_dim": None,
     },
     "sliding": {"attention": SlidingAttentionConfig(window=3), "mlp_bias": True, "activation": "relu"},
+    "post_norms": {"pre_norms": False, "post_norms": True, "qk_norm": "width"},
+    "parallel": {
+        "parallel": True,
+        "parallel_norms": True,
+        "norm": "layer",
+        "position": RopeConfig(dim=2),
+        "qk_norm": "each_head",
+    },
+    "nope": {"position": RopeConfig(layers=(False, True))},
+    "nsa_nope": {"position": RopeConfig(layers=(False, True)), "attention": NSA, "attention_bias": True},
     "nsa": {"attention": NSA, "attention_bias": True},
     "nsa_min_max": {
         "attention_bias": True,

@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from jaxlab.processing import load_processor
-from tests.processing.folders import CASES, GOLDEN, write_folder
+from tests.processing.folders import CASES, GOLDEN, load_processor, write_folder
 
 
 @pytest.fixture(scope="module")

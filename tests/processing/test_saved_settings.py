@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from jaxlab.processing import load_processor
-from tests.processing.folders import CASES, GOLDEN
+from tests.processing.folders import CASES, GOLDEN, load_processor
 
 SAVED = Path(__file__).parents[1] / "golden" / "families" / "processors"
 

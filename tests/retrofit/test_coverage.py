@@ -19,19 +19,20 @@ WIDE = dataclasses.replace(NSA, compress_width=12)
 LENGTHS = (18, 13)
 
 
-def shares(p, xs, config, n):
+def shares(p, xs, config, n, rotary):
     """[queries, Hkv, 4] of one layer and one row: chosen, with window, by lot, best; and chosen blocks."""
     theta, share = config.rope.theta, config.num_heads // config.kv_heads
+    rotate = oracle.rotate if rotary else lambda x, *_: x
     found = np.zeros((len(xs), config.kv_heads, 4))
     blocks = [[None] * len(xs) for _ in range(config.kv_heads)]
     for group in range(config.kv_heads):
         keys = [oracle.project(p, "key", x, group) for x in xs]
         starts = range(0, len(xs) - n.block_len + 1, n.stride)
-        means = [oracle.rotate(np.mean(keys[s : s + n.block_len], axis=0), s, theta) for s in starts]
-        turned = np.array([oracle.rotate(k, s, theta) for s, k in enumerate(keys)])
+        means = [rotate(np.mean(keys[s : s + n.block_len], axis=0), s, theta) for s in starts]
+        turned = np.array([rotate(k, s, theta) for s, k in enumerate(keys)])
         for t, x in enumerate(xs):
             heads = range(group * share, (group + 1) * share)
-            queries = [oracle.rotate(oracle.project(p, "query", x, head), t, theta) for head in heads]
+            queries = [rotate(oracle.project(p, "query", x, head), t, theta) for head in heads]
             seen = max(0, (t + 1 - n.block_len) // n.stride + 1)
             summaries = np.array(means[:seen]).reshape(seen, config.key_dim)
             weights = sum(oracle.softmax_sum(q, summaries, summaries)[1] for q in queries)
@@ -52,8 +53,9 @@ def shares(p, xs, config, n):
     return found, blocks
 
 
-def test_coverage_is_that_of_brute_force():
-    config = make_config()
+@pytest.mark.parametrize("variant", ["rotary", "nope"])
+def test_coverage_is_that_of_brute_force(variant):
+    config = make_config(variant)
     params, tokens = draw_params(config), draw_tokens(config, 2, LENGTHS[0])
     segments = jnp.asarray(np.arange(LENGTHS[0])[None] < np.array(LENGTHS)[:, None], jnp.int32)
     found = attention_coverage(
@@ -69,12 +71,13 @@ def test_coverage_is_that_of_brute_force():
         for i in range(config.num_layers):
             p = oracle.layer_of(exact["layers"], i)
             normed = [oracle.norm(p["attention_norm"], x, config) for x in xs]
-            of_row, blocks = shares(p["attention"], normed, config, WIDE)
+            of_row, blocks = shares(p["attention"], normed, config, WIDE, config.rotary_layers[i])
             rows[i].append(of_row)
             if i == 0:  # what the retrofitted model chooses, whose first layer reads the same input
                 for group, t in itertools.product(range(2), range(length)):
                     assert set(chosen[0, row, group, t].tolist()) - {-1} == set(blocks[group][t])
-            xs = [x + y for x, y in zip(xs, oracle.attention(p["attention"], normed, config), strict=True)]
+            ys = oracle.attention(p["attention"], normed, config, config.rotary_layers[i])
+            xs = [x + y for x, y in zip(xs, ys, strict=True)]
             xs = [x + oracle.mlp(p["mlp"], oracle.norm(p["mlp_norm"], x, config), config) for x in xs]
     expected = np.stack([np.concatenate(of_layer).mean(axis=0) for of_layer in rows])  # [L, Hkv, 4]
     assert (expected[..., 3] > expected[..., 0]).all()

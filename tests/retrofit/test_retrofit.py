@@ -44,7 +44,9 @@ def test_with_saturated_gates_a_covered_text_gives_the_dense_logits():
         qk_norm="width",
         tie_embeddings=False,
         attention_scale=0.7,
-        position=RopeConfig(dim=2, interleaved=True, scaling="yarn", factor=2.0, original_length=8),
+        position=RopeConfig(
+            dim=2, interleaved=True, scaling="yarn", factor=2.0, original_length=8, layers=(True, False)
+        ),
     )
     params, tokens = draw_params(config), draw_tokens(config, 2, COVERED)
     wide = dataclasses.replace(WIDE, gate_width=3)

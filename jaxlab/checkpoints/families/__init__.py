@@ -5,12 +5,14 @@ a family under other names; "mllama+llama@3,8" one whose layers 3 and 8 are not 
 docs/families.md tells how to add one.
 """
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
 import re
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
@@ -18,6 +20,9 @@ from jaxlab.checkpoints.families.settings import IGNORED_KEYS, reading
 from jaxlab.checkpoints.tensor_table import HEAD, Rows
 from jaxlab.errors import UserError, UserNote
 from jaxlab.models import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxlab.processing import ProcessorKind
 
 __all__ = [
     "IGNORED_KEYS",
@@ -27,22 +32,29 @@ __all__ = [
     "find_by_model_type",
     "head_name",
     "ignored",
+    "image_word",
     "names_of",
+    "processor_kinds",
     "read_config",
     "recorded",
     "rows_of",
+    "with_image_token",
 ]
+
+
+_COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+"""Of the families that can describe a model of our own these are the first choice: most tools read them."""
 
 
 @functools.cache
 def all_families() -> dict[str, Family]:
-    """Every family, by name: each module of this package that has a FAMILY or FAMILIES."""
+    """Every family, by name: each module of this package that has a FAMILY or FAMILIES; common ones first."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
         loaded = importlib.import_module(f"{__name__}.{module.name}")
         for family in getattr(loaded, "FAMILIES", ()) or filter(None, [getattr(loaded, "FAMILY", None)]):
             found[family.name] = family
-    return found
+    return {name: found[name] for name in (*_COMMON, *found)}
 
 
 def find(name: str) -> Family:
@@ -112,6 +124,35 @@ def _read(config: Json, where: object) -> ModelConfig:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: config.json cannot be understood ({problem[:200]})") from error
+
+
+def processor_kinds(name: str) -> "tuple[ProcessorKind, ...]":
+    """The processor of a family by its whole name, and after it those of the others.
+
+    Raises:
+      UserError: the family has none.
+    """
+    family = find(name)
+    if family.processor is None:
+        known = ", ".join(sorted(f.name for f in all_families().values() if f.processor is not None))
+        raise UserError(f"the family {family.name} has no processor of images; those with one: {known}")
+    others = (f.processor for f in all_families().values() if f.processor is not None and f is not family)
+    return (family.processor(), *(make() for make in others))
+
+
+def image_word(config: ModelConfig, told: Json) -> str | None:
+    """What the placeholder of a model is called, where its config.json does not tell the id; else None."""
+    return None if "image_token_id" in told else find(config.family).image_word
+
+
+def with_image_token(config: ModelConfig, token: int) -> ModelConfig:
+    """The model with another placeholder.
+
+    Raises:
+      UserError: the token is beyond its embedding.
+    """
+    vision = None if config.vision is None else dataclasses.replace(config.vision, image_token=token)
+    return dataclasses.replace(config, vision=vision)
 
 
 def names_of(name: str) -> tuple[str, ...]:

@@ -3,10 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlab.checkpoints.tensor_table import Row, Rows
 from jaxlab.models import ModelConfig
+
+if TYPE_CHECKING:  # `inspect` needs no images
+    from jaxlab.processing import ProcessorKind
 
 Json = dict[str, Any]
 Renames = tuple[tuple[str, str], ...]
@@ -34,8 +37,11 @@ class Family:
     """Other names in the wild, by a word for each: from this family's names to those."""
     layouts: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
     """Variants whose tensors lie otherwise, by a word for each: rows in place of the family's."""
-    forward: bool = True
-    """Whether the model code runs it; False: its tensors are mapped, and can be merged and written."""
+    processor: "Callable[[], ProcessorKind] | None" = None
+    """How images and text become a batch, of a vision-language model; a function, since it needs Pillow."""
+    image_word: str | None = None
+    """What stands for a patch in the tokenizer, of a family whose config.json does not tell its id
+    (`image_token_id`)."""
 
 
 def renamed(rows: Rows, renames: Renames) -> Rows:

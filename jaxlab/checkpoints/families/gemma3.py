@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row
@@ -51,6 +52,7 @@ FAMILY = Family(
     ),
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.GEMMA3,
     ignored=towers.CLIP_IGNORED,
     text_renames=towers.WITHIN_LLAVA,
     variants=towers.LLAVA_VARIANTS,

@@ -3,7 +3,7 @@
 from jaxlab.checkpoints.families import gemma, gemma2, language, rope
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
-from jaxlab.models import LayerKind, ModelConfig, RopeConfig
+from jaxlab.models import LayerKind, ModelConfig
 
 _DEFAULTS: Json = {
     "vocab_size": 262208,
@@ -19,29 +19,10 @@ _DEFAULTS: Json = {
 }
 
 
-def _read_ropes(s: Settings) -> tuple[RopeConfig, float]:
-    """Of full layers, and the base of sliding ones."""
-    local = s.number("rope_local_base_freq", 10000.0)
-    given = s.value("rope_parameters")
-    if not rope.is_nested(given):
-        return rope.read_rope(s, 1000000.0), local
-    inner = Settings(given, s.family, within="rope_parameters.")
-    length = s.whole("max_position_embeddings")
-    of_full, of_sliding = (
-        rope.rope_of(inner, inner.value(f"{kind}_attention", {}), f"{kind}_attention", theta, length)
-        for kind, theta in (("full", 1000000.0), ("sliding", local))
-    )
-    inner.done()
-    if of_sliding != RopeConfig(theta=of_sliding.theta):
-        raise inner.refuse("sliding_attention", "sliding layers have plain rotary positions")
-    s.ignore("rope_theta", "rope_scaling")
-    return of_full, of_sliding.theta
-
-
 def read_config(config: Json) -> ModelConfig:
     s = Settings(config, "gemma3_text", _DEFAULTS)
     s.ignore("attn_logit_softcapping")  # stored, and never applied by transformers
-    of_full, local = _read_ropes(s)
+    of_full, local = rope.read_two_ropes(s, 1000000.0, s.number("rope_local_base_freq", 10000.0))
     layers = s.whole("num_hidden_layers", most=1 << 12)
     period = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6))
     default: list[LayerKind] = ["sliding" if (i + 1) % period else "full" for i in range(layers)]

@@ -1,5 +1,9 @@
-"""Idefics2: the tower of Idefics3, a gated MLP and a resampler, Mistral. Its images are not run."""
+"""Idefics2: the tower of Idefics3, a gated MLP and a resampler, Mistral."""
 
+import dataclasses
+from functools import partial
+
+from jaxlab import processing
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.idefics3 import (
@@ -42,7 +46,8 @@ def read_config(config: Json) -> ModelConfig:
     s = vlm.settings(config, "idefics2")
     v = vlm.inner(s, "vision_config", {**VISION, "hidden_size": 768, "num_attention_heads": 12})
     p = vlm.inner(s, "perceiver_config", _PERCEIVER)
-    p.ignore("hidden_size", "rms_norm_eps", "qk_layer_norms_perceiver")
+    p.ignore("qk_layer_norms_perceiver")
+    width_of_norms, norm_eps = p.whole("hidden_size", 4096), p.number("rms_norm_eps", 1e-6)
     if p.word("hidden_act", "silu") != "silu":
         raise p.refuse("hidden_act", "supported: silu")
     resampler = vlm.build(
@@ -57,7 +62,11 @@ def read_config(config: Json) -> ModelConfig:
     width = vlm.inner(s, "text_config", {}).whole("intermediate_size", 14336)
     vit = read_idefics_vit(v, connector="resampler", connector_width=width, resampler=resampler)
     tower = vlm.read_tower(v, vlm.image_token(s, 32001), vit)
-    return vlm.read_text(s, tower, default="mistral", tie=vlm.tied(s, either=False, default=False))
+    model = vlm.read_text(s, tower, default="mistral", tie=vlm.tied(s, either=False, default=False))
+    # A perceiver_config of another width was not written for this model, and its epsilon does not count.
+    eps = norm_eps if width_of_norms == model.width else model.norm_eps
+    tower = dataclasses.replace(tower, resampler=dataclasses.replace(resampler, norm_eps=eps))
+    return vlm.build(partial(dataclasses.replace, model), vision=tower)
 
 
 def write_config(config: ModelConfig) -> Json:
@@ -79,7 +88,7 @@ def write_config(config: ModelConfig) -> Json:
             "num_key_value_heads": r.num_kv_heads,
             "resampler_head_dim": r.head_dim,
             "hidden_size": config.width,
-            "rms_norm_eps": config.norm_eps,
+            "rms_norm_eps": r.norm_eps,
         },
     }
 
@@ -90,7 +99,7 @@ FAMILY = Family(
     rows=ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.IDEFICS2,
     ignored=towers.CLIP_IGNORED,
     text_renames=WITHIN_IDEFICS,
-    forward=False,
 )

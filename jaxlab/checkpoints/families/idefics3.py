@@ -1,7 +1,10 @@
-"""Idefics3: SigLIP that places patches by fractions of the image, pixel shuffle, one matrix, Llama 3."""
+"""Idefics3, SmolVLM: SigLIP with patches placed by fractions of the image, pixel shuffle, a matrix, Llama."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.settings import Settings
@@ -45,35 +48,43 @@ def write_idefics_vision(config: ModelConfig, model_type: str) -> Json:
     }
 
 
-def read_config(config: Json) -> ModelConfig:
-    s = vlm.settings(config, "idefics3")
+def _read(config: Json, family: str) -> ModelConfig:
+    s = vlm.settings(config, family)
     v = vlm.inner(s, "vision_config", VISION)
     vit = read_idefics_vit(v, shuffle=s.whole("scale_factor", 2), connector="linear")
     tower = vlm.read_tower(v, vlm.image_token(s, 128257), vit)
     return vlm.read_text(s, tower, default="llama", tie=vlm.tied(s, either=False, default=False))
 
 
-def write_config(config: ModelConfig) -> Json:
+def _write(config: ModelConfig, family: str, architecture: str) -> Json:
     return {
-        "architectures": ["Idefics3ForConditionalGeneration"],
-        "model_type": "idefics3",
+        "architectures": [architecture],
+        "model_type": family,
         "image_token_id": config.image_token,
         "scale_factor": config.vision_as(ViTConfig).shuffle,
         "tie_word_embeddings": config.tie_embeddings,
         "text_config": vlm.write_text(config),
-        "vision_config": write_idefics_vision(config, "idefics3_vision"),
+        "vision_config": write_idefics_vision(config, f"{family}_vision"),
     }
 
 
-FAMILY = Family(
-    name="idefics3",
-    model_types=("idefics3",),
-    rows=(
-        *towers.clip_rows("model.vision_model"),
-        Row("projector.output", "model.connector.modality_projection.proj.weight", "d v -> v d"),
-    ),
-    read_config=read_config,
-    write_config=write_config,
-    ignored=towers.CLIP_IGNORED,
-    text_renames=WITHIN_IDEFICS,
+def _family(name: str, architecture: str, processor: Callable[[], "processing.ProcessorKind"]) -> Family:
+    return Family(
+        name=name,
+        model_types=(name,),
+        rows=(
+            *towers.clip_rows("model.vision_model"),
+            Row("projector.output", "model.connector.modality_projection.proj.weight", "d v -> v d"),
+        ),
+        read_config=partial(_read, family=name),
+        write_config=partial(_write, family=name, architecture=architecture),
+        processor=processor,
+        ignored=towers.CLIP_IGNORED,
+        text_renames=WITHIN_IDEFICS,
+    )
+
+
+FAMILIES = (
+    _family("idefics3", "Idefics3ForConditionalGeneration", lambda: processing.IDEFICS3),
+    _family("smolvlm", "SmolVLMForConditionalGeneration", lambda: processing.SMOLVLM),
 )

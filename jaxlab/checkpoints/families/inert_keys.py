@@ -30,10 +30,11 @@ _WORDS = """
 
     attention_dropout attn_pdrop dropout embd_pdrop embedding_dropout embed_dropout hidden_dropout
     hidden_dropout_prob attention_probs_dropout_prob attention_dropout_prob classifier_dropout ffn_dropout
-    resid_pdrop residual_dropout layerdrop summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj initializer_range initializer_factor router_aux_loss_coef aux_loss_alpha
-    seq_aux router_jitter_noise router_z_loss_coef z_loss gradient_checkpointing use_reentrant_checkpointing
-    neftune_noise_alpha use_unpadded_input seed pretraining_tp reorder_and_upcast_attn
+    activation_dropout resid_pdrop residual_dropout layerdrop init_std summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj initializer_range
+    initializer_factor router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise router_z_loss_coef
+    z_loss gradient_checkpointing use_reentrant_checkpointing neftune_noise_alpha use_unpadded_input seed
+    pretraining_tp reorder_and_upcast_attn
 
     quantization_config experts_implementation attn_implementation use_memory_efficient_attention
     use_memorry_efficient_attention use_liger_kernel use_xformers use_fused_rms_norm use_fused_swiglu

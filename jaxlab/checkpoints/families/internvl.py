@@ -1,5 +1,6 @@
 """InternVL in Hugging Face's layout: InternViT, pixel shuffle, an MLP after a norm, any language model."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
@@ -45,7 +46,7 @@ _DEFAULTS: Json = {
     "use_absolute_position_embeddings": True,
     "use_mean_pooling": True,
 }
-_NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
+NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 
 
 def read_config(config: Json) -> ModelConfig:
@@ -56,8 +57,8 @@ def read_config(config: Json) -> ModelConfig:
     if len(layers) > 1:
         raise s.refuse("vision_feature_layer", "InternVL reads one layer")
     norm = v.word("norm_type", "layer_norm")
-    if norm not in _NORMS:
-        raise v.refuse("norm_type", f"supported: {', '.join(_NORMS)}")
+    if norm not in NORMS:
+        raise v.refuse("norm_type", f"supported: {', '.join(NORMS)}")
     if v.flag("use_qk_norm") and v.number("layer_norm_eps") != 1e-6:
         raise v.refuse("layer_norm_eps", "with use_qk_norm it must be 1e-6")
     ratio = s.number("downsample_ratio", 0.5)
@@ -68,7 +69,7 @@ def read_config(config: Json) -> ModelConfig:
         class_token=True,
         mask_token=v.flag("use_mask_token"),
         position="learned" if v.flag("use_absolute_position_embeddings") else "none",
-        norm=_NORMS[norm],
+        norm=NORMS[norm],
         norm_eps=v.number("layer_norm_eps"),
         activation=language.activation(v, "hidden_act", "gelu"),
         attention_bias=v.flag("attention_bias"),
@@ -96,7 +97,7 @@ def write_config(config: ModelConfig) -> Json:
         "layer_norm_eps": v.norm_eps,
         "attention_bias": v.attention_bias,
         "use_qk_norm": v.qk_norm,
-        "norm_type": next(theirs for theirs, ours in _NORMS.items() if ours == v.norm),
+        "norm_type": next(theirs for theirs, ours in NORMS.items() if ours == v.norm),
         "use_mask_token": v.mask_token,
         "use_absolute_position_embeddings": v.position == "learned",
         "use_mean_pooling": v.final_norm == "none",
@@ -122,6 +123,7 @@ FAMILY = Family(
     rows=ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.INTERNVL,
     text_renames=towers.WITHIN_LLAVA,
     variants={"memory": towers.LLAVA_VARIANTS["memory"]},
 )

@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlab.checkpoints.families.base import Json, Renames
-from jaxlab.checkpoints.families.rope import max_length, read_rope, write_rope
+from jaxlab.checkpoints.families.rope import Partial, max_length, period_of, read_rope, write_rope
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.checkpoints.families.towers import ACTIVATIONS
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import AttentionConfig, FullAttentionConfig, LayerKind, ModelConfig, SlidingAttentionConfig
+from jaxlab.models import (
+    AttentionConfig,
+    FullAttentionConfig,
+    LayerKind,
+    ModelConfig,
+    SlidingAttentionConfig,
+)
 
 _KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
@@ -62,8 +68,14 @@ def decoder_rows(*layer: Rows) -> Rows:
     return EDGES + in_layers("layers", "model.layers", rows)
 
 
-def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelConfig:
+def read_decoder(
+    s: Settings, *, theta: float = 10000.0, partial: float | None = None, **more: Any
+) -> ModelConfig:
     """The model from the keys that Llama and its kin share, with what the family adds in `more`.
+
+    Args:
+      theta: base of rotary positions where none is given.
+      partial: the part of each head's dimensions that turns where none is given; None: all turn, always.
 
     Raises:
       UserError: a key that is wrong, not known, or known and not supported.
@@ -76,13 +88,14 @@ def read_decoder(s: Settings, *, theta: float = 10000.0, **more: Any) -> ModelCo
         "num_heads": heads,
         "num_kv_heads": s.whole("num_key_value_heads", heads),
         "mlp_width": s.whole("intermediate_size"),
-        "norm_eps": s.number("rms_norm_eps"),
+        "norm_eps": s.number(_norm_key(more.get("norm", "rms"))),
         "tie_embeddings": s.flag("tie_word_embeddings"),
     }
-    fields["head_dim"] = s.whole("head_dim", _head_dim(s, fields["width"], heads))
+    fields["head_dim"] = head_dim(s, fields["width"], heads)
     if "activation" not in more:
         fields["activation"] = activation(s, "hidden_act", "silu")
-    rope = more["position"] if "position" in more else read_rope(s, theta)
+    turning = None if partial is None else Partial(fields["head_dim"], partial)
+    rope = more["position"] if "position" in more else read_rope(s, theta, partial=turning)
     fields |= {"position": rope, "max_length": max_length(s, rope)}
     return finish(s, {**fields, **more})
 
@@ -113,7 +126,7 @@ def write_decoder(config: ModelConfig, model_type: str, architecture: str) -> Js
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.key_dim,
         "hidden_act": activation_name(config.activation),
-        "rms_norm_eps": config.norm_eps,
+        _norm_key(config.norm): config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         **write_rope(config),
     }
@@ -164,8 +177,7 @@ def read_kinds(
         raise s.wrong("sliding_window", "a whole number, since layers slide")
     if set(kinds) == {"sliding"}:
         return SlidingAttentionConfig(window=window, rope_theta=rope_theta)
-    period = next(p for p in range(1, layers + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
-    return SlidingAttentionConfig(window=window, pattern=kinds[:period], rope_theta=rope_theta)
+    return SlidingAttentionConfig(window=window, pattern=period_of(kinds), rope_theta=rope_theta)
 
 
 def layer_types(config: ModelConfig) -> list[str]:
@@ -191,7 +203,16 @@ def window_of(config: ModelConfig) -> int | None:
     return config.attention.window if isinstance(config.attention, SlidingAttentionConfig) else None
 
 
-def _head_dim(s: Settings, width: int, heads: int) -> int:
+def head_dim(s: Settings, width: int, heads: int) -> int:
+    """What `head_dim` says, or the width split over the heads.
+
+    Raises:
+      UserError: it says nothing, and the heads do not divide the width.
+    """
     if "head_dim" not in s and width % heads:
         raise s.wrong("num_attention_heads", f"a divisor of hidden_size {width} where there is no head_dim")
-    return width // heads
+    return s.whole("head_dim", width // heads)
+
+
+def _norm_key(norm: str) -> str:
+    return "layer_norm_eps" if norm == "layer" else "rms_norm_eps"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import language, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
@@ -58,6 +59,7 @@ FAMILY = Family(
     rows=(*towers.clip_rows("vision_tower.vision_model"), *towers.MLP_ROWS),
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.LLAVA,
     ignored=towers.CLIP_IGNORED,
     text_renames=towers.WITHIN_LLAVA,
     variants={**towers.LLAVA_VARIANTS, "original": llava_original.RENAMES},

@@ -1,5 +1,6 @@
 """LLaVA-NeXT (1.6): images cut to tiles, with a learned newline after each row of patches."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import llava, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row
@@ -36,6 +37,7 @@ FAMILY = Family(
     rows=ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.LLAVA_NEXT,
     ignored=towers.CLIP_IGNORED,
     text_renames=towers.WITHIN_LLAVA,
     variants={**towers.LLAVA_VARIANTS, "original": llava_original.RENAMES},

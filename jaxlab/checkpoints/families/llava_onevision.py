@@ -2,6 +2,7 @@
 
 import re
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import llava, llava_next, llava_original, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.models import ModelConfig, ViTConfig
@@ -32,6 +33,7 @@ FAMILY = Family(
     rows=llava_next.ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.LLAVA_ONEVISION,
     ignored=towers.CLIP_IGNORED,
     text_renames=towers.WITHIN_LLAVA,
     variants={**towers.LLAVA_VARIANTS, "original": llava_original.RENAMES},

@@ -5,7 +5,7 @@ from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models import ModelConfig
 
-_DEFAULTS: Json = {
+DEFAULTS: Json = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -18,7 +18,7 @@ _DEFAULTS: Json = {
 
 
 def read_config(config: Json) -> ModelConfig:
-    s = Settings(config, "mistral", _DEFAULTS)
+    s = Settings(config, "mistral", DEFAULTS)
     window = s.maybe_whole("sliding_window", 4096)
     return language.read_decoder(s, attention=language.attention_of(window))
 

@@ -1,5 +1,9 @@
-"""Mistral 3 with images: Pixtral's tower, a matrix that merges squares of patches. Its images are not run."""
+"""Mistral 3 with images: Pixtral's tower, a matrix that merges squares of patches."""
 
+import dataclasses
+from functools import partial
+
+from jaxlab import processing
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.tensor_table import Row, Rows, in_layers
@@ -38,7 +42,13 @@ def read_config(config: Json) -> ModelConfig:
     v = vlm.inner(s, "vision_config", _PIXTRAL)
     if v.word("model_type", "pixtral") != "pixtral":
         raise v.refuse("model_type", "supported: pixtral")
-    v.ignore("rope_theta", "rope_parameters", "attention_dropout")
+    v.ignore("attention_dropout")
+    rope = v.value("rope_parameters", {})
+    known = [{"rope_type": kind, "rope_theta": 10000}.items() for kind in ("axial", "default")]
+    if not isinstance(rope, dict) or not any(rope.items() <= items for items in known):
+        raise v.refuse("rope_parameters", "rotary positions of images are axial, with a base of 10000")
+    if v.value("rope_theta", 10000) != 10000:
+        raise v.refuse("rope_theta", "rotary positions of images have a base of 10000")
     if "head_dim" in v and v.whole("head_dim") * v.whole("num_attention_heads") != v.whole("hidden_size"):
         raise v.refuse("head_dim", "it must be hidden_size / num_attention_heads")
     vit = dict(
@@ -61,7 +71,11 @@ def read_config(config: Json) -> ModelConfig:
         connector_activation=language.activation(s, "projector_hidden_act", "gelu"),
     )
     tower = vlm.read_tower(v, vlm.image_token(s, 10), vit)
-    return vlm.read_text(s, tower, default="mistral", tie=vlm.tied(s, either=False, default=True))
+    model = vlm.read_text(s, tower, default="mistral", tie=vlm.tied(s, either=False, default=True))
+    return vlm.build(
+        partial(dataclasses.replace, model),
+        vision=dataclasses.replace(tower, connector_norm_eps=model.norm_eps),
+    )
 
 
 def write_config(config: ModelConfig) -> Json:
@@ -92,7 +106,7 @@ FAMILY = Family(
     rows=ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.PIXTRAL,
     text_renames=towers.WITHIN_LLAVA,
     variants={"memory": towers.LLAVA_VARIANTS["memory"]},
-    forward=False,
 )

@@ -1,4 +1,4 @@
-"""Mllama (Llama 3.2 Vision): Llama with layers in between that read the images. Its images are not run.
+"""Mllama (Llama 3.2 Vision): Llama with layers in between that read the images.
 
 The layers of Llama are `layers` of our tree, as in any Llama, so that experts of Llama 3.1 match them; those
 that read the images belong to the projector. The family's name tells the latter's numbers: mllama+llama@3,8.
@@ -7,6 +7,7 @@ that read the images belong to the projector. The family's name tells the latter
 import dataclasses
 from functools import partial
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import language, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.settings import Settings
@@ -119,6 +120,9 @@ def read_config(config: Json) -> ModelConfig:
     if not cross or max(cross) >= layers or len(cross) >= layers:
         raise text.refuse("cross_attention_layers", f"there are {layers} layers")
     extra = _read_extra(v, cross)
+    count = v.whole("num_hidden_layers", most=1 << 12)
+    if any(layer >= count for layer in extra["read_layers"]):
+        raise v.refuse("intermediate_layers_indices", f"there are {count} layers")
     width = v.whole("hidden_size") * (1 + len(extra["read_layers"]))
     if v.whole("vision_output_dim", width) != width:
         raise v.refuse("vision_output_dim", f"the layers that are read make {width}")
@@ -180,6 +184,7 @@ FAMILY = Family(
     rows=ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.MLLAMA,
     text_renames=towers.WITHIN_LLAVA,
     variants={
         "memory": (
@@ -188,5 +193,4 @@ FAMILY = Family(
             (r"^(vision_model|multi_modal_projector)", r"model.\1"),
         )
     },
-    forward=False,
 )

@@ -37,13 +37,13 @@ _MIXTRAL_EXPERTS: Rows = (
     Row("moe.up", "block_sparse_moe.experts.{e}.w3.weight", "f d -> d f"),
     Row("moe.down", "block_sparse_moe.experts.{e}.w2.weight", "d f -> f d"),
 )
-_ROUTER: Rows = (Row("moe.router", "mlp.gate.weight", "e d -> d e"),)
-_EXPERTS: Rows = (
+ROUTER: Rows = (Row("moe.router", "mlp.gate.weight", "e d -> d e"),)
+EXPERTS: Rows = (
     Row("moe.gate", "mlp.experts.{e}.gate_proj.weight", "f d -> d f"),
     Row("moe.up", "mlp.experts.{e}.up_proj.weight", "f d -> d f"),
     Row("moe.down", "mlp.experts.{e}.down_proj.weight", "d f -> f d"),
 )
-_STACKED: Rows = (
+STACKED: Rows = (
     Row(("moe.gate", "moe.up"), "mlp.experts.gate_up_proj", "e f d -> e d f", join=1),
     Row("moe.down", "mlp.experts.down_proj", "e d f -> e f d"),
 )
@@ -59,7 +59,7 @@ _QWEN3_LAYER: Rows = (
 
 def _qwen3_rows(experts: Rows) -> Rows:
     return (
-        *language.decoder_rows(_QWEN3_LAYER, _ROUTER, experts),
+        *language.decoder_rows(_QWEN3_LAYER, ROUTER, experts),
         *in_layers("dense_layers", "model.layers", (*_QWEN3_LAYER, *language.MLP)),
     )
 
@@ -69,20 +69,25 @@ def read_mixtral(config: Json) -> ModelConfig:
     window = s.maybe_whole("sliding_window")
     moe = MoEConfig(
         num_experts=s.whole("num_local_experts", most=1 << 16),
-        experts_per_token=_chosen(s, s.whole("num_local_experts")),
+        experts_per_token=chosen(s, s.whole("num_local_experts")),
         width=s.whole("intermediate_size"),
     )
     return language.read_decoder(s, theta=1e6, moe=moe, attention=language.attention_of(window))
 
 
-def _experts(config: ModelConfig) -> MoEConfig:
+def experts_of(config: ModelConfig) -> MoEConfig:
+    """The mixture of a model of a family that has one.
+
+    Raises:
+      UserError: it has none.
+    """
     if config.moe is None:
         raise UserError(f"the family {config.family} has experts; set moe")
     return config.moe
 
 
 def write_mixtral(config: ModelConfig) -> Json:
-    moe = _experts(config)
+    moe = experts_of(config)
     return {
         **language.write_decoder(config, "mixtral", "MixtralForCausalLM"),
         "sliding_window": language.window_of(config),
@@ -92,11 +97,13 @@ def write_mixtral(config: ModelConfig) -> Json:
     }
 
 
-def read_qwen3(config: Json) -> ModelConfig:
-    """Layers with an MLP must come before all those with experts."""
-    s = Settings(config, "qwen3_moe", _QWEN3_DEFAULTS)
+def read_dense(s: Settings) -> int:
+    """How many first layers have an MLP, by `mlp_only_layers` and `decoder_sparse_step`.
+
+    Raises:
+      UserError: layers with an MLP come after others with experts, or all have one.
+    """
     layers = s.whole("num_hidden_layers", most=1 << 12)
-    count = s.whole("num_experts", s.whole("num_local_experts", 128), most=1 << 16)
     step, dense = s.whole("decoder_sparse_step", 1), s.value("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(i) is int for i in dense):
         raise s.wrong("mlp_only_layers", "a list of layer numbers")
@@ -104,12 +111,19 @@ def read_qwen3(config: Json) -> ModelConfig:
     key = "mlp_only_layers" if dense else "decoder_sparse_step"
     if plain != list(range(len(plain))) or len(plain) == layers:
         raise s.refuse(key, "layers with an MLP must be the first ones, before others with experts")
+    return len(plain)
+
+
+def read_qwen3(config: Json) -> ModelConfig:
+    """Layers with an MLP must come before all those with experts."""
+    s = Settings(config, "qwen3_moe", _QWEN3_DEFAULTS)
+    count = s.whole("num_experts", s.whole("num_local_experts", 128), most=1 << 16)
     moe = MoEConfig(
         num_experts=count,
-        experts_per_token=_chosen(s, count),
+        experts_per_token=chosen(s, count),
         width=s.whole("moe_intermediate_size"),
         normalize=s.flag("norm_topk_prob"),
-        first_dense=len(plain),
+        first_dense=read_dense(s),
     )
     window = s.maybe_whole("sliding_window", 4096)
     slides = s.flag("use_sliding_window") and window is not None
@@ -124,7 +138,7 @@ def read_qwen3(config: Json) -> ModelConfig:
 
 
 def write_qwen3(config: ModelConfig) -> Json:
-    window, moe = language.window_of(config), _experts(config)
+    window, moe = language.window_of(config), experts_of(config)
     return {
         **language.write_decoder(config, "qwen3_moe", "Qwen3MoeForCausalLM"),
         "attention_bias": config.attention_bias,
@@ -134,16 +148,25 @@ def write_qwen3(config: ModelConfig) -> Json:
         "num_experts_per_tok": moe.experts_per_token,
         "moe_intermediate_size": moe.width,
         "norm_topk_prob": moe.normalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(config.dense_layers)),
+        **write_dense(config),
     }
 
 
-def _chosen(s: Settings, count: int) -> int:
-    chosen = s.whole("num_experts_per_tok")
-    if chosen > count:
+def write_dense(config: ModelConfig) -> Json:
+    """The keys of `read_dense`."""
+    return {"decoder_sparse_step": 1, "mlp_only_layers": list(range(config.dense_layers))}
+
+
+def chosen(s: Settings, count: int) -> int:
+    """Experts that a token passes through.
+
+    Raises:
+      UserError: more than there are.
+    """
+    found = s.whole("num_experts_per_tok")
+    if found > count:
         raise s.wrong("num_experts_per_tok", f"at most the {count} experts")
-    return chosen
+    return found
 
 
 MIXTRAL = Family(
@@ -154,15 +177,15 @@ MIXTRAL = Family(
     write_config=write_mixtral,
     ignored=language.IGNORED,
     variants=language.VARIANTS,
-    layouts={"stacked": language.decoder_rows(language.NORMS, language.ATTENTION, _ROUTER, _STACKED)},
+    layouts={"stacked": language.decoder_rows(language.NORMS, language.ATTENTION, ROUTER, STACKED)},
 )
 QWEN3 = dataclasses.replace(
     MIXTRAL,
     name="qwen3_moe",
     model_types=("qwen3_moe",),
-    rows=_qwen3_rows(_EXPERTS),
+    rows=_qwen3_rows(EXPERTS),
     read_config=read_qwen3,
     write_config=write_qwen3,
-    layouts={"stacked": _qwen3_rows(_STACKED)},
+    layouts={"stacked": _qwen3_rows(STACKED)},
 )
 FAMILIES = (MIXTRAL, QWEN3)

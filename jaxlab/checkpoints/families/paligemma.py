@@ -1,5 +1,6 @@
 """PaliGemma: SigLIP, one matrix, Gemma 1 or 2; images and prompt see each other both ways."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.models import ModelConfig, ViTConfig
@@ -61,6 +62,7 @@ FAMILY = Family(
     ),
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.PALIGEMMA,
     ignored=towers.CLIP_IGNORED,
     text_renames=towers.WITHIN_LLAVA,
     variants=towers.LLAVA_VARIANTS,

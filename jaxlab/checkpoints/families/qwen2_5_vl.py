@@ -1,5 +1,6 @@
 """Qwen2.5-VL: as Qwen2-VL, with windows, RMSNorm and a gated MLP in the tower."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import qwen_vl, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
@@ -76,6 +77,7 @@ FAMILY = Family(
     rows=qwen_vl.rows("visual", _LAYER, MERGER),
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.QWEN2_5_VL,
     ignored=IGNORED,
     variants={"memory": qwen_vl.MEMORY, "base": qwen_vl.BASE},
 )

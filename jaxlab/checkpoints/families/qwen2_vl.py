@@ -1,5 +1,6 @@
 """Qwen2-VL: a tower for images of any size, Qwen2 with positions of three coordinates."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import qwen_vl, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
@@ -77,6 +78,7 @@ FAMILY = Family(
     rows=qwen_vl.rows("visual", _LAYER, MERGER),
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.QWEN2_VL,
     ignored=IGNORED,
     variants={"memory": qwen_vl.MEMORY, "base": qwen_vl.BASE},
 )

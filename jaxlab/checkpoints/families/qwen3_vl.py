@@ -1,5 +1,6 @@
 """Qwen3-VL: learned positions stretched to each image, DeepStack, Qwen3 with alternating coordinates."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import qwen_vl, towers, vlm
 from jaxlab.checkpoints.families.base import Family, Json, Renames
 from jaxlab.checkpoints.families.language import IGNORED
@@ -107,6 +108,7 @@ FAMILY = Family(
     rows=ROWS,
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.QWEN3_VL,
     ignored=IGNORED,
     text_renames=WITHIN,
     variants={"base": BASE},

@@ -1,5 +1,6 @@
 """Qwen3-VL with experts: a layer's experts are one tensor, where those of Qwen3-MoE are one each."""
 
+from jaxlab import processing
 from jaxlab.checkpoints.families import qwen3_vl
 from jaxlab.checkpoints.families.base import Family, Json
 from jaxlab.checkpoints.families.language import IGNORED
@@ -48,6 +49,7 @@ FAMILY = Family(
     rows=(*qwen3_vl.ROWS, *_experts("e d f -> e d f", "e f d -> e f d", 2)),
     read_config=read_config,
     write_config=write_config,
+    processor=lambda: processing.QWEN3_VL,
     ignored=IGNORED,
     text_renames=qwen3_vl.WITHIN,
     variants={"base": qwen3_vl.BASE},

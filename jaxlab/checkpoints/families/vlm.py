@@ -245,9 +245,10 @@ def read_text(
     tie: bool,
     known: tuple[str, ...] = (),
     without: tuple[str, ...] = (),
+    key: str = "text_config",
     **changed: Any,
 ) -> ModelConfig:
-    """The whole model: the text model of `text_config`, as its own family reads it, with a tower.
+    """The whole model: the text model of `text_config` (or `key`), as its own family reads it, with a tower.
 
     Args:
       default: the type of a text_config that says none.
@@ -258,7 +259,7 @@ def read_text(
     """
     from jaxlab.checkpoints import families
 
-    text = Settings(s.value("text_config", {}), s.family, within="text_config.")
+    text = Settings(s.value(key, {}), s.family, within=f"{key}.")
     kind = text.word("model_type", default)
     s.done()
     if known and kind not in known:
@@ -268,17 +269,17 @@ def read_text(
     try:
         language_model = families.find_by_model_type(told["model_type"]).read_config(told)
     except UserError as error:
-        raise UserError(str(error).replace("config.json: ", "config.json: text_config.", 1)) from None
+        raise UserError(str(error).replace("config.json: ", f"config.json: {key}.", 1)) from None
     if language_model.has_vision:
         raise text.refuse("model_type", "it is no language model")
     name = f"{s.family}+{language_model.family}"
     return build(partial(dataclasses.replace, language_model), family=name, vision=vision)
 
 
-def write_text(config: ModelConfig) -> Json:
-    """The text_config of `read_text`."""
+def write_text(config: ModelConfig, architectures: bool = False) -> Json:
+    """The text_config of `read_text`; `architectures`: with this key."""
     from jaxlab.checkpoints import families
 
     name = config.family.partition("/")[0].partition("@")[0].partition("+")[2]
     text = families.find(name).write_config(dataclasses.replace(config.language, family=name))
-    return {key: value for key, value in text.items() if key != "architectures"}
+    return {key: value for key, value in text.items() if architectures or key != "architectures"}

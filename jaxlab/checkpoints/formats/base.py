@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:  # jax is imported where a tensor, or the shape of one, is ask
     import jax
 
     from jaxlab.models import Params
+    from jaxlab.processing import Processor
 
-Form = Literal["orbax", "huggingface", "llama2c"]
+Form = Literal["orbax", "huggingface", "llama2c", "gguf"]
 NotFinite = Literal["take", "warn", "refuse"]
 """What to do about NaN and infinities among the parameters."""
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -74,6 +76,21 @@ class OpenModel(abc.ABC):
         return None if self.source_files is None else self.source_files.chat_template
 
     @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """All of them by name."""
+        return {} if self.source_files is None else self.source_files.chat_templates
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Tokens by the names that chat templates ask for: bos_token, eos_token, ..."""
+        return {} if self.source_files is None else self.source_files.special_tokens
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """How the model's authors sample from it, as generation_config.json says it."""
+        return {} if self.source_files is None else self.source_files.generation
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, by the files of the model; none where they say nothing."""
         return frozenset() if self.source_files is None else self.source_files.end_tokens
@@ -87,6 +104,24 @@ class OpenModel(abc.ABC):
     def companion_folder(self) -> Path:
         """Where config.json and the files of tokenizer and processor lie, if the model has any."""
         return self.path
+
+    @functools.cached_property
+    def processor(self) -> "Processor":
+        """How its images and text become a batch, by its family and the files beside its tensors."""
+        from jaxlab.checkpoints import families
+        from jaxlab.processing import load_processor
+
+        source = self.source_files
+        try:
+            kinds = families.processor_kinds(self.config.family)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        return load_processor(self.companion_folder, kinds, config=None if source is None else source.config)
+
+    @property
+    def dequantized(self) -> str | None:
+        """The types that tensors are dequantised from, so that they are not the original's; None: none."""
+        return None
 
     @property
     def made_by(self) -> dict[str, Any] | None:
@@ -111,6 +146,7 @@ class OpenModel(abc.ABC):
         self,
         *,
         shardings: "Params | None" = None,
+        mesh: "jax.sharding.Mesh | None" = None,
         dtype: "jax.typing.DTypeLike | None" = None,
         not_finite: NotFinite = "take",
     ) -> "Params":
@@ -118,15 +154,47 @@ class OpenModel(abc.ABC):
 
         Args:
           shardings: a tree like the parameters of `jax.sharding.Sharding`: each tensor is read straight to
-            where it will live. None: the default device.
+            where it will live. None: as `mesh` says.
+          mesh: devices over which the parameters are split by their logical axes (docs/meshes.md). None: the
+            default device.
           dtype: read the tensors in this dtype instead of the one they are stored in.
           not_finite: what to do about NaN and infinities.
 
         Raises:
           UserError: tensors that are damaged, not the config's, or not finite though that is refused; a dtype
-            that parameters cannot have.
+            that parameters cannot have; a size that the mesh cannot split.
         """
+        if shardings is None:
+            shardings = self.shardings(mesh)
         return self._read(shardings, None if dtype is None else parameter_dtype(dtype), not_finite)
+
+    def shardings(self, mesh: "jax.sharding.Mesh | None") -> "Params | None":
+        """Where each parameter lives on a mesh; None: on the default device.
+
+        Raises:
+          UserError: a size that the mesh cannot split.
+        """
+        from jaxlab.models import param_shardings
+
+        try:
+            return None if mesh is None else param_shardings(self.config, mesh)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
+    def placed(
+        self, mesh: "jax.sharding.Mesh | None", dtype: "jax.typing.DTypeLike | None" = None
+    ) -> "Params":
+        """Shapes and dtypes of the parameters, and where they would live.
+
+        Raises:
+          UserError: a size that the mesh cannot split.
+        """
+        import jax
+
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = self.shapes_in(dtype)
+        where = self.shardings(mesh) or jax.tree.map(lambda _: here, shapes)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
     @abc.abstractmethod
     def _read(

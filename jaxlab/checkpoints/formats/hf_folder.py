@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families, lora
-from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
+from jaxlab.checkpoints.formats.base import Form, NotFinite, OpenModel
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.stray_tensors import unwrapped, without
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # `inspect` looks into a folder without jax
 class HuggingFaceFolder(OpenModel):
     """A folder with config.json and tensors, whose names are those of a family."""
 
-    form = "huggingface"
+    form: ClassVar[Form] = "huggingface"
 
     def __init__(
         self,
@@ -77,7 +77,15 @@ class HuggingFaceFolder(OpenModel):
     @functools.cached_property
     def described(self) -> ModelConfig:
         """What config.json describes, whatever the tensors are."""
-        return families.read_config(self.tensors.config, self.path, ignore_keys=self.ignore_keys)
+        config = families.read_config(self.tensors.config, self.path, ignore_keys=self.ignore_keys)
+        word = families.image_word(config, self.config_json)
+        if word is None:
+            return config
+        try:
+            token = None if self.tokenizer is None else self.tokenizer.token_to_id(word)
+        except UserError:  # said where the tokenizer is needed
+            token = None
+        return config if token is None else families.with_image_token(config, token)
 
     @functools.cached_property
     def template(self) -> "Params":

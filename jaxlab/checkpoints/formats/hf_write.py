@@ -14,7 +14,7 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.blocked_copy import copy_by_blocks
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.checkpoints.families.base import Json
-from jaxlab.checkpoints.fused_qkv import fused_parts, fused_shape
+from jaxlab.checkpoints.fused_qkv import join_fused
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import CONFIG, Planned, write_folder
 from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at
@@ -50,7 +50,7 @@ def save(
     """
     config = dataclasses.replace(config, family=hf_family(config, source_files))
     text = huggingface_config(config, source_files)
-    texts = dict(extra_files or {})
+    texts = {**(source_files.texts if source_files is not None else {}), **(extra_files or {})}
     if tokenizer is not None:
         texts[TOKENIZER] = tokenizer.to_str(pretty=True)
     largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
@@ -77,7 +77,7 @@ def hf_family(config: ModelConfig, source_files: SourceFiles | None = None) -> s
     own = families.find(config.family).name if config.family != "jaxlab" else None
     problems = []
     for name, family in families.all_families().items():
-        if name != own and (own is not None or config.has_vision or not family.forward):
+        if name != own and (own is not None or config.has_vision):
             continue
         as_theirs = config if own is not None else dataclasses.replace(config, family=name)
         try:
@@ -101,10 +101,13 @@ def huggingface_config(config: ModelConfig, source_files: SourceFiles | None) ->
     family = hf_family(config, source_files)
     if source_files is None:
         return families.find(family).write_config(dataclasses.replace(config, family=family))
-    text, folder = source_files.config, source_files.folder
-    different = difference(config, families.read_config(text, folder))
+    text, where = source_files.config, CONFIG if source_files.folder is None else source_files.folder / CONFIG
+    described = families.read_config(text, where)
+    if families.image_word(described, text) is not None:  # the tokenizer told it
+        described = families.with_image_token(described, config.image_token)
+    different = difference(config, described)
     if different is not None:
-        raise UserError(f"{folder / CONFIG}: not this model any more: {different}")
+        raise UserError(f"{where}: not this model any more: {different}")
     return text
 
 
@@ -122,7 +125,7 @@ def _with_dtype(text: Json, name: str) -> Json:
     text = {key: value for key, value in text.items() if key != "quantization_config"}
     for key in {"torch_dtype", "dtype"} & set(text) or {"torch_dtype"}:
         text[key] = name
-    for key in ("text_config", "vision_config"):
+    for key in ("text_config", "llm_config", "vision_config"):
         inner = text.get(key)
         if isinstance(inner, dict) and {"torch_dtype", "dtype"} & set(inner):
             text[key] = _with_dtype(inner, name)
@@ -153,8 +156,9 @@ def _on_host(params: Params, entry: Entry) -> list[np.ndarray]:
 def _tensor(entry: Entry, index: int, on_host: Any, dtype: np.dtype) -> np.ndarray:
     """One tensor in Hugging Face's layout."""
     leaves = [leaf[index] for leaf in on_host()]
+    parts = [np.empty(entry.layout.shape(leaf.shape), leaf.dtype) for leaf in leaves]
+    for leaf, part in zip(leaves, parts, strict=True):
+        copy_by_blocks(*entry.layout.pair(part, leaf))
     shapes = [leaf.shape for leaf in leaves]
-    tensor = np.empty(fused_shape(entry.layout, entry.join, shapes), leaves[0].dtype)
-    for leaf, part in zip(leaves, fused_parts(entry.layout, entry.join, shapes), strict=True):
-        copy_by_blocks(*entry.layout.pair(tensor[part], leaf))
+    tensor = np.asarray(join_fused(parts, entry.layout, entry.join, shapes, runs=entry.runs, module=np))
     return tensor if tensor.dtype == dtype else tensor.astype(dtype)

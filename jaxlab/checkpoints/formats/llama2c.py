@@ -24,6 +24,7 @@ from jaxlab.checkpoints.tensor_map import tree_of
 from jaxlab.checkpoints.tensor_table import LeafPath, parse
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, Params, abstract_params
+from jaxlab.processing import make_tokenizer
 
 HEADER = struct.Struct("<7i")
 BOS, EOS = 1, 2
@@ -202,14 +203,16 @@ def read_tokenizer(path: str | os.PathLike[str], config: ModelConfig) -> Tokeniz
         for cut in range(1, len(piece))
         if index > 258 and piece[:cut] in vocabulary and piece[cut:] in vocabulary
     )  # 0 ... 258: <unk>, <s>, </s> and the bytes
-    model = models.BPE(
-        vocabulary,
-        [(left, right) for *_, left, right in merges],
-        unk_token="<unk>",
-        fuse_unk=True,
-        byte_fallback=True,
+    make = lambda: Tokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for *_, left, right in merges],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
-    tokenizer = Tokenizer(model)
+    tokenizer = make_tokenizer(make, path)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)

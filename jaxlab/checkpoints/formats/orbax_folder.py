@@ -7,6 +7,7 @@ huggingface/ what it needs to become one again (source_files.py).
 import functools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,10 +138,12 @@ def save(
     """
     with write_aside(path, inputs, overwrite=overwrite) as folder:
         (folder / OWN_CONFIG).write_text(dump(config))
-        if tokenizer is not None:
-            tokenizer.save(str(folder / TOKENIZER))
         if source_files is not None:
             source_files.copy_to(folder)
+        if tokenizer is not None and (folder / SOURCE / TOKENIZER).exists():  # its bytes, not our form of it
+            shutil.copyfile(folder / SOURCE / TOKENIZER, folder / TOKENIZER)
+        elif tokenizer is not None:
+            tokenizer.save(str(folder / TOKENIZER))
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         with ocp.StandardCheckpointer() as checkpointer:

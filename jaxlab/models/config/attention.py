@@ -131,4 +131,21 @@ class NSAConfig:
             )
 
 
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, sec. 2.1): keys and values are projected
+    from one narrow latent, and queries may be. The last `position.dim` dimensions of each head turn; in keys
+    they are one projection that all heads share."""
+
+    kv_rank: int = 512
+    """Width of the latent of keys and values."""
+    query_rank: int | None = None
+    """Width of the latent of queries; none: they are projected from the stream."""
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "query_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+
+
 AttentionConfig = FullAttentionConfig | SlidingAttentionConfig | NSAConfig

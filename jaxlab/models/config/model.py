@@ -8,6 +8,7 @@ from jaxlab.errors import ConfigError
 from jaxlab.models.config.attention import (
     AttentionConfig,
     FullAttentionConfig,
+    LatentConfig,
     NSAConfig,
     SlidingAttentionConfig,
 )
@@ -55,12 +56,18 @@ class ModelConfig:
     """RMSNorm or LayerNorm, before attention, before the MLP and at the end."""
     norm_eps: float = 1e-5
     """Added to the variance in norms."""
+    norm_bias: bool = True
+    """LayerNorm adds a parameter; RMSNorm never does. (Cohere's scales only.)"""
     norm_offset: float = 0.0
     """Norms scale by this plus their parameter (Gemma's is 1)."""
+    pre_norms: bool = True
+    """A norm before attention and before the MLP; false: they read the stream as it is (OLMo 2)."""
     post_norms: bool = False
     """A norm also after attention and after the MLP, before the residual sum (Gemma 2 and 3)."""
     parallel: bool = False
     """Attention and MLP read the same norm and are added together (GPT-J)."""
+    parallel_norms: bool = False
+    """Where they are parallel, each reads the stream by a norm of its own (GPT-NeoX)."""
     position: PositionConfig = RopeConfig()
     """How the model knows positions."""
     max_length: int = 1024
@@ -71,22 +78,31 @@ class ModelConfig:
     """A bias on the logits."""
     embedding_scale: float = 1.0
     """Factor on embeddings as they enter the first layer (Gemma's is the root of the width)."""
+    residual_scale: float = 1.0
+    """Factor on what attention and the MLP add to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    """Factor on logits, before any softcap (Granite, Cohere)."""
     attention_bias: bool = False
     """Biases on the query, key and value projections."""
     output_bias: bool | None = None
     """A bias on the output projection of attention; none means as attention_bias."""
     mlp_bias: bool = False
     """Biases in the MLP."""
-    qk_norm: Literal["none", "head", "width"] = "none"
-    """Norms on queries and keys before positions: over each head, or over all heads together."""
+    qk_norm: Literal["none", "head", "each_head", "width"] = "none"
+    """Norms on queries and keys before positions: over each head, all with one scale, or each with its own
+    and no bias (StableLM 2); or over all heads together."""
     attention_scale: float | None = None
     """Factor on scores; none means head_dim ** -0.5."""
     attention_softcap: float | None = None
     """Scores are cap * tanh(score / cap) (Gemma 2)."""
+    attention_sinks: bool = False
+    """A logit for each head that takes part in the softmax of every query and has no value (gpt-oss)."""
     logit_softcap: float | None = None
     """Logits are cap * tanh(logit / cap) (Gemma 2)."""
     attention: AttentionConfig = FullAttentionConfig()
     """The attention of every layer."""
+    latent: LatentConfig | None = None
+    """Queries, keys and values come from narrow latents (DeepSeek); none: from the stream."""
     sparsity: SparsityConfig | None = None
     """Sparsity at inference of a model trained with full attention; none reads everything."""
     moe: MoEConfig | None = None
@@ -117,6 +133,8 @@ class ModelConfig:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         for name in (
             "norm_eps",
+            "residual_scale",
+            "logit_scale",
             "attention_scale",
             "attention_softcap",
             "logit_softcap",
@@ -138,6 +156,12 @@ class ModelConfig:
                 f"width {self.width} is not divisible by num_heads {self.num_heads}; give head_dim",
                 key="num_heads",
             )
+        if not self.pre_norms and not self.post_norms:
+            raise ConfigError(
+                "a layer without norms before needs those after: set post_norms", key="pre_norms"
+            )
+        if self.parallel_norms and not (self.parallel and self.pre_norms):
+            raise ConfigError("is for norms before parallel attention and MLP", key="parallel_norms")
         if self.head_bias and self.tie_embeddings:
             raise ConfigError("a tied head has no bias; set tie_embeddings: false", key="head_bias")
         self._check_position()
@@ -152,6 +176,15 @@ class ModelConfig:
             raise ConfigError(f"rotary positions need an even head_dim, not {self.key_dim}", key="head_dim")
         if self.rotary_dim > self.key_dim:
             raise ConfigError(f"{self.rotary_dim} exceeds head_dim {self.key_dim}", key="position.dim")
+        factors = {len(rope.short_factors), len(rope.long_factors)}
+        if rope.scaling == "longrope" and factors != {self.rotary_dim // 2}:
+            raise ConfigError(
+                f"there must be one for each of {self.rotary_dim // 2} pairs", key="position.short_factors"
+            )
+        if len(rope.layers) > self.num_layers:
+            raise ConfigError(
+                f"names {len(rope.layers)} layers, the model has {self.num_layers}", key="position.layers"
+            )
         if rope.sections and sum(rope.sections) != self.rotary_dim // 2:
             raise ConfigError(
                 f"{list(rope.sections)} must sum to the {self.rotary_dim // 2} pairs of a head",
@@ -160,6 +193,13 @@ class ModelConfig:
 
     def _check_attention(self) -> None:
         attention, softcap = self.attention, self.attention_softcap is not None
+        self._check_latent()
+        if self.attention_sinks and (
+            self.sparsity is not None or getattr(attention, "implementation", "") != "xla"
+        ):
+            raise ConfigError(
+                "are known to full and sliding attention by xla, without sparsity", key="attention_sinks"
+            )
         if self.sparsity is not None:
             if attention.kind != "full" or softcap:
                 raise ConfigError(
@@ -192,6 +232,23 @@ class ModelConfig:
         for why, holds in refused.items():
             if holds and why.startswith(attention.implementation) and attention.implementation != "xla":
                 raise ConfigError(why, key="attention.implementation")
+
+    def _check_latent(self) -> None:
+        if self.latent is None:
+            return
+        turns = isinstance(self.position, RopeConfig) and self.rotary_dim < self.key_dim
+        needs = {
+            "full attention in all layers, without sparsity": (
+                self.attention.kind == "full" and self.sparsity is None
+            ),
+            "attention_bias false": not self.attention_bias,
+            "qk_norm none: its norms are on latents": self.qk_norm == "none",
+            "as many key/value heads as query heads": self.kv_heads == self.num_heads,
+            f"a position.dim below the {self.key_dim} dimensions of a head": turns,
+        }
+        lacking = next((what for what, there in needs.items() if not there), None)
+        if lacking is not None:
+            raise ConfigError(f"needs {lacking}", key="latent")
 
     def _check_experts_and_vision(self) -> None:
         if self.moe is not None:
@@ -244,6 +301,19 @@ class ModelConfig:
         if isinstance(self.attention, SlidingAttentionConfig) and self.attention.pattern:
             pattern = self.attention.pattern
         return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+    @property
+    def rotary_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has rotary positions."""
+        if not isinstance(self.position, RopeConfig):
+            return (False,) * self.num_layers
+        pattern = self.position.layers or (True,)
+        return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+    @property
+    def has_mlp_norm(self) -> bool:
+        """Whether the MLP reads the stream by a norm of its own."""
+        return self.pre_norms and (self.parallel_norms or not self.parallel)
 
     @property
     def dense_layers(self) -> int:

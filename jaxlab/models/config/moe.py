@@ -22,10 +22,29 @@ class MoEConfig:
     """A sigmoid of the token weights the shared experts' output (Qwen2-MoE)."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     """How router logits become weights, before the choice."""
+    router_dtype: Literal["compute", "float32"] = "compute"
+    """What router logits are computed in: as everything else, or in float32 (DeepSeek-V3)."""
+    router_bias: bool = False
+    """A bias on router logits (gpt-oss)."""
+    choice_bias: bool = False
+    """A number for each expert that is added to its weight for the choice alone (DeepSeek-V3, sec. 2.1.2)."""
+    num_groups: int = 1
+    """Experts form so many groups of neighbours, and a token chooses among those of its best groups."""
+    groups_per_token: int = 1
+    """Groups in which a token may choose (DeepSeek-V2, arXiv 2405.04434, sec. 2.2.2)."""
+    group_score: Literal["max", "top2"] = "max"
+    """What makes a group good: its best expert, or its best two together (DeepSeek-V3)."""
     normalize: bool = True
     """The weights of the chosen experts sum to one."""
     scale: float = 1.0
     """Factor on the routed experts' output."""
+    bias: bool = False
+    """Biases in the routed experts (gpt-oss)."""
+    swiglu_limit: float | None = None
+    """The routed experts' gate is at most this and their up projection within it, and they compute
+    gate * sigmoid(swiglu_alpha * gate) * (up + 1) (gpt-oss); none: as other gated MLPs."""
+    swiglu_alpha: float = 1.702
+    """Slope of that sigmoid."""
     first_dense: int = 0
     """So many first layers have an MLP of mlp_width instead."""
     balance_loss: float = 0.0
@@ -43,5 +62,26 @@ class MoEConfig:
                 f"{self.experts_per_token} of {self.num_experts} experts cannot be chosen",
                 key="experts_per_token",
             )
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ConfigError(
+                f"{self.num_experts} experts cannot form {self.num_groups} groups of one size",
+                key="num_groups",
+            )
+        size = self.num_experts // self.num_groups
+        if not 1 <= self.groups_per_token <= self.num_groups:
+            raise ConfigError(
+                f"{self.groups_per_token} of {self.num_groups} groups cannot be chosen",
+                key="groups_per_token",
+            )
+        if self.groups_per_token * size < self.experts_per_token:
+            raise ConfigError(
+                f"{self.groups_per_token} groups of {size} experts have no {self.experts_per_token}",
+                key="groups_per_token",
+            )
+        if self.group_score == "top2" and self.num_groups > 1 and size < 2:
+            raise ConfigError("top2 needs groups of two experts or more", key="group_score")
+        for name in ("swiglu_limit", "swiglu_alpha"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"must be positive and finite, is {getattr(self, name)}", key=name)
         if self.shared_gate and not self.shared_width:
             raise ConfigError("needs shared experts; set shared_width", key="shared_gate")

@@ -80,11 +80,15 @@ class ResamplerConfig:
     """Key/value heads."""
     head_dim: int = 96
     """Dimension of a head."""
+    norm_eps: float = 1e-6
+    """Added to the variance in its norms."""
 
     def __post_init__(self) -> None:
         for name in ("num_queries", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if not 0 < self.norm_eps < float("inf"):
+            raise ConfigError(f"must be positive and finite, is {self.norm_eps}", key="norm_eps")
 
 
 @dataclass(frozen=True)
@@ -268,10 +272,7 @@ class QwenVisionConfig(_Tower):
 
 @dataclass(frozen=True)
 class MllamaVisionConfig(_SquareTower):
-    """What Mllama has besides a vision transformer: tiles with embeddings, layers that read the images.
-
-    Known by its parameters only: it is read, merged and written, and does not run.
-    """
+    """What Mllama has besides a vision transformer: tiles with embeddings, layers that read the images."""
 
     kind: Literal["mllama"] = "mllama"
     norm_eps: float = 1e-5

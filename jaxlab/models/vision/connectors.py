@@ -1,14 +1,16 @@
 """From the features of a vision transformer to tokens of the decoder's width."""
 
-from typing import NoReturn
+import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from jaxlab.errors import UserError
 from jaxlab.models.block import Block
 from jaxlab.models.config import ModelConfig, NoPositions, ResamplerConfig, ViTConfig
+from jaxlab.models.full_attention import softmax_attention
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Norm, layer_norm, linear
 
@@ -18,9 +20,9 @@ class Projector(nnx.Module):
 
     def __init__(self, config: ModelConfig, init: Initializer):
         v, d = config.vision_as(ViTConfig), config.width
-        self.config = v
+        self.config, self.activation = v, config.activation
         size = v.width * len(v.feature_layers) * (1 if v.connector == "merger" else v.shuffle**2)
-        norm = lambda kind: Norm(size, kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
+        norm = lambda kind: Norm((size,), kind, v.connector_norm_eps, init, offset=v.connector_norm_offset)
         self.norm = None if v.connector_norm == "none" else norm(v.connector_norm)
         if v.resampler is not None:
             inward, outward = ("embed", "mlp"), ("mlp", "embed")
@@ -40,15 +42,34 @@ class Projector(nnx.Module):
         self.output_bias = init.zeros((d,), ("embed",)) if bias else None
         self.newline = init.normal((d,), ("embed",), d**-0.5) if v.has_newline else None
 
-    def __call__(self, features: Float[Array, "N F V"]) -> Float[Array, "N P D"]:
-        """The tokens of N tiles. The square of features is read row by row."""
+    def __call__(
+        self,
+        features: Float[Array, "N F V"],
+        *,
+        rows: int | None = None,
+        visible: Bool[Array, "N F"] | None = None,
+    ) -> Float[Array, "N P D"]:
+        """The tokens of N tiles.
+
+        Args:
+          features: of one tile row by row.
+          rows: how many of them; None: a tile is a square.
+          visible: features that show something, for a resampler; None: all.
+        """
         v, x = self.config, features
+        if v.resampler is not None:
+            gate = ACTIVATIONS[self.activation](linear(x, self.gate))
+            return self.resampler(linear(gate * linear(x, self.up), self.down), visible)
         if v.pooled_side:
             x = _pool(x, v.pooled_side)
-        if v.shuffle > 1:
-            x = _shuffle(x, v.shuffle)
-        if self.norm is not None:
-            x = self.norm(x)
+        if v.connector == "merger":  # the norm is of single patches
+            x = self.norm(x) if self.norm is not None else x
+            squares = _shuffle(x, v.shuffle, rows)
+            squares = squares.reshape(*squares.shape[:2], v.shuffle, v.shuffle, x.shape[-1])
+            x = jnp.einsum("npyxc,cyxv->npv", squares, self.merger.astype(x.dtype))
+        else:
+            x = _shuffle(x, v.shuffle, rows) if v.shuffle > 1 else x
+            x = self.norm(x) if self.norm is not None else x
         if self.hidden is not None:
             x = ACTIVATIONS[v.connector_activation](linear(x, self.hidden, self.hidden_bias))
         return linear(x, self.output, self.output_bias)
@@ -69,9 +90,25 @@ class Resampler(nnx.Module):
             num_kv_heads=r.num_kv_heads,
             head_dim=r.head_dim,
             mlp_width=4 * d,
+            norm_eps=r.norm_eps,
         )
         self.layers = repeat(ResamplerBlock(layer_config, init), r.num_layers)
         self.norm = layer_norm(layer_config, init)
+
+    def __call__(
+        self, features: Float[Array, "N F D"], visible: Bool[Array, "N F"] | None = None
+    ) -> Float[Array, "N P D"]:
+        """What the queries make of the features of each image, of those that are visible."""
+        count, latents = features.shape[0], self.latents.astype(features.dtype)
+        visible = jnp.ones(features.shape[:2], bool) if visible is None else visible
+        mask = jnp.pad(visible, ((0, 0), (0, latents.shape[0])), constant_values=True)[:, None]
+        graphdef, params = nnx.split(self.layers)
+        x = jnp.broadcast_to(latents[None], (count, *latents.shape))
+
+        def read(x: Array, params: Any) -> tuple[Array, None]:
+            return nnx.merge(graphdef, params).read(x, features, mask), None
+
+        return self.norm(jax.lax.scan(read, x, params)[0])
 
 
 class ResamplerBlock(Block):
@@ -79,16 +116,21 @@ class ResamplerBlock(Block):
 
     def __init__(self, config: ModelConfig, init: Initializer):
         super().__init__(config, init)
+        self.scale = config.score_scale
         self.context_norm = layer_norm(config, init)
 
-
-def refuse(config: ModelConfig) -> NoReturn:
-    """Refuses a family whose parameters are known, and whose images are not run.
-
-    Raises:
-      UserError: it is one of them.
-    """
-    raise UserError(f"images of {config.family} models cannot be read yet; leave them out of the batch")
+    def read(
+        self, x: Float[Array, "N P D"], features: Float[Array, "N F D"], mask: Bool[Array, "N 1 S"]
+    ) -> Float[Array, "N P D"]:
+        """The queries after they have read features and themselves, in this order in the mask."""
+        normed = self.attention_input(x)
+        q = self.attention.project(normed)[0]
+        _, k, v = self.attention.project(jnp.concatenate([self.context_norm(features), normed], axis=1))
+        mask = jnp.broadcast_to(mask, (*x.shape[:2], k.shape[1]))
+        x = x + self.attention.project_output(softmax_attention(q, k, v, mask, scale=self.scale))
+        assert self.mlp is not None
+        assert self.mlp_norm is not None
+        return x + self.mlp(self.mlp_norm(x))
 
 
 def tokens_per_tile(config: ModelConfig) -> int:
@@ -115,9 +157,9 @@ def _pool(x: Float[Array, "N F V"], wanted: int) -> Float[Array, "N P V"]:
     return jnp.mean(x, axis=(2, 4)).reshape(x.shape[0], out * out, x.shape[-1])
 
 
-def _shuffle(x: Float[Array, "N F V"], size: int) -> Float[Array, "N P W"]:
+def _shuffle(x: Float[Array, "N F V"], size: int, rows: int | None = None) -> Float[Array, "N P W"]:
     """Squares of features side by side: their rows, in them their columns, in them the width."""
-    side = round(x.shape[1] ** 0.5)
-    count, width = x.shape[0], x.shape[-1]
-    x = x.reshape(count, side // size, size, side // size, size, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(count, (side // size) ** 2, size * size * width)
+    down = math.isqrt(x.shape[1]) if rows is None else rows
+    count, across, width = x.shape[0], x.shape[1] // down, x.shape[-1]
+    x = x.reshape(count, down // size, size, across // size, size, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(count, (down // size) * (across // size), size * size * width)

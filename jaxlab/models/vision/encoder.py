@@ -10,15 +10,19 @@ from jaxtyping import Array, Float
 
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Initializer
+from jaxlab.models.kv_cache import CrossCache
+from jaxlab.models.stack import Between
 
 
 class Encoded(NamedTuple):
-    """Images as tokens of the decoder's width."""
+    """Images as tokens of the decoder's width, or as what layers of the decoder read."""
 
-    tokens: Float[Array, "*rows P D"]
+    tokens: Float[Array, "*rows P D"] | None = None
     """[B, P, D]: those of each row. [P, D]: of the whole batch, as its rows have placeholders for them."""
     deep: Float[Array, "n P D"] | None = None
     """What DeepStack adds to these tokens after each of the decoder's first n layers."""
+    cross: CrossCache | None = None
+    """Instead of tokens, for layers of the decoder that read the images (Mllama)."""
 
 
 class Encoder(nnx.Module):
@@ -32,6 +36,10 @@ class Encoder(nnx.Module):
 
     def __call__(self, batch: Mapping[str, Any]) -> Encoded:
         """The image tokens of a prepared batch."""
+        raise NotImplementedError
+
+    def between(self, cross: CrossCache) -> Between:
+        """The layers that read the images, of a model that has such."""
         raise NotImplementedError
 
     @staticmethod

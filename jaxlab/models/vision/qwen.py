@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, NoPositions, QwenVisionConfig, RopeConfig
+from jaxlab.models.config import ModelConfig, QwenVisionConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, repeat
 from jaxlab.models.layers import ACTIVATIONS, Embedding, Norm, linear
@@ -46,7 +46,7 @@ def tower_config(config: ModelConfig) -> ModelConfig:
         activation=v.activation,
         norm=v.norm,
         norm_eps=EPSILON,
-        position=NoPositions(),
+        position=RopeConfig(theta=THETA),
         attention_bias=True,
         mlp_bias=True,
         compute_dtype=config.compute_dtype,
@@ -104,7 +104,7 @@ class Merger(nnx.Module):
 
     def __init__(self, config: ModelConfig, norm_size: int, init: Initializer, lead: int | None = None):
         v, d = config.vision_as(QwenVisionConfig), config.width
-        size, norm = v.width * v.merge**2, Norm(norm_size, v.norm, EPSILON, init)
+        size, norm = v.width * v.merge**2, Norm((norm_size,), v.norm, EPSILON, init)
         ahead: tuple[int, ...] = () if lead is None else (lead,)
         axes: tuple[str, ...] = () if lead is None else ("layers",)
         self.norm = norm if lead is None else repeat(norm, lead)

@@ -2,9 +2,10 @@
 
 The layers are the decoder's own. Images have the shape that the family's processor gives them: float
 [N, channels, height, width]; cut to tiles [N, most tiles, channels, height, width], with the sizes of the
-originals in image_sizes int[N, 2] (and batch_num_images int[B] where several images of a row are whole); or
-for Idefics3 [B, most images, channels, height, width], images of nothing but zeros being none, with
-pixel_attention_mask [B, most images, height, width] that is 1 on pixels of the image.
+originals in image_sizes int[N, 2] (and batch_num_images int[B] where several images of a row are whole);
+for Idefics 2 and 3 [B, most images, channels, height, width], images of nothing but zeros being none, with
+pixel_attention_mask [B, most images, height, width] that is 1 on pixels of the image; or for Pixtral
+[N, channels, most height, most width], with the size of each image in image_sizes int[N, 2].
 """
 
 import dataclasses
@@ -18,16 +19,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.block import Block
-from jaxlab.models.config import ModelConfig, NoPositions, ViTConfig
+from jaxlab.models.config import ModelConfig, NoPositions, RopeConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import Embedding, Norm, layer_norm
+from jaxlab.models.rotary import Rotary
 from jaxlab.models.stack import apply_blocks, take_blocks
 from jaxlab.models.taps import read_outputs
 from jaxlab.models.vision import tiles
-from jaxlab.models.vision.connectors import Projector, refuse, tokens_per_tile
+from jaxlab.models.vision.connectors import Projector, tokens_per_tile
 from jaxlab.models.vision.encoder import Encoded, Encoder, on_host
 from jaxlab.models.vision.patches import PatchEmbedding, cut_patches
+
+THETA = 10000.0
+"""Base of the wavelengths of rows and columns (Pixtral)."""
 
 
 def tower_config(config: ModelConfig) -> ModelConfig:
@@ -43,7 +48,7 @@ def tower_config(config: ModelConfig) -> ModelConfig:
         activation=v.activation,
         norm=v.norm,
         norm_eps=v.norm_eps,
-        position=NoPositions(),
+        position=RopeConfig(theta=THETA) if v.position == "rotary" else NoPositions(),
         attention_bias=v.attention_bias,
         output_bias=v.output_bias,
         mlp_bias=v.mlp_bias,
@@ -69,7 +74,7 @@ class ViTTower(nnx.Module):
         self.position = Embedding(rows, v.width, "position", std, init) if has_table else None
         self.pre_norm = layer_norm(tower, init) if v.pre_norm else None
         has_final_norm = v.final_norm != "none"
-        self.final_norm = Norm(v.width, "layer", v.norm_eps, init) if has_final_norm else None
+        self.final_norm = Norm((v.width,), "layer", v.norm_eps, init) if has_final_norm else None
         self.head = PoolingHead(tower, init) if v.pooling_head else None
         self.layers = init.stack(lambda init: vit_block(config, init), v.num_layers)
 
@@ -80,10 +85,12 @@ class ViTTower(nnx.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         visible = batch.get("image_patch_visible")
+        rows = images.shape[-2] // v.patch_size
         context = AttentionContext(
             jnp.zeros(x.shape[:2], jnp.int32),
             causal=False,
             visible=None if visible is None else jnp.asarray(visible),
+            rotary=_rotary(x.shape[0], rows, x.shape[1], tower.key_dim) if v.position == "rotary" else None,
         )
         states = [i % (tower.num_layers + 1) for i in v.feature_layers]
         last, several = max(states), len(states) > 1
@@ -107,7 +114,8 @@ class ViTTower(nnx.Module):
         """Patches row by row, after the class token if there is one, with their positions."""
         v = self.config.vision_as(ViTConfig)
         channels, height, width = images.shape[1:]
-        if channels != v.channels or (v.position != "fractional" and (height, width) != (v.image_size,) * 2):
+        square = v.position in ("learned", "none")
+        if channels != v.channels or (square and (height, width) != (v.image_size,) * 2):
             raise ValueError(
                 f"images are {images.shape[1:]}, the model takes {(v.channels, v.image_size, v.image_size)}"
             )
@@ -150,13 +158,19 @@ class ViTEncoder(Encoder):
         images = images.reshape(-1, *images.shape[-3:])
         if "image_tiles" in batch:
             images = images[batch["image_tiles"]]
-        tokens = self.projector(self.vision(images, batch))
+        rows = images.shape[-2] // self.vision.config.vision_as(ViTConfig).patch_size
+        visible = batch.get("image_patch_visible")
+        tokens = self.projector(
+            self.vision(images, batch),
+            rows=rows if visible is not None else None,
+            visible=None if visible is None else jnp.asarray(visible),
+        )
         tokens = tokens.reshape(-1, tokens.shape[-1])
         if "image_rows" in batch:
-            assert self.projector.newline is not None
-            newline = self.projector.newline.astype(tokens.dtype)
-            table = jnp.concatenate([tokens, newline[None]])
-            taken = table[batch["image_rows"]]
+            if self.projector.newline is not None:
+                newline = self.projector.newline.astype(tokens.dtype)
+                tokens = jnp.concatenate([tokens, newline[None]])
+            taken = tokens[batch["image_rows"]]
             if "image_weights" in batch:
                 tokens = jnp.einsum("pkd,pk->pd", taken, jnp.asarray(batch["image_weights"], taken.dtype))
             else:
@@ -173,22 +187,25 @@ class ViTEncoder(Encoder):
         Raises:
           ValueError: the text has more or fewer placeholders than the images have tokens, sizes of images do
             not fit the images, or they are traced.
-          UserError: the family's images are not run.
         """
         v, added = config.vision_as(ViTConfig), dict[str, Any]()
-        if v.connector in ("merger", "resampler"):
-            refuse(config)
         tokens, images = batch["tokens"], batch["images"]
         if "pixel_values_videos" in batch:
             raise ValueError(
                 "the batch holds pixel_values_videos: videos are not run, take their frames as images"
             )
         prepared = "image_tiles" in batch
+        made = 0
         if v.grid and not prepared:
             added, made = _tiles(batch, config)
         elif v.position == "fractional" and not prepared:
             added = _patches(batch, config)
             made = added["image_patch_positions"].size // v.shuffle**2
+            if v.resampler is not None:
+                made = len(added["image_tiles"]) * v.resampler.num_queries
+        elif v.position == "rotary" and not prepared:
+            added = _squares(batch, config)
+            made = len(added["image_rows"])
         elif not prepared:
             made = int(np.prod(images.shape[:-3])) * tokens_per_tile(config)
         if not prepared and not isinstance(tokens, jax.core.Tracer):
@@ -248,14 +265,16 @@ def _patches(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     images = images.reshape(-1, *images.shape[-3:])
     height, width = images.shape[-2:]
     down, across = height // v.patch_size, width // v.patch_size
-    if down != across or down % v.shuffle:
+    if v.shuffle > 1 and (down != across or down % v.shuffle):
         raise ValueError(f"images are {images.shape[1:]}, the model takes squares of {v.shuffle} patches")
     kept = np.flatnonzero(np.any(images != 0, axis=(1, 2, 3)))
     visible = np.ones((len(kept), down, across), bool)
     if "pixel_attention_mask" in batch:
         mask = on_host(batch, "pixel_attention_mask").reshape(-1, height, width)[kept] != 0
         mask = mask[:, : down * v.patch_size, : across * v.patch_size]
-        visible = mask.reshape(-1, down, v.patch_size, across, v.patch_size).any(axis=(2, 4))
+        of_patches = mask.reshape(-1, down, v.patch_size, across, v.patch_size)
+        # Idefics2 leaves out patches at the edge of an image that it fills in part.
+        visible = (of_patches.all if v.resampler is not None else of_patches.any)(axis=(2, 4))
     side = v.image_size // v.patch_size
     rows = _places(visible[:, :, 0].sum(axis=1), down, side)
     columns = _places(visible[:, 0, :].sum(axis=1), across, side)
@@ -265,6 +284,41 @@ def _patches(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         "image_patch_positions": positions.reshape(len(kept), -1).astype(np.int32),
         "image_patch_visible": visible.reshape(len(kept), -1),
     }
+
+
+def _squares(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The patches of images of varying size, each in the corner of a larger tensor, and their tokens."""
+    v, images = config.vision_as(ViTConfig), batch["images"]
+    unit = v.patch_size * v.shuffle
+    sizes = on_host(batch, "image_sizes").reshape(-1, 2).astype(np.int64)
+    height, width = images.shape[-2:]
+    fits = (sizes >= unit).all() and (sizes <= (height, width)).all()
+    if len(sizes) != len(images) or not fits or height % unit or width % unit or (sizes % unit).any():
+        raise ValueError(
+            f"images are {images.shape}, their sizes {sizes.tolist()}: each must be made of tokens of {unit} "
+            "pixels a side, and lie within the images"
+        )
+
+    def inside(size: int) -> np.ndarray:
+        down, across = np.arange(height // size), np.arange(width // size)
+        ends = sizes // size
+        within = (down < ends[:, :1])[:, :, None] & (across < ends[:, 1:])[:, None]
+        return within.reshape(len(sizes), -1)
+
+    return {
+        "image_tiles": np.arange(len(sizes), dtype=np.int32),
+        "image_patch_visible": inside(v.patch_size),
+        "image_rows": np.flatnonzero(inside(unit))[:, None].astype(np.int32),
+    }
+
+
+def _rotary(count: int, rows: int, patches: int, dim: int) -> Rotary:
+    """Pixtral's: of the wavelengths of a text every other one turns by the row, the rest by the column."""
+    frequencies = 1.0 / THETA ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    row, column = np.divmod(np.arange(patches, dtype=np.float32), patches // rows)
+    angles = np.concatenate([row[:, None] * frequencies[0::2], column[:, None] * frequencies[1::2]], axis=1)
+    turns = jnp.broadcast_to(jnp.asarray(angles, jnp.float32)[None], (count, *angles.shape))
+    return Rotary(jnp.cos(turns), jnp.sin(turns))
 
 
 def _places(lengths: Int[np.ndarray, " N"], count: int, side: int) -> Int[np.ndarray, "N n"]:

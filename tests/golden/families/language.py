@@ -51,6 +51,20 @@ GPTJ_HUB = {
     "extra": [[f"transformer.h.{i}.attn.bias", [1, 1, 48, 48], "BOOL"] for i in range(3)]
     + [[f"transformer.h.{i}.attn.masked_bias", [], "F32"] for i in range(3)],
 }
+NEOX_HUB = {
+    "name": "hub: mask and rotary buffers",
+    "rename": [],
+    "extra": [[f"gpt_neox.layers.{i}.attention.bias", [1, 1, 48, 48], "BOOL"] for i in range(3)]
+    + [[f"gpt_neox.layers.{i}.attention.masked_bias", [], "F32"] for i in range(3)]
+    + [[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq", [2], "F32"] for i in range(3)],
+}
+OPT_HUB = {
+    "name": "hub: without the prefix, tied head written out",
+    "rename": [[r"^model\.", ""]],
+    "copies": {"lm_head.weight": "model.decoder.embed_tokens.weight"},
+    "extra": [["decoder.version", [1], "F32"]],
+    "transformers": False,
+}
 STACKED_EXPERTS = {
     "name": "experts stacked as transformers 5 has them in memory",
     "rename": [],
@@ -111,6 +125,19 @@ GEMMA = dict(
 QWEN3_MOE = BASE | dict(
     head_dim=12, num_hidden_layers=3, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20
 )
+NEOX = dict(
+    vocab_size=113,
+    hidden_size=36,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=50,
+    max_position_embeddings=48,
+    rotary_pct=0.34,
+    rotary_emb_base=3000,
+    bos_token_id=112,
+    eos_token_id=112,
+)
+PHI: dict[str, Any] = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
 LIST = [
     case(
         "gpt2",
@@ -290,6 +317,184 @@ LIST = [
         "layers only; norms on queries and keys with 1 + w",
         centered_norms="norm",
         embedding=0.12,
+        layouts=[TIED_HEAD_WRITTEN],
+    ),
+    case(
+        "gpt_neox",
+        "GPTNeoX",
+        NEOX,
+        "query, key and value of each head in a row of one tensor; rotary over 4 of 12 dimensions; attention "
+        "and MLP in parallel, each with a norm of its own",
+        layouts=[
+            NEOX_HUB,
+            {"name": "memory: the head under its new name", "rename": [["embed_out", "lm_head"]]},
+        ],
+    ),
+    case(
+        "gpt_neox_serial",
+        "GPTNeoX",
+        NEOX
+        | {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 2.0,
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+        "attention, then the MLP; no biases in attention; all dimensions turn, stretched; tied head",
+        layouts=[
+            {
+                "name": "tied head written out",
+                "rename": [],
+                "copies": {"embed_out.weight": "gpt_neox.embed_in.weight"},
+            }
+        ],
+    ),
+    case(
+        "opt",
+        "OPT",
+        dict(
+            vocab_size=113,
+            hidden_size=36,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            ffn_dim=50,
+            max_position_embeddings=47,
+            bos_token_id=2,
+            eos_token_id=2,
+        ),
+        "learned positions from the third row on, ReLU, biases, tied head",
+        layouts=[OPT_HUB],
+        no_effect=r"k_proj\.bias",
+    ),
+    case(
+        "opt_plain",
+        "OPT",
+        dict(
+            vocab_size=113,
+            hidden_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            ffn_dim=50,
+            max_position_embeddings=47,
+            enable_bias=False,
+            activation_function="gelu",
+            tie_word_embeddings=False,
+            bos_token_id=2,
+            eos_token_id=2,
+        ),
+        "no biases, GELU, a head of its own",
+    ),
+    case(
+        "olmo2",
+        "Olmo2",
+        BASE,
+        "norms after attention and MLP only, and over all heads of queries and keys, of which there are more "
+        "than of keys",
+    ),
+    case(
+        "olmo3",
+        "Olmo3",
+        BASE
+        | {
+            "num_hidden_layers": 5,
+            "sliding_window": 8,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "attention_factor": 1.2,
+            },
+        },
+        "three layers in a window of 8, then a full one whose positions alone are stretched (yarn)",
+    ),
+    case(
+        "smollm3",
+        "SmolLM3",
+        BASE
+        | {"num_hidden_layers": 6, "tie_word_embeddings": True, "rope_theta": 50000.0, "pad_token_id": 0},
+        "layer 3 of six knows no positions; tied head",
+        layouts=[TIED_HEAD_WRITTEN],
+    ),
+    case(
+        "smollm3_window",
+        "SmolLM3",
+        BASE
+        | {
+            "num_hidden_layers": 3,
+            "pad_token_id": 0,
+            "no_rope_layers": [0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+        "layer 0 knows no positions and slides, as told by a list of layers; biases; untied",
+        no_effect=r"layers\.0\.self_attn\.k_proj\.bias",
+    ),
+    case(
+        "phi",
+        "Phi",
+        PHI,
+        "rotary over 4 of 8 dimensions; attention and MLP read one norm; biases, on the head too",
+    ),
+    case(
+        "phi_qk_norm",
+        "Phi",
+        PHI | {"qk_layernorm": True, "num_key_value_heads": 2, "partial_rotary_factor": 1.0},
+        "LayerNorm on queries and keys; two key/value heads; all dimensions turn",
+    ),
+    case(
+        "phi3",
+        "Phi3",
+        BASE | {"sliding_window": 9, "pad_token_id": 0},
+        "queries, keys and values in one tensor, of grouped heads; gate and up in another; a window of 9",
+    ),
+    case(
+        "phi3_longrope",
+        "Phi3",
+        BASE
+        | {
+            "hidden_size": 48,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 20,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.2, 3.0, 5.5],
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+            "tie_word_embeddings": True,
+        },
+        "rotary over 6 of 12 dimensions with factors for short and long texts; the input is long, a prompt "
+        "and what follows short (prompt), another is already long (prompt_long)",
+        layouts=[TIED_HEAD_WRITTEN],
+        stateful=True,
+    ),
+    case(
+        "stablelm",
+        "StableLm",
+        BASE | {"hidden_size": 64, "use_qkv_bias": True},
+        "LayerNorm, rotary over 4 of 16 dimensions, biases on queries, keys and values only",
+    ),
+    case(
+        "stablelm_parallel",
+        "StableLm",
+        BASE
+        | {
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+            "partial_rotary_factor": 0.5,
+            "tie_word_embeddings": True,
+        },
+        "StableLM 2 12B: attention and MLP read one norm; a norm without bias for each query and key head",
         layouts=[TIED_HEAD_WRITTEN],
     ),
     case(

@@ -3,6 +3,8 @@
 from typing import Any
 
 Json = dict[str, Any]
+NEW = ("ministral", "exaone4", "gpt_oss")
+"""Families that came with `layer_types`."""
 
 
 def config_of_transformers_4(config: Json) -> Json:
@@ -24,18 +26,31 @@ def config_of_transformers_4(config: Json) -> Json:
             del old["tie_word_embeddings"]
     if old.get("model_type") in ("qwen3_moe", "qwen3_vl_moe_text"):
         old["num_experts"] = old.pop("num_local_experts")
-    kinds = old.pop("layer_types", None)  # older configs leave them to the model's rule
+    kinds = old.get("layer_types")
+    if old.get("model_type") not in NEW:
+        old.pop("layer_types", None)  # older configs leave them to the model's rule
     if kinds and old.get("model_type") == "gemma3_text":
         old["sliding_window_pattern"] = kinds.index("full_attention") + 1
     rope = old.pop("rope_parameters", None)
     if rope is None:
         return old
-    if "full_attention" in rope:  # Gemma 3: one base for each kind of layer
-        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if "full_attention" in rope:  # Gemma 3: one base for each kind of layer; OLMo 3: one for both
+        if old["model_type"] != "olmo3":
+            old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     if rope["rope_type"] == "axial":  # vision towers of Qwen: the base was fixed
         return old
     rope = dict(rope)
+    partial = rope.pop("partial_rotary_factor", None)
+    if old["model_type"] == "gpt_neox":
+        old["rotary_pct"], old["rotary_emb_base"] = partial, rope.pop("rope_theta")
+        old["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+        return old
+    if partial is not None:
+        old["partial_rotary_factor"] = partial
+    if "short_factor" in rope:  # Phi-3's group had three keys
+        rope["type"] = rope.pop("rope_type")
+        del rope["original_max_position_embeddings"]
     if "mrope_section" in rope and "mrope_interleaved" not in rope:
         rope["type"] = rope["rope_type"] = "mrope"
     old["rope_theta"] = rope.pop("rope_theta")

@@ -208,12 +208,12 @@ GEMMAS = [
 
 
 def idefics3_inputs(
-    generator: np.random.Generator, rows: Sequence[Sequence[Part]], counts: Sequence[int]
+    generator: np.random.Generator, rows: Sequence[Sequence[Part]], counts: Sequence[int], height: int = 16
 ) -> Inputs:
-    """The first row's first image fills 16 x 20 of its 24 x 24 pixels; rows with fewer images hold zeros."""
+    """The first row's first image fills `height` x 20 of its 24 x 24 pixels; rows with fewer hold zeros."""
     values = pixels(generator, len(counts), max(counts), 3, 24, 24)
     mask = np.ones((len(counts), max(counts), 24, 24), np.int64)
-    mask[0, 0, 16:] = 0
+    mask[0, 0, height:] = 0
     mask[0, 0, :, 20:] = 0
     for row_, (count, _) in enumerate(zip(counts, rows, strict=True)):
         values[row_, count:] = 0
@@ -222,32 +222,56 @@ def idefics3_inputs(
     return batch(generator, rows, [IMAGE]) | {"pixel_values": values, "pixel_attention_mask": mask}
 
 
+def idefics3(name: str, awkward: str, model: str, tokens: int, config: Callable[[], Any]) -> Case:
+    seen = image(tokens)
+    return Case(
+        name=name,
+        model=model,
+        awkward=awkward,
+        config=config,
+        inputs=lambda generator: idefics3_inputs(
+            generator, [[5, seen, 3, seen, 6], [9, seen, 5 + tokens]], [2, 1]
+        ),
+        prompt=lambda generator, long: idefics3_inputs(generator, [[3, seen, 4]], [1]),
+        special=(IMAGE,),
+        no_effect=r"k_proj\.bias",
+    )
+
+
+SIGLIP_24: dict[str, Any] = dict(
+    hidden_size=24,
+    intermediate_size=34,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=24,
+    patch_size=4,
+)
 IDEFICS3 = [
-    Case(
-        name="idefics3",
-        model="Idefics3ForConditionalGeneration",
-        awkward="an image that fills its tile in part: fractional positions and a mask "
+    idefics3(
+        "idefics3",
+        "an image that fills its tile in part: fractional positions and a mask "
         "on patches; 3 x 3 pixel shuffle; "
         "two images in one row, one and padding in the other; untied Llama",
-        config=lambda: hf.Idefics3Config(
-            vision_config=dict(
-                hidden_size=24,
-                intermediate_size=34,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=24,
-                patch_size=4,
-            ),
+        "Idefics3ForConditionalGeneration",
+        4,
+        lambda: hf.Idefics3Config(
+            vision_config=dict(SIGLIP_24),
             text_config=hf.LlamaConfig(**TEXT),
             image_token_id=IMAGE,
             scale_factor=3,
         ),
-        inputs=lambda generator: idefics3_inputs(
-            generator, [[5, image(4), 3, image(4), 6], [9, image(4), 9]], [2, 1]
+    ),
+    idefics3(
+        "smolvlm",
+        "as idefics3, under another type; 2 x 2 pixel shuffle",
+        "SmolVLMForConditionalGeneration",
+        9,
+        lambda: hf.SmolVLMConfig(
+            vision_config=dict(SIGLIP_24),
+            text_config=hf.LlamaConfig(**TEXT),
+            image_token_id=IMAGE,
+            scale_factor=2,
         ),
-        prompt=lambda generator, long: idefics3_inputs(generator, [[3, image(4), 4]], [1]),
-        special=(IMAGE,),
-        no_effect=r"k_proj\.bias",
     ),
 ]
 
@@ -298,6 +322,19 @@ def mllama_inputs(generator: np.random.Generator) -> Inputs:
     }
 
 
+def mllama_prompt(generator: np.random.Generator, long: bool) -> Inputs:
+    """An image of 2 x 1 tiles after a few tokens, which do not see it."""
+    rows = batch(generator, [[3, image(1), 4]], [IMAGE])
+    seen = np.zeros((1, 8, 1, 2), np.int64)
+    seen[:, 3:] = 1
+    return rows | {
+        "pixel_values": pixels(generator, 1, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": np.array([[3]]),
+        "aspect_ratio_mask": np.array([[[1, 1]]]),
+        "cross_attention_mask": seen,
+    }
+
+
 KEYS = [
     Case(
         name="mistral3",
@@ -330,12 +367,12 @@ KEYS = [
         name="idefics2",
         model="Idefics2ForConditionalGeneration",
         awkward="a perceiver with latents and grouped key/value heads between tower "
-        "and Mistral; fractional positions",
+        "and Mistral; fractional positions; an image that ends within a patch, which is left out",
         config=idefics2,
         inputs=lambda generator: idefics3_inputs(
-            generator, [[5, image(5), 3, image(5), 6], [9, image(5), 10]], [2, 1]
+            generator, [[5, image(5), 3, image(5), 6], [9, image(5), 10]], [2, 1], 18
         ),
-        prompt=lambda generator, long: idefics3_inputs(generator, [[3, image(5), 4]], [1]),
+        prompt=lambda generator, long: idefics3_inputs(generator, [[3, image(5), 4]], [1], 18),
         special=(IMAGE,),
         no_effect=r"vision_model.*k_proj\.bias",
     ),
@@ -376,6 +413,8 @@ KEYS = [
             image_token_index=IMAGE,
         ),
         inputs=mllama_inputs,
+        prompt=mllama_prompt,
+        special=(IMAGE,),
         layouts=[IN_MEMORY],
     ),
 ]

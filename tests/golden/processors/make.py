@@ -9,6 +9,7 @@ transformers is run, not copied.
 """
 
 import json
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +41,10 @@ WORDS = [
     "<global-img>",
     "<end_of_utterance>",
     *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
+    "[IMG]",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "<|image|>",
 ]
 IDS = {word: 257 + k for k, word in enumerate(WORDS)}
 TOKEN_NAMES = {
@@ -58,6 +63,8 @@ TOKEN_NAMES = {
 }
 WITHOUT_FIRST = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 RENAMED = {"input_ids": "tokens", "pixel_values": "images"}
+MODULES = {"mistral3": "pixtral"}
+"""Where transformers has a family's processor, if not under the name of the family."""
 UNUSED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "num_crops")
 
 
@@ -330,6 +337,86 @@ CASES = {
         {"image_token_id": IDS["<image>"]},
         nested=True,
     ),
+    "internvl_imagenet": case(
+        "internvl",
+        "<IMG_CONTEXT>\nWhat? <IMG_CONTEXT>\n",
+        ["turned.png", "palette.png"],
+        {"image_seq_length": 4},
+        {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": 16, "width": 16},
+            "max_patches": 12,
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        },
+        {"image_token_id": IDS["<IMG_CONTEXT>"]},
+    ),
+    "smolvlm": case(
+        "smolvlm",
+        "User:<image>and<image>Why?",
+        ["gray.png", "wide.png"],
+        {"image_seq_len": 2},
+        {
+            "image_processor_type": "SmolVLMImageProcessor",
+            "size": {"longest_edge": 33},
+            "max_image_size": {"longest_edge": 12},
+        },
+        {"image_token_id": IDS["<image>"]},
+    ),
+    "idefics2": case(
+        "idefics2",
+        "User:<image><image>Why? <image>",
+        ["turned.png", "wide.png", "transparent.png"],
+        {"image_seq_len": 3},
+        {"image_processor_type": "Idefics2ImageProcessor", "size": {"shortest_edge": 14, "longest_edge": 45}},
+        {"image_token_id": IDS["<image>"]},
+    ),
+    "idefics2_split": case(
+        "idefics2",
+        "<image>Why?",
+        ["turned.png"],
+        {"image_seq_len": 2},
+        {
+            "image_processor_type": "Idefics2ImageProcessorFast",
+            "size": {"shortest_edge": 9, "longest_edge": 30},
+            "do_image_splitting": True,
+        },
+        {"image_token_id": IDS["<image>"]},
+        nested=True,
+    ),
+    "mistral3": case(
+        "mistral3",
+        "[INST]One [IMG] two [IMG][IMG]",
+        ["turned.png", "wide.png", "gray.png"],
+        {"patch_size": 4, "spatial_merge_size": 2},
+        {"image_processor_type": "PixtralImageProcessorFast", "size": {"longest_edge": 50}, "patch_size": 4},
+        {"image_token_index": IDS["[IMG]"]},
+    ),
+    "mllama": case(
+        "mllama",
+        "<|image|>What?<|image|><|image|>And",
+        ["wide.png", "transparent.png", "gray.png"],
+        {},
+        {
+            "image_processor_type": "MllamaImageProcessor",
+            "size": {"height": 15, "width": 15},
+            "max_image_tiles": 4,
+        },
+        {"image_token_index": IDS["<|image|>"], "text_config": {"bos_token_id": IDS["<bos>"]}},
+    ),
+    "mllama_small": case(
+        "mllama",
+        "Is <|image|> it?",
+        ["palette.png"],
+        {},
+        {
+            "image_processor_type": "MllamaImageProcessorFast",
+            "size": {"height": 60, "width": 60},
+            "max_image_tiles": 3,
+        },
+        {"image_token_index": IDS["<|image|>"], "bos_token_id": IDS["<bos>"]},
+        nested=True,
+    ),
 }
 
 
@@ -341,13 +428,18 @@ def build(case: dict) -> processing_utils.ProcessorMixin:
         "CLIP": "clip",
         "LlavaNext": "llava_next",
         "LlavaOnevision": "llava_onevision",
+        "SmolVLM": "smolvlm",
     }
     kind = case["preprocessor"]["image_processor_type"].removesuffix("Fast").removesuffix("ImageProcessor")
     module = name.get(kind, kind.lower())
     pixels = import_module(f"transformers.models.{module}.image_processing_pil_{module}")
     settings = {k: v for k, v in case["preprocessor"].items() if k != "image_processor_type"}
     family = case["family"]
-    processor = import_module(f"transformers.models.{family}.processing_{family}")
+    name = MODULES.get(family, family)
+    if name == "pixtral":  # it takes a function from the module that needs torchvision; Pillow's has it too
+        sys.modules["transformers.models.pixtral.image_processing_pixtral"] = pixels
+    processor = import_module(f"transformers.models.{name}.processing_{name}")
+    vars(processor)["num2words"] = str  # SmolVLM's wants it for videos
     (class_name,) = (n for n in processor.__all__ if n.endswith("Processor"))
     case["processor"]["processor_class"] = class_name
     tokenizer = PreTrainedTokenizerFast(
@@ -359,6 +451,8 @@ def build(case: dict) -> processing_utils.ProcessorMixin:
     )
     around = {k: v for k, v in case["processor"].items() if k != "processor_class"}
     image_processor = getattr(pixels, f"{kind}ImageProcessorPil")(**settings)
+    if family == "smolvlm":
+        around["video_processor"] = None
     return getattr(processor, class_name)(image_processor=image_processor, tokenizer=tokenizer, **around)
 
 
@@ -375,7 +469,7 @@ def main() -> None:
         images = [str(HERE / image) for image in case["images"]]
         if case["opened"]:
             images = [Image.open(image) for image in images]
-        nested = case["family"] in ("llava_onevision", "gemma3", "idefics3")
+        nested = case["family"] in ("llava_onevision", "gemma3", "idefics3", "smolvlm", "idefics2", "mllama")
         batch = build(case)(
             text=case["text"], images=[images] if nested else images, return_tensors="np", **case["overrides"]
         )

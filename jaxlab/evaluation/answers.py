@@ -1,0 +1,160 @@
+"""Answers to prompts as they are made: in batches, until each has ended, with the text that is certain."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from jaxlab.models import Batch, ModelConfig, Params, stream
+from jaxlab.processing import StopTexts, TextStream
+
+_WHOLE = 64
+"""Prompts of several batches are padded to a multiple of so many tokens."""
+
+
+@dataclass
+class Answer:
+    """One answer, as it is made."""
+
+    index: int
+    """Of its prompt."""
+    sample: int
+    """Which of several answers to it."""
+    batch: Batch
+    """The prompt, one row."""
+    budget: int
+    """Most tokens."""
+    ends: frozenset[int]
+    """Tokens that end it."""
+    stream: TextStream
+    stops: StopTexts
+    text: str = ""
+    tokens: int = 0
+    """How many were made."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """None: it is being made."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.batch["tokens"].shape[1])
+
+    def add(self, token: int) -> str:
+        """The text that a token adds for certain; nothing once the answer has ended.
+
+        Raises:
+          UserError: the tokenizer fails on it.
+        """
+        if self.finish_reason is not None:
+            return ""
+        self.tokens += 1
+        added = "" if token in self.ends else self.stops.add(self.stream.add(token))
+        if token in self.ends or self.stops.found:
+            self.finish_reason = "stop"
+        elif self.tokens == self.budget:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            added += self.stops.end()
+        self.text += added
+        return added
+
+    def as_json(self) -> str:
+        """What is known of it, on one line."""
+        said = {
+            "index": self.index,
+            "sample": self.sample,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.length,
+            "new_tokens": self.tokens,
+        }
+        return json.dumps(said, ensure_ascii=False)
+
+
+def fill_all(
+    answers: Sequence[Answer],
+    params: Params,
+    config: ModelConfig,
+    sampling: Mapping[str, Any],
+    key: Key[Array, ""],
+    *,
+    batch_size: int,
+    prefill_chunk: int | None = None,
+) -> Iterator[tuple[list[Answer], Iterator[str]]]:
+    """Makes answers in their order, in batches.
+
+    Each is what it would be alone: it is drawn with `key` and the number of its sample.
+
+    Args:
+      sampling: options of `jaxlab.models.stream`.
+      batch_size: most prompts that are read together; those with images are read alone.
+
+    Yields:
+      The answers of a batch, and the text of the first one as it comes; they are whole when that has ended.
+    """
+    groups = _groups(answers, batch_size, config)
+    # Batches of one shape share a program.
+    rows, whole = (batch_size, _WHOLE) if len(groups) > 1 else (len(answers), 1)
+    for members in groups:
+        yield members, _fill(members, params, config, sampling, key, rows, whole, prefill_chunk)
+
+
+def _groups(answers: Sequence[Answer], size: int, config: ModelConfig) -> list[list[Answer]]:
+    """Answers in their order, cut into batches that the model's context takes; those with images alone."""
+    groups: list[list[Answer]] = []
+    for answer in answers:
+        together = [*(groups[-1] if groups else ()), answer]
+        fits = max(a.length for a in together) + max(a.budget for a in together) <= config.max_length
+        texts = all(set(a.batch) == {"tokens"} for a in together)
+        if groups and len(together) <= size and fits and texts:
+            groups[-1].append(answer)
+        else:
+            groups.append([answer])
+    return groups
+
+
+def _fill(
+    answers: Sequence[Answer],
+    params: Params,
+    config: ModelConfig,
+    sampling: Mapping[str, Any],
+    key: Key[Array, ""],
+    rows: int,
+    whole: int,
+    prefill_chunk: int | None,
+) -> Iterator[str]:
+    """Makes the answers of a batch; gives the text of the first one as it comes.
+
+    Args:
+      rows: of the batch, filled up with copies of the last.
+      whole: prompts are padded to a multiple of so many tokens, as far as the model's context allows.
+    """
+    budget = max(answer.budget for answer in answers)
+    batch, filled = answers[0].batch, list(answers)
+    if set(batch) == {"tokens"}:
+        filled += [answers[-1]] * (rows - len(answers))
+        longest = max(answer.length for answer in answers)
+        length = max(longest, min(-(-longest // whole) * whole, config.max_length - budget))
+        batch = _padded([answer.batch["tokens"][0] for answer in filled], length)
+    keys = jnp.stack([jax.random.fold_in(key, answer.sample) for answer in filled])
+    for tokens in stream(
+        params, batch, config, max_new_tokens=budget, key=keys, prefill_chunk=prefill_chunk, **sampling
+    ):
+        added = [answer.add(token) for answer, token in zip(answers, tokens.tolist(), strict=False)]
+        yield added[0]
+        if all(answer.finish_reason is not None for answer in answers):
+            return
+
+
+def _padded(prompts: Sequence[np.ndarray], length: int) -> Batch:
+    """Prompts as rows of one length, with segment_ids where that took padding."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
+    return {"tokens": tokens} if segment_ids.all() else {"tokens": tokens, "segment_ids": segment_ids}

@@ -1,0 +1,152 @@
+"""Conversations as the text that a model was trained on, by the chat template of its folder."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlab.errors import UserError
+
+Message = Mapping[str, Any]
+"""{"role": "user", "content": "..."}; the content may be a list of parts instead: {"type": "text", "text":
+...} and {"type": "image", ...}. Templates may read further keys, such as tool_calls."""
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_WALL_SECONDS = 60
+"""For a machine that is busy; the worker itself counts its computing."""
+
+
+def render_chat(
+    messages: Sequence[Message],
+    template: str,
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
+    image_mark: str | None = None,
+    place: str = "chat template",
+    **variables: Any,
+) -> str:
+    """One conversation as text: what transformers' `apply_chat_template(tokenize=False)` gives.
+
+    It is encoded without the tokenizer's own special tokens, which are in the template. A content that the
+    template does not take is put in the form that it takes: a text, or a list of parts.
+
+    Args:
+      template: in Jinja (`OpenModel.chat_template`).
+      special_tokens: bos_token, eos_token and others by name (`OpenModel.special_tokens`).
+      add_generation_prompt: end with what begins an answer.
+      tools: JSON schemas of functions, for templates that know them.
+      documents: texts to read from, for templates that know them.
+      image_mark: what stands for an image where the template takes texts only.
+      place: whose template it is, for the message.
+      variables: what else the template asks for, like enable_thinking=False or date_string="26 Jul 2024".
+
+    Raises:
+      UserError: no message, or one that is none; a template that is damaged, refuses the conversation, or
+        takes too much time or memory.
+    """
+    own = {
+        "add_generation_prompt": add_generation_prompt,
+        "tools": tools,
+        "documents": documents,
+        **variables,
+    }
+    return render_chats(
+        [messages], template, special_tokens=special_tokens, image_mark=image_mark, place=place, **own
+    )[0]
+
+
+def render_chats(
+    conversations: Sequence[Sequence[Message]],
+    template: str,
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    image_mark: str | None = None,
+    place: str = "chat template",
+    where: Sequence[str] = (),
+    each: Sequence[Mapping[str, Any]] = (),
+    **variables: Any,
+) -> list[str]:
+    """Several conversations, in one process of the template's; see `render_chat`.
+
+    Args:
+      where: what each conversation is, for messages.
+      each: what the template sees for each alone, besides what it sees for all.
+
+    Raises:
+      UserError: as `render_chat` does.
+    """
+    where = where or ["the conversation"] * len(conversations)
+    for messages, name in zip(conversations, where, strict=True):
+        check_messages(messages, name)
+    given = {"add_generation_prompt": True, "tools": None, "documents": None, **variables}
+    request = {
+        "template": template,
+        "conversations": [
+            {**own, "messages": list(messages)}
+            for messages, own in zip(conversations, each or [{}] * len(conversations), strict=True)
+        ],
+        "mark": image_mark,
+        "variables": {**(special_tokens or {}), **given},
+    }
+    # What JSON cannot hold, like an image, a template only asks to be there.
+    text = json.dumps(request, default=lambda value: f"<{type(value).__name__}>")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(_WORKER)],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=_WALL_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{place}: does not end: it takes too much time") from None
+    except OSError as error:
+        raise UserError(f"{place}: no process to render it in: {error.strerror or error}") from error
+    if done.returncode and (done.returncode < 0 or "MemoryError" in done.stderr):  # stopped by a limit
+        raise UserError(f"{place}: does not end: it takes too much time or memory")
+    if done.returncode:
+        raise RuntimeError(f"the process that renders chat templates failed: {done.stderr}")
+    found = json.loads(done.stdout)
+    if "error" in found:
+        name = f"{where[found['at']]}: " if len(where) > 1 else ""
+        raise UserError(f"{name}{place}: {str(found['error'])[:400]}")
+    return [str(text) for text in found["texts"]]
+
+
+def as_texts(messages: Sequence[Message], mark: str) -> list[dict[str, Any]]:
+    """Messages whose contents are texts: parts joined, `mark` where an image was."""
+    flat = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            content = "".join(mark if p.get("type") == "image" else str(p.get("text", "")) for p in content)
+        flat.append({**message, "content": content})
+    return flat
+
+
+def check_messages(messages: Any, where: str) -> None:
+    """Whether these are messages of a conversation.
+
+    Raises:
+      UserError: they are not.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f'{where} holds no messages, like {{"role": "user", "content": "..."}}')
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UserError(f'{where}: message {number} is not like {{"role": "user", "content": "..."}}')
+        content = message.get("content")
+        parts = content if isinstance(content, Sequence) and not isinstance(content, str) else []
+        if content is not None and not isinstance(content, str | Sequence):
+            raise UserError(f"{where}: the content of message {number} is neither a text nor a list of parts")
+        for part in parts:
+            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+                raise UserError(
+                    f'{where}: a part of message {number} is not like {{"type": "text", "text": "..."}}'
+                )
