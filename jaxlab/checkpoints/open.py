@@ -1,7 +1,7 @@
 """Opening a model, wherever it comes from: a folder of ours or of Hugging Face, a hub id, GGUF, llama2.c."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,19 +74,33 @@ def open_model(
 
 
 def load_model(
-    path: str | Path, *, shardings: "Params | None" = None, dtype: "jax.typing.DTypeLike | None" = None
+    path: str | Path,
+    *,
+    shardings: "Params | None" = None,
+    mesh: "jax.sharding.Mesh | Mapping[str, int] | None" = None,
+    dtype: "jax.typing.DTypeLike | None" = None,
 ) -> "tuple[ModelConfig, Params, Tokenizer | None]":
     """The config, parameters and tokenizer of a model; see `open_model` and `OpenModel.read`.
+
+    Args:
+      shardings: a tree like the parameters, where each of them is to live.
+      mesh: instead, devices over which they are split: a `jax.sharding.Mesh`, or the sizes of its axes, such
+        as {"fsdp": 4, "model": 2}. Run the model under `jaxlab.models.using(mesh)`, or `jax.set_mesh`.
+      dtype: of the parameters, instead of the one that they are stored in.
 
     Returns:
       config, parameters and tokenizer; None: the model reads bytes, or came without one.
 
     Raises:
       UserError: there is no such model, or it is damaged, or not of a known family; a dtype that parameters
-        cannot have.
+        cannot have; a mesh that does not fit the devices or the model.
     """
     if dtype is not None:
         parameter_dtype(dtype)
     opened = open_model(path)
     config, tokenizer = opened.config_in(dtype), opened.tokenizer
-    return config, opened.read(shardings=shardings, dtype=dtype), tokenizer
+    if mesh is not None:
+        from jaxlab.models import mesh_of
+
+        mesh = mesh_of(mesh)
+    return config, opened.read(shardings=shardings, mesh=mesh, dtype=dtype), tokenizer

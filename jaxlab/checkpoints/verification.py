@@ -5,21 +5,23 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlab.checkpoints.formats import hf_write
 from jaxlab.checkpoints.formats.base import OpenModel
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
-from jaxlab.models import ModelConfig, NSAConfig, Params, forward
+from jaxlab.models import ModelConfig, NSAConfig, Params, forward, using
 
 _TOKENS = (2, 24)
 """Rows and length of the batch on which logits are compared."""
 
 
-def verify_tensors(source: OpenModel, params: Params, written: OpenModel) -> int:
+def verify_tensors(source: OpenModel, params: Params, written: OpenModel, *, mesh: Mesh | None = None) -> int:
     """How many tensors, in Hugging Face's names and shapes, both models hold, the same bytes in each.
 
     Args:
       params: the source's, in the dtype they are stored in.
+      mesh: devices over which the written model is split; None: the default device.
 
     Raises:
       RuntimeError: a tensor is not what it was.
@@ -33,7 +35,7 @@ def verify_tensors(source: OpenModel, params: Params, written: OpenModel) -> int
     if isinstance(written, HuggingFaceFolder):
         ours = {name: tensor.read for name, tensor in written.stored.items()}
     else:
-        ours = hf_write.tensors(written.config, written.read(), written.source_files)
+        ours = hf_write.tensors(written.config, written.read(mesh=mesh), written.source_files)
     wrong = sorted(set(theirs) ^ set(ours))
     wrong += [name for name in theirs if name in ours and not _equal(theirs[name](), ours[name]())]
     if wrong:
@@ -43,18 +45,22 @@ def verify_tensors(source: OpenModel, params: Params, written: OpenModel) -> int
     return len(theirs)
 
 
-def verify_logits(source: OpenModel, written: OpenModel, params: Params | None) -> str:
+def verify_logits(
+    source: OpenModel, written: OpenModel, params: Params | None, *, mesh: Mesh | None = None
+) -> str:
     """Compares logits on a fixed batch; a line that says how far they are apart.
 
     Args:
       params: the source's, if no dtype changed: then logits must be equal. None: they are read.
+      mesh: devices over which the models are split; None: the default device.
 
     Raises:
       RuntimeError: logits differ although no dtype changed.
     """
     config = source.config
-    others = source.read() if params is None else params
-    difference, size = compare_logits(config, others, written.read())
+    others = source.read(mesh=mesh) if params is None else params
+    with using(mesh):
+        difference, size = compare_logits(config, others, written.read(mesh=mesh))
     if params is not None and difference:
         raise RuntimeError(f"{written.path}: logits differ by {difference} from those of IN")
     largest = "they hold NaN" if np.isnan(size) else f"the largest is {size:.3g}"

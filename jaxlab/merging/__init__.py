@@ -11,8 +11,9 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
     from jaxlab.merging.numerics import tensor_key
-    from jaxlab.merging.operators import OPERATORS, Operator
-    from jaxlab.merging.operators.registry import operator
+    from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named
+    from jaxlab.merging.operators.data import entropy, learn_coefficients
+    from jaxlab.merging.operators.registry import afterwards, operator
     from jaxlab.merging.output import (
         check_room,
         describe,

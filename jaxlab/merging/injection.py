@@ -27,7 +27,7 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
 from jaxlab.merging.merge import add_to_base, arithmetic_dtype, gather_totals, statistics_of
-from jaxlab.merging.numerics import Mode, Share, difference, round_to, tensor_key
+from jaxlab.merging.numerics import Mode, Share, difference, tensor_key
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.models import Params
@@ -460,7 +460,7 @@ def _weighted(
 ) -> Any:
     """What was prepared with its lambdas: the merged tensor."""
     operator = method.of_injection
-    weights = [round_to(weight, supplied["dtype"]) for weight in lambdas]
+    weights = operator.rounded(lambdas, supplied["dtype"])
     origin = base.astype(jnp.float32)
     merged = operator.combine(prepared, weights, values, **{**supplied, "base": origin})
     if operator.makes_tensor:

@@ -107,8 +107,7 @@ def merge_tensors(
         assert origin is not None
         vectors = [difference(x, origin, dtype) for x in models]
     prepared = operator.prepare(vectors, values, **supplied)
-    rounded = [round_to(jnp.asarray(w).astype(jnp.float32), dtype) for w in weights]
-    merged = operator.combine(prepared, rounded, values, **supplied)
+    merged = operator.combine(prepared, operator.rounded(weights, dtype), values, **supplied)
 
     def stored(x: Array) -> Array:
         if origin is None:
@@ -153,7 +152,9 @@ def arithmetic_dtype(operator: Operator, mode: Mode, stored: jnp.dtype) -> jnp.d
     return jnp.dtype(jnp.float32) if operator.in_float32 else working_dtype(mode, stored)
 
 
-def gather_totals(gather: Gather, measure: Callable[[Any], Sequence[Any]], parameters: Mapping[str, Any]) -> Any:
+def gather_totals(
+    gather: Gather, measure: Callable[[Any], Sequence[Any]], parameters: Mapping[str, Any]
+) -> Any:
     """What an operator on whole models needs to know of all their tensors.
 
     Args:

@@ -41,8 +41,8 @@ CARD, RECIPE = "README.md", "recipe.yaml"
 _DIGESTS = {
     "none": "",
     "sampled": "The digest is that of a list of lines sorted by name: a SHA-256, two spaces, the tensor's "
-    "name. That SHA-256 is of 4 kB of every 256 kB of the tensor, from its first byte on: it tells models apart, not "
-    "a bit that flipped (`--hash-inputs full` does).",
+    "name. That SHA-256 is of 4 kB of every 256 kB of the tensor, from its first byte on: it tells models "
+    "apart, not a bit that flipped (`--hash-inputs full` does).",
     "full": "The digest is that of a list of lines sorted by name: the SHA-256 of a tensor's bytes, two "
     "spaces, its name.",
 }

@@ -3,7 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.models.batch import Batch, Params
+    from jaxlab.models.batch import Batch, Params, check_tokens
     from jaxlab.models.block import Block
     from jaxlab.models.config import (
         BRANCHES,
@@ -35,7 +35,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.config.flat import from_flat, is_flat
     from jaxlab.models.context import AttentionContext
     from jaxlab.models.decoder import Decoder, as_arrays, bind_decoder, forward, language_model, positions_of
-    from jaxlab.models.generation import generate, stream
+    from jaxlab.models.generation import decode_step, generate, prefill, stream
     from jaxlab.models.initializer import bind
     from jaxlab.models.interpretability import activations
     from jaxlab.models.kv_cache import Cache, init_cache
@@ -52,5 +52,18 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.probe import Probe
     from jaxlab.models.rotary import rope_tables, rotary_table, rotate
     from jaxlab.models.sampling import Sampling
+    from jaxlab.models.sharding import (
+        MeshConfig,
+        SplitConfig,
+        batch_shardings,
+        check_batch,
+        make_mesh,
+        mesh_of,
+        model_mesh,
+        on_mesh,
+        param_shardings,
+        place_batch,
+        using,
+    )
     from jaxlab.models.taps import ACTIVATIONS, Patch, activation_names
     from jaxlab.models.vision.encoders import encode_images, prepare_batch

@@ -19,10 +19,10 @@ from jaxlab.models.mesh import split_tokens
 from jaxlab.models.output import Output
 from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import rope_tables
-from jaxlab.models.stack import NO_BETWEEN, apply_blocks
+from jaxlab.models.stack import NO_BETWEEN, Between, apply_blocks
 from jaxlab.models.taps import NO_TAPS, Patch, Taps, make_taps
 from jaxlab.models.vision.encoder import Encoded
-from jaxlab.models.vision.encoders import encode_images, prepare_batch
+from jaxlab.models.vision.encoders import encode_images, layers_between, prepare_batch
 from jaxlab.models.vision.placeholders import place_images, scatter_deep
 
 
@@ -46,9 +46,10 @@ def forward(
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
 
     Raises:
-      ValueError: images for a model without vision, a probe or patches together with a cache, positions that
-        are given together with a cache of NSA, which counts its blocks itself, patches of what is not there,
-        or parameters that are not those of the config.
+      ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
+        has no row for, a probe or patches together with a cache, positions that are given together with a
+        cache of NSA, which counts its blocks itself, patches of what is not there, or parameters that are not
+        those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
@@ -61,7 +62,8 @@ def forward(
     if probe is not None or patches:
         taps = make_taps(batch, config, patches=patches, probe=probe)
     images = encode_images(params, batch, config, cache)
-    return bind_decoder(params, config)(batch, images=images, taps=taps, cache=cache)
+    between = layers_between(params, images, config)
+    return bind_decoder(params, config)(batch, images=images, between=between, taps=taps, cache=cache)
 
 
 def bind_decoder(params: Params, config: ModelConfig) -> "Decoder":
@@ -114,6 +116,7 @@ class Decoder(nnx.Module):
         batch: Batch,
         *,
         images: Encoded | None = None,
+        between: Between = NO_BETWEEN,
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
     ) -> Output:
@@ -129,7 +132,7 @@ class Decoder(nnx.Module):
             taps=taps,
             cache=cache,
             additions=additions,
-            between=NO_BETWEEN if images is None else images.between,
+            between=between,
         )
         hidden = tap("final_hidden", self.final_norm(split_tokens(done.x)))
         logits = tap("logits", self.logits(hidden))

@@ -10,7 +10,7 @@ from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
-from jaxlab.models.mesh import Part, in_parts
+from jaxlab.models.mesh import Part, in_parts, split_heads
 from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
@@ -36,7 +36,8 @@ class FullAttention(Attention):
         q, k, v = tap("queries", q), tap("keys", k), tap("values", v)
         if isinstance(cache, tuple):
             slots = context.cache_slots
-            cache = k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            k, v = write(cache[0], k, slots), write(cache[1], v, slots)
+            cache = k, v = split_heads(k, batch=0, heads=2), split_heads(v, batch=0, heads=2)
         window = self.config.sliding.window if sliding else None
         return Attended(self._heads_output(q, k, v, context, window, tap), cache)
 
@@ -50,36 +51,46 @@ class FullAttention(Attention):
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
         if tap.probe is not None:
-            if c.attention_softcap is not None or self.sinks is not None or context.together is not None:
-                raise ValueError(
-                    "flows and blocking know no softcap, no sinks and no images that see themselves whole"
-                )
+            if c.attention_softcap is not None or context.together is not None:
+                raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
             return probed_attention(
-                q, k, v, tap.probe, segment_ids=segment_ids, window=window, scale=c.score_scale
+                q,
+                k,
+                v,
+                tap.probe,
+                segment_ids=segment_ids,
+                window=window,
+                scale=c.score_scale,
+                sinks=self._sinks,
             )
         if tap.wants("attention_scores", "attention_pattern"):
             mask = attention_mask(context, k.shape[1], window)
-            return self._softmax(q, k, v, mask, tap)
+            return self._softmax(q, k, v, mask, self._sinks, tap)
         if cached or not context.causal:
-            return self._part_output(q, k, v, context, window)
+            return self._part_output(q, k, v, self._sinks, context, window)
 
         def core(
             tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
         ) -> tuple[Array, None]:
-            q, k, v = tokens
+            q, k, v, *sinks = tokens
             if part is not None:
                 k, v = part.whole(k), part.whole(v)
             here = context._replace(**dict(zip(of_keys, rows, strict=True)))
-            return self._part_output(q, k, v, here, window, part), None
+            of_heads = sinks[0][0, 0] if sinks else None
+            return self._part_output(q, k, v, of_heads, here, window, part), None
 
         of_keys = ("positions", "segment_ids", "together", "visible")
-        return in_parts(core, (q, k, v), tuple(getattr(context, name) for name in of_keys), None)[0]
+        tokens: tuple[Array, ...] = (q, k, v)
+        if self._sinks is not None:  # split as the heads are: a device has those of its own
+            tokens += (jnp.broadcast_to(self._sinks[None, None], q.shape[:3]),)
+        return in_parts(core, tokens, tuple(getattr(context, name) for name in of_keys), None)[0]
 
     def _part_output(
         self,
         q: Array,
         k: Array,
         v: Array,
+        sinks: Array | None,
         context: AttentionContext,
         window: int | None,
         part: Part | None = None,
@@ -101,7 +112,7 @@ class FullAttention(Attention):
             )
         if implementation in ("xla", "chunked"):
             mask = attention_mask(context, k.shape[1], window, part)
-            return self._softmax(q, k, v, mask)
+            return self._softmax(q, k, v, mask, sinks)
         kwargs: dict[str, Any] = {"implementation": implementation, "scale": c.score_scale}
         marks = (context.segment_ids, context.together, context.visible, context.apart)
         plain = all(mark is None for mark in marks)
@@ -113,11 +124,17 @@ class FullAttention(Attention):
         with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
             return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
-    def _softmax(self, q: Array, k: Array, v: Array, mask: Array, tap: Tap = NO_TAP) -> Array:
-        c, sinks = self.config, None if self.sinks is None else self.sinks[...]
+    def _softmax(
+        self, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, tap: Tap = NO_TAP
+    ) -> Array:
+        c = self.config
         return softmax_attention(
             q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap
         )
+
+    @property
+    def _sinks(self) -> Array | None:
+        return None if self.sinks is None else self.sinks[...]
 
 
 def softmax_attention(

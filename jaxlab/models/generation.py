@@ -1,5 +1,6 @@
 """Greedy and sampled generation with a KV cache."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.models.batch import Batch, Params
-from jaxlab.models.config import ModelConfig
+from jaxlab.models.batch import Batch, Params, check_tokens
+from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.kv_cache import Cache, init_cache
+from jaxlab.models.mesh import on_several_devices
 from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
 from jaxlab.models.vision.encoders import prepare_batch
 
@@ -65,27 +67,35 @@ def stream(
             raise ValueError(
                 "segment_ids of prompts must be 1 on their tokens, then 0 on padding at the right"
             )
-    if not 0 <= tokens.min() <= tokens.max() < config.embedding_rows:
-        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise ValueError(f"the prompt holds token {wrong}, the embedding has {config.embedding_rows} rows")
+    check_tokens(tokens, config)
     if prompt_len + max_new_tokens > config.max_length:
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"
         )
-    chunks = [batch] if prefill_chunk is None else _chunks(batch, prefill_chunk)
+    lengths = np.full(batch_size, prompt_len) if segments is None else segments.sum(axis=1)
+    longest, made, size = int(lengths.max()), [], prompt_len + max_new_tokens
+    settled, limit = _settled(config, longest), _limit(config, longest)
+    if longest <= limit < longest + max_new_tokens - 1 and set(batch) - {"tokens", "segment_ids"}:
+        raise ValueError(
+            f"prompts that are more than tokens cannot grow past {limit} tokens, where positions change"
+        )
     key = jax.random.key(0) if key is None else key
-    cache = init_cache(config, batch_size, prompt_len + max_new_tokens)
-    logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
-    for chunk in chunks:
-        logits, cache = _read(params, prepare_batch(chunk, config), cache, logits, config)
+    logits, cache = _read_prompts(params, batch, settled, size, prefill_chunk)
     seen, values = None, sampling.values
     if "repetition_penalty" in values:
         seen = jnp.asarray(seen_tokens(tokens, segments, config.vocab_size))
     token = sample(logits, fold_in(key, 0), values, seen)
     for i in range(1, max_new_tokens):
-        yield np.asarray(token)
-        token, cache, seen = _step(
-            params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, config
+        made.append(np.asarray(token))
+        yield made[-1]
+        if longest + i == limit + 1:  # wavelengths change: what was kept is read anew with the others
+            settled = _settled(config, longest + i)
+            logits, cache = _read_prompts(params, _grown(tokens, lengths, made), settled, size, prefill_chunk)
+            seen = None if seen is None else _with(seen, token)
+            token = sample(logits, fold_in(key, i), values, seen)
+            continue
+        token, cache, seen = decode_step(
+            params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, settled
         )
     if max_new_tokens > 0:
         yield np.asarray(token)
@@ -137,6 +147,50 @@ def generate(
     return np.stack(made, axis=1) if made else np.zeros((len(stopped), 0), np.int32)
 
 
+def _settled(config: ModelConfig, length: int) -> ModelConfig:
+    """The model that reads texts of at most `length` tokens: longrope's factors are those of this length."""
+    rope = config.position
+    if not isinstance(rope, RopeConfig) or rope.scaling != "longrope":
+        return config
+    factors = rope.long_factors if length > rope.original_length else rope.short_factors
+    rope = dataclasses.replace(rope, short_factors=factors, long_factors=factors)
+    return dataclasses.replace(config, position=rope)
+
+
+def _limit(config: ModelConfig, length: int) -> int:
+    """Tokens after which another `_settled` model goes on with texts of `length`; -1: none does."""
+    rope = config.position
+    changes = isinstance(rope, RopeConfig) and rope.scaling == "longrope" and length <= rope.original_length
+    return config.rope.original_length if changes else -1
+
+
+def _grown(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], made: list[np.ndarray]) -> Batch:
+    """Prompts of these lengths, and what was made after them, padded at the right."""
+    new = np.stack(made, axis=1)
+    grown = np.zeros((len(tokens), tokens.shape[1] + new.shape[1]), np.int32)
+    for row, length in enumerate(lengths):
+        grown[row, : length + new.shape[1]] = np.concatenate([tokens[row, :length], new[row]])
+    ends = (lengths + new.shape[1])[:, None]
+    return {"tokens": grown, "segment_ids": (np.arange(grown.shape[1])[None] < ends).astype(np.int32)}
+
+
+def _read_prompts(
+    params: Params, batch: Batch, config: ModelConfig, size: int, chunk: int | None
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after the last token of each row, and a cache for `size` tokens that holds them."""
+    rows = batch["tokens"].shape[0]
+    cache = _empty_cache(config, rows, size)
+    logits = jnp.zeros((rows, config.vocab_size), jnp.float32)
+    for part in [batch] if chunk is None else _chunks(batch, chunk):
+        logits, cache = prefill(params, prepare_batch(part, config), cache, logits, config)
+    return logits, cache
+
+
+def _with(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """The tokens that each row holds, with one more."""
+    return seen.at[jnp.arange(len(seen)), token].set(True)
+
+
 def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
     """Prompts cut into chunks of `size` tokens, the last one padded: one program reads them all."""
     if size < 1:
@@ -153,11 +207,21 @@ def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
         yield {"tokens": tokens[:, part], "segment_ids": segment_ids[:, part]}
 
 
+def _empty_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """On a mesh each device makes its own part: the whole may fit on none."""
+    make = jax.jit(init_cache, static_argnums=(0, 1, 2)) if on_several_devices() else init_cache
+    return make(config, batch_size, length)
+
+
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "logits"))
-def _read(
+def prefill(
     params: Params, batch: Batch, cache: Cache, logits: Float[Array, "B V"], config: ModelConfig
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the last token of each row; those given where the batch holds none of the row's."""
+    """The part of prompts in a batch: logits after the last token of each row; those given where it has none.
+
+    Args:
+      cache, logits: given away.
+    """
     new, intermediates = forward(params, batch, config, cache=cache)
     read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
     new = jnp.take_along_axis(new, jnp.maximum(read - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -165,7 +229,7 @@ def _read(
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))
-def _step(
+def decode_step(
     params: Params,
     batch: Batch,
     cache: Cache,
@@ -174,7 +238,13 @@ def _step(
     seen: Bool[Array, "B V"] | None,
     config: ModelConfig,
 ) -> tuple[Int[Array, " B"], Cache, Bool[Array, "B V"] | None]:
+    """The token after one token of each row, the cache with it, and what has been seen.
+
+    Args:
+      values: options of `sample`.
+      cache, seen: given away.
+    """
     logits, intermediates = forward(params, batch, config, cache=cache)
     if seen is not None:
-        seen = seen.at[jnp.arange(len(seen)), batch["tokens"][:, 0]].set(True)
+        seen = _with(seen, batch["tokens"][:, 0])
     return sample(logits[:, 0], key, values, seen), intermediates["cache"], seen

@@ -11,7 +11,7 @@ from jaxlab.models.batch import Batch, Params
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import as_arrays, bind_decoder
 from jaxlab.models.taps import ACTIVATIONS, Patch, make_taps
-from jaxlab.models.vision.encoders import encode_images, prepare_batch
+from jaxlab.models.vision.encoders import encode_images, layers_between, prepare_batch
 
 
 def activations(
@@ -64,5 +64,6 @@ def _activations(
     batch = as_arrays(batch)
     taps = make_taps(batch, config, names=names, layers=layers, patches=patches)
     images = encode_images(params, batch, config)
-    found = bind_decoder(params, config)(batch, images=images, taps=taps).activations
+    between = layers_between(params, images, config)
+    found = bind_decoder(params, config)(batch, images=images, between=between, taps=taps).activations
     return found or {}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.config import ModelConfig, RopeConfig
+from jaxlab.models.mesh import split_heads
 from kernels_pallas import nsa
 from kernels_pallas.nsa import PagedCache
 
@@ -64,7 +65,9 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
 def _empty_full(config: ModelConfig, batch_size: int, length: int) -> tuple[Array, Array]:
     shape = (config.num_layers, batch_size, length, config.kv_heads)
     dtype = jnp.dtype(config.compute_dtype)
-    return jnp.zeros((*shape, config.key_dim), dtype), jnp.zeros((*shape, config.value_dim), dtype)
+    empty = (jnp.zeros((*shape, size), dtype) for size in (config.key_dim, config.value_dim))
+    keys, values = (split_heads(x, batch=1, heads=3) for x in empty)
+    return keys, values
 
 
 def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:

@@ -91,6 +91,17 @@ def split_tokens(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def split_heads(x: Array, *, batch: int, heads: int) -> Array:
+    """An array laid out as the mesh has it along the axes that count examples and heads, such as a cache."""
+    mesh = _mesh()
+    if mesh is None:
+        return x
+    spec: list[tuple[str, ...] | None] = [None] * x.ndim
+    spec[batch] = _axis(mesh, BATCH, x.shape[batch])
+    spec[heads] = _axis(mesh, (HEADS,), x.shape[heads])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def check_length(length: int, devices: int, *, unit: int = 1, least: int = 1) -> None:
     """Whether `length` tokens can be split over `devices` in stretches of whole units, `least` tokens each.
 

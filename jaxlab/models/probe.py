@@ -81,17 +81,21 @@ def probed_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     window: int | None = None,
     scale: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     rows: int | None = None,
 ) -> Float[Array, "B T H Dv"]:
     """Causal attention, grouped heads allowed, that a `Probe` of one layer reads and blocks.
 
     `segment_ids`: tokens see their own segment only; 0 is padding, which sees nothing, is seen by none and
     has output 0. `window`: the last so many tokens, the current one included. `scale`: default Dk ** -0.5.
+    `sinks`: logits that take part in each head's softmax and have no value; no flow comes from them.
     `rows`: rows in a block of the stream, chosen from the sizes by default. Arithmetic is float32; the output
     has the dtype of q.
     """
     branch = Branch(window=window)
-    return _probed(q, ((k, v),), (branch,), probe, segment_ids=segment_ids, scale=scale, rows=rows)[0]
+    return _probed(
+        q, ((k, v),), (branch,), probe, segment_ids=segment_ids, scale=scale, rows=rows, sinks=sinks
+    )[0]
 
 
 def probed_nsa_attention(
@@ -163,6 +167,7 @@ def _probed(
     scale: float | None,
     rows: int | None,
     chosen: Array | None = None,
+    sinks: Array | None = None,
 ) -> tuple[Array, ...]:
     """One output for each branch and its (keys, values)."""
     if q.shape[2] % pairs[0][0].shape[2]:
@@ -171,4 +176,4 @@ def _probed(
         raise ValueError("class_tap and count_tap need the token classes: Probe(classes=...)")
     spec = Spec(branches, q.shape[-1] ** -0.5 if scale is None else scale, rows)
     keys, values = tuple(k for k, _ in pairs), tuple(v for _, v in pairs)
-    return stream_attention(spec, q, keys, values, chosen, segment_ids, probe)
+    return stream_attention(spec, q, keys, values, chosen, segment_ids, probe, sinks)

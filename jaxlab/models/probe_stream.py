@@ -83,6 +83,12 @@ class _Stream:
         self.branches = spec.branches
         self.counts = [k.shape[1] for k in keys]
 
+    def sinks_by_head(self, sinks: Array | None) -> Array | None:
+        """float32[Hkv, 1, H / Hkv, 1], beside the logits' [B, H / Hkv, rows] of each key/value head."""
+        if sinks is None:
+            return None
+        return sinks.astype(jnp.float32).reshape(self.kv_heads, 1, self.share, 1)
+
     def cut(self, x: Array, fill: int = 0) -> Array:
         """[B, T, ...] -> [blocks, B, rows, ...]; rows added at the end see and count for nothing."""
         extra = self.blocks * self.rows - self.tokens
@@ -197,10 +203,11 @@ def stream_attention(
     chosen: Array | None,
     segment_ids: Array | None,
     probe: Any,
+    sinks: Array | None = None,
 ) -> tuple[Array, ...]:
     """One output [B, T, H, Dv] per branch, from q [B, T, H, Dk] and a tuple of keys and of values [B, S, Hkv,
-    D]."""
-    return _forward(spec, q, keys, values, chosen, segment_ids, probe)[0]
+    D]. `sinks` [H] take part in each softmax and have no value."""
+    return _forward(spec, q, keys, values, chosen, segment_ids, probe, sinks)[0]
 
 
 def _forward(
@@ -211,8 +218,10 @@ def _forward(
     chosen: Array | None,
     segment_ids: Array | None,
     probe: Any,
+    sinks: Array | None,
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     stream = _Stream(spec, q, keys)
+    sinks_by_head = stream.sinks_by_head(sinks)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     parts = []
     for blocks, _, _, at, ks, vs in stream.groups(_by_head(keys), _by_head(values)):
@@ -225,21 +234,25 @@ def _forward(
                         spec, probe.blocking, branch, where, rows, one["q"], k, one["chosen"], segment_ids
                     )
                     top = jnp.max(scores, axis=-1, initial=MASKED)
+                    if one["sink"] is not None:
+                        top = jnp.maximum(top, one["sink"])
                     weights = jnp.where(seen[:, None], jnp.exp(scores - top[..., None]), 0.0)
                     total = jnp.sum(weights, axis=-1)
+                    if one["sink"] is not None:
+                        total += jnp.exp(one["sink"] - top)
                     total = jnp.where(total > 0.0, total, 1.0)
                     weights = _acting(probe.blocking, weights, allowed)
                     outs.append(jnp.einsum("bgrs,bsd->bgrd", weights, v) / total[..., None])
                     norms.append(top + jnp.log(total))
                 return None, (outs, norms)
 
-            by_head = {"q": rows["q"], "chosen": rows["chosen"], "k": ks, "v": vs}
+            by_head = {"q": rows["q"], "chosen": rows["chosen"], "k": ks, "v": vs, "sink": sinks_by_head}
             return None, jax.lax.scan(head, None, by_head)[1]
 
         parts.append(jax.lax.scan(block, None, jax.tree.map(lambda x, cut=blocks: x[cut], inputs))[1])
     outs, norms = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     outs = tuple(stream.join_heads(out).astype(q.dtype) for out in outs)
-    return outs, (q, keys, values, chosen, segment_ids, probe, norms)
+    return outs, (q, keys, values, chosen, segment_ids, probe, sinks, norms)
 
 
 def _head_gradients(
@@ -252,11 +265,12 @@ def _head_gradients(
     one: Rows,
     segment_ids: Array | None,
     edges: Array | None,
-) -> tuple[Array, Array | None, Array, list[Array], list[Array]]:
+) -> tuple[Array, Array | None, Array, list[Array], list[Array], Array | None]:
     """One key/value head of one block of rows -> (flow per query head, edges seen so far, d_q, d_keys,
-    d_values)."""
+    d_values, d_sinks)."""
     flow = jnp.zeros((*one["q"].shape[:3], high - low), jnp.float32)
     d_q, d_ks, d_vs = jnp.zeros_like(one["q"]), [], []
+    d_sink = None if one["sink"] is None else jnp.zeros_like(one["sink"])
     each = zip(spec.branches, at, one["k"], one["v"], one["norm"], one["d_out"], strict=True)
     for branch, where, k, v, norm, d_out in each:
         scores, seen, allowed = _logits(
@@ -265,7 +279,10 @@ def _head_gradients(
         softmax = jnp.where(seen[:, None], jnp.exp(scores - norm[..., None]), 0.0)
         acting = _acting(blocking, softmax, allowed)
         part = acting * jnp.einsum("bgrd,bsd->bgrs", d_out, v)
-        d_scores = (part - softmax * jnp.sum(part, axis=-1, keepdims=True)) * spec.scale
+        whole = jnp.sum(part, axis=-1, keepdims=True)
+        d_scores = (part - softmax * whole) * spec.scale
+        if d_sink is not None:
+            d_sink -= jnp.sum(jnp.exp(one["sink"] - norm) * whole[..., 0], axis=(0, 2))[None, :, None]
         d_q += jnp.einsum("bgrs,bsd->bgrd", d_scores, k)
         d_ks.append(jnp.einsum("bgrs,bgrd->bsd", d_scores, one["q"]))
         d_vs.append(jnp.einsum("bgrs,bgrd->bsd", acting, d_out))
@@ -273,12 +290,13 @@ def _head_gradients(
         if edges is not None:
             real = (seen if allowed is None else seen & allowed).astype(jnp.float32)
             edges |= branch.to_tokens(real, where, low, high, divide=False) > 0.0
-    return flow, edges, d_q, d_ks, d_vs
+    return flow, edges, d_q, d_ks, d_vs, d_sink
 
 
 def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
-    q, keys, values, chosen, segment_ids, probe, norms = saved
+    q, keys, values, chosen, segment_ids, probe, sinks, norms = saved
     stream = _Stream(spec, q, keys)
+    sinks_by_head = stream.sinks_by_head(sinks)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     inputs |= {"norm": norms, "d_out": [stream.cut_heads(c) for c in cotangents]}
     taps = {"flow": probe.class_tap, "count": probe.count_tap}
@@ -288,7 +306,8 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
         one_hot = jax.nn.one_hot(probe.classes, tap.shape[-1], dtype=jnp.float32)
         inputs["one_hot"] = stream.cut(one_hot)
     keys_by_head, values_by_head = _by_head(keys), _by_head(values)
-    totals = jax.tree.map(jnp.zeros_like, {"k": keys_by_head, "v": values_by_head, **taps})
+    like_zeros = {"k": keys_by_head, "v": values_by_head, "sink": sinks_by_head, **taps}
+    totals = jax.tree.map(jnp.zeros_like, like_zeros)
     parts = []
     for blocks, low, high, at, ks, vs in stream.groups(keys_by_head, values_by_head):
 
@@ -314,10 +333,13 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
             nothing = jnp.zeros((stream.batch, stream.rows, high - low), jnp.float32)
             absolute = nothing if probe.reduction == "sum_of_abs" else None
             edges = nothing.astype(bool) if "count" in taps else None
-            by_head = {name: rows[name] for name in ("q", "chosen", "norm", "d_out")} | {"k": ks, "v": vs}
-            (signed, absolute, edges), (d_q, d_ks, d_vs) = jax.lax.scan(
+            by_head = {name: rows[name] for name in ("q", "chosen", "norm", "d_out")}
+            by_head |= {"k": ks, "v": vs, "sink": sinks_by_head}
+            (signed, absolute, edges), (d_q, d_ks, d_vs, d_sink) = jax.lax.scan(
                 head, (nothing, absolute, edges), by_head
             )
+            if d_sink is not None:
+                totals = totals | {"sink": totals["sink"] + d_sink}
             for name, news in (("k", d_ks), ("v", d_vs)):
                 both = zip(totals[name], news, at, strict=True)
                 totals = totals | {name: [old.at[:, :, slice(*r)].add(new) for old, new, r in both]}
@@ -346,7 +368,8 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
         classes=None,
     )
     d_q = stream.join_heads(d_q).astype(q.dtype)
-    return d_q, like(totals["k"], keys), like(totals["v"], values), None, None, d_probe
+    d_sinks = None if sinks is None else totals["sink"].reshape(sinks.shape).astype(sinks.dtype)
+    return d_q, like(totals["k"], keys), like(totals["v"], values), None, None, d_probe, d_sinks
 
 
 stream_attention.defvjp(_forward, _backward)

@@ -41,9 +41,7 @@ class Activation(NamedTuple):
 ACTIVATIONS: dict[str, Activation] = {
     "embedding": Activation("B T D", "what the first layer reads: embeddings, images in their places"),
     "residual_pre": Activation("L B T D", "the residual stream as a layer reads it"),
-    "attention_input": Activation(
-        "L B T D", "what attention reads: the stream, normed if the model does so before"
-    ),
+    "attention_input": Activation("L B T D", "the stream as attention reads it, normed in most models"),
     "queries": Activation("L B T H Dk", "queries, after their norm and rotary positions"),
     "keys": Activation("L B T Hkv Dk", "keys, after their norm and rotary positions"),
     "values": Activation("L B T Hkv Dv", "values"),
@@ -60,9 +58,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "head_output": Activation("L B T H Dv", "output of each head, before the output projection"),
     "attention_output": Activation("L B T D", "what attention adds to the stream"),
     "residual_mid": Activation("L B T D", "the stream between attention and MLP"),
-    "mlp_input": Activation(
-        "L B T D", "what the MLP or the experts read: the stream, normed as for attention"
-    ),
+    "mlp_input": Activation("L B T D", "the stream as the MLP or the experts read it, normed likewise"),
     "mlp_hidden": Activation("L B T F", "neurons of the MLP, after the activation (and times the gate)"),
     "mlp_output": Activation("L B T D", "what the MLP or the experts add to the stream"),
     "residual_post": Activation("L B T D", "the stream after a layer"),

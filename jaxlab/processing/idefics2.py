@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token, int32
-from jaxlab.processing.pixels import PLAIN, Pixels, Scale, read_resample, resize, size_of
+from jaxlab.processing.pixels import PLAIN, Pixels, Scale, check_pixels, read_resample, resize, size_of
 from jaxlab.processing.settings import ProcessorSettings, Size, shown
 
 DEFAULTS = {
@@ -49,6 +49,7 @@ class Quarters(ImagePart):
             parts = [resize(part, *bounded(*size_of(part), self.size), self.resample) for part in parts]
         scaled = [self.scale(part) for part in parts]
         height, width = (max(part.shape[axis] for part in scaled) for axis in (1, 2))
+        check_pixels(height, width)
         filled = [np.pad(p, [(0, 0), (0, height - p.shape[1]), (0, width - p.shape[2])]) for p in scaled]
         return One(np.stack(filled), size_of(image), parts=tuple(part.shape[1:] for part in scaled))
 
@@ -57,6 +58,7 @@ class Quarters(ImagePart):
         int32 [1, parts, most height, most width], 1 on its pixels."""
         sizes = [size for one in ones for size in one.parts]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        check_pixels(height, width)
         filled = [
             np.pad(
                 one.pixels,

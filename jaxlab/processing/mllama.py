@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token, int32
-from jaxlab.processing.pixels import PLAIN, Pixels, Scale, cut, read_resample, resize, size_of
+from jaxlab.processing.pixels import PLAIN, Pixels, Scale, check_pixels, cut, read_resample, resize, size_of
 from jaxlab.processing.settings import ProcessorSettings
 
 DEFAULTS = {
@@ -40,6 +40,7 @@ class Canvas(ImagePart):
         if height != width:
             raise UserError(f"{settings.find('size')[1]} must be a square, is {height} by {width}")
         most = settings.whole("max_image_tiles", most=64)
+        check_pixels(height * most, width)
         return cls(height, most, read_resample(settings), Scale.read(settings))
 
     def one(self, image: Pixels, alone: bool) -> One:

@@ -112,6 +112,18 @@ def resize(image: Pixels, height: int, width: int, resample: int) -> Pixels:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling(resample)))
 
 
+def check_pixels(height: int, width: int) -> None:
+    """Refuses a size that images are filled up to.
+
+    Raises:
+      UserError: it would fill the memory.
+    """
+    if height * width > MOST_PIXELS:
+        raise UserError(
+            f"images would be filled up to {width} by {height} pixels; crop them to less extreme shapes"
+        )
+
+
 def target_size(height: int, width: int, size: Size) -> tuple[int, int]:
     """The (height, width) that an image gets by `size`, its aspect kept unless both sides are given.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlab.errors import UserError
 from jaxlab.processing.base import ImagePart, One, ProcessorKind, TextPart, Token, int32
-from jaxlab.processing.pixels import CLIP, Pixels, Scale, read_resample, resize, size_of
+from jaxlab.processing.pixels import CLIP, Pixels, Scale, check_pixels, read_resample, resize, size_of
 from jaxlab.processing.settings import ProcessorSettings, shown
 
 DEFAULTS = {**CLIP, "size": {"longest_edge": 1024}, "patch_size": {"height": 16, "width": 16}}
@@ -55,6 +55,7 @@ class WholeTokens(ImagePart):
         [images, 2], of the images as they are in it."""
         sizes = [one.pixels.shape[-2:] for one in ones]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        check_pixels(height, width)
         filled = [
             np.pad(one.pixels, [(0, 0), (0, 0), (0, height - h), (0, width - w)])
             for one, (h, w) in zip(ones, sizes, strict=True)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 from tokenizers import Tokenizer
 
 from jaxlab.app import model_folder
@@ -19,8 +18,9 @@ from jaxlab.checkpoints import (
     verify_tensors,
 )
 from jaxlab.config import POSITIONAL
+from jaxlab.costs import bytes_per_device
 from jaxlab.errors import UserError
-from jaxlab.models import count_params
+from jaxlab.models import SplitConfig, count_params, model_mesh
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Arguments:
     """Tensors to leave out: names, with * and ? for what varies."""
     check_finite: bool = False
     """Refuse tensors with NaN or infinities."""
+    mesh: SplitConfig = SplitConfig()
+    """Devices over which the model is split, if one of them does not hold it."""
     check: bool = False
     """Make all checks and estimate the memory; read no tensor and write nothing."""
     overwrite: bool = False
@@ -65,17 +67,18 @@ def run(arguments: Arguments) -> None:
     if to == "hf":  # before anything is read: can it be written?
         huggingface_config(opened.config, opened.source_files)
     tokenizer = _tokenizer(opened)
-    shapes = opened.shapes_in(arguments.dtype)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    mesh = model_mesh(arguments.mesh)
+    shapes = opened.placed(mesh, arguments.dtype)
     print(f"{opened.path}: {opened.summary}")
     if opened.dequantized is not None:
         print(f"{opened.path}: dequantised from {opened.dequantized}")
+    size = bytes_per_device(shapes)
     print(f"{opened.config.family}, {count_params(shapes):,} parameters, {size:,} bytes per device")
     if arguments.check:
         return
     config = opened.config_in(arguments.dtype)
     not_finite: NotFinite = "refuse" if arguments.check_finite else "warn" if arguments.verify else "take"
-    params = opened.read(dtype=arguments.dtype, not_finite=not_finite)
+    params = opened.read(mesh=mesh, dtype=arguments.dtype, not_finite=not_finite)
     save_model(
         out,
         config,
@@ -90,9 +93,9 @@ def run(arguments: Arguments) -> None:
     if arguments.verify:
         written = open_model(out)
         if arguments.dtype is None:
-            count = verify_tensors(opened, params, written)
+            count = verify_tensors(opened, params, written, mesh=mesh)
             print(f"verified: all {count} tensors are the same bytes")
-        print(verify_logits(opened, written, params if arguments.dtype is None else None))
+        print(verify_logits(opened, written, params if arguments.dtype is None else None, mesh=mesh))
 
 
 def _open(arguments: Arguments) -> OpenModel:

@@ -32,9 +32,12 @@ from jaxlab.models import (
     ModelConfig,
     Params,
     SparsityConfig,
+    SplitConfig,
     abstract_params,
     count_params,
     forward,
+    model_mesh,
+    using,
 )
 
 
@@ -56,6 +59,8 @@ class Config:
     """At most so many batches."""
     position_buckets: int = 16
     """Into how many equal ranges of positions the loss is split."""
+    mesh: SplitConfig = SplitConfig()
+    """Devices over which the model is split, if one of them does not hold it."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -76,11 +81,12 @@ def inputs(config: Config) -> dict[str, str]:
 def check(config: Config) -> dict[str, Any]:
     """What `--check` reports: whether model and data fit, and the memory of a batch; no parameter is read."""
     opened, model, _, batch = _prepare(config)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-    params = jax.tree.map(place, opened.shapes)
+    mesh = model_mesh(config.mesh)
+    params = opened.placed(mesh)
     check_same_tree(params, abstract_params(model), opened.path)
-    memory = compiled_memory(_measure, params, jax.tree.map(place, batch), model)
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    with using(mesh):
+        memory = compiled_memory(_measure, params, jax.tree.map(shape, batch), model)
     return {
         "parameters": count_params(params),
         "bytes_per_device": {"parameters": bytes_per_device(params), **memory},
@@ -89,7 +95,8 @@ def check(config: Config) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     opened, model, source, _ = _prepare(config)
-    params = opened.read()
+    mesh = model_mesh(config.mesh)
+    params = opened.read(mesh=mesh)
     losses, counts, matches, blocks = [], [], [], []
     needles = ByDepth()
     for batch in tqdm(
@@ -97,7 +104,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         desc=f"evaluate {run.name}",
         unit="batch",
     ):
-        loss, count, match, chosen = _measure(params, batch, model)
+        with using(mesh):
+            loss, count, match, chosen = _measure(params, batch, model)
         losses.append(np.asarray(loss, np.float64))
         counts.append(np.asarray(count))
         matches.append(np.asarray(match))

@@ -9,14 +9,25 @@ from typing import Annotated, Literal, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from jaxlab.app import model_folder
 from jaxlab.checkpoints import OPTIONS, OpenModel, open_model, sampling_options, stop_strings
 from jaxlab.config import POSITIONAL, REPEATED
+from jaxlab.costs import generation_memory
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.evaluation import Answer, fill_all
-from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch
+from jaxlab.models import (
+    Batch,
+    ModelConfig,
+    PlainVisionConfig,
+    SplitConfig,
+    count_params,
+    model_mesh,
+    prepare_batch,
+    using,
+)
 from jaxlab.processing import (
     Message,
     Prompt,
@@ -88,6 +99,10 @@ class Arguments:
     """Tensors to leave out: names, with * and ? for what varies."""
     prefill_chunk: int | None = None
     """Read the prompt so many tokens at a time: less memory for long ones. Not with images."""
+    mesh: SplitConfig = SplitConfig()
+    """Devices over which the model is split, if one of them does not hold it."""
+    check: bool = False
+    """Make all checks and estimate the memory of each device; read no tensor and make nothing."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "batch_size"):
@@ -138,6 +153,8 @@ def run(arguments: Arguments) -> None:
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     prompts = read_all(arguments)
+    if arguments.prefill_chunk is not None and (seen := next((p for p in prompts if p.images), None)):
+        raise UserError(f"{seen.where}: a prompt with images is read at once; leave --prefill_chunk out")
     template = find_template(arguments, opened, prompts)
     if template is not None:
         prompts = render(prompts, template, arguments, opened)
@@ -147,24 +164,47 @@ def run(arguments: Arguments) -> None:
     for note in notes:
         _note(note)
 
-    params = opened.read(not_finite="warn")
+    mesh = model_mesh(arguments.mesh)
+    if arguments.check:
+        with using(mesh):
+            _print_memory(answers, arguments, opened, mesh)
+        return
+    params = opened.read(mesh=mesh, not_finite="warn")
     single = len(answers) == 1
     form = arguments.format or ("text" if single else "jsonl")
-    for made, pieces in fill_all(
-        answers,
-        params,
-        config,
-        sampling,
-        jax.random.key(arguments.seed),
-        batch_size=arguments.batch_size,
-        prefill_chunk=arguments.prefill_chunk,
-    ):
-        for piece in pieces:
-            if single and form == "text":
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        for answer in made:
-            print(answer.as_json() if form == "jsonl" else "" if single else answer.text, flush=True)
+    with using(mesh):
+        for made, pieces in fill_all(
+            answers,
+            params,
+            config,
+            sampling,
+            jax.random.key(arguments.seed),
+            batch_size=arguments.batch_size,
+            prefill_chunk=arguments.prefill_chunk,
+        ):
+            for piece in pieces:
+                if single and form == "text":
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            for answer in made:
+                print(answer.as_json() if form == "jsonl" else "" if single else answer.text, flush=True)
+
+
+def _print_memory(
+    answers: Sequence[Answer], arguments: Arguments, opened: OpenModel, mesh: Mesh | None
+) -> None:
+    """Of the largest batch of texts, its images left out."""
+    params = opened.placed(mesh)
+    rows = min(len(answers), arguments.batch_size)
+    longest = max(answer.length for answer in answers)
+    budget = max(answer.budget for answer in answers)
+    memory = generation_memory(
+        params, opened.config, rows, min(longest, arguments.prefill_chunk or longest), budget
+    )
+    told = ", ".join(f"{what} {size:,}" for what, size in memory.items())
+    texts = f"{rows} texts of {longest} and {budget} tokens"
+    print(f"{opened.config.family}, {count_params(params):,} parameters; {texts}")
+    print(f"bytes per device: {told}")
 
 
 def read_all(arguments: Arguments) -> list[Prompt]:
@@ -231,6 +271,17 @@ def _image_mark(opened: OpenModel) -> str | None:
         return word
 
 
+def _refuse_videos(prompt: Prompt, opened: OpenModel) -> None:
+    """Refuses a prompt that asks for a video, of a model whose folder says what stands for one."""
+    if opened.tokenizer is None or isinstance(opened.config.vision, PlainVisionConfig):
+        return
+    try:
+        processor = opened.processor
+    except UserError:  # a folder without files of a processor: it reads text alone
+        return
+    processor.refuse_videos(prompt.text, opened.tokenizer)
+
+
 def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opened: OpenModel) -> list[Prompt]:
     """Prompts whose text is the conversation that they hold, or that they are a part of."""
     mark = _image_mark(opened)
@@ -245,8 +296,7 @@ def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opene
         image_mark=lead,
         place=f"{opened.path}: its chat template",
         where=[prompt.where for prompt in prompts],
-        each=[prompt.variables for prompt in prompts],
-        **arguments.chat_options,
+        each=[{**arguments.chat_options, **prompt.variables} for prompt in prompts],
     )
     texts = show(conversations)
     if mark is not None and any(t.count(mark) != len(p.images) for t, p in zip(texts, prompts, strict=True)):
@@ -283,9 +333,7 @@ def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
     first = opened.special_tokens.get("bos_token")
     special = not chat or (config.has_vision and not plain and not (first and prompt.text.startswith(first)))
     if files and not plain:
-        batch = _with_images(prompt, opened, chat, special)
-        check_token_ids(batch["tokens"], config, tokenizer, where=prompt.where)
-        return batch
+        return _with_images(prompt, opened, chat, special)
     tokens = encode(prompt.text, tokenizer, special=special, where=prompt.where)
     images: dict[str, np.ndarray] = {}
     if files:
@@ -301,6 +349,7 @@ def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
                 f"{prompt.where} holds {mark or config.image_token}, where an image goes, and no image is "
                 "given; name its file by --image, or leave that out"
             )
+        _refuse_videos(prompt, opened)
     check_token_ids(tokens, config, tokenizer, where=prompt.where)
     return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
@@ -315,6 +364,7 @@ def _with_images(prompt: Prompt, opened: OpenModel, chat: bool, special: bool) -
             "texts, or none"
         )
     batch = processor(prompt.text, prompt.images, opened.tokenizer, special_tokens=None if special else False)
+    check_token_ids(batch["tokens"], opened.config, opened.tokenizer, where=prompt.where)
     try:
         return prepare_batch(batch, opened.config)
     except ValueError as error:

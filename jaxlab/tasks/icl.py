@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from jaxlab.app import Run, model_folder
-from jaxlab.checkpoints import open_model
+from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.data import check_same_words
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl import (
@@ -34,7 +34,7 @@ from jaxlab.icl import (
     token_texts,
     word_loyalty,
 )
-from jaxlab.models import ModelConfig, Params
+from jaxlab.models import ModelConfig, Params, SplitConfig, model_mesh, using
 from jaxlab.processing import check_token_ids
 
 PICTURE_TOKENS = 512
@@ -70,6 +70,8 @@ class Config:
     """Blocking is done in the first, and in the last, so many layers; each number is a setting of its own."""
     top_words: int = 5
     """Word loyalty compares so many of the most likely next words."""
+    mesh: SplitConfig = SplitConfig()
+    """Devices over which the model is split, if one of them does not hold it."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -103,9 +105,16 @@ def check(config: Config) -> dict[str, Any]:
     check_same_words(opened.tokenizer, source.tokenizer, opened.path)
     model = opened.config
     _check_fits(config, model, source)
-    parameters, temporary = flow_memory(
-        model, config.batch_size, source.length, source.num_labels, source.roles
-    )
+    mesh = model_mesh(config.mesh)
+    with using(mesh):
+        parameters, temporary = flow_memory(
+            model,
+            config.batch_size,
+            source.length,
+            source.num_labels,
+            source.roles,
+            params=opened.placed(mesh),
+        )
     return {
         "prompts": config.examples * len(config.seeds),
         "tokens": source.length,
@@ -140,7 +149,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     check_same_words(opened.tokenizer, source.tokenizer, opened.path)
     model = opened.config
     _check_fits(config, model, source)
-    params = opened.read()
+    mesh = model_mesh(config.mesh)
+    params = opened.read(mesh=mesh)
+    with using(mesh):
+        return _analyse(config, run, opened, source, params)
+
+
+def _analyse(
+    config: Config, run: Run, opened: OpenModel, source: PromptSource, params: Params
+) -> dict[str, Any]:
+    model = opened.config
     answers = _Answers(config, model, params, source)
     flow = _Flows(config, model, params, source) if "flows" in config.analyses else None
     passes = -(-config.examples // config.batch_size) * len(config.seeds)

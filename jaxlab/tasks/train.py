@@ -18,7 +18,16 @@ from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, pea
 from jaxlab.data import Source, check_all_tokens, check_fits, first_held_out, make_source
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
-from jaxlab.models import Batch, Params, count_params
+from jaxlab.models import (
+    Batch,
+    Params,
+    batch_shardings,
+    check_batch,
+    count_params,
+    make_mesh,
+    on_mesh,
+    place_batch,
+)
 from jaxlab.retrofit import describe_retrofit, mean_loss, measure_retrofit
 from jaxlab.training import (
     Initial,
@@ -26,15 +35,10 @@ from jaxlab.training import (
     Stopwatch,
     TrainConfig,
     abstract_state,
-    batch_shardings,
-    check_batch,
     find_initial,
     init_state,
-    make_mesh,
     make_optimizer,
     make_schedule,
-    on_mesh,
-    place_batch,
     read_initial,
     state_shardings,
     train_step,

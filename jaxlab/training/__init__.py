@@ -5,15 +5,6 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.training.config import TrainConfig
     from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-    from jaxlab.training.sharding import (
-        MeshConfig,
-        batch_shardings,
-        check_batch,
-        make_mesh,
-        on_mesh,
-        param_shardings,
-        place_batch,
-    )
     from jaxlab.training.speed import Stopwatch
     from jaxlab.training.state import (
         Initial,

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from jaxlab.data import DataConfig, TextConfig
 from jaxlab.errors import ConfigError
-from jaxlab.models import ModelConfig
+from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
 from jaxlab.training.optimizer import OptimizerConfig
-from jaxlab.training.sharding import MeshConfig
 
 
 @dataclass(frozen=True)

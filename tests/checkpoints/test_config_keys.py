@@ -12,6 +12,7 @@ import pytest
 from jaxlab.checkpoints import families, open_model, save_model
 from jaxlab.checkpoints.families.inert_keys import is_inert
 from jaxlab.errors import UserError, UserNote
+from jaxlab.models import MoEConfig, abstract_params, count_params
 from tests.checkpoints import folders
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -42,8 +43,63 @@ def test_public_checkpoints_are_read(name):
     assert (config.width, config.num_layers) == (text["hidden_size"], text["num_hidden_layers"])
 
 
+SIZES = {
+    "OLMoE-1B-7B-0125-Instruct": 6_919_161_856,
+    "EXAONE-4.0-32B": 32_003_216_384,
+    "gpt-oss-20b": 20_914_757_184,
+    "GLM-4.5-Air": 106_852_251_264,
+    "DeepSeek-V2-Lite-Chat": 15_706_484_224,
+    "DeepSeek-V3": 671_026_419_200,
+}
+"""Parameters of public models as their authors give them, to the digits that they give; without layers that
+predict a second token."""
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_public_checkpoints_have_their_number_of_parameters(name):
+    config = families.read_config(PUBLIC[name], name)
+    assert count_params(abstract_params(config)) == SIZES[name]
+
+
+def test_what_public_checkpoints_mean():
+    read = lambda name: families.read_config(PUBLIC[name], name)
+    exaone, oss, air, lite = map(
+        read, ("EXAONE-4.0-32B", "gpt-oss-20b", "GLM-4.5-Air", "DeepSeek-V2-Lite-Chat")
+    )
+    assert exaone.kinds[:5] == ("sliding",) * 3 + ("full", "sliding")
+    assert exaone.rotary_layers[:5] == (True, True, True, False, True)
+    assert (exaone.pre_norms, exaone.post_norms, exaone.qk_norm) == (False, True, "head")
+    assert oss.kinds[:2] == ("sliding", "full")
+    assert (oss.sliding.window, oss.attention_sinks, oss.rope.truncate) == (128, True, False)
+    assert oss.moe is not None
+    assert (oss.moe.swiglu_limit, oss.moe.experts_per_token) == (7.0, 4)
+    assert (air.rotary_dim, air.key_dim, air.dense_layers, air.qk_norm) == (64, 128, 1, "none")
+    # 0.1 * 0.707 * ln(40) + 1, squared, on the scores; cosines and sines stay.
+    assert lite.score_scale == pytest.approx(192**-0.5 * 1.2608**2, rel=1e-4)
+    assert (lite.rope.attention_factor, lite.rotary_dim, lite.key_dim, lite.value_dim) == (1.0, 64, 192, 128)
+    assert read("DeepSeek-V3").moe == MoEConfig(
+        num_experts=256,
+        experts_per_token=8,
+        width=2048,
+        shared_width=2048,
+        scoring="sigmoid",
+        router_dtype="float32",
+        choice_bias=True,
+        num_groups=8,
+        groups_per_token=4,
+        group_score="top2",
+        scale=2.5,
+        first_dense=3,
+    )
+
+
+UNUSABLE = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
+"""In place of defaults with which transformers' own model does not run, those of a public checkpoint."""
+
+
 def defaults(version: str, kind: str) -> dict[str, Any]:
-    return {**FIELDS[version][""], **FIELDS[version][kind], "model_type": kind}
+    fields = {**FIELDS[version][""], **FIELDS[version][kind], "model_type": kind}
+    return {**fields, **UNUSABLE.get(kind, {})}
 
 
 @pytest.mark.parametrize(("version", "kind"), VERSIONS)
@@ -84,6 +140,9 @@ WITHOUT_EFFECT = {
     "rope_theta": "where rope_parameters says it",
     "rope_local_base_freq": "where rope_parameters says it",
     "sliding_window_pattern": "where layer_types says it",
+    "head_dim": "of latent attention, where it is qk_rope_head_dim",
+    "num_nextn_predict_layers": "of layers that predict a second token, which transformers leaves out too",
+    "qk_head_dim": "of latent attention, the sum of two others",
     "max_position_embeddings": "where yarn reaches further",
     "no_rope_layer_interval": "where no_rope_layers says it",
     "original_max_position_embeddings": "of models whose positions are not stretched",

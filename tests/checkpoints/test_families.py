@@ -10,7 +10,7 @@ import pytest
 from jaxlab.checkpoints import families, load_model, open_model
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.errors import UserError
-from jaxlab.models import SlidingAttentionConfig, forward, generate
+from jaxlab.models import ModelConfig, RopeConfig, SlidingAttentionConfig, forward, generate
 from tests.checkpoints import folders
 
 CASES = [case for case in folders.CASES if "vision_config" not in folders.config(case)]
@@ -156,7 +156,7 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "proportional"}},
         "proportional' is not supported: supported",
     ),
-    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of numbers"),
+    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of positive"),
     (
         "llama2",
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -193,6 +193,20 @@ REFUSED = [
         {"layer_types": None, "sliding_window_pattern": "LLLG"},
         "sliding_window_pattern must be a wh",
     ),
+    ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit must be a positive number"),
+    ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported: known is sigmoid"),
+    ("glm4_moe", {"n_group": 4}, "6 experts cannot form 4 groups"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy' is not supported: known is noaux_tc"),
+    (
+        "deepseek_v3",
+        {"moe_layer_freq": 2},
+        "moe_layer_freq 2 .* all layers after the first ones have experts",
+    ),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2 .* each of the 4 heads has a key"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias True is not known"),
+    ("deepseek_v3", {"index_topk": 2048}, "index_topk 2048 is not known"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' .* known are greedy and group_limi"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most the 5 experts"),
     (
         "gpt_neox",
@@ -247,6 +261,16 @@ def test_defaults_are_those_of_transformers():
     gemma = families.read_config({"model_type": "gemma3_text", "num_hidden_layers": 12}, "")
     assert gemma.kinds == ("sliding",) * 5 + ("full",) + ("sliding",) * 5 + ("full",)
     assert (gemma.rope.theta, gemma.sliding.rope_theta, gemma.tie_embeddings) == (1e6, 1e4, True)
+
+
+def test_positions_that_are_told_otherwise_are_the_same():
+    plain = ModelConfig(num_layers=4, head_dim=8)
+    told = lambda **more: dataclasses.replace(plain, position=RopeConfig(**more))
+    assert difference(plain, told(layers=(True,), dim=8)) is None
+    assert difference(told(layers=(True, False)), told(layers=(True, False, True, False))) is None
+    for other in (told(layers=(True, False)), told(layers=(False, True)), told(dim=4)):
+        assert difference(plain, other) is not None
+        assert difference(told(layers=(True, True, False)), other) is not None
 
 
 def test_a_model_that_no_family_can_describe_is_not_written(tmp_path):

@@ -14,7 +14,7 @@ from jaxlab.checkpoints import load_model, open_model
 from jaxlab.checkpoints.blocked_copy import aligned_empty, copy_by_blocks
 from jaxlab.checkpoints.tensor_table import parse
 from jaxlab.errors import UserError
-from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
+from jaxlab.models.sharding import MeshConfig, make_mesh, param_shardings
 from tests.checkpoints import folders
 
 

@@ -14,7 +14,7 @@ from jaxlab.config import dump
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, cast_floats
-from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
+from jaxlab.models.sharding import MeshConfig, make_mesh, param_shardings
 from tests.models.tiny import draw_params
 
 # After a failed read Orbax calls back into an event loop that it has closed.

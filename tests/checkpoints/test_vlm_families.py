@@ -92,6 +92,50 @@ def test_greedy_tokens_are_those_of_transformers(case):
     np.testing.assert_array_equal(made, golden["greedy"])
 
 
+def test_rows_of_different_lengths_go_on_as_alone():
+    """Of Mllama: what follows a text sees the images that the text's own last token sees."""
+    config, params = load("mllama")
+    golden = folders.golden("mllama")
+    short, long = batch_of(golden, "prompt"), {k: v[1:] for k, v in batch_of(golden).items()}
+    missing = long["tokens"].shape[1] - short["tokens"].shape[1]
+    wider = lambda x: np.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+    for key in ("tokens", "cross_attention_mask"):
+        short[key] = wider(short[key])
+    batch = {key: np.concatenate([short[key], long[key]]) for key in long}
+    batch["segment_ids"] = np.ones_like(batch["tokens"])
+    batch["segment_ids"][0, -missing:] = 0
+    made = generate(params, batch, config, max_new_tokens=6)
+    np.testing.assert_array_equal(made[0], golden["greedy"][0, :6])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"images": np.zeros((1, 1, 3, 3, 16, 16))},
+            r"images are \(1, 1, 3.*the model takes \('B', 'images', 2",
+        ),
+        ({"aspect_ratio_ids": np.array([[4]])}, "are beyond the 3 ratios"),
+        ({"aspect_ratio_ids": np.array([[0]])}, r"texts have \[1\] tokens of images, there are \[0\] images"),
+        ({"aspect_ratio_mask": np.ones((1, 1, 3))}, r"aspect_ratio_mask must be \(1, 1, 2\) beside these"),
+        ({"aspect_ratio_mask": None}, r"aspect_ratio_mask must be \(1, 1, 2\) beside these images, is None"),
+        ({"cross_attention_mask": np.ones((1, 3, 1, 2))}, r"cross_attention_mask must be \(1, 8, 1, 2\)"),
+    ],
+)
+def test_images_of_mllama_that_do_not_fit(change, message):
+    batch = batch_of(folders.golden("mllama"), "prompt") | change
+    batch = {key: value for key, value in batch.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        prepare_batch(batch, read(folders.config("mllama")))
+
+
+@pytest.mark.parametrize("sizes", [[(16, 6)], [(16, 32)], [(0, 8)], [(16, 8), (16, 8)]])
+def test_images_of_mistral_3_that_do_not_fit(sizes):
+    batch = batch_of(folders.golden("mistral3"), "prompt") | {"image_sizes": np.array(sizes)}
+    with pytest.raises(ValueError, match="each must be made of tokens of 8 pixels a side, and lie within"):
+        prepare_batch(batch, read(folders.config("mistral3")))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_comes_back_bit_for_bit(case):
     config, params = load(case)
@@ -185,12 +229,35 @@ def test_layers_of_mllama_are_numbered_around_those_that_read_the_images():
         ("paligemma", {"projection_dim": 5}, "projection_dim 5 is not supported"),
         ("gemma3", {"text_config": {"model_type": "llama"}}, "supported: gemma3_text"),
         ("mllama", {"tie_word_embeddings": True}, "the embedding has more rows than the head"),
+        (
+            "mllama",
+            {"vision_config": {"num_hidden_layers": 9}},
+            "intermediate_layers_indices .* there are 9 l",
+        ),
+        (
+            "mistral3",
+            {"vision_config": {"rope_theta": 5.0}},
+            "rope_theta 5.0 is not supported: .* base of 10000",
+        ),
+        ("mistral3", {"vision_config": {"rope_parameters": {"rope_type": "yarn"}}}, "images are axial"),
+        ("idefics2", {"perceiver_config": {"hidden_act": "relu"}}, "hidden_act 'relu' is not supported"),
     ],
 )
 def test_configs_that_are_wrong_or_not_known(case, change, message):
     with pytest.raises(UserError, match=message) as error:
         read(folders.config(case) | change)
     assert "\n" not in str(error.value)
+
+
+def test_the_epsilon_of_a_perceiver_counts_where_it_has_the_width_of_the_text():
+    """As in transformers, which takes those of the text where the perceiver_config is of another width."""
+    told = folders.config("idefics2")
+    assert read(told).vision.resampler.norm_eps == 1e-6
+    told["perceiver_config"] = {**told["perceiver_config"], "rms_norm_eps": 3e-4}
+    assert read(told).vision.resampler.norm_eps == 3e-4
+    del told["perceiver_config"]["hidden_size"]
+    told["text_config"] = {**told["text_config"], "rms_norm_eps": 2e-5}
+    assert read(told).vision.resampler.norm_eps == 2e-5
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlab.data.source import DataConfig, check_fits, check_same_words, first_held_out, make_source
+from jaxlab.data.source import (
+    DataConfig,
+    check_all_tokens,
+    check_fits,
+    check_same_words,
+    first_held_out,
+    make_source,
+)
 from jaxlab.errors import UserError
 from tests.models.tiny import make_config
 
@@ -58,9 +65,13 @@ def test_every_kind_makes_batches_of_one_form(config):
     training, held_out = source.batch(0, 0, 4), first_held_out(source, 4, "test")
     for found in (training, held_out):
         assert found["tokens"].dtype == np.int32
+        assert 0 <= found["tokens"].max() <= source.largest_token
         assert found["tokens"].shape[0] == 4
         assert found["loss_mask"].shape == found["tokens"].shape
         assert found["loss_mask"].any(axis=1).all()
         assert not found["loss_mask"][:, 0].any()
+    check_all_tokens(source, make_config(vocab_size=source.largest_token + 1))
+    with pytest.raises(UserError, match=f"holds token {source.largest_token}.* vocab_size is"):
+        check_all_tokens(source, make_config(vocab_size=source.largest_token))
     for name, values in make_source(config).batch(0, 0, 4).items():
         np.testing.assert_array_equal(values, training[name])

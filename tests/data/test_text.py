@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from jaxlab.data.text import SEPARATOR, TextConfig, TextSource
 from jaxlab.errors import ConfigError, UserError
@@ -100,6 +100,46 @@ def test_other_patterns(folder):
     for i in range(4):
         (folder / f"{i}.txt").write_bytes(b"t" * 12)
     assert set(source(folder, pattern="*.txt").batch(0, 0, 9)["tokens"].ravel()) == {SEPARATOR, ord("t")}
+
+
+def byte_pairs_of(folder, change):
+    """A model's tokenizer of bytes, changed before it is stored."""
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    change(tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return str(folder)
+
+
+def test_stored_truncation_and_padding_cut_no_text(folder, tmp_path):
+    plain = source(folder, tokenizer=byte_pairs_of(tmp_path / "a", lambda t: None))
+    for name, change in (
+        ("b", lambda t: t.enable_truncation(5)),
+        ("c", lambda t: t.enable_padding(length=500, pad_id=3)),
+    ):
+        stored = source(folder, tokenizer=byte_pairs_of(tmp_path / name, change))
+        np.testing.assert_array_equal(stored.training, plain.training)
+        np.testing.assert_array_equal(stored.held_out["test"], plain.held_out["test"])
+    assert len(plain.training) == 6 * 12
+    assert plain.largest_token == max(plain.training.max(), *(t.max() for t in plain.held_out.values()))
+
+
+def test_a_tokenizer_reads_utf8_alone(folder, tmp_path):
+    model = byte_pairs_of(tmp_path / "model", lambda t: None)
+    (folder / "latin.py").write_bytes(b"caf\xe9 ole")
+    with pytest.raises(UserError, match=r"latin\.py: not valid UTF-8 \(at its byte 4\)"):
+        source(folder, tokenizer=model)
+    assert 0xE9 in source(folder).training  # bytes may be anything
+    # One file is cut between its letters.
+    (folder / "one.py").write_text("日本語" * 7)
+    text = source(folder / "one.py", tokenizer=model, holdout_every=2, sequence_length=4)
+    assert len(text.training) == 30
+    assert len(text.training) + sum(map(len, text.held_out.values())) == 63
+    ours = source(folder / "one.py", holdout_every=2, sequence_length=4)
+    assert len(ours.training) == 31
 
 
 def test_the_standard_library_is_there():

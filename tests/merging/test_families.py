@@ -72,3 +72,37 @@ def test_an_expert_reaches_the_language_model_and_nothing_else(tmp_path, case, c
             continue
         expected = base[own] + LAMBDA_V * (before - base[own]) + LAMBDA_E * (expert[own] - base[own])
         np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+LANGUAGE = ("gpt_neox", "phi3_longrope", "stablelm_parallel", "gpt_oss", "deepseek_v3")
+SLOW = (
+    "opt",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "phi",
+    "cohere_qk_norm",
+    "exaone4",
+    "glm4_moe",
+    "granitemoe",
+    "olmoe",
+)
+
+
+@pytest.mark.parametrize("case", [*LANGUAGE, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
+def test_two_models_of_a_family_merge_tensor_by_tensor(tmp_path, case, capsys):
+    """Fused tensors and norms of single heads too, as the folders have them."""
+    rng = np.random.default_rng(0)
+    one = folders.weights(case)
+    other = {name: value + 0.1 * rng.standard_normal(value.shape, np.float32) for name, value in one.items()}
+    for name, tensors in (("one", one), ("other", other)):
+        folders.write(tmp_path / name, folders.config(case), tensors)
+    models = [{"model": str(tmp_path / name), "weight": 0.5} for name in ("one", "other")]
+    (tmp_path / "r.yaml").write_text(json.dumps({"kind": "merge", "operator": "linear", "models": models}))
+    assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), "--verify"]) == 0
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "hf")]) == 0
+    capsys.readouterr()
+    found = open_folder(tmp_path / "hf")
+    assert set(found) == set(one)
+    for name in one:
+        np.testing.assert_allclose(found[name].read(), (one[name] + other[name]) / 2, atol=1e-6)

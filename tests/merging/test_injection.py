@@ -9,7 +9,16 @@ import pytest
 
 from jaxlab.checkpoints import host_tensors
 from jaxlab.errors import UserError
-from jaxlab.merging import OPERATORS, inject, merge_tensors, plan_injection, tensor_key
+from jaxlab.merging import (
+    AFTERWARDS,
+    OPERATORS,
+    inject,
+    merge_models,
+    merge_tensors,
+    operator_named,
+    plan_injection,
+    tensor_key,
+)
 from jaxlab.models import (
     LearnedPositions,
     ModelConfig,
@@ -47,29 +56,126 @@ def tensors(params):
     return dict(host_tensors(params))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+NAMES = (
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.2.mlp.down_proj.weight",
+    "model.norm.weight",
+)
+OPTIONS = {"layer_swap": {"bottom": 1}, "lines": {"alpha": 0.5, "beta": 1.0}, "nearswap": {"t": 0.1}}
+WHOLE_MODEL = [name for name, entry in OPERATORS.items() if entry.scope("paper") == "model"]
+ALONE = [name for name in (*OPERATORS, *AFTERWARDS) if name not in ("passthrough", *WHOLE_MODEL)]
+QUICK = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "ram", "nearswap", "nuslerp",
+         "layer_swap", "fisher", "tall", "lines", "tsv_m")  # fmt: skip
+
+
+def statistics_for(operator, tensors):
+    """Statistics of random data, by name, for operators that need them."""
+    rng = np.random.default_rng(5)
+    found = {}
+    for name, tensor in tensors.items():
+        if operator == "fisher":
+            found[name] = [np.float32(rng.uniform(size=tensor.shape)) for _ in range(2)]
+        elif operator.startswith("regmean"):
+            inputs = rng.normal(size=(2, 20, tensor.shape[-1]))
+            found[name] = [np.float32(x.T @ x) for x in inputs] if tensor.ndim == 2 else [None, None]
+        else:
+            found[name] = [np.float32(x) for x in (0.3, 0.6)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "operator", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALONE]
+)
 def test_every_tensor_is_what_the_operator_gives_for_it_alone(operator):
     """The tensor under its own name, in Hugging Face's shape, its own key: stacking changes nothing."""
     vlm, expert, base = map(few, trio())
-    thin = {"density": 0.5} if "density" in OPERATORS[operator].parameters else {}
-    merged, _ = inject(vlm, expert, base, operator=operator, lambda_v=0.9, lambda_e=0.4, seed=3, **thin)
-    got, v, e, b = (tensors(params) for params in (merged, vlm, expert, base))
-    for name in (
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.2.mlp.down_proj.weight",
-        "model.norm.weight",
-    ):
-        options = {"base": b[name], "weight": [0.9, 0.4]}
+    entry = operator_named(operator)
+    own = {"density": 0.5} if "density" in entry.parameters else OPTIONS.get(operator, {})
+    v, e, b = (tensors(params) for params in (vlm, expert, base))
+    statistics = statistics_for(operator, v) if entry.takes("statistics") else None
+    merged, _ = inject(
+        vlm, expert, base, operator=operator, lambda_v=0.9, lambda_e=0.4, seed=3, statistics=statistics,
+        **own,
+    )  # fmt: skip
+    got = {t: tensors(params) for t, params in (merged if entry.per_task else {"": merged}).items()}
+    weights = [np.float32(0.9), np.float32(0.4)]
+    for name in NAMES:
+        difference = [x[name] - b[name] for x in (v, e)]
+        scaled = [d * w for d, w in zip(difference, weights, strict=True)]
+        models, options = [v[name], e[name]], {"base": b[name], **own}
+        if entry.takes("num_layers"):
+            layer = int(name.split(".")[2]) if "layers" in name else None
+            options |= {"layer": layer, "num_layers": 3}
+        if entry.takes("statistics"):
+            options["statistics"] = statistics[name]
+        if entry.random:
+            options["key"] = tensor_key(3, name)
+        add = np.float32(0)
         if operator == "slerp":  # of the task vectors, 1.3 times as far out
-            arc = merge_tensors("slerp", [v[name] - b[name], e[name] - b[name]], t=np.float32(0.4 / 1.3))
-            np.testing.assert_allclose(got[name], b[name] + 1.3 * np.asarray(arc), rtol=1e-5, atol=1e-6)
+            arc = merge_tensors("slerp", difference, t=np.float32(0.4 / 1.3))
+            np.testing.assert_allclose(got[""][name], b[name] + 1.3 * np.asarray(arc), rtol=1e-5, atol=1e-6)
             continue
         if operator == "linear":
-            want = merge_tensors("task_arithmetic", [v[name], e[name]], **options)
+            want = merge_tensors("task_arithmetic", models, weight=[0.9, 0.4], base=b[name])
+        elif entry.injection == "pair":
+            want = merge_tensors(operator, [b[name] + scaled[1]], **options | {"base": b[name] + scaled[0]})
+        elif entry.injection == "models" or (entry.of_models and not entry.takes("weights")):
+            models = [b[name] + d for d in scaled]  # the two models, weighted equally
+            if entry.base != "required":
+                options.pop("base")
+            want = merge_tensors(operator, models, **options)
+        elif not entry.takes("weights"):  # of the weighted task vectors
+            want = merge_tensors(operator, scaled, **options | {"base": np.zeros_like(b[name])})
+            add = b[name]
         else:
-            options |= {"normalize": False, "key": tensor_key(3, name), **thin}
-            want = merge_tensors(operator, [v[name], e[name]], **options)
-        np.testing.assert_array_equal(got[name], want)
+            if "normalize" in entry.parameters:
+                options["normalize"] = False
+            want = merge_tensors(operator, models, weight=[0.9, 0.4], **options)
+        for task, result in got.items():
+            one = np.asarray(want[str(["vlm", "expert"].index(task))] if task else want) + add
+            if entry.scope("paper") == "matrix":
+                np.testing.assert_allclose(result[name], one, rtol=2e-5, atol=2e-5, err_msg=name)
+            else:
+                np.testing.assert_array_equal(result[name], one, err_msg=name)
+
+
+@pytest.mark.parametrize("operator", WHOLE_MODEL)
+def test_operators_on_whole_models_see_all_tensors_as_one(operator):
+    """What a model's tensors become together is what they become joined to one tensor."""
+    vlm, expert, base = map(few, trio())
+    own = (
+        {"density": 0.3}
+        if operator == "ties_global"
+        else {"quantile": 0.7}
+        if operator == "trust_region"
+        else {}
+    )
+    merged, account = inject(vlm, expert, base, operator=operator, lambda_v=0.9, lambda_e=0.4, **own)
+    names = [line.name for line in account.lines if line.action == "merged"]
+    join = lambda params: np.concatenate([tensors(params)[name].reshape(-1) for name in names])
+    options = own | ({"normalize": False} if operator == "ties_global" else {})
+    want = merge_tensors(operator, [join(vlm), join(expert)], base=join(base), weight=[0.9, 0.4], **options)
+    if operator == "emr":
+        for task, name in (("vlm", "0"), ("expert", "1")):
+            np.testing.assert_allclose(join(merged[task]), want[name], rtol=1e-5, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(join(merged), want)
+        assert 0.05 < np.mean(join(merged) != join(base)) < 0.95
+    whole, _ = merge_models("ties_global", [few(expert)], base=few(base), density=0.3)
+    alone = merge_tensors("ties_global", [join_all(expert)], base=join_all(base), density=0.3)
+    np.testing.assert_array_equal(join_all(whole), alone)
+
+
+def join_all(params):
+    return np.concatenate([x.reshape(-1) for _, x in sorted(tensors(params).items())])
+
+
+def test_passing_through_is_no_injection():
+    vlm, expert, base = map(few, trio())
+    with pytest.raises(UserError, match="passthrough cannot be injected: it hands one model on"):
+        inject(vlm, expert, base, operator="passthrough")
+    with pytest.raises(UserError, match="fisher needs statistics="):
+        inject(vlm, expert, base, operator="fisher")
 
 
 @pytest.mark.parametrize("dense", [1, 2])
@@ -274,7 +380,7 @@ def test_models_that_differ_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"operator": "tie"}, "no operator 'tie'"),
+        ({"operator": "tie"}, "no merge method 'tie'"),
         ({"operator": "ties"}, "density: ties needs it"),
         ({"density": 0.5}, "density: task_arithmetic has none"),
         ({"operator": "ties", "density": 1.5}, "between 0 and 1"),

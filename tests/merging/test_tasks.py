@@ -34,9 +34,9 @@ from jaxlab.merging import (
 from jaxlab.merging.injection import layer_weights, prepare_task_vectors, weight_task_vectors
 from jaxlab.merging.search import stack_batches
 from jaxlab.models import ModelConfig, NoPositions, PlainVisionConfig, abstract_params
+from jaxlab.models.sharding import MeshConfig, make_mesh, param_shardings
 from jaxlab.tasks import main
 from jaxlab.tasks.merge_search import Config
-from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 
 LM = ModelConfig(
     vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position=NoPositions()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.models import forward, generate, init_cache, stream
+from jaxlab.models import RopeConfig, forward, generate, init_cache, stream
 from tests.models import oracle
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
@@ -99,8 +99,8 @@ def test_sampling_depends_on_the_key_alone():
         ([[1, 2]], {"top_p": 1.5}, "top_p must be between 0 and 1"),
         ([[1, 2]], {"min_p": -0.1}, "min_p must be between 0 and 1"),
         ([[1, 2]], {"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
-        ([[1, 13]], {}, "holds token 13, the embedding has 13 rows"),
-        ([[-1, 2]], {}, "holds token -1, the embedding has 13 rows"),
+        ([[1, 13]], {}, "the batch holds token 13, the embedding has 13 rows"),
+        ([[-1, 2]], {}, "the batch holds token -1, the embedding has 13 rows"),
         ([[]], {}, "prompt is empty"),
         ([[1] * 23], {}, "23 prompt tokens and 2 new ones exceed max_length 24"),
         ([[1, 2]], {"segments": [[0, 1]]}, "padding at the right"),
@@ -116,3 +116,35 @@ def test_errors(prompt, options, message):
         batch["segment_ids"] = jnp.asarray(segments, jnp.int32)
     with pytest.raises(ValueError, match=message):
         generate({}, batch, config, max_new_tokens=2, **options)
+
+
+def test_texts_that_outgrow_short_factors_are_read_anew_with_the_long_ones():
+    """As transformers does with Phi-3: tokens kept so far were turned otherwise, in every layer."""
+    longrope = {"scaling": "longrope", "factor": 3.0, "original_length": 8}
+    rope = RopeConfig(short_factors=(1.0, 1.5), long_factors=(2.0, 9.0), **longrope)
+    config = make_config(position=rope)
+    params, prompts = draw_params(config), np.asarray(draw_tokens(config, 2, 6))
+    lengths, new = np.array([6, 4]), 6
+    segments = (np.arange(6)[None] < lengths[:, None]).astype(np.int32)
+    batch = {"tokens": jnp.asarray(prompts * segments), "segment_ids": jnp.asarray(segments)}
+    made = generate(params, batch, config, max_new_tokens=new, repetition_penalty=1.3)
+    texts = np.zeros((2, 12), np.int32)
+    for row, length in enumerate(lengths):
+        texts[row, : length + new] = [*prompts[row, :length], *made[row]]
+    likeliest = {}
+    for name, factors in (("short", rope.short_factors), ("long", rope.long_factors)):
+        alike = RopeConfig(short_factors=factors, long_factors=factors, **longrope)
+        logits = np.asarray(run(params, {"tokens": texts}, make_config(position=alike))[0])
+        likeliest[name] = np.zeros((2, new), int)
+        for row, length in enumerate(lengths):
+            for i in range(new):
+                end = length + i
+                penalised = logits[row, end - 1].copy()
+                held = np.unique(texts[row, :end])
+                penalised[held] = np.where(penalised[held] > 0, penalised[held] / 1.3, penalised[held] * 1.3)
+                likeliest[name][row, i] = penalised.argmax()
+    short = 6 + np.arange(new) <= 8  # by the longest text of the batch
+    np.testing.assert_array_equal(made, np.where(short, likeliest["short"], likeliest["long"]))
+    assert (likeliest["short"] != likeliest["long"])[:, ~short].any()
+    chunked = generate(params, batch, config, max_new_tokens=new, repetition_penalty=1.3, prefill_chunk=3)
+    np.testing.assert_array_equal(chunked, made)

@@ -26,7 +26,7 @@ def test_a_module_takes_the_parameters_of_its_names_and_no_others():
 
 def test_bound_parameters_stand_where_they_are_named():
     params = {"scale": jnp.asarray([1.0, 2.0]), "bias": jnp.asarray([10.0, 20.0])}
-    norm = bind(params, Norm, 2, "layer", 1e-6)
+    norm = bind(params, Norm, (2,), "layer", 1e-6)
     np.testing.assert_allclose(norm(jnp.asarray([[-3.0, 3.0]])), [[9.0, 22.0]], rtol=1e-5)
 
 

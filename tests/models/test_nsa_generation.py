@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.models import NSAConfig, RopeConfig, forward, generate, init_cache
-from jaxlab.models.generation import _step
+from jaxlab.models.generation import decode_step
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
 CONFIG = make_config("nsa", num_layers=2)
@@ -75,7 +75,7 @@ def test_a_step_copies_no_layer_of_the_cache():
 
     def temporary(length: int) -> int:
         arguments = params, {"tokens": jnp.zeros((1, 1), jnp.int32)}, init_cache(config, 1, length)
-        compiled = _step.lower(*arguments, jax.random.key(0), {}, None, config).compile()
+        compiled = decode_step.lower(*arguments, jax.random.key(0), {}, None, config).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     one_layer = 8192 * config.kv_heads * (config.key_dim + config.value_dim) * 4

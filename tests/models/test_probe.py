@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from jaxlab.models.full_attention import softmax_attention
 from jaxlab.models.probe import Probe, probed_attention, probed_nsa_attention
 from kernels_pallas.nsa import compressed_attention, select_blocks
 
@@ -153,6 +154,20 @@ def test_agrees_with_jax_and_with_numeric_gradients():
     attend = jax.jit(lambda *inputs: probed_attention(*map(jnp.asarray, inputs), Probe(), window=5))
     close(attend(q, k, v), window, 1e-5)
     check_grads(attend, (q, k, v), 1, ["rev"], 0.02, 0.02)
+
+
+def test_sinks_take_weight_and_have_gradients_of_their_own():
+    q, k, v, _, _ = draw(21)
+    sinks = jnp.asarray([0.5, -1.0, 2.0, 0.1], jnp.float32)
+    mask = jnp.asarray(np.broadcast_to(mask_of(21, window=5), (2, 21, 21)))
+    attend = lambda *inputs: probed_attention(*inputs[:3], Probe(), window=5, sinks=inputs[3], rows=16)
+    plain = lambda *inputs: softmax_attention(*inputs[:3], mask, scale=8**-0.5, sinks=inputs[3])
+    out, pull = jax.vjp(jax.jit(attend), q, k, v, sinks)
+    expected, pull_plain = jax.vjp(jax.jit(plain), q, k, v, sinks)
+    close(out, expected, 1e-5)
+    for found, want in zip(pull(out), pull_plain(out), strict=True):
+        close(found, want, 1e-4)
+    assert np.abs(pull(out)[3]).min() > 0.1
 
 
 def test_blocked_tokens_keep_only_their_own_weight():

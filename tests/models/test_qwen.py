@@ -20,9 +20,9 @@ from jaxlab.models import (
     init_cache,
     prepare_batch,
 )
+from jaxlab.models.sharding import MeshConfig, make_mesh, param_shardings
 from jaxlab.models.vision import qwen_positions
 from jaxlab.models.vision.encoders import encode_images
-from jaxlab.training.sharding import MeshConfig, make_mesh, param_shardings
 from tests.models.tiny import draw_params
 
 IMAGE = 3

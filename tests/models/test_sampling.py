@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.models import forward, generate
-from jaxlab.models.generation import _step
+from jaxlab.models.generation import decode_step
 from jaxlab.models.sampling import Sampling, process_logits, sample, seen_tokens
 from tests.models.tiny import draw_params, make_config
 
@@ -93,6 +93,6 @@ def test_other_values_take_the_same_program():
     key = jax.random.key(0)
     run = lambda t, k: generate(params, batch, config, max_new_tokens=3, temperature=t, top_k=k, key=key)
     run(0.5, 4)
-    compiled = _step._cache_size()
+    compiled = decode_step._cache_size()
     run(0.9, 7)
-    assert _step._cache_size() == compiled
+    assert decode_step._cache_size() == compiled

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError
 from jaxlab.models import (
     AttentionContext,
     ModelConfig,
@@ -21,7 +21,9 @@ from jaxlab.models import (
     prepare_batch,
 )
 from jaxlab.models.full_attention import attention_mask
+from jaxlab.models.initializer import bind
 from jaxlab.models.vision import connectors
+from jaxlab.models.vision.connectors import Projector
 from tests.models.tiny import draw_params
 
 IMAGE = 3
@@ -207,11 +209,27 @@ def test_windows_bound_images_of_gemma_3_and_not_prompts_of_paligemma_2():
     ]
 
 
-def test_families_whose_images_are_not_run_say_so():
-    config = make_config(connector="resampler", connector_width=4, resampler=ResamplerConfig(num_queries=2))
-    config = dataclasses.replace(config, family="idefics2+mistral")
-    with pytest.raises(UserError, match=r"images of idefics2\+mistral models cannot be read yet"):
-        prepare_batch({"tokens": text(2), "images": draw_images(1)}, config)
+def test_a_resampler_reads_what_is_visible_and_nothing_else():
+    resampler = ResamplerConfig(num_queries=3, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
+    config = make_config(connector="resampler", connector_width=4, resampler=resampler)
+    projector = bind(draw_params(config)["projector"], Projector, config)
+    features = np.random.default_rng(2).standard_normal((2, 5, 8)).astype(np.float32)
+    visible = np.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], bool)
+    read = lambda features: projector(jnp.asarray(features), visible=jnp.asarray(visible))
+    tokens, hidden = read(features), read(np.where(visible[..., None], features, 9.0))
+    assert tokens.shape == (2, 3, 12)
+    np.testing.assert_allclose(tokens, hidden, rtol=1e-5, atol=1e-6)
+    seen = read(np.where(visible[..., None], features + 1.0, features))
+    assert np.abs(seen - tokens).min(axis=-1).max() > 1e-4
+    alone = projector(jnp.asarray(features[:1, [0, 1, 3]]))  # order does not matter, nor what is not there
+    np.testing.assert_allclose(tokens[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_squares_of_images_that_are_none_are_joined_by_their_rows():
+    features = jnp.arange(2 * 24 * 3, dtype=jnp.float32).reshape(2, 24, 3)
+    joined, grid = connectors._shuffle(features, 2, rows=4), features.reshape(2, 4, 6, 3)
+    assert joined.shape == (2, 6, 12)
+    assert joined[1, 4].tolist() == [*grid[1, 2, 2], *grid[1, 2, 3], *grid[1, 3, 2], *grid[1, 3, 3]]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families
 from jaxlab.errors import UserError
+from jaxlab.processing import pixels, tiles
 from tests.processing.folders import CASES, GOLDEN, load_processor, write_folder
 
 TOKENIZER = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
@@ -23,6 +25,9 @@ LEADS = {
     "paligemma": "<image><image>",
     "gemma3": "<start_of_image><start_of_image>",
     "idefics3": "<image><image>",
+    "idefics2": "<image><image>",
+    "mistral3": "[IMG][IMG]",
+    "mllama": "<|image|><|image|>",
 }
 
 
@@ -130,6 +135,14 @@ def test_folders_with_wrong_values(changes, message, tmp_path):
         ("idefics3", {"size": {"shortest_edge": 3}}, "size needs longest_edge"),
         ("internvl", {"max_patches": 100000}, "max_patches must be a whole number from 1 to 256"),
         ("paligemma", {"image_seq_length": None}, "no image_seq_length"),
+        ("idefics2", {"size": {"longest_edge": 9}}, "size needs shortest_edge and longest_edge, or height"),
+        ("idefics2", {"do_pad": False}, "do_pad must be true"),
+        ("mistral3", {"size": {"shortest_edge": 9}}, "size needs longest_edge, or height and width"),
+        ("mistral3", {"do_center_crop": True}, "do_center_crop is not supported by this processor"),
+        ("mllama", {"size": {"height": 9, "width": 8}}, "size must be a square, is 9 by 8"),
+        ("mllama", {"do_resize": False}, "do_resize must be true"),
+        ("mllama", {"max_image_tiles": 0}, "max_image_tiles must be a whole number from 1 to 64"),
+        ("mllama", {"size": 1 << 14}, "images would be filled up to"),
     ],
 )
 def test_folders_of_other_families_with_wrong_values(name, changes, message, tmp_path):
@@ -190,6 +203,7 @@ def test_a_family_without_a_processor_reads_no_images():
     [
         ("qwen2_vl", "<|video_pad|>"),
         ("internvl", "<video>"),
+        ("smolvlm", "<video>"),
         ("llava_onevision", "<video>"),
     ],
 )
@@ -210,3 +224,56 @@ def test_the_token_of_a_video_is_that_of_the_config(tmp_path):
     processor = load_processor(write_folder(tmp_path, "qwen2_vl", config={"video_token_id": number}))
     with pytest.raises(UserError, match="the prompt holds <end_of_utterance>: videos are not read"):
         processor("<end_of_utterance>", [], TOKENIZER)
+
+
+def test_idefics2_keeps_its_size_and_images_are_filled_up_to_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(pixels, "MOST_PIXELS", 2000)
+    folder = write_folder(
+        tmp_path, "idefics2", preprocessor={"size": {"shortest_edge": 1, "longest_edge": 400}}
+    )
+    wide, high = (tmp_path / name for name in ("wide.png", "high.png"))
+    Image.new("RGB", (300, 2)).save(wide)
+    Image.new("RGB", (2, 300)).save(high)
+    processor = load_processor(folder)
+    assert processor("", [wide], TOKENIZER)["images"].shape == (1, 1, 3, 2, 300)
+    with pytest.raises(UserError, match="images would be filled up to 300 by 300 pixels"):
+        processor("", [wide, high], TOKENIZER)
+
+
+def test_words_of_pixtral_that_the_folder_changes_are_refused(tmp_path):
+    folder = write_folder(tmp_path, "mistral3", processor={"image_break_token": "[BREAK]"})
+    with pytest.raises(UserError, match=r"image_break_token must be \[IMG_BREAK\]"):
+        load_processor(folder)
+
+
+def test_internvl_in_its_authors_layout_makes_the_same_batch(tmp_path):
+    """Of settings in config.json alone; the marks in a prompt are words and no tokens."""
+    vision = {"patch_size": 4, "image_size": 16}
+    told = {"force_image_size": 16, "dynamic_image_size": True, "use_thumbnail": True}
+    told |= {"model_type": "internvl_chat", "max_dynamic_patch": 12, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    processor = load_processor(tmp_path)
+    images = [GOLDEN / image for image in CASES["internvl_imagenet"]["images"]]
+    plain = Tokenizer.from_file(str(GOLDEN / "tokenizer_plain.json"))
+    batch = processor("<image>\nWhat? <image>\n", images, plain)
+    with np.load(GOLDEN / "batches.npz") as file:
+        expected = {key: file[f"internvl_imagenet.{key}"] for key in ("tokens", "images")}
+    assert batch["tokens"].tolist() == expected["tokens"].tolist()
+    np.testing.assert_allclose(batch["images"], expected["images"], rtol=0, atol=1e-6)
+    unmarked = processor("What?", images, plain)["tokens"]
+    assert unmarked.tolist() == processor("<image>\n<image>\nWhat?", images, plain)["tokens"].tolist()
+    with pytest.raises(UserError, match="the prompt holds 1 <image> for 2 images"):
+        processor("<image>", images, plain)
+    (tmp_path / "config.json").write_text(json.dumps({**told, "dynamic_image_size": False}))
+    assert load_processor(tmp_path)("", images, plain)["images"].shape == (2, 3, 16, 16)
+    (tmp_path / "config.json").write_text(json.dumps({**told, "pad2square": True}))
+    with pytest.raises(UserError, match="pad2square true is not supported"):
+        load_processor(tmp_path)
+
+
+def test_grids_of_equally_many_tiles_are_tried_in_the_order_of_the_authors():
+    """Their code sorts a set; where an image is as near to two grids, the later one is taken."""
+    theirs, ours = tiles.original_grids(1, 12), tiles.grids(1, 12)
+    assert set(theirs) == set(ours)
+    assert [a * b for a, b in theirs] == [a * b for a, b in ours]
+    assert theirs != ours

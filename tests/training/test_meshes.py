@@ -19,8 +19,8 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import loss_sum
 from jaxlab.models import forward, init_params
 from jaxlab.models.mesh import Part, in_parts, split_tokens
+from jaxlab.models.sharding import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings
 from jaxlab.tasks import train
-from jaxlab.training.sharding import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings
 from tests.models.tiny import draw_params, draw_tokens, make_config
 from tests.training.on_meshes import LENGTH, MODELS, compare
 
@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[2]
     [
         ("nsa", BOTH, True),
         ("full", CONTEXT, True),
+        ("sinks", BOTH, True),
+        pytest.param("latent", BOTH, True, marks=pytest.mark.slow),
         pytest.param("sliding", MeshConfig(data=1, model=2), False, marks=pytest.mark.slow),
         pytest.param("chunked", MeshConfig(data=1, fsdp=2, context=2), True, marks=pytest.mark.slow),
         pytest.param("nsa", CONTEXT, True, marks=pytest.mark.slow),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.models.sharding import MeshConfig, batch_shardings, make_mesh, param_shardings, place_batch
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlab.training.sharding import MeshConfig, batch_shardings, make_mesh, param_shardings, place_batch
 from jaxlab.training.state import state_shardings
 from jaxlab.training.step import State, train_step
 from tests.models.tiny import VISION, draw_params, draw_tokens, make_config
@@ -86,7 +86,7 @@ def test_meshes():
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (-1, 3), (-1, 8), (3, 2)])
 def test_a_mesh_that_does_not_fit_the_devices(data, fsdp):
-    with pytest.raises(UserError, match=r"devices, 4 are here; set mesh\.data and its other axes"):
+    with pytest.raises(UserError, match=r"devices, 4 are here; change the axes of mesh"):
         make_mesh(MeshConfig(data=data, fsdp=fsdp))
 
 

@@ -132,12 +132,15 @@ def _read_latent(s: Settings, interleaved: bool) -> dict[str, Any]:
     """Latent attention, whose rotary positions scale the scores too where they are stretched."""
     turning, other = s.whole("qk_rope_head_dim", 64), s.whole("qk_nope_head_dim", 128)
     s.ignore("head_dim", "qk_head_dim")  # of transformers' own making
+    heads = s.whole("num_attention_heads")
+    if s.whole("num_key_value_heads", heads) != heads:
+        raise s.refuse("num_key_value_heads", f"each of the {heads} heads has a key of its own")
     position = dataclasses.replace(rope.read_rope(s), dim=turning, interleaved=interleaved)
     group = s.value("rope_scaling") or s.value("rope_parameters") or {}
     return {
         "position": position,
         "latent": LatentConfig(s.whole("kv_lora_rank", 512), s.maybe_whole("q_lora_rank")),
-        "num_kv_heads": s.whole("num_attention_heads"),
+        "num_kv_heads": heads,
         "head_dim": turning + other,
         "value_head_dim": s.whole("v_head_dim", 128),
         "attention_scale": _scale(turning + other, position, group.get("mscale_all_dim") or 0.0),

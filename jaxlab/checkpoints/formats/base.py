@@ -151,6 +151,7 @@ class OpenModel(abc.ABC):
         self,
         *,
         shardings: "Params | None" = None,
+        mesh: "jax.sharding.Mesh | None" = None,
         dtype: "jax.typing.DTypeLike | None" = None,
         not_finite: NotFinite = "take",
     ) -> "Params":
@@ -158,15 +159,47 @@ class OpenModel(abc.ABC):
 
         Args:
           shardings: a tree like the parameters of `jax.sharding.Sharding`: each tensor is read straight to
-            where it will live. None: the default device.
+            where it will live. None: as `mesh` says.
+          mesh: devices over which the parameters are split by their logical axes (docs/meshes.md). None: the
+            default device.
           dtype: read the tensors in this dtype instead of the one they are stored in.
           not_finite: what to do about NaN and infinities.
 
         Raises:
           UserError: tensors that are damaged, not the config's, or not finite though that is refused; a dtype
-            that parameters cannot have.
+            that parameters cannot have; a size that the mesh cannot split.
         """
+        if shardings is None:
+            shardings = self.shardings(mesh)
         return self._read(shardings, None if dtype is None else parameter_dtype(dtype), not_finite)
+
+    def shardings(self, mesh: "jax.sharding.Mesh | None") -> "Params | None":
+        """Where each parameter lives on a mesh; None: on the default device.
+
+        Raises:
+          UserError: a size that the mesh cannot split.
+        """
+        from jaxlab.models import param_shardings
+
+        try:
+            return None if mesh is None else param_shardings(self.config, mesh)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
+    def placed(
+        self, mesh: "jax.sharding.Mesh | None", dtype: "jax.typing.DTypeLike | None" = None
+    ) -> "Params":
+        """Shapes and dtypes of the parameters, and where they would live.
+
+        Raises:
+          UserError: a size that the mesh cannot split.
+        """
+        import jax
+
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = self.shapes_in(dtype)
+        where = self.shardings(mesh) or jax.tree.map(lambda _: here, shapes)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
     @abc.abstractmethod
     def _read(

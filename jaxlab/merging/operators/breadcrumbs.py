@@ -76,6 +76,4 @@ def breadcrumbs_ties(
     """lambda times TIES' elected sum of what is between the extremes of the d_i (arXiv 2312.06795, with
     2306.01708).
     """
-    return multiply(
-        elected_sum(kept, weights, normalize=normalize, mode=mode, dtype=dtype), lambda_, dtype
-    )
+    return multiply(elected_sum(kept, weights, normalize=normalize, mode=mode, dtype=dtype), lambda_, dtype)

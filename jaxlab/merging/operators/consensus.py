@@ -3,15 +3,18 @@
 from typing import Annotated, Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from jaxlab.merging.numerics import (
+    F32,
     Density,
+    Mode,
     divide,
     floor_count,
     largest,
     multiply,
     round_to,
+    share_of,
     total,
     tree_sum,
 )
@@ -25,18 +28,20 @@ def sce(
     task_vectors: Vectors,
     *,
     select_topk: Annotated[Density, Bounds(0.0, 1.0), Counted()] = 1.0,
+    mode: Mode,
     dtype: jnp.dtype,
 ) -> Float[Array, "*shape"]:
     """Select, calculate, erase (arXiv 2408.07990, sec. 3.3): the floor(select_topk size) positions where the
     d_i vary most stay; each model weighs as much as the mean square of what stayed of it; of each position
     the d_i whose sign is that of their sum are averaged by these weights. A sum of zero elects plus.
+
+    mergekit: select_topk is a share of those positions that vary at all.
     """
-    count = jnp.float32(len(task_vectors))
-    mean = divide(total(task_vectors, dtype), count, dtype)
-    squares = [jnp.square(round_to(d - mean, dtype)) for d in task_vectors]
-    variance = divide(total([round_to(s, jnp.dtype(jnp.float32)) for s in squares], dtype), count, dtype)
-    size = variance.size
-    chosen = largest(variance, floor_count(select_topk, size))
+    count, size = jnp.float32(len(task_vectors)), task_vectors[0].size
+    mean = divide(total(task_vectors, F32), count, F32)
+    squares = [round_to(jnp.square(round_to(d - mean, F32)), F32) for d in task_vectors]
+    variance = divide(total(squares, F32), count, dtype)
+    chosen = largest(variance, _selected(variance, select_topk, mode))
     vectors = [jnp.where(chosen, d, 0.0) for d in task_vectors]
     powers = [
         divide(tree_sum(d, of=lambda x: round_to(jnp.square(x), dtype)), jnp.float32(max(size, 1)), dtype)
@@ -47,11 +52,20 @@ def sce(
     elected = jnp.where(total(vectors, dtype) >= 0, 1.0, -1.0)
     agree = [jnp.where(jnp.sign(d) == elected, w, 0.0) for d, w in zip(vectors, weights, strict=True)]
     # A NaN agrees with nothing, and must not vanish.
-    terms = [
-        jnp.where(jnp.isnan(d), d, round_to(d * w, dtype)) for d, w in zip(vectors, agree, strict=True)
-    ]
+    terms = [jnp.where(jnp.isnan(d), d, round_to(d * w, dtype)) for d, w in zip(vectors, agree, strict=True)]
     divisor = total(agree, dtype)
     return divide(total(terms, dtype), jnp.where(divisor == 0, 1.0, divisor), dtype)
+
+
+def _selected(variance: Float[Array, "*shape"], share: Density, mode: Mode) -> int | Integer[Array, ""]:
+    """How many positions SCE selects."""
+    if mode == "paper":
+        return floor_count(share, variance.size)
+    varying = jnp.sum(variance != 0, dtype=jnp.uint32)
+    count = jnp.floor(share_of(share) * varying.astype(jnp.float32)).astype(jnp.uint32)
+    whole = floor_count(share, variance.size)
+    # Exact where all vary; and a float32 must not round what is just below a whole number up to it.
+    return jnp.where(varying == variance.size, jnp.asarray(whole).astype(jnp.uint32), count)
 
 
 @operator(RAM)
@@ -60,7 +74,7 @@ def ram(task_vectors: Vectors, *, epsilon: Scalar = 1e-5, dtype: jnp.dtype) -> F
     (arXiv 2601.13572, RAM).
     """
     ones = [jnp.float32(1.0)] * len(task_vectors)
-    return _shared_and_unique(task_vectors, ones, epsilon, dtype)
+    return round_to(_shared_and_unique(task_vectors, ones, epsilon, dtype), dtype)
 
 
 @operator(RAM, scope="tensor")
@@ -80,10 +94,8 @@ def ramplus_tl(
     scales = []
     for mine in changed:
         shared, unique = (jnp.sum(mine & c, dtype=jnp.uint32) for c in (together > 1, together == 1))
-        overlap = divide(
-            shared.astype(jnp.float32), jnp.maximum(unique, 1).astype(jnp.float32), jnp.dtype(jnp.float32)
-        )
-        scales.append(1.0 + multiply(jnp.minimum(overlap, alpha), r, jnp.dtype(jnp.float32)))
+        overlap = divide(shared.astype(jnp.float32), jnp.maximum(unique, 1).astype(jnp.float32), F32)
+        scales.append(1.0 + multiply(jnp.minimum(overlap, alpha), r, F32))
     return _shared_and_unique(task_vectors, scales, epsilon, dtype)
 
 
@@ -100,10 +112,12 @@ def _shared_and_unique(
 ) -> Float[Array, "*shape"]:
     changed = [_changed(d, epsilon) for d in vectors]
     together = _count_true(changed)
-    kept = [jnp.where(m, d, 0.0) for m, d in zip(changed, vectors, strict=True)]
-    mean = divide(total(kept, dtype), jnp.maximum(together, 1).astype(jnp.float32), dtype)
-    alone = total([multiply(d, s, dtype) for d, s in zip(kept, scales, strict=True)], dtype)
-    return jnp.where(together == 1, alone, mean)
+    sharing = jnp.maximum(together, 1).astype(jnp.float32)
+    terms = []
+    for mine, d, scale in zip(changed, vectors, scales, strict=True):
+        kept = jnp.where(mine, d, 0.0)
+        terms.append(jnp.where(together == 1, multiply(kept, scale, F32), divide(kept, sharing, dtype)))
+    return total(terms, F32)
 
 
 @operator("Marczak et al. 2024, arXiv 2407.06322")

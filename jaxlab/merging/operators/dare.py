@@ -61,7 +61,11 @@ def drop_and_rescale(
     return [multiply(k, jnp.where(jnp.isinf(s), 0.0, s), dtype) for k, s in zip(kept, scales, strict=True)]
 
 
-@operator("Yu et al. 2023, arXiv 2311.03099", prepare=drop_and_rescale, scope={"paper": "element", "mergekit": "tensor"})
+@operator(
+    "Yu et al. 2023, arXiv 2311.03099",
+    prepare=drop_and_rescale,
+    scope={"paper": "element", "mergekit": "tensor"},
+)
 def dare_linear(
     kept: Vectors,
     weights: Weights,
@@ -74,7 +78,11 @@ def dare_linear(
     return multiply(weighted_sum(kept, weights, normalize=normalize, dtype=dtype), lambda_, dtype)
 
 
-@operator("Yu et al. 2023, arXiv 2311.03099, with TIES' election", prepare=drop_and_rescale, scope={"paper": "element", "mergekit": "tensor"})
+@operator(
+    "Yu et al. 2023, arXiv 2311.03099, with TIES' election",
+    prepare=drop_and_rescale,
+    scope={"paper": "element", "mergekit": "tensor"},
+)
 def dare_ties(
     kept: Vectors,
     weights: Weights,

@@ -67,8 +67,10 @@ def _regression_mean(
     whole = sum(kept[1:], kept[0])
     damped = whole + ridge * jnp.trace(whole) / size * diagonal
     # From the mean on, so that directions which no input has keep it.
-    away = sum(((d - mean) @ g for d, g in zip(task_vectors[1:], kept[1:], strict=True)),
-               (task_vectors[0] - mean) @ kept[0])
+    away = sum(
+        ((d - mean) @ g for d, g in zip(task_vectors[1:], kept[1:], strict=True)),
+        (task_vectors[0] - mean) @ kept[0],
+    )
     return mean + jnp.linalg.solve(damped, away.T).T
 
 

@@ -129,6 +129,4 @@ def della(
     """lambda times TIES' elected sum of what was kept of the d_i (arXiv 2406.11617, sec. 3: drop, elect,
     fuse).
     """
-    return multiply(
-        elected_sum(kept, weights, normalize=normalize, mode=mode, dtype=dtype), lambda_, dtype
-    )
+    return multiply(elected_sum(kept, weights, normalize=normalize, mode=mode, dtype=dtype), lambda_, dtype)

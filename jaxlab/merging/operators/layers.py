@@ -63,9 +63,15 @@ def lines(
     """The merged task vector of layer l of L times alpha + beta l / (L - 1): shallow layers change less;
     alpha outside of layers (arXiv 2410.17146, sec. 4, LiNeS).
     """
-    depth = divide(jnp.maximum(jnp.asarray(layer), 0).astype(jnp.float32), jnp.float32(max(num_layers - 1, 1)),
-                   jnp.dtype(jnp.float32))
-    scale = round_to(jnp.asarray(alpha, jnp.float32) + multiply(depth, beta, jnp.dtype(jnp.float32)), jnp.dtype(jnp.float32))
+    depth = divide(
+        jnp.maximum(jnp.asarray(layer), 0).astype(jnp.float32),
+        jnp.float32(max(num_layers - 1, 1)),
+        jnp.dtype(jnp.float32),
+    )
+    scale = round_to(
+        jnp.asarray(alpha, jnp.float32) + multiply(depth, beta, jnp.dtype(jnp.float32)),
+        jnp.dtype(jnp.float32),
+    )
     return multiply(merged, scale, dtype)
 
 

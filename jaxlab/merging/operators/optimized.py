@@ -106,12 +106,16 @@ def closed_form_lambda(
     share is not counted n times. A task vector of zeros gets 0.
     """
     count = len(task_vectors)
-    inner = [[dot(task_vectors[min(i, j)], task_vectors[max(i, j)]) for j in range(count)] for i in range(count)]
+    inner = [
+        [dot(task_vectors[min(i, j)], task_vectors[max(i, j)]) for j in range(count)] for i in range(count)
+    ]
     powers = [inner[i][i] for i in range(count)]
     there = jnp.stack([p > 0 for p in powers])
     matrix = jnp.stack(
         [
-            jnp.stack([divide(inner[i][j], jnp.where(powers[i] > 0, powers[i], 1.0), F32) for j in range(count)])
+            jnp.stack(
+                [divide(inner[i][j], jnp.where(powers[i] > 0, powers[i], 1.0), F32) for j in range(count)]
+            )
             for i in range(count)
         ]
     )

@@ -39,7 +39,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlab.errors import UserError
-from jaxlab.merging.numerics import Density, Mode, Share, multiply
+from jaxlab.merging.numerics import Density, Mode, Share, multiply, round_to
 
 Vectors = Sequence[Float[Array, "*shape"]]
 Weights = Sequence[Float[Array, ""]]
@@ -109,7 +109,7 @@ class NotInjected(typing.NamedTuple):
     reason: str
 
 
-Injection = Callable[..., Any] | Literal["models"] | NotInjected | None
+Injection = Callable[..., Any] | Literal["models", "pair"] | NotInjected | None
 
 
 class Afterwards(typing.NamedTuple):
@@ -228,6 +228,8 @@ class Operator:
     """What is done to the merged task vector."""
     in_float32: bool = False
     """mergekit, too, computes in float32."""
+    exact_weights: bool = False
+    """mergekit does not round the weights to the tensors' dtype."""
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -289,8 +291,13 @@ class Operator:
             raise UserError(f"{self.name} cannot be injected: {self.injection.reason}")
         if callable(self.injection):
             return dataclasses.replace(self, function=self.injection)
-        first = self.injection == "models" or not self.takes("weights")
+        first = self.injection in ("models", "pair") or not self.takes("weights")
         return dataclasses.replace(self, weighted_first=True) if first else self
+
+    def rounded(self, weights: Sequence[Any], dtype: jnp.dtype) -> list[Float[Array, ""]]:
+        """Weights as the operator takes them."""
+        to = jnp.dtype(jnp.float32) if self.exact_weights else dtype
+        return [round_to(jnp.asarray(w).astype(jnp.float32), to) for w in weights]
 
     def resolve(self, given: Mapping[str, Any], count: int, mode: Mode) -> dict[str, Any]:
         """The value of every parameter, from those given and the defaults.
@@ -332,7 +339,10 @@ class Operator:
             vectors = [multiply(d, w, dtype) for d, w in zip(prepared, weights, strict=True)]
             if self.of_models:
                 vectors = [supplied["base"] + d for d in vectors]
-                supplied |= {} if self.base == "required" else {"base": None}
+                if self.injection == "pair":
+                    supplied["base"], *vectors = vectors
+                elif self.base != "required":
+                    supplied["base"] = None
             ones = [jnp.float32(1.0)] * len(vectors)
             return once.combine(once.prepare(vectors, values, **supplied), ones, values, **supplied)
         takes_weights = "weights" in inspect.signature(self.function).parameters
@@ -358,6 +368,7 @@ def operator(
     per_task: bool = False,
     gather: Gather | None = None,
     in_float32: bool = False,
+    exact_weights: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the merge operator of its name; the function stays what it is.
 
@@ -366,12 +377,13 @@ def operator(
       prepare: a first stage that needs no weights. A search runs it once for many weights.
       inject: what the lambdas of an injection are to it. None: its weights; without weights they scale the
         task vectors, or an operator on models merges the models base + lambda_i d_i. "models": that also with
-        weights, which are 1. A function (prepared, weights, ...) -> merged task vector takes the operator's
+        weights, which are 1. "pair": the first of these models takes the base's place. A function (prepared, weights, ...) -> merged task vector takes the operator's
         place. Or why it cannot be injected.
       scope: what an element of the output depends on, in both modes or by mode.
       per_task: it returns a list with a task vector for each model.
       gather: what it needs to know of all tensors.
       in_float32: in mode mergekit, too, intermediate results are not rounded to the tensors' dtype.
+      exact_weights: nor are weights.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -380,7 +392,16 @@ def operator(
             raise ValueError(f"there are two operators named {name}")
         scopes = {mode: scope for mode in ("paper", "mergekit")} if isinstance(scope, str) else scope
         entry = Operator(
-            name, source, function, prepare, inject, scopes, per_task, gather, in_float32=in_float32
+            name,
+            source,
+            function,
+            prepare,
+            inject,
+            scopes,
+            per_task,
+            gather,
+            in_float32=in_float32,
+            exact_weights=exact_weights,
         )
         first = next(iter(inspect.signature(entry._stages[0]).parameters))
         if first not in ("task_vectors", "models"):
@@ -397,7 +418,9 @@ AFTERWARDS: dict[str, Afterwards] = {}
 """What can follow an operator on task vectors, by name: `ties+svc`. Alone, it follows task_arithmetic."""
 
 
-def afterwards(source: str, *, scope: Scope = "element") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def afterwards(
+    source: str, *, scope: Scope = "element"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of a merged task vector (and of the task vectors) that any operator on task
     vectors can be followed by: `operator+name`. The function stays what it is.
 

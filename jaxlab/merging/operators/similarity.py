@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import (
     F32,
+    Mode,
     divide,
     fold_sum,
     multiply,
@@ -25,7 +26,7 @@ def model_stock(
     models: Vectors, *, base: Float[Array, "*shape"], filter_wise: bool = False, dtype: jnp.dtype
 ) -> Float[Array, "*shape"]:
     """t mean_i x_i + (1 - t) base with t = n c / (1 + (n - 1) c), c the mean cosine of the pairs of task
-    vectors, 0 for one of zeros (arXiv 2403.19522, sec. 4). With `filter_wise` for each row (the last axis)
+    vectors, 0 for one of zeros; t = 0 where it has no value (arXiv 2403.19522, sec. 4). With `filter_wise` for each row (the last axis)
     of its own.
 
     Raises:
@@ -46,10 +47,15 @@ def model_stock(
         cosines.append(jnp.where(both == 0, 0.0, jnp.clip(cosine, -1.0, 1.0)))
     count = len(models)
     mean = divide(total(cosines, dtype), jnp.float32(len(cosines)), dtype)
-    t = divide(
-        round_to(count * mean, dtype), round_to(1.0 + round_to((count - 1) * mean, dtype), dtype), dtype
+    above, below = (
+        round_to(count * mean, dtype),
+        round_to(1.0 + round_to((count - 1) * mean, dtype), dtype),
     )
-    average = divide(total(models, dtype), jnp.float32(count), dtype)
+    t = jnp.where(below == 0, 0.0, divide(above, jnp.where(below == 0, 1.0, below), dtype))
+    summed = models[0]
+    for x in models[1:]:
+        summed = round_to(summed + x, dtype)
+    average = divide(summed, jnp.float32(count), dtype)
     rest = round_to(1.0 - t, dtype)
     merged = total([round_to(average * t, dtype), round_to(base * rest, dtype)], dtype)
     return merged.reshape(shape)
@@ -61,9 +67,9 @@ def _inner(x: Array, y: Array, by_row: bool, dtype: jnp.dtype) -> Float[Array, "
     return tree_sum(x, y, of=lambda a, b: round_to(a * b, dtype))
 
 
-@operator("alchemonaut 2024, QuartetAnemoi-70B-t0.0001's NearSwap")
+@operator("alchemonaut 2024, QuartetAnemoi-70B-t0.0001's NearSwap", inject="pair")
 def nearswap(
-    models: Vectors, *, base: Float[Array, "*shape"], t: Scalar, dtype: jnp.dtype
+    models: Vectors, *, base: Float[Array, "*shape"], t: Scalar, mode: Mode, dtype: jnp.dtype
 ) -> Float[Array, "*shape"]:
     """w x + (1 - w) base with w = min(t / |x - base|, 1): where the model is near the base it is taken.
 
@@ -71,14 +77,19 @@ def nearswap(
       UserError: not one model beside the base.
     """
     (x,) = _one_model("nearswap", models)
-    distance = round_to(jnp.abs(round_to(x - base, dtype)), dtype)
+    distance = round_to(jnp.abs(x - base), dtype)
     same = distance == 0
-    share = jnp.where(same, 0.0, jnp.clip(divide(jnp.broadcast_to(t, x.shape), distance, dtype), 0.0, 1.0))
+    divisor = jnp.where(same, 1.0, distance)
+    if mode == "mergekit":  # by the reciprocal
+        near = multiply(divide(jnp.ones_like(x), divisor, dtype), t, dtype)
+    else:
+        near = divide(jnp.broadcast_to(t, x.shape), divisor, dtype)
+    share = jnp.where(same, 0.0, jnp.clip(near, 0.0, 1.0))
     rest = round_to(1.0 - share, dtype)
     return total([round_to(x * share, dtype), round_to(base * rest, dtype)], dtype)
 
 
-@operator("Arcee AI 2024, mergekit's Arcee Fusion", scope="tensor")
+@operator("Arcee AI 2024, mergekit's Arcee Fusion", scope="tensor", inject="pair")
 def arcee_fusion(
     models: Vectors, *, base: Float[Array, "*shape"], dtype: jnp.dtype
 ) -> Float[Array, "*shape"]:
@@ -89,22 +100,24 @@ def arcee_fusion(
     Raises:
       UserError: not one model beside the base.
     """
-    del dtype
     (x,) = _one_model("arcee_fusion", models)
     if x.size == 0:
         return base
     rows = [z if z.ndim else z[None] for z in (x, base)]
-    p, q = (round_to(_softmax(z) + 1e-8, F32) for z in rows)
-    divergence = fold_sum(round_to(p * jnp.log(round_to(p / q, F32)), F32), -1)[..., None]
-    importance = round_to(jnp.abs(rows[0] - rows[1]) * divergence, F32)
+    p, q = (round_to(_softmax(z, dtype) + 1e-8, dtype) for z in rows)
+    terms = round_to(p * round_to(jnp.log(round_to(p / q, dtype)), dtype), dtype)
+    divergence = round_to(fold_sum(terms, terms.ndim - 1), dtype)[..., None]
+    change = round_to(rows[0] - rows[1], dtype)
+    importance = round_to(jnp.abs(change) * divergence, dtype)
     low, middle, high = (order_statistic(importance, (x.size - 1) * i // 4) for i in (1, 2, 3))
-    threshold = middle + multiply(high - low, 1.5, F32)
-    return jnp.where((importance >= threshold).reshape(x.shape), x, base)
+    spread = round_to(1.5 * round_to(high - low, dtype), dtype)
+    chosen = (importance >= round_to(middle + spread, dtype)) | jnp.isnan(importance)
+    return base + jnp.where(chosen, change, 0.0).reshape(x.shape)
 
 
-def _softmax(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _softmax(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
     powers = round_to(jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)), F32)
-    return round_to(powers / fold_sum(powers, -1)[..., None], F32)
+    return round_to(powers / fold_sum(powers, powers.ndim - 1)[..., None], dtype)
 
 
 def _one_model(name: str, models: Vectors) -> Vectors:

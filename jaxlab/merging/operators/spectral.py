@@ -46,7 +46,7 @@ def task_singular_vectors(task_vectors: Vectors) -> list[Float[Array, "*shape"]]
     left = _orthogonal(jnp.concatenate([u for u, _, _ in parts], axis=1))
     right = _orthogonal(jnp.concatenate([vh for _, _, vh in parts], axis=0))
     rows = [slice(i * rank, (i + 1) * rank) for i in range(count)]
-    return [(left[:, r] * s) @ right[r] for r, (_, s, _) in zip(rows, parts, strict=True)]
+    return [(left[:, r] * s[None]) @ right[r] for r, (_, s, _) in zip(rows, parts, strict=True)]
 
 
 @operator("Gargiulo et al. 2024, arXiv 2412.00081", prepare=task_singular_vectors, scope="matrix")
@@ -128,7 +128,7 @@ def svc(
         share = jnp.sum(own * a, axis=1) / jnp.where(power > 1e-12, power, 1.0)
         repeats.append(jnp.where(power > 1e-12, jnp.maximum(share, calibration), calibration))
     factor = len(responses) / sum(repeats)
-    return (u * (s * factor)) @ vh
+    return (u * (s * factor)[None]) @ vh
 
 
 @afterwards("Skorobogat et al. 2025, arXiv 2506.16506", scope="matrix")
@@ -147,4 +147,4 @@ def subspace_boosting(
     u, s, vh = svd(merged)
     reached = jnp.cumsum(s) >= beta * jnp.sum(s)
     floor = s[jnp.where(jnp.any(reached), jnp.argmax(reached), s.size - 1)]
-    return (u * jnp.maximum(s, floor)) @ vh
+    return (u * jnp.maximum(s, floor)[None]) @ vh

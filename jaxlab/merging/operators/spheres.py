@@ -11,7 +11,9 @@ from jaxlab.merging.numerics import F32, Mode, divide, fold_sum, multiply, round
 from jaxlab.merging.operators.registry import NonzeroSum, Scalar, Vectors, Weights, operator
 
 
-@operator("Shoemake 1985, by rows, of weights; mergekit's", scope="tensor", inject="models")
+@operator(
+    "Shoemake 1985, by rows, of weights; mergekit's", scope="tensor", inject="models", exact_weights=True
+)
 def nuslerp(
     models: Vectors,
     weights: Weights,
@@ -26,8 +28,8 @@ def nuslerp(
     vectors; t = 1/2 where the weights sum to less than 1e-6. Without `nuslerp_flatten` the last axis (with
     `nuslerp_row_wise` the first one) holds vectors that have an arc each (Shoemake 1985, sec. 3.3).
 
-    A straight line where the sine of the angle is below 1e-8. paper: the angle by an arctangent; mergekit:
-    by an arccosine.
+    A straight line where there is no one arc. paper: parallel or opposed within 1e-6, the angle by an
+    arctangent; mergekit: a cosine of 1 or -1, the angle by an arccosine.
 
     Raises:
       UserError: not two models.
@@ -59,18 +61,17 @@ def _arc(
     if mode == "mergekit":
         cosine = jnp.clip(_sums(round_to(u * v, dtype), axis, dtype), -1.0, 1.0)
         angle = round_to(jnp.arccos(cosine), dtype)
+        straight = jnp.abs(cosine) >= 1.0
     else:
         angle = 2.0 * jnp.arctan2(_norms(u - v, axis, dtype), _norms(u + v, axis, dtype))
         angle = round_to(jnp.where((norms[0] <= 1e-8) | (norms[1] <= 1e-8), jnp.pi / 2, angle), dtype)
+        straight = jnp.sin(angle) < 1e-6
     sine = round_to(jnp.sin(angle), dtype)
-    straight = jnp.abs(sine) < 1e-8
-    rest = 1.0 - t
-    curves = [
-        divide(round_to(jnp.sin(multiply(angle, part, dtype)), dtype), jnp.where(straight, 1.0, sine), dtype)
-        for part in (rest, t)
-    ]
-    shares = [jnp.where(straight, line, curve) for line, curve in zip((rest, t), curves, strict=True)]
-    return total([round_to(x * s, dtype) for x, s in zip((a, b), shares, strict=True)], dtype)
+    parts = (1.0 - t, t)
+    curves = [round_to(jnp.sin(multiply(angle, part, dtype)), dtype) for part in parts]
+    shares = [jnp.where(straight, line, curve) for line, curve in zip(parts, curves, strict=True)]
+    summed = total([round_to(x * s, dtype) for x, s in zip((a, b), shares, strict=True)], dtype)
+    return divide(summed, jnp.where(straight, 1.0, sine), dtype)
 
 
 def _sums(x: Float[Array, "*shape"], axis: int, dtype: jnp.dtype) -> Float[Array, "*kept"]:
@@ -103,18 +104,19 @@ def multislerp(
     whole = total(weights, dtype)
     shares = [divide(w, whole, dtype) if normalize_weights else w for w in weights]
     norms = [round_to(jnp.sqrt(tree_sum(x, of=jnp.square)), dtype) for x in vectors]
-    units = [divide(x, round_to(n + eps, dtype), dtype) for x, n in zip(vectors, norms, strict=True)]
+    lengths = [jnp.where(n == 0, 1.0, round_to(n + eps, dtype)) for n in norms]
+    units = [divide(x, n, dtype) for x, n in zip(vectors, lengths, strict=True)]
     mean = _weighted(units, shares, dtype)
     reach = round_to(jnp.sqrt(tree_sum(mean, of=jnp.square)), dtype)
     cancels = reach < eps
     mean = divide(mean, jnp.where(cancels, 1.0, reach), dtype)
     dots = [round_to(tree_sum(u, mean, of=lambda a, b: round_to(a * b, dtype)), dtype) for u in units]
-    tangents = [
-        round_to(u - multiply(mean, d, dtype), dtype) for u, d in zip(units, dots, strict=True)
-    ]
+    tangents = [round_to(u - multiply(mean, d, dtype), dtype) for u, d in zip(units, dots, strict=True)]
     tangent = _weighted(tangents, shares, dtype)
     length = round_to(jnp.sqrt(tree_sum(tangent, of=jnp.square)), dtype)
-    along = divide(multiply(tangent, round_to(jnp.sin(length), dtype), dtype), jnp.maximum(length, eps), dtype)
+    along = divide(
+        multiply(tangent, round_to(jnp.sin(length), dtype), dtype), jnp.maximum(length, eps), dtype
+    )
     point = total([multiply(mean, round_to(jnp.cos(length), dtype), dtype), along], dtype)
     point = jnp.where(length > eps, point, mean)
     scale = total([multiply(n, w, dtype) for n, w in zip(norms, shares, strict=True)], dtype)

@@ -167,8 +167,7 @@ def pcb(
         least = order_statistic(score, jnp.uint32(size) - jnp.clip(kept, 1, size))
         scores.append(_to_unit(jnp.maximum(score, least)))
     terms = [
-        round_to(multiply(d, w, dtype) * s, dtype)
-        for d, w, s in zip(clipped, weights, scores, strict=True)
+        round_to(multiply(d, w, dtype) * s, dtype) for d, w, s in zip(clipped, weights, scores, strict=True)
     ]
     divisor = jnp.maximum(total(scores, F32), 1e-12)
     return multiply(divide(total(terms, dtype), divisor, dtype), lambda_, dtype)
@@ -195,8 +194,10 @@ def _sensitivity(task_vectors: Vectors, statistics: Any = None) -> Float[Array, 
 @operator(
     "Sun et al. 2025, arXiv 2501.15065",
     scope="model",
-    gather=threshold_gather(lambda task_vectors, statistics=None: [_sensitivity(task_vectors, statistics)],
-                            lambda parameters, size: [size - min(int(size * parameters["quantile"]), size - 1)]),
+    gather=threshold_gather(
+        lambda task_vectors, statistics=None: [_sensitivity(task_vectors, statistics)],
+        lambda parameters, size: [size - min(int(size * parameters["quantile"]), size - 1)],
+    ),
 )
 def trust_region(
     task_vectors: Vectors,

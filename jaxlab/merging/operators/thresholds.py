@@ -33,7 +33,10 @@ def threshold_gather(
         if totals is None:
             return {"counts": jnp.stack([_counts(b >> 15, 1 << 16) for b in bits])}
         high = jnp.asarray(totals["high"])
-        inner = [_counts(jnp.where(b >> 15 == high[i], b & 0x7FFF, 1 << 15), (1 << 15) + 1) for i, b in enumerate(bits)]
+        inner = [
+            _counts(jnp.where(b >> 15 == high[i], b & 0x7FFF, 1 << 15), (1 << 15) + 1)
+            for i, b in enumerate(bits)
+        ]
         return {"counts": jnp.stack(inner)[:, :-1]}
 
     def conclude(sums: Any, before: Any, parameters: Mapping[str, Any]) -> Any:
@@ -73,7 +76,9 @@ def trim_globally(
     for i, (x, d) in enumerate(zip(task_vectors, densities, strict=True)):
         if totals is None:
             mask = largest(x, kept_count(d, x.size))
-            least = jnp.min(jnp.where(mask, magnitude_bits(x), jnp.uint32(0xFFFFFFFF)), initial=0xFFFFFFFF)
+            least = jnp.min(
+                jnp.where(mask, magnitude_bits(x), jnp.uint32(0xFFFFFFFF)), initial=jnp.uint32(0xFFFFFFFF)
+            )
         else:
             least = jnp.asarray(totals["threshold"])[i]
         result.append(jnp.where(magnitude_bits(x) >= least, x, 0.0))

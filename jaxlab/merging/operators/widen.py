@@ -38,7 +38,9 @@ def widen(
         for x in models:
             size = _magnitude(x, axis)
             product = round_to(size * start, F32)
-            cosine = divide(fold_sum(round_to(x * base, F32), axis), jnp.where(product == 0, 1.0, product), F32)
+            cosine = divide(
+                fold_sum(round_to(x * base, F32), axis), jnp.where(product == 0, 1.0, product), F32
+            )
             changes.append(jnp.abs(size - start))
             turns.append(1.0 - jnp.where(product == 0, 0.0, cosine))
         pair = [_scores([_rank(x) for x in each], above_average, calibration) for each in (changes, turns)]

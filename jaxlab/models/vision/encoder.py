@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import CrossCache
-from jaxlab.models.stack import NO_BETWEEN, Between
+from jaxlab.models.stack import Between
 
 
 class Encoded(NamedTuple):
@@ -22,9 +22,7 @@ class Encoded(NamedTuple):
     deep: Float[Array, "n P D"] | None = None
     """What DeepStack adds to these tokens after each of the decoder's first n layers."""
     cross: CrossCache | None = None
-    """Instead of tokens, for layers that read the images (Mllama)."""
-    between: Between = NO_BETWEEN
-    """These layers."""
+    """Instead of tokens, for layers of the decoder that read the images (Mllama)."""
 
 
 class Encoder(nnx.Module):
@@ -40,8 +38,8 @@ class Encoder(nnx.Module):
         """The image tokens of a prepared batch."""
         raise NotImplementedError
 
-    def recall(self, cross: CrossCache) -> Encoded:
-        """Images that were read before, of a model with layers that read them."""
+    def between(self, cross: CrossCache) -> Between:
+        """The layers that read the images, of a model that has such."""
         raise NotImplementedError
 
     @staticmethod

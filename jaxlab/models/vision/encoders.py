@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from jaxlab.models.batch import Batch
+from jaxlab.models.batch import Batch, Params, check_tokens
 from jaxlab.models.config import ModelConfig
-from jaxlab.models.initializer import Params, bind
+from jaxlab.models.initializer import bind
 from jaxlab.models.kv_cache import Cache
+from jaxlab.models.stack import NO_BETWEEN, Between
 from jaxlab.models.vision.encoder import Encoded, Encoder
 from jaxlab.models.vision.mllama import MllamaEncoder
 from jaxlab.models.vision.plain import PlainEncoder
@@ -33,11 +34,13 @@ def prepare_batch(batch: Mapping[str, Any], config: ModelConfig) -> Batch:
     """The batch with what follows from the sizes of its images, worked out on the host.
 
     `forward` does it by itself; where it is jitted and images vary in size, call this before, outside of jit.
-    A batch that is prepared, or needs nothing, stays as it is.
+    A batch that is prepared, or needs nothing, stays as it is. Tokens that are not traced are checked.
 
     Raises:
-      ValueError: sizes of images are traced, or do not fit the placeholders in the text.
+      ValueError: sizes of images are traced, or do not fit the placeholders in the text; or the embedding has
+        no row for a token.
     """
+    check_tokens(batch["tokens"], config)
     if "images" not in batch or not config.has_vision:
         return cast(Batch, dict(batch))
     return cast(Batch, {**batch, **encoder_of(config).prepare(batch, config)})
@@ -57,6 +60,18 @@ def encode_images(
         return None
     if "images" in batch and kept is not None:
         raise ValueError("images cannot follow others that were read before; read them in one batch")
+    if kept is not None:
+        return Encoded(cross=kept)
+    return _encoder(params, config)(batch)
+
+
+def layers_between(params: Params, images: Encoded | None, config: ModelConfig) -> Between:
+    """The layers that stand between those of the decoder and read the images; none of most models."""
+    if images is None or images.cross is None:
+        return NO_BETWEEN
+    return _encoder(params, config).between(images.cross)
+
+
+def _encoder(params: Params, config: ModelConfig) -> Encoder:
     own: Params = {name: params[name] for name in ("vision", "projector") if name in params}
-    encoder = bind(own, encoder_of(config), config)
-    return encoder(batch) if kept is None else encoder.recall(kept)
+    return bind(own, encoder_of(config), config)

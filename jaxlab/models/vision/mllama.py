@@ -249,9 +249,9 @@ class MllamaEncoder(Encoder):
             of_tiles = jnp.asarray(batch["cross_attention_mask"]) != 0
             of_tiles = of_tiles.reshape(*of_tiles.shape[:2], -1)
             visible = jnp.repeat(of_tiles, patches, axis=-1)
-        return self.recall(CrossCache(keys, values, visible))
+        return Encoded(cross=CrossCache(keys, values, visible))
 
-    def recall(self, cross: CrossCache) -> Encoded:
+    def between(self, cross: CrossCache) -> Between:
         """The layers that read the images, each before the layer of the text that follows it."""
         v = self.config.vision_as(MllamaVisionConfig)
         graphdef, params = nnx.split(self.projector.cross_layers)
@@ -263,8 +263,7 @@ class MllamaEncoder(Encoder):
                 visible = jnp.broadcast_to(visible, (*x.shape[:2], visible.shape[-1]))
             return layer.read(x, cross.keys[index], cross.values[index], visible)
 
-        before = tuple(number - i for i, number in enumerate(v.cross_layers))
-        return Encoded(cross=cross, between=Between(before, apply))
+        return Between(tuple(number - i for i, number in enumerate(v.cross_layers)), apply)
 
     @staticmethod
     def prepare(batch: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -208,12 +208,12 @@ GEMMAS = [
 
 
 def idefics3_inputs(
-    generator: np.random.Generator, rows: Sequence[Sequence[Part]], counts: Sequence[int]
+    generator: np.random.Generator, rows: Sequence[Sequence[Part]], counts: Sequence[int], height: int = 16
 ) -> Inputs:
-    """The first row's first image fills 16 x 20 of its 24 x 24 pixels; rows with fewer images hold zeros."""
+    """The first row's first image fills `height` x 20 of its 24 x 24 pixels; rows with fewer hold zeros."""
     values = pixels(generator, len(counts), max(counts), 3, 24, 24)
     mask = np.ones((len(counts), max(counts), 24, 24), np.int64)
-    mask[0, 0, 16:] = 0
+    mask[0, 0, height:] = 0
     mask[0, 0, :, 20:] = 0
     for row_, (count, _) in enumerate(zip(counts, rows, strict=True)):
         values[row_, count:] = 0
@@ -367,12 +367,12 @@ KEYS = [
         name="idefics2",
         model="Idefics2ForConditionalGeneration",
         awkward="a perceiver with latents and grouped key/value heads between tower "
-        "and Mistral; fractional positions",
+        "and Mistral; fractional positions; an image that ends within a patch, which is left out",
         config=idefics2,
         inputs=lambda generator: idefics3_inputs(
-            generator, [[5, image(5), 3, image(5), 6], [9, image(5), 10]], [2, 1]
+            generator, [[5, image(5), 3, image(5), 6], [9, image(5), 10]], [2, 1], 18
         ),
-        prompt=lambda generator, long: idefics3_inputs(generator, [[3, image(5), 4]], [1]),
+        prompt=lambda generator, long: idefics3_inputs(generator, [[3, image(5), 4]], [1], 18),
         special=(IMAGE,),
         no_effect=r"vision_model.*k_proj\.bias",
     ),

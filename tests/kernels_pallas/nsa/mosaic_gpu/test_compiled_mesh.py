@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jaxlab.models import ModelConfig, NSAConfig
+from jaxlab.models.sharding import batch_shardings, on_mesh
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlab.training.sharding import batch_shardings, on_mesh
 from jaxlab.training.state import abstract_state, state_shardings
 from jaxlab.training.step import train_step
 from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere

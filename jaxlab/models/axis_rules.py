@@ -2,7 +2,7 @@
 
 from jax.sharding import PartitionSpec
 
-from jaxlab.models import BATCH, CONTEXT, HEADS
+from jaxlab.models.mesh import BATCH, CONTEXT, HEADS
 
 LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,

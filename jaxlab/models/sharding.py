@@ -1,5 +1,6 @@
-"""The mesh of devices, and where parameters and batches live on it (by the rules in logical_axes.py)."""
+"""The mesh of devices, and where parameters and batches live on it (by the rules in axis_rules.py)."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -7,20 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import (
-    BATCH,
-    CONTEXT,
-    Batch,
-    ModelConfig,
-    Params,
-    abstract_params,
-    check_length,
-    logical_axes,
-)
-from jaxlab.training.logical_axes import LOGICAL_AXIS_RULES, partition_spec
+from jaxlab.models.axis_rules import partition_spec
+from jaxlab.models.batch import Batch, Params
+from jaxlab.models.config import ModelConfig
+from jaxlab.models.mesh import BATCH, CONTEXT, check_length
+from jaxlab.models.parameters import abstract_params, logical_axes
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,54 @@ class MeshConfig:
             rest = rest or devices == -1
 
 
+@dataclass(frozen=True)
+class SplitConfig:
+    """Devices over which a model is split that one of them does not hold; -1 once: all that are left."""
+
+    fsdp: int = 1
+    """Devices that split every matrix by the width, and batches by examples; parts are gathered layer by
+    layer."""
+    model: int = 1
+    """Devices that each have some of the heads and hidden units; it divides their numbers."""
+
+    def __post_init__(self) -> None:
+        MeshConfig(data=1, **asdict(self))
+
+
+def model_mesh(config: SplitConfig) -> Mesh | None:
+    """The mesh of `config` over the devices at hand; None: the model is on one device, the default one.
+
+    Raises:
+      UserError: there are fewer devices than it needs.
+    """
+    return None if config == SplitConfig() else make_mesh(MeshConfig(data=1, **asdict(config)))
+
+
+def mesh_of(mesh: Mesh | Mapping[str, int] | None) -> Mesh | None:
+    """A mesh over which jit partitions automatically.
+
+    Args:
+      mesh: one, whatever the types of its axes; or sizes of axes by name, as in MeshConfig.
+
+    Raises:
+      UserError: axes that are not known here, or more devices than there are.
+    """
+    if mesh is None:
+        return None
+    unknown = sorted(set(mesh.axis_names if isinstance(mesh, Mesh) else mesh) - set(asdict(MeshConfig())))
+    if unknown:
+        known = ", ".join(asdict(MeshConfig()))
+        raise UserError(f"mesh: the axis {unknown[0]!r} is not known; a mesh has {known}")
+    if not isinstance(mesh, Mesh):
+        return make_mesh(MeshConfig(**{"data": 1, **mesh}))
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Sets a mesh, for what is traced and called inside; None sets nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh of `config` over the devices at hand; jit partitions automatically over it.
 
@@ -60,14 +103,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     total = math.prod(sizes.values())
     if total > len(devices) or (total < len(devices) and -1 in asdict(config).values()):
         raise UserError(
-            f"mesh {sizes} needs {total} devices, {len(devices)} are here; set mesh.data and its other axes"
+            f"mesh {sizes} needs {total} devices, {len(devices)} are here; change the axes of mesh"
         )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total]
     )
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Where each parameter of `config` lives.
 
     Raises:
@@ -75,9 +118,9 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """
 
     def place(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
-        spec = partition_spec(axes)
+        spec = PartitionSpec(*(axis if axis in mesh.shape else None for axis in partition_spec(axes)))
         for size, axis, name in zip(shape.shape, spec, axes, strict=True):
-            parts = mesh.shape[axis] if isinstance(axis, str) else 1
+            parts = 1 if axis is None else mesh.shape[axis]
             if size % parts:
                 raise UserError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='.')}: its {name} axis of {size} "
@@ -104,15 +147,15 @@ def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
     sizes = {}
     if model.attention.kind == "nsa":
         sizes = {"unit": model.nsa.stride, "least": model.nsa.block_len - model.nsa.stride}
-    check_length(length, mesh.shape[CONTEXT], **sizes)
+    check_length(length, mesh.shape.get(CONTEXT, 1), **sizes)
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Examples split over devices, whole on each one where their number does not allow it; what a batch holds
     of each token over `context` besides."""
     rows, length = batch["tokens"].shape
-    examples = None if rows % _batch_parts(mesh) else LOGICAL_AXIS_RULES["batch"]
-    of_tokens = PartitionSpec(examples, LOGICAL_AXIS_RULES["tokens"])
+    examples = None if rows % _batch_parts(mesh) else tuple(name for name in BATCH if name in mesh.shape)
+    of_tokens = PartitionSpec(examples, CONTEXT if CONTEXT in mesh.shape else None)
     spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else PartitionSpec(examples)
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
@@ -137,4 +180,4 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def _batch_parts(mesh: Mesh) -> int:
-    return math.prod(mesh.shape[name] for name in BATCH)
+    return math.prod(mesh.shape.get(name, 1) for name in BATCH)
