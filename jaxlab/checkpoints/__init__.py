@@ -25,7 +25,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.save import save_model
     from jaxlab.checkpoints.source_files import SourceFiles
     from jaxlab.checkpoints.tensor_folder import Planned, TensorFolder, in_shards, open_folder
-    from jaxlab.checkpoints.tensor_kinds import ModelTensors, TensorKind, model_tensors, relaid, whole_tensor
+    from jaxlab.checkpoints.tensor_kinds import ModelTensors, TensorKind, model_tensors, tensors_laid_out_as
     from jaxlab.checkpoints.tensor_map import (
         Entry,
         entries,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlab.checkpoints.formats.base import OpenModel
-from jaxlab.checkpoints.fused_qkv import join_fused, split_fused
 from jaxlab.checkpoints.safetensors_file import Tensor, check_rows
 from jaxlab.checkpoints.tensor_table import LeafPath, Row, parse
 
@@ -76,6 +75,8 @@ class ModelTensors:
     tensors: Mapping[str, Tensor]
     kinds: tuple[TensorKind, ...]
     """Of the parameters."""
+    family: str
+    """Whose names they have, with the variant."""
     copies: tuple[str, ...] = ()
     """Heads written out although they are tied: the embedding once more."""
     ignored: tuple[str, ...] = ()
@@ -87,7 +88,7 @@ def model_tensors(opened: OpenModel, family: str | None = None) -> ModelTensors:
     ours is read whole when the first of its tensors is.
 
     Args:
-      family: whose names a model of ours has; by default those of its config.
+      family: of a model of ours: whose names its tensors have, by default its config's.
 
     Raises:
       UserError: tensors are missing, not known, or not of floating point.
@@ -97,6 +98,16 @@ def model_tensors(opened: OpenModel, family: str | None = None) -> ModelTensors:
     if isinstance(opened, HuggingFaceFolder):
         return _of_folder(opened)
     return _of_parameters(opened, family or opened.config.family)
+
+
+def tensors_laid_out_as(opened: OpenModel, family: str) -> ModelTensors:
+    """The tensors of a model under the names and in the layout of another family that has its leaves; the
+    model is read whole when the first of them is.
+
+    Raises:
+      UserError: the family has no name for a leaf.
+    """
+    return _of_parameters(opened, family)
 
 
 def _of_folder(opened: "HuggingFaceFolder") -> ModelTensors:
@@ -111,7 +122,7 @@ def _of_folder(opened: "HuggingFaceFolder") -> ModelTensors:
     TensorAccount(found.family, (), found.copies, found.ignored, found.missing, found.unmapped, wrong).check(
         opened.path
     )
-    return ModelTensors(opened.tensors, found.kinds, found.copies, found.ignored)
+    return ModelTensors(opened.tensors, found.kinds, found.family, found.copies, found.ignored)
 
 
 def _of_parameters(opened: OpenModel, family: str) -> ModelTensors:
@@ -150,7 +161,7 @@ def _of_parameters(opened: OpenModel, family: str) -> ModelTensors:
     embedding = next(kind for kind in kinds if kind.path == ("embedding", "table"))
     for name in copies:
         tensors[name] = dataclasses.replace(tensors[embedding.names[0]], name=name)
-    return ModelTensors(tensors, tuple(kinds), copies)
+    return ModelTensors(tensors, tuple(kinds), family, copies)
 
 
 def whole_tensor(
@@ -164,41 +175,3 @@ def whole_tensor(
         return values[start:stop] if shape else values
 
     return Tensor(name, dtype, shape, read_rows)
-
-
-def relaid(
-    target: TensorKind,
-    index: int,
-    sources: Mapping[LeafPath, tuple[TensorKind, str]],
-    tensors: Mapping[str, Tensor],
-    leaf_shapes: Mapping[LeafPath, tuple[int, ...]],
-    name: str,
-) -> Tensor:
-    """A tensor laid out as `target`, of a model in whose folder the same numbers lie otherwise.
-
-    Args:
-      index: which tensor of the target.
-      sources: for each leaf of the target the kind that holds it in that model, and the tensor's name.
-      leaf_shapes: of one tensor of each leaf, in our layout.
-      name: the tensor's.
-    """
-    layout = parse(target.layout)
-    shapes = [leaf_shapes[path] for path in target.paths]
-    parts_shapes = [layout.shape(shape) for shape in shapes]
-    shape = list(parts_shapes[0])
-    shape[target.join] = sum(part[target.join] for part in parts_shapes)
-
-    def read() -> np.ndarray:
-        parts = []
-        for path in target.paths:
-            kind, source = sources[path]
-            theirs = parse(kind.layout)
-            own = [leaf_shapes[p] for p in kind.paths]
-            pieces = split_fused(tensors[source].read(), theirs, kind.join, own, runs=kind.runs)
-            at = kind.paths.index(path)
-            parts.append(layout.to_theirs(theirs.to_ours(pieces[at], own[at])))
-        joined = join_fused(parts, layout, target.join, shapes, runs=target.runs, module=np)
-        return np.ascontiguousarray(joined)
-
-    first = tensors[sources[target.paths[0]][1]]
-    return whole_tensor(name, first.dtype, tuple(shape), read)

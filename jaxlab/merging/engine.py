@@ -314,7 +314,7 @@ class _Worker:
             tensor_key(self.plan.seed, tensor.name), step, totals, self.statistics.get(tensor.name)
         )
         found = _measure(program, tuple(arrays), base, numbers, given)
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], found)
+        return jax.tree.map(lambda leaf: leaf[None], found)
 
     def _by_chunks(
         self, tensor: PlannedTensor, step: Merging, size: int, out: "_Out", hashes: dict[str, Any]

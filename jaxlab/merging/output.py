@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,17 +177,16 @@ def write_merge(
     references: Sequence[str] = (),
     command: str = "python run.py merge recipe.yaml --out again --verify",
     overwrite: bool = False,
-    threads: int | None = None,
     allow_not_finite: bool = False,
     hash_inputs: Literal["none", "sampled", "full"] = "sampled",
-    progress: Callable[[int], Any] = lambda count: None,
+    **options: Any,
 ) -> MergeAccount:
     """Carries the plan out into a new Hugging Face folder, whole or not at all; a killed one is taken up.
 
     Args:
       references: of the models as the user named them, for the card.
       command: what makes it again, beside its own recipe.yaml; for the card.
-      threads, allow_not_finite, hash_inputs, progress: see `jaxlab.merging.engine.execute`.
+      allow_not_finite, hash_inputs, options: see `jaxlab.merging.engine.execute`.
 
     Returns:
       The account with digests.
@@ -216,10 +215,9 @@ def write_merge(
             plan,
             inputs,
             folder,
-            threads=threads,
             allow_not_finite=allow_not_finite,
             hash_inputs=hash_inputs,
-            progress=progress,
+            **options,
         )
         account = plan.account().with_records(records)
         made = _made(prepared, references, records, hash_inputs)

@@ -27,7 +27,7 @@ from jaxlab.checkpoints import (
     common_prefix,
     hf_family,
     model_tensors,
-    relaid,
+    tensors_laid_out_as,
 )
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable
@@ -153,11 +153,18 @@ class Input:
     """Tensors that had to be laid out anew for another family, by the names that the plan uses."""
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Names of ours, from which random masks come, of tensors that are written under others."""
+    views: dict[str, ModelTensors] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def holders(self) -> dict[LeafPath, TensorKind]:
         """For each leaf the kind that holds it."""
         return {path: kind for kind in self.found.kinds for path in kind.paths}
+
+    def laid_out_as(self, family: str) -> ModelTensors:
+        """Its tensors as another family has them; see `tensors_laid_out_as`."""
+        if family not in self.views:
+            self.views[family] = tensors_laid_out_as(self.model, family)
+        return self.views[family]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.relaid.get(name) or self.found.tensors[name]
@@ -310,7 +317,8 @@ def _plan(inputs: Sequence[Input], rules: _Rules, seed: int) -> MergePlan:
                 continue
             sources = [_source(inputs, i, kind, index, tied) for i in range(len(inputs))]
             planned[name] = _merged(inputs, rules, kind, index, sources, rows, layers, reason)
-            _take(inputs, left, kind, index, tied)
+        if rows != 0:
+            _take(inputs, left, kind, tied)
     for name in first.found.copies:
         embedding = next(kind for kind in first.found.kinds if kind.path == EMBEDDING)
         original = planned.get(embedding.names[0])
@@ -329,9 +337,34 @@ def _plan(inputs: Sequence[Input], rules: _Rules, seed: int) -> MergePlan:
     if any(left.values()):
         role, names = next((role, names) for role, names in left.items() if names)
         raise ValueError(f"unaccounted tensors of the {role}: {sorted(names)[:3]}")
+    _check_patterns(inputs, rules, [t.name for t in planned.values() if t.merging is not None])
     order = {name: i for i, name in enumerate(first.found.tensors)}
     tensors = sorted(planned.values(), key=lambda t: _place(first, t.name, order))
     return MergePlan(tuple(tensors), tuple(refused), seed, layers)
+
+
+def _check_patterns(inputs: Sequence[Input], rules: _Rules, names: Sequence[str]) -> None:
+    """Whether every pattern of a lambda matches a tensor that is merged.
+
+    Raises:
+      UserError: one does not.
+    """
+    for pattern in dict.fromkeys(p for value in rules.lambdas for p in _patterns(value)):
+        if fnmatch.filter(names, pattern):
+            continue
+        hint = "" if not names else f"; tensors that are merged are named as {names[0]}"
+        for one in inputs[1:]:
+            if fnmatch.filter(one.found.tensors, pattern):
+                hint = f": it has names of the {one.role}; those of the {inputs[0].role} count, as {names[0]}"
+                break
+        raise UserError(f"the pattern {pattern!r} of a lambda matches no tensor that is merged{hint}")
+
+
+def _patterns(value: Any) -> list[str]:
+    """Of a lambda of a recipe."""
+    rules = value if isinstance(value, list | tuple) else ()
+    of_mappings = [str(rule["pattern"]) for rule in rules if isinstance(rule, Mapping)]
+    return [rule.pattern for rule in rules if isinstance(rule, PatternValue)] + of_mappings
 
 
 def _place(one: Input, name: str, order: Mapping[str, int]) -> tuple[str, int, int]:
@@ -368,19 +401,16 @@ def _decide(
     tied = tuple(one.role for one in inputs if kind.path == HEAD and HEAD not in one.holders)
     shapes: dict[str, tuple[int, ...]] = {}
     for i, one in enumerate(inputs):
-        path = EMBEDDING if one.role in tied else kind.path
-        held = one.holders
-        missing = [p for p in ((path,) if one.role in tied else kind.paths) if p not in held]
-        if missing:
+        wanted = (EMBEDDING,) if one.role in tied else kind.paths
+        if any(path not in one.holders for path in wanted):
             problems.append(f"the {one.role} has no {kind.pattern}")
             continue
-        if len(held[path].names) != len(kind.names):
-            problems.append(
-                f"{kind.pattern} is {len(kind.names)} tensors in the {inputs[0].role} and "
-                f"{len(held[path].names)} in the {one.role}"
-            )
-            continue
-        shapes[one.role] = one[_source(inputs, i, kind, 0, tied).name].shape
+        own = _kind(inputs, i, kind, tied)
+        if len(own.names) == len(kind.names):
+            shapes[one.role] = one[_source(inputs, i, kind, 0, tied).name].shape
+        else:
+            counts = f"{len(kind.names)} tensors in the {inputs[0].role}, {len(own.names)} in the {one.role}"
+            problems.append(f"{kind.pattern} is {counts}")
     if len(shapes) < len(inputs):
         return None, None, tied
     is_table = kind.path in (EMBEDDING, HEAD)
@@ -411,38 +441,31 @@ def _source(
     inputs: Sequence[Input], model: int, kind: TensorKind, index: int, tied: tuple[str, ...]
 ) -> Source:
     """The tensor of an input for one of a kind of the first model."""
-    one, held = inputs[model], inputs[model].holders
-    if one.role in tied:
-        return Source(model, held[EMBEDDING].names[index])
-    own = held[kind.path]
-    if model == 0 or own.lies_as(kind):
+    one, own = inputs[model], _kind(inputs, model, kind, tied)
+    if own.names[0] in one.found.tensors and own in one.found.kinds:
         return Source(model, own.names[index])
-    name = f"{kind.names[index]} (laid out anew)"
-    if name not in one.relaid:
-        sources = {path: (held[path], held[path].names[index]) for path in kind.paths}
-        own_shapes = _leaf_shapes(one.model, {p for k, _ in sources.values() for p in k.paths})
-        one.relaid[name] = relaid(kind, index, sources, one.found.tensors, own_shapes, name)
+    name = f"{own.names[index]} (laid out anew)"
+    one.relaid[name] = one.laid_out_as(inputs[0].found.family).tensors[own.names[index]]
     return Source(model, name)
 
 
-def _leaf_shapes(model: OpenModel, paths: set[LeafPath]) -> dict[LeafPath, tuple[int, ...]]:
-    """Of one tensor of each leaf, in our layout."""
-    from jaxlab.checkpoints import entries, leaf_at
+def _kind(inputs: Sequence[Input], model: int, kind: TensorKind, tied: tuple[str, ...]) -> TensorKind:
+    """What holds a kind of the first model in another one, laid out as there."""
+    one = inputs[model]
+    if one.role in tied:
+        return one.holders[EMBEDDING]
+    own = one.holders[kind.path]
+    if model == 0 or own.lies_as(kind):
+        return own
+    return next(k for k in one.laid_out_as(inputs[0].found.family).kinds if k.paths == kind.paths)
 
-    shapes = model.shapes
-    lead = {path: e.lead for e in entries(shapes, model.config.family) for path in e.paths}
-    return {path: leaf_at(shapes, path).shape[lead[path] :] for path in paths}
 
-
-def _take(
-    inputs: Sequence[Input], left: Mapping[str, dict[str, Any]], kind: TensorKind, index: int, tied: Any
-) -> None:
-    """Crosses out the tensors that a merged one takes."""
+def _take(inputs: Sequence[Input], left: Mapping[str, dict[str, Any]], kind: TensorKind, tied: Any) -> None:
+    """Crosses out the tensors that a merged kind takes."""
     for one in inputs:
         if one.role not in tied:
-            held = one.holders
-            for path in kind.paths:
-                left[one.role].pop(held[path].names[index], None)
+            for name in {name for path in kind.paths for name in one.holders[path].names}:
+                left[one.role].pop(name, None)
 
 
 def _copied(one: Input, name: str, pattern: str, reason: str) -> PlannedTensor:
