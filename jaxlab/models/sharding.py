@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models.axis_rules import partition_spec
@@ -111,7 +111,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Where each parameter of `config` lives.
 
     Raises:

@@ -13,14 +13,7 @@ from jaxtyping import Array, Key
 from jaxlab.checkpoints import OpenModel, check_same_tree, differences
 from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import (
-    ModelConfig,
-    Params,
-    RopeConfig,
-    abstract_params,
-    init_params,
-    param_shardings,
-)
+from jaxlab.models import ModelConfig, Params, RopeConfig, abstract_params, init_params, param_shardings
 from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.step import State
 

@@ -1,0 +1,162 @@
+"""A model over several devices: what it generates, measures and becomes is what one device makes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxlab.checkpoints import load_model, open_model, safetensors_file
+from jaxlab.costs import bytes_per_device
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.models import SplitConfig, forward, generate, init_cache, mesh_of, model_mesh, using
+from jaxlab.tasks import main
+from tests.checkpoints import folders
+from tests.models.tiny import draw_params, make_config
+
+BOTH = {"fsdp": 2, "model": 2}
+PROMPTS = {"tokens": np.arange(3, 15, dtype=np.int32).reshape(2, 6)}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return folders.make(tmp_path_factory.mktemp("mesh") / "llama3", "llama3")
+
+
+def held(params):
+    """Bytes on each device."""
+    sizes = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(params):
+        for shard in leaf.addressable_shards:
+            sizes[shard.device] += shard.data.nbytes
+    return sizes
+
+
+@pytest.mark.parametrize("sizes", [BOTH, {"fsdp": 4}, {"model": 2}], ids=str)
+def test_each_device_holds_its_part_and_every_byte_is_read_once(llama, sizes, monkeypatch):
+    read = []
+    whole = safetensors_file.read_into
+
+    def counted(path, array, offset):
+        read.append((offset, array.nbytes))
+        whole(path, array, offset)
+
+    monkeypatch.setattr(safetensors_file, "read_into", counted)
+    mesh = model_mesh(SplitConfig(**sizes))
+    opened = open_model(llama)
+    params = opened.read(mesh=mesh)
+    tensors = opened.stored.tensors.values()
+    assert len(read) == len({offset for offset, _ in read}) == len(tensors)
+    assert sum(size for _, size in read) == sum(tensor.nbytes for tensor in tensors)
+    planned = bytes_per_device(opened.placed(mesh))
+    assert {size for size in held(params).values() if size} == {planned}
+    assert sum(size > 0 for size in held(params).values()) == mesh.size
+    # Everything but norms and what no axis of the mesh splits is cut.
+    assert planned < (0.75 if "model" in sizes and "fsdp" not in sizes else 0.55) * bytes_per_device(
+        opened.placed(None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, opened.read())
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen3_moe"])
+def test_generation_makes_the_same_tokens(tmp_path, case):
+    path = folders.make(tmp_path / case, case)
+    config, params, _ = load_model(path, mesh=BOTH)
+    mesh = mesh_of(BOTH)
+    with using(mesh):
+        made = generate(params, PROMPTS, config, max_new_tokens=6)
+    _, alone, _ = load_model(path)
+    np.testing.assert_array_equal(made, generate(alone, PROMPTS, config, max_new_tokens=6))
+    one = jax.tree.leaves(params)[0].sharding
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(params)} == {one.mesh}
+
+
+def test_the_cache_is_split_by_examples_and_heads():
+    config = make_config()
+    with using(mesh_of(BOTH)):
+        cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, 2, 16)
+        keys, values = cache.layers
+        of_mesh = PartitionSpec(None, "fsdp", None, "model")
+        assert keys.sharding.is_equivalent_to(jax.NamedSharding(keys.sharding.mesh, of_mesh), keys.ndim)
+        assert held(values)[jax.devices()[0]] == values.nbytes // 4
+        batch = {"tokens": PROMPTS["tokens"] % config.vocab_size}
+        run = jax.jit(lambda p, b, c: forward(p, b, config, cache=c)[1]["cache"])
+        after = run(draw_params(config), batch, cache).layers[0]
+        assert after.sharding.is_equivalent_to(keys.sharding, keys.ndim)
+        odd = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, 3, 16).layers[0]  # stays whole
+        assert odd.sharding.shard_shape(odd.shape)[1] == 3
+
+
+def test_a_mesh_of_the_users_own_is_taken(llama):
+    for mesh in (jax.make_mesh((4,), ("model",)), jax.make_mesh((2, 2), ("fsdp", "data"))):
+        if mesh.axis_names == ("model",):
+            with pytest.raises(UserError, match="kv_heads axis of 2 cannot be split over 4 devices"):
+                load_model(llama, mesh=mesh)
+            continue
+        config, params, _ = load_model(llama, mesh=mesh)
+        with using(mesh_of(mesh)):
+            logits = jax.jit(forward, static_argnames="config")(params, PROMPTS, config)[0]
+        _, alone, _ = load_model(llama)
+        np.testing.assert_allclose(logits, forward(alone, PROMPTS, config)[0], atol=1e-5)
+
+
+def test_a_mesh_that_does_not_fit_is_one_line(llama, capsys):
+    with pytest.raises(UserError, match="needs 8 devices, 4 are here"):
+        load_model(llama, mesh={"fsdp": 8})
+    with pytest.raises(UserError, match="the axis 'tensor' is not known; a mesh has data, fsdp, model, cont"):
+        load_model(llama, mesh={"tensor": 2})
+    with pytest.raises(ConfigError, match="at least 1, or -1 for the rest, is 0"):
+        SplitConfig(fsdp=0)
+    assert model_mesh(SplitConfig()) is None
+    assert model_mesh(SplitConfig(fsdp=-1, model=2)).shape["fsdp"] == 2
+    assert main(["convert", str(llama), str(llama.parent / "out"), "--mesh.model", "4", "--check"]) == 2
+    assert f"{llama}: layers.attention.key: its kv_heads axis of 2 cannot" in capsys.readouterr().err
+
+
+def run_task(capsys, *words):
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+def test_convert_writes_the_same_bytes(llama, tmp_path, capsys):
+    both = ["--mesh.fsdp", "2", "--mesh.model", "2"]
+    said = run_task(capsys, "convert", str(llama), str(tmp_path / "ours"), "--verify", *both)
+    assert "verified: all " in said
+    assert "verified: logits differ by at most 0 " in said
+    run_task(capsys, "convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--mesh.fsdp", "4")
+    for name, values in folders.read_all(llama).items():
+        np.testing.assert_array_equal(folders.read_all(tmp_path / "theirs")[name], values)
+    alone = run_task(capsys, "convert", str(llama), str(tmp_path / "x"), "--check")
+    split = run_task(capsys, "convert", str(llama), str(tmp_path / "x"), "--check", "--mesh.fsdp", "4")
+    size = lambda text: int(text.split(" bytes per device")[0].split()[-1].replace(",", ""))
+    assert size(split) < 0.55 * size(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_on_eight_devices():
+    """Generation, evaluation, flows and conversion, each on one device and over 4 x 2."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    script = Path(__file__).with_name("on_eight_devices.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    assert found["same_tokens"]
+    assert found["evaluate"] < 1e-5
+    assert found["flows"] < 1e-4
+    assert found["answers"] == 0
+    assert found["converted"]
+    assert found["bytes"] == found["planned"]
+    assert len(found["bytes"]) == 8
