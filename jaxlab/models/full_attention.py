@@ -65,27 +65,32 @@ class FullAttention(Attention):
             )
         if tap.wants("attention_scores", "attention_pattern"):
             mask = attention_mask(context, k.shape[1], window)
-            return self._softmax(q, k, v, mask, tap)
+            return self._softmax(q, k, v, mask, self._sinks, tap)
         if cached or not context.causal:
-            return self._part_output(q, k, v, context, window)
+            return self._part_output(q, k, v, self._sinks, context, window)
 
         def core(
             tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
         ) -> tuple[Array, None]:
-            q, k, v = tokens
+            q, k, v, *sinks = tokens
             if part is not None:
                 k, v = part.whole(k), part.whole(v)
             here = context._replace(**dict(zip(of_keys, rows, strict=True)))
-            return self._part_output(q, k, v, here, window, part), None
+            of_heads = sinks[0][0, 0] if sinks else None
+            return self._part_output(q, k, v, of_heads, here, window, part), None
 
         of_keys = ("positions", "segment_ids", "together", "visible")
-        return in_parts(core, (q, k, v), tuple(getattr(context, name) for name in of_keys), None)[0]
+        tokens: tuple[Array, ...] = (q, k, v)
+        if self._sinks is not None:  # split as the heads are: a device has those of its own
+            tokens += (jnp.broadcast_to(self._sinks[None, None], q.shape[:3]),)
+        return in_parts(core, tokens, tuple(getattr(context, name) for name in of_keys), None)[0]
 
     def _part_output(
         self,
         q: Array,
         k: Array,
         v: Array,
+        sinks: Array | None,
         context: AttentionContext,
         window: int | None,
         part: Part | None = None,
@@ -107,7 +112,7 @@ class FullAttention(Attention):
             )
         if implementation in ("xla", "chunked"):
             mask = attention_mask(context, k.shape[1], window, part)
-            return self._softmax(q, k, v, mask)
+            return self._softmax(q, k, v, mask, sinks)
         kwargs: dict[str, Any] = {"implementation": implementation, "scale": c.score_scale}
         marks = (context.segment_ids, context.together, context.visible, context.apart)
         plain = all(mark is None for mark in marks)
@@ -119,10 +124,12 @@ class FullAttention(Attention):
         with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
             return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
-    def _softmax(self, q: Array, k: Array, v: Array, mask: Array, tap: Tap = NO_TAP) -> Array:
+    def _softmax(
+        self, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, tap: Tap = NO_TAP
+    ) -> Array:
         c = self.config
         return softmax_attention(
-            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=self._sinks, tap=tap
+            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap
         )
 
     @property
