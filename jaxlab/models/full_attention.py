@@ -10,7 +10,7 @@ from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
-from jaxlab.models.mesh import Part, in_parts, split_heads
+from jaxlab.models.mesh import Part, in_parts, own_heads, split_heads
 from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
@@ -65,21 +65,24 @@ class FullAttention(Attention):
             )
         if tap.wants("attention_scores", "attention_pattern"):
             mask = attention_mask(context, k.shape[1], window)
-            return self._softmax(q, k, v, mask, tap)
+            return self._softmax(q, k, v, mask, self._sinks, tap)
         if cached or not context.causal:
-            return self._part_output(q, k, v, context, window)
+            return self._part_output(q, k, v, context, window, self._sinks)
 
         def core(
-            tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
+            tokens: tuple[Array, ...], rows: tuple[Any, ...], sinks: Array | None, _: None, part: Part | None
         ) -> tuple[Array, None]:
             q, k, v = tokens
+            if sinks is not None:
+                sinks = own_heads(sinks, q.shape[2])
             if part is not None:
                 k, v = part.whole(k), part.whole(v)
             here = context._replace(**dict(zip(of_keys, rows, strict=True)))
-            return self._part_output(q, k, v, here, window, part), None
+            return self._part_output(q, k, v, here, window, sinks, part), None
 
         of_keys = ("positions", "segment_ids", "together", "visible")
-        return in_parts(core, (q, k, v), tuple(getattr(context, name) for name in of_keys), None)[0]
+        rows = tuple(getattr(context, name) for name in of_keys)
+        return in_parts(core, (q, k, v), rows, self._sinks)[0]
 
     def _part_output(
         self,
@@ -88,9 +91,10 @@ class FullAttention(Attention):
         v: Array,
         context: AttentionContext,
         window: int | None,
+        sinks: Array | None,
         part: Part | None = None,
     ) -> Array:
-        """Of all queries, or of those of one stretch; `context` is of all keys."""
+        """Of all queries, or of those of one stretch; `context` is of all keys, `sinks` of these heads."""
         c, implementation = self.config, self.config.attention.implementation
         cached = context.cache_slots is not None
         if implementation == "chunked" and not cached:
@@ -107,7 +111,7 @@ class FullAttention(Attention):
             )
         if implementation in ("xla", "chunked"):
             mask = attention_mask(context, k.shape[1], window, part)
-            return self._softmax(q, k, v, mask)
+            return self._softmax(q, k, v, mask, sinks)
         kwargs: dict[str, Any] = {"implementation": implementation, "scale": c.score_scale}
         marks = (context.segment_ids, context.together, context.visible, context.apart)
         plain = all(mark is None for mark in marks)
@@ -119,10 +123,12 @@ class FullAttention(Attention):
         with jax.numpy_dtype_promotion("standard"):  # jax's own function mixes bfloat16 and float32 inside
             return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
-    def _softmax(self, q: Array, k: Array, v: Array, mask: Array, tap: Tap = NO_TAP) -> Array:
+    def _softmax(
+        self, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, tap: Tap = NO_TAP
+    ) -> Array:
         c = self.config
         return softmax_attention(
-            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=self._sinks, tap=tap
+            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap
         )
 
     @property
