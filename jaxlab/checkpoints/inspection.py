@@ -145,19 +145,23 @@ def _architecture(c: ModelConfig) -> list[tuple[str, str]]:
     heads = f"{c.num_heads} heads" + ("" if c.kv_heads == c.num_heads else f" ({c.kv_heads} key/value)")
     lines.append(("language model", f"{c.num_layers} layers, width {c.width}, {heads} of {c.key_dim}"))
     if c.moe is not None:
-        dense = f", {c.dense_layers} layers without" if c.dense_layers else ""
-        lines.append(("experts", f"{c.moe.experts_per_token} of {c.moe.num_experts} of {c.moe.width}{dense}"))
-    kinds = Counter(c.kinds)
+        more = f", {c.moe.shared_width} shared" if c.moe.shared_width else ""
+        more += f", {c.dense_layers} layers without" if c.dense_layers else ""
+        lines.append(("experts", f"{c.moe.experts_per_token} of {c.moe.num_experts} of {c.moe.width}{more}"))
+    kinds, said = Counter(c.kinds), []
     if set(kinds) != {"full"}:
         said = [
             f"{n} {kind}" + (f" ({c.sliding.window})" if kind == "sliding" else "")
             for kind, n in kinds.items()
         ]
+    said += [f"keys and values from a latent ({c.latent.kv_rank})"] if c.latent is not None else []
+    said += ["sinks"] if c.attention_sinks else []
+    if said:
         lines.append(("attention", ", ".join(said)))
     stretched = isinstance(c.position, RopeConfig) and c.position.scaling != "none"
     scaling = f", rotary positions stretched ({c.rope.scaling})" if stretched else ""
     if isinstance(c.position, RopeConfig) and not all(c.rotary_layers):
-        scaling += f", {c.rotary_layers.count(False)} layers without positions"
+        scaling += f", no positions in {c.rotary_layers.count(False)} of {c.num_layers} layers"
     lines.append(("context", f"{c.max_length:,} tokens{scaling}"))
     head = "head is the embedding" if c.tie_embeddings else "head of its own"
     lines.append(("vocabulary", f"{c.embedding_rows:,} rows, {head}"))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.costs import bytes_per_device
 from jaxlab.errors import UserError
 from jaxlab.icl.prompts import Roles
-from jaxlab.models import Batch, ModelConfig, Params, Probe, as_arrays, forward
+from jaxlab.models import Batch, ModelConfig, Params, Probe, as_arrays, check_tokens, forward
 
 Reduction = Literal["abs_of_sum", "sum_of_abs"]
 Loss = Literal["labels", "vocabulary"]
@@ -62,9 +62,9 @@ def flows(
       counts are means. An edge that is not visible (another segment, outside of the window) is not counted.
 
     Raises:
-      UserError: targets lack a key or do not fit the batch.
+      UserError: targets lack a key or do not fit the batch, or the embedding has no row for a token.
     """
-    targets = _checked(batch, targets)
+    targets = _checked(batch, targets, config)
     if classes.shape != batch["tokens"].shape:
         raise UserError(f"flows: classes are {classes.shape}, tokens {batch['tokens'].shape}")
     if num_classes is None:
@@ -89,7 +89,7 @@ def saliency_maps(
 
     Arguments and errors are those of `flows`.
     """
-    return _maps(params, _arrays(batch), _checked(batch, targets), config, _Options(loss))
+    return _maps(params, _arrays(batch), _checked(batch, targets, config), config, _Options(loss))
 
 
 def flow_shares(
@@ -198,7 +198,11 @@ def _arrays(batch: Mapping[str, Any]) -> Batch:
     return as_arrays(cast(Batch, {name: value for name, value in batch.items() if name in read}))
 
 
-def _checked(batch: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Array]:
+def _checked(batch: Mapping[str, Any], targets: Mapping[str, Any], config: ModelConfig) -> dict[str, Array]:
+    try:
+        check_tokens(batch["tokens"], config)
+    except ValueError as error:
+        raise UserError(f"flows: {error}") from None
     missing = {"positions", "label_tokens", "labels"} - set(targets)
     if missing:
         raise UserError(f"flows: targets lack {', '.join(sorted(missing))}")

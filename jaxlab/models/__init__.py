@@ -3,7 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.models.batch import Batch
+    from jaxlab.models.batch import Batch, check_tokens
     from jaxlab.models.block import Block
     from jaxlab.models.config import (
         BRANCHES,

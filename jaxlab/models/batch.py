@@ -2,6 +2,11 @@
 
 from typing import Any, Required, TypedDict
 
+import jax
+import numpy as np
+
+from jaxlab.models.config import ModelConfig
+
 
 class Batch(TypedDict, total=False):
     """Rows of tokens with what goes with them; arrays of numpy or JAX.
@@ -39,3 +44,25 @@ class Batch(TypedDict, total=False):
     """int[B, T, n, tiles]: 1 on tiles that a token sees (Mllama)."""
     token_type_ids: Any
     """int[B, T]: 0 on the prompt (PaliGemma)."""
+
+
+def check_tokens(tokens: Any, config: ModelConfig) -> None:
+    """Checks that the embedding has a row for every token: a gather beyond it would say nothing.
+
+    Tokens that are traced, or not all on this host, are believed.
+
+    Args:
+      tokens: int[...].
+
+    Raises:
+      ValueError: a token is beyond it.
+    """
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+        return
+    ids = np.asarray(tokens)
+    beyond = ids[(ids < 0) | (ids >= config.embedding_rows)]
+    if beyond.size:
+        token, rows = int(beyond.reshape(-1)[0]), config.embedding_rows
+        raise ValueError(f"the batch holds token {token}, the embedding has {rows} rows")

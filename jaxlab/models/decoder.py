@@ -46,9 +46,10 @@ def forward(
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
 
     Raises:
-      ValueError: images for a model without vision, a probe or patches together with a cache, positions that
-        are given together with a cache of NSA, which counts its blocks itself, patches of what is not there,
-        or parameters that are not those of the config.
+      ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
+        has no row for, a probe or patches together with a cache, positions that are given together with a
+        cache of NSA, which counts its blocks itself, patches of what is not there, or parameters that are not
+        those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")

@@ -10,7 +10,7 @@ from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
-from jaxlab.models.mesh import Part, in_parts, own_heads, split_heads
+from jaxlab.models.mesh import Part, in_parts, split_heads
 from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
@@ -67,34 +67,35 @@ class FullAttention(Attention):
             mask = attention_mask(context, k.shape[1], window)
             return self._softmax(q, k, v, mask, self._sinks, tap)
         if cached or not context.causal:
-            return self._part_output(q, k, v, context, window, self._sinks)
+            return self._part_output(q, k, v, self._sinks, context, window)
 
         def core(
-            tokens: tuple[Array, ...], rows: tuple[Any, ...], sinks: Array | None, _: None, part: Part | None
+            tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
         ) -> tuple[Array, None]:
-            q, k, v = tokens
-            if sinks is not None:
-                sinks = own_heads(sinks, q.shape[2])
+            q, k, v, *sinks = tokens
             if part is not None:
                 k, v = part.whole(k), part.whole(v)
             here = context._replace(**dict(zip(of_keys, rows, strict=True)))
-            return self._part_output(q, k, v, here, window, sinks, part), None
+            of_heads = sinks[0][0, 0] if sinks else None
+            return self._part_output(q, k, v, of_heads, here, window, part), None
 
         of_keys = ("positions", "segment_ids", "together", "visible")
-        rows = tuple(getattr(context, name) for name in of_keys)
-        return in_parts(core, (q, k, v), rows, self._sinks)[0]
+        tokens: tuple[Array, ...] = (q, k, v)
+        if self._sinks is not None:  # split as the heads are: a device has those of its own
+            tokens += (jnp.broadcast_to(self._sinks[None, None], q.shape[:3]),)
+        return in_parts(core, tokens, tuple(getattr(context, name) for name in of_keys), None)[0]
 
     def _part_output(
         self,
         q: Array,
         k: Array,
         v: Array,
+        sinks: Array | None,
         context: AttentionContext,
         window: int | None,
-        sinks: Array | None,
         part: Part | None = None,
     ) -> Array:
-        """Of all queries, or of those of one stretch; `context` is of all keys, `sinks` of these heads."""
+        """Of all queries, or of those of one stretch; `context` is of all keys."""
         c, implementation = self.config, self.config.attention.implementation
         cached = context.cache_slots is not None
         if implementation == "chunked" and not cached:

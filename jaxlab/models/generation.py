@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.models.batch import Batch
+from jaxlab.models.batch import Batch, check_tokens
 from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.decoder import forward
 from jaxlab.models.initializer import Params
@@ -68,9 +68,7 @@ def stream(
             raise ValueError(
                 "segment_ids of prompts must be 1 on their tokens, then 0 on padding at the right"
             )
-    if not 0 <= tokens.min() <= tokens.max() < config.embedding_rows:
-        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise ValueError(f"the prompt holds token {wrong}, the embedding has {config.embedding_rows} rows")
+    check_tokens(tokens, config)
     if prompt_len + max_new_tokens > config.max_length:
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_new_tokens} new ones exceed max_length {config.max_length}"

@@ -102,13 +102,6 @@ def split_heads(x: Array, *, batch: int, heads: int) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def own_heads(x: Array, count: int) -> Array:
-    """Inside `in_parts`: of an array [heads, ...] those `count` that this device has; of one device all."""
-    if x.shape[0] == count:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(HEADS) * count, count)
-
-
 def check_length(length: int, devices: int, *, unit: int = 1, least: int = 1) -> None:
     """Whether `length` tokens can be split over `devices` in stretches of whole units, `least` tokens each.
 

@@ -77,7 +77,7 @@ class Processor:
             images, a video, or a tokenizer that lacks the family's tokens.
         """
         words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
-        self._refuse_videos(text, tokenizer)
+        self.refuse_videos(text, tokenizer)
         mark = self.text.plain_mark or words[self.text.mark]
         if mark not in text:
             text = self.text.lead(len(images), words) + text
@@ -112,8 +112,12 @@ class Processor:
         of_tokens = self.text.of_tokens(tokens, number, ones)
         return {**batch, **self.images.together(ones), **of_tokens}
 
-    def _refuse_videos(self, text: str, tokenizer: Tokenizer) -> None:
-        """Refuses a prompt with the token that stands for a video, by its id in config.json or its name."""
+    def refuse_videos(self, text: str, tokenizer: Tokenizer) -> None:
+        """Whether a prompt holds what stands for a video, by its id in config.json or by its usual name.
+
+        Raises:
+          UserError: it does.
+        """
         if (token := self.text.video) is None:
             return
         number = self.model.maybe_whole(*token.ids, least=0) if token.ids else None

@@ -103,6 +103,8 @@ def _message(message: Message, images: list[str], where: str, path: Path) -> Mes
     for part in content:
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise UserError(f"{where}: a part of type text has no text")
+        if part["type"] in ("video", "video_url"):
+            raise UserError(f"{where}: videos are not read; give frames of it as images")
         if part["type"] not in ("image", "image_url"):
             parts.append(part)
             continue

@@ -85,14 +85,18 @@ def encode_batch(
         return [np.asarray(one.ids, np.int64) for one in encoded]
 
 
-def decode(ids: Sequence[int], tokenizer: Tokenizer, *, skip_special: bool = True) -> str:
+def decode(ids: Any, tokenizer: Tokenizer, *, skip_special: bool = True) -> str:
     """The text of token ids.
+
+    Args:
+      ids: int[T], a list or an array on the host.
+      skip_special: leave special tokens out.
 
     Raises:
       UserError: the tokenizer fails on them.
     """
     with _one_line("tokens: the tokenizer fails to decode them"):
-        text: str = tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        text: str = tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=skip_special)
         return text
 
 

@@ -271,6 +271,17 @@ def _image_mark(opened: OpenModel) -> str | None:
         return word
 
 
+def _refuse_videos(prompt: Prompt, opened: OpenModel) -> None:
+    """Refuses a prompt that asks for a video, of a model whose folder says what stands for one."""
+    if opened.tokenizer is None or isinstance(opened.config.vision, PlainVisionConfig):
+        return
+    try:
+        processor = opened.processor
+    except UserError:  # a folder without files of a processor: it reads text alone
+        return
+    processor.refuse_videos(prompt.text, opened.tokenizer)
+
+
 def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opened: OpenModel) -> list[Prompt]:
     """Prompts whose text is the conversation that they hold, or that they are a part of."""
     mark = _image_mark(opened)
@@ -322,9 +333,7 @@ def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
     first = opened.special_tokens.get("bos_token")
     special = not chat or (config.has_vision and not plain and not (first and prompt.text.startswith(first)))
     if files and not plain:
-        batch = _with_images(prompt, opened, chat, special)
-        check_token_ids(batch["tokens"], config, tokenizer, where=prompt.where)
-        return batch
+        return _with_images(prompt, opened, chat, special)
     tokens = encode(prompt.text, tokenizer, special=special, where=prompt.where)
     images: dict[str, np.ndarray] = {}
     if files:
@@ -340,6 +349,7 @@ def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
                 f"{prompt.where} holds {mark or config.image_token}, where an image goes, and no image is "
                 "given; name its file by --image, or leave that out"
             )
+        _refuse_videos(prompt, opened)
     check_token_ids(tokens, config, tokenizer, where=prompt.where)
     return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
 
@@ -354,6 +364,7 @@ def _with_images(prompt: Prompt, opened: OpenModel, chat: bool, special: bool) -
             "texts, or none"
         )
     batch = processor(prompt.text, prompt.images, opened.tokenizer, special_tokens=None if special else False)
+    check_token_ids(batch["tokens"], opened.config, opened.tokenizer, where=prompt.where)
     try:
         return prepare_batch(batch, opened.config)
     except ValueError as error:

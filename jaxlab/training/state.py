@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from jaxlab.checkpoints import OpenModel, check_same_tree, differences
 from jaxlab.data import Source, check_same_words
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import ModelConfig, Params, abstract_params, init_params, param_shardings
+from jaxlab.models import ModelConfig, Params, RopeConfig, abstract_params, init_params, param_shardings
 from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.step import State
 
@@ -126,13 +126,22 @@ def find_initial(opened: OpenModel, model: ModelConfig, source: Source) -> Initi
     for name in _MEANING if dense is None else _different(theirs, dense):
         of_theirs, of_ours = getattr(theirs, name), getattr(model, name)
         if dense is None and name == "position":  # how rotary positions are stretched may change
-            of_theirs, of_ours = of_theirs.kind, of_ours.kind
+            of_theirs, of_ours = (_turning(c) for c in (theirs, model))
         if of_theirs != of_ours:
             raise UserError(
                 f"{folder}: its {name} is {of_theirs}, of the model to train {of_ours}; set model.{name}"
             )
     check_same_words(opened.tokenizer, source.tokenizer(), folder)
     return Initial(opened, dense)
+
+
+def _turning(c: ModelConfig) -> str:
+    """Which dimensions of which layers know positions."""
+    if not isinstance(c.position, RopeConfig):
+        return c.position.kind
+    pairs = "neighbours" if c.position.interleaved else "halves"
+    layers = "all layers" if all(c.rotary_layers) else f"layers {[*map(int, c.rotary_layers)]}"
+    return f"rotary over {c.rotary_dim} dimensions of {layers}, paired as {pairs}"
 
 
 def _different(theirs: ModelConfig, dense: ModelConfig) -> list[str]:

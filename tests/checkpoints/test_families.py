@@ -10,7 +10,7 @@ import pytest
 from jaxlab.checkpoints import families, load_model, open_model
 from jaxlab.checkpoints.compatibility import difference
 from jaxlab.errors import UserError
-from jaxlab.models import SlidingAttentionConfig, forward, generate
+from jaxlab.models import ModelConfig, RopeConfig, SlidingAttentionConfig, forward, generate
 from tests.checkpoints import folders
 
 CASES = [case for case in folders.CASES if "vision_config" not in folders.config(case)]
@@ -156,7 +156,7 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "proportional"}},
         "proportional' is not supported: supported",
     ),
-    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of numbers"),
+    ("llama2", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of positive"),
     (
         "llama2",
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -261,6 +261,16 @@ def test_defaults_are_those_of_transformers():
     gemma = families.read_config({"model_type": "gemma3_text", "num_hidden_layers": 12}, "")
     assert gemma.kinds == ("sliding",) * 5 + ("full",) + ("sliding",) * 5 + ("full",)
     assert (gemma.rope.theta, gemma.sliding.rope_theta, gemma.tie_embeddings) == (1e6, 1e4, True)
+
+
+def test_positions_that_are_told_otherwise_are_the_same():
+    plain = ModelConfig(num_layers=4, head_dim=8)
+    told = lambda **more: dataclasses.replace(plain, position=RopeConfig(**more))
+    assert difference(plain, told(layers=(True,), dim=8)) is None
+    assert difference(told(layers=(True, False)), told(layers=(True, False, True, False))) is None
+    for other in (told(layers=(True, False)), told(layers=(False, True)), told(dim=4)):
+        assert difference(plain, other) is not None
+        assert difference(told(layers=(True, True, False)), other) is not None
 
 
 def test_a_model_that_no_family_can_describe_is_not_written(tmp_path):

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxlab.checkpoints import open_model
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_folder import TensorFolder
 from jaxlab.errors import UserError
+from tests.checkpoints import folders
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 
@@ -60,6 +63,34 @@ def test_the_dtype_is_the_one_that_the_config_names():
         assert found["a.weight"].read().dtype == np.float32
     plain = folder({}, a__weight=np.ones(2, BF16))
     assert dequantized(plain) is plain
+
+
+def test_a_folder_as_deepseek_has_it(tmp_path):
+    """Blocks of every matrix of a layer, and the layer that predicts a second token: the model of the
+    dequantised tensors."""
+    rng, stored, plain = np.random.default_rng(0), {}, {}
+    for name, x in folders.weights("deepseek_v3").items():
+        is_matrix = "layers." in name and x.ndim == 2 and not name.endswith("mlp.gate.weight")
+        plain[name] = stored[name] = x if name.endswith("bias") else x.astype(BF16)
+        if is_matrix:
+            rows, columns = (-(-size // 16) for size in x.shape)
+            scale = rng.uniform(0.5, 2.0, (rows, columns)).astype(np.float32)
+            whole = np.repeat(np.repeat(scale, 16, 0), 16, 1)[: x.shape[0], : x.shape[1]]
+            stored[name] = (x / whole).astype(E4M3)
+            stored[f"{name}_scale_inv"] = scale
+            plain[name] = (stored[name].astype(np.float32) * whole).astype(BF16)
+    stored["model.layers.61.eh_proj.weight"] = np.ones((32, 64), E4M3)
+    stored["model.layers.61.eh_proj.weight_scale_inv"] = np.ones((2, 4), np.float32)
+    config = {**folders.config("deepseek_v3"), "dtype": "bfloat16", "num_nextn_predict_layers": 1}
+    quantized = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    one = folders.write(tmp_path / "one", {**config, "quantization_config": quantized}, stored)
+    other = folders.write(tmp_path / "other", config, plain)
+    opened = open_model(one)
+    assert opened.account.ignored == ("model.layers.61.eh_proj.weight",)
+    for a, b in zip(*(jax.tree.leaves(m.read()) for m in (opened, open_model(other))), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert opened.read()["layers"]["moe"]["choice_bias"].dtype == np.float32
 
 
 one = np.ones(1, np.float32)

@@ -72,6 +72,17 @@ def test_a_model_in_lines(tmp_path, capsys):
     ]
 
 
+def test_experts_sinks_and_latents_are_told(tmp_path):
+    told = {}
+    for case in ("gpt_oss", "deepseek_v3"):
+        path = folders.make(tmp_path / case, case)
+        told[case] = dict(inspect_model(open_model(path), case).lines)
+    assert told["gpt_oss"]["attention"] == "2 sliding (8), 1 full, sinks"
+    assert told["gpt_oss"]["experts"] == "3 of 6 of 20"
+    assert told["deepseek_v3"]["attention"] == "keys and values from a latent (14)"
+    assert told["deepseek_v3"]["experts"] == "2 of 6 of 20, 20 shared, 1 layers without"
+
+
 def test_a_model_of_ours(tmp_path):
     config = make_config(num_layers=1)
     params = draw_params(config)

@@ -22,6 +22,8 @@ CONFIGS = {
     "llama": SMALL,
     "untied": dataclasses.replace(SMALL, tie_embeddings=False, position=LearnedPositions(), max_length=9),
     "biases": dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True, norm="layer", mlp="plain"),
+    "norms after": dataclasses.replace(SMALL, pre_norms=False, post_norms=True, qk_norm="width"),
+    "a norm for each head": dataclasses.replace(SMALL, qk_norm="each_head", norm="layer"),
     "nsa": dataclasses.replace(SMALL, attention_bias=True, attention=NSAConfig()),
     "nsa, one projection": dataclasses.replace(SMALL, attention=NSAConfig(shared_kv=True)),
     "nsa, scorer": dataclasses.replace(SMALL, attention=NSAConfig(selector="auxiliary")),

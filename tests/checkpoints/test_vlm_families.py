@@ -229,12 +229,35 @@ def test_layers_of_mllama_are_numbered_around_those_that_read_the_images():
         ("paligemma", {"projection_dim": 5}, "projection_dim 5 is not supported"),
         ("gemma3", {"text_config": {"model_type": "llama"}}, "supported: gemma3_text"),
         ("mllama", {"tie_word_embeddings": True}, "the embedding has more rows than the head"),
+        (
+            "mllama",
+            {"vision_config": {"num_hidden_layers": 9}},
+            "intermediate_layers_indices .* there are 9 l",
+        ),
+        (
+            "mistral3",
+            {"vision_config": {"rope_theta": 5.0}},
+            "rope_theta 5.0 is not supported: .* base of 10000",
+        ),
+        ("mistral3", {"vision_config": {"rope_parameters": {"rope_type": "yarn"}}}, "images are axial"),
+        ("idefics2", {"perceiver_config": {"hidden_act": "relu"}}, "hidden_act 'relu' is not supported"),
     ],
 )
 def test_configs_that_are_wrong_or_not_known(case, change, message):
     with pytest.raises(UserError, match=message) as error:
         read(folders.config(case) | change)
     assert "\n" not in str(error.value)
+
+
+def test_the_epsilon_of_a_perceiver_counts_where_it_has_the_width_of_the_text():
+    """As in transformers, which takes those of the text where the perceiver_config is of another width."""
+    told = folders.config("idefics2")
+    assert read(told).vision.resampler.norm_eps == 1e-6
+    told["perceiver_config"] = {**told["perceiver_config"], "rms_norm_eps": 3e-4}
+    assert read(told).vision.resampler.norm_eps == 3e-4
+    del told["perceiver_config"]["hidden_size"]
+    told["text_config"] = {**told["text_config"], "rms_norm_eps": 2e-5}
+    assert read(told).vision.resampler.norm_eps == 2e-5
 
 
 @pytest.mark.parametrize(

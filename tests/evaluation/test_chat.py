@@ -1,13 +1,18 @@
 """The task generate as a chat, with many prompts, stops, samples, and what the model's files say of them."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from jaxlab.checkpoints import open_model, save_model
 from jaxlab.errors import UserError, UserNote
+from jaxlab.evaluation import answers
+from jaxlab.models import stream
 from jaxlab.tasks import generate, main
 from tests.evaluation.chat_models import VOCABULARY, make_tokenizer, write_chat_model
 
@@ -19,11 +24,20 @@ def model(tmp_path_factory):
     return write_chat_model(tmp_path_factory.mktemp("chat") / "model")
 
 
-@pytest.fixture
-def ask(model, capsys):
-    """What is written for options of the task, with the notes."""
+def following(params, batch, config, *, max_new_tokens, **_):
+    """What `stream` gives of the model, without compiling it."""
+    lengths = np.sum(batch.get("segment_ids", np.ones_like(batch["tokens"])), axis=1)
+    tokens = batch["tokens"][np.arange(len(lengths)), lengths - 1]
+    for step in range(1, max_new_tokens + 1):
+        yield (tokens + step) % config.vocab_size
 
-    def run(folder=model, **options):
+
+@pytest.fixture
+def ask(model, capsys, monkeypatch):
+    """What is written for options of the task, with the notes; the model is computed if that is asked for."""
+
+    def run(folder=model, computed=False, **options):
+        monkeypatch.setattr(answers, "stream", stream if computed else following)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserNote)
             generate.run(generate.Arguments(str(folder), **options))
@@ -38,7 +52,7 @@ def lines(text):
 
 
 def test_a_plain_prompt_is_a_turn_of_a_chat(ask):
-    text, notes = ask(prompt="hi")
+    text, notes = ask(prompt="hi", computed=True)
     assert text == f"{ALL}\n"
     assert notes == ["the model has a chat template, so the prompt is a user's turn; --raw takes it as it is"]
     assert ask(prompt="hi", chat=True) == (f"{ALL}\n", [])
@@ -108,6 +122,7 @@ def test_many_prompts_are_as_one_by_one(ask, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n\n")
     options = {"raw": True, "temperature": 4.0, "top_p": 0.9, "seed": 3, "max_new_tokens": 7, "samples": 2}
+    options["computed"] = True
     together = lines(ask(prompts=str(file), batch_size=5, **options)[0])
     assert [(row["index"], row["sample"]) for row in together] == [(i, s) for i in range(6) for s in (0, 1)]
     for index in (0, 4):
@@ -278,7 +293,7 @@ def test_nonsense_about_sampling_is_one_line(ask, tmp_path, said):
 def test_what_the_model_says_is_done(ask, tmp_path):
     said = {"do_sample": True, "temperature": 9.0, "top_k": 2, "stop_strings": ["c"]}
     folder = write_chat_model(tmp_path / "model", generation=said)
-    text, notes = ask(folder, prompt="hi", chat=True)
+    text, notes = ask(folder, prompt="hi", chat=True, computed=True)
     assert "c" not in text
     assert notes == [
         "sampling as the model's generation_config.json says: temperature 9, top_k 2; --temperature 0 takes "
@@ -351,7 +366,7 @@ def test_images_and_chunks_do_not_go_together(ask, tmp_path):
 def test_prompts_in_chunks(ask, tmp_path):
     file = tmp_path / "p.txt"
     file.write_text("hi\nwhat is that\n")
-    options = {"prompts": str(file), "raw": True, "max_new_tokens": 4}
+    options = {"prompts": str(file), "raw": True, "max_new_tokens": 4, "computed": True}
     assert ask(prefill_chunk=4, **options) == ask(**options)
 
 
@@ -361,3 +376,13 @@ def test_a_language_model_reads_no_images(ask, tmp_path):
     file.write_text(json.dumps({"prompt": "hi", "images": ["a.png"]}))
     with pytest.raises(UserError, match=r"without vision cannot read .*a\.png"):
         ask(prompts=str(file), raw=True)
+
+
+def test_the_python_of_the_page_runs(model, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    made = code.replace("path/or/owner/name", str(model)).replace(
+        "What is the capital of France?", "what is it?"
+    )
+    exec(compile(made.replace("max_new_tokens=40", "max_new_tokens=5"), "generation.md", "exec"), {})
+    assert len(capsys.readouterr().out) == 6

@@ -10,7 +10,21 @@ from jaxlab.models import activations, forward
 from tests.checkpoints import folders
 
 DEFAULT = ("gpt_neox", "smollm3")
-SLOW = ("opt", "olmo2", "olmo3", "phi", "phi3", "phi3_longrope", "smollm3_window", "stablelm_parallel")
+SLOW = (
+    "opt",
+    "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
+    "phi3_longrope",
+    "smollm3_window",
+    "stablelm_parallel",
+    "gpt_oss",
+    "deepseek_v3",
+    "cohere2",
+    "qwen2_moe",
+    "granite",
+)
 LENGTH = 15
 
 

@@ -157,6 +157,11 @@ def test_shares_of_the_edge_sets():
 
 def test_mistakes_are_told_in_one_line(params, prompts):
     batch, classes, targets = prompts["batch"], prompts["classes"], prompts["targets"]
+    beyond = {"tokens": np.full_like(batch["tokens"], MODEL.vocab_size)}
+    with pytest.raises(
+        UserError, match=f"flows: the batch holds token {MODEL.vocab_size}, the embedding has"
+    ):
+        flows(params, beyond, MODEL, classes, targets)
     with pytest.raises(UserError, match="targets lack labels, positions"):
         flows(params, batch, MODEL, classes, {"label_tokens": targets["label_tokens"]})
     with pytest.raises(UserError, match=r"label_tokens \[C\] or \[3, C\]"):

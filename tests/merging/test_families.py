@@ -75,8 +75,19 @@ def test_an_expert_reaches_the_language_model_and_nothing_else(tmp_path, case, c
         np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-LANGUAGE = ("gpt_neox", "phi3_longrope", "stablelm_parallel")
-SLOW = ("opt", "olmo2", "olmo3", "smollm3", "phi")
+LANGUAGE = ("gpt_neox", "phi3_longrope", "stablelm_parallel", "gpt_oss", "deepseek_v3")
+SLOW = (
+    "opt",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "phi",
+    "cohere_qk_norm",
+    "exaone4",
+    "glm4_moe",
+    "granitemoe",
+    "olmoe",
+)
 
 
 @pytest.mark.parametrize("case", [*LANGUAGE, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import Probe, RopeConfig, forward, init_cache, positions_of
+from jaxlab.models import (
+    Probe,
+    RopeConfig,
+    activations,
+    forward,
+    init_cache,
+    positions_of,
+    prepare_batch,
+)
 from jaxlab.models.rotary import rotary_table, rotate
 from tests.models import oracle
 from tests.models.tiny import NSA, draw_params, draw_tokens, make_config
@@ -211,3 +219,17 @@ def test_flows_know_one_selector():
     config = make_config("nsa_min_max")
     with pytest.raises(ValueError, match="know no selector of NSA but compressed"):
         forward(draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config, probe=Probe())
+
+
+def test_tokens_without_a_row_are_refused_where_they_are_known():
+    config = make_config()
+    batch = {"tokens": jnp.asarray([[1, 13]], jnp.int32)}
+    for door in (
+        lambda: forward({}, batch, config),
+        lambda: prepare_batch(batch, config),
+        lambda: activations({}, batch, config, "logits"),
+    ):
+        with pytest.raises(ValueError, match="the batch holds token 13, the embedding has 13 rows"):
+            door()
+    params = draw_params(config)
+    jax.eval_shape(lambda tokens: forward(params, {"tokens": tokens}, config), batch["tokens"])  # traced

@@ -10,9 +10,12 @@ import pytest
 from jaxlab.errors import ConfigError
 from jaxlab.models import (
     FullAttentionConfig,
+    LatentConfig,
     ModelConfig,
+    MoEConfig,
     NSAConfig,
     PlainVisionConfig,
+    Quest,
     RopeConfig,
     SlidingAttentionConfig,
     abstract_params,
@@ -32,9 +35,23 @@ def shapes(config):
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_has_axes_that_the_sharding_table_knows(variant):
-    config = make_config(variant)
+LATENT = {
+    "latent": LatentConfig(kv_rank=5, query_rank=7),
+    "position": RopeConfig(dim=2),
+    "num_kv_heads": None,
+}
+EXPERTS = MoEConfig(
+    num_experts=4, router_bias=True, choice_bias=True, bias=True, swiglu_limit=7.0, shared_width=3
+)
+CONFIGS = {name: make_config(name) for name in VARIANTS} | {
+    "latent": make_config(**LATENT),
+    "experts": make_config(moe=EXPERTS, attention_sinks=True),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_has_axes_that_the_sharding_table_knows(name):
+    config = CONFIGS[name]
     params, axes = abstract_params(config), logical_axes(config)
     assert jax.tree.structure(params) == jax.tree.structure(axes)
     for shape, names in zip(jax.tree.leaves(params), jax.tree.leaves(axes), strict=True):
@@ -173,6 +190,23 @@ def test_sharding_table_refuses():
         (lambda: PlainVisionConfig(patch_size=0), "patch_size"),
         (lambda: PlainVisionConfig(num_layers=1, image_size=9), "patch_size"),
         (lambda: PlainVisionConfig(num_layers=1, num_heads=5), "num_heads"),
+        (lambda: LatentConfig(kv_rank=0), "kv_rank"),
+        (lambda: ModelConfig(latent=LatentConfig()), "latent"),  # nothing of a head is without positions
+        (lambda: make_config("nsa", **LATENT), "latent"),
+        (lambda: make_config(sparsity=Quest(), **LATENT), "latent"),
+        (lambda: make_config(**{**LATENT, "num_kv_heads": 2}), "latent"),
+        (lambda: make_config(**LATENT, attention_bias=True), "latent"),
+        (lambda: make_config(**LATENT, qk_norm="head"), "latent"),
+        (lambda: make_config("nsa", attention_sinks=True), "attention_sinks"),
+        (lambda: make_config(sparsity=Quest(), attention_sinks=True), "attention_sinks"),
+        (
+            lambda: make_config(
+                attention=FullAttentionConfig(implementation="chunked"), attention_sinks=True
+            ),
+            "attention_sinks",
+        ),
+        (lambda: ModelConfig(residual_scale=0.0), "residual_scale"),
+        (lambda: ModelConfig(logit_scale=float("inf")), "logit_scale"),
         (lambda: NSAConfig(num_blocks=2), "num_blocks"),
         (lambda: NSAConfig(stride=64), "stride"),
         (lambda: NSAConfig(window=0), "window"),

@@ -1,8 +1,10 @@
 """The task generate hands images of other people's models to the processor in their folder."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,13 @@ from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
 from jaxlab.evaluation import answers
 from jaxlab.models import ViTConfig
+from jaxlab.processing import Prompt, read_messages
 from jaxlab.tasks import generate
+from tests.checkpoints import folders as families
 from tests.models.tiny import make_config
 from tests.processing.folders import CASES, GOLDEN, load_processor, write_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::jaxlab.errors.UserNote")
 
 
 def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatch):
@@ -146,3 +152,45 @@ def test_a_place_for_an_image_without_one_is_refused(tmp_path, monkeypatch):
     opened = vision_model(tmp_path, None)
     with pytest.raises(UserError, match="--prompt holds <image>, where an image goes"):
         asked(opened, monkeypatch, prompt="What is <image>?")
+
+
+@pytest.mark.slow
+def test_a_chat_with_images_says_what_transformers_says(tmp_path, capsys):
+    place = Path(__file__).parents[1] / "golden" / "chat"
+    spec = importlib.util.spec_from_file_location("golden_chat_vision", place / "vision.py")
+    vision = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(vision)
+    made = json.loads((place / "vision.json").read_text())
+    tensors = families.make(tmp_path / "tensors", "llava") / "model.safetensors"
+    (tmp_path / "model").mkdir()
+    vision.write_model(tmp_path / "model", tensors)
+    for name in ("wide.png", "gray.png"):
+        shutil.copy(GOLDEN / name, tmp_path / name)
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps(vision.CONVERSATIONS[name]) for name in made))
+    options = {"messages": str(file), "max_new_tokens": vision.NEW, "past_end": True}
+    generate.run(generate.Arguments(str(tmp_path / "model"), **options))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, expected in zip(rows, made.values(), strict=True):
+        assert row["prompt_tokens"] == expected["prompt_tokens"]
+        assert row["text"] == expected["text"]
+
+
+def test_a_prompt_that_asks_for_a_video_is_refused(tmp_path):
+    opened = HuggingFaceFolder(write_folder(tmp_path, "qwen2_vl"))  # one without tensors
+    config = dataclasses.replace(make_config("vision"), vocab_size=300, family="qwen2_vl+qwen2")
+    image = CASES["qwen2_vl"]["config"]["image_token_id"]
+    opened.config = dataclasses.replace(config, vision=ViTConfig(image_token=image))
+    opened.tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer_plain.json"))
+    opened.source_files = SourceFiles(opened.path, opened.config_json)
+    video = Prompt("--prompt", "What is <|video_pad|>?")
+    with pytest.raises(
+        UserError, match=r"^the prompt holds <\|video_pad\|>: videos are not read; give frames"
+    ):
+        generate.read_prompt(video, opened, chat=False)
+    batch = generate.read_prompt(Prompt("--prompt", "What?"), opened, chat=False)
+    assert batch.keys() == {"tokens"}
+    messages = [{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}]}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(UserError, match=r"chat\.jsonl.*: videos are not read; give frames of it as images"):
+        read_messages(tmp_path / "chat.jsonl")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxlab.losses import loss_sum
-from jaxlab.models import ModelConfig, SlidingAttentionConfig
+from jaxlab.models import LatentConfig, ModelConfig, MoEConfig, RopeConfig, SlidingAttentionConfig
 from jaxlab.models.sharding import MeshConfig, make_mesh, on_mesh, param_shardings, place_batch
 from tests.models.tiny import NSA, draw_params, make_config
 
@@ -21,6 +21,18 @@ MODELS: dict[str, ModelConfig] = {
     "nsa_auxiliary": make_config("nsa_auxiliary", max_length=LENGTH),
     "nsa_shared": make_config("nsa_shared", max_length=LENGTH, remat="layer"),
     "full": make_config(max_length=LENGTH, remat="layer"),
+    "sinks": make_config(
+        attention=SlidingAttentionConfig(window=11, pattern=("full", "sliding")),
+        attention_sinks=True,
+        moe=MoEConfig(num_experts=4, width=6, router_bias=True, bias=True, swiglu_limit=1.0),
+        max_length=LENGTH,
+    ),
+    "latent": make_config(
+        latent=LatentConfig(kv_rank=6, query_rank=10),
+        position=RopeConfig(dim=2),
+        num_kv_heads=None,
+        max_length=LENGTH,
+    ),
     "sliding": make_config(attention=SlidingAttentionConfig(window=11), mlp_bias=True, max_length=LENGTH),
     "chunked": make_config(
         attention=SlidingAttentionConfig(window=11, pattern=("full", "sliding"), implementation="chunked"),

@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[2]
     [
         ("nsa", BOTH, True),
         ("full", CONTEXT, True),
+        ("sinks", BOTH, True),
+        pytest.param("latent", BOTH, True, marks=pytest.mark.slow),
         pytest.param("sliding", MeshConfig(data=1, model=2), False, marks=pytest.mark.slow),
         pytest.param("chunked", MeshConfig(data=1, fsdp=2, context=2), True, marks=pytest.mark.slow),
         pytest.param("nsa", CONTEXT, True, marks=pytest.mark.slow),

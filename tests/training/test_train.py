@@ -14,7 +14,7 @@ from jaxlab.config import build
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import target_losses
-from jaxlab.models import abstract_params, count_params, forward, init_params
+from jaxlab.models import RopeConfig, abstract_params, count_params, forward, init_params
 from jaxlab.models.sharding import MeshConfig, make_mesh
 from jaxlab.tasks import execute, train
 from jaxlab.training.optimizer import make_optimizer
@@ -128,6 +128,11 @@ def test_a_vision_language_model_starts_from_a_language_model(text, tmp_path):
         ({}, {"tie_embeddings": False}, r"lacks head\.table"),
         ({"mlp_bias": True}, {}, r"has an unexpected layers\.mlp\.down_bias"),
         ({"activation": "relu"}, {}, "its activation is relu, of the model to train silu"),
+        (
+            {"position": RopeConfig(dim=2)},
+            {},
+            "its position is rotary over 2 .* the model to train rotary over 4",
+        ),
     ],
 )
 def test_an_initial_model_that_does_not_fit_is_refused_in_one_line(text, tmp_path, theirs, ours, message):

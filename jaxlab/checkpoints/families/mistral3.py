@@ -44,10 +44,11 @@ def read_config(config: Json) -> ModelConfig:
         raise v.refuse("model_type", "supported: pixtral")
     v.ignore("attention_dropout")
     rope = v.value("rope_parameters", {})
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else rope
-    for key, found in (("rope_theta", v.value("rope_theta")), ("rope_parameters", theta)):
-        if found not in (None, 10000):
-            raise v.refuse(key, "rotary positions of images have a base of 10000")
+    known = [{"rope_type": kind, "rope_theta": 10000}.items() for kind in ("axial", "default")]
+    if not isinstance(rope, dict) or not any(rope.items() <= items for items in known):
+        raise v.refuse("rope_parameters", "rotary positions of images are axial, with a base of 10000")
+    if v.value("rope_theta", 10000) != 10000:
+        raise v.refuse("rope_theta", "rotary positions of images have a base of 10000")
     if "head_dim" in v and v.whole("head_dim") * v.whole("num_attention_heads") != v.whole("hidden_size"):
         raise v.refuse("head_dim", "it must be hidden_size / num_attention_heads")
     vit = dict(

@@ -187,8 +187,9 @@ def renamed_kind(config: Json, names: Mapping[str, str]) -> Json:
 
 def _factors(s: Settings, key: str) -> tuple[float, ...]:
     found = s.value(key)
-    if not isinstance(found, list) or not all(type(n) in (int, float) for n in found) or not found:
-        raise s.wrong(key, "a list of numbers")
+    known = isinstance(found, list) and all(type(n) in (int, float) and 0 < n < math.inf for n in found)
+    if not known or not found:
+        raise s.wrong(key, "a list of positive numbers")
     return tuple(float(n) for n in found)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from jaxlab.models.batch import Batch
+from jaxlab.models.batch import Batch, check_tokens
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Params, bind
 from jaxlab.models.kv_cache import Cache
@@ -34,11 +34,13 @@ def prepare_batch(batch: Mapping[str, Any], config: ModelConfig) -> Batch:
     """The batch with what follows from the sizes of its images, worked out on the host.
 
     `forward` does it by itself; where it is jitted and images vary in size, call this before, outside of jit.
-    A batch that is prepared, or needs nothing, stays as it is.
+    A batch that is prepared, or needs nothing, stays as it is. Tokens that are not traced are checked.
 
     Raises:
-      ValueError: sizes of images are traced, or do not fit the placeholders in the text.
+      ValueError: sizes of images are traced, or do not fit the placeholders in the text; or the embedding has
+        no row for a token.
     """
+    check_tokens(batch["tokens"], config)
     if "images" not in batch or not config.has_vision:
         return cast(Batch, dict(batch))
     return cast(Batch, {**batch, **encoder_of(config).prepare(batch, config)})

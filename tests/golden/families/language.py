@@ -325,7 +325,10 @@ LIST = [
         NEOX,
         "query, key and value of each head in a row of one tensor; rotary over 4 of 12 dimensions; attention "
         "and MLP in parallel, each with a norm of its own",
-        layouts=[NEOX_HUB],
+        layouts=[
+            NEOX_HUB,
+            {"name": "memory: the head under its new name", "rename": [["embed_out", "lm_head"]]},
+        ],
     ),
     case(
         "gpt_neox_serial",
