@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxlab.checkpoints import load_model, open_model, safetensors_file, save_model
+from jaxlab.checkpoints import load_model, open_model, safetensors_file, save_model, sharded_read
 from jaxlab.costs import bytes_per_device
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import SplitConfig, forward, generate, init_cache, mesh_of, model_mesh, using
@@ -62,6 +62,30 @@ def test_each_device_holds_its_part_and_every_byte_is_read_once(llama, sizes, mo
         opened.placed(None)
     )
     jax.tree.map(np.testing.assert_array_equal, params, opened.read())
+
+
+@pytest.mark.parametrize("sizes", [BOTH, {"fsdp": 4}], ids=str)
+def test_a_host_reads_the_rows_of_its_own_devices(tmp_path, sizes, monkeypatch):
+    """As if this process had the first device alone: matrices whose rows are split are read in part."""
+    path = folders.make(tmp_path / "case", "llama_bias" if sizes == {"fsdp": 4} else "llama3")
+    mesh = model_mesh(SplitConfig(**sizes))
+    opened = open_model(path)
+    whole = opened.read(mesh=mesh)
+    of_first = lambda leaf: next(s.data for s in leaf.addressable_shards if s.device == jax.devices()[0])
+    read, everywhere = [], jax.NamedSharding.addressable_devices_indices_map
+    one = lambda self, shape: {d: i for d, i in everywhere(self, shape).items() if d == jax.devices()[0]}
+    reading = safetensors_file.read_into
+
+    def counted(file, array, offset):
+        read.append(array.nbytes)
+        reading(file, array, offset)
+
+    monkeypatch.setattr(safetensors_file, "read_into", counted)
+    monkeypatch.setattr(jax.NamedSharding, "addressable_devices_indices_map", one)
+    monkeypatch.setattr(sharded_read._Target, "place", lambda target: next(iter(target.buffers.values())))
+    parts = opened.read(mesh=mesh)
+    jax.tree.map(lambda part, leaf: np.testing.assert_array_equal(part, of_first(leaf)), parts, whole)
+    assert sum(read) < 0.85 * sum(tensor.nbytes for tensor in opened.stored.tensors.values())
 
 
 @pytest.mark.parametrize("case", ["gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
