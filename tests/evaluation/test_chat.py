@@ -356,6 +356,13 @@ def test_options_of_the_template_and_of_nothing_else(ask, tmp_path, capsys):
     assert capsys.readouterr().out == "v\nv\n"
 
 
+@pytest.mark.parametrize("name", ["prompt", "system"])
+def test_text_that_is_no_utf8_is_told_by_its_own_place(ask, name):
+    options = {"prompt": "hi", name: "a\udcff"}
+    with pytest.raises(UserError, match=rf"^--{name} is not valid UTF-8 \(at its character 2\)"):
+        ask(**options)
+
+
 def test_images_and_chunks_do_not_go_together(ask, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt": "hi", "images": ["a.png"]}))
