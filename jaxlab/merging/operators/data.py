@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import F32, divide, multiply, round_to, total
 from jaxlab.merging.operators.averaging import weighted_sum
+from jaxlab.merging.operators.optimized import Moments, adam
 from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
 
 
@@ -147,22 +147,26 @@ def entropy(logits: Float[Array, "... classes"]) -> Float[Array, ""]:
 
 
 def learn_coefficients(
-    loss: Callable[[Any], Float[Array, ""]], start: Any, *, steps: int = 500, learning_rate: float = 1e-3
-) -> Any:
+    loss: Callable[[Float[Array, "..."]], Float[Array, ""]],
+    start: Sequence[Any],
+    *,
+    steps: int = 500,
+    learning_rate: float = 1e-3,
+) -> Float[Array, "..."]:
     """Coefficients by Adam (arXiv 2310.02575, sec. 3.2: from 0.3 on).
 
     Args:
-      loss: of a tree of coefficients, for example the entropy of the merged model's predictions.
-      start: the tree to start from.
+      loss: of the coefficients, for example the entropy of the merged model's predictions.
+      start: where to start from: a number for each task, or a list over layers for each.
       steps, learning_rate: of Adam.
     """
-    optimizer = optax.adam(learning_rate)
+    start = jnp.stack([jnp.asarray(x, jnp.float32) for x in start])
 
-    def step(i: Array, state: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
-        found, memory = state
-        updates, memory = optimizer.update(jax.grad(loss)(found), memory)
-        return optax.apply_updates(found, updates), memory
+    def step(i: Array, state: tuple[Array, Moments]) -> tuple[Array, Moments]:
+        found, moments = state
+        update, moments = adam(jax.grad(loss)(found), moments, i.astype(jnp.float32) + 1.0)
+        return found - learning_rate * update, moments
 
-    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
-    found, _ = jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))
+    nothing = jnp.zeros_like(start)
+    found, _ = jax.lax.fori_loop(0, steps, step, (start, (nothing, nothing)))
     return found

@@ -1,8 +1,10 @@
 """By minimising the interference of task vectors, without data: WUDI, OptMerge; lambdas in closed form."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from jaxlab.merging.numerics import F32, divide, dot, multiply, round_to, total
@@ -10,21 +12,43 @@ from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
 from jaxlab.merging.operators.spectral import mean_of_weighted, svd
 
 
+Moments = tuple[Array, Array]
+"""Running means of the gradient and of its square, or what else an optimizer remembers."""
+
+
+def adam(gradient: Array, moments: Moments, step: Array) -> tuple[Array, Moments]:
+    """A step of Adam (arXiv 1412.6980, algorithm 1) of length one, and its memory; `step` counts from 1."""
+    first = 0.9 * moments[0] + 0.1 * gradient
+    second = 0.999 * moments[1] + 0.001 * gradient * gradient
+    unbiased = [m / (1.0 - decay**step) for m, decay in ((first, 0.9), (second, 0.999))]
+    return unbiased[0] / (jnp.sqrt(unbiased[1]) + 1e-8), (first, second)
+
+
+def _heavy_ball(
+    momentum: Scalar, gradient: Array, moments: Moments, step: Array
+) -> tuple[Array, Moments]:
+    velocity = momentum * moments[0] + gradient
+    return velocity, (velocity, moments[1])
+
+
 def _minimise(
     start: Float[Array, "m n"],
     quadratic: Float[Array, "n n"],
     linear: Float[Array, "m n"],
-    optimizer: optax.GradientTransformation,
+    optimizer: Callable[[Array, Moments, Array], tuple[Array, Moments]],
+    learning_rate: Scalar,
     steps: int,
 ) -> Float[Array, "m n"]:
     """`steps` of the optimizer on a loss whose gradient at x is 2 (x quadratic - linear)."""
 
-    def step(i: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
-        x, memory = state
-        updates, memory = optimizer.update(2.0 * (x @ quadratic - linear), memory)
-        return x + updates, memory
+    def step(i: Array, state: tuple[Array, Moments]) -> tuple[Array, Moments]:
+        x, moments = state
+        gradient = 2.0 * (x @ quadratic - linear)
+        update, moments = optimizer(gradient, moments, i.astype(jnp.float32) + 1.0)
+        return x - learning_rate * update, moments
 
-    x, _ = jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))
+    nothing = jnp.zeros_like(start)
+    x, _ = jax.lax.fori_loop(0, steps, step, (start, (nothing, nothing)))
     return x
 
 
@@ -47,7 +71,7 @@ def wudi(
     vectors = [multiply(d, w, dtype) for d, w in zip(task_vectors, weights, strict=True)]
     grams = [(d.T @ d) / _power(d) for d in vectors]
     linear = sum(d @ g for d, g in zip(vectors, grams, strict=True))
-    found = _minimise(total(vectors, dtype), sum(grams), linear, optax.adam(learning_rate), steps)
+    found = _minimise(total(vectors, dtype), sum(grams), linear, adam, learning_rate, steps)
     return multiply(found, lambda_, dtype)
 
 
@@ -77,8 +101,9 @@ def optmerge(
         gram = (rows.T @ rows) / _power(d)
         quadratic, linear = quadratic + gram, linear + (u[:, :rank] @ rows) @ gram
     start = mean_of_weighted(task_vectors, weights, dtype)
-    optimizer = optax.sgd(learning_rate, momentum=momentum)
-    return multiply(_minimise(start, quadratic, linear, optimizer, steps), lambda_, dtype)
+    optimizer = functools.partial(_heavy_ball, momentum)
+    found = _minimise(start, quadratic, linear, optimizer, learning_rate, steps)
+    return multiply(found, lambda_, dtype)
 
 
 def _power(d: Float[Array, "m n"]) -> Float[Array, ""]:

@@ -44,14 +44,15 @@ def widen(
             changes.append(jnp.abs(size - start))
             turns.append(1.0 - jnp.where(product == 0, 0.0, cosine))
         pair = [_scores([_rank(x) for x in each], above_average, calibration) for each in (changes, turns)]
-        scores = [jnp.expand_dims(0.5 * (m + d), axis) for m, d in zip(*pair, strict=True)]
+        mean = [0.5 * (m + d) for m, d in zip(*pair, strict=True)]
+        scores = [jnp.broadcast_to(jnp.expand_dims(s, axis), base.shape) for s in mean]
     terms = [
         multiply(round_to(d * s, dtype), w, dtype) for d, s, w in zip(vectors, scores, weights, strict=True)
     ]
     return round_to(base + total(terms, dtype), dtype)
 
 
-def _magnitude(x: Float[Array, "m n"], axis: int) -> Float[Array, " n"]:
+def _magnitude(x: Float[Array, "m n"], axis: int) -> Float[Array, " columns"]:
     return round_to(jnp.sqrt(fold_sum(round_to(x * x, F32), axis)), F32)
 
 
