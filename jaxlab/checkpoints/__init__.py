@@ -18,6 +18,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
     from jaxlab.checkpoints.locate import resolve
+    from jaxlab.checkpoints.named_tensors import ModelTensors, model_tensors, tensors_laid_out_as
     from jaxlab.checkpoints.open import load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, resumable_folder
@@ -25,7 +26,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.save import save_model
     from jaxlab.checkpoints.source_files import SourceFiles
     from jaxlab.checkpoints.tensor_folder import Planned, TensorFolder, in_shards, open_folder
-    from jaxlab.checkpoints.tensor_kinds import ModelTensors, TensorKind, model_tensors, tensors_laid_out_as
+    from jaxlab.checkpoints.tensor_kinds import TensorKind
     from jaxlab.checkpoints.tensor_map import (
         Entry,
         entries,

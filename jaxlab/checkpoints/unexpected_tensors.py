@@ -205,8 +205,8 @@ def _match(names: list[str], config: ModelConfig, family: str) -> Match:
     ignored = [n for n in left if n not in copies and families.ignored(family).fullmatch(n)]
     unmapped = [n for n in left if n not in copies and n not in ignored]
     paths = {n: path for n, path in expected.items() if n in present}
-    kinds = tuple(_kind(row, listed, expected, config) for row, listed in rows)
-    return Match(family, paths, kinds, tuple(copies), tuple(ignored), tuple(unmapped), tuple(missing))
+    used = tuple(_kind(row, listed, expected, config) for row, listed in rows)
+    return Match(family, paths, used, tuple(copies), tuple(ignored), tuple(unmapped), tuple(missing))
 
 
 def _kind(row: Row, names: list[str], expected: Mapping[str, str], config: ModelConfig) -> TensorKind:

@@ -86,7 +86,7 @@ class MergeAccount:
             for line in self.lines
             if line.action != "refused"
         }
-        return sorted(name for name in found | want if found.get(name) != want.get(name))
+        return sorted(name for name in {**found, **want} if found.get(name) != want.get(name))
 
     def counts(self) -> dict[str, int]:
         """How many tensors are merged, copied and refused."""

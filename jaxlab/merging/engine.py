@@ -488,7 +488,8 @@ def _of_rows(tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.
 
 def _numbers(step: Merging, size: int) -> dict[str, Any]:
     """What is traced of the parameters of a merge, for a tensor of `size` elements."""
-    known, numbers = operator_named(step.operator).parameters, {}
+    known = operator_named(step.operator).parameters
+    numbers: dict[str, Any] = {}
     given = {name: p.default_in(step.mode) for name, p in known.items() if p.counted} | dict(step.parameters)
     for name, value in given.items():
         one = (lambda x: Share.of(float(x), size)) if known[name].counted else np.float32

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import ConfigError, UserError
@@ -48,9 +48,10 @@ _FIXED = {"lambda": 1.0, "normalize": False}
 class Given(NamedTuple):
     """What an operator may ask for beside the tensors of a leaf; stacked as they are."""
 
-    key: UInt32[np.ndarray, "tensors 2"] | UInt32[Array, "tensors 2"]
-    layer: Int[np.ndarray, " tensors"] | Int[Array, " tensors"]
-    """-1 outside of layers."""
+    key: Any
+    """uint32[tensors, 2]"""
+    layer: Any
+    """int32[tensors], -1 outside of layers"""
     statistics: Any
     totals: Any
     """One for all tensors."""

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from jaxlab.checkpoints import Entry, LeafPath, entries, from_hf, to_hf, tree_of
 from jaxlab.errors import UserError, UserNote
 from jaxlab.merging.account import AccountLine, MergeAccount
-from jaxlab.merging.numerics import Mode, difference, key_words, round_to, tensor_key, working_dtype
+from jaxlab.merging.numerics import Mode, difference, key_words, tensor_key, working_dtype
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import Gather, per_model
 from jaxlab.models import Params
@@ -153,7 +153,7 @@ def arithmetic_dtype(operator: Operator, mode: Mode, stored: jnp.dtype) -> jnp.d
 
 
 def gather_totals(
-    gather: Gather, measure: Callable[[Any], Sequence[Any]], parameters: Mapping[str, Any]
+    gather: Gather, measure: Callable[[Any], Iterable[Any]], parameters: Mapping[str, Any]
 ) -> Any:
     """What an operator on whole models needs to know of all their tensors.
 

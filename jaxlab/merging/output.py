@@ -267,7 +267,8 @@ def _made(
             read[int(model)][name] = sha256
     inputs = []
     for i, one in enumerate(prepared.inputs):
-        line = {"role": one.role, "model": references[i] if references else str(one.model.path)}
+        named = references[i] if references else str(one.model.path)
+        line: dict[str, Any] = {"role": one.role, "model": named}
         line["tensors_read"] = len(read[i]) if hashed != "none" else None
         text = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(read[i].items()))
         line["sha256"] = hashlib.sha256(text.encode()).hexdigest() if hashed != "none" else None

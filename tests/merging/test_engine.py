@@ -4,23 +4,18 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import host_tensors, load_model, open_model
+from jaxlab.checkpoints import host_tensors, open_model
 from jaxlab.checkpoints.tensor_folder import Planned, open_folder, write_folder
 from jaxlab.errors import UserError
 from jaxlab.merging import (
-    OPERATORS,
     InjectRecipe,
     Input,
     MergePlan,
@@ -30,14 +25,12 @@ from jaxlab.merging import (
     TensorSource,
     engine,
     execute,
-    inject,
     inject_by_recipe,
     merge_by_recipe,
     merge_tensors,
     needs_of,
     prepare_merge,
     read_trio,
-    tensor_key,
     verify_folder,
     write_merge,
 )
@@ -362,3 +355,68 @@ def test_a_pattern_with_the_names_of_another_model(tmp_path):
         UserError, match=r"it has names of the expert; those of the vlm count, as language_model"
     ):
         prepare_merge(recipe, [open_model(r) for r in recipe.references()])
+
+
+def test_check_reads_headers_alone(place, tmp_path, capsys, monkeypatch):
+    recipe = "kind: inject\nlambda_e: 0.5\noperator: ties\ndensity: 0.5\n" + "".join(
+        f"{role}: {place / name}\n" for role, name in (("vlm", "one"), ("expert", "two"), ("base", "base"))
+    )
+    (tmp_path / "r.yaml").write_text(recipe)
+    out = tmp_path / "out"
+    words = ["merge", str(tmp_path / "r.yaml"), "--out", str(out)]
+    # Neither Flax nor Orbax is loaded, and help needs no jax at all.
+    code = "import sys; from jaxlab.tasks import main; main(sys.argv[1:])\n"
+    code += "print('loaded', *(m for m in ('jax', 'flax', 'orbax', 'optax') if m in sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    for more, loaded in ((["--check"], "loaded jax"), (["--help"], "loaded")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, *more],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1].strip() == loaded
+    # The account comes before anything is written, and is the same.
+    monkeypatch.setattr(
+        "jaxlab.checkpoints.safetensors_file.read_into", lambda *_: pytest.fail("a tensor was read")
+    )
+    monkeypatch.setattr(engine._Files, "read", lambda *_: pytest.fail("a tensor was read"))
+    assert main([*words, "--check"]) == 0
+    checked = capsys.readouterr().out
+    assert not out.exists()
+    assert re.search(r"merged +2 +model\.layers\.\{i\}\.mlp\.up_proj\.weight +vlm\+expert\+base", checked)
+    assert re.search(r"reads .* writes .* memory, takes about .* disk are free", checked)
+    monkeypatch.undo()
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith(checked[: checked.index("reads ")])
+
+
+def test_needs_count_every_tensor(place):
+    recipe = injection(place, embeddings="merge")
+    prepared = prepare_merge(recipe, [open_model(r) for r in recipe.references()])
+    needs, size = needs_of(prepared), sum(t.nbytes for t in open_folder(place / "one").values())
+    assert needs.written_bytes == size
+    assert needs.read_bytes == 3 * size
+
+
+def test_a_gguf_file_gives_its_dequantised_tensors(tmp_path, capsys):
+    from tests.checkpoints import gguf_files
+
+    case = "qwen2"
+    weights = folders.weights(case)
+    noisy = {
+        n: x + 0.1 * np.random.default_rng(1).standard_normal(x.shape, np.float32) for n, x in weights.items()
+    }
+    for name, tensors in (("vlm", noisy), ("base", weights)):
+        folders.write(tmp_path / name, folders.config(case), tensors)
+    file = gguf_files.make(tmp_path / "expert.gguf", folders.config(case, 4), noisy)
+    recipe = InjectRecipe(
+        vlm=str(tmp_path / "vlm"), expert=str(file), base=str(tmp_path / "base"), lambda_v=0.0
+    )
+    write(recipe, tmp_path / "out")
+    dequantised = open_model(file).tensors
+    found = open_folder(tmp_path / "out")
+    for name, base in weights.items():
+        if "embed_tokens" not in name and "lm_head" not in name:
+            assert found[name].read().tobytes() == (base + (dequantised[name].read() - base)).tobytes(), name
