@@ -18,7 +18,12 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
     from jaxlab.checkpoints.locate import resolve
-    from jaxlab.checkpoints.named_tensors import ModelTensors, model_tensors, tensors_laid_out_as
+    from jaxlab.checkpoints.named_tensors import (
+        ModelTensors,
+        check_tied_heads,
+        model_tensors,
+        tensors_laid_out_as,
+    )
     from jaxlab.checkpoints.open import load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, resumable_folder

@@ -15,7 +15,8 @@ from jaxlab.checkpoints.formats.base import OpenModel
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.safetensors_file import Tensor, check_rows
 from jaxlab.checkpoints.tensor_kinds import TensorKind
-from jaxlab.checkpoints.unexpected_tensors import TensorAccount, is_float
+from jaxlab.checkpoints.tensor_table import EMBEDDING
+from jaxlab.checkpoints.unexpected_tensors import TensorAccount, check_tied_head, is_float
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ def tensors_laid_out_as(opened: OpenModel, family: str) -> ModelTensors:
       UserError: the family has no name for a leaf.
     """
     return _of_parameters(opened, family)
+
+
+def check_tied_heads(found: ModelTensors) -> None:
+    """Whether every tied head that is written out is the embedding.
+
+    Raises:
+      UserError: one is not, bit for bit.
+    """
+    for kind in found.kinds:
+        if kind.path == EMBEDDING:
+            for copy in found.copies:
+                check_tied_head(found.tensors[copy], found.tensors[kind.names[0]])
 
 
 def _of_folder(opened: HuggingFaceFolder) -> ModelTensors:

@@ -18,11 +18,9 @@ from jaxlab.checkpoints.fused_qkv import split_fused
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_map import Entry, leaf_at, tree_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, LeafPath
-from jaxlab.checkpoints.unexpected_tensors import TensorAccount
+from jaxlab.checkpoints.unexpected_tensors import TensorAccount, check_tied_head
 from jaxlab.errors import UserError
 from jaxlab.models import Params
-
-_ROWS_BYTES = 1 << 26
 
 
 def read_params(
@@ -180,18 +178,9 @@ def _check_copies(
     Raises:
       UserError: it is not, bit for bit.
     """
+    embedding = Tensor(name, table.dtype, table.shape, lambda start, stop: table[start:stop])
     for copy in account.copies:
-        head = tensors[copy]
-        rows = max(1, _ROWS_BYTES // max(1, head.nbytes // head.shape[0]))
-        same = head.dtype == table.dtype and all(
-            head.read_rows(i, min(i + rows, len(table))).tobytes() == table[i : i + rows].tobytes()
-            for i in range(0, len(table), rows)
-        )
-        if not same:
-            raise UserError(
-                f"{copy} differs from {name}, but config.json ties the two; set tie_word_embeddings to false "
-                f"if the head is one of its own, or pass --ignore-tensors {copy}"
-            )
+        check_tied_head(tensors[copy], embedding)
 
 
 def _default() -> Sharding:

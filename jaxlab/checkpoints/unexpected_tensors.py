@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.models import Params
 
 _SHOWN = 8
+_ROWS_BYTES = 1 << 26
 _PARTS = ("gate", "up", "down")
 _LATENT_QUERY = tuple(f"attention.{leaf}" for leaf in ("query_down", "query_latent_norm.scale", "query_up"))
 _LATENT = tuple(
@@ -139,6 +140,26 @@ def _account(
     return TensorAccount(
         name, known, tuple(copies), tuple(ignored), tuple(missing), tuple(unmapped), tuple(wrong)
     )
+
+
+def check_tied_head(head: Tensor, embedding: Tensor) -> None:
+    """Whether a tied head that is written out is the embedding.
+
+    Raises:
+      UserError: it is not, bit for bit.
+    """
+    rows = max(1, _ROWS_BYTES // max(1, head.nbytes // head.shape[0]))
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
+        head.read_rows(i, min(i + rows, head.shape[0])).tobytes()
+        == embedding.read_rows(i, min(i + rows, head.shape[0])).tobytes()
+        for i in range(0, head.shape[0], rows)
+    )
+    if not same:
+        raise UserError(
+            f"{head.name} differs from {embedding.name}, but config.json ties the two; set "
+            "tie_word_embeddings to false if the head is one of its own, or pass --ignore-tensors "
+            f"{head.name}"
+        )
 
 
 def is_float(dtype: Any) -> bool:

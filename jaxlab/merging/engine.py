@@ -310,9 +310,8 @@ class _Worker:
         program, numbers = self._program(tensor, step, size)
         arrays = [self._read(source, size, {}, step.read_as).reshape(shape) for source in step.everything]
         base = arrays.pop() if step.base is not None else None
-        given = _given(
-            tensor_key(self.plan.seed, tensor.name), step, totals, self.statistics.get(tensor.name)
-        )
+        key = tensor_key(self.plan.seed, step.key or tensor.name)
+        given = _given(key, step, totals, self.statistics.get(tensor.name))
         found = _measure(program, tuple(arrays), base, numbers, given)
         return jax.tree.map(lambda leaf: leaf[None], found)
 
@@ -322,7 +321,12 @@ class _Worker:
         """An operator that works element by element."""
         program, numbers = self._program(tensor, step, size)
         everything = step.everything
-        streams = [self._parts(source, 0, size, self.chunk, hashes, step.read_as) for source in everything]
+        streams = [
+            self._parts(
+                source, 0, size, self.chunk, hashes if i == everything.index(source) else {}, step.read_as
+            )
+            for i, source in enumerate(everything)
+        ]
         key = tensor_key(self.plan.seed, step.key or tensor.name)
         start = 0
         for parts in zip(*streams, strict=True):
@@ -346,7 +350,11 @@ class _Worker:
         program, numbers = self._program(tensor, step, size)
         key = tensor_key(self.plan.seed, step.key or tensor.name)
         with self.budget.take(whole_bytes(step, size)):
-            arrays = [self._read(source, size, hashes, step.read_as).reshape(shape) for source in everything]
+            arrays = [
+                self._read(source, size, hashes if i == everything.index(source) else {}, step.read_as)
+                for i, source in enumerate(everything)
+            ]
+            arrays = [array.reshape(shape) for array in arrays]
             base = arrays.pop() if step.base is not None else None
             given = _given(key, step, self.totals.get(_group(step)), self.statistics.get(tensor.name))
             merged, bad = _merge_whole(program, tuple(arrays), base, numbers, given, _ZERO)
@@ -373,7 +381,7 @@ class _Worker:
         """The hash of a source is that of all its bytes, also where only its first rows were merged."""
         if self.hash_inputs == "none":
             return
-        for source in step.everything:
+        for source in dict.fromkeys(step.everything):
             size = self.tensor(source).size
             begun = size if (step.rows is None or source == step.sources[0]) else merged
             for _ in self._parts(source, begun, size, _COPY, hashes):

@@ -18,6 +18,7 @@ from jaxlab.checkpoints import (
     OpenModel,
     SourceFiles,
     TensorFolder,
+    check_tied_heads,
     huggingface_form,
     open_folder,
     resumable_folder,
@@ -199,6 +200,8 @@ def write_merge(
 
     plan, inputs = prepared.plan, prepared.inputs
     first = inputs[0].model
+    for one in inputs:
+        check_tied_heads(one.found)
     config, source = _config(prepared)
     texts = dict({} if source is None else source.texts)
     if first.tokenizer is not None and (source is None or source.folder is None):

@@ -253,6 +253,49 @@ def test_rows_and_tied_heads(place, tmp_path):
     assert head.models == ("vlm", "base")
 
 
+def test_an_expert_with_more_rows_than_the_vlm(place, tmp_path):
+    llama(tmp_path / "wide", 2, vocabulary=30)
+    recipe = injection(place, expert=str(tmp_path / "wide"), lambda_v=1.0, lambda_e=1.0, embeddings="merge")
+    write(recipe, tmp_path / "out")
+    models = (open_folder(path) for path in (place / "one", tmp_path / "wide", place / "base"))
+    name = "model.embed_tokens.weight"
+    vlm, expert, base = (model[name].read()[:24].astype(np.float32) for model in models)
+    want = (base + ((vlm - base) + (expert - base))).astype(BF16)
+    assert open_folder(tmp_path / "out")[name].read().tobytes() == want.tobytes()
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(place, tmp_path):
+    def untie(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + BF16.type(differs)
+
+    recipe = merge(place, "linear", base=False)
+    for differs in (0, 1):
+        for name, seed in (("a", 1), ("b", 2)):
+            llama(tmp_path / name, seed, tied=True, change=untie)
+        models = [open_model(tmp_path / name) for name in "ab"]
+        prepared = prepare_merge(recipe, models)
+        if differs:
+            with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+                write_merge(prepared, tmp_path / "out", overwrite=True)
+        else:
+            write_merge(prepared, tmp_path / "out")
+            found = hashes(tmp_path / "out")
+            assert found["lm_head.weight"] == found["model.embed_tokens.weight"]
+
+
+def test_a_model_twice_in_a_plan(tmp_path):
+    """mergekit's files have the base among the models; its digest is of its bytes all the same."""
+    base, one = llama(tmp_path / "base", 0), llama(tmp_path / "one", 1)
+    inputs = [Input(str(p), m := open_model(p), engine_tensors(m)) for p in (base, one)]
+    name = "model.layers.0.mlp.up_proj.weight"
+    source = TensorSource(0, name)
+    step = Merging("task_arithmetic", "paper", (source, TensorSource(1, name)), source, weights=(0.5, 0.5))
+    plan = MergePlan((PlannedTensor(name, "bfloat16", (12, WIDTH), (), "", "", merging=step),))
+    want = {f"{i}:{name}": hashes(path)[name] for i, path in enumerate((base, one))}
+    for chunk in (7, 1 << 18):
+        run_plan(plan, inputs, tmp_path / "out", chunk=chunk, hash_inputs="full", overwrite=True, expect=want)
+
+
 def test_a_plan_of_any_making(tmp_path):
     """Stacked layers, copies in another dtype, sources read in a dtype of the plan."""
     base, one = llama(tmp_path / "base", 0), llama(tmp_path / "one", 1, dtype=np.float32)
@@ -285,11 +328,13 @@ def engine_tensors(model):
     return model_tensors(model)
 
 
-def run_plan(plan, inputs, out, **options):
+def run_plan(plan, inputs, out, overwrite=False, expect=None, **options):
     from jaxlab.checkpoints import resumable_folder
 
-    with resumable_folder(out, engine.layout(plan, inputs), digest="x") as folder:
-        execute(plan, inputs, folder, **options)
+    with resumable_folder(out, engine.layout(plan, inputs), digest="x", overwrite=overwrite) as folder:
+        records = execute(plan, inputs, folder, **options)
+        if expect is not None:
+            assert [record["sources"] for record in records.values()] == [expect]
         folder.complete(config=config(), copy_from=None, texts={})
     return {name: tensor.read() for name, tensor in open_folder(out).items()}
 
