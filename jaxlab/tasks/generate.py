@@ -223,7 +223,9 @@ def find_template(arguments: Arguments, opened: OpenModel, prompts: Sequence[Pro
     if arguments.raw:
         return None
     name, known = arguments.chat_template, opened.chat_templates
-    template = known.get(name or "default")
+    tools = any(prompt.variables.get("tools") for prompt in prompts)
+    usual = "tool_use" if tools and "tool_use" in known else "default"
+    template = known.get(name or usual)
     if name is not None and template is None:
         try:
             template = Path(name).read_text(encoding="utf-8")
