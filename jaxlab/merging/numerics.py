@@ -173,7 +173,7 @@ def kept_count(density: Density, size: int) -> int | Integer[Array, ""]:
         return min(max(int(density * size), 1), size) if density > 0 else 0
     count = floor_count(density, size)
     least = jnp.uint32(min(1, size))
-    return jnp.where(density > 0, jnp.maximum(jnp.asarray(count, jnp.uint32), least), jnp.uint32(0))
+    return jnp.where(density > 0, jnp.maximum(as_count(count), least), jnp.uint32(0))
 
 
 def floor_count(share: Density, size: int) -> int | Integer[Array, ""]:
@@ -185,13 +185,17 @@ def floor_count(share: Density, size: int) -> int | Integer[Array, ""]:
     return jnp.minimum(jnp.floor(share * jnp.float32(size)).astype(jnp.uint32), jnp.uint32(size))
 
 
+def as_count(value: int | Integer[Any, ""]) -> UInt32[Array, ""]:
+    """A number of elements as the uint32 that they are counted in."""
+    return jnp.asarray(value, None if isinstance(value, jax.Array) else jnp.uint32).astype(jnp.uint32)
+
+
 def share_of(density: Density) -> Float[Array, ""]:
     """The density as float32."""
     value = density.value if isinstance(density, Share) else density
     return jnp.asarray(value, jnp.float32)
 
 
-@jax.jit
 def largest(x: Float[Array, "*shape"], count: int | Integer[Array, ""]) -> Bool[Array, "*shape"]:
     """The `count` elements of largest magnitude, exactly so many; among equals those of lowest row-major
     index.
@@ -200,8 +204,12 @@ def largest(x: Float[Array, "*shape"], count: int | Integer[Array, ""]) -> Bool[
     small all-reduce.
     """
     _check_size(x.size)
+    return _largest(x, as_count(count))
+
+
+@jax.jit
+def _largest(x: Float[Array, "*shape"], count: UInt32[Array, ""]) -> Bool[Array, "*shape"]:
     magnitude = lambda: magnitude_bits(x).reshape(-1)
-    count = jnp.asarray(count).astype(jnp.uint32)
     threshold, reached = _reached_by(magnitude, count, x.size, 1 << 31)
     # Of those equal to the threshold, the last ones may be too many.
     surplus = jnp.maximum(reached, count) - count
@@ -225,7 +233,9 @@ def order_statistic(x: Float[Array, "*shape"], rank: int | Integer[Array, ""]) -
         bits = jnp.where(jnp.isnan(x), last, jnp.where(bits >= sign, ~bits, bits | sign))
         return bits.reshape(-1)
 
-    count = jnp.uint32(x.size) - jnp.asarray(rank).astype(jnp.uint32)
+    count = jnp.uint32(x.size) - jnp.asarray(
+        rank, None if isinstance(rank, jax.Array) else jnp.uint32
+    ).astype(jnp.uint32)
     low, _ = _reached_by(ordered, count, x.size, 0xFFFFFFFF)
     found = jnp.min(jnp.where(ordered() >= low, ordered(), last))
     return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)

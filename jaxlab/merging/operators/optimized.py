@@ -24,9 +24,7 @@ def adam(gradient: Array, moments: Moments, step: Array) -> tuple[Array, Moments
     return unbiased[0] / (jnp.sqrt(unbiased[1]) + 1e-8), (first, second)
 
 
-def _heavy_ball(
-    momentum: Scalar, gradient: Array, moments: Moments, step: Array
-) -> tuple[Array, Moments]:
+def _heavy_ball(momentum: Scalar, gradient: Array, moments: Moments, step: Array) -> tuple[Array, Moments]:
     velocity = momentum * moments[0] + gradient
     return velocity, (velocity, moments[1])
 
