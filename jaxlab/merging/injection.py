@@ -27,7 +27,7 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
 from jaxlab.merging.merge import add_to_base, arithmetic_dtype, gather_totals, statistics_of
-from jaxlab.merging.numerics import Mode, Share, difference, round_to, tensor_key
+from jaxlab.merging.numerics import Mode, Share, difference, tensor_key
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.models import Params
@@ -318,10 +318,9 @@ def _task_vectors(
 
 def _stacked(function: Callable[..., Any], given: Given, *arrays: Any) -> Any:
     """The function for each tensor of a leaf, given what belongs to it."""
-    axes = Given(0, 0, 0, None)
-    return jax.vmap(function, in_axes=(axes, *(0 for _ in arrays)))(
-        given._replace(key=jnp.asarray(given.key), layer=jnp.asarray(given.layer)), *arrays
-    )
+    totals = given.totals  # one for all
+    stacked = jax.tree.map(jnp.asarray, given._replace(totals=None))
+    return jax.vmap(lambda own, *rest: function(own._replace(totals=totals), *rest))(stacked, *arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "method"))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from jaxlab.checkpoints import Entry, LeafPath, entries, from_hf, to_hf, tree_of
 from jaxlab.errors import UserError, UserNote
 from jaxlab.merging.account import AccountLine, MergeAccount
-from jaxlab.merging.numerics import Mode, difference, key_words, round_to, tensor_key, working_dtype
+from jaxlab.merging.numerics import Mode, difference, key_words, tensor_key, working_dtype
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import Gather, per_model
 from jaxlab.models import Params
@@ -264,7 +264,8 @@ def _gather_models(
             vectors = [difference(x, origin, dtype) for x in tensors]
             return operator.measure(vectors, values, dtype=dtype, totals=totals)
 
-        return [jax.vmap(one)([to_hf(m, entry) for m in models], to_hf(base, entry)) for entry in known]
+        tensors = lambda model, entry: jnp.asarray(to_hf(model, entry))
+        return [jax.vmap(one)([tensors(m, entry) for m in models], tensors(base, entry)) for entry in known]
 
     assert operator.gather is not None
     return gather_totals(operator.gather, measure, values)

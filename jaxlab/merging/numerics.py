@@ -88,8 +88,8 @@ def tree_sum(
     *arrays: Float[Array, "*shape"], of: Callable[..., Float[Array, "*block"]] = lambda x: x
 ) -> Float[Array, ""]:
     """The sum of all elements, or of a function of the elements of several arrays, float32, by halves of
-    halves: the same bits in every program, stacked, sharded, on a CPU or a GPU, as `jnp.sum` does not promise;
-    and closer to the exact sum.
+    halves: the same bits in every program, stacked, sharded, on a CPU or a GPU, which `jnp.sum` does not
+    promise; and closer to the exact sum.
     """
     flat = [x.reshape(-1) for x in arrays]
     one = lambda blocks: fold_sum(jax.lax.optimization_barrier(of(*blocks)), 0)
@@ -121,7 +121,8 @@ def fold_sum(x: Float[Array, "*shape"], axis: int) -> Float[Array, "*rest"]:
             whole, rest = whole + 1, 0
         terms = [x[i * whole : (i + 1) * whole] for i in range(parts)]
         while len(terms) > 1:
-            terms = [a + b for a, b in itertools.zip_longest(terms[::2], terms[1::2], fillvalue=0.0)]
+            pairs = itertools.zip_longest(terms[::2], terms[1::2])
+            terms = [a if b is None else a + b for a, b in pairs]
         (total,) = terms
         if rest:
             total = jnp.concatenate([total[:rest] + x[parts * whole :], total[rest:]])
@@ -143,7 +144,7 @@ def norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 
 
 class Share(NamedTuple):
-    """A share of a tensor's elements as traced numbers that are exact: one program then serves every share."""
+    """A share of a tensor's elements as exact traced numbers: one program then serves every share."""
 
     value: Float[Array, ""]
     kept: Integer[Array, ""]

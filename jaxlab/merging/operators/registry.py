@@ -377,8 +377,9 @@ def operator(
       prepare: a first stage that needs no weights. A search runs it once for many weights.
       inject: what the lambdas of an injection are to it. None: its weights; without weights they scale the
         task vectors, or an operator on models merges the models base + lambda_i d_i. "models": that also with
-        weights, which are 1. "pair": the first of these models takes the base's place. A function (prepared, weights, ...) -> merged task vector takes the operator's
-        place. Or why it cannot be injected.
+        weights, which are 1. "pair": the first of these models takes the base's place. A function
+        (prepared, weights, ...) -> merged task vector takes the operator's place. `NotInjected`: why it
+        cannot be.
       scope: what an element of the output depends on, in both modes or by mode.
       per_task: it returns a list with a task vector for each model.
       gather: what it needs to know of all tensors.

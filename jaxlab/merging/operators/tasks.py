@@ -1,11 +1,11 @@
 """By masks of the tasks: TALL masks and consensus, EMR (a model for each task), PCB, trust region."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.merging.numerics import (
