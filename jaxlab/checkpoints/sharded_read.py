@@ -4,6 +4,7 @@ The host holds the buffers of the leaves that one kind of tensor belongs to, and
 buffers become the parameters themselves; otherwise they are gone once they have been sent.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,11 +53,15 @@ def read_params(
             where = _default() if shardings is None else leaf_at(shardings, path)
             targets.append(_Target(leaf_at(template, path).shape, dtypes[entry.pattern], where, entry))
         for index, name in enumerate(entry.names):
-            values = tensors[name].read()
+            whole = entry.path == EMBEDDING and account.copies
+            rows = _rows_here(entry, index, targets, tensors[name].shape, whole=bool(whole))
+            if rows is None:  # of devices of other hosts
+                continue
+            values = tensors[name].read_rows(*rows)
             report_not_finite(name, values, not_finite)
-            if entry.path == EMBEDDING:
+            if whole:
                 _check_copies(tensors, account, name, values)
-            _fill(entry, index, values, targets)
+            _fill(entry, index, values, targets, rows[0])
         leaves |= {path: target.place() for path, target in zip(entry.paths, targets, strict=True)}
     return tree_of(leaves)
 
@@ -97,14 +102,27 @@ class _Target:
         slices = index if index is not None else (slice(None),) * len(self.shape)
         return tuple(s.indices(size)[:2] for s, size in zip(slices, self.shape, strict=True))
 
-    def fill(self, index: int, values: np.ndarray) -> None:
-        """The part of tensor number `index` that is this leaf's, in our layout."""
+    def here(self, index: int) -> list[tuple[np.ndarray, tuple[tuple[int, int], ...]]]:
+        """Of tensor number `index`: the buffers for parts of it on this host, and which parts."""
         at = np.unravel_index(index, self.shape[: self.lead]) if self.lead else ()
+        found = []
         for part, buffer in self.buffers.items():
             leading, own = part[: self.lead], part[self.lead :]
             if all(start <= i < stop for i, (start, stop) in zip(at, leading, strict=True)):
                 place = tuple(int(i) - start for i, (start, _) in zip(at, leading, strict=True))
-                copy_by_blocks(buffer[place], values[tuple(slice(*bounds) for bounds in own)])
+                found.append((buffer[place], own))
+        return found
+
+    def fill(self, index: int, values: np.ndarray, axis: int = 0, first: int = 0) -> None:
+        """What of tensor number `index` is on this host.
+
+        Args:
+          values: of the tensor, in our layout, from number `first` of `axis` on.
+        """
+        for buffer, own in self.here(index):
+            starts = [first if i == axis else 0 for i in range(len(own))]
+            cut = (slice(start - at, stop - at) for (start, stop), at in zip(own, starts, strict=True))
+            copy_by_blocks(buffer, values[tuple(cut)])
 
     def place(self) -> jax.Array:
         """The array, on its devices; the buffers are given away."""
@@ -117,8 +135,35 @@ class _Target:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
 
 
-def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target]) -> None:
-    """One tensor into the leaves that it holds."""
+def _rows_here(
+    entry: Entry, index: int, targets: list[_Target], shape: tuple[int, ...], *, whole: bool
+) -> tuple[int, int] | None:
+    """The rows of tensor number `index` that devices of this host hold a part of; None: of no row."""
+    parts = [own for target in targets for _, own in target.here(index)]
+    height = shape[0] if shape else 1
+    if whole or (parts and (len(targets) > 1 or not _row_axis(entry))):
+        return 0, height
+    if not parts:
+        return None
+    axis = entry.layout.ours.index(_row_axis(entry))
+    each = height // max(targets[0].own[axis], 1)
+    return min(own[axis][0] for own in parts) * each, max(own[axis][1] for own in parts) * each
+
+
+def _row_axis(entry: Entry) -> str:
+    """The axis of ours that the rows of theirs are counted by first; "": there is none."""
+    return next(iter(entry.layout.theirs[0] if entry.layout.theirs else ()), "")
+
+
+def _fill(entry: Entry, index: int, values: np.ndarray, targets: list[_Target], row: int) -> None:
+    """One tensor, from `row` on, into the leaves that it holds."""
+    if len(targets) == 1 and _row_axis(entry):
+        target, axis = targets[0], entry.layout.ours.index(_row_axis(entry))
+        each = math.prod(target.own[entry.layout.ours.index(inner)] for inner in entry.layout.theirs[0][1:])
+        shape = (*target.own[:axis], len(values) // max(each, 1), *target.own[axis + 1 :])
+        cast = values if values.dtype == target.dtype else values.astype(target.dtype)
+        target.fill(index, np.asarray(entry.layout.to_ours(cast, shape)), axis, row // max(each, 1))
+        return
     own = [target.own for target in targets]
     parts = split_fused(values, entry.layout, entry.join, own, runs=entry.runs)
     for target, part in zip(targets, parts, strict=True):

@@ -49,7 +49,7 @@ class Batch(TypedDict, total=False):
 def check_tokens(tokens: Any, config: ModelConfig) -> None:
     """Checks that the embedding has a row for every token: a gather beyond it would say nothing.
 
-    Tokens that are traced, or not all on this host, are believed.
+    Tokens that are traced or shapes alone, or not all on this host, are believed.
 
     Args:
       tokens: int[...].
@@ -57,7 +57,7 @@ def check_tokens(tokens: Any, config: ModelConfig) -> None:
     Raises:
       ValueError: a token is beyond it.
     """
-    if isinstance(tokens, jax.core.Tracer):
+    if isinstance(tokens, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
         return

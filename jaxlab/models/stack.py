@@ -85,6 +85,8 @@ def apply_blocks(
       additions: added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
       between: further layers.
     """
+    # A tower's config must say that its layers turn, or its tables would be passed over.
+    assert context.rotary is None or any(config.rotary_layers)
     pool, caches = split_cache(None if cache is None else cache.layers)
     num_additions = 0 if additions is None else additions.shape[0]
     results: list[tuple[Any, ...]] = []

@@ -15,7 +15,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, BYTES, CHARACTERS = 10, 2 << 30, 1 << 24
+SECONDS, BYTES, CHARACTERS = 5, 2 << 30, 1 << 24
 """Limits: of computing, of memory, and of the text that comes out."""
 _PROBE = "Wn3qX"
 _REASONING = ("reasoning_content", "thinking", "reasoning")

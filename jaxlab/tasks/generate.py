@@ -153,6 +153,8 @@ def run(arguments: Arguments) -> None:
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     prompts = read_all(arguments)
+    for where, text in (("--system", arguments.system), *((p.where, p.text) for p in prompts)):
+        encode(text, None, where=where)  # checks that it is UTF-8
     if arguments.prefill_chunk is not None and (seen := next((p for p in prompts if p.images), None)):
         raise UserError(f"{seen.where}: a prompt with images is read at once; leave --prefill_chunk out")
     template = find_template(arguments, opened, prompts)
@@ -221,7 +223,9 @@ def find_template(arguments: Arguments, opened: OpenModel, prompts: Sequence[Pro
     if arguments.raw:
         return None
     name, known = arguments.chat_template, opened.chat_templates
-    template = known.get(name or "default")
+    tools = any(prompt.variables.get("tools") for prompt in prompts)
+    usual = "tool_use" if tools and "tool_use" in known else "default"
+    template = known.get(name or usual)
     if name is not None and template is None:
         try:
             template = Path(name).read_text(encoding="utf-8")

@@ -273,6 +273,20 @@ def test_positions_that_are_told_otherwise_are_the_same():
         assert difference(told(layers=(True, True, False)), other) is not None
 
 
+@pytest.mark.parametrize("grown", [None, 0.707, 1.0, 0.123456789])
+def test_latent_attention_is_written_with_the_scale_that_it_had(grown):
+    config = folders.config("deepseek_v3")
+    scaling = {**config["rope_parameters"], "mscale_all_dim": grown}
+    before = families.read_config({**config, "rope_parameters": scaling}, "")
+    assert (before.attention_scale is None) == (grown is None)
+    family = families.find("deepseek_v3")
+    written = family.write_config(before)
+    assert written["rope_scaling"].get("mscale_all_dim") == grown
+    assert difference(before, families.read_config(written, "")) is None
+    with pytest.raises(UserError, match="scales scores by stretched positions alone"):
+        family.write_config(dataclasses.replace(before, position=RopeConfig(dim=4), attention_scale=0.3))
+
+
 def test_a_model_that_no_family_can_describe_is_not_written(tmp_path):
     config, params, _ = load(tmp_path, "llama2")
     sliding = SlidingAttentionConfig(pattern=("full", "sliding"))

@@ -15,6 +15,7 @@ from jaxlab.checkpoints.compatibility import difference
 from jaxlab.checkpoints.gguf_header import can_dequantize, read_gguf
 from jaxlab.checkpoints.gguf_tokenizer import GGUFTokens
 from jaxlab.errors import UserError, UserNote
+from jaxlab.icl import flows
 from jaxlab.models import forward
 from jaxlab.tasks import main as run_command
 from tests.checkpoints import folders, gguf_files
@@ -127,6 +128,18 @@ def test_logits_are_those_of_transformers(tmp_path):
         params, {"tokens": golden["tokens"].astype(np.int32)}, config
     )[0]
     assert np.abs(logits - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
+
+
+def test_flows_are_those_of_the_folder(tmp_path):
+    golden = folders.golden("llama2")
+    tokens = golden["tokens"][:, :9].astype(np.int32)
+    classes = np.arange(18, dtype=np.int32).reshape(2, 9) % 3
+    targets = {"positions": np.full(2, 8), "label_tokens": np.asarray([4, 9]), "labels": np.asarray([0, 1])}
+    found = []
+    for path in (make(tmp_path, "llama2"), folders.make(tmp_path / "hf", "llama2")):
+        config, params, _ = load_model(path)
+        found.append(flows(params, {"tokens": tokens}, config, classes, targets)[0])
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -11,7 +11,16 @@ from jaxlab.checkpoints.fused_qkv import fused_shape, join_fused, split_fused
 from jaxlab.checkpoints.tensor_map import entries, host_tensors, to_hf
 from jaxlab.checkpoints.tensor_table import parse
 from jaxlab.errors import UserError
-from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, PlainVisionConfig, abstract_params
+from jaxlab.models import (
+    LatentConfig,
+    LearnedPositions,
+    ModelConfig,
+    MoEConfig,
+    NSAConfig,
+    PlainVisionConfig,
+    RopeConfig,
+    abstract_params,
+)
 from tests.checkpoints import folders
 
 SMALL = ModelConfig(
@@ -28,6 +37,23 @@ CONFIGS = {
     "nsa, one projection": dataclasses.replace(SMALL, attention=NSAConfig(shared_kv=True)),
     "nsa, scorer": dataclasses.replace(SMALL, attention=NSAConfig(selector="auxiliary")),
     "vlm": dataclasses.replace(SMALL, vision=VISION),
+    "latent": dataclasses.replace(
+        SMALL, latent=LatentConfig(kv_rank=5, query_rank=7), position=RopeConfig(dim=2), num_kv_heads=4
+    ),
+    "experts": dataclasses.replace(
+        SMALL,
+        attention_sinks=True,
+        moe=MoEConfig(
+            num_experts=4,
+            width=3,
+            shared_width=2,
+            shared_gate=True,
+            router_bias=True,
+            choice_bias=True,
+            bias=True,
+            first_dense=1,
+        ),
+    ),
     "three layers of nsa": dataclasses.replace(SMALL, attention=NSAConfig(), num_layers=3),
 }
 

@@ -197,6 +197,7 @@ def test_templates_by_name_file_and_options(ask, tmp_path):
     several = [
         {"name": "default", "template": "{{ raise_exception('No ' + messages[0].role) }}"},
         {"name": "z", "template": "{{ 'y' if long else 'x' }}"},
+        {"name": "tool_use", "template": "{{ tools[0].name }}"},
     ]
     folder = write_chat_model(tmp_path / "model", template=several)
     with pytest.raises(UserError, match=r"its chat template: No user$"):
@@ -206,9 +207,13 @@ def test_templates_by_name_file_and_options(ask, tmp_path):
         ask(folder, prompt="hi", chat_template="z", chat_options={"long": True}, max_new_tokens=2)[0]
         == "z \n"
     )
+    (tmp_path / "tools.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "m"}]})
+    )
+    assert ask(folder, messages=str(tmp_path / "tools.jsonl"), max_new_tokens=1)[0] == "n\n"
     (tmp_path / "mine.jinja").write_text("c")
     assert ask(folder, prompt="hi", chat_template=str(tmp_path / "mine.jinja"), max_new_tokens=1)[0] == "d\n"
-    with pytest.raises(UserError, match="the model's are default, z"):
+    with pytest.raises(UserError, match="the model's are default, tool_use, z"):
         ask(folder, prompt="hi", chat_template="other")
     (folder / "tokenizer_config.json").unlink()
     assert ask(folder, prompt="hi", max_new_tokens=1) == ("j\n", [])
@@ -354,6 +359,13 @@ def test_options_of_the_template_and_of_nothing_else(ask, tmp_path, capsys):
     assert main([*words, "--chat_options.template", "true", "--chat_options.messages", "y"]) == 0
     assert main([*words, "--chat_options.template", "false"]) == 0
     assert capsys.readouterr().out == "v\nv\n"
+
+
+@pytest.mark.parametrize("name", ["prompt", "system"])
+def test_text_that_is_no_utf8_is_told_by_its_own_place(ask, name):
+    options = {"prompt": "hi", name: "a\udcff"}
+    with pytest.raises(UserError, match=rf"^--{name} is not valid UTF-8 \(at its character 2\)"):
+        ask(**options)
 
 
 def test_images_and_chunks_do_not_go_together(ask, tmp_path):

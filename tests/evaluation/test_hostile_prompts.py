@@ -242,7 +242,7 @@ def says_one_line(model, folder, seed, monkeypatch, capfd):
     for _ in range(rng.choice([1, 1, 2])):
         try:
             told.append(damage(folder, rng))
-        except (ValueError, FileNotFoundError, IndexError):  # damaged already: no JSON any more
+        except (ValueError, FileNotFoundError, IndexError, RecursionError):  # damaged already: no JSON now
             continue
     words = ["generate", str(folder), "--prompt", rng.choice(PROMPTS), *rng.choice(OPTIONS)]
 

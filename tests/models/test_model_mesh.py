@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxlab.checkpoints import load_model, open_model, safetensors_file
+from jaxlab.checkpoints import load_model, open_model, safetensors_file, save_model, sharded_read
 from jaxlab.costs import bytes_per_device
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import SplitConfig, forward, generate, init_cache, mesh_of, model_mesh, using
@@ -63,7 +64,31 @@ def test_each_device_holds_its_part_and_every_byte_is_read_once(llama, sizes, mo
     jax.tree.map(np.testing.assert_array_equal, params, opened.read())
 
 
-@pytest.mark.parametrize("case", ["llama3", "qwen3_moe"])
+@pytest.mark.parametrize("sizes", [BOTH, {"fsdp": 4}], ids=str)
+def test_a_host_reads_the_rows_of_its_own_devices(tmp_path, sizes, monkeypatch):
+    """As if this process had the first device alone: matrices whose rows are split are read in part."""
+    path = folders.make(tmp_path / "case", "llama_bias" if sizes == {"fsdp": 4} else "llama3")
+    mesh = model_mesh(SplitConfig(**sizes))
+    opened = open_model(path)
+    whole = opened.read(mesh=mesh)
+    of_first = lambda leaf: next(s.data for s in leaf.addressable_shards if s.device == jax.devices()[0])
+    read, everywhere = [], jax.NamedSharding.addressable_devices_indices_map
+    one = lambda self, shape: {d: i for d, i in everywhere(self, shape).items() if d == jax.devices()[0]}
+    reading = safetensors_file.read_into
+
+    def counted(file, array, offset):
+        read.append(array.nbytes)
+        reading(file, array, offset)
+
+    monkeypatch.setattr(safetensors_file, "read_into", counted)
+    monkeypatch.setattr(jax.NamedSharding, "addressable_devices_indices_map", one)
+    monkeypatch.setattr(sharded_read._Target, "place", lambda target: next(iter(target.buffers.values())))
+    parts = opened.read(mesh=mesh)
+    jax.tree.map(lambda part, leaf: np.testing.assert_array_equal(part, of_first(leaf)), parts, whole)
+    assert sum(read) < 0.85 * sum(tensor.nbytes for tensor in opened.stored.tensors.values())
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_generation_makes_the_same_tokens(tmp_path, case):
     path = folders.make(tmp_path / case, case)
     config, params, _ = load_model(path, mesh=BOTH)
@@ -72,6 +97,10 @@ def test_generation_makes_the_same_tokens(tmp_path, case):
         made = generate(params, PROMPTS, config, max_new_tokens=6)
     _, alone, _ = load_model(path)
     np.testing.assert_array_equal(made, generate(alone, PROMPTS, config, max_new_tokens=6))
+    run = jax.jit(forward, static_argnames="config")
+    with using(mesh):  # without a cache each device runs attention for its heads, sinks among them
+        logits = run(params, PROMPTS, config)[0]
+    np.testing.assert_allclose(logits, run(alone, PROMPTS, config)[0], atol=1e-5)
     one = jax.tree.leaves(params)[0].sharding
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(params)} == {one.mesh}
 
@@ -121,6 +150,21 @@ def test_a_mesh_that_does_not_fit_is_one_line(llama, capsys):
 def run_task(capsys, *words):
     assert main(list(words)) == 0
     return capsys.readouterr().out
+
+
+def test_check_tells_the_bytes_of_a_device(tmp_path, capsys):
+    model = make_config(vocab_size=256, max_length=64)
+    save_model(tmp_path / "model", model, draw_params(model))
+    words = ["generate", str(tmp_path / "model"), "--prompt", "abcd", "--max_new_tokens", "12", "--check"]
+    number = lambda text, what: int(re.search(rf"{what} ([\d,]+)", text)[1].replace(",", ""))
+    alone = run_task(capsys, *words)
+    split = run_task(capsys, *words, "--mesh.fsdp", "2", "--mesh.model", "2")
+    size = bytes_per_device(open_model(tmp_path / "model").placed(model_mesh(SplitConfig(**BOTH))))
+    assert number(split, "parameters") == size < 0.55 * number(alone, "parameters")
+    cache = model.num_layers * 16 * model.kv_heads * (model.key_dim + model.value_dim) * 4
+    assert 0 <= number(alone, "cache") - cache <= 64
+    assert 0 <= number(split, "cache") - cache // 2 <= 64  # one text is not split
+    assert number(split, "total") < number(alone, "total")
 
 
 def test_convert_writes_the_same_bytes(llama, tmp_path, capsys):

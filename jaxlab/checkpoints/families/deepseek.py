@@ -160,9 +160,10 @@ def _write_latent(config: ModelConfig, model_type: str, architecture: str) -> Js
         raise UserError(f"the family {config.family} has latent attention; set latent")
     keys = language.write_decoder(config, model_type, architecture)
     del keys["head_dim"]
-    scaling = keys["rope_scaling"]
-    if scaling is not None:
-        scaling["mscale_all_dim"] = _grown(config)
+    if config.attention_scale is not None:
+        if keys["rope_scaling"] is None or config.rope.factor <= 1:
+            raise UserError(f"the family {config.family} scales scores by stretched positions alone")
+        keys["rope_scaling"]["mscale_all_dim"] = _grown(config, config.attention_scale)
     return {
         **keys,
         "kv_lora_rank": config.latent.kv_rank,
@@ -173,15 +174,11 @@ def _write_latent(config: ModelConfig, model_type: str, architecture: str) -> Js
     }
 
 
-def _grown(config: ModelConfig) -> float:
+def _grown(config: ModelConfig, scale: float) -> float:
     """The `mscale_all_dim` that gives a model's factor on scores, of few digits if such a one does."""
-    if config.attention_scale is None or config.rope.factor <= 1:
-        return 0.0
-    exact = (math.sqrt(config.attention_scale * config.key_dim**0.5) - 1.0) / (
-        0.1 * math.log(config.rope.factor)
-    )
+    exact = (math.sqrt(scale * config.key_dim**0.5) - 1.0) / (0.1 * math.log(config.rope.factor))
     found = [round(exact, digits) for digits in range(12)]
-    same = lambda grown: _scale(config.key_dim, config.rope, grown) == config.attention_scale
+    same = lambda grown: grown > 0 and _scale(config.key_dim, config.rope, grown) == scale
     return next(filter(same, found), exact)
 
 
