@@ -97,7 +97,7 @@ class Method:
             that it cannot have.
         """
         try:
-            known = operator_named(operator).for_injection.parameters
+            known = operator_named(operator, "operator").for_injection.parameters
         except UserError as error:
             raise ConfigError(str(error), key="operator") from None
         given = {name: value for name, value in parameters.items() if value is not None}

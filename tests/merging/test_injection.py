@@ -394,7 +394,7 @@ def test_models_that_differ_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"operator": "tie"}, "no merge method 'tie'"),
+        ({"operator": "tie"}, "no operator 'tie'"),
         ({"operator": "ties"}, "density: ties needs it"),
         ({"density": 0.5}, "density: task_arithmetic has none"),
         ({"operator": "ties", "density": 1.5}, "between 0 and 1"),

@@ -250,7 +250,8 @@ def test_algebra(method):
         whole |= {"gamma": 0.0} if "gamma" in entry.parameters else {}
         whole |= {"t": 1e9} if method == "nearswap" else {}
         (result,) = call(method, (x, x), x if method == "arcee_fusion" else base, **whole)
-        np.testing.assert_allclose(result, x, **near)
+        bias = {"atol": 2e-4} if method == "closed_form_lambda" else {}  # its ridge
+        np.testing.assert_allclose(result, x, **near | bias)
 
 
 @pytest.mark.parametrize(
