@@ -197,7 +197,7 @@ def test_trimming_is_a_stable_sort(shape, density, seed, coarse):
 
 
 @pytest.mark.parametrize("method", SOME_QUICK)
-@pytest.mark.parametrize("mode", ["paper", "mergekit"])
+@pytest.mark.parametrize("mode", ["paper", pytest.param("mergekit", marks=pytest.mark.slow)])
 def test_every_shape_and_bfloat16(method, mode):
     """Scalars, empty tensors, one element, three axes, in one program each: the shape, the dtype, numbers."""
     rng = np.random.default_rng(1)
