@@ -75,9 +75,25 @@ class Metadata:
         return found
 
     def needed(self, key: str) -> int:
+        """A whole number of at least 1."""
         found = self.whole(key)
         if found is None:
             raise UserError(f"{self.where}: {self.prefix}{key} is missing")
+        if found < 1:
+            raise self.wrong(key, "at least 1")
+        return found
+
+    def number(self, key: str) -> float | None:
+        """A positive number."""
+        found = self.value(key)
+        if found is not None and (type(found) not in (int, float) or not 0 < found < math.inf):
+            raise self.wrong(key, "a positive number")
+        return None if found is None else float(found)
+
+    def word(self, key: str) -> str | None:
+        found = self.value(key)
+        if found is not None and not isinstance(found, str):
+            raise self.wrong(key, "a word")
         return found
 
     def flag(self, key: str, default: bool) -> bool:
@@ -169,8 +185,6 @@ _TURNED: Mapping[str, Change] = {
         lambda values, c: values.T, lambda shape: shape[::-1]
     ),
 }
-
-
 _SQUEEZED: Mapping[str, Change] = {
     r".*\.moe\.shared_gate": Change(
         lambda values, c: values.reshape(1, -1), lambda shape: (1, *shape) if len(shape) == 1 else shape
@@ -194,7 +208,7 @@ def _decoder(metadata: Metadata, partial: str | None = None) -> Json:
     return {
         "num_key_value_heads": metadata.whole("attention.head_count_kv") or heads,
         "head_dim": length,
-        "rope_theta": metadata.value("rope.freq_base") or 10000.0,
+        "rope_theta": metadata.number("rope.freq_base") or 10000.0,
         **({} if partial is None else {partial: turned / max(length, 1)}),
         **_rope(metadata),
     }
@@ -202,17 +216,19 @@ def _decoder(metadata: Metadata, partial: str | None = None) -> Json:
 
 def _rope(metadata: Metadata) -> Json:
     """How rotary positions are stretched."""
-    kind = metadata.value("rope.scaling.type") or "none"
-    factor = metadata.value("rope.scaling.factor") or metadata.value("rope.scale_linear")
-    metadata.read.add("rope.scale_linear")
+    told = [metadata.number(key) for key in ("rope.scaling.factor", "rope.scale_linear")]
+    factor = next((number for number in told if number is not None), None)
+    kind = metadata.word("rope.scaling.type")
+    if kind is None:  # as llama.cpp takes it
+        kind = "none" if factor in (None, 1.0) else "linear"
     original = metadata.whole("rope.scaling.original_context_length")
     scaling: Json | None = None
-    if kind == "linear" or (kind == "none" and factor not in (None, 1.0) and original is None):
+    if kind == "linear":
         scaling = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         for theirs, ours in _YARN.items():
-            value = metadata.value(f"rope.scaling.{theirs}")
+            value = metadata.number(f"rope.scaling.{theirs}")
             if value is not None:
                 scaling[ours] = value
     elif kind not in ("none", "longrope") or (
@@ -233,7 +249,7 @@ def _llama3(metadata: Metadata) -> Json | None:
       UserError: they are of no setting that is known.
     """
     factors = np.asarray(metadata.vector(FREQUENCIES))
-    base = metadata.value("rope.freq_base") or 10000.0
+    base = metadata.number("rope.freq_base") or 10000.0
     wavelengths = 2 * math.pi * base ** (np.arange(len(factors)) / len(factors))
     largest = float(factors.max())
     if (factors == 1).all():
@@ -276,7 +292,7 @@ def _scalar(metadata: Metadata, large: int) -> Json:
 
 def _gemma2(metadata: Metadata) -> Json:
     caps = ("attn_logit_softcapping", "final_logit_softcapping")
-    given = {key: metadata.value(key) for key in caps if metadata.value(key) is not None}
+    given = {key: metadata.number(key) for key in caps if metadata.number(key) is not None}
     window = metadata.whole("attention.sliding_window") or 4096
     return {**_decoder(metadata), **_scalar(metadata, 46), **given, "sliding_window": window}
 
@@ -286,8 +302,8 @@ def _gemma3(metadata: Metadata) -> Json:
     return {
         **_decoder(metadata),
         **_scalar(metadata, 62),
-        "final_logit_softcapping": metadata.value("final_logit_softcapping"),
-        "rope_local_base_freq": metadata.value("rope.freq_base_swa") or 10000.0,
+        "final_logit_softcapping": metadata.number("final_logit_softcapping"),
+        "rope_local_base_freq": metadata.number("rope.freq_base_swa") or 10000.0,
         "sliding_window": window or 4096,
         "sliding_window_pattern": (period or 6) if window else 1,
     }
@@ -339,12 +355,12 @@ def _granite(metadata: Metadata) -> Json:
         "residual_multiplier": "residual_scale",
         "logits_scaling": "logit_scale",
     }
-    told = {ours: metadata.value(key) for ours, key in factors.items()}
+    told = {ours: metadata.number(key) for ours, key in factors.items()}
     return {**_plain_llama(metadata), **{key: value for key, value in told.items() if value is not None}}
 
 
 def _cohere(metadata: Metadata) -> Json:
-    return {**_biased(metadata), "logit_scale": metadata.value("logit_scale") or 1.0}
+    return {**_biased(metadata), "logit_scale": metadata.number("logit_scale") or 1.0}
 
 
 def _command_r(metadata: Metadata) -> Json:
@@ -365,9 +381,9 @@ def _slides(metadata: Metadata, period: int) -> Json:
     pattern = metadata.header.metadata.get(metadata.prefix + "attention.sliding_window_pattern", period)
     metadata.read.add("attention.sliding_window_pattern")
     layers = metadata.needed("block_count")
-    if isinstance(pattern, int) and pattern > 0:
-        pattern = [(i + 1) % pattern != 0 for i in range(min(layers, _MOST_LAYERS))]
-    if len(pattern) != layers:
+    if type(pattern) is int and pattern > 0:
+        pattern = np.arange(1, min(layers, _MOST_LAYERS) + 1) % pattern != 0
+    if not isinstance(pattern, np.ndarray) or len(pattern) != layers:
         raise metadata.wrong(
             "attention.sliding_window_pattern", f"a period, or true and false for {layers} layers"
         )
@@ -403,8 +419,8 @@ def _phi3(metadata: Metadata) -> Json:
     """Factors of wavelengths are tensors; the one of attention follows from the lengths."""
     window = metadata.whole("attention.sliding_window") or None
     original = metadata.whole("rope.scaling.original_context_length")
-    attention = metadata.value("rope.scaling.attn_factor")
-    kind = metadata.header.metadata.get(metadata.prefix + "rope.scaling.type")
+    attention = metadata.number("rope.scaling.attn_factor")
+    kind = metadata.word("rope.scaling.type")
     found = {**_decoder(metadata, "partial_rotary_factor"), "sliding_window": window}
     factors = {key: metadata.vector(tensor) for key, tensor in FACTORS.items() if metadata.has(tensor)}
     if not factors:

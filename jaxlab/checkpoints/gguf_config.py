@@ -44,15 +44,15 @@ def origin(header: GGUFHeader, where: object, *, ignore_keys: Sequence[str] = ()
     Raises:
       UserError: an architecture or a key that is not known.
     """
-    name, kind = (header.metadata.get(f"general.{key}") for key in ("architecture", "type"))
+    name, kind = (str(header.metadata.get(f"general.{key}", "")) for key in ("architecture", "type"))
     if name in _REFUSED or kind in _REFUSED:
-        told = _REFUSED.get(str(name)) or _REFUSED[str(kind)]
+        told = _REFUSED.get(name) or _REFUSED[kind]
         raise UserError(f"{where}: {told}; name the language model's file")
-    if kind not in (None, "model"):
-        raise UserError(f"{where}: a GGUF file of type {str(kind)[:40]!r}, not a model")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+    if kind not in ("", "model"):
+        raise UserError(f"{where}: a GGUF file of type {kind[:40]!r}, not a model")
+    if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"{where}: the architecture {str(name)[:40]!r} is not supported; supported: {known}")
+        raise UserError(f"{where}: the architecture {name[:40]!r} is not supported; supported: {known}")
     metadata, architecture = Metadata(header, name, where, ignore_keys), ARCHITECTURES[name]
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:

@@ -137,22 +137,32 @@ class GGUFTokens:
         Raises:
           UserError: the key is neither true nor false.
         """
-        usual = name == "bos" and (self.value("model") == "llama" or self._rules_whole_words)
-        found = self.value(f"add_{name}_token", usual)
+        usual = name == "bos" and (self.word("model") == "llama" or self._rules_whole_words)
+        return self.flag(f"add_{name}_token", usual)
+
+    def flag(self, key: str, default: bool) -> bool:
+        found = self.value(key, default)
         if type(found) is not bool:
-            raise self.wrong(f"add_{name}_token", f"is {str(found)[:40]}, not true or false")
+            raise self.wrong(key, f"is {str(found)[:40]}, not true or false")
+        return found
+
+    def word(self, key: str) -> str | None:
+        found = self.value(key)
+        if found is not None and not isinstance(found, str):
+            raise self.wrong(key, f"is {str(found)[:40]}, not a word")
         return found
 
     @property
     def _rules_whole_words(self) -> bool:
-        rules = _PRE_TOKENIZERS.get(str(self.value("pre")))
+        rules = _PRE_TOKENIZERS.get(self.word("pre") or "")
         return rules is not None and rules.whole_words
 
     def types(self) -> list[int]:
         found = self.value("token_type")
         if found is None:
             return [NORMAL] * len(self.texts)
-        if not isinstance(found, np.ndarray) or len(found) != len(self.texts):
+        whole = isinstance(found, np.ndarray) and found.dtype.kind in "iu"
+        if not whole or len(found) != len(self.texts):
             raise self.wrong("token_type", f"does not hold a number for each of {len(self.texts)} tokens")
         return [int(kind) for kind in found]
 
@@ -163,10 +173,10 @@ class GGUFTokens:
         Raises:
           UserError: a kind that is not known, or lists that are no tokenizer.
         """
-        kind = self.value("model")
+        kind = self.word("model")
         if kind in (None, "none", "no_vocab") and not self.texts:
             return None
-        build = {"gpt2": self._byte_level, "llama": self._sentence_piece}.get(kind)
+        build = {"gpt2": self._byte_level, "llama": self._sentence_piece}.get(kind or "")
         if build is None:
             raise self.wrong("model", f"is {str(kind)[:40]!r}; only gpt2 and llama are read")
         if not self.texts:
@@ -194,8 +204,8 @@ class GGUFTokens:
         return {text: token for token, text in enumerate(self.texts) if text}
 
     def _byte_level(self, types: list[int]) -> Tokenizer:
-        name = self.value("pre")
-        if name not in _PRE_TOKENIZERS:
+        name = self.word("pre")
+        if name is None or name not in _PRE_TOKENIZERS:
             told = "is missing" if name is None else f"is {str(name)[:40]!r}"
             raise self.wrong(
                 "pre", f"{told}; text is split in the ways of {', '.join(sorted(_PRE_TOKENIZERS))}"
@@ -244,7 +254,7 @@ class GGUFTokens:
         )
         space: normalizers.Normalizer = normalizers.Replace(" ", "▁")
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        if self.value("add_space_prefix", True):
+        if self.flag("add_space_prefix", True):
             space = normalizers.Sequence([normalizers.Prepend("▁"), space])
             steps.append(decoders.Strip(" ", 1, 0))
         tokenizer.normalizer = space

@@ -472,7 +472,7 @@ def test_a_shard_of_another_name_says_so(tmp_path):
         ("llama", {"llama.rope.scaling.type": "longrope"}, "must be none, linear or yarn, is longrope"),
         ("llama", {"llama.attention.value_length": 4}, "value_length must be that of the keys, 8, is 4"),
         ("llama", {"llama.rope.dimension_count": 4}, "dimension_count must be all 8 of a head, is 4"),
-        ("llama", {"llama.attention.head_count": 0}, "num_attention_heads must be"),
+        ("llama", {"llama.attention.head_count": 0}, "attention.head_count must be at least 1, is 0"),
         ("llama", {"llama.block_count": 3}, "9 tensors are missing"),
         ("llama", {"llama.block_count": 1000}, "says 1000 layers, and holds 21 tensors"),
         ("llama", {"llama.context_length": None}, "llama.context_length is missing"),

@@ -1,5 +1,6 @@
 """GGUF files that lie: each is one line for the user, in a moment and in little memory, and that is all."""
 
+import dataclasses
 import re
 import resource
 import struct
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from jaxlab.checkpoints import open_model
-from jaxlab.checkpoints.gguf_header import can_dequantize, read_gguf
+from jaxlab.checkpoints import families, open_model
+from jaxlab.checkpoints.gguf_config import origin
+from jaxlab.checkpoints.gguf_header import GGUFHeader, can_dequantize, read_gguf
+from jaxlab.checkpoints.gguf_tokenizer import GGUFTokens
 from jaxlab.errors import UserError
 from tests.checkpoints import folders, gguf_files
 
@@ -185,6 +188,66 @@ def test_a_model_with_bytes_changed_at_random_is_read_or_one_line(tmp_path):
                 said.append(str(error))
     assert len({re.sub(r"\d+", "#", line) for line in said}) > 40
     assert not any("\n" in line or "Error" in line for line in said)
+
+
+NUMBERS = (0, -1, 2**31, 1.5, -1.0, 0.0, float("nan"), float("inf"), True)
+ARRAYS = (np.asarray([1, 2]), np.asarray([0.5]), np.asarray([True, False]), np.asarray([], np.int32))
+BAD = ("x", "", ["a", "b"], *NUMBERS, *ARRAYS)
+
+
+@pytest.mark.parametrize("case", ["llama3", "gemma2", "gemma3_text", "phi3_longrope", "exaone4", "granite"])
+def test_a_key_with_another_value_is_read_or_one_line(tmp_path, case):
+    """Each key of each kind of model with values of every type."""
+    config = folders.config(case, 4)
+    header = read_gguf(gguf_files.make(tmp_path / "m.gguf", config, folders.weights(case)))
+    prefix = f"{gguf_files.ARCHITECTURE[config['model_type']]}."
+    more = ("rope.scaling.type", "rope.scaling.factor", "attention.sliding_window_pattern")
+    read, said = 0, []
+    for key in (*(k for k in header.metadata if k.startswith(prefix)), *(prefix + name for name in more)):
+        for value in BAD:
+            changed = dataclasses.replace(header, metadata={**header.metadata, key: value})
+            try:
+                families.read_config(origin(changed, "m.gguf").config, "m.gguf")
+                read += 1
+            except UserError as error:
+                said.append(str(error))
+    assert read
+    assert len(said) > 60
+    assert not any("\n" in line or "Error" in line or len(line) > 400 for line in said)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_key_of_the_tokenizer_with_another_value_is_read_or_one_line(kind):
+    texts = ["<unk>", "<s>", "</s>", *map(chr, range(97, 107)), "ab"]
+    keys = {
+        "model": kind,
+        "pre": "llama-bpe",
+        "tokens": texts,
+        "token_type": np.asarray([2, 3, 3, *[1] * 11], np.int32),
+        "scores": np.zeros(14, np.float32),
+        "merges": ["a b"],
+        "add_space_prefix": True,
+        "add_bos_token": True,
+        **{f"{name}_token_id": number for number, name in enumerate(("unknown", "bos", "eos", "padding"))},
+    }
+    good = {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | {"tokenizer.chat_template": "x"}
+    assert GGUFTokens(good, "m.gguf").tokenizer.encode("ab").ids[0] == 1
+    said = []
+    for key in (*good, "general.architecture", "general.type"):
+        for value in (*BAD, None):
+            changed = {**good, key: value}
+            tokens = GGUFTokens({k: v for k, v in changed.items() if v is not None}, "m.gguf")
+            for ask in (lambda t: t.tokenizer, lambda t: t.companions(), lambda t: t.ends):
+                try:
+                    ask(tokens)
+                except UserError as error:
+                    said.append(str(error))
+            if key.startswith("general."):
+                header = GGUFHeader(changed, {}, ())
+                with pytest.raises(UserError):
+                    origin(header, "m.gguf")
+    assert len(said) > 100
+    assert not any("\n" in line or "Error" in line or len(line) > 500 for line in said)
 
 
 def test_a_type_that_cannot_be_dequantised_is_named(tmp_path):

@@ -51,6 +51,7 @@ class GGUFFile(HuggingFaceFolder):
 
     @functools.cached_property
     def _origin(self) -> Origin:
+        check_kinds(self.header.tensors.values(), self.path)
         return origin(self.header, self.path, ignore_keys=self.ignore_keys)
 
     @functools.cached_property
@@ -72,7 +73,6 @@ class GGUFFile(HuggingFaceFolder):
 
     @functools.cached_property
     def tensors(self) -> TensorFolder:
-        check_kinds(self.header.tensors.values(), self.path)
         named = named_tensors(self.header, self._origin, self.described)
         return without(TensorFolder(self.path, self._origin.config, named), self.ignore_tensors)
 
