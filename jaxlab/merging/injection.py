@@ -98,7 +98,7 @@ class Method:
             that it cannot have.
         """
         try:
-            known = operator_named(operator).for_injection.parameters
+            known = operator_named(operator, "operator").for_injection.parameters
         except UserError as error:
             raise ConfigError(str(error), key="operator") from None
         given = {name: value for name, value in parameters.items() if value is not None}
@@ -349,10 +349,9 @@ def _task_vectors(
 
 def _stacked(function: Callable[..., Any], given: Given, *arrays: Any) -> Any:
     """The function for each tensor of a leaf, given what belongs to it."""
-    axes = Given(0, 0, 0, None)
-    return jax.vmap(function, in_axes=(axes, *(0 for _ in arrays)))(
-        given._replace(key=jnp.asarray(given.key), layer=jnp.asarray(given.layer)), *arrays
-    )
+    totals = given.totals  # one for all
+    stacked = jax.tree.map(jnp.asarray, given._replace(totals=None))
+    return jax.vmap(lambda own, *rest: function(own._replace(totals=totals), *rest))(stacked, *arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "method"))

@@ -264,7 +264,8 @@ def _gather_models(
             vectors = [difference(x, origin, dtype) for x in tensors]
             return operator.measure(vectors, values, dtype=dtype, totals=totals)
 
-        return [jax.vmap(one)([to_hf(m, entry) for m in models], to_hf(base, entry)) for entry in known]
+        tensors = lambda model, entry: jnp.asarray(to_hf(model, entry))
+        return [jax.vmap(one)([tensors(m, entry) for m in models], tensors(base, entry)) for entry in known]
 
     assert operator.gather is not None
     return gather_totals(operator.gather, measure, values)

@@ -114,8 +114,8 @@ def tree_sum(
     *arrays: Float[Array, "*shape"], of: Callable[..., Float[Array, "*block"]] = lambda x: x
 ) -> Float[Array, ""]:
     """The sum of all elements, or of a function of the elements of several arrays, float32, by halves of
-    halves: the same bits in every program, stacked, sharded, on a CPU or a GPU, as `jnp.sum` does not promise;
-    and closer to the exact sum.
+    halves: the same bits in every program, stacked, sharded, on a CPU or a GPU, which `jnp.sum` does not
+    promise; and closer to the exact sum.
     """
     flat = [x.reshape(-1) for x in arrays]
     one = lambda blocks: fold_sum(jax.lax.optimization_barrier(of(*blocks)), 0)
@@ -147,7 +147,8 @@ def fold_sum(x: Float[Array, "*shape"], axis: int) -> Float[Array, "*rest"]:
             whole, rest = whole + 1, 0
         terms = [x[i * whole : (i + 1) * whole] for i in range(parts)]
         while len(terms) > 1:
-            terms = [a + b for a, b in itertools.zip_longest(terms[::2], terms[1::2], fillvalue=0.0)]
+            pairs = itertools.zip_longest(terms[::2], terms[1::2])
+            terms = [a if b is None else a + b for a, b in pairs]
         (total,) = terms
         if rest:
             total = jnp.concatenate([total[:rest] + x[parts * whole :], total[rest:]])
@@ -169,7 +170,7 @@ def norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 
 
 class Share(NamedTuple):
-    """A share of a tensor's elements as traced numbers that are exact: one program then serves every share."""
+    """A share of a tensor's elements as exact traced numbers: one program then serves every share."""
 
     value: Float[Array, ""]
     kept: Integer[Array, ""]
@@ -199,7 +200,7 @@ def kept_count(density: Density, size: int) -> int | Integer[Array, ""]:
         return min(max(int(density * size), 1), size) if density > 0 else 0
     count = floor_count(density, size)
     least = jnp.uint32(min(1, size))
-    return jnp.where(density > 0, jnp.maximum(jnp.asarray(count, jnp.uint32), least), jnp.uint32(0))
+    return jnp.where(density > 0, jnp.maximum(as_count(count), least), jnp.uint32(0))
 
 
 def floor_count(share: Density, size: int) -> int | Integer[Array, ""]:
@@ -211,13 +212,17 @@ def floor_count(share: Density, size: int) -> int | Integer[Array, ""]:
     return jnp.minimum(jnp.floor(share * jnp.float32(size)).astype(jnp.uint32), jnp.uint32(size))
 
 
+def as_count(value: int | Integer[Any, ""]) -> UInt32[Array, ""]:
+    """A number of elements as the uint32 that they are counted in."""
+    return jnp.asarray(value, None if isinstance(value, jax.Array) else jnp.uint32).astype(jnp.uint32)
+
+
 def share_of(density: Density) -> Float[Array, ""]:
     """The density as float32."""
     value = density.value if isinstance(density, Share) else density
     return jnp.asarray(value, jnp.float32)
 
 
-@jax.jit
 def largest(x: Float[Array, "*shape"], count: int | Integer[Array, ""]) -> Bool[Array, "*shape"]:
     """The `count` elements of largest magnitude, exactly so many; among equals those of lowest row-major
     index.
@@ -226,8 +231,12 @@ def largest(x: Float[Array, "*shape"], count: int | Integer[Array, ""]) -> Bool[
     small all-reduce.
     """
     _check_size(x.size)
+    return _largest(x, as_count(count))
+
+
+@jax.jit
+def _largest(x: Float[Array, "*shape"], count: UInt32[Array, ""]) -> Bool[Array, "*shape"]:
     magnitude = lambda: magnitude_bits(x).reshape(-1)
-    count = jnp.asarray(count).astype(jnp.uint32)
     threshold, reached = _reached_by(magnitude, count, x.size, 1 << 31)
     # Of those equal to the threshold, the last ones may be too many.
     surplus = jnp.maximum(reached, count) - count
@@ -251,7 +260,9 @@ def order_statistic(x: Float[Array, "*shape"], rank: int | Integer[Array, ""]) -
         bits = jnp.where(jnp.isnan(x), last, jnp.where(bits >= sign, ~bits, bits | sign))
         return bits.reshape(-1)
 
-    count = jnp.uint32(x.size) - jnp.asarray(rank).astype(jnp.uint32)
+    count = jnp.uint32(x.size) - jnp.asarray(
+        rank, None if isinstance(rank, jax.Array) else jnp.uint32
+    ).astype(jnp.uint32)
     low, _ = _reached_by(ordered, count, x.size, 0xFFFFFFFF)
     found = jnp.min(jnp.where(ordered() >= low, ordered(), last))
     return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)

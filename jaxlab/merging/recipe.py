@@ -122,7 +122,7 @@ class MergeRecipe:
         if not self.models:
             raise ConfigError("missing; a merge needs a list of models", key="models")
         try:
-            operator = operator_named(self.operator)
+            operator = operator_named(self.operator, "operator")
         except UserError as error:
             raise ConfigError(str(error), key="operator") from None
         if operator.per_task:

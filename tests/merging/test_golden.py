@@ -27,10 +27,28 @@ def read_golden(name):
 
 TENSORS, CASES = read_golden("mergekit.safetensors")
 ALL_TENSORS, ALL_CASES = read_golden("mergekit_all.safetensors")
-MERGEKIT = (
-    "linear task_arithmetic ties dare_linear dare_ties breadcrumbs breadcrumbs_ties della della_linear sce ram "
-    "ramplus_tl model_stock slerp nuslerp multislerp karcher nearswap arcee_fusion passthrough"
-).split()
+MERGEKIT = [
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+    "sce",
+    "ram",
+    "ramplus_tl",
+    "model_stock",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "nearswap",
+    "arcee_fusion",
+    "passthrough",
+]
 
 
 def ours(name, mode="mergekit"):
@@ -179,8 +197,8 @@ KINDS = [
 @pytest.mark.parametrize(("shape", "dtype"), KINDS)
 @pytest.mark.parametrize("method", MERGEKIT)
 def test_all_of_mergekit_over_shapes(method, shape, dtype):
-    """A matrix, a vector as of norms, one element, three axes, a scalar; where mergekit gives NaN, ours must be
-    finite.
+    """A matrix, a vector as of norms, one element, three axes, a scalar; ours are finite where mergekit gives
+    NaN.
     """
     names = [name for name in ALL_CASES if name.startswith(f"{method}.{shape}.{dtype}.")]
     if not names:  # mergekit refuses or divides by zero

@@ -64,8 +64,22 @@ NAMES = (
 OPTIONS = {"layer_swap": {"bottom": 1}, "lines": {"alpha": 0.5, "beta": 1.0}, "nearswap": {"t": 0.1}}
 WHOLE_MODEL = [name for name, entry in OPERATORS.items() if entry.scope("paper") == "model"]
 ALONE = [name for name in (*OPERATORS, *AFTERWARDS) if name not in ("passthrough", *WHOLE_MODEL)]
-QUICK = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "ram", "nearswap", "nuslerp",
-         "layer_swap", "fisher", "tall", "lines", "tsv_m")  # fmt: skip
+QUICK = [
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "slerp",
+    "ram",
+    "nearswap",
+    "nuslerp",
+    "layer_swap",
+    "fisher",
+    "tall",
+    "lines",
+    "tsv_m",
+]
 
 
 def statistics_for(operator, tensors):
@@ -380,7 +394,7 @@ def test_models_that_differ_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"operator": "tie"}, "no merge method 'tie'"),
+        ({"operator": "tie"}, "no operator 'tie'"),
         ({"operator": "ties"}, "density: ties needs it"),
         ({"density": 0.5}, "density: task_arithmetic has none"),
         ({"operator": "ties", "density": 1.5}, "between 0 and 1"),

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import UserError
-from jaxlab.merging.numerics import keep_mask, key_words, random_bits, tensor_key
+from jaxlab.merging import OPERATORS, merge_tensors
+from jaxlab.merging.numerics import (
+    Share,
+    fold_sum,
+    keep_mask,
+    kept_count,
+    key_words,
+    largest,
+    random_bits,
+    tensor_key,
+    tree_sum,
+)
 
 
 def bits(name="model.norm.weight", size=4096, seed=0, **options):
@@ -87,3 +98,124 @@ def test_jax_keys_are_keys_too():
         np.testing.assert_array_equal(key_words(key), words)
     with pytest.raises(UserError, match="a key is"):
         key_words(np.zeros(2, np.int32))
+
+
+def counted_in_64_bits(name, first, size, stream=0):
+    """The definition once more, in Python integers."""
+    mask = 0xFFFFFFFF
+
+    def mix(x):
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+        return x ^ (x >> 16)
+
+    salt = ((stream + 1) * 0x9E3779B9) & mask
+    key = [int(word) for word in tensor_key(0, name)]
+    start, add = mix((key[0] + salt) & mask), mix(key[1] ^ salt)
+    found = []
+    for index in range(first, first + size):
+        high = mix(((index >> 32) * 0x9E3779B9) & mask)
+        found.append(mix((mix((index & mask) ^ start ^ high) + add + high) & mask))
+    return found
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 3, 2**32 - 3, 2**33 + 5, 2**40])
+def test_elements_are_counted_in_64_bits(first):
+    key = jnp.asarray(tensor_key(0, "a"))
+    want = counted_in_64_bits("a", first, 8, stream=1)
+    assert np.asarray(random_bits(key, 8, stream=1, offset=first)).tolist() == want
+    words = jnp.asarray([first & 0xFFFFFFFF, first >> 32], jnp.uint32)
+    traced = jax.jit(lambda words: random_bits(key, 8, stream=1, offset=words))
+    assert np.asarray(traced(words)).tolist() == want
+
+
+def test_blocks_of_4_billion_elements_are_not_copies():
+    key = jnp.asarray(tensor_key(0, "a"))
+    blocks = [np.asarray(random_bits(key, 4096, offset=block << 32)) for block in range(3)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not set(blocks[i].tolist()) & set(blocks[j].tolist()) or np.mean(blocks[i] == blocks[j]) < 0.01
+        agree = np.mean((blocks[i] >> 31) == (blocks[j] >> 31))
+        assert abs(agree - 0.5) < 5 * 0.5 / np.sqrt(4096)
+
+
+def test_tensors_of_more_than_2_to_the_31_elements():
+    """By shapes alone: nothing of this size is allocated."""
+    shape = (48_000, 65_536)  # 3.1e9
+    tensor = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    options = {"weight": [1.0, 0.5], "density": 0.4}
+    for method in (
+        "task_arithmetic",
+        "ties",
+        "dare_linear",
+        "dare_ties",
+        "breadcrumbs",
+        "sce",
+        "karcher",
+        "magmax",
+    ):
+        entry = OPERATORS[method]
+        own = {
+            k: v
+            for k, v in options.items()
+            if k in entry.parameters or (k == "weight" and entry.takes("weights"))
+        }
+        merge = lambda x, y, b, method=method, own=own: merge_tensors(
+            method, [x, y], base=b, key=tensor_key(0, "a") if OPERATORS[method].random else None, **own
+        )
+        merged = jax.eval_shape(merge, tensor, tensor, tensor)
+        assert (merged.shape, merged.dtype) == (shape, jnp.bfloat16), method
+    lowered = jax.jit(lambda x: largest(x, 2**31 + 7)).lower(tensor).as_text()
+    assert "3145728000" in lowered  # counted as such, in 32 bits without a sign
+    with pytest.raises(UserError, match="more than the 4294967294"):
+        jax.eval_shape(lambda x: largest(x, 5), jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32))
+
+
+def test_counts_are_exact_beyond_the_31st_bit():
+    size = 3_000_000_007
+    assert kept_count(1.0, size) == size
+    share = Share.of(0.999999999, size)
+    assert (int(share.kept), int(share.whole)) == (2_999_999_997 + 7, 2_999_999_997 + 7)
+    assert int(Share.of(0.0, size).kept) == 0
+    assert int(Share.of(1e-12, size).kept) == 1
+    assert int(Share.of(1e-12, size).whole) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 63, 65, 4097, 200_003])
+def test_tree_sums_are_the_same_in_every_program(size):
+    x = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    want = np.asarray(tree_sum(jnp.asarray(x)))
+    exact = x.astype(np.float64).sum()
+    assert abs(want - exact) <= 1e-6 * np.abs(x.astype(np.float64)).sum() + 1e-30
+    stacked = np.stack([x + 1, x])
+    programs = {
+        "jitted": jax.jit(tree_sum)(x),
+        "stacked": jax.jit(jax.vmap(tree_sum))(stacked)[1],
+        "followed": jax.jit(lambda x: tree_sum(x) * 2 / 2)(x),
+        "squares": jax.jit(lambda x: tree_sum(x, of=lambda a: a * jnp.float32(1)))(x),
+    }
+    for name, got in programs.items():
+        np.testing.assert_array_equal(got, want, err_msg=name)
+    matrix = np.stack([x, x[::-1]])
+    rows = np.asarray(jax.jit(lambda m: fold_sum(m, 1))(matrix))
+    np.testing.assert_allclose(rows, matrix.astype(np.float64).sum(1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 100, 8191, 8192, 50_000])
+@pytest.mark.parametrize("kind", ["normal", "coarse", "equal", "spoiled", "rounded"])
+def test_largest_is_a_stable_sort(size, kind):
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=size).astype(np.float32)
+    if kind == "coarse":
+        x = np.round(x)
+    if kind == "equal":
+        x = np.ones_like(x)
+    if kind == "spoiled":
+        x[:: max(size // 7, 1)] = np.nan
+        x[1 :: max(size // 5, 2)] = np.inf
+    if kind == "rounded":
+        x = np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))
+    order = np.lexsort((np.arange(size), -np.where(np.isnan(x), 0, np.abs(x)), ~np.isnan(x)))
+    for count in {0, 1, size // 3, size // 2, size - 1, size}:
+        want = np.zeros(size, bool)
+        want[order[:count]] = True
+        np.testing.assert_array_equal(largest(jnp.asarray(x), count), want, err_msg=str(count))

@@ -7,14 +7,65 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxlab.errors import UserError
-from jaxlab.merging import OPERATORS, merge_tensors, task_vector, tensor_key
+from jaxlab.errors import UserError, UserNote
+from jaxlab.merging import AFTERWARDS, OPERATORS, merge_tensors, operator_named, task_vector, tensor_key
 
 KEY = tensor_key(0, "model.norm.weight")
 BASE = jnp.array([1.0, 1.0, 1.0, 1.0])
 X = jnp.array([2.0, -1.0, 4.0, 1.0])  # task vector 1 -2 3 0
 Y = jnp.array([3.0, 3.0, -2.0, 2.0])  # task vector 2 2 -3 1
 TASK_METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
+ONE_MODEL = ("nearswap", "arcee_fusion", "passthrough")
+
+
+def asked_of(method, shape=(), models=2):
+    """What an operator needs beside the tensors, for a tensor of this shape."""
+    entry, rng = operator_named(method), np.random.default_rng(11)
+    options = {"density": 0.5} if "density" in entry.parameters else {}
+    options |= {"t": 0.3} if "t" in entry.parameters else {}
+    options |= {"key": KEY} if entry.random else {}
+    options |= {"bottom": 1, "layer": 1, "num_layers": 3} if method == "layer_swap" else {}
+    options |= {"alpha": 0.5, "beta": 1.0, "layer": 1, "num_layers": 3} if method == "lines" else {}
+    if method == "fisher":
+        options["statistics"] = [np.float32(rng.uniform(0.1, 1, size=shape)) for _ in range(models)]
+    if method == "adamerging":
+        options["statistics"] = [np.float32(0.5)] * models
+    if method.startswith("regmean"):
+        options["statistics"] = [np.eye(shape[-1], dtype=np.float32) if len(shape) == 2 else None] * models
+    return options
+
+
+def call(method, tensors, base, **options):
+    """The merge with what the operator needs, as a list of arrays: one, or one for each task."""
+    entry = operator_named(method)
+    tensors = list(tensors)[: 1 if method in ONE_MODEL else len(tensors)]
+    own = asked_of(method, np.shape(tensors[0]), len(tensors))
+    given = {} if entry.base == "unused" or (method == "slerp" and len(tensors) == 2) else {"base": base}
+    found = merge_tensors(method, tensors, **given, **{**own, **options})
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+EVERY = [*OPERATORS, *AFTERWARDS]
+QUICK = [
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "slerp",
+    "breadcrumbs",
+    "della",
+    "sce",
+    "ram",
+    "nearswap",
+    "nuslerp",
+    "emr",
+    "tsv_m",
+    "layer_swap",
+    "trust_region",
+    "widen",
+]
+SOME_QUICK = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 
 
 def merged(method, tensors=(X, Y), base=BASE, **options):
@@ -145,17 +196,116 @@ def test_trimming_is_a_stable_sort(shape, density, seed, coarse):
     assert got.shape == shape
 
 
-@pytest.mark.parametrize("method", OPERATORS)
-@pytest.mark.parametrize("shape", [(), (0,), (4, 0), (1, 1), (3, 5, 2)])
-def test_every_shape_and_bfloat16(method, shape):
+@pytest.mark.parametrize("method", SOME_QUICK)
+@pytest.mark.parametrize("mode", ["paper", pytest.param("mergekit", marks=pytest.mark.slow)])
+def test_every_shape_and_bfloat16(method, mode):
+    """Scalars, empty tensors, one element, three axes, in one program each: the shape, the dtype, numbers."""
     rng = np.random.default_rng(1)
-    base, x, y = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(3))
-    options = {"t": 0.3} if method == "slerp" else {"weight": [0.5, 0.5]}
-    options |= {"density": 0.5} if "density" in OPERATORS[method].parameters else {}
-    result = merge_tensors(method, [x, y], base=None if method == "slerp" else base, key=KEY, **options)
-    assert result.shape == shape
-    assert result.dtype == jnp.bfloat16
-    assert np.all(np.isfinite(np.asarray(result, np.float32)))
+    for shape in ((), (0,), (4, 0), (1, 1), (3, 5, 2), (5, 4)):
+        base, x, y = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(3))
+        options = {"epsilon": 0.1} if method.startswith("della") else {}
+        merge = jax.jit(
+            lambda *models, options=options: call(method, models[1:], models[0], mode=mode, **options)
+        )
+        for result in merge(base, x, y):
+            assert result.shape == shape
+            assert result.dtype == jnp.bfloat16
+            assert np.all(np.isfinite(np.asarray(result, np.float32))), shape
+
+
+@pytest.mark.parametrize("method", SOME_QUICK)
+def test_algebra(method):
+    """lambda or weights of zero give the base; a factor comes out; the order of models does not matter."""
+    entry = operator_named(method)
+    rng = np.random.default_rng(4)
+    base, x, y = (jnp.asarray(rng.normal(size=(6, 5)), jnp.float32) for _ in range(3))
+    near = dict(rtol=2e-4, atol=2e-5)
+    if "lambda" in entry.parameters:
+        for result in call(method, (x, y), base, **{"lambda": 0.0}):
+            np.testing.assert_array_equal(result, base)
+    if entry.takes("weights") and not entry.of_models and method not in ("fisher", "expo", "pcb"):
+        normal = {"normalize": False} if "normalize" in entry.parameters else {}
+        if not method.startswith("regmean"):
+            for result in call(method, (x, y), base, weight=0.0, **normal):
+                np.testing.assert_array_equal(result, base)
+    zero = jnp.zeros_like(base)
+    if not entry.of_models and method not in ("wudi", "optmerge", "pcb", "ram", "ramplus_tl"):
+        # Of a base of zeros all is exact: c d_i give c times what d_i give.
+        for one, twice in zip(call(method, (x, y), zero), call(method, (4 * x, 4 * y), zero), strict=True):
+            np.testing.assert_allclose(twice, 4 * np.asarray(one), **near)
+    if entry.takes("weights") and method not in ("layer_swap", "fisher", "magmax") and not entry.random:
+        ahead = call(method, (x, y), base, weight=[0.9, 0.4])
+        back = call(method, (y, x), base, weight=[0.4, 0.9])
+        for one, other in zip(ahead, back[::-1] if entry.per_task else back, strict=True):
+            np.testing.assert_allclose(one, other, **near)
+    alike = (
+        "linear ties slerp nuslerp multislerp karcher model_stock sce ram magmax closed_form_lambda fisher "
+    )
+    if (
+        method
+        in (alike + "regmean breadcrumbs_ties della layer_swap ties_global arcee_fusion nearswap").split()
+    ):
+        whole = {"density": 1.0} if "density" in entry.parameters else {}
+        whole |= {"normalize": True} if "normalize" in entry.parameters else {}
+        whole |= {"gamma": 0.0} if "gamma" in entry.parameters else {}
+        whole |= {"t": 1e9} if method == "nearswap" else {}
+        (result,) = call(method, (x, x), x if method == "arcee_fusion" else base, **whole)
+        bias = {"atol": 2e-4} if method == "closed_form_lambda" else {}  # its ridge
+        np.testing.assert_allclose(result, x, **near | bias)
+
+
+@pytest.mark.parametrize(
+    ("thinned", "options", "plain"),
+    [
+        ("ties_global", {}, "ties"),
+        ("breadcrumbs", {"gamma": 0.0}, "task_arithmetic"),
+        ("breadcrumbs_ties", {"gamma": 0.0, "normalize": True}, "ties"),
+        ("della_linear", {}, "task_arithmetic"),
+        ("della", {}, "ties"),
+        ("dare_linear", {"rescale": False}, "task_arithmetic"),
+        ("consensus_ta", {"k": 0}, "task_arithmetic"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["paper", "mergekit"])
+def test_all_kept_is_nothing_trimmed(thinned, options, plain, mode):
+    rng = np.random.default_rng(0)
+    base, x, y = (jnp.asarray(rng.normal(size=(7, 5)), jnp.bfloat16) for _ in range(3))
+    whole = {"density": 1.0} if "density" in OPERATORS[thinned].parameters else {}
+    for weight in ([0.5, 0.7], [1.0, -0.5]):
+        (got,) = call(thinned, (x, y), base, weight=weight, mode=mode, **whole, **options)
+        (want,) = call(
+            plain, (x, y), base, weight=weight, mode=mode, **({"density": 1.0} if plain == "ties" else {})
+        )
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "method", ["breadcrumbs", "magmax", "ram", "nearswap", "tall", "consensus_ta", "della"]
+)
+def test_nan_stays_local_in_others(method):
+    x = X.at[2].set(jnp.nan)
+    for result in call(
+        method, (x, Y), BASE, **({"density": 1.0, "gamma": 0.0} if method == "breadcrumbs" else {})
+    ):
+        assert np.isnan(np.asarray(result)).tolist() == [False, False, True, False]
+
+
+def test_elements_may_be_merged_in_chunks():
+    """What an operator of scope element gives for a part of a tensor is a part of what the whole gives."""
+    rng = np.random.default_rng(3)
+    base, x, y = (jnp.asarray(rng.normal(size=300), jnp.bfloat16) for _ in range(3))
+    methods = [name for name, entry in OPERATORS.items() if entry.scope("paper") == "element"]
+    assert {"linear", "task_arithmetic", "dare_linear", "dare_ties", "ram", "magmax", "tall"} <= set(methods)
+    for method in methods:
+        if method == "fisher":  # its statistics would be cut too
+            continue
+        wholes = call(method, (x, y), base)
+        parts = [
+            call(method, (x[a:b], y[a:b]), base[a:b], offset=a) for a, b in ((0, 1), (1, 130), (130, 300))
+        ]
+        for i, whole in enumerate(wholes):
+            joined = jnp.concatenate([part[i] for part in parts])
+            np.testing.assert_array_equal(joined, whole, err_msg=method)
 
 
 @pytest.mark.parametrize("method", ["linear", *TASK_METHODS])
@@ -180,16 +330,30 @@ CASES = [
     ("dare_linear", {"density": 0.3}),
     ("dare_ties", {"density": 0.3}),
 ]
+SLOW_CASES = [
+    pytest.param(method, options, marks=pytest.mark.slow)
+    for method, options in (
+        ("breadcrumbs", {"density": 0.3, "gamma": 0.1}),
+        ("della", {"density": 0.3, "epsilon": 0.1}),
+        ("nuslerp", {"nuslerp_flatten": False}),
+        ("multislerp", {}),
+        ("magmax", {}),
+        ("consensus_ta", {}),
+        ("closed_form_lambda", {}),
+        ("pcb", {}),
+        ("widen", {}),
+    )
+]
 
 
-@pytest.mark.parametrize(("method", "options"), CASES)
+@pytest.mark.parametrize(("method", "options"), [*CASES, *SLOW_CASES])
 @pytest.mark.parametrize(("mode", "dtype"), [("paper", "float32"), ("mergekit", "bfloat16")])
 def test_bits_do_not_depend_on_the_program(method, options, mode, dtype):
     """Eager, jitted with constant or traced weights, mapped over a grid, stacked with other layers."""
     base, x, y = random_tensors(dtype=dtype)
 
     def merge(weights, tensors=(x, y, base), key=KEY, scale=0.7):
-        extra = {} if method == "linear" else {"lambda": scale}
+        extra = {"lambda": scale} if "lambda" in OPERATORS[method].parameters else {}
         return merge_tensors(
             method, list(tensors[:2]), base=tensors[2], mode=mode, key=key, weight=weights, **options, **extra
         )
@@ -222,6 +386,23 @@ def test_float32_arithmetic_is_that_of_numpy():
     want = n[0] + ((n[1] - n[0]) * w + (n[2] - n[0]) * v)
     got = jax.jit(lambda w: merge_tensors("task_arithmetic", [x, y], base=base, weight=w))(jnp.array([w, v]))
     np.testing.assert_array_equal(got, want)
+
+
+def test_donated_inputs_give_the_same_bits():
+    base, x, y = random_tensors((64, 33))
+    merge = lambda base, x, y: merge_tensors("ties", [x, y], base=base, density=0.3, weight=[0.9, 0.3])
+    want = np.asarray(merge(base, x, y))
+    np.testing.assert_array_equal(jax.jit(merge, donate_argnums=0)(base, x, y), want)
+
+
+def test_mergekits_files_carry_what_a_method_does_not_use():
+    options = {"base": BASE, "density": 0.5, "int8_mask": True}
+    with pytest.warns(UserNote, match="task_arithmetic does not use density") as notes:
+        got = merge_tensors("task_arithmetic", [X, Y], mode="mergekit", **options)
+    assert len(notes) == 1  # none of int8_mask
+    np.testing.assert_array_equal(got, merge_tensors("task_arithmetic", [X, Y], base=BASE))
+    with pytest.raises(UserError, match="no parameter 'int8_mask'"):
+        merge_tensors("ties", [X, Y], base=BASE, int8_mask=True)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear"])
@@ -277,6 +458,32 @@ def test_sharding_does_not_change_elementwise_operators():
         (lambda: merge_tensors("dare_linear", [X], base=BASE, density=-0.5, key=KEY), "between 0 and 1"),
         (lambda: merge_tensors("linear", [X, Y], weight=[1, -1]), "sum to zero"),
         (lambda: merge_tensors("linear", [X, Y], weight=[1, 2, 3]), "3 values for 2 models"),
+        (lambda: merge_tensors("nuslerp", [X], weight=1), "two models, not 1"),
+        (lambda: merge_tensors("nearswap", [X, Y], base=BASE, t=0.1), "a base and one model, not 2"),
+        (lambda: merge_tensors("arcee_fusion", [X]), "arcee_fusion needs base="),
+        (lambda: merge_tensors("model_stock", [X], base=BASE), "at least two models"),
+        (lambda: merge_tensors("passthrough", [X, Y]), "one model, not 2"),
+        (lambda: merge_tensors("karcher", [X, Y], max_iter=2.5), "max_iter is a whole number, not 2.5"),
+        (lambda: merge_tensors("fisher", [X, Y], base=BASE), "fisher needs statistics=, the Fisher diagonal"),
+        (
+            lambda: merge_tensors("regmean", [X, Y], base=BASE, statistics=[1]),
+            "for each of 2 models; found 1",
+        ),
+        (lambda: merge_tensors("ties+svd", [X], base=BASE), "'svd' cannot follow a merge method"),
+        (lambda: merge_tensors("linear+svc", [X]), "linear merges models, not task vectors"),
+        (lambda: merge_tensors("emr+svc", [X], base=BASE), "emr makes a model for each task"),
+        (lambda: merge_tensors("emr", [X, Y], base=BASE, tasks=["a"]), "tasks has 1 names for 2 models"),
+        (lambda: merge_tensors("lines", [X], base=BASE, alpha=1, beta=1), "lines depends on depth"),
+        (
+            lambda: merge_tensors("lines", [X], base=BASE, layer=0, num_layers=2, alpha=1),
+            "needs the parameter beta",
+        ),
+        (lambda: merge_tensors("della", [X], base=BASE, density=0.5), "needs key="),
+        (
+            lambda: merge_tensors("della", [X], base=BASE, density=0.1, key=KEY, mode="mergekit"),
+            "must lie between 0 and 1; they are 0.1 and 0.15",
+        ),
+        (lambda: merge_tensors("arcee_fusion", [X], base=BASE, weight=1.0), "it has none"),
     ],
 )
 def test_mistakes_are_one_line(call, message):

@@ -1,5 +1,5 @@
-"""Operators of papers against FusionBench where its functions run, else against NumPy in float64, written from the
-paper.
+"""Operators of papers against FusionBench where its functions run, else against NumPy in float64, written
+from the paper.
 """
 
 import itertools
@@ -372,7 +372,7 @@ def test_by_depth():
 
 
 def test_adamerging_learns_what_makes_predictions_sure():
-    """Two tasks, one layer, no labels: from 0.3 on both coefficients grow as gradient descent in NumPy says."""
+    """Two tasks, one layer, no labels: from 0.3 on coefficients move as Adam in NumPy moves them."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(40, 9)).astype(np.float32)
 

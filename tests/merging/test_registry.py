@@ -1,5 +1,6 @@
 """An operator is declared by its signature: what the machinery reads there, and what it refuses."""
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import UserError
-from jaxlab.merging import OPERATORS, Method, inject, merge_tensors, operator
+from jaxlab.merging import (
+    AFTERWARDS,
+    OPERATORS,
+    Method,
+    afterwards,
+    inject,
+    merge_tensors,
+    operator,
+    operator_named,
+)
 from jaxlab.merging.operators.registry import Bounds, InMergekit, PerModel, Scalar
 from jaxlab.models import ModelConfig, abstract_params
 
@@ -29,25 +39,54 @@ def table():
 
 def test_the_example_of_the_docs_is_an_operator_everywhere(table):
     exec(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[0], {})
-    merged = merge_tensors("magmax", [X, Y], base=BASE, weight=[1, 0.75], **{"lambda": 2.0})
-    assert np.asarray(merged).tolist() == [1 + 2 * 1.5, 1 - 2 * 2, 1 + 2 * 3]  # 1 1.5 | -2 1.5 | 3 -2.25
+    merged = merge_tensors("median", [X, Y], base=BASE, weight=[1, 0.5], **{"lambda": 2.0})
+    assert np.asarray(merged).tolist() == [1 + 2 * 1, 1 - 2 * 0.5, 1 + 2 * 0.75]  # 1 1 | -2 1 | 3 -1.5
     config = ModelConfig(vocab_size=5, width=4, num_layers=1, num_heads=1, mlp_width=4)
     fill = lambda value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), abstract_params(config))
     vlm, expert, base = fill(3.0), fill(2.0), fill(1.0)
-    injected, _ = inject(vlm, expert, base, operator="magmax", lambda_v=0.25, lambda_e=1.0)
-    assert set(np.asarray(injected["layers"]["mlp"]["up"]).ravel().tolist()) == {2.0}  # 1 + max(0.5, 1)
+    injected, _ = inject(vlm, expert, base, operator="median", lambda_v=0.25, lambda_e=1.0)
+    assert set(np.asarray(injected["layers"]["mlp"]["up"]).ravel().tolist()) == {1.75}  # of 0.5 and 1
 
 
-def test_the_table_of_the_docs_lists_every_operator_with_its_parameters():
-    listed = {}
-    for row in re.findall(r"^\| (`.*`) \| (.*) \| (.*) \|$", DOCS.read_text(), re.MULTILINE):
-        for name in re.findall(r"`(\w+)`", row[0]):
-            listed[name] = row[1:]
-    assert {name for name in listed if name in OPERATORS} == set(OPERATORS)
-    for name, entry in OPERATORS.items():
-        source, parameters = listed[name]
-        assert entry.source.startswith(source)
-        assert sorted(parameters.removesuffix(", instead of weight").split(", ")) == sorted(entry.parameters)
+def test_the_list_of_the_docs_is_what_the_declarations_say():
+    spec = importlib.util.spec_from_file_location("list_of_operators", DOCS.with_name("operators.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.page()
+    assert DOCS.with_name("operators.md").read_text() == page, "run python docs/operators.py"
+    rows = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    assert rows == [*OPERATORS, *AFTERWARDS]
+    for name in rows:
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        entry = operator_named(name)
+        assert entry.source in line
+        for parameter in entry.parameters:
+            assert f"`{parameter}` " in line
+        formula = next(line for line in page.splitlines() if line.startswith(f"- `{name}`:"))
+        assert len(formula) > 40
+
+
+def test_scopes_say_what_may_be_streamed():
+    element = {name for name, entry in OPERATORS.items() if entry.scope("paper") == "element"}
+    assert {"linear", "task_arithmetic", "dare_linear", "dare_ties", "magmax", "tall"} <= element
+    assert not element & {"ties", "slerp", "tsv_m", "emr", "karcher", "sce", "ties_global", "widen"}
+    assert OPERATORS["dare_linear"].scope("mergekit") == "tensor"  # the L1 norm
+    assert operator_named("task_arithmetic+lines").scope("paper") == "element"
+    assert operator_named("ties+lines").scope("paper") == "tensor"
+    assert operator_named("ties+lines+svc").scope("paper") == "matrix"
+    assert operator_named("svc").name == "svc"
+    assert {name: e.base for name, e in OPERATORS.items() if e.of_models} == {
+        "linear": "unused",
+        "passthrough": "unused",
+        "karcher": "unused",
+        "slerp": "optional",
+        "nuslerp": "optional",
+        "multislerp": "optional",
+        "model_stock": "required",
+        "nearswap": "required",
+        "arcee_fusion": "required",
+        "widen": "required",
+    }
 
 
 def test_parameters_are_read_from_both_stages(table):
@@ -81,9 +120,26 @@ def test_parameters_are_read_from_both_stages(table):
 def test_declarations_that_say_too_little_are_refused(table):
     def vectors(vectors, weights): ...
     def ties(task_vectors, weights): ...
-    def unweighted(models): ...
+    def whole(task_vectors, weights): ...
 
-    for function, error in ((vectors, TypeError), (ties, ValueError), (unweighted, TypeError)):
+    for function, error in ((vectors, TypeError), (ties, ValueError)):
         with pytest.raises(error):
             operator("nobody")(function)
-    assert "unweighted" not in table
+    with pytest.raises(TypeError, match="belong together"):
+        operator("nobody", scope="model")(whole)
+    with pytest.raises(ValueError, match="two operators named ties"):
+        afterwards("nobody")(ties)
+    assert "whole" not in table
+
+
+def test_an_operator_without_weights_is_injected_by_scaling(table):
+    @operator("nobody")
+    def first(task_vectors):
+        return task_vectors[0] + jnp.abs(task_vectors[1])
+
+    config = ModelConfig(vocab_size=5, width=4, num_layers=1, num_heads=1, mlp_width=4)
+    fill = lambda value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), abstract_params(config))
+    injected, _ = inject(fill(3.0), fill(0.0), fill(1.0), operator="first", lambda_v=0.25, lambda_e=0.5)
+    assert set(np.asarray(injected["layers"]["mlp"]["up"]).ravel().tolist()) == {1 + 0.5 + 0.5}
+    with pytest.raises(UserError, match="has none"):
+        Method.of("first", density=0.5)

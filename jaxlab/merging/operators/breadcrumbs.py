@@ -6,7 +6,7 @@ from typing import Annotated
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.merging.numerics import Density, Mode, floor_count, largest, multiply, rescale_l1
+from jaxlab.merging.numerics import Density, Mode, as_count, floor_count, largest, multiply, rescale_l1
 from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.registry import (
     Bounds,
@@ -42,8 +42,8 @@ def cut_both_ends(
     shares = zip(per_model("density", density, count), per_model("gamma", gamma, count), strict=True)
     kept = []
     for x, (share, outliers) in zip(task_vectors, shares, strict=True):
-        middle = jnp.asarray(floor_count(share, x.size)).astype(jnp.uint32)
-        top = jnp.asarray(floor_count(outliers, x.size)).astype(jnp.uint32)
+        middle = as_count(floor_count(share, x.size))
+        top = as_count(floor_count(outliers, x.size))
         top = jnp.minimum(top, jnp.uint32(x.size) - middle)
         cut = jnp.where(largest(x, middle + top) & ~largest(x, top), x, 0.0)
         kept.append(rescale_l1(cut, x, dtype) if rescale else cut)

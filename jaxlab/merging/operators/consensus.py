@@ -9,6 +9,7 @@ from jaxlab.merging.numerics import (
     F32,
     Density,
     Mode,
+    as_count,
     divide,
     floor_count,
     largest,
@@ -65,7 +66,7 @@ def _selected(variance: Float[Array, "*shape"], share: Density, mode: Mode) -> i
     count = jnp.floor(share_of(share) * varying.astype(jnp.float32)).astype(jnp.uint32)
     whole = floor_count(share, variance.size)
     # Exact where all vary; and a float32 must not round what is just below a whole number up to it.
-    return jnp.where(varying == variance.size, jnp.asarray(whole).astype(jnp.uint32), count)
+    return jnp.where(varying == variance.size, as_count(whole), count)
 
 
 @operator(RAM)

@@ -3,7 +3,7 @@ them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,13 +160,13 @@ def learn_coefficients(
       start: where to start from: a number for each task, or a list over layers for each.
       steps, learning_rate: of Adam.
     """
-    start = jnp.stack([jnp.asarray(x, jnp.float32) for x in start])
+    first = jnp.stack([jnp.asarray(x, jnp.float32) for x in start])
 
     def step(i: Array, state: tuple[Array, Moments]) -> tuple[Array, Moments]:
         found, moments = state
         update, moments = adam(jax.grad(loss)(found), moments, i.astype(jnp.float32) + 1.0)
         return found - learning_rate * update, moments
 
-    nothing = jnp.zeros_like(start)
-    found, _ = jax.lax.fori_loop(0, steps, step, (start, (nothing, nothing)))
+    nothing = jnp.zeros_like(first)
+    found, _ = jax.lax.fori_loop(0, steps, step, (first, (nothing, nothing)))
     return found

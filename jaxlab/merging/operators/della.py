@@ -54,9 +54,9 @@ def keep_by_rank(
         raise UserError("a random merge method needs key=jaxlab.merging.tensor_key(seed, tensor name)")
     kept = []
     for i, (x, d, e) in enumerate(zip(task_vectors, densities, epsilons, strict=True)):
-        if mode == "mergekit" and all(isinstance(n, float | int) for n in (d, e)) and d < 1:
-            if not 0 < d - e <= d + e < 1:
-                raise UserError(f"density +- epsilon must lie between 0 and 1; they are {d} and {e}")
+        known = all(isinstance(number, float | int) for number in (d, e))
+        if mode == "mergekit" and known and d < 1 and not 0 < d - e <= d + e < 1:
+            raise UserError(f"density +- epsilon must lie between 0 and 1; they are {d} and {e}")
         share, width = share_of(d), share_of(e)
         chance = _chance(x, share, width, mode)
         chance = jnp.where(share >= 1, 1.0, chance)

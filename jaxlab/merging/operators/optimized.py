@@ -11,7 +11,6 @@ from jaxlab.merging.numerics import F32, divide, dot, multiply, round_to, total
 from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
 from jaxlab.merging.operators.spectral import mean_of_weighted, svd
 
-
 Moments = tuple[Array, Array]
 """Running means of the gradient and of its square, or what else an optimizer remembers."""
 
@@ -24,9 +23,7 @@ def adam(gradient: Array, moments: Moments, step: Array) -> tuple[Array, Moments
     return unbiased[0] / (jnp.sqrt(unbiased[1]) + 1e-8), (first, second)
 
 
-def _heavy_ball(
-    momentum: Scalar, gradient: Array, moments: Moments, step: Array
-) -> tuple[Array, Moments]:
+def _heavy_ball(momentum: Scalar, gradient: Array, moments: Moments, step: Array) -> tuple[Array, Moments]:
     velocity = momentum * moments[0] + gradient
     return velocity, (velocity, moments[1])
 
@@ -70,8 +67,8 @@ def wudi(
         return multiply(mean_of_weighted(task_vectors, weights, dtype), lambda_, dtype)
     vectors = [multiply(d, w, dtype) for d, w in zip(task_vectors, weights, strict=True)]
     grams = [(d.T @ d) / _power(d) for d in vectors]
-    linear = sum(d @ g for d, g in zip(vectors, grams, strict=True))
-    found = _minimise(total(vectors, dtype), sum(grams), linear, adam, learning_rate, steps)
+    linear = total([d @ g for d, g in zip(vectors, grams, strict=True)], F32)
+    found = _minimise(total(vectors, dtype), total(grams, F32), linear, adam, learning_rate, steps)
     return multiply(found, lambda_, dtype)
 
 

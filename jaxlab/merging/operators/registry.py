@@ -377,8 +377,9 @@ def operator(
       prepare: a first stage that needs no weights. A search runs it once for many weights.
       inject: what the lambdas of an injection are to it. None: its weights; without weights they scale the
         task vectors, or an operator on models merges the models base + lambda_i d_i. "models": that also with
-        weights, which are 1. "pair": the first of these models takes the base's place. A function (prepared, weights, ...) -> merged task vector takes the operator's
-        place. Or why it cannot be injected.
+        weights, which are 1. "pair": the first of these models takes the base's place. A function
+        (prepared, weights, ...) -> merged task vector takes the operator's place. `NotInjected`: why it
+        cannot be.
       scope: what an element of the output depends on, in both modes or by mode.
       per_task: it returns a list with a task vector for each model.
       gather: what it needs to know of all tensors.
@@ -439,8 +440,12 @@ def afterwards(
     return register
 
 
-def operator_named(method: str) -> Operator:
+def operator_named(method: str, kind: str = "merge method") -> Operator:
     """An operator by its name, or one followed by something else, as in `ties+svc`.
+
+    Args:
+      method: the name.
+      kind: what the user calls it.
 
     Raises:
       UserError: there is no such method.
@@ -450,13 +455,13 @@ def operator_named(method: str) -> Operator:
         first, following = "task_arithmetic", [first, *following]
     if first not in OPERATORS:
         known = ", ".join(sorted([*OPERATORS, *AFTERWARDS]))
-        raise UserError(f"no merge method {first!r}; there are {known}")
+        raise UserError(f"no {kind} {first!r}; there are {known}")
     entry = OPERATORS[first]
     if not following:
         return entry
     for name in following:
         if name not in AFTERWARDS:
-            raise UserError(f"{name!r} cannot follow a merge method; {', '.join(AFTERWARDS)} can")
+            raise UserError(f"{name!r} cannot follow a {kind}; {', '.join(AFTERWARDS)} can")
     if entry.of_models or entry.per_task:
         kind = "makes a model for each task" if entry.per_task else "merges models, not task vectors"
         raise UserError(f"{first} {kind}: nothing can follow it")

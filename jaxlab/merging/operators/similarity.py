@@ -26,8 +26,8 @@ def model_stock(
     models: Vectors, *, base: Float[Array, "*shape"], filter_wise: bool = False, dtype: jnp.dtype
 ) -> Float[Array, "*shape"]:
     """t mean_i x_i + (1 - t) base with t = n c / (1 + (n - 1) c), c the mean cosine of the pairs of task
-    vectors, 0 for one of zeros; t = 0 where it has no value (arXiv 2403.19522, sec. 4). With `filter_wise` for each row (the last axis)
-    of its own.
+    vectors, 0 for one of zeros; t = 0 where it has no value (arXiv 2403.19522, sec. 4). With `filter_wise`
+    for each row (the last axis) of its own.
 
     Raises:
       UserError: fewer than two models.

@@ -1,16 +1,17 @@
 """By masks of the tasks: TALL masks and consensus, EMR (a model for each task), PCB, trust region."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.merging.numerics import (
     F32,
     Density,
+    as_count,
     divide,
     floor_count,
     multiply,
@@ -163,7 +164,7 @@ def pcb(
         within = jnp.exp(count * round_to(share * share, F32))
         score = round_to(within, F32) * round_to(jnp.tanh(round_to(d * together, F32)), F32)
         score = round_to(score, F32)
-        kept = jnp.asarray(floor_count(ratio, size)).astype(jnp.uint32)
+        kept = as_count(floor_count(ratio, size))
         least = order_statistic(score, jnp.uint32(size) - jnp.clip(kept, 1, size))
         scores.append(_to_unit(jnp.maximum(score, least)))
     terms = [
@@ -217,7 +218,7 @@ def trust_region(
     """
     omega = _sensitivity(task_vectors, statistics)
     if totals is None:
-        rank = jnp.asarray(floor_count(quantile, omega.size)).astype(jnp.uint32)
+        rank = as_count(floor_count(quantile, omega.size))
         threshold = order_statistic(omega, jnp.minimum(rank, max(omega.size - 1, 0)))
     else:
         threshold = jax.lax.bitcast_convert_type(jnp.asarray(totals["threshold"][0]), jnp.float32)

@@ -5,12 +5,11 @@ TIES trimmed by them.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from jaxlab.merging.numerics import Mode, kept_count, magnitude_bits, largest, multiply
+from jaxlab.merging.numerics import Mode, kept_count, largest, magnitude_bits, multiply
 from jaxlab.merging.operators.registry import Densities, Gather, Scalar, Vectors, Weights, operator, per_model
 from jaxlab.merging.operators.ties import elected_sum
 

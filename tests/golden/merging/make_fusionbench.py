@@ -4,9 +4,9 @@
     env/bin/pip install --no-deps fusion_bench==0.2.33
     env/bin/python tests/golden/merging/make_fusionbench.py
 
-Writes fusionbench.safetensors beside this file: three task vectors of a matrix and a vector, a base, statistics, and
-what FusionBench's functions make of them. Only functions on tensors are called, so whatever else the package imports
-is replaced by stand-ins. FusionBench is run, not copied.
+Writes fusionbench.safetensors beside this file: three task vectors of a matrix and a vector, a base,
+statistics, and what FusionBench's functions make of them. Only functions on tensors are called, so whatever
+else the package imports is replaced by stand-ins. FusionBench is run, not copied.
 """
 
 import importlib.abc
@@ -19,7 +19,18 @@ from unittest.mock import MagicMock
 import torch
 from safetensors.torch import save_file
 
-ABSENT = "hydra lightning omegaconf transformers datasets rich huggingface_hub bidict peft accelerate".split()
+ABSENT = [
+    "hydra",
+    "lightning",
+    "omegaconf",
+    "transformers",
+    "datasets",
+    "rich",
+    "huggingface_hub",
+    "bidict",
+    "peft",
+    "accelerate",
+]
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
