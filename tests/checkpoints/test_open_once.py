@@ -200,6 +200,6 @@ def test_the_chat_template_is_found_wherever_it_stands(models, tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / "config.json").write_text(json.dumps(config))
         source = HuggingFaceFolder(tmp_path)
-        source.account = open_model(models / "vlm").account  # a folder without tensors
+        source.matched = open_model(models / "vlm").matched  # a folder without tensors
         assert source.chat_template == expected
     assert source.special_tokens == {}
