@@ -14,20 +14,20 @@ PAGE = Path(__file__).parent / "operators.md"
 
 HEAD = """# Merge operators
 
-Made by `python docs/operators.py` out of their declarations; [merge_operators.md](merge_operators.md) says how to add
-one. `base + operator` is what the table calls a merged task vector d; w_i are the weights (`weight`, 1 by default),
-d_i = x_i - base. Each name is a `merge_tensors(name, ...)` and an `operator: name` of recipes.
+Made by `python docs/operators.py` out of their declarations; [merge_operators.md](merge_operators.md) says
+how to add one. Each name is a `merge_tensors(name, ...)` and an `operator: name` of recipes. w_i are the
+weights (`weight`, 1 by default), x_i the models, d_i = x_i - base; what operators on task vectors give is
+added to the base.
 
-- **Parameters**: defaults in mode `paper`, and after a slash in mode `mergekit` where they differ. *must be given*:
-  there is none.
-- **An element needs**: the same `element` of the inputs, its `row` or column, the whole `tensor`, the whole tensor as a
-  `matrix` (products or singular values), or the whole `model`. What is said after a slash is of mode `mergekit`.
-- **Injected**: what lambda_v and lambda_e are: *weights*; *scaled*: they scale the task vectors before anything else;
-  *two models*: base + lambda_v d_v and base + lambda_e d_e are merged, with equal weights; *a pair*: the first of them
-  stands for the base.
+- **Parameters**: defaults in mode `paper`, and after a slash in mode `mergekit` where they differ.
+  *must be given*: there is none.
+- **An element needs**: the same `element` of the inputs, its `row` or column, the whole `tensor`, the whole
+  tensor as a `matrix` (products or singular values), or the whole `model`; after a slash in mode `mergekit`.
+- **Injected**: what lambda_v and lambda_e are. *weights*; *scaled*: they scale the task vectors before
+  anything else; *two models*: base + lambda_v d_v and base + lambda_e d_e are merged, with equal weights;
+  *a pair*: the first of these stands for the base.
 
-Left out, since no text with their formulas could be read: FRANK (2505.16151) and IP-Merging (2510.14387); of both
-only summaries were at hand.
+Left out, since no text with their formulas could be read: FRANK (2505.16151) and IP-Merging (2510.14387).
 """
 
 

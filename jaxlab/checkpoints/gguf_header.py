@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from jaxlab.checkpoints.safetensors_file import MAX_BYTES, Tensor, check_rows, read_into
+from jaxlab.checkpoints.safetensors_file import MAX_BYTES, Tensor, check_rows, read_into, refuse_pointer
 from jaxlab.errors import UserError
 
 MAGIC = b"GGUF"
@@ -134,6 +134,7 @@ def _shards(path: Path, count: int, number: Any) -> tuple[Path, ...]:
 
 def _read_one(path: Path) -> GGUFHeader:
     try:
+        refuse_pointer(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             return _Reader(path, file, size).header()

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxlab.checkpoints import families
 from jaxlab.checkpoints.compatibility import common_prefix, language_differences
 from jaxlab.checkpoints.formats.base import OpenModel, is_finite
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.tensor_folder import TensorFolder
-from jaxlab.checkpoints.unexpected_tensors import Match, is_float, match
+from jaxlab.checkpoints.tensor_table import parse
+from jaxlab.checkpoints.unexpected_tensors import Match, is_float, match, told
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, RopeConfig
 
@@ -66,12 +68,30 @@ def inspect_model(opened: OpenModel, name: str, *, scan: bool = False) -> ModelR
             if is_float(tensor.dtype) and not is_finite(tensor.read())
         ]
         lines.append(("scan", _scanned(bad, len(opened.tensors))))
-    problems = [
-        f"{len(names)} tensors {what}: {_listed(names)}"
-        for what, names in (("missing", found.missing), ("not known", found.unmapped))
-        if names
-    ]
-    return ModelReport(name, config, tuple(lines), tokenizer, "; ".join(problems))
+    problems = told(found.family, found.missing, found.unmapped, _wrong_shapes(opened.tensors, found, config))
+    return ModelReport(name, config, tuple(lines), tokenizer, problems)
+
+
+def _wrong_shapes(folder: TensorFolder, found: Match, c: ModelConfig) -> list[str]:
+    """Tensors whose shape is not the config's, among those whose axes it counts: without jax, not all."""
+    if c.latent is not None:
+        return []
+    sizes = {
+        "embedding.table": {"v": c.embedding_rows, "d": c.width},
+        "final_norm.scale": {"d": c.width},
+        "head.table": {"v": c.vocab_size, "d": c.width},
+        "layers.mlp.up": {"d": c.width, "f": c.mlp_width},
+        "layers.attention.query": {"d": c.width, "h": c.num_heads, "k": c.key_dim},
+        "layers.attention.key": {"d": c.width, "h": c.kv_heads, "k": c.key_dim},
+    }
+    layouts = {row.path: parse(row.layout) for row in families.rows_of(found.family) if row.path in sizes}
+    wrong = []
+    for name, path in found.paths.items():
+        if path in layouts and set(layouts[path].ours) <= set(sizes[path]):
+            expected = layouts[path].shape(tuple(sizes[path][axis] for axis in layouts[path].ours))
+            if tuple(folder[name].shape) != expected:
+                wrong.append(f"{name} is {list(folder[name].shape)}, expected {list(expected)}")
+    return wrong
 
 
 def _inspect_parameters(opened: OpenModel, name: str, scan: bool) -> ModelReport:
@@ -97,7 +117,7 @@ def _inspect_parameters(opened: OpenModel, name: str, scan: bool) -> ModelReport
         bad = [jax.tree_util.keystr(path, simple=True, separator=".") for path in found]
         lines.append(("scan", _scanned(bad, len(read))))
     if opened.source_files is not None:
-        lines.append(("came from", "a folder of Hugging Face, whose files it keeps"))
+        lines.append(("came from", "a model of Hugging Face, or a GGUF file; it keeps its files"))
     return ModelReport(name, config, tuple(lines), opened.tokenizer)
 
 
@@ -195,7 +215,7 @@ def _list_dtypes(sizes: Counter[str]) -> str:
 def _mapped(found: Match) -> str:
     parts = [f"{len(found.paths):,} used"]
     for names, what in (
-        (found.copies, "a copy of the embedding"),
+        (found.copies, "stored beside a tied embedding"),
         (found.ignored, "ignored by rule"),
         (found.unmapped, "not known"),
         (found.missing, "missing"),

@@ -42,6 +42,7 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+_POINTER = b"version https://git-lfs"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -105,8 +106,20 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     }
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuses what stands in place of a large file where git has not fetched it.
+
+    Raises:
+      UserError: the file is such a pointer.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: a pointer of Git LFS in place of the file; run git lfs pull there")
+
+
 def _header(file: Any, size: int, path: Path) -> tuple[str, int]:
     """The header's text, and where the tensors begin."""
+    refuse_pointer(path)
     first = file.read(8)
     if len(first) < 8:
         raise UserError(f"{path}: cut off, or not safetensors: {size} bytes hold no header")

@@ -54,7 +54,7 @@ def without(folder: TensorFolder, patterns: Iterable[str]) -> TensorFolder:
         if not found:
             raise UserError(f"{folder.path}: --ignore-tensors {pattern}: it holds no such tensor")
         warnings.warn(
-            f"{folder.path}: {len(found)} tensors ignored, as you asked: {pattern}", UserNote, stacklevel=2
+            f"{folder.path}: tensors ignored, as you asked: {pattern} ({len(found)})", UserNote, stacklevel=2
         )
         left = {name: tensor for name, tensor in left.items() if name not in set(found)}
     return folder if len(left) == len(folder) else dataclasses.replace(folder, tensors=left)

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlab.checkpoints.foreign_forms import foreign_files
 from jaxlab.checkpoints.output_folder import write_aside
-from jaxlab.checkpoints.safetensors_file import NAMES, Tensor, parse_json, read_header
+from jaxlab.checkpoints.safetensors_file import NAMES, Tensor, parse_json, read_header, refuse_pointer
 from jaxlab.errors import UserError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -89,8 +89,8 @@ def open_folder(
         raise UserError(f"{path}: holds no {SINGLE} and no {INDEX}{instead}")
     if not allow_pickle:
         raise UserError(
-            f"{path}: holds only PyTorch pickles, which can carry code; convert them, or pass --allow-pickle "
-            "if you trust their origin"
+            f"{path}: holds only PyTorch pickles, which can carry code; if you trust their origin, run "
+            f"convert {path} OUT --allow-pickle (of code in them none is run)"
         )
     from jaxlab.checkpoints.pickle_file import pickled_tensors
 
@@ -113,11 +113,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise UserError(f"{path}: too large for a JSON file of a model")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its order
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    refuse_pointer(path)
     return parse_json(text, str(path))
 
 

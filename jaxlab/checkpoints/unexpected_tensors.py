@@ -5,7 +5,7 @@ names alone, without jax, and is what `inspect` tells in an instant.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class TensorAccount:
     def summary(self) -> str:
         used = sum(len(entry.names) for entry in self.entries)
         line = f"{used} tensors used, {len(self.ignored)} ignored by rule"
-        return f"{line}, {', '.join(self.copies)} a copy of the embedding" if self.copies else line
+        return f"{line}, {', '.join(self.copies)} stored beside a tied embedding" if self.copies else line
 
     def check(self, where: object) -> None:
         """Whether every tensor has its place.
@@ -65,29 +65,49 @@ class TensorAccount:
         Raises:
           UserError: tensors are missing, not known, or of a wrong shape or dtype; one line lists them.
         """
-        said = []
-        if self.missing:
-            said.append(f"{_count(self.missing, 'tensor')} missing: {_listed(self.missing)}")
-        if self.unmapped:
-            said.append(f"{_count(self.unmapped, 'tensor')} not known: {_listed(self.unmapped)}")
-        if self.wrong:
-            said.append(_listed(self.wrong))
+        said = told(self.family, self.missing, self.unmapped, self.wrong)
         if said:
-            hint = self._hint()
-            raise UserError(f"{where}: not the family {self.family}: {'; '.join(said)}{hint}")
+            raise UserError(f"{where}: not the family {self.family}: {said}")
 
-    def _hint(self) -> str:
-        head = next((e.names[0] for e in self.entries if e.path == HEAD), None)
-        if head in self.missing:
-            return f" ({head} may be absent only where config.json says tie_word_embeddings)"
-        if any(".lora_" in name for name in self.unmapped):
-            return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
-        if self.unmapped and not self.missing and not self.wrong:
-            common = self.unmapped[0] if len(self.unmapped) == 1 else "NAME ..."
-            return (
-                f"; if the model does not need them, pass --ignore-tensors {common} (* stands for anything)"
-            )
-        return ""
+
+def told(family: str, missing: Sequence[str], unmapped: Sequence[str], wrong: Sequence[str] = ()) -> str:
+    """What makes tensors no model of a family, and how to mend it; "": nothing."""
+    prefix = _common_prefix(missing, unmapped)
+    if prefix:
+        return f"names begin with {prefix!r}, which the family does not have; take it off them"
+    said = []
+    if missing:
+        said.append(f"{_count(missing, 'tensor')} missing: {_listed(missing)}")
+    if unmapped:
+        said.append(f"{_count(unmapped, 'tensor')} not known: {_listed(unmapped)}")
+    if wrong:
+        said.append(_listed(wrong))
+    return "; ".join(said) + _hint(family, missing, unmapped, wrong)
+
+
+def _hint(family: str, missing: Sequence[str], unmapped: Sequence[str], wrong: Sequence[str]) -> str:
+    head = families.head_name(family)
+    if head in missing and any(name.endswith("score.weight") for name in unmapped):
+        return f" (a classifier or reward model: it has a head of its own in place of {head})"
+    if head in missing:
+        return f" ({head} may be absent only where config.json says tie_word_embeddings)"
+    if any(".lora_" in name for name in unmapped):
+        return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
+    if unmapped and not missing and not wrong:
+        names = unmapped[0] if len(unmapped) == 1 else "NAME ... (* stands for anything)"
+        return f"; if the model computes without, pass --ignore-tensors {names}"
+    return ""
+
+
+def _common_prefix(missing: Sequence[str], unmapped: Sequence[str]) -> str:
+    """What stands before all names that are missed; "": nothing that all have."""
+    there = set(unmapped)
+    for name in unmapped:
+        if missing and name.endswith(f".{missing[0]}"):
+            prefix = name.removesuffix(missing[0])
+            if all(prefix + wanted in there for wanted in missing):
+                return prefix
+    return ""
 
 
 def account(tensors: Mapping[str, Tensor], config: ModelConfig, template: "Params") -> TensorAccount:
@@ -167,11 +187,11 @@ def is_float(dtype: Any) -> bool:
     return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat16", "float8"))
 
 
-def _count(names: tuple[str, ...], noun: str) -> str:
+def _count(names: Sequence[str], noun: str) -> str:
     return f"1 {noun} is" if len(names) == 1 else f"{len(names)} {noun}s are"
 
 
-def _listed(parts: tuple[str, ...]) -> str:
+def _listed(parts: Sequence[str]) -> str:
     more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
     return ", ".join(parts[:_SHOWN]) + more
 

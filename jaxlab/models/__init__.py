@@ -51,7 +51,7 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.models.probe import Probe
     from jaxlab.models.rotary import rope_tables, rotary_table, rotate
-    from jaxlab.models.sampling import Sampling
+    from jaxlab.models.sampling import LEAST_TEMPERATURE, Sampling
     from jaxlab.models.sharding import (
         MeshConfig,
         SplitConfig,

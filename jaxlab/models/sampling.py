@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it logits that are divided by it leave float32; 0 takes the most likely token."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -23,8 +26,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and not negative, is {self.temperature}")
+        if self.temperature and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0, or finite and at least {LEAST_TEMPERATURE}, is {self.temperature}"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, is {self.top_k} (0 keeps all tokens)")
         for name in ("top_p", "min_p"):

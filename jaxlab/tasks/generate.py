@@ -19,6 +19,7 @@ from jaxlab.costs import generation_memory
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.evaluation import Answer, fill_all
 from jaxlab.models import (
+    LEAST_TEMPERATURE,
     Batch,
     ModelConfig,
     PlainVisionConfig,
@@ -110,6 +111,10 @@ class Arguments:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"must be finite and not negative, is {self.temperature}", key="temperature")
+        if self.temperature and self.temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"must be 0 or at least {LEAST_TEMPERATURE}, is {self.temperature}", key="temperature"
+            )
         if self.top_k is not None and self.top_k < 0:
             raise ConfigError(f"must not be negative, is {self.top_k} (0 keeps all tokens)", key="top_k")
         for name in ("top_p", "min_p"):
@@ -149,7 +154,7 @@ def run(arguments: Arguments) -> None:
     )
     folder, config = opened.path, opened.config
     if opened.tokenizer is None and config.family != "jaxlab":
-        raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json there")
+        raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json into its folder")
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     prompts = read_all(arguments)
@@ -241,8 +246,15 @@ def find_template(arguments: Arguments, opened: OpenModel, prompts: Sequence[Pro
         return None
     if arguments.chat or arguments.messages or arguments.system or arguments.chat_options or name:
         return template
-    if (special := _special_in(prompts, opened)) is not None:
-        _note(f"the prompt holds {special}, so it is taken as it is; --chat puts it in a turn of its own")
+    special = {prompt.where: found for prompt in prompts if (found := _special_in(prompt, opened))}
+    if special:
+        where, token = next(iter(special.items()))
+        if len(special) < len(prompts):
+            raise UserError(
+                f"{where}: holds {token}, as a text that is a chat already, and other prompts do not; "
+                "say --chat or --raw for all"
+            )
+        _note(f"{where} holds {token}, so it is taken as it is; --chat puts it in a turn of its own")
         return None
     _note("the model has a chat template, so the prompt is a user's turn; --raw takes it as it is")
     return template
@@ -252,14 +264,14 @@ def _others(known: Mapping[str, str]) -> str:
     return f" by the name default, but {', '.join(sorted(known))} (--chat_template NAME)" if known else ""
 
 
-def _special_in(prompts: Sequence[Prompt], opened: OpenModel) -> str | None:
+def _special_in(prompt: Prompt, opened: OpenModel) -> str | None:
     """A special token that a prompt holds, as one that was rendered does; places of images are none."""
     if opened.tokenizer is None:
         return None
     added = opened.tokenizer.get_added_tokens_decoder()
     special = [token.content for token in added.values() if token.special and token.content]
     mark = _image_mark(opened)
-    return next((s for s in special if s != mark and any(s in prompt.text for prompt in prompts)), None)
+    return next((s for s in special if s != mark and s in prompt.text), None)
 
 
 def _image_mark(opened: OpenModel) -> str | None:

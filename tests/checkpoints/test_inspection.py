@@ -157,7 +157,9 @@ def test_what_is_wrong_is_one_line_after_the_rest(tmp_path, capsys):
     assert main(["inspect", str(path)]) == 2
     captured = capsys.readouterr()
     assert "20 used, 1 not known, 1 missing" in captured.out
-    problems = "1 tensors missing: lm_head.weight; 1 tensors not known: extra"
+    head = "lm_head.weight"
+    hint = f"{head} may be absent only where config.json says tie_word_embeddings"
+    problems = f"1 tensor is missing: {head}; 1 tensor is not known: extra ({hint})"
     assert captured.err == f"error: {path}: not the family llama: {problems}\n"
     assert main(["inspect"]) == 2
 

@@ -61,7 +61,7 @@ def test_a_stray_tensor_is_named_and_ignored_on_request(tmp_path):
         open_model(path).read()
     for pattern in ("score.weight", "score.*"):
         opened = open_model(path, ignore_tensors=[pattern])
-        with pytest.warns(UserNote, match="1 tensors ignored, as you asked"):
+        with pytest.warns(UserNote, match="tensors ignored, as you asked"):
             assert "score" not in opened.read()
     with pytest.raises(UserError, match=r"--ignore-tensors v_head\.\*: it holds no such tensor"):
         open_model(path, ignore_tensors=["v_head.*"]).read()
@@ -218,3 +218,62 @@ def test_nan_is_said_by_scan_convert_and_read(tmp_path, capsys, to):
         opened.read(not_finite="warn")
     with pytest.raises(UserError, match=r"norm.* holds NaN"):
         opened.read(not_finite="refuse")
+
+
+PREFIXES = ("student.", "base_model.model.", "llm.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_that_nobody_knows_is_named(tmp_path, prefix, capsys):
+    tensors = {prefix + name: value for name, value in folders.weights(CASE).items()}
+    path = write(tmp_path / "in", tensors)
+    with pytest.raises(UserError, match=f"names begin with '{prefix}', which the family does not have"):
+        open_model(path).read()
+    assert main(["inspect", str(path)]) == 2
+    assert f"names begin with '{prefix}'" in capsys.readouterr().err
+
+
+def test_a_reward_model_is_called_one(tmp_path):
+    tensors = dict(folders.weights("llama2")) | {"score.weight": np.zeros((1, 32), np.float32)}
+    del tensors["lm_head.weight"]
+    path = folders.write(tmp_path / "in", folders.config("llama2"), tensors)
+    with pytest.raises(UserError, match="a classifier or reward model: it has a head of its own"):
+        open_model(path).read()
+
+
+def test_inspect_sees_sizes_that_are_not_the_configs(tmp_path, capsys):
+    path = write(tmp_path / "in", folders.weights(CASE), vocab_size=100)
+    assert main(["inspect", str(path)]) == 2
+    assert f"{EMBEDDING} is [131, 32], expected [100, 32]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_pointers_of_git_lfs_are_named(tmp_path, name):
+    path = write(tmp_path / "in", folders.weights(CASE))
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match="a pointer of Git LFS in place of the file; run git lfs pull"):
+        open_model(path).read()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model-00001-of-00002.safetensors", "shards without their model.safetensors.index.json"),
+        ("checkpoint-5", "a folder of a trainer"),
+        ("pytorch_model_fsdp_0", "shards of FSDP"),
+        ("onnx", "ONNX graphs"),
+    ],
+)
+def test_weights_in_another_place_are_told(tmp_path, name, told):
+    (tmp_path / "config.json").write_text(json.dumps(folders.config(CASE)))
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"it holds {name}: {told}"):
+        _ = open_model(tmp_path).config
+
+
+def test_float64_is_converted_and_verified(tmp_path, capsys):
+    tensors = {name: value.astype(np.float64) for name, value in folders.weights(CASE).items()}
+    path = write(tmp_path / "in", tensors)
+    words = ["convert", str(path), str(tmp_path / "out"), "--to", "hf", "--dtype", "float32", "--verify"]
+    assert main(words) == 0
+    assert "verified: logits differ by at most 0 " in capsys.readouterr().out

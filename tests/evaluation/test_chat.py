@@ -63,9 +63,18 @@ def test_a_plain_prompt_is_a_turn_of_a_chat(ask):
 def test_a_prompt_that_was_rendered_is_taken_as_it_is(ask):
     text, notes = ask(prompt="<|user|>w<|assistant|>", max_new_tokens=3)
     assert text == "abc\n"
-    assert notes == [
-        "the prompt holds <|user|>, so it is taken as it is; --chat puts it in a turn of its own"
-    ]
+    assert notes == ["--prompt holds <|user|>, so it is taken as it is; --chat puts it in a turn of its own"]
+
+
+def test_a_file_of_rendered_and_plain_prompts_is_not_guessed_at(ask, tmp_path):
+    """One rendered prompt took the template from all the others."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("hi\n<|user|>w<|assistant|>\n")
+    with pytest.raises(UserError, match=r"line 2: holds <\|user\|>, .*say --chat or --raw for all"):
+        ask(prompts=str(file))
+    assert len(ask(prompts=str(file), chat=True)[0].splitlines()) == 2
+    file.write_text("<|user|>hi<|assistant|>\n<|user|>w<|assistant|>\n")
+    assert "is taken as it is" in ask(prompts=str(file))[1][0]
 
 
 def test_a_chat_is_encoded_without_a_second_first_token(model):

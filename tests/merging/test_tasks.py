@@ -271,6 +271,19 @@ METHODS = [
     Method.of("ties", density=0.5),
     Method.of("dare_ties", density=0.5, mode="mergekit"),
     Method.of("slerp"),
+    Method.of("nuslerp"),  # sums over the tensor after the lambdas are known
+    *(
+        pytest.param(method, marks=pytest.mark.slow)
+        for method in (
+            Method.of("sce"),
+            Method.of("karcher"),
+            Method.of("model_stock"),
+            Method.of("iso_c"),  # singular values after the lambdas are known
+            Method.of("task_arithmetic+svc"),
+            Method.of("ties_global", density=0.5),
+            Method.of("closed_form_lambda"),
+        )
+    ),
 ]
 
 

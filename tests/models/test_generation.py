@@ -94,7 +94,7 @@ def test_sampling_depends_on_the_key_alone():
     ("prompt", "options", "message"),
     [
         ([[1, 2]], {"temperature": 1.0}, "needs a key"),
-        ([[1, 2]], {"temperature": -1.0}, "finite and not negative"),
+        ([[1, 2]], {"temperature": -1.0}, "must be 0, or finite"),
         ([[1, 2]], {"top_k": -1}, "top_k must not be negative"),
         ([[1, 2]], {"top_p": 1.5}, "top_p must be between 0 and 1"),
         ([[1, 2]], {"min_p": -0.1}, "min_p must be between 0 and 1"),

@@ -96,3 +96,11 @@ def test_other_values_take_the_same_program():
     compiled = decode_step._cache_size()
     run(0.9, 7)
     assert decode_step._cache_size() == compiled
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-7, -0.5, float("inf"), float("nan")])
+def test_temperatures_by_which_logits_leave_float32_are_refused(temperature):
+    """At 1e-40 the text was empty, with exit 0."""
+    with pytest.raises(ValueError, match="temperature must be 0, or finite and at least 1e-06"):
+        Sampling(temperature)
+    assert Sampling(1e-6).steps == ("temperature",)

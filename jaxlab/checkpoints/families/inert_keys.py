@@ -39,7 +39,7 @@ _WORDS = """
     quantization_config experts_implementation attn_implementation use_memory_efficient_attention
     use_memorry_efficient_attention use_liger_kernel use_xformers use_fused_rms_norm use_fused_swiglu
     use_triton transformers.js_config sagemaker is_llama_config is_qwen2_config is_starcoder2_config
-    ep_size
+    ep_size trust_remote_code max_window_layers
 
     pixel_shuffle_factor perceiver_config
 """
@@ -76,6 +76,7 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
     "rope_interleaved": (False,),
     "shared_expert_intermediate_size": (0,),
+    "shared_intermediate_size": (0,),
     "shared_input_output_embedding": (False,),
     "use_bidirectional_attention": (False,),
     "use_dynamic_ntk": (False,),
@@ -86,6 +87,7 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
     "use_resampler": (False,),
     "use_sliding_window": (False,),
     "use_stable_embedding": (False,),
+    "weight_tying": (False,),
 }
 
 NOT_APPLIED: Mapping[str, str] = {

@@ -19,6 +19,8 @@ _DEFAULTS: Json = {
 def read_config(config: Json) -> ModelConfig:
     s = Settings(config, "llama", _DEFAULTS)
     bias = s.flag("attention_bias")
+    if set(s.words("layer_types") or ()) - {"full_attention"}:
+        raise s.refuse("layer_types", "all layers have full attention")
     return language.read_decoder(s, attention_bias=bias, output_bias=bias, mlp_bias=s.flag("mlp_bias"))
 
 

@@ -52,6 +52,8 @@ def read_olmo3(config: Json) -> ModelConfig:
     """Positions are stretched in full layers only."""
     s = Settings(config, "olmo3", _DEFAULTS)
     layers = s.whole("num_hidden_layers", most=1 << 12)
+    if "rope_theta" in s and "rope_parameters" not in s and s.number("rope_theta") != _THETA_3:
+        s.note("rope_theta turns all layers, as in transformers 4; 5.24 has its own default where they slide")
     of_full, local = rope.read_two_ropes(s, _THETA_3)
     default: list[LayerKind] = ["sliding" if (i + 1) % 4 else "full" for i in range(layers)]
     own = None if of_full == RopeConfig(theta=local) else local

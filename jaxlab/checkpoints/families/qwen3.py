@@ -9,6 +9,8 @@ from jaxlab.models import ModelConfig
 def read_config(config: Json) -> ModelConfig:
     s = Settings(config, "qwen3", {**qwen2.DEFAULTS, "head_dim": 128})
     bias = s.flag("attention_bias")
+    if not s.flag("use_qk_norm", True):
+        raise s.refuse("use_qk_norm", "queries and keys are always normed")
     return language.read_decoder(
         s, attention_bias=bias, output_bias=bias, qk_norm="head", attention=qwen2.read_window(s)
     )

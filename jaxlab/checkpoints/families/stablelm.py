@@ -30,6 +30,8 @@ _QK_NORMS: Rows = (
 def read_config(config: Json) -> ModelConfig:
     s = Settings(config, "stablelm", _DEFAULTS)
     s.ignore("num_heads")  # once more num_attention_heads
+    if s.value("norm_eps", s.value("layer_norm_eps")) != s.value("layer_norm_eps"):
+        raise s.refuse("norm_eps", "layer_norm_eps is another")
     if s.value("rotary_scaling_factor", 1.0) != 1.0:
         raise s.refuse(
             "rotary_scaling_factor", "transformers does not read it, and positions stay as they are"
