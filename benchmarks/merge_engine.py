@@ -153,7 +153,7 @@ def make(folder: Path, size: str) -> None:
 
 
 def recipes(folder: Path, method: str) -> tuple[Path, Path]:
-    """The same merge for us and for mergekit; ours as mergekit computes, in float32 where it does."""
+    """The same merge for us, as published, and for mergekit."""
     numbers = dict(METHODS[method])
     density = {"density": numbers.pop("density")} if "density" in numbers else {}
     base = {} if method == "linear" else {"base": str(folder / "base")}
@@ -163,7 +163,7 @@ def recipes(folder: Path, method: str) -> tuple[Path, Path]:
     theirs: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16"}
     theirs["models"] = [{"model": m, "parameters": {"weight": w, **density}} for m, w in models]
     if base:
-        theirs |= {"base_model": base["base"], "parameters": {**numbers, "normalize": False}}
+        theirs |= {"base_model": base["base"], "parameters": numbers}
     paths = folder / f"{method}.ours.yaml", folder / f"{method}.mergekit.yaml"
     for path, text in zip(paths, (ours, theirs), strict=True):
         path.write_text(json.dumps(text, indent=1))  # JSON is YAML
@@ -271,7 +271,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         )
         axis.set_title(title)
         axis.set_xscale("log")
-    axes[0].legend(fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
