@@ -50,8 +50,8 @@ class Arguments:
     model: Annotated[str, POSITIONAL]
     """A model folder, ours or Hugging Face's; a hub id; a .gguf file; a .bin file of llama2.c; a run folder,
     or the config of a finished train run."""
-    prompt: str = ""
-    """The text to go on from, or to answer (see chat)."""
+    prompt: str | None = None
+    """The text to go on from, or to answer (see chat); empty: from nothing."""
     prompts: str | None = None
     """A file of prompts instead: one in each line, or JSON Lines of {"prompt": text, "images": [files]}."""
     messages: str | None = None
@@ -135,13 +135,11 @@ class Arguments:
         for name in ("system", "chat_template", "chat_options"):
             if self.raw and getattr(self, name):
                 raise ConfigError("is for a chat; leave --raw out", key=name)
-        given = [name for name in ("prompt", "prompts", "messages") if getattr(self, name)]
+        given = [name for name in ("prompt", "prompts", "messages") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"--{given[0]} is given too; give one of them", key=given[1])
         if not given and not self.raw:
-            raise ConfigError(
-                "give one, or --prompts or --messages FILE (--raw goes on from nothing)", key="prompt"
-            )
+            raise ConfigError("give one, or --prompts or --messages FILE", key="prompt")
         if (self.image and self.prompts) or (self.image and self.messages):
             raise ConfigError("goes with --prompt; name images in the file", key="image")
 
@@ -220,7 +218,7 @@ def read_all(arguments: Arguments) -> list[Prompt]:
         return read_prompts(arguments.prompts)
     if arguments.messages is not None:
         return read_messages(arguments.messages)
-    return [Prompt("--prompt", arguments.prompt, images=arguments.image)]
+    return [Prompt("--prompt", arguments.prompt or "", images=arguments.image)]
 
 
 def find_template(arguments: Arguments, opened: OpenModel, prompts: Sequence[Prompt]) -> str | None:
@@ -246,6 +244,8 @@ def find_template(arguments: Arguments, opened: OpenModel, prompts: Sequence[Pro
         return None
     if arguments.chat or arguments.messages or arguments.system or arguments.chat_options or name:
         return template
+    if arguments.prompt == "" and not arguments.image:
+        return None  # nothing is asked
     special = {prompt.where: found for prompt in prompts if (found := _special_in(prompt, opened))}
     if special:
         where, token = next(iter(special.items()))

@@ -109,7 +109,7 @@ def test_errors(bytes_model, options, message):
         {"prompts": "x"},
         {"prompt": "", "messages": "x", "raw": True},
         {"prompt": "", "messages": "x", "image": ("a",)},
-        {"prompt": ""},
+        {"prompt": None},
     ],
 )
 def test_impossible_arguments(options):
