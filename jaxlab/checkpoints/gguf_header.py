@@ -134,7 +134,6 @@ def _shards(path: Path, count: int, number: Any) -> tuple[Path, ...]:
 
 def _read_one(path: Path) -> GGUFHeader:
     try:
-        refuse_pointer(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             return _Reader(path, file, size).header()
@@ -150,7 +149,9 @@ class _Reader:
         self.size, self.limit, self.at = size, min(size, MAX_HEADER), 0
 
     def header(self) -> GGUFHeader:
-        if self.size < 24 or self.take(4) != MAGIC:
+        magic = self.take(4) if self.size >= 24 else b""
+        if magic != MAGIC:
+            refuse_pointer(magic, self.path)
             raise self.wrong("not a GGUF file" if self.size >= 24 else "cut off, or not a GGUF file")
         version = self.whole("<I")
         if version & 0xFFFF == 0:

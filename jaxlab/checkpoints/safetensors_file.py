@@ -106,20 +106,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     }
 
 
-def refuse_pointer(path: Path) -> None:
+def refuse_pointer(start: bytes, path: Path) -> None:
     """Refuses what stands in place of a large file where git has not fetched it.
 
+    Args:
+      start: the first bytes of a file that is not what it should be; fewer than four tell nothing.
+
     Raises:
-      UserError: the file is such a pointer.
+      UserError: they are those of such a pointer.
     """
-    with open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise UserError(f"{path}: a pointer of Git LFS in place of the file; run git lfs pull there")
+    if len(start) >= 4 and _POINTER.startswith(start[: len(_POINTER)]):
+        raise UserError(f"{path}: a pointer of Git LFS in place of the file; run git lfs pull there")
 
 
 def _header(file: Any, size: int, path: Path) -> tuple[str, int]:
     """The header's text, and where the tensors begin."""
-    refuse_pointer(path)
     first = file.read(8)
     if len(first) < 8:
         raise UserError(f"{path}: cut off, or not safetensors: {size} bytes hold no header")
@@ -128,6 +129,7 @@ def _header(file: Any, size: int, path: Path) -> tuple[str, int]:
         # Only here: the length of a good header may begin with the same bytes.
         if first[:2] == b"PK" or (first[0] == 0x80 and first[1] <= pickle.HIGHEST_PROTOCOL):
             raise UserError(f"{path}: a pickle under the name of safetensors; it is not opened")
+        refuse_pointer(first, path)
         raise UserError(
             f"{path}: cut off, or not safetensors: its header should have {length} bytes, the file has {size}"
         )

@@ -118,7 +118,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    refuse_pointer(path)
+    if not text.startswith("{"):
+        refuse_pointer(text[:64].encode(), path)
     return parse_json(text, str(path))
 
 

@@ -270,3 +270,10 @@ def test_a_type_that_cannot_be_dequantised_is_named(tmp_path):
     writer.close()
     with pytest.raises(UserError, match=rf"cannot be dequantised: {kind.name} \(1 tensors\)"):
         _ = open_model(tmp_path / "m.gguf").config
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match="a pointer of Git LFS in place of the file"):
+        _ = open_model(path).config

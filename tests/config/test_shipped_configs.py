@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxlab import config as configs
+from jaxlab.merging import load_recipe
 from jaxlab.tasks import TASKS, main
 from tests.config.headers import KEYS, read_header
 
@@ -43,7 +44,7 @@ def test_the_command_of_the_header_is_valid(
         assert configs.build(task.schema(), configs.to_dict(config)) == config
     else:
         configs.load(task.schema(), None, words)
-        task.load().load_recipe(path)
+        load_recipe(path)
 
 
 def test_a_header_is_read_to_its_end(tmp_path: Path) -> None:

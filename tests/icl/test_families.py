@@ -9,8 +9,9 @@ from jaxlab.icl import blocked_logits, flows
 from jaxlab.models import activations, forward
 from tests.checkpoints import folders
 
-DEFAULT = ("gpt_neox", "smollm3")
+DEFAULT = ("smollm3",)
 SLOW = (
+    "gpt_neox",
     "opt",
     "olmo2",
     "olmo3",
