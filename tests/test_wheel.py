@@ -65,4 +65,4 @@ def test_help_and_a_shipped_config(installed: Path, tmp_path: Path) -> None:
 def test_quickstart_from_a_module(installed: Path, tmp_path: Path) -> None:
     run(installed / "python", "-m", "jaxlab", "quickstart", "--smoke", cwd=tmp_path)
     page = (tmp_path / "outputs" / "quickstart" / "report.html").read_text()
-    assert page.count("<section") == 3
+    assert page.count("<section") == 4
