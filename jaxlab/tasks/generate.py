@@ -246,10 +246,11 @@ def find_template(arguments: Arguments, opened: OpenModel, prompts: Sequence[Pro
         return template
     if arguments.prompt == "" and not arguments.image:
         return None  # nothing is asked
-    special = {prompt.where: found for prompt in prompts if (found := _special_in(prompt, opened))}
-    if special:
-        where, token = next(iter(special.items()))
-        if len(special) < len(prompts):
+    special = _special_tokens(opened)
+    holds = {p.where: held[0] for p in prompts if (held := [token for token in special if token in p.text])}
+    if holds:
+        where, token = next(iter(holds.items()))
+        if len(holds) < len(prompts):
             raise UserError(
                 f"{where}: holds {token}, as a text that is a chat already, and other prompts do not; "
                 "say --chat or --raw for all"
@@ -264,14 +265,13 @@ def _others(known: Mapping[str, str]) -> str:
     return f" by the name default, but {', '.join(sorted(known))} (--chat_template NAME)" if known else ""
 
 
-def _special_in(prompt: Prompt, opened: OpenModel) -> str | None:
-    """A special token that a prompt holds, as one that was rendered does; places of images are none."""
+def _special_tokens(opened: OpenModel) -> list[str]:
+    """The special tokens that a rendered prompt holds; places of images are none."""
     if opened.tokenizer is None:
-        return None
+        return []
     added = opened.tokenizer.get_added_tokens_decoder()
-    special = [token.content for token in added.values() if token.special and token.content]
     mark = _image_mark(opened)
-    return next((s for s in special if s != mark and s in prompt.text), None)
+    return [token.content for token in added.values() if token.special and token.content not in ("", mark)]
 
 
 def _image_mark(opened: OpenModel) -> str | None:
