@@ -56,5 +56,6 @@ def without(folder: TensorFolder, patterns: Iterable[str]) -> TensorFolder:
         warnings.warn(
             f"{folder.path}: tensors ignored, as you asked: {pattern} ({len(found)})", UserNote, stacklevel=2
         )
-        left = {name: tensor for name, tensor in left.items() if name not in set(found)}
+        for name in found:
+            left.pop(name, None)  # an earlier pattern may have taken it
     return folder if len(left) == len(folder) else dataclasses.replace(folder, tensors=left)
