@@ -1,7 +1,9 @@
 """Seed-OSS: Llama's names, biases on queries, keys and values; one on the output is told apart."""
 
-from jaxlab.checkpoints.families import language
-from jaxlab.checkpoints.families.base import Family, Json
+import dataclasses
+
+from jaxlab.checkpoints.families import language, llama
+from jaxlab.checkpoints.families.base import Json
 from jaxlab.checkpoints.families.settings import Settings
 from jaxlab.models import ModelConfig
 
@@ -38,19 +40,10 @@ def write_config(config: ModelConfig) -> Json:
     }
 
 
-FAMILY = Family(
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
     name="seed_oss",
     model_types=("seed_oss",),
-    rows=language.decoder_rows(
-        language.NORMS,
-        language.ATTENTION,
-        language.ATTENTION_BIASES,
-        language.OUTPUT_BIAS,
-        language.MLP,
-        language.MLP_BIASES,
-    ),
     read_config=read_config,
     write_config=write_config,
-    ignored=language.IGNORED,
-    variants=language.VARIANTS,
 )
