@@ -282,7 +282,9 @@ def prepared_digest(prepared: Prepared) -> str:
     files: list[Any] = [__version__, prepared.plan.digest()]
     for one in prepared.inputs:
         tensors = one.found.tensors
-        paths = {t.file for t in tensors.values() if t.file is not None} or set(_all_files(one.model))
+        paths = {t.file for t in tensors.values() if t.file is not None}
+        if any(t.file is None for t in tensors.values()):  # computed, of an adapter's files too
+            paths |= set(_all_files(one.model))
         for path in sorted(paths):
             stat = os.stat(path)
             files.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
