@@ -7,7 +7,8 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.merging.account import AccountLine, MergeAccount
     from jaxlab.merging.engine import execute
-    from jaxlab.merging.injection import Method, PatternValue, inject
+    from jaxlab.merging.in_memory import merge_by_recipe
+    from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
     from jaxlab.merging.numerics import tensor_key
@@ -32,12 +33,12 @@ with epy.lazy_api_imports(globals()):
         check_same_architecture,
         inject_by_recipe,
         load_recipe,
-        merge_by_recipe,
         note_dequantized,
         read_trio,
         save_merged,
         verify_merged,
     )
+    from jaxlab.merging.schedules import PatternValue
     from jaxlab.merging.search import (
         Grid,
         Point,

@@ -14,14 +14,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from jaxlab.checkpoints import Planned, ResumableFolder, Tensor, in_shards
+from jaxlab.checkpoints import Planned, Tensor, in_shards
 from jaxlab.errors import UserError
 from jaxlab.merging.injection import Given, Method, inject_tensor
 from jaxlab.merging.merge import arithmetic_dtype, gather_totals, merge_tensors
@@ -52,11 +52,27 @@ class Program(NamedTuple):
     injected: bool
     out: str
     num_layers: int
+    models: int
 
     @property
     def method(self) -> Method:
         """Of an injection."""
-        return Method(self.operator, self.mode, self.fixed)
+        return Method(self.operator, self.mode, self.fixed, self.models)
+
+
+@runtime_checkable
+class Destination(Protocol):
+    """Where tensors go to, from any thread: a folder that is taken up again, or memory."""
+
+    @property
+    def finished(self) -> Mapping[str, dict[str, Any]]:
+        """The records of complete tensors by name."""
+
+    def write(self, name: str, values: np.ndarray, start: int) -> None:
+        """Bytes of a tensor from `start` on."""
+
+    def finish(self, name: str, **record: Any) -> None:
+        """Notes that a tensor is complete."""
 
 
 class Done(NamedTuple):
@@ -109,7 +125,7 @@ def _never() -> np.ndarray:
 def execute(
     plan: MergePlan,
     inputs: Sequence[Mapping[str, Tensor] | Input],
-    folder: ResumableFolder,
+    folder: Destination,
     *,
     threads: int | None = None,
     chunk: int = CHUNK,
@@ -122,6 +138,7 @@ def execute(
 
     Args:
       inputs: tensors by name, in the order of the plan's models.
+      folder: where the tensors go to.
       chunk: elements at once.
       allow_not_finite: whether NaN and infinities may be written.
       hash_inputs: which bytes of the inputs are hashed, too.
@@ -296,7 +313,7 @@ class _Worker:
         operator = _operator(step.operator, step.injected)
         assert operator.gather is not None
         if step.injected:
-            chosen = Method(step.operator, step.mode, step.parameters).chosen
+            chosen = Method(step.operator, step.mode, step.parameters, len(step.sources)).chosen
         else:
             chosen = operator.resolve(dict(step.parameters), len(step.sources), step.mode)
         measure = lambda totals: (self._measured(tensor, totals) for tensor in tensors)
@@ -370,11 +387,19 @@ class _Worker:
         known = _operator(step.operator, step.injected).parameters
         fixed = tuple((name, value) for name, value in step.parameters if known[name].static)
         if step.injected:
-            numbers = Method(step.operator, step.mode, step.parameters).numbers(size)
+            numbers = Method(step.operator, step.mode, step.parameters, len(step.sources)).numbers(size)
         else:
             numbers = _numbers(step, size)
         weights = None if step.weights is None else [np.float32(w) for w in step.weights]
-        program = Program(step.operator, step.mode, fixed, step.injected, tensor.dtype, self.plan.num_layers)
+        program = Program(
+            step.operator,
+            step.mode,
+            fixed,
+            step.injected,
+            tensor.dtype,
+            self.plan.num_layers,
+            len(step.sources),
+        )
         return program, (numbers, weights)
 
     def _rest_of_hashes(self, step: Merging, merged: int, hashes: dict[str, Any]) -> None:
