@@ -11,6 +11,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
+    from jaxlab.merging.numbers import Rule
     from jaxlab.merging.numerics import tensor_key
     from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named
     from jaxlab.merging.operators.data import entropy, learn_coefficients
@@ -38,7 +39,6 @@ with epy.lazy_api_imports(globals()):
         save_merged,
         verify_merged,
     )
-    from jaxlab.merging.schedules import PatternValue
     from jaxlab.merging.search import (
         Grid,
         Point,

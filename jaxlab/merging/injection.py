@@ -26,11 +26,12 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
 from jaxlab.merging.merge import add_to_base, arithmetic_dtype, gather_totals, statistics_of
+from jaxlab.merging.numbers import Rule, Scalar, Setting
 from jaxlab.merging.numerics import Mode, Share, difference, tensor_key
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.merging.parameters import FIXED_BY_INJECTION
-from jaxlab.merging.schedules import PatternValue, Place, value_at
+from jaxlab.merging.schedules import Place, value_at
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]
@@ -65,7 +66,7 @@ class Prepared(NamedTuple):
     given: Given
 
 
-Lambda = float | Float[Array, ""] | Sequence[float] | Sequence[PatternValue | Mapping[str, Any]]
+Lambda = Scalar | Float[Array, ""] | Sequence[Scalar] | Sequence[Rule | Mapping[str, Any]]
 """A number; a gradient over layers; or a list of patterns, of which the first that matches decides."""
 
 
@@ -273,7 +274,8 @@ def _listed(plan: InjectionPlan, entry: Entry, values: Sequence[Any]) -> list[fl
         Place(name, layer, plan.num_layers, before)
         for name, layer in zip(entry.names, entry.layers, strict=True)
     )
-    return [float(value_at("the lambda", values, place)) for place in places]
+    setting = Setting.of(values)
+    return [value_at("the lambda", setting, place) for place in places]
 
 
 def prepare_task_vectors(

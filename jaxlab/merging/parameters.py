@@ -9,7 +9,7 @@ from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import OPERATORS, Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED, Parameter
-from jaxlab.merging.schedules import scalars_of
+from jaxlab.merging.schedules import check_kind, kind_of, scalars_of
 
 FIXED_BY_INJECTION = {"lambda": 1.0, "normalize": False}
 """Parameters of operators that an injection does not leave open."""
@@ -176,23 +176,6 @@ def check_parameter(operator: Operator, parameter: Parameter, value: Any, models
         return
     if operator.gather is not None and isinstance(value, list | tuple):
         raise ConfigError(f"{operator.name} sees all tensors at once: one number, the same for all", key=name)
-    whole = parameter.is_switch or parameter.is_count
-    for scalar in scalars_of(value):
-        if problem := _problem(parameter, scalar):
+    for scalar in scalars_of(check_kind(value, kind_of(parameter), name)):
+        if problem := parameter.problem(scalar):
             raise ConfigError(problem, key=name)
-        if whole and isinstance(value, list | tuple) and not any(map(_is_rule, value)):
-            raise ConfigError("has no values between others: one value, or a list of rules", key=name)
-
-
-def _problem(parameter: Parameter, value: Any) -> str | None:
-    if parameter.is_switch:
-        return None if isinstance(value, bool) else f"must be true or false, is {value}"
-    if isinstance(value, bool):
-        return f"must be a number, is {str(value).lower()}"
-    if parameter.is_count and not isinstance(value, int):
-        return f"must be a whole number, is {value}"
-    return parameter.problem(value)
-
-
-def _is_rule(item: Any) -> bool:
-    return not isinstance(item, bool | int | float)

@@ -11,10 +11,11 @@ from jaxlab.checkpoints import EMBEDDING, HEAD, LeafPath, TensorKind, common_pre
 from jaxlab.errors import UserError
 from jaxlab.merging.account import AccountLine
 from jaxlab.merging.merge import check_sum
+from jaxlab.merging.numbers import Setting
 from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import operator_named
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source
-from jaxlab.merging.schedules import Place, check_rules, value_at
+from jaxlab.merging.schedules import Place, check_rules, kind_of, value_at
 
 
 @dataclass(frozen=True)
@@ -26,32 +27,45 @@ class _Rules:
     injected: bool
     base: int | None
     """Which input is the base."""
-    parameters: Mapping[str, Any]
-    """By name: a number of the recipe, or one for each model, {role: number}."""
-    weights: Mapping[str, Any]
-    """A number for each input that is merged, by what it is called; none: the operator has no weights."""
+    parameters: Mapping[str, Setting | Mapping[str, Setting]]
+    """By name: one for all models, or one for each, {role: setting}."""
+    weights: Mapping[str, Setting]
+    """One for each input that is merged, by what it is called; none: the operator has no weights."""
     embeddings: str
     common_rows: int | None
     reason: str
 
     def at(self, place: Place, roles: Sequence[str]) -> tuple[tuple[float, ...] | None, dict[str, Any]]:
         """Weights and parameters of one tensor."""
-        weights = tuple(float(value_at(what, number, place)) for what, number in self.weights.items())
-        values = {}
-        for name, number in self.parameters.items():
-            if isinstance(number, Mapping):
-                values[name] = tuple(value_at(f"{name} of {role}", number[role], place) for role in roles)
+        known = operator_named(self.operator).parameters
+        weights = tuple(value_at(what, setting, place) for what, setting in self.weights.items())
+        values: dict[str, Any] = {}
+        for name, setting in self.parameters.items():
+            kind = kind_of(known[name])
+            if isinstance(setting, Setting):
+                values[name] = value_at(name, setting, place, kind)
             else:
-                values[name] = value_at(name, number, place)
+                each = (value_at(f"{name} of {role}", setting[role], place, kind) for role in roles)
+                values[name] = tuple(each)
         return weights or None, values
 
-    def numbers(self) -> list[tuple[str, Any]]:
-        """Every number of the recipe, with what it is called."""
+    def settings(self) -> list[tuple[str, Setting]]:
+        """All of them, with what they are called."""
         found = list(self.weights.items())
-        for name, number in self.parameters.items():
-            of_models = number.items() if isinstance(number, Mapping) else ()
-            found += [(f"{name} of {role}", own) for role, own in of_models] or [(name, number)]
+        for name, setting in self.parameters.items():
+            if isinstance(setting, Setting):
+                found.append((name, setting))
+            else:
+                found += [(f"{name} of {role}", own) for role, own in setting.items()]
         return found
+
+
+def _settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of a recipe as settings, also where each model has its own."""
+    return {
+        name: _settings(number) if isinstance(number, Mapping) else Setting.of(number)
+        for name, number in parameters.items()
+    }
 
 
 def plan_injection_of(
@@ -79,7 +93,8 @@ def plan_injection_of(
     if embeddings == "merge_common_rows":
         common = common_prefix([one.model.tokenizer for one in inputs])
     base = len(inputs) - 1
-    rules = _Rules(operator, mode, True, base, parameters, lambdas, embeddings, common, "language model")
+    numbers = _settings(parameters), _settings(lambdas)
+    rules = _Rules(operator, mode, True, base, *numbers, embeddings, common, "language model")
     return _plan(inputs, rules, seed)
 
 
@@ -103,7 +118,8 @@ def plan_merge_of(
       UserError: models that differ in names or shapes; numbers that do not fit.
     """
     base = len(inputs) - 1 if with_base else None
-    rules = _Rules(operator, mode, False, base, parameters, weights, "merge", None, operator)
+    numbers = _settings(parameters), _settings(weights)
+    rules = _Rules(operator, mode, False, base, *numbers, "merge", None, operator)
     return _plan(inputs, rules, seed)
 
 
@@ -155,8 +171,8 @@ def _plan(inputs: Sequence[Input], rules: _Rules, seed: int) -> MergePlan:
         raise ValueError(f"unaccounted tensors of the {role}: {sorted(names)[:3]}")
     merged = [t.name for t in planned.values() if t.merging is not None]
     others = {one.role: one.found.tensors for one in inputs[1:]}
-    for what, number in rules.numbers():
-        check_rules(what, number, merged, others, first.role)
+    for what, setting in rules.settings():
+        check_rules(what, setting, merged, others, first.role)
     order = {name: i for i, name in enumerate(first.found.tensors)}
     tensors = sorted(planned.values(), key=lambda t: _place(first, t.name, order))
     return MergePlan(tuple(tensors), tuple(refused), seed, layers)

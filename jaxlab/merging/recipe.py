@@ -24,7 +24,7 @@ from jaxlab.merging.parameters import (
     used_of_recipe,
     with_own_values,
 )
-from jaxlab.merging.schedules import Number
+from jaxlab.merging.schedules import Number, check_kind
 from jaxlab.models import ModelConfig, Params
 
 ACCOUNT = "account.json"
@@ -70,6 +70,8 @@ class InjectRecipe:
         operator = named_operator(self.operator, injected=True)
         if operator.per_task:
             raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
+        for name in ("lambda_v", "lambda_e"):
+            check_kind(getattr(self, name), "number", name)
         self.options()
 
     def options(self) -> dict[str, Any]:
@@ -155,6 +157,8 @@ class MergeRecipe:
         operator = named_operator(self.operator, injected=False)
         given = {f"models.{i}.weight": m.weight for i, m in enumerate(self.models) if m.weight is not None}
         given |= {} if self.weight is None else {"weight": self.weight}
+        for key, weight in given.items():
+            check_kind(weight, "number", key)
         if not operator.takes("weights"):
             for key in given:
                 refuse_weight(operator, self.mode, key)

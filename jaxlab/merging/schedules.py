@@ -1,48 +1,15 @@
-"""Numbers of a recipe that are not the same for every tensor: gradients over layers, and rules by name.
+"""Where a tensor is in its model, and what a number of a recipe is there."""
 
-A number is a scalar; a gradient, a list of anchors at equal distances from the first layer to the last, with
-straight lines between them; or a list of rules, of which the first that fits a tensor's name decides, its
-value again a scalar or a gradient.
-"""
-
-import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.merging.numbers import Kind, Rule, Scalar, Setting
+from jaxlab.merging.operators.registry import Parameter
 
-Scalar = bool | int | float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatternValue:
-    """A value for the tensors whose name fits; without pattern and filter for all."""
-
-    pattern: str | None = None
-    """Of whole names in a Hugging Face checkpoint, with * and ?, for example "*.mlp.*"."""
-    filter: str | None = None
-    """Instead of a pattern: a part of such names, as mergekit has it."""
-    value: Scalar | tuple[float, ...]
-    """The value: a number, or a list over layers."""
-
-    def __post_init__(self) -> None:
-        if self.pattern is not None and self.filter is not None:
-            raise ConfigError("a rule has a pattern or a filter, not both", key="filter")
-
-    @property
-    def condition(self) -> str:
-        """The pattern or filter; "*" for neither."""
-        return self.pattern or self.filter or "*"
-
-    def fits(self, name: str) -> bool:
-        """Whether it is for the tensor of this name."""
-        if self.filter is not None and self.filter != "*":
-            return self.filter in name
-        return self.pattern is None or fnmatch.fnmatchcase(name, self.pattern)
-
-
-Number = Scalar | tuple[float, ...] | tuple[PatternValue, ...]
+Number = Scalar | tuple[Scalar, ...] | tuple[Rule, ...]
+"""A scalar; a gradient over layers; or rules, of which the first that fits a tensor's name decides."""
 
 
 class Place(NamedTuple):
@@ -56,74 +23,68 @@ class Place(NamedTuple):
     before: bool
     """Outside of layers: an embedding or learned positions, not the final norm or the head."""
 
+    @property
+    def depth(self) -> Fraction:
+        """0 in the first layer and before it, 1 in the last and after it; exact, so that a list with a value
+        for each layer gives just these.
+        """
+        if self.layer is None:
+            return Fraction(0 if self.before else 1)
+        return Fraction(self.layer, max(1, self.layers - 1))
 
-def value_at(what: str, number: Any, place: Place) -> Any:
-    """The scalar that a number is for one tensor; what is no list, a traced scalar too, is itself.
+
+def value_at(what: str, setting: Setting, place: Place, kind: Kind = "number") -> Any:
+    """A number of a recipe for one tensor.
 
     Args:
       what: its name, for messages.
 
     Raises:
-      UserError: no rule fits the tensor; a gradient with more anchors than there are layers.
+      UserError: no rule fits the tensor; a gradient with more values than there are layers.
     """
-    if not isinstance(number, list | tuple):
-        return number
-    rules = rules_of(number)
-    if not rules:
-        return _on_gradient(what, number, place)
-    for rule in rules:
-        if rule.fits(place.name):
-            return value_at(what, rule.value, place)
-    raise UserError(f"no pattern of {what} matches {place.name}; end the list with the pattern '*'")
+    for rule in setting.rules:
+        if isinstance(rule.value, tuple) and not 0 < len(rule.value) <= max(1, place.layers):
+            raise UserError(f"{what} lists {len(rule.value)} values for {place.layers} layers")
+    found = setting.at(place.name, place.depth, kind)
+    if found is None:
+        raise UserError(f"no pattern of {what} matches {place.name}; end the list with the pattern '*'")
+    return found
 
 
-def _on_gradient(what: str, anchors: Sequence[float], place: Place) -> float:
-    count = len(anchors)
-    if count > max(1, place.layers) or not count:
-        raise UserError(f"{what} lists {count} values for {place.layers} layers")
-    if place.layer is None:
-        return anchors[0 if place.before else -1]
-    at, rest = divmod(place.layer * (count - 1), max(1, place.layers - 1))
-    if rest == 0:  # exactly on an anchor
-        return anchors[at]
-    share = rest / (place.layers - 1)
-    return (1 - share) * anchors[at] + share * anchors[at + 1]
+def kind_of(parameter: Parameter) -> Kind:
+    """What the values of a parameter are."""
+    return "switch" if parameter.is_switch else "count" if parameter.is_count else "number"
 
 
-def rules_of(number: Any) -> list[PatternValue]:
-    """The rules of a number; none if it has none."""
-    if not isinstance(number, list | tuple):
-        return []
-    made = [rule if isinstance(rule, PatternValue) else _rule(rule) for rule in number if _is_rule(rule)]
-    if made and len(made) < len(number):
-        raise UserError(f"a list of numbers, or of rules {{pattern, value}}, not both: {list(number)}")
-    return made
+def check_kind(number: Any, kind: Kind, key: str) -> Setting:
+    """A number of a recipe as a setting, every value of it of this kind.
+
+    Raises:
+      ConfigError: one is not; `key` leads to it.
+    """
+    try:
+        setting = Setting.of(number)
+        for rule in setting.rules:
+            for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
+                if isinstance(value, bool) != (kind == "switch"):
+                    wanted = "true or false" if kind == "switch" else "a number"
+                    raise ConfigError(f"must be {wanted}, is {str(value).lower()}")
+            if kind != "number" and isinstance(rule.value, tuple):
+                raise ConfigError("has no values between others: one value, or a list of rules")
+        setting.check(kind)
+    except ConfigError as error:
+        raise error.inside((key,)) from None
+    return setting
 
 
-def _is_rule(value: Any) -> bool:
-    return isinstance(value, PatternValue | Mapping)
-
-
-def _rule(given: Mapping[str, Any]) -> PatternValue:
-    value = given["value"]
-    return PatternValue(
-        pattern=given.get("pattern"),
-        filter=given.get("filter"),
-        value=tuple(value) if isinstance(value, list | tuple) else value,
-    )
-
-
-def scalars_of(number: Any) -> Iterator[Any]:
-    """Every scalar that a number may be somewhere, but for what lies between anchors."""
-    if not isinstance(number, list | tuple):
-        yield number
-        return
-    for item in number:
-        yield from scalars_of(rules_of([item])[0].value if _is_rule(item) else item)
+def scalars_of(setting: Setting) -> Iterator[Any]:
+    """Every scalar that it is somewhere, but for what lies between two."""
+    for rule in setting.rules:
+        yield from rule.value if isinstance(rule.value, tuple) else (rule.value,)
 
 
 def check_rules(
-    what: str, number: Any, names: Sequence[str], others: Mapping[str, Iterable[str]], first: str
+    what: str, setting: Setting, names: Sequence[str], others: Mapping[str, Iterable[str]], first: str
 ) -> None:
     """Whether every rule of a number fits a tensor that is merged.
 
@@ -136,12 +97,13 @@ def check_rules(
     Raises:
       UserError: one fits none.
     """
-    for rule in rules_of(number):
-        if any(map(rule.fits, names)):
+    for rule in setting.rules:
+        if any(map(rule.fits, names)) or (rule.filter in (None, "*") and rule.pattern is None):
             continue
         hint = "" if not names else f"; tensors that are merged are named as {names[0]}"
         for role, known in others.items():
             if names and any(map(rule.fits, known)):
                 hint = f": it has names of the {role}; those of the {first} count, as {names[0]}"
                 break
-        raise UserError(f"the pattern {rule.condition!r} of {what} matches no tensor that is merged{hint}")
+        condition = rule.pattern or rule.filter
+        raise UserError(f"the pattern {condition!r} of {what} matches no tensor that is merged{hint}")
