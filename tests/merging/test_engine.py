@@ -431,7 +431,7 @@ def test_check_reads_headers_alone(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "jaxlab.checkpoints.safetensors_file.read_into", lambda *_: pytest.fail("a tensor was read")
     )
-    monkeypatch.setattr(engine._Files, "read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("jaxlab.merging.streams.Files.read", lambda *_: pytest.fail("a tensor was read"))
     assert main([*words, "--check"]) == 0
     checked = capsys.readouterr().out
     assert not out.exists()
