@@ -12,12 +12,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from jaxlab.checkpoints import Planned, ResumableFolder, Tensor, in_shards
+from jaxlab.checkpoints import Planned, Tensor, in_shards
 from jaxlab.errors import UserError
 from jaxlab.merging.injection import Method
 from jaxlab.merging.merge import gather_totals
@@ -39,6 +39,21 @@ CHUNK = 1 << 18
 """Elements that are merged at once: with their intermediate results they fit in a cache."""
 _WHOLE = 3 << 29
 """Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
+
+
+@runtime_checkable
+class Destination(Protocol):
+    """Where tensors go to, from any thread: a folder that is taken up again, or memory."""
+
+    @property
+    def finished(self) -> Mapping[str, dict[str, Any]]:
+        """The records of complete tensors by name."""
+
+    def write(self, name: str, values: np.ndarray, start: int) -> None:
+        """Bytes of a tensor from `start` on."""
+
+    def finish(self, name: str, **record: Any) -> None:
+        """Notes that a tensor is complete."""
 
 
 class Done(NamedTuple):
@@ -81,7 +96,7 @@ def _never() -> np.ndarray:
 def execute(
     plan: MergePlan,
     inputs: Sequence[Mapping[str, Tensor] | Input],
-    folder: ResumableFolder,
+    folder: Destination,
     *,
     threads: int | None = None,
     chunk: int = CHUNK,
@@ -94,6 +109,7 @@ def execute(
 
     Args:
       inputs: tensors by name, in the order of the plan's models.
+      folder: where the tensors go to.
       chunk: elements at once.
       allow_not_finite: whether NaN and infinities may be written.
       hash_inputs: which bytes of the inputs are hashed, too.
@@ -234,7 +250,7 @@ class _Worker:
         operator = operator_of(step.operator, step.injected)
         assert operator.gather is not None
         if step.injected:
-            chosen = Method(step.operator, step.mode, step.parameters).chosen
+            chosen = Method(step.operator, step.mode, step.parameters, len(step.sources)).chosen
         else:
             chosen = operator.resolve(dict(step.parameters), len(step.sources), step.mode)
         measure = lambda totals: (self._measured(tensor, totals) for tensor in tensors)

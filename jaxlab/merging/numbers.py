@@ -14,6 +14,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from jaxlab.errors import ConfigError
@@ -60,7 +61,7 @@ class Setting:
         """
         if isinstance(value, Mapping):
             return cls((_rule(value),))
-        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping | Rule) for item in value):
             found = []
             for i, item in enumerate(value):
                 try:
@@ -70,7 +71,7 @@ class Setting:
             return cls(tuple(found))
         return cls((Rule(_scalar_or_gradient(value)),))
 
-    def at(self, name: str, depth: float = 0.0, kind: Kind = "number") -> Any:
+    def at(self, name: str, depth: float | Fraction = 0.0, kind: Kind = "number") -> Any:
         """The value for one tensor: a float, an int or a bool; None: no rule fits, or a gradient is empty.
 
         Args:
@@ -103,7 +104,7 @@ class Setting:
                 as_kind(value, kind)
 
 
-def interpolate(values: list[Any], depth: float, kind: Kind = "number") -> Any:
+def interpolate(values: list[Any], depth: float | Fraction, kind: Kind = "number") -> Any:
     """A gradient at a depth between 0 and 1; None if it is empty.
 
     Raises:
@@ -115,7 +116,7 @@ def interpolate(values: list[Any], depth: float, kind: Kind = "number") -> Any:
     first = int(scaled)
     if kind == "switch":
         return values[first]
-    part = scaled - first
+    part = float(scaled - first)
     found = (1 - part) * values[first] + part * values[min(first + 1, len(values) - 1)]
     return as_kind(found, kind)
 
@@ -154,6 +155,8 @@ def as_kind(value: Any, kind: Kind) -> Any:
 
 
 def _rule(value: Any) -> Rule:
+    if isinstance(value, Rule):
+        return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"is {shown(value)}, beside {{filter, value}}; a list is of one kind")
     for key in value:
