@@ -170,7 +170,11 @@ class Compared:
 
 
 def open_sides(models: Mapping[str, OpenModel]) -> list[Side]:
-    """Raises UserError for tensors that are not those of a model's family."""
+    """The models with their tensors.
+
+    Raises:
+      UserError: tensors that are not those of a model's family.
+    """
     return [Side(name, model, model_tensors(model)) for name, model in models.items()]
 
 
