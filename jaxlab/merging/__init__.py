@@ -7,9 +7,11 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.merging.account import AccountLine, MergeAccount
     from jaxlab.merging.engine import execute
-    from jaxlab.merging.injection import Method, PatternValue, inject
+    from jaxlab.merging.in_memory import merge_by_recipe
+    from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
+    from jaxlab.merging.numbers import Rule
     from jaxlab.merging.numerics import tensor_key
     from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named
     from jaxlab.merging.operators.data import entropy, learn_coefficients
@@ -32,7 +34,6 @@ with epy.lazy_api_imports(globals()):
         check_same_architecture,
         inject_by_recipe,
         load_recipe,
-        merge_by_recipe,
         note_dequantized,
         read_trio,
         save_merged,

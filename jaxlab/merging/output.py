@@ -26,13 +26,8 @@ from jaxlab.checkpoints import (
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
-from jaxlab.merging.plan import (
-    Input,
-    MergePlan,
-    open_inputs,
-    plan_injection_of,
-    plan_merge_of,
-)
+from jaxlab.merging.plan import Input, MergePlan, open_inputs
+from jaxlab.merging.planning import plan_injection_of, plan_merge_of
 from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, Recipe, check_same_architecture
 
 if TYPE_CHECKING:
@@ -88,18 +83,14 @@ def prepare_merge(
     from jaxlab.merging.engine import layout
 
     check_same_architecture(models)
-    injects = isinstance(recipe, InjectRecipe)
-    count = len(models) - (1 if not injects and recipe.base is not None else 0)
-    roles = ["vlm", "expert", "base"] if injects else [f"model {i}" for i in range(count)] + ["base"]
-    inputs = open_inputs(models, roles[: len(models)], own_names=to == "orbax")
+    inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
     if isinstance(recipe, InjectRecipe):
         plan = plan_injection_of(
             inputs,
             operator=recipe.operator,
             mode=recipe.mode,
             parameters=recipe.options(),
-            lambda_v=recipe.lambda_v,
-            lambda_e=recipe.lambda_e,
+            lambdas=recipe.lambdas(),
             embeddings=recipe.embeddings,
             seed=recipe.seed,
         )
@@ -109,6 +100,7 @@ def prepare_merge(
             operator=recipe.operator,
             mode=recipe.mode,
             parameters=recipe.options(),
+            weights=recipe.weights(),
             with_base=recipe.base is not None,
             seed=recipe.seed,
         )

@@ -119,7 +119,9 @@ def _to_orbax(
 ) -> None:
     from jaxlab.merging import merge_by_recipe, save_merged, verify_merged
 
-    params, account = merge_by_recipe(recipe, models)
+    params, account = merge_by_recipe(
+        recipe, models, threads=arguments.threads or None, allow_not_finite=arguments.allow_nonfinite
+    )
     account = save_merged(out, recipe, models, params, account, overwrite=arguments.overwrite)
     print(f"written: {out}")
     if arguments.verify:
