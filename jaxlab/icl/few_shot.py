@@ -74,7 +74,7 @@ class FewShotPrompts:
         self.examples = read_examples(config)
         self._check_placeholders()
         self._chat = _Chat(config.system, opened) if config.chat else None
-        self._lead, self._tail = _label_affixes(config.template, config.chat)
+        self._lead, self._tail = _label_affixes(config.template)
         self._facts = {"dropped_demonstrations": 0, "shortened_texts": 0}
         self._made: dict[tuple[int, int, int], list[Prompts]] = {}
         self.label_ids = self._label_ids()
@@ -114,7 +114,7 @@ class FewShotPrompts:
         asked, shown = self._drawn(seed, examples)
         prompts = self._annotated(asked, shown)
         found = []
-        for chosen, length in in_batches([len(p.tokens) for p in prompts], batch_size):
+        for chosen, length in in_batches([len(p.tokens) for p in prompts], batch_size, self.limit):
             rows = np.full(batch_size, -1, np.int32)
             rows[: len(chosen)] = chosen
             filled = [*chosen, *[chosen[-1]] * (batch_size - len(chosen))]
@@ -147,22 +147,28 @@ class FewShotPrompts:
         if self._chat is not None:
             return self._chat.pieces(
                 [self._asked(e, n, longest) for n, e in enumerate([*demonstrations, query])],
-                [self._label(example, n) for n, example in enumerate(demonstrations)],
+                [self._answer(example.label, n)[-1] for n, example in enumerate(demonstrations)],
             )
         pieces = []
         for number, example in enumerate(demonstrations):
             pieces += self._asked(example, number, longest)
-            pieces.append(Piece(self._lead, Part.FORMAT, number))
-            pieces.append(self._label(example, number))
+            pieces += self._answer(example.label, number)
             pieces.append(Piece(self._tail + self.config.separator, Part.FORMAT, number))
         return pieces + self._asked(query, len(demonstrations), longest)
 
-    def _label(self, example: Example, number: int) -> Piece:
-        return Piece(self.label_names[example.label].strip(), Part.LABEL, number, example.label)
+    def _answer(self, label: int, number: int) -> list[Piece]:
+        """The space before a label word, of the template or of the word itself, and the word."""
+        given = self.label_names[label]
+        word = given.strip()
+        lead = self._lead or given[: len(given) - len(given.lstrip())]
+        return [
+            Piece("" if self._chat else lead, Part.FORMAT, number),
+            Piece(word, Part.LABEL, number, label),
+        ]
 
     def _asked(self, example: Example, number: int, longest: int | None) -> list[Piece]:
         """The template with an example's text, up to the label word and the space before it."""
-        before = self.config.template.partition("{label}")[0].rstrip()
+        before = self.config.template.partition("{label}")[0].rstrip(" ")
         pieces, at = [], 0
         for match in PLACEHOLDER.finditer(before):
             name = match.group(1)
@@ -307,9 +313,8 @@ class FewShotPrompts:
         """
         query = Example(tuple("a text" for _ in self.examples.columns), 0, "")
         pieces = self._pieces([], query)
-        answers = [Piece(self._lead + self._label(query._replace(label=c), 0).text, Part.LABEL, 0, c)
-                   for c in range(len(self.label_names))]  # fmt: skip
-        prompt, *whole = self._encode([pieces, *([*pieces, answer] for answer in answers)])
+        answers = [self._answer(label, 0) for label in range(len(self.label_names))]
+        prompt, *whole = self._encode([pieces, *([*pieces, *answer] for answer in answers)])
         start = _end(prompt)
         found: list[list[int]] = []
         for word, one in zip(self.label_names, whole, strict=True):
@@ -320,9 +325,7 @@ class FewShotPrompts:
                     "answer cannot be read off at it; put a space before {label}"
                 )
             found.append(answered[start:])
-        check_token_ids(
-            np.concatenate(found), self.model, self.tokenizer, where="data: one of the label words"
-        )
+        check_token_ids(np.concatenate(found), self.model, self.tokenizer, where="data: a label word")
         chosen = {"the first token, by which they are told apart": 0}
         if self.label_position == "last":
             chosen["the last token, by label_position"] = -1
@@ -419,10 +422,10 @@ def _own_tokenizer(opened: OpenModel) -> Tokenizer:
     return tokenizer
 
 
-def _label_affixes(template: str, chat: bool) -> tuple[str, str]:
+def _label_affixes(template: str) -> tuple[str, str]:
     """What stands right before a label word, and after it."""
     before, _, after = template.partition("{label}")
-    return ("", "") if chat else (before[len(before.rstrip()) :], after)
+    return before[len(before.rstrip(" ")) :], after
 
 
 def _end(encoded: Encoded) -> int:

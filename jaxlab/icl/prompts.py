@@ -101,12 +101,12 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def in_batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """(prompts, padded length) of each batch: prompts of like lengths together."""
+def in_batches(lengths: Sequence[int], batch_size: int, most: int) -> Iterator[tuple[list[int], int]]:
+    """(prompts, padded length) of each batch: prompts of like lengths together, none padded beyond `most`."""
     order = sorted(range(len(lengths)), key=lambda n: (lengths[n], n))
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        yield chosen, bucket(lengths[chosen[-1]])
+        yield chosen, min(bucket(lengths[chosen[-1]]), most)
 
 
 def token_texts(tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:

@@ -14,7 +14,7 @@ from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl import Blocking, make_prompts, token_texts
+from jaxlab.icl import Blocking, make_prompts, token_texts, unpack_maps
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.reporting.papers.label_words import plots as icl_plots
 from jaxlab.tasks import execute, main
@@ -58,7 +58,12 @@ def test_results_and_pictures(config, tmp_path):
     assert prompt["tokens"][prompt["query"]] == ":"
     assert len(prompt["labels"]) == 4
     assert prompt["answer"] in [prompt["tokens"][at] for at in prompt["labels"]]
-    assert [len(row) for row in prompt["maps"][0]] == list(range(results["tokens"]))
+    maps = unpack_maps(prompt["maps"])
+    whole = np.load(done.path / "records" / "figure1.npz")["maps_1"][0]
+    assert maps.shape == whole.shape
+    lower = np.tril(whole, k=-1)
+    strong = lower > 0.01 * lower.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(maps[strong], lower[strong], rtol=0.04)
     for draw in (icl_plots.flow_shares_figure, icl_plots.blocking_figure, icl_plots.prompt_figure):
         draw(results).savefig(tmp_path / "figure.svg")
         assert (tmp_path / "figure.svg").stat().st_size > 5000

@@ -9,6 +9,7 @@ import numpy as np
 from jaxlab.errors import UserError
 from jaxlab.icl.analyses.answers import Answers
 from jaxlab.icl.analyses.base import Analysis, Records, Study
+from jaxlab.icl.packed_maps import pack_maps
 from jaxlab.icl.prompts import Prompts, token_texts
 from jaxlab.icl.roles import Part
 from jaxlab.icl.saliency import saliency_maps
@@ -24,10 +25,10 @@ class Picture(Analysis[Prompts]):
     name: ClassVar[str] = "figure1"
 
     def check(self, study: Study) -> None:
-        if study.longest > PICTURE_TOKENS:
+        length = self.chunks(study, study.seeds[0])[0].parts.shape[1]
+        if length > PICTURE_TOKENS:
             raise UserError(
-                f"analyses: figure1 draws prompts of at most {PICTURE_TOKENS} tokens, these have "
-                f"{study.longest}"
+                f"analyses: figure1 draws prompts of at most {PICTURE_TOKENS} tokens, these have {length}"
             )
 
     def chunks(self, study: Study, seed: int) -> Sequence[Prompts]:
@@ -59,8 +60,5 @@ class Picture(Analysis[Prompts]):
             "query": int(one["query"]),
             "answer": names[int(one["label"])],
             "prediction": names[predicted] if predicted >= 0 else None,
-            # Row i holds the flows from the tokens 0 ... i - 1.
-            "maps": [
-                [[float(f"{x:.3g}") for x in row[:i]] for i, row in enumerate(layer)] for layer in one["maps"]
-            ],
+            "maps": pack_maps(one["maps"]),
         }
