@@ -26,6 +26,7 @@ from jaxlab.merging.mergekit.parts import (
     Named,
     PartName,
     Stack,
+    called_by_mergekit,
     is_table,
     part_of,
     parts_of,
@@ -274,9 +275,9 @@ class _Planner:
             hint = "; tokenizer_source: base, or union, matches rows by token" if is_table(kind) else ""
             self.problem(f"{name} is {shapes}{hint}")
             return
-        step = self.numbers.merging(
-            name, [one.called for one in named], sources, stored[0].shape, place, depth, read_as, layer
-        )
+        called = [one.called for one in named]
+        known = called_by_mergekit(name, self.inputs[0].found.family)
+        step = self.numbers.merging(known, called, sources, place, depth, read_as, layer)
         out = self.merge.out_dtype or read_as
         used = step.everything if isinstance(step, Merging) else (step,)
         roles = tuple(dict.fromkeys(self.inputs[source.model].role for source in used))
