@@ -23,6 +23,7 @@ with epy.lazy_api_imports(globals()):
         check_tied_heads,
         model_tensors,
         tensors_laid_out_as,
+        tensors_of_shapes,
     )
     from jaxlab.checkpoints.open import load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside

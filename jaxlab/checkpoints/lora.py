@@ -106,7 +106,7 @@ def merged(base: TensorFolder, adapter: str | Path, *, allow_pickle: bool = Fals
         tensors[place] = _with_update(base[place], pair, scale, place in embeddings, transposed, adapter)
     for place, tensor in replaced.items():
         tensors[place] = dataclasses.replace(
-            tensor, name=place, dtype=base[place].dtype, read_rows=_cast(tensor, base[place].dtype)
+            tensor, name=place, dtype=base[place].dtype, read_rows=_cast(tensor, base[place].dtype), file=None
         )
     return dataclasses.replace(base, tensors=tensors)
 
@@ -230,7 +230,7 @@ def _with_update(
         update = right[:, start:stop].T @ left.T if flipped else left[start:stop] @ right
         return (weight.read_rows(start, stop).astype(np.float32) + factor * update).astype(weight.dtype)
 
-    return dataclasses.replace(weight, read_rows=read_rows)
+    return dataclasses.replace(weight, read_rows=read_rows, file=None)  # no longer what the file holds
 
 
 def _cast(tensor: Tensor, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:

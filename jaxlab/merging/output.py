@@ -29,6 +29,7 @@ from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.plan import Input, MergePlan, open_inputs
 from jaxlab.merging.planning import plan_injection_of, plan_merge_of
 from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, Recipe, check_same_architecture
+from jaxlab.merging.vocabulary import same_tokens
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned
@@ -83,6 +84,9 @@ def prepare_merge(
     from jaxlab.merging.engine import layout
 
     check_same_architecture(models)
+    tokens = None
+    if recipe.embeddings == "merge_common_rows":
+        tokens = same_tokens([model.tokenizer for model in models])
     inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
     if isinstance(recipe, InjectRecipe):
         plan = plan_injection_of(
@@ -92,6 +96,7 @@ def prepare_merge(
             parameters=recipe.options(),
             lambdas=recipe.lambdas(),
             embeddings=recipe.embeddings,
+            tokens=tokens,
             seed=recipe.seed,
         )
     else:
@@ -102,6 +107,8 @@ def prepare_merge(
             parameters=recipe.options(),
             weights=recipe.weights(),
             with_base=recipe.base is not None,
+            embeddings=recipe.embeddings,
+            tokens=tokens,
             seed=recipe.seed,
         )
     return Prepared(recipe, tuple(inputs), plan, layout(plan, inputs))

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from jaxlab import __version__
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model
+from jaxlab.checkpoints import OpenModel, language_differences, open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
@@ -25,6 +25,7 @@ from jaxlab.merging.parameters import (
     with_own_values,
 )
 from jaxlab.merging.schedules import Number, check_kind
+from jaxlab.merging.vocabulary import SameTokens, same_tokens
 from jaxlab.models import ModelConfig, Params
 
 ACCOUNT = "account.json"
@@ -128,6 +129,9 @@ class MergeRecipe:
     """Its name in docs/operators.md; name+svc, say, does something to its result."""
     weight: Number | None = None
     """Of every model that names none."""
+    embeddings: Literal["all", "first", "merge_common_rows", "merge"] = "all"
+    """Embedding and head: merged as all else, if all have equally many rows; the first model's; merged where
+    the tokenizers agree; merged as far as all have rows, the others the first model's."""
     mode: Literal["paper", "mergekit"] = "paper"
     """The operator as published, or as mergekit computes it."""
     seed: int = 0
@@ -230,8 +234,8 @@ class Trio(NamedTuple):
     vlm: Params
     expert: Params
     base: Params
-    common_rows: int | None
-    """How many ids, from 0 on, mean the same token to all three; None: all, since they read bytes."""
+    common_rows: SameTokens | int | None
+    """Which ids mean the same token to all three; None: all, since they read bytes."""
     expert_config: ModelConfig
     base_config: ModelConfig
 
@@ -249,7 +253,7 @@ def read_trio(vlm: OpenModel, expert: OpenModel, base: OpenModel) -> Trio:
         vlm=vlm.read(),
         expert=expert.read(),
         base=base.read(),
-        common_rows=common_prefix([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
+        common_rows=same_tokens([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
         expert_config=expert.config,
         base_config=base.config,
     )
