@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):
         common_prefix,
         differences,
         language_differences,
+        language_settings_apart,
     )
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form
