@@ -128,7 +128,7 @@ def as_kind(value: Any, kind: Kind) -> Any:
       ConfigError: it is none.
     """
     wanted = {"number": "a number", "count": "a whole number", "switch": "true or false"}[kind]
-    problem = ConfigError(f"must be {wanted}, is {_shown(value)}")
+    problem = ConfigError(f"must be {wanted}, is {shown(value)}")
     if kind == "switch":
         if isinstance(value, str) and value.lower() in _WORDS:
             return _WORDS[value.lower()]
@@ -158,7 +158,7 @@ def _rule(value: Any) -> Rule:
     if isinstance(value, Rule):
         return value
     if not isinstance(value, Mapping):
-        raise ConfigError(f"is {_shown(value)}, beside {{filter, value}}; a list is of one kind")
+        raise ConfigError(f"is {shown(value)}, beside {{filter, value}}; a list is of one kind")
     for key in value:
         if key not in ("filter", "pattern", "value"):
             raise ConfigError("no such key; there are filter (or pattern) and value", key=str(key))
@@ -166,7 +166,7 @@ def _rule(value: Any) -> Rule:
         raise ConfigError("missing", key="value")
     for key in ("filter", "pattern"):
         if not isinstance(value.get(key), str | None):
-            raise ConfigError(f"must be a part of tensors' names, is {_shown(value[key])}", key=key)
+            raise ConfigError(f"must be a part of tensors' names, is {shown(value[key])}", key=key)
     try:
         return Rule(_scalar_or_gradient(value["value"]), value.get("filter"), value.get("pattern"))
     except ConfigError as error:
@@ -179,11 +179,12 @@ def _scalar_or_gradient(value: Any) -> Scalar | tuple[Scalar, ...]:
     if isinstance(value, list | tuple) and all(isinstance(item, bool | int | float | str) for item in value):
         return tuple(value)
     raise ConfigError(
-        "must be a value, a list of values (over layers) or a list of {filter, value}, is " + _shown(value)
+        "must be a value, a list of values (over layers) or a list of {filter, value}, is " + shown(value)
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as an error names it."""
     try:
         return "nothing" if value is None else reprlib.repr(value)
     except ValueError:  # Python writes no whole numbers of thousands of digits

@@ -294,7 +294,7 @@ def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, ca
         path = tmp_path / role / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": theta}))
     lines = {"kind": "inject", **{role: str(tmp_path / role) for role in ("vlm", "expert", "base")}}
-    run = lambda: main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")])
+    run = lambda out="out": main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / out)])
     (tmp_path / "r.yaml").write_text(json.dumps(lines))
     assert run() == 2
     error = capsys.readouterr().err
@@ -311,8 +311,8 @@ def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, ca
     (tmp_path / "r.yaml").write_text(
         json.dumps({**lines, "differences": {"rope.theta": "vlm", "mlp": "vlm"}})
     )
-    assert run() == 2
+    assert run("again") == 2
     assert "the models do not differ in 'mlp'; they differ in rope.theta" in capsys.readouterr().err
     (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "expert"}}))
-    assert run() == 2
+    assert run("again") == 2
     assert "differences.rope.theta: expected vlm, found expert" in capsys.readouterr().err
