@@ -226,9 +226,7 @@ class FewShotPrompts:
             raise UserError(
                 f"{told}; set data.too_long to drop_demonstrations or truncate_text, or lower data.shots"
             )
-        raise UserError(
-            f"{told}, and {rule} does not bring it below that; lower data.shots or raise max_tokens"
-        )
+        raise UserError(f"{told}, and {rule} is not enough; lower data.shots or raise data.max_tokens")
 
     def _annotate(self, pieces: Sequence[Piece], encoded: Encoded, query: Example) -> Annotated:
         """What each token is, by the first letter of it that is no space.
