@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -14,7 +14,7 @@ from jaxlab import __version__
 from jaxlab import config as configs
 from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
-from jaxlab.files import jsonable
+from jaxlab.files import jsonable, shipped
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection import inject
 from jaxlab.merging.parameters import (
@@ -26,6 +26,9 @@ from jaxlab.merging.parameters import (
 )
 from jaxlab.merging.schedules import Number, check_kind
 from jaxlab.models import ModelConfig, Params
+
+if TYPE_CHECKING:
+    from jaxlab.merging.mergekit.file import MergekitFile
 
 ACCOUNT = "account.json"
 """Beside the model in its folder."""
@@ -204,16 +207,18 @@ Recipe = InjectRecipe | MergeRecipe
 KINDS: dict[str, type[InjectRecipe] | type[MergeRecipe]] = {"inject": InjectRecipe, "merge": MergeRecipe}
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+def load_recipe(path: str | Path) -> "Recipe | MergekitFile":
+    """The recipe in a YAML file; one without a kind is a file of mergekit.
 
     Raises:
-      UserError: a mistake in it, and for a mergekit file, which has no kind.
+      UserError: a mistake in it.
     """
+    from jaxlab.merging.mergekit.file import is_mergekit_file, read_mergekit_file
+
+    if is_mergekit_file(shipped(path)):
+        return read_mergekit_file(shipped(path))
     source = configs.Source.of_file(path)
-    if "kind" not in source.tree:
-        raise UserError(f"{path}: no kind: (inject or merge), and mergekit's own files are not supported yet")
-    kind = str(source.tree["kind"])
+    kind = str(source.tree.get("kind"))
     if kind not in KINDS:
         hint = configs.suggestion(kind, KINDS) or "; there are inject and merge"
         raise UserError(f"{path}: kind: no such kind of recipe, {kind!r}{hint}")

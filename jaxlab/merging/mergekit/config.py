@@ -38,7 +38,10 @@ def output_config(planned: FilePlan, inputs: Sequence[Input], rows: int | None) 
         for place in (text, language):
             if "vocab_size" in place or place is language:
                 place["vocab_size"] = rows
-    if bool(text.get("tie_word_embeddings", language.get("tie_word_embeddings", planned.tied))) != planned.tied:
+    if (
+        bool(text.get("tie_word_embeddings", language.get("tie_word_embeddings", planned.tied)))
+        != planned.tied
+    ):
         for place in (text, language):
             if place is text or "tie_word_embeddings" in place:
                 place["tie_word_embeddings"] = planned.tied

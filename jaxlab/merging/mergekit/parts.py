@@ -109,9 +109,7 @@ def parts_of(one: Input, like: Input) -> Parts:
     for name in one.found.copies:
         kind = dataclasses.replace(outside[TABLE].kind, paths=(HEAD,), pattern=name, names=(name,))
         outside[HEADS] = Named(name, kind, name, tied=True)
-    stacks = [
-        Stack(part, prefix, layers, suffixes[part, prefix]) for (part, prefix), layers in found.items()
-    ]
+    stacks = [Stack(part, prefix, layers, suffixes[part, prefix]) for (part, prefix), layers in found.items()]
     return Parts(outside, tuple(stacks))
 
 

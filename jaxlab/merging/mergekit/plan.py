@@ -133,9 +133,7 @@ class _Planner:
         if module.name is not None:
             if module.name not in _PARTS:
                 listed = ", ".join(_PARTS)
-                raise UserError(
-                    f"{self.merge.where}: modules: no module {module.name!r}; there are {listed}"
-                )
+                raise UserError(f"{self.merge.where}: modules: no module {module.name!r}; there are {listed}")
             return [_PARTS[module.name]]
         kinds = {part_of(kind) for kind in self.inputs[0].found.kinds}
         if kinds != {"language"} and not module.whole:
