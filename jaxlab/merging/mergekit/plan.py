@@ -60,6 +60,8 @@ class FilePlan:
     plan: MergePlan
     layers: tuple[StackedLayer, ...]
     """Of the language model."""
+    stacked: bool
+    """They are not the first input's, one by one."""
     tied: bool
     """Its head is its embedding."""
     dtype: str
@@ -89,7 +91,9 @@ def plan_file(
     plan = MergePlan(tensors, tuple(planner.refused()), merge.seed, len(layers))
     largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
     dtype = "float32" if largest is None else largest.dtype
-    return FilePlan(plan, tuple(layers), planner.tied, dtype, tuple(planner.notes))
+    own = planner.parts[0].language
+    stacked = own is not None and [one.layer for one in layers] != sorted(own.layers)
+    return FilePlan(plan, tuple(layers), stacked, planner.tied, dtype, tuple(planner.notes))
 
 
 @dataclass
@@ -310,6 +314,8 @@ class _Planner:
         names = {name: kind for kind in kinds for name in kind.names}
         names |= dict.fromkeys(first.found.copies if part == "language" else (), kinds[0])
         for name, kind in names.items():
+            if name in self.planned:  # a layer among those of the language model
+                continue
             self.used.add((0, name))
             tensor = first[name]
             self.planned[name] = PlannedTensor(
