@@ -6,6 +6,9 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.merging.account import AccountLine, MergeAccount
+    from jaxlab.merging.diagnosis import FORMAT as DIAGNOSIS_FORMAT
+    from jaxlab.merging.diagnosis import Diagnosis, Finding, diagnose
+    from jaxlab.merging.diagnosis import table as diagnosis_table
     from jaxlab.merging.engine import execute
     from jaxlab.merging.in_memory import merge_by_recipe
     from jaxlab.merging.injection import Method, inject

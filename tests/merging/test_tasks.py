@@ -239,7 +239,7 @@ def test_recipes_say_what_they_are(tmp_path):
     for text, message in {
         "kind: merge\noperator: linear\nbase: b\nmodels: [{model: a}]\n": "linear takes no base",
         "kind: merge\noperator: ties\nmodels: [{model: a}]\n": "ties needs a base",
-        "kind: merge\noperator: linear\nlambda: 1.0\nmodels: [{model: a}]\n": "lambda: linear does not use it",
+        "kind: merge\noperator: linear\nlambda: 1.0\nmodels: [{model: a}]\n": "lambda: linear does not",
         "kind: merge\noperator: slerp\nmodels: [{model: a}]\n": "t: slerp needs it",
         "kind: merge\nmodels: []\n": "needs a list of models",
     }.items():
