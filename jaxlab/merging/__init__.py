@@ -14,6 +14,10 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
+    from jaxlab.merging.mergekit.file import MergekitFile, read_mergekit_file
+    from jaxlab.merging.mergekit.file import ModelReference as MergekitReference
+    from jaxlab.merging.mergekit.stages import prepare_file as prepare_mergekit_file
+    from jaxlab.merging.mergekit.stages import write_file as write_mergekit_file
     from jaxlab.merging.numbers import Rule
     from jaxlab.merging.numerics import tensor_key
     from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named

@@ -48,7 +48,9 @@ def read_documents(text: str, where: str) -> list[Document]:
         try:
             found = []
             while loader.check_node():
-                found.append(_Reader(loader, where).document(loader.get_node()))
+                node = loader.get_node()
+                if node is not None:
+                    found.append(_Reader(loader, where).document(node))
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:

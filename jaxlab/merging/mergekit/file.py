@@ -146,8 +146,10 @@ class MergekitMerge:
             for part in module.slices:
                 found |= dict.fromkeys(source.model for source in part.sources)
         bases = [part.base_model for module in self.modules for part in module.slices]
-        token_models = [] if self.tokenizer is None else [t.model for t in self.tokenizer.tokens.values()]
-        found |= dict.fromkeys(model for model in (*bases, self.base_model, *token_models) if model)
+        found |= dict.fromkeys(model for model in (*bases, self.base_model) if model)
+        if self.tokenizer is not None:
+            named = [self.tokenizer.source, *(token.model for token in self.tokenizer.tokens.values())]
+            found |= dict.fromkeys(model for model in named if isinstance(model, ModelReference))
         return list(found)
 
     def all_parameters(self) -> Iterator[tuple[str, Setting]]:
@@ -167,10 +169,32 @@ class MergekitFile:
 
     text: str
     """As it stands in the file."""
+    tree: Any
+    """The same as plain values; of several documents a list."""
     stages: tuple[MergekitMerge, ...]
     """The last one makes the output."""
     notes: tuple[str, ...]
     """What mergekit would pass over in silence."""
+
+    def references(self) -> list[ModelReference]:
+        """All models that it reads and does not make itself, each once."""
+        names = [stage.name for stage in self.stages]
+        found = dict.fromkeys(one for stage in self.stages for one in stage.references())
+        return [one for one in found if stage_named(one, names) is None]
+
+
+def is_mergekit_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of mergekit's: YAML, of which no document says what kind of recipe it is."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return False
+    try:
+        documents = read_documents(text, os.fspath(path))
+    except ConfigError:
+        return "merge_method" in text
+    values = [document.value for document in documents]
+    return bool(values) and all(isinstance(value, dict) and "kind" not in value for value in values)
 
 
 def read_mergekit_file(path: str | os.PathLike[str]) -> MergekitFile:
@@ -200,7 +224,9 @@ def parse_mergekit_file(text: str, where: str) -> MergekitFile:
         raise ConfigError("empty; a merge names its models and a merge_method", where=where)
     notes: list[str] = []
     merges = [_Reader(document, notes).merge() for document in documents]
-    return MergekitFile(text, _ordered(merges, where), tuple(notes))
+    trees = [document.value for document in documents]
+    tree = trees[0] if len(trees) == 1 else trees
+    return MergekitFile(text, tree, _ordered(merges, where), tuple(notes))
 
 
 def _ordered(merges: list[MergekitMerge], where: str) -> tuple[MergekitMerge, ...]:
@@ -294,9 +320,6 @@ class _Reader:
             self.chat_template(tree.get("chat_template")),
             self.seed(tree.get("random_seed")),
         )
-        if base is None and method.base == "required":
-            if not all(part.base_model for module in modules for part in module.slices):
-                raise self.document.error((), f"{method.name} needs a base_model")
         self.inputs(merge)
         return merge
 
@@ -308,10 +331,11 @@ class _Reader:
                 (), f"no merge_method{hint}; a file of ours begins with kind: (merge or inject)"
             )
         if not isinstance(name, str) or name not in METHODS:
-            if name in _OTHER_METHODS:
-                raise self.document.error(("merge_method",), f"{_OTHER_METHODS[name]}; that is not done here")
-            hint = suggestion(str(name), METHODS) or f"; there are {', '.join(METHODS)}"
-            raise self.document.error(("merge_method",), f"no such method, {_shown(name)}{hint}")
+            keys: Keys = ("merge_method",)
+            if isinstance(name, str) and name in _OTHER_METHODS:
+                raise self.document.error(keys, f"{_OTHER_METHODS[name]}; that is not done here")
+            hint = suggestion(str(name)[:40], METHODS) or f"; there are {', '.join(METHODS)}"
+            raise self.document.error(keys, f"no such method, {_shown(name)}{hint}")
         return METHODS[name]
 
     def name(self, value: Any) -> str | None:

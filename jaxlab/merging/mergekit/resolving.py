@@ -40,7 +40,6 @@ class Numbers:
         name: str,
         called: Sequence[str],
         sources: Sequence[Source],
-        shape: tuple[int, ...],
         place: Place,
         depth: float,
         read_as: str,
@@ -70,7 +69,9 @@ class Numbers:
             found = []
             for i in others:
                 own = place.sources[i]
-                value = self._value(parameter, (own.parameters, *shared), called[i], depth, str(own.model), own)
+                value = self._value(
+                    parameter, (own.parameters, *shared), called[i], depth, str(own.model), own
+                )
                 found.append(value)
             if any(value is not None for value in found):
                 known = method.operator.parameters.get(parameter)
@@ -127,14 +128,16 @@ class Numbers:
         hint = "it stands beside parameters; move it into them, a level deeper" if misplaced else ""
         if not hint:
             fits = any(parameter in level for level in levels)
-            hint = "no filter of it fits; end its list with one that has none" if fits else "put it into parameters"
+            hint = (
+                "no filter of it fits; end its list with one that has none"
+                if fits
+                else "put it into parameters"
+            )
         raise ConfigError(
             f"{self.method.name} needs it{of_model}, found none for {name}: {hint}", parameter, where
         )
 
-    def _check(
-        self, values: dict[str, Any], weights: tuple[float, ...] | None, name: str
-    ) -> dict[str, Any]:
+    def _check(self, values: dict[str, Any], weights: tuple[float, ...] | None, name: str) -> dict[str, Any]:
         """The numbers together: nothing is divided by weights that sum to zero."""
         dividing = [
             key

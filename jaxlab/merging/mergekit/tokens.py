@@ -98,7 +98,9 @@ def _without_rows(tokenizer: Tokenizer, rows: int, name: str) -> Tokenizer:
         return tokenizer
     said = json.loads(tokenizer.to_str())
     if said["model"].get("type") != "BPE":
-        raise UserError(f"{name}: its tokenizer has {len(beyond)} tokens more than its table has rows ({rows})")
+        raise UserError(
+            f"{name}: its tokenizer has {len(beyond)} tokens more than its table has rows ({rows})"
+        )
     said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < rows]
     said["model"]["vocab"] = {t: i for t, i in said["model"]["vocab"].items() if t not in beyond}
     parts = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
@@ -220,7 +222,9 @@ class Rows:
         if said.kind == "zero":
             return ()
         if said.model is None:
-            raise UserError(f"tokenizer: tokens: {token}: needs a source, since not every model has the token")
+            raise UserError(
+                f"tokenizer: tokens: {token}: needs a source, since not every model has the token"
+            )
         model = self.references.index(said.model)
         if model not in models:
             raise UserError(f"tokenizer: tokens: {token}: {said.model} is not among the models of the slice")
