@@ -32,8 +32,8 @@ VISION = (
 
 
 def in_float64() -> None:
-    """transformers computes softmaxes, norms and angles in float32 whatever the model's dtype: here it goes on
-    in float64."""
+    """transformers computes softmaxes, norms and angles in float32 whatever the model is in: here it goes
+    on in float64."""
     softmax, to = torch.nn.functional.softmax, torch.Tensor.to
 
     def wide_softmax(x, *args, dtype=None, **more):
