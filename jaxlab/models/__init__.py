@@ -65,5 +65,6 @@ with epy.lazy_api_imports(globals()):
         place_batch,
         using,
     )
+    from jaxlab.models.stack import MadeLayers
     from jaxlab.models.taps import ACTIVATIONS, Patch, activation_names
     from jaxlab.models.vision.encoders import encode_images, prepare_batch

@@ -19,7 +19,7 @@ from jaxlab.models.mesh import split_tokens
 from jaxlab.models.output import Output
 from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import rope_tables
-from jaxlab.models.stack import NO_BETWEEN, Between, apply_blocks
+from jaxlab.models.stack import NO_BETWEEN, Between, MadeLayers, apply_blocks
 from jaxlab.models.taps import NO_TAPS, Patch, Taps, make_taps
 from jaxlab.models.vision.encoder import Encoded
 from jaxlab.models.vision.encoders import encode_images, layers_between, prepare_batch
@@ -34,6 +34,7 @@ def forward(
     probe: Probe | None = None,
     patches: Sequence[Patch] = (),
     cache: Cache | None = None,
+    made: MadeLayers | None = None,
 ) -> Output:
     """Next-token logits of a batch, and what else the model computed.
 
@@ -44,6 +45,7 @@ def forward(
       probe: streams flows out of attention, or blocks them (see probe.py).
       patches: changes of named activations (see taps.py).
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
+      made: makes each layer's parameters where it runs (see `MadeLayers`).
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
@@ -63,7 +65,8 @@ def forward(
         taps = make_taps(batch, config, patches=patches, probe=probe)
     images = encode_images(params, batch, config, cache)
     between = layers_between(params, images, config)
-    return bind_decoder(params, config)(batch, images=images, between=between, taps=taps, cache=cache)
+    decoder = bind_decoder(params, config)
+    return decoder(batch, images=images, between=between, taps=taps, cache=cache, made=made)
 
 
 def bind_decoder(params: Params, config: ModelConfig) -> "Decoder":
@@ -119,6 +122,7 @@ class Decoder(nnx.Module):
         between: Between = NO_BETWEEN,
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
+        made: MadeLayers | None = None,
     ) -> Output:
         """The output for a prepared batch, its images encoded."""
         x, context, additions = self.embed(batch, images, cache)
@@ -133,6 +137,7 @@ class Decoder(nnx.Module):
             cache=cache,
             additions=additions,
             between=between,
+            made=made,
         )
         hidden = tap("final_hidden", self.final_norm(split_tokens(done.x)))
         logits = tap("logits", self.logits(hidden))
