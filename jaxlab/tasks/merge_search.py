@@ -270,7 +270,7 @@ def _unmerged(trio: Trio, validation: Data, test: Data) -> dict[str, dict[str, d
 def _measuring(
     config: Config, trio: Trio, validation: Data, test: Data, unmerged: Mapping[str, Any]
 ) -> Measuring:
-    own = ()
+    own: tuple[tuple[str, int, int], ...] = ()
     if set(config.choose_by) != {"labels"}:
         own = tuple(own_answers(name, validation[name]) for name in config.chosen_by)
     least = None
@@ -299,7 +299,7 @@ def flow_profile(trio: Trio, data: Data, name: str = "") -> tuple[float, ...]:
     name = name or next(iter(texts), "")
     if name not in texts:
         raise ConfigError("layers: flows needs a data set without images in evaluate", key="profile_on")
-    stack = texts[name][0]
+    stack: Any = texts[name][0]
     batch = {key: np.asarray(value[0]) for key, value in stack.items()}
     tokens, mask = batch["tokens"], batch["loss_mask"]
     last = tokens.shape[1] - 1 - mask[:, ::-1].argmax(1)

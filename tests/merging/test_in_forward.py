@@ -105,7 +105,7 @@ def test_models_of_other_kinds(variant, changes):
 
 
 def test_no_merged_copy_of_the_layers_exists():
-    """By what the compiler allocates: the weights of twelve layers when merged first, of one or two inside."""
+    """By what the compiler allocates: the weights of twelve layers when merged first, of two inside."""
     layers, method = 12, Method.of("task_arithmetic")
     config = make_config(num_layers=layers, width=64, mlp_width=256, num_heads=4, head_dim=16)
     models = [draw_params(config, seed) for seed in range(3)]

@@ -130,7 +130,7 @@ def _by_sampler(
                 {"index": first + i, **_row(point, m, measuring)}
                 for i, (point, m) in enumerate(zip(fresh, measured, strict=True))
             ]
-            done = [row for row in done if row is not None] + journal.add(label, "point", made)
+            done = [*(row for row in done if row is not None), *journal.add(label, "point", made)]
         rows += [row for row in done if row is not None]
         sampler.tell([row["score"] for row in rows[len(rows) - len(points) :]])
     return rows

@@ -74,7 +74,9 @@ class Evaluator:
 
     def lambdas(self, point: Point) -> Float[np.ndarray, "2 L"]:
         """Both lambdas of every layer."""
-        return np.stack([np.broadcast_to(np.float32(x), self.plan.num_layers) for x in point.over_layers])
+        return np.stack(
+            [np.broadcast_to(np.asarray(x, np.float32), self.plan.num_layers) for x in point.over_layers]
+        )
 
     def __call__(
         self,

@@ -129,7 +129,7 @@ class _Optuna:
         free = {n: v for n, v in dimensions.items() if isinstance(v, Interval) or len(v) > 1}
         self._fixed = {n: v[0] for n, v in dimensions.items() if not isinstance(v, Interval) and len(v) == 1}
         distributions = optuna.distributions
-        self._distributions = {
+        self._distributions: dict[str, Any] = {
             name: distributions.FloatDistribution(v.low, v.high)
             if isinstance(v, Interval)
             else distributions.CategoricalDistribution(v)
@@ -139,7 +139,7 @@ class _Optuna:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if method == "cma_es":
                 population = max(4, min(budget // 4, 4 + int(3 * np.log(len(free)))))
-                chosen = optuna.samplers.CmaEsSampler(seed=seed, popsize=population)
+                chosen: Any = optuna.samplers.CmaEsSampler(seed=seed, popsize=population)
             else:
                 start = max(1, min(10, budget // 4))
                 chosen = optuna.samplers.TPESampler(seed=seed, n_startup_trials=start, constant_liar=True)

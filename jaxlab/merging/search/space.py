@@ -4,13 +4,15 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxlab.config import OTHERS, fields_of, suggestion
 from jaxlab.errors import ConfigError
 from jaxlab.merging.injection import Method
 from jaxlab.merging.numerics import Mode
+from jaxlab.merging.parameters import named_operator, open_parameters
 
 SearchMethod = Literal["grid", "random", "cma_es", "bayesian", "gradient"]
 Layers = Literal["one", "each", "flows"]
@@ -29,7 +31,7 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not -np.inf < self.low < self.high < np.inf:
-            raise ConfigError(f"low must be below high, both finite; they are {self.low} and {self.high}")
+            raise ConfigError(f"low must be below high, both finite; it is {self.low}", key="high")
 
 
 Values = tuple[bool | int | float, ...] | Interval
@@ -91,8 +93,6 @@ class Space:
     """Weights of the expert's task vector."""
     density: Values = ()
     """Shares of the task vectors that are kept, for operators that trim or mask."""
-    parameters: dict[str, Values] = field(default_factory=dict)
-    """Any other parameter of the operator by its name: a list of values, or {low, high}."""
     layers: Layers = "one"
     """one: a lambda for all layers. each: one for each layer, of every lambda that is an interval. flows:
     lambda_e times the layer's share in the expert's information flow."""
@@ -100,6 +100,8 @@ class Space:
     """What method gradient goes down: the cross-entropy of right answers, or the entropy of its own."""
     learning_rate: float = 0.03
     """Of Adam, for method gradient."""
+    parameters: Annotated[dict[str, Values], OTHERS] = field(default_factory=dict)
+    """The operator's other parameters, each a key of its own: a list of values, or {low, high}."""
 
     def __post_init__(self) -> None:
         for name in LAMBDAS:
@@ -109,13 +111,9 @@ class Space:
                 isinstance(value, bool) for value in values
             ):
                 raise ConfigError("is a list of numbers", key=name)
-        if self.density and "density" in self.parameters:
-            raise ConfigError("density is given twice", key="parameters.density")
-        for name in self.parameters:
-            if name in LAMBDAS:
-                raise ConfigError("stands beside parameters, not in it", key=f"parameters.{name}")
-            if not self.parameters[name]:
-                raise ConfigError("an empty list leaves nothing to try", key=f"parameters.{name}")
+        for name, values in self.parameters.items():
+            if not values:
+                raise ConfigError("an empty list leaves nothing to try", key=name)
         if not self.learning_rate > 0:
             raise ConfigError(f"must be above 0, is {self.learning_rate}", key="learning_rate")
 
@@ -139,8 +137,10 @@ class Space:
         for name, values in self.dimensions.items():
             if isinstance(values, Interval):
                 raise ConfigError("method grid takes a list of values, not low and high", key=name)
-        product = itertools.product(*self.dimensions.values())
-        return [point_of(dict(zip(self.dimensions, values, strict=True))) for values in product]
+        lists: list[Any] = list(self.dimensions.values())
+        return [
+            point_of(dict(zip(self.dimensions, values, strict=True))) for values in itertools.product(*lists)
+        ]
 
     def point_of_row(self, row: Mapping[str, Any]) -> Point:
         """The point that was written down as a row (`Point.as_row`)."""
@@ -171,12 +171,23 @@ class Space:
         Raises:
           ConfigError: they do not.
         """
-        try:
-            for method in self.methods(mode):
-                method.check_one_model()
-        except ConfigError as error:
-            key = error.key if error.key in ("operator", "density") else f"parameters.{error.key}"
-            raise ConfigError(error.message, key=key) from None
+        known = open_parameters(named_operator(self.operator, injected=True), injected=True)
+        for name, values in self.dimensions.items():
+            if name in LAMBDAS:
+                continue
+            if name not in known:
+                hint = suggestion(name, [*fields_of(Space), *known])
+                raise ConfigError(f"{self.operator} has none{hint}", key=name)
+            whole = known[name].is_switch or known[name].is_count
+            if isinstance(values, Interval) and whole:
+                raise ConfigError("takes a list of values, not low and high", key=name)
+            if not isinstance(values, Interval) and any(
+                isinstance(x, bool) != known[name].is_switch for x in values
+            ):
+                kind = "true and false" if known[name].is_switch else "numbers"
+                raise ConfigError(f"is a list of {kind}", key=name)
+        for method in self.methods(mode):
+            method.check_one_model()
         free = {name for name, values in self.dimensions.items() if isinstance(values, Interval)}
         lists = {n for n, v in self.dimensions.items() if not isinstance(v, Interval) and len(v) > 1}
         if self.method == "grid":

@@ -1,0 +1,159 @@
+"""Compiled programs of a merge: a chunk or a tensor merged, or measured for an operator on whole models."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from jaxlab.merging.injection import Given, Method, inject_tensor
+from jaxlab.merging.merge import arithmetic_dtype, merge_tensors
+from jaxlab.merging.numerics import Mode, Share, difference, rounding_by
+from jaxlab.merging.operators import Operator, operator_named
+from jaxlab.merging.plan import Merging, PlannedTensor, dtype_of
+
+ZERO = np.uint32(0)
+"""What `rounding_by` takes."""
+
+
+class Program(NamedTuple):
+    """What a compiled merge depends on beside shapes and dtypes."""
+
+    operator: str
+    mode: Mode
+    fixed: tuple[tuple[str, Any], ...]
+    """Switches and counts."""
+    injected: bool
+    out: str
+    num_layers: int
+    models: int
+
+    @property
+    def method(self) -> Method:
+        """Of an injection."""
+        return Method(self.operator, self.mode, self.fixed, self.models)
+
+
+def program_of(tensor: PlannedTensor, step: Merging, size: int, num_layers: int) -> tuple[Program, Any]:
+    """The program and its numbers; weights are among them."""
+    known = operator_of(step.operator, step.injected).parameters
+    fixed = tuple((name, value) for name, value in step.parameters if known[name].static)
+    if step.injected:
+        numbers = Method(step.operator, step.mode, step.parameters, len(step.sources)).numbers(size)
+    else:
+        numbers = _numbers(step, size)
+    weights = None if step.weights is None else [np.float32(w) for w in step.weights]
+    count = len(step.sources)
+    program = Program(step.operator, step.mode, fixed, step.injected, tensor.dtype, num_layers, count)
+    return program, (numbers, weights)
+
+
+def scope_of(step: Merging) -> str:
+    """What an element of the output depends on; see `Operator.scope`."""
+    return operator_of(step.operator, step.injected).scope(step.mode)
+
+
+def operator_of(name: str, injected: bool) -> Operator:
+    operator = operator_named(name)
+    return operator.for_injection if injected else operator
+
+
+def _numbers(step: Merging, size: int) -> dict[str, Any]:
+    """What is traced of the parameters of a merge, for a tensor of `size` elements."""
+    known = operator_named(step.operator).parameters
+    numbers: dict[str, Any] = {}
+    given = {name: p.default_in(step.mode) for name, p in known.items() if p.counted} | dict(step.parameters)
+    for name, value in given.items():
+        one = (lambda x: Share.of(float(x), size)) if known[name].counted else np.float32
+        if known[name].per_model:
+            values = value if isinstance(value, tuple) else (value,)
+            numbers[name] = [one(x) for x in values * (len(step.sources) // len(values))]
+        elif not known[name].static:
+            numbers[name] = one(value)
+    return numbers
+
+
+def given_to(key: np.ndarray, step: Merging, totals: Any = None, statistics: Any = None) -> Given:
+    return Given(key, np.int32(-1 if step.layer is None else step.layer), statistics, totals)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def merge_part(
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    given: Any,
+    offset: UInt32[Array, "2"],
+    count: UInt32[Array, ""],
+    zero: UInt32[Array, ""],
+) -> tuple[Array, Array]:
+    """The merged part in the output's dtype, and how many of its first `count` values are not finite."""
+    with rounding_by(zero):
+        merged = _merge(program, models, base, numbers, given, offset)
+    real = jax.lax.iota(jnp.uint32, merged.size) < count
+    return merged, jnp.sum(~jnp.isfinite(merged) & real, dtype=jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def merge_whole(
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    given: Given,
+    zero: UInt32[Array, ""],
+) -> tuple[Array, Array]:
+    with rounding_by(zero):
+        merged = _merge(program, models, base, numbers, given, 0)
+    return merged, jnp.sum(~jnp.isfinite(merged), dtype=jnp.uint32)
+
+
+def _merge(
+    program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any, given: Given, offset: Any
+) -> Array:
+    numbers, weights = numbers
+    if program.injected:
+        assert base is not None
+        method, layers = program.method, program.num_layers
+        merged = inject_tensor(
+            method, numbers, models, base, weights, given, num_layers=layers, offset=offset
+        )
+        return merged.astype(dtype_of(program.out))
+    operator = operator_named(program.operator)
+    named = given._asdict() | ({} if weights is None else {"weight": weights})
+    if operator.takes("num_layers"):
+        named["num_layers"] = program.num_layers
+    merged = merge_tensors(
+        program.operator,
+        models,
+        base=base,
+        mode=program.mode,
+        offset=offset,
+        **named,
+        **dict(program.fixed),
+        **numbers,
+    )
+    return merged.astype(dtype_of(program.out))
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def measure(
+    program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any, given: Given
+) -> Any:
+    """One round of what an operator on whole models gathers, of one tensor."""
+    operator = operator_of(program.operator, program.injected)
+    dtype = arithmetic_dtype(operator, program.mode, models[0].dtype)
+    if program.injected:
+        values = program.method.values(numbers[0])
+    else:
+        values = operator.resolve({**dict(program.fixed), **numbers[0]}, len(models), program.mode)
+    if program.injected or not operator.of_models:
+        assert base is not None
+        vectors = [difference(x, base, dtype) for x in models]
+    else:
+        vectors = [x.astype(jnp.float32) for x in models]
+    supplied = {"dtype": dtype, "statistics": given.statistics, "totals": given.totals}
+    return operator.measure(vectors, values, **supplied)

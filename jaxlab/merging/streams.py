@@ -1,0 +1,184 @@
+"""Bytes on their way through a merge: elements of the inputs' tensors in, those of the output out, hashed."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlab.checkpoints import Tensor
+from jaxlab.errors import UserError
+from jaxlab.merging.plan import Input, Merging, Source, dtype_of
+
+COPY = 1 << 22
+"""Bytes."""
+_PAGE, _EVERY = 1 << 12, 1 << 18
+"""Of every 256 kB of an input, 4 kB are in its sampled digest."""
+Hashed = Literal["none", "sampled", "full"]
+"""Which bytes of the inputs are hashed: none, 4 kB of every 256 kB of each tensor, all that are read."""
+
+
+class Files:
+    """Files that are opened once and read by all threads."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, buffer: memoryview, offset: int) -> None:
+        """Fills the buffer.
+
+        Raises:
+          UserError: the file is shorter, or cannot be read.
+        """
+        try:
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = self._open[path]
+            while len(buffer):
+                count = os.preadv(descriptor, [buffer], offset)
+                if count == 0:
+                    raise UserError(f"{path}: cut off while it was read")
+                buffer, offset = buffer[count:], offset + count
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+class Reader:
+    """Reads the elements of tensors in parts and hashes what it reads; any number of threads may use it."""
+
+    def __init__(
+        self, inputs: Sequence[Mapping[str, Tensor] | Input], files: Files, hash_inputs: Hashed
+    ) -> None:
+        self.inputs, self.files, self.hash_inputs = inputs, files, hash_inputs
+
+    def tensor(self, source: Source) -> Tensor:
+        return self.inputs[source.model][source.name]
+
+    def parts(
+        self,
+        source: Source,
+        start: int,
+        stop: int | None,
+        length: int,
+        hashes: dict[str, Any],
+        read_as: str | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter."""
+        tensor = self.tensor(source)
+        stop = tensor.size if stop is None else stop
+        parts = self._of_file if tensor.file is not None else _of_rows
+        digest = None
+        if self.hash_inputs != "none":
+            digest = hashes.setdefault(f"{source.model}:{source.name}", hashlib.sha256())
+        at = start * tensor.dtype.itemsize
+        for part in parts(tensor, start, stop, length):
+            if digest is not None:
+                raw = part.view(np.uint8)
+                for first, last in _hashed(at, at + raw.nbytes, self.hash_inputs):
+                    digest.update(raw[first - at : last - at])
+                at += raw.nbytes
+            yield part if read_as is None else part.astype(dtype_of(read_as), copy=False)
+
+    def _of_file(self, tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:
+        assert tensor.file is not None
+        size = tensor.dtype.itemsize
+        for at in range(start, stop, length):
+            part = np.empty(min(length, stop - at), tensor.dtype)
+            self.files.read(tensor.file, memoryview(part.view(np.uint8)), tensor.offset + at * size)
+            yield part
+
+    def read(self, source: Source, size: int, hashes: dict[str, Any], read_as: str | None) -> np.ndarray:
+        parts = list(self.parts(source, 0, size, max(1, size), hashes, read_as))
+        return parts[0] if parts else np.empty(0, self.tensor(source).dtype)
+
+    def rest_of_hashes(self, step: Merging, merged: int, hashes: dict[str, Any]) -> None:
+        """The hash of a source is that of all its bytes, also where only its first rows were merged."""
+        if self.hash_inputs == "none":
+            return
+        for source in dict.fromkeys(step.everything):
+            size = self.tensor(source).size
+            begun = size if (step.rows is None or source == step.sources[0]) else merged
+            for _ in self.parts(source, begun, size, COPY, hashes):
+                pass
+
+
+class Out:
+    """Bytes on their way out, hashed and searched for NaN and infinities."""
+
+    def __init__(self, write: Callable[[np.ndarray, int], None]) -> None:
+        self.digest = hashlib.sha256()
+        self.not_finite = 0
+        self._write, self._at = write, 0
+
+    def add(self, values: np.ndarray, not_finite: int | None = None) -> None:
+        """Flat values, in their order; `not_finite` is counted here unless it is told."""
+        self.not_finite += count_not_finite(values) if not_finite is None else not_finite
+        raw = values.view(np.uint8)
+        self.digest.update(raw)
+        self._write(raw, self._at)
+        self._at += raw.nbytes
+
+
+def _hashed(start: int, stop: int, what: Hashed) -> Iterator[tuple[int, int]]:
+    """The bytes of a tensor between two that are hashed, as ranges."""
+    if what == "full":
+        yield start, stop
+        return
+    for page in range(start // _EVERY * _EVERY, stop, _EVERY):
+        if page + _PAGE > start:
+            yield max(page, start), min(page + _PAGE, stop)
+
+
+def count_not_finite(values: np.ndarray) -> int:
+    """How many NaN and infinities there are; integers have none."""
+    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(values.dtype.name)
+    if exponent is not None:
+        return int(np.count_nonzero((values.view(np.uint16) & exponent) == exponent))
+    if values.dtype.kind != "f" and not values.dtype.name.startswith("float8"):
+        return 0
+    return int(values.size - np.count_nonzero(np.isfinite(values)))
+
+
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return values if values.dtype == dtype else values.astype(dtype)
+
+
+def padded(part: np.ndarray, length: int) -> np.ndarray:
+    """With zeros at its end, so that one program serves all parts."""
+    if len(part) == length:
+        return part
+    padded = np.zeros(length, part.dtype)
+    padded[: len(part)] = part
+    return padded
+
+
+def _of_rows(tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:
+    """The same of a tensor that is computed as it is read, by rows."""
+    if not tensor.shape or tensor.size == 0:
+        if start < stop:
+            yield np.ascontiguousarray(tensor.read()).reshape(-1)
+        return
+    row = tensor.size // tensor.shape[0]
+    step = max(1, length // row)
+    held = np.empty(0, tensor.dtype)
+    at = start // row
+    skip = start - at * row
+    last = -(-stop // row)
+    left = stop - start
+    while left:
+        while len(held) < min(length, left):
+            rows = tensor.read_rows(at, min(at + step, last)).reshape(-1)[skip:]
+            skip, at = 0, min(at + step, last)
+            held = np.concatenate([held, rows]) if len(held) else np.ascontiguousarray(rows)
+        count = min(length, left)
+        yield held[:count]
+        held, left = held[count:], left - count
