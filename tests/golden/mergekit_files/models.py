@@ -125,7 +125,12 @@ def config(family, dtype, rows, tied, layers=LAYERS, **more):
     sizes = {**SIZES, "num_hidden_layers": layers}
     if family == "gpt2":
         sizes = {"n_embd": WIDTH, "n_head": 2, "n_layer": layers, "n_positions": 64, "n_inner": 4 * WIDTH}
-        sizes |= {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "bos_token_id": 1, "eos_token_id": 2}
+        sizes |= {
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
     said = {"architectures": [architecture], "model_type": family, **sizes, "vocab_size": rows}
     return {**said, "tie_word_embeddings": tied, "torch_dtype": NAMES[dtype], **extra, **more}
 
@@ -141,7 +146,13 @@ def tokenizer(extra=(), special=(), plain=None):
     ]
     for i, word in enumerate(special):
         added.append(
-            {"id": len(vocabulary) + i, "content": word, "single_word": False, "lstrip": False, "rstrip": False}
+            {
+                "id": len(vocabulary) + i,
+                "content": word,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+            }
             | {"normalized": False, "special": True}
         )
     merges = [pair for pair in MERGES if "".join(pair) in vocabulary]
@@ -166,9 +177,16 @@ def write_model(
         tensors[name] = values.astype(np.float32).astype(DTYPES[dtype])
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config(family, dtype, rows, tied, layers, **more), indent=2))
+    (folder / "config.json").write_text(
+        json.dumps(config(family, dtype, rows, tied, layers, **more), indent=2)
+    )
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     if template is not None:
         said["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2))
@@ -184,7 +202,10 @@ def write_adapter(folder, seed, layers=LAYERS):
     (folder / "adapter_config.json").write_text(json.dumps(said | {"fan_in_fan_out": False}))
     tensors = {}
     for i in range(layers):
-        for module, (out, into) in {"self_attn.q_proj": (WIDTH, WIDTH), "mlp.down_proj": (WIDTH, MLP)}.items():
+        for module, (out, into) in {
+            "self_attn.q_proj": (WIDTH, WIDTH),
+            "mlp.down_proj": (WIDTH, MLP),
+        }.items():
             name = f"base_model.model.model.layers.{i}.{module}.lora_"
             tensors[f"{name}A.weight"] = (0.1 * draw("lora", seed, name, "A", (2, into))).astype(np.float32)
             tensors[f"{name}B.weight"] = (0.1 * draw("lora", seed, name, "B", (out, 2))).astype(np.float32)
@@ -218,9 +239,7 @@ def write(place):
                 rows=len(WORDS) + len(extra) + len(special),
                 words=tokenizer(extra, special),
             )
-    write_model(
-        models / "padded_f32" / "base", "llama", "f32", 0, rows=64, words=tokenizer()
-    )
+    write_model(models / "padded_f32" / "base", "llama", "f32", 0, rows=64, words=tokenizer())
     for name, seed in (("x", 1), ("y", 2)):
         write_adapter(Path(place) / "adapters" / name, seed)
 
