@@ -11,7 +11,7 @@ import jax
 from tqdm import tqdm
 
 from jaxlab.app import Run, model_folder
-from jaxlab.checkpoints import OpenModel, open_model
+from jaxlab.checkpoints import OpenModel, describe_model, open_model
 from jaxlab.costs import bytes_per_device
 from jaxlab.data import EpisodesConfig
 from jaxlab.errors import ConfigError, UserError, UserNote
@@ -152,7 +152,7 @@ def inputs(config: Config) -> dict[str, str]:
 
 def check(config: Config) -> dict[str, Any]:
     """Everything that can be checked, and the memory of the analyses, without reading a parameter."""
-    study = _study(config, open_model(model_folder(config.model)))
+    study = _study(config, describe_model(model_folder(config.model)))
     with using(model_mesh(config.mesh)):
         for analysis in config.chosen:
             analysis.check(study)
