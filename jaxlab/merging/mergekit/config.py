@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlab.checkpoints import families, huggingface_form
+from jaxlab.checkpoints import huggingface_form, layer_types, read_hf_config
 from jaxlab.errors import UserError
 from jaxlab.merging.mergekit.plan import FilePlan, StackedLayer
 from jaxlab.merging.plan import Input
@@ -121,7 +121,7 @@ def _described(text: Json) -> ModelConfig | str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said of the inputs already
         try:
-            return families.read_config(text, "config.json")
+            return read_hf_config(text, "config.json")
         except UserError as error:
             return f"the output's {error}"
 
@@ -133,7 +133,7 @@ def _kinds(config: ModelConfig) -> list[tuple[str, bool]]:
 
 
 def _words(config: ModelConfig) -> dict[str, str]:
-    return dict(zip(config.kinds, families.layer_types(config), strict=True))
+    return dict(zip(config.kinds, layer_types(config), strict=True))
 
 
 def _say(kind: tuple[str, bool]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlab.checkpoints import families
+from jaxlab.checkpoints import head_name
 from jaxlab.errors import UserError
 from jaxlab.merging.account import AccountLine
 from jaxlab.merging.mergekit.file import (
@@ -192,7 +192,7 @@ class _Planner:
 
     def name_of(self, key: Key) -> str:
         """What a tensor is called that the first input does not have."""
-        own = families.head_name(self.inputs[0].found.family) if key == HEADS else None
+        own = head_name(self.inputs[0].found.family) if key == HEADS else None
         return own or next(parts.outside[key].name for parts in self.parts if key in parts.outside)
 
     def decide_tie(self, name: str, tied: bool) -> None:
