@@ -27,7 +27,7 @@ with epy.lazy_api_imports(globals()):
         tensors_laid_out_as,
         tensors_of_shapes,
     )
-    from jaxlab.checkpoints.open import load_model, open_model
+    from jaxlab.checkpoints.open import describe_model, load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, resumable_folder
     from jaxlab.checkpoints.safetensors_file import Tensor, read_header

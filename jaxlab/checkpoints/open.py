@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.formats.base import OpenModel, parameter_dtype
+from jaxlab.checkpoints.formats.described_folder import DescribedFolder
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.locate import form_of, resolve, split_adapter
 from jaxlab.errors import UserError
@@ -74,6 +75,19 @@ def open_model(
     from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 
     return OrbaxFolder(path)
+
+
+def describe_model(reference: str | os.PathLike[str]) -> OpenModel:
+    """As `open_model`, but of a Hugging Face folder config.json and a tokenizer are enough; for checks.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    opened = open_model(reference)
+    if type(opened) is not HuggingFaceFolder:
+        return opened
+    tensors = (*opened.path.glob("*.safetensors*"), *opened.path.glob("pytorch_model*.bin*"))
+    return opened if tensors else DescribedFolder(opened.path)
 
 
 def load_model(
