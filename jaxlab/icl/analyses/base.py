@@ -46,7 +46,8 @@ class Study:
 
     @property
     def chance(self) -> float:
-        return 1.0 / len(self.source.label_names)
+        """Of guessing: among the label words, or among all words where the answers are open."""
+        return 1.0 / (len(self.source.label_names) or self.config.vocab_size)
 
 
 class Analysis[Chunk](abc.ABC):
