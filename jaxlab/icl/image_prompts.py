@@ -19,7 +19,7 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import shipped
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.roles import Part, Roles
-from jaxlab.models import PlainVisionConfig, prepare_batch
+from jaxlab.models import MllamaVisionConfig, PlainVisionConfig, prepare_batch
 from jaxlab.processing import Message, Placed, as_texts, check_token_ids, encode_with_spans, render_chat
 
 NAMES = ("system", "image", "instruction", "answer")
@@ -107,13 +107,17 @@ class ImagePrompts:
     def __init__(self, config: ImagePromptsConfig, opened: OpenModel) -> None:
         """
         Raises:
-          UserError: the model has no vision, no tokenizer, or reads images in a way that has no token classes.
+          UserError: the model has no vision, no tokenizer or no processor files, or its images are no tokens.
         """
         self.config, self.opened, self.model = config, opened, opened.config
         if not self.model.has_vision:
             raise UserError(f"{opened.path}: without vision; data of kind images is for VLMs")
         if isinstance(self.model.vision, PlainVisionConfig) or opened.tokenizer is None:
             raise UserError(f"{opened.path}: data of kind images needs files of tokenizer and processor")
+        if isinstance(self.model.vision, MllamaVisionConfig):
+            raise UserError(
+                f"{opened.path}: its images are no tokens of the text, so that no flows come from them"
+            )
         self.tokenizer = opened.tokenizer
         self.template = opened.chat_template if config.chat else None
         if config.system and self.template is None:
@@ -128,7 +132,13 @@ class ImagePrompts:
         return min(examples, len(self.rows))
 
     def with_shots(self, shots: int) -> "ImagePrompts":
-        raise UserError("prompts with images have no demonstrations; leave that analysis out")
+        raise UserError("data: prompts with images have no demonstrations")
+
+    def fixed(self) -> "ImagePrompts":
+        return self
+
+    def lessons(self, seed: int, per_class: int) -> Prompts:
+        raise UserError("data: prompts with images have no classes to learn")
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -168,8 +178,8 @@ class ImagePrompts:
         """One prompt.
 
         Raises:
-          UserError: an image that cannot be read, a prompt that is too long, an answer that changes the tokens
-            before it.
+          UserError: an image that cannot be read, a prompt that is too long, an answer that changes the
+            tokens before it.
         """
         processor, text = self.opened.processor, self._text(row)
         first = self.opened.special_tokens.get("bos_token")
@@ -232,10 +242,6 @@ class ImagePrompts:
         classes[0, asked - 1 :] = ANSWER
         parts = np.where(classes == INSTRUCTION, Part.TEXT, Part.FORMAT).astype(np.int32)
         parts[0, asked - 1] = Part.LAST
-        if "images" in batch and not (classes == IMAGE).any():
-            raise UserError(
-                f"{self.opened.path}: its images are no tokens of the text, so that no flows come from them"
-            )
         names, labels = np.unique(targets, return_inverse=True)
         positions = np.arange(asked - 1, asked - 1 + len(targets), dtype=np.int32)
         alone = len(targets) == 1

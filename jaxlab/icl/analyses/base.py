@@ -60,6 +60,9 @@ class Analysis[Chunk](abc.ABC):
     name: ClassVar[str]
     """Of the analysis in `analyses`, of its group in the config, and of its part of the results."""
 
+    needs_label_words: ClassVar[bool] = True
+    """Whether it says nothing of prompts without label words, as those with images are."""
+
     def check(self, study: Study) -> None:  # noqa: B027
         """Checks what can be known before parameters are read.
 

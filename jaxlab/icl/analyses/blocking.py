@@ -51,8 +51,6 @@ class Blocking(PromptAnalysis):
             raise ConfigError(f"must be at least 1, is {self.top_words}", key="top_words")
 
     def check(self, study: Study) -> None:
-        if not study.source.label_names:
-            raise UserError("analyses: blocking is of label words, and these prompts have none; leave it out")
         layers, words = study.config.num_layers, study.config.vocab_size
         if max(self.layers) > layers:
             raise UserError(f"blocking.layers: the model has {layers} layers, not {max(self.layers)}")

@@ -28,6 +28,7 @@ class FlowShares(PromptAnalysis):
     """Flow from a compressed block of native sparse attention: in equal parts, or whole, to its tokens."""
 
     name: ClassVar[str] = "flows"
+    needs_label_words: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:
         if self.loss == "labels" and not study.source.label_names:
@@ -41,7 +42,7 @@ class FlowShares(PromptAnalysis):
             study.config,
             study.batch_size,
             study.longest,
-            len(study.source.label_names),
+            max(1, len(study.source.label_names)),
             study.source.roles,
             params=study.params,
         )[1]
