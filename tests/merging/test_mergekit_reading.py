@@ -15,7 +15,7 @@ from jaxlab.checkpoints import open_folder, open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.merging import load_recipe
 from jaxlab.merging.mergekit import stages
-from jaxlab.merging.mergekit.file import parse_mergekit_file
+from jaxlab.merging.mergekit.reading import parse_mergekit_file
 from jaxlab.merging.mergekit.templates import TEMPLATES
 from jaxlab.tasks import main
 from tests.merging.mergekit_desk import GOLDEN, case
