@@ -20,7 +20,7 @@ _MODULES = ("attention", "mlp")
 
 def curves_over_lambda(s: Scenario) -> Markup | None:
     """The target's score over lambda_e, all else as chosen; a band over seeds."""
-    series: plots.Curves = {}
+    series: dict[str, Any] = {}
     for name in list(s.operators)[: len(plots.SERIES)]:
         seeds = [curve for run in s.runs if (curve := _over_lambda_e(s, run, name))]
         if seeds and any(len(x) > 1 for x, _ in seeds):
@@ -34,16 +34,15 @@ def curves_over_lambda(s: Scenario) -> Markup | None:
         axes.set(xlabel="λₑ (expert)", ylabel="score, validation")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    seeds = len(s.runs)
-    band = (
-        f" Lines are means of {seeds} seeds, bands reach from the lowest to the highest." if seeds > 1 else ""
-    )
+    band = ""
+    if len(s.runs) > 1:
+        band = f" Lines are means of {len(s.runs)} seeds, bands reach from the lowest to the highest."
     return figure(
         drawing,
         f"curves-{s.run.name}",
         f"How far the expert's weight carries: {s.name}.",
-        "Each entry along λₑ with its other settings as chosen: a skill that transfers rises and falls, and how "
-        f"wide the top is says how much the weight matters.{band}",
+        "Each entry along λₑ with its other settings as chosen: a skill that transfers rises and falls, and "
+        f"how wide the top is says how much the weight matters.{band}",
     )
 
 
@@ -129,9 +128,7 @@ def fronts(s: Scenario) -> Markup | None:
                 *zip(*found, strict=True),
                 s=22,
                 color=plots.SERIES[i % len(plots.SERIES)],
-                marker="os^Dv<>P"[i // len(plots.SERIES) % 8]
-                if len(points) > len(plots.SERIES)
-                else "os^Dv"[i],
+                marker="os^Dv<>P"[(i + i // len(plots.SERIES)) % 8],
                 alpha=0.75,
                 linewidths=0,
                 label=operator_name(name),
@@ -149,8 +146,8 @@ def fronts(s: Scenario) -> Markup | None:
         drawing,
         f"front-{s.run.name}",
         f"What a gain costs: {s.name}.",
-        "Every point that was tried, validation split: up is more of the expert's skill, right is more of the "
-        "VLM's own. The line is the front: no point beats one of it in both.",
+        "Every point that was tried, validation split: up is more of the expert's skill, right is more of "
+        "the VLM's own. The line is the front: no point beats one of it in both.",
     )
 
 
@@ -189,8 +186,8 @@ def task_vectors(s: Scenario) -> Markup | None:
         return None
     of = lambda module: [row for row in inside if row["module"] == module]
     layers = lambda module: [row["layer"] + 1 for row in of(module)]
-    sizes: plots.Curves = {}
-    cosines: plots.Curves = {}
+    sizes: dict[str, Any] = {}
+    cosines: dict[str, Any] = {}
     for module in _MODULES:
         for key, who in (("norm_v", "VLM"), ("norm_e", "expert")):
             relative = [row[key] / row["norm_base"] if row["norm_base"] else 0.0 for row in of(module)]
@@ -213,8 +210,8 @@ def task_vectors(s: Scenario) -> Markup | None:
             drawing,
             f"vectors-{s.run.name}",
             f"What is merged: {s.name}.",
-            "Left, how far VLM and expert moved from the base, as a share of its norm. Right, the cosine of the two "
-            "moves: near zero they touch different directions, below it they pull against each other.",
+            "Left, how far VLM and expert moved from the base, as a share of its norm. Right, the cosine of the "
+            "two moves: near zero they touch different directions, below it they pull against each other.",
         )
         + folded(
             "Every module",
@@ -258,7 +255,7 @@ def ways(s: Scenario) -> Markup | None:
         ["entry", "chosen by", "λᵥ", "λₑ", "validation", "test"],
         rows,
         f"Chosen with and without labels: {s.name}.",
-        "labels: the highest score. entropy: the model surest of its own answers. neighbours: the answers that "
-        "change least to neighbouring points. What no labels cost is the difference in the last column.",
+        "labels: the highest score. entropy: the model surest of its own answers. neighbours: the answers "
+        "that change least to neighbouring points. What no labels cost is the difference in the last column.",
         texts=2,
     )

@@ -127,8 +127,8 @@ def _methods(scenarios: Sequence[Scenario]) -> Markup:
     seeds = max(len(s.runs) for s in scenarios)
     look = (
         "Exact match on the test split, every operator at the setting that was best on the validation "
-        f"split. Bold: the best of a {'row' if len(names) <= _MOST_COLUMNS else 'column'}. Below each: what the "
-        "model kept of the VLM's own skill on images."
+        f"split. Bold: the best of a {'row' if len(names) <= _MOST_COLUMNS else 'column'}. Below each: what "
+        "the model kept of the VLM's own skill on images."
     )
     if seeds > 1:
         look += f" Means of {seeds} seeds; in brackets the lowest and the highest."
