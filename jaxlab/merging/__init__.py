@@ -47,11 +47,14 @@ with epy.lazy_api_imports(globals()):
         read_trio,
     )
     from jaxlab.merging.search.choice import Way, check_way
-    from jaxlab.merging.search.entry import Effort, Measuring, Split, search_entry
+    from jaxlab.merging.search.entry import DETAILS, Effort, Measuring, Split, search_entry
     from jaxlab.merging.search.evaluator import Evaluator
     from jaxlab.merging.search.gradient import learned_on
     from jaxlab.merging.search.journal import Journal
     from jaxlab.merging.search.measures import (
+        ANSWERS,
+        ENTROPY,
+        SCORE,
         Data,
         answered,
         own_answers,
