@@ -15,6 +15,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.icl.analyses.diagnosis import Diagnosis
     from jaxlab.icl.analyses.faithfulness import Faithfulness
     from jaxlab.icl.analyses.flow_shares import FlowShares
+    from jaxlab.icl.analyses.heads import Heads
     from jaxlab.icl.analyses.many_shot import ManyShot
     from jaxlab.icl.analyses.picture import Picture
     from jaxlab.icl.analyses.records import ChunkStore, run_analysis
