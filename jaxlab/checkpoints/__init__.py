@@ -14,6 +14,7 @@ with epy.lazy_api_imports(globals()):
         language_differences,
     )
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
+    from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
@@ -30,7 +31,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.safetensors_file import Tensor
     from jaxlab.checkpoints.save import save_model
     from jaxlab.checkpoints.source_files import SourceFiles
-    from jaxlab.checkpoints.tensor_folder import Planned, TensorFolder, in_shards, open_folder
+    from jaxlab.checkpoints.tensor_folder import Planned, TensorFolder, in_shards, open_folder, read_json
     from jaxlab.checkpoints.tensor_kinds import TensorKind
     from jaxlab.checkpoints.tensor_map import (
         Entry,

@@ -105,8 +105,9 @@ def merged(base: TensorFolder, adapter: str | Path, *, allow_pickle: bool = Fals
         scale = _scale(config, patterns, modules[place], pair["A"].shape[0], adapter)
         tensors[place] = _with_update(base[place], pair, scale, place in embeddings, transposed, adapter)
     for place, tensor in replaced.items():
+        dtype = base[place].dtype
         tensors[place] = dataclasses.replace(
-            tensor, name=place, dtype=base[place].dtype, read_rows=_cast(tensor, base[place].dtype)
+            tensor, name=place, dtype=dtype, read_rows=_cast(tensor, dtype), file=None, offset=0
         )
     return dataclasses.replace(base, tensors=tensors)
 
@@ -230,7 +231,7 @@ def _with_update(
         update = right[:, start:stop].T @ left.T if flipped else left[start:stop] @ right
         return (weight.read_rows(start, stop).astype(np.float32) + factor * update).astype(weight.dtype)
 
-    return dataclasses.replace(weight, read_rows=read_rows)
+    return dataclasses.replace(weight, read_rows=read_rows, file=None, offset=0)
 
 
 def _cast(tensor: Tensor, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:

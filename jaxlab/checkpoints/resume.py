@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,13 @@ class ResumableFolder:
         config: Mapping[str, Any],
         copy_from: Path | None,
         texts: Mapping[str, str],
+        without: Collection[str] = (),
     ) -> None:
         """Writes what stands beside the tensors.
+
+        Args:
+          copy_from: a folder whose tokenizer and processor files are copied, but for those of `without`.
+          texts: files by name, also in place of copied ones.
 
         Raises:
           ValueError: a tensor is not finished.
@@ -124,7 +129,7 @@ class ResumableFolder:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (self.aside / CONFIG).write_text(text, encoding="utf-8")
         if copy_from is not None:
-            copy_companions(copy_from, self.aside)
+            copy_companions(copy_from, self.aside, without)
         for name, content in texts.items():
             (self.aside / name).write_text(content, encoding="utf-8")
 

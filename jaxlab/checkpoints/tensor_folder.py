@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -348,10 +348,10 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path, without: Collection[str] = ()) -> None:
     """Copy the plain files among COMPANIONS; links are followed as far as they stay in the folder."""
     for name in COMPANIONS:
-        if (source / name).exists():
+        if name not in without and (source / name).exists():
             shutil.copyfile(inside(source, name), target / name)
     for name in additional_chat_templates(source):
         (target / CHAT_TEMPLATES).mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from jaxlab.config.loading import Overrides, Source, build, dump, load, replace,
 from jaxlab.config.schema import (
     ABSENT,
     KIND,
+    OTHERS,
     POSITIONAL,
     REPEATED,
     Field,
@@ -25,6 +26,7 @@ from jaxlab.config.yaml_text import parse as parse_yaml
 __all__ = [
     "ABSENT",
     "KIND",
+    "OTHERS",
     "POSITIONAL",
     "REPEATED",
     "Field",

@@ -35,6 +35,7 @@ from jaxlab.config.schema import (
     is_config,
     leaves,
     members,
+    others_of,
     suggestion,
     variants,
 )
@@ -89,7 +90,9 @@ def build[T](cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain values of a config by key, as they stand in a file."""
-    return {key: to_plain(getattr(config, field.name)) for key, field in fields_of(config.__class__).items()}
+    values = {key: to_plain(getattr(config, f.name)) for key, f in fields_of(config.__class__).items()}
+    others = others_of(config.__class__)
+    return values if others is None else values | values.pop(others.key)
 
 
 def to_plain(value: Any) -> Any:
@@ -258,12 +261,18 @@ class _Builder:
             tree = {}
         if not isinstance(tree, Mapping):
             _wrong(cls, tree, keys)
-        fields = fields_of(cls)
-        for key in tree:
-            if key not in fields:
-                raise ConfigError(self.unknown(str(key), cls, kinds or {}), _dotted((*keys, str(key))))
+        fields, others = fields_of(cls), others_of(cls)
+        unknown = [key for key in tree if key not in fields or fields[key].others]
         values = {}
+        if others is not None:
+            (_, kind) = typing.get_args(others.type)
+            values[others.name] = {key: self.convert(kind, tree[key], (*keys, key)) for key in unknown}
+        elif unknown:
+            key = str(unknown[0])
+            raise ConfigError(self.unknown(key, cls, kinds or {}), _dotted((*keys, key)))
         for key, field in fields.items():
+            if field.others:
+                continue
             inherited = getattr(default, field.name) if isinstance(default, cls) else field.default
             if key in tree:
                 values[field.name] = self.convert(field.type, tree[key], (*keys, key), inherited)

@@ -20,6 +20,10 @@ POSITIONAL: Any = object()
 REPEATED: Any = object()
 """Marks a list of str that the command line gives one by one, each word as it is: `--stop a --stop '[b]'`."""
 
+OTHERS: Any = object()
+"""Marks a dict that takes every key of its config that no other field has: `Annotated[dict[str, T], OTHERS]`.
+Only files give them; `__post_init__` says which there may be."""
+
 KIND = "kind"
 """The key that tells the configs of a union apart; each declares its own: `kind: Literal["nsa"] = "nsa"`."""
 
@@ -36,6 +40,7 @@ class Field:
     default: Any
     positional: bool
     repeated: bool = False
+    others: bool = False
 
 
 @functools.cache
@@ -54,18 +59,23 @@ def fields_of(cls: type) -> dict[str, Field]:
             continue
         bare = field.name.removesuffix("_")
         key = bare if keyword.iskeyword(bare) else field.name
-        hint, positional, repeated = hints[field.name], False, False
+        hint, extras = hints[field.name], []
         if typing.get_origin(hint) is Annotated:
             hint, *extras = typing.get_args(hint)
-            positional, repeated = POSITIONAL in extras, REPEATED in extras
         _check_type(hint, f"{cls.__name__}.{field.name}")
         default = ABSENT
         if field.default is not dataclasses.MISSING:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        result[key] = Field(key, field.name, hint, default, positional, repeated)
+        marks = (mark in extras for mark in (POSITIONAL, REPEATED, OTHERS))
+        result[key] = Field(key, field.name, hint, default, *marks)
     return {KIND: result.pop(KIND), **result} if KIND in result else result
+
+
+def others_of(cls: type) -> Field | None:
+    """The field of a config class that takes the keys of none of its fields, if it has one."""
+    return next((field for field in fields_of(cls).values() if field.others), None)
 
 
 @functools.cache

@@ -17,4 +17,5 @@ with epy.lazy_api_imports(globals()):
         first_held_out,
         make_source,
     )
+    from jaxlab.data.tables import Row, TableFormat, is_dataset, read_dataset, read_table
     from jaxlab.data.text import FindModel, TextConfig, TextSource

@@ -77,15 +77,19 @@ def blocked_logits(
 
 
 def label_predictions(logits: np.ndarray, label_tokens: Int[np.ndarray, "B C"]) -> Int[np.ndarray, "*E B"]:
-    """The most likely of the label words [*E, B], as an index, from logits [*E, B, V]."""
+    """The most likely of the label words [*E, B], as an index, from logits [*E, B, V]; -1, no prediction,
+    where one of the logits is NaN."""
     names = np.broadcast_to(label_tokens, (*logits.shape[:-1], label_tokens.shape[-1]))
-    return np.argmax(np.take_along_axis(logits, names, axis=-1), axis=-1)
+    best = np.argmax(np.take_along_axis(logits, names, axis=-1), axis=-1)
+    return np.where(np.isnan(logits).any(-1), -1, best)
 
 
 def word_loyalty(
     logits: Float[np.ndarray, "B V"], reference: Float[np.ndarray, "B V"], top: int = 5
 ) -> np.ndarray:
-    """Jaccard similarity [B] of the `top` most likely next words with those of the reference."""
+    """Jaccard similarity [B] of the `top` most likely next words with those of the reference; NaN where a
+    logit is."""
     best, kept = (np.argpartition(-x, top - 1, axis=1)[:, :top] for x in (logits, reference))
     common = (best[:, :, None] == kept[:, None, :]).any(2).sum(1)
-    return common / (2 * top - common)
+    broken = np.isnan(logits).any(1) | np.isnan(reference).any(1)
+    return np.where(broken, np.nan, common / (2 * top - common))

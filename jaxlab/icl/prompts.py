@@ -1,65 +1,66 @@
 """Few-shot prompts as the analyses see them: which token plays which role, and where the answer is read
 off."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.data import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer, make_episodes
+from jaxlab.icl.roles import Part, Roles
 from jaxlab.processing import decode
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What the token classes mean. Static; the edge sets of the paper follow from it."""
-
-    labels: tuple[int, ...] = (TokenClass.LABEL.value,)
-    """Label words of the demonstrations (p_1 ... p_C); one class for all of them, or one each."""
-    query: int = TokenClass.LAST.value
-    """The last position of the prompt (q)."""
-    sink: int | None = None
-    """A begin-of-sequence token, which gathers attention that goes nowhere: its edges are in no set but its
-    own."""
-    classes: int = 3
-    """Token classes in all (K)."""
-
-    def edge_sets(self) -> dict[str, np.ndarray]:
-        """bool[K, K] by name, [class of i, class of j] of the edges j -> i (section 2.1 of the paper).
-
-        wp: from any word before it to a label word. pq: from a label word to q. ww: all other edges. sink:
-        edges from and to the sink, if there is one; they are in none of the three.
-        """
-        row, column = np.indices((self.classes, self.classes))
-        label = [np.isin(side, self.labels) for side in (row, column)]
-        sets = {"wp": label[0], "pq": (row == self.query) & label[1]}
-        sets["ww"] = ~sets["wp"] & ~sets["pq"]
-        if self.sink is not None:
-            sink = (row == self.sink) | (column == self.sink)
-            sets = {name: edges & ~sink for name, edges in sets.items()} | {"sink": sink}
-        return sets
 
 
 class Prompts(NamedTuple):
     """A batch of prompts. `batch` is what the model reads; the rest is what an analysis knows besides."""
 
     batch: dict[str, np.ndarray]
-    """tokens int32[B, T], and segment_ids where prompts differ in length."""
+    """tokens int32[B, T], with padding on the right, which causal attention does not see; a VLM's images."""
     classes: np.ndarray
-    """int32[B, T]: token classes, see Roles; -1 is outside of all edge sets."""
+    """int32[B, T]: token classes, see Roles; -1 is outside of all edge sets, as padding is."""
     positions: np.ndarray
     """int32[B]: q, where the model gives its answer."""
     label_tokens: np.ndarray
     """int32[B, C]: the first token of each label word."""
     labels: np.ndarray
     """int32[B]: the right answer, as an index into label_tokens."""
+    parts: np.ndarray
+    """int32[B, T]: what each token is part of, see Part."""
+    label_words: np.ndarray
+    """int32[B, T]: of which label a token of Part.LABEL is, as an index into label_tokens; -1 elsewhere."""
+    demonstrations: np.ndarray
+    """int32[B, T]: of which demonstration a token is, in their order; as many as there are for the query's;
+    -1 for what belongs to none."""
+    rows: np.ndarray
+    """int32[B]: which of the seed's prompts these are; -1 for those that only fill the batch up."""
 
     @property
     def targets(self) -> dict[str, Any]:
         """As `flows` takes them."""
         return {"positions": self.positions, "label_tokens": self.label_tokens, "labels": self.labels}
+
+    @property
+    def real(self) -> np.ndarray:
+        """bool[B]: False on rows that fill the batch up, whose results are dropped."""
+        return self.rows >= 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32[B]: tokens of each prompt, without padding."""
+        return (self.parts != Part.PADDING).sum(1).astype(np.int32)
+
+    def select(self, at: int) -> "Prompts":
+        """The batch of one prompt, without its padding."""
+        size, length = len(self.rows), int(self.lengths[at])
+
+        def cut(array: np.ndarray) -> np.ndarray:
+            if array.ndim == 0 or len(array) != size:  # images, which count on their own
+                return array
+            whole = array.ndim > 1 and array.shape[1] == self.parts.shape[1]
+            return array[at : at + 1, :length] if whole else array[at : at + 1]
+
+        batch, *arrays = self
+        return Prompts({name: cut(array) for name, array in batch.items()}, *map(cut, arrays))
 
 
 @runtime_checkable
@@ -67,48 +68,45 @@ class PromptSource(Protocol):
     """Where prompts come from: pure functions of the seed."""
 
     roles: Roles
-    identity: str
     length: int
-    num_labels: int
-    tokenizer: Tokenizer
-    """Whose token ids the prompts hold: a model with another one would read something else."""
+    """No prompt has more tokens."""
+    label_names: tuple[str, ...]
+    """The label words, where they are the same in all prompts; else what stands for them."""
 
-    def batches(self, seed: int, examples: int, batch_size: int) -> Iterator[Prompts]:
-        """`examples` prompts in batches of one size; the last one may be smaller."""
+    def count(self, examples: int) -> int:
+        """How many prompts a seed has, if so many are asked for."""
+        ...
+
+    def batches(self, seed: int, examples: int, batch_size: int) -> Sequence[Prompts]:
+        """At most `examples` prompts in batches, of few different shapes; always the same ones."""
+        ...
+
+    def with_shots(self, shots: int) -> "PromptSource":
+        """The same queries after so many demonstrations of each class; 0: none.
+
+        Raises:
+          UserError: it cannot have so many.
+        """
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What results say of the prompts that were made so far."""
         ...
 
 
-PromptsConfig = EpisodesConfig
-"""The prompts that are analysed; a further source joins by `|`."""
+def bucket(length: int) -> int:
+    """The length to which a batch is padded: few different ones, each less than 1.5 (short) or 1.15 times
+    what is needed, so that few programs are compiled."""
+    step = max(16, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
 
 
-class EpisodePrompts:
-    """Held-out prompts of jaxlab.data.episodes, cut after q: what follows cannot flow to it."""
-
-    roles = Roles()
-
-    def __init__(self, config: EpisodesConfig, split: str):
-        self._config, self._split = config, split
-        self.identity = f"{EpisodesSource(config).identity} {split}"
-        self.length = config.prompt_length - 1
-        self.num_labels = config.classes
-        self.tokenizer = episode_tokenizer()
-
-    def batches(self, seed: int, examples: int, batch_size: int) -> Iterator[Prompts]:
-        for step, first in enumerate(range(0, examples, batch_size)):
-            size = min(batch_size, examples - first)
-            batch = make_episodes(self._config, seed, step, size, self._split)
-            yield Prompts(
-                {"tokens": batch["tokens"][:, : self.length]},
-                batch["classes"][:, : self.length],
-                batch["positions"],
-                batch["label_tokens"],
-                batch["labels"],
-            )
-
-
-def make_prompts(config: PromptsConfig, split: str) -> PromptSource:
-    return EpisodePrompts(config, split)
+def in_batches(lengths: Sequence[int], batch_size: int, most: int) -> Iterator[tuple[list[int], int]]:
+    """(prompts, padded length) of each batch: prompts of like lengths together, none padded beyond `most`."""
+    order = sorted(range(len(lengths)), key=lambda n: (lengths[n], n))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        yield chosen, min(bucket(lengths[chosen[-1]]), most)
 
 
 def token_texts(tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:

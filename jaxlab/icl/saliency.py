@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.costs import bytes_per_device
 from jaxlab.errors import UserError
-from jaxlab.icl.prompts import Roles
+from jaxlab.icl.roles import Roles
 from jaxlab.models import Batch, ModelConfig, Params, Probe, as_arrays, check_tokens, forward
 
 Reduction = Literal["abs_of_sum", "sum_of_abs"]
@@ -95,19 +95,18 @@ def saliency_maps(
 def flow_shares(
     sums: Float[Array | np.ndarray, "*B L K K"], counts: Float[Array | np.ndarray, "*B L K K"], roles: Roles
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Means S_wp, S_pq, S_ww [*B, L] over the edge sets of the paper, and their shares in the sum of the
-    three.
+    """Means [*B, L] over the edge sets of the roles, and the shares of S_wp, S_pq and S_ww in their sum.
 
-    A set without visible edges has mean 0. Where all three are 0, so are the shares. With a sink the means
-    hold its edges too, as "sink"; it has no share.
+    A set without visible edges has mean 0. Where all three are 0, so are the shares. Sets beside the three,
+    like that of the sink, have no share; `Roles.edge_sets` names them all.
     """
     sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     means = {}
     for name, edges in roles.edge_sets().items():
         means[name] = sums[..., edges].sum(-1) / np.maximum(counts[..., edges].sum(-1), 1.0)
-    total = means["wp"] + means["pq"] + means["ww"]
+    total = sum((means[name] for name in roles.shared), start=np.zeros(()))
     total = np.where(total > 0.0, total, 1.0)
-    return means, {name: means[name] / total for name in ("wp", "pq", "ww")}
+    return means, {name: means[name] / total for name in roles.shared}
 
 
 def target_logits(

@@ -6,10 +6,19 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.merging.account import AccountLine, MergeAccount
+    from jaxlab.merging.diagnosis import FORMAT as DIAGNOSIS_FORMAT
+    from jaxlab.merging.diagnosis import Diagnosis, Finding, diagnose
+    from jaxlab.merging.diagnosis import table as diagnosis_table
     from jaxlab.merging.engine import execute
-    from jaxlab.merging.injection import Method, PatternValue, inject
+    from jaxlab.merging.in_memory import merge_by_recipe
+    from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
+    from jaxlab.merging.mergekit.file import MergekitFile, read_mergekit_file
+    from jaxlab.merging.mergekit.file import ModelReference as MergekitReference
+    from jaxlab.merging.mergekit.stages import prepare_file as prepare_mergekit_file
+    from jaxlab.merging.mergekit.stages import write_file as write_mergekit_file
+    from jaxlab.merging.numbers import Rule
     from jaxlab.merging.numerics import tensor_key
     from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named
     from jaxlab.merging.operators.data import entropy, learn_coefficients
@@ -32,7 +41,6 @@ with epy.lazy_api_imports(globals()):
         check_same_architecture,
         inject_by_recipe,
         load_recipe,
-        merge_by_recipe,
         note_dequantized,
         read_trio,
         save_merged,

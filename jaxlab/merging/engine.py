@@ -12,12 +12,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from jaxlab.checkpoints import Planned, ResumableFolder, Tensor, in_shards
+from jaxlab.checkpoints import Planned, Tensor, in_shards
 from jaxlab.errors import UserError
 from jaxlab.merging.cutting import cuts_of, thresholds_of
 from jaxlab.merging.injection import Method
@@ -31,13 +31,28 @@ _WHOLE = 3 << 29
 """Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
 
 
+@runtime_checkable
+class Destination(Protocol):
+    """Where tensors go to, from any thread: a folder that is taken up again, or memory."""
+
+    @property
+    def finished(self) -> Mapping[str, dict[str, Any]]:
+        """The records of complete tensors by name."""
+
+    def write(self, name: str, values: np.ndarray, start: int) -> None:
+        """Bytes of a tensor from `start` on."""
+
+    def finish(self, name: str, **record: Any) -> None:
+        """Notes that a tensor is complete."""
+
+
 class Merge(NamedTuple):
     """A plan, what it reads and where it goes."""
 
     plan: MergePlan
     inputs: Sequence[Mapping[str, Tensor] | Input]
     """Tensors by name, in the order of the plan's models."""
-    folder: ResumableFolder
+    folder: Destination
     statistics: Mapping[str, Any] = {}
     """Of data, by the tensor's name, for operators that need them."""
 
@@ -93,7 +108,7 @@ def _never() -> np.ndarray:
 def execute(
     plan: MergePlan,
     inputs: Sequence[Mapping[str, Tensor] | Input],
-    folder: ResumableFolder,
+    folder: Destination,
     *,
     statistics: Mapping[str, Any] | None = None,
     **options: Any,
@@ -102,6 +117,7 @@ def execute(
 
     Args:
       inputs: tensors by name, in the order of the plan's models.
+      folder: where the tensors go to.
       statistics: of data, by the tensor's name, for operators that need them.
       options: see `execute_together`.
 
@@ -247,7 +263,7 @@ class _Worker:
         operator = operator_of(step.operator, step.injected)
         assert operator.gather is not None
         if step.injected:
-            chosen = Method(step.operator, step.mode, step.parameters).chosen
+            chosen = Method(step.operator, step.mode, step.parameters, len(step.sources)).chosen
         else:
             chosen = operator.resolve(dict(step.parameters), len(step.sources), step.mode)
         if operator.gather.thresholds is not None:

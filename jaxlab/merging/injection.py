@@ -12,7 +12,6 @@ them. Numbers, keys and lambdas are traced.
 """
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,9 +26,12 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
 from jaxlab.merging.merge import add_to_base, arithmetic_dtype, gather_totals, statistics_of
+from jaxlab.merging.numbers import Rule, Scalar, Setting
 from jaxlab.merging.numerics import Mode, Share, difference, tensor_key
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
+from jaxlab.merging.parameters import FIXED_BY_INJECTION
+from jaxlab.merging.schedules import Place, value_at
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]
@@ -40,9 +42,6 @@ Numbers = dict[str, Any]
 
 TASKS = ("vlm", "expert")
 """What the models are called that an operator makes for each task."""
-
-_FIXED = {"lambda": 1.0, "normalize": False}
-"""Parameters of operators that an injection does not leave open."""
 
 
 class Given(NamedTuple):
@@ -67,18 +66,8 @@ class Prepared(NamedTuple):
     given: Given
 
 
-@dataclasses.dataclass(frozen=True)
-class PatternValue:
-    """A value for the tensors whose name matches a pattern."""
-
-    pattern: str
-    """Of names in a Hugging Face checkpoint, with * and ?, for example "*.mlp.*"."""
-    value: float
-    """The value."""
-
-
-Lambda = float | Float[Array, ""] | Sequence[float] | Sequence[PatternValue | Mapping[str, Any]]
-"""A number; a list over layers; or a list of patterns, of which the first that matches decides."""
+Lambda = Scalar | Float[Array, ""] | Sequence[Scalar] | Sequence[Rule | Mapping[str, Any]]
+"""A number; a gradient over layers; or a list of patterns, of which the first that matches decides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +77,8 @@ class Method:
     operator: str
     mode: Mode
     parameters: tuple[tuple[str, Any], ...]
+    models: int = 2
+    """How many task vectors there are: the VLM's and the experts'."""
 
     @classmethod
     def of(cls, operator: str, mode: Mode = "paper", **parameters: Any) -> "Method":
@@ -103,7 +94,7 @@ class Method:
             raise ConfigError(str(error), key="operator") from None
         given = {name: value for name, value in parameters.items() if value is not None}
         for name in given:
-            if name not in known or name in _FIXED:
+            if name not in known or name in FIXED_BY_INJECTION:
                 raise ConfigError(f"{operator} has none", key=name)
         for name, parameter in known.items():
             if parameter.asked and name not in given:
@@ -119,7 +110,11 @@ class Method:
                     )
             if name in given and (problem := parameter.problem(value)):
                 raise ConfigError(problem, key=name)
-            if name not in given and name not in _FIXED and parameter.default_in(mode) is REQUIRED:
+            if (
+                name not in given
+                and name not in FIXED_BY_INJECTION
+                and parameter.default_in(mode) is REQUIRED
+            ):
                 raise ConfigError(f"{operator} needs it", key=name)
         return cls(operator, mode, tuple(sorted(given.items())))
 
@@ -142,16 +137,18 @@ class Method:
         """What a compiled program depends on: the method without its numbers, which are traced."""
         known = self.of_injection.parameters
         kept = tuple((name, value) for name, value in self.parameters if known[name].static)
-        return Method(self.operator, self.mode, kept)
+        return dataclasses.replace(self, parameters=kept)
 
     @property
     def chosen(self) -> dict[str, Any]:
         """Every parameter, as Python numbers; of each model where they have their own."""
-        return self.of_injection.resolve({**dict(self.parameters), **self._fixed}, 2, self.mode)
+        return self.of_injection.resolve({**dict(self.parameters), **self._fixed}, self.models, self.mode)
 
     @property
     def _fixed(self) -> dict[str, Any]:
-        return {name: value for name, value in _FIXED.items() if name in self.of_injection.parameters}
+        return {
+            name: value for name, value in FIXED_BY_INJECTION.items() if name in self.of_injection.parameters
+        }
 
     @property
     def of_injection(self) -> Operator:
@@ -165,7 +162,9 @@ class Method:
         for name, value in self._all_numbers():
             one = (lambda x: Share.of(x, size)) if known[name].counted else np.float32
             if known[name].per_model:
-                numbers[name] = [one(x) for x in np.broadcast_to(np.asarray(value, float), 2).tolist()]
+                numbers[name] = [
+                    one(x) for x in np.broadcast_to(np.asarray(value, float), self.models).tolist()
+                ]
             else:
                 numbers[name] = one(float(value))
         return numbers
@@ -181,7 +180,7 @@ class Method:
     def values(self, numbers: Numbers) -> dict[str, Any]:
         """Every parameter of the operator, with its traced numbers."""
         given = {**dict(self.parameters), **numbers, **self._fixed}
-        return self.of_injection.resolve(given, 2, self.mode)
+        return self.of_injection.resolve(given, self.models, self.mode)
 
 
 def inject(
@@ -205,9 +204,10 @@ def inject(
 
     Args:
       operator: any of `jaxlab.merging.OPERATORS`; its parameters (density, rescale) by name.
-      lambda_v, lambda_e: a number; a list over layers, whose first value is for the embedding and learned
-        positions too and whose last for the final norm and the head; or a list of {pattern, value} over names
-        as in a Hugging Face checkpoint, where the first match decides and every merged tensor needs one.
+      lambda_v, lambda_e: a number; a gradient over layers, a list whose first value is for the embedding and
+        learned positions too and whose last for the final norm and the head; or a list of {pattern, value}
+        over names as in a Hugging Face checkpoint, where the first match decides and every merged tensor
+        needs one.
       embeddings, common_rows: see `plan_injection`.
       seed: of random masks, which depend on it and on the tensor's name alone.
       family: `ModelConfig.family` of the VLM, whose names and shapes an operator sees.
@@ -269,23 +269,13 @@ def layer_weights(plan: InjectionPlan, value: Lambda) -> TensorWeights:
 
 
 def _listed(plan: InjectionPlan, entry: Entry, values: Sequence[Any]) -> list[float]:
-    if values and isinstance(values[0], PatternValue | Mapping):
-        rules = [
-            rule if isinstance(rule, PatternValue) else PatternValue(rule["pattern"], float(rule["value"]))
-            for rule in values
-        ]
-        return [_first_match(name, rules) for name in entry.names]
-    if len(values) != plan.num_layers:
-        raise UserError(f"a lambda lists {len(values)} values for {plan.num_layers} layers")
-    end = values[0] if entry.path[0] in ("embedding", "position") else values[-1]
-    return [end if layer is None else values[layer] for layer in entry.layers]
-
-
-def _first_match(name: str, rules: Sequence[PatternValue]) -> float:
-    for rule in rules:
-        if fnmatch.fnmatchcase(name, rule.pattern):
-            return rule.value
-    raise UserError(f"no pattern of the lambda matches {name}; end the list with the pattern '*'")
+    before = entry.path[0] in ("embedding", "position")
+    places = (
+        Place(name, layer, plan.num_layers, before)
+        for name, layer in zip(entry.names, entry.layers, strict=True)
+    )
+    setting = Setting.of(values)
+    return [value_at("the lambda", setting, place) for place in places]
 
 
 def prepare_task_vectors(

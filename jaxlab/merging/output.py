@@ -21,22 +21,19 @@ from jaxlab.checkpoints import (
     check_tied_heads,
     huggingface_form,
     open_folder,
+    read_json,
     resumable_folder,
 )
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable
-from jaxlab.merging.account import MergeAccount
-from jaxlab.merging.plan import (
-    Input,
-    MergePlan,
-    open_inputs,
-    plan_injection_of,
-    plan_merge_of,
-)
-from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, Recipe, check_same_architecture
+from jaxlab.merging.account import AccountLine, MergeAccount
+from jaxlab.merging.plan import Input, MergePlan, open_inputs
+from jaxlab.merging.planning import plan_injection_of, plan_merge_of
+from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe, Recipe, check_same_architecture
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned
+    from jaxlab.merging.mergekit.file import MergekitFile
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 _DIGESTS = {
@@ -62,13 +59,43 @@ _BYTES_A_SECOND = {
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What is written beside the tensors."""
+
+    config: Mapping[str, Any]
+    """config.json."""
+    copy_from: Path | None
+    """A folder whose tokenizer and processor files are copied."""
+    texts: Mapping[str, str]
+    """Files by name, also in place of copied ones."""
+    without: frozenset[str] = frozenset()
+    """Files that are not copied."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A recipe with its inputs opened and everything decided; nothing but headers has been read."""
 
-    recipe: Recipe
+    recipe: "Recipe | MergekitFile"
     inputs: tuple[Input, ...]
     plan: MergePlan
     shards: "list[list[Planned]]"
+    beside: Beside | None = None
+    """None: what stands beside the first input."""
+    stages: tuple[Mapping[str, Any], ...] = ()
+    """What made the inputs that are stages of the same file, for the account."""
+
+    @property
+    def recipe_text(self) -> str:
+        """As it is kept: a file of mergekit as it was."""
+        recipe = self.recipe
+        return configs.dump(recipe) if isinstance(recipe, InjectRecipe | MergeRecipe) else recipe.text
+
+    @property
+    def recipe_tree(self) -> Any:
+        """As plain values."""
+        recipe = self.recipe
+        return configs.to_dict(recipe) if isinstance(recipe, InjectRecipe | MergeRecipe) else recipe.tree
 
 
 @dataclass(frozen=True)
@@ -95,18 +122,14 @@ def prepare_merge(
     from jaxlab.merging.engine import layout
 
     check_same_architecture(models)
-    injects = isinstance(recipe, InjectRecipe)
-    count = len(models) - (1 if not injects and recipe.base is not None else 0)
-    roles = ["vlm", "expert", "base"] if injects else [f"model {i}" for i in range(count)] + ["base"]
-    inputs = open_inputs(models, roles[: len(models)], own_names=to == "orbax")
+    inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
     if isinstance(recipe, InjectRecipe):
         plan = plan_injection_of(
             inputs,
             operator=recipe.operator,
             mode=recipe.mode,
             parameters=recipe.options(),
-            lambda_v=recipe.lambda_v,
-            lambda_e=recipe.lambda_e,
+            lambdas=recipe.lambdas(),
             embeddings=recipe.embeddings,
             seed=recipe.seed,
         )
@@ -116,6 +139,7 @@ def prepare_merge(
             operator=recipe.operator,
             mode=recipe.mode,
             parameters=recipe.options(),
+            weights=recipe.weights(),
             with_base=recipe.base is not None,
             seed=recipe.seed,
         )
@@ -208,17 +232,14 @@ def write_merge(
     from jaxlab.merging.engine import execute
 
     plan, inputs = prepared.plan, prepared.inputs
-    first = inputs[0].model
     for one in inputs:
         check_tied_heads(one.found)
-    config, source = _config(prepared)
-    texts = dict({} if source is None else source.texts)
-    if first.tokenizer is not None and (source is None or source.folder is None):
-        texts.setdefault("tokenizer.json", first.tokenizer.to_str(pretty=True))
+    beside = prepared.beside or beside_first(prepared)
+    texts = dict(beside.texts)
     with resumable_folder(
         out,
         prepared.shards,
-        digest=_digest(prepared),
+        digest=prepared_digest(prepared),
         texts=[*texts, ACCOUNT, CARD, RECIPE],
         inputs=[path for one in inputs for path in one.model.inputs],
         overwrite=overwrite,
@@ -235,24 +256,36 @@ def write_merge(
         made = _made(prepared, references, records, hash_inputs)
         written = {**made, "tensors": account.to_json()}
         texts[ACCOUNT] = json.dumps(jsonable(written), indent=2, allow_nan=False) + "\n"
-        texts[RECIPE] = configs.dump(prepared.recipe)
+        texts[RECIPE] = prepared.recipe_text
         texts[CARD] = _card(prepared, made, account, command, Path(out).name)
-        folder.complete(config=config, copy_from=None if source is None else source.folder, texts=texts)
+        folder.complete(config=beside.config, copy_from=beside.copy_from, texts=texts, without=beside.without)
     return account
 
 
-def _config(prepared: Prepared) -> tuple[dict[str, Any], SourceFiles | None]:
-    """config.json of the first model, with the dtype of what is written, and the files beside it."""
+def beside_first(prepared: Prepared) -> Beside:
+    """config.json of the first input, with the dtype of what is written, and the files beside it."""
+    first = prepared.inputs[0].model
     largest = max(prepared.plan.tensors, key=lambda tensor: math.prod(tensor.shape))
-    return huggingface_form(prepared.inputs[0].model, largest.dtype)
+    config, source = huggingface_form(first, largest.dtype)
+    return Beside(config, None if source is None else source.folder, texts_beside(first, source))
 
 
-def _digest(prepared: Prepared) -> str:
+def texts_beside(model: OpenModel, source: SourceFiles | None) -> dict[str, str]:
+    """Files beside a model that no folder of Hugging Face holds."""
+    texts = dict({} if source is None else source.texts)
+    if model.tokenizer is not None and (source is None or source.folder is None):
+        texts.setdefault("tokenizer.json", model.tokenizer.to_str(pretty=True))
+    return texts
+
+
+def prepared_digest(prepared: Prepared) -> str:
     """Of what decides the bytes: the plan, and the files as they are now."""
     files: list[Any] = [__version__, prepared.plan.digest()]
     for one in prepared.inputs:
         tensors = one.found.tensors
-        paths = {t.file for t in tensors.values() if t.file is not None} or set(_all_files(one.model))
+        paths = {t.file for t in tensors.values() if t.file is not None}
+        if any(t.file is None for t in tensors.values()):  # computed, of an adapter's files too
+            paths |= set(_all_files(one.model))
         for path in sorted(paths):
             stat = os.stat(path)
             files.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
@@ -289,9 +322,10 @@ def _made(
         "version": __version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "recipe": configs.to_dict(prepared.recipe),
+        "recipe": prepared.recipe_tree,
         "hashed": hashed,
         "inputs": inputs,
+        **({"stages": list(prepared.stages)} if prepared.stages else {}),
     }
 
 
@@ -305,7 +339,7 @@ def _card(prepared: Prepared, made: Mapping[str, Any], account: MergeAccount, co
     if hub:
         front += ["base_model:", *(f"- {reference}" for reference in dict.fromkeys(hub))]
     counts = account.counts()
-    recipe = configs.dump(prepared.recipe).rstrip()
+    recipe = prepared.recipe_text.rstrip()
     rows = [
         f"| {line['role']} | {line['model']} | {line['tensors_read']} | {line['sha256'] or 'not asked for'} |"
         for line in inputs
@@ -347,8 +381,11 @@ def _card(prepared: Prepared, made: Mapping[str, Any], account: MergeAccount, co
     )
 
 
-def verify_folder(out: str | os.PathLike[str], account: MergeAccount) -> int:
+def verify_folder(out: str | os.PathLike[str], account: MergeAccount | None = None) -> int:
     """Reads a folder again and compares shape, dtype and SHA-256 of every tensor with the account.
+
+    Args:
+      account: by default that which lies in the folder.
 
     Returns:
       How many tensors there are.
@@ -357,6 +394,11 @@ def verify_folder(out: str | os.PathLike[str], account: MergeAccount) -> int:
       RuntimeError: something is not what the account says.
     """
     folder = open_folder(out)
+    if account is None:
+        lines = read_json(Path(out) / ACCOUNT)["tensors"]
+        account = MergeAccount(
+            tuple(AccountLine(**{**line, "shape": tuple(line["shape"])}) for line in lines)
+        )
     wrong = account.wrong({name: (t.shape, t.dtype.name, _hash(folder, name)) for name, t in folder.items()})
     if wrong:
         raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")

@@ -39,11 +39,12 @@ class Program(NamedTuple):
     injected: bool
     out: str
     num_layers: int
+    models: int
 
     @property
     def method(self) -> Method:
         """Of an injection."""
-        return Method(self.operator, self.mode, self.fixed)
+        return Method(self.operator, self.mode, self.fixed, self.models)
 
 
 def program_of(tensor: PlannedTensor, step: Merging, size: int, num_layers: int) -> tuple[Program, Any]:
@@ -51,11 +52,12 @@ def program_of(tensor: PlannedTensor, step: Merging, size: int, num_layers: int)
     known = operator_of(step.operator, step.injected).parameters
     fixed = tuple((name, value) for name, value in step.parameters if known[name].static)
     if step.injected:
-        numbers = Method(step.operator, step.mode, step.parameters).numbers(size)
+        numbers = Method(step.operator, step.mode, step.parameters, len(step.sources)).numbers(size)
     else:
         numbers = _numbers(step, size)
     weights = None if step.weights is None else [np.float32(w) for w in step.weights]
-    program = Program(step.operator, step.mode, fixed, step.injected, tensor.dtype, num_layers)
+    count = len(step.sources)
+    program = Program(step.operator, step.mode, fixed, step.injected, tensor.dtype, num_layers, count)
     return program, (numbers, weights)
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -14,16 +14,28 @@ from jaxlab import __version__
 from jaxlab import config as configs
 from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
-from jaxlab.files import jsonable
+from jaxlab.files import jsonable, shipped
 from jaxlab.merging.account import MergeAccount
-from jaxlab.merging.injection import Method, PatternValue, inject
-from jaxlab.merging.merge import merge_models
-from jaxlab.merging.operators import operator_named
-from jaxlab.merging.operators.registry import REQUIRED
+from jaxlab.merging.injection import inject
+from jaxlab.merging.parameters import (
+    given_of,
+    named_operator,
+    refuse_weight,
+    used_of_recipe,
+    with_own_values,
+)
+from jaxlab.merging.schedules import Number, check_kind
 from jaxlab.models import ModelConfig, Params
+
+if TYPE_CHECKING:
+    from jaxlab.merging.mergekit.file import MergekitFile
 
 ACCOUNT = "account.json"
 """Beside the model in its folder."""
+
+
+Parameters = dict[str, Number | dict[str, Number] | None]
+"""Of an operator, by name: a number, or one for each model by what it is called; null is like absent."""
 
 
 @dataclass(frozen=True)
@@ -39,46 +51,58 @@ class InjectRecipe:
     base: str = ""
     """The language model that both come from."""
     operator: str = "task_arithmetic"
-    """Its name in docs/merge_operators.md."""
-    lambda_v: float | tuple[float, ...] | tuple[PatternValue, ...] = 1.0
-    """Weight of the VLM's task vector: a number, a list over layers, or a list of {pattern, value}, the first
-    match deciding."""
-    lambda_e: float | tuple[float, ...] | tuple[PatternValue, ...] = 1.0
+    """Its name in docs/operators.md; name+svc, say, does something to its result."""
+    lambda_v: Number = 1.0
+    """Weight of the VLM's task vector: a number, a gradient over layers, or a list of {pattern, value}, the
+    first match deciding."""
+    lambda_e: Number = 1.0
     """Weight of the expert's task vector."""
-    density: float | tuple[float, ...] | None = None
-    """Share of each task vector that ties and dare_* keep; one value, or one for the VLM and one for the
-    expert.
-    """
-    rescale: bool | None = None
-    """Scale up what was kept; by default dare_* do."""
     embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
     """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
     mode: Literal["paper", "mergekit"] = "paper"
     """The operator as published, or as mergekit computes it."""
     seed: int = 0
     """Of random masks."""
+    parameters: Annotated[Parameters, configs.OTHERS] = field(default_factory=dict)
+    """The operator's parameters, each a key of its own beside the others: density, gamma, k, ..."""
 
     def __post_init__(self) -> None:
         for name in ("vlm", "expert", "base"):
             if not getattr(self, name):
                 raise ConfigError("missing; an injection needs vlm, expert and base", key=name)
-        self.method().check_one_model()
-
-    def method(self) -> Method:
-        """The operator with its parameters.
-
-        Raises:
-          ConfigError: a mistake in it, with its place and the remedy.
-        """
-        return Method.of(self.operator, self.mode, **self.options())
+        operator = named_operator(self.operator, injected=True)
+        if operator.per_task:
+            raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
+        for name in ("lambda_v", "lambda_e"):
+            check_kind(getattr(self, name), "number", name)
+        self.options()
 
     def options(self) -> dict[str, Any]:
-        """The operator's parameters."""
-        return {"density": self.density, "rescale": self.rescale}
+        """The operator's parameters.
+
+        Raises:
+          ConfigError: one that it does not use, that is missing or cannot have its value.
+        """
+        return used_of_recipe(
+            named_operator(self.operator, injected=True),
+            self.mode,
+            given_of(self.parameters),
+            self.roles()[:-1],
+            injected=True,
+            fields=_keys(type(self)),
+        )
+
+    def lambdas(self) -> dict[str, Number]:
+        """The weights by what they are called, in the order of the models."""
+        return {"lambda_v": self.lambda_v, "lambda_e": self.lambda_e}
 
     def references(self) -> list[str]:
         """The models that it names: VLM, expert and base."""
         return [self.vlm, self.expert, self.base]
+
+    def roles(self) -> list[str]:
+        """What they are to it, in this order."""
+        return ["vlm", "expert", "base"]
 
 
 @dataclass(frozen=True)
@@ -87,10 +111,10 @@ class WeightedModel:
 
     model: str
     """A model folder, a run folder, or the config of a finished train run."""
-    weight: float = 1.0
-    """Its weight."""
-    density: float = 1.0
-    """Share of its task vector that ties and dare_* keep."""
+    weight: Number | None = None
+    """Its weight; by default the recipe's weight, or 1."""
+    parameters: Annotated[dict[str, Number | None], configs.OTHERS] = field(default_factory=dict)
+    """Its own values of the operator's parameters, such as density."""
 
 
 @dataclass(frozen=True)
@@ -104,78 +128,97 @@ class MergeRecipe:
     base: str | None = None
     """What task vectors are taken from; none for linear and slerp."""
     operator: str = "task_arithmetic"
-    """Its name in docs/merge_operators.md."""
-    lambda_: float | None = None
-    """Of the merged task vector."""
-    t: float | None = None
-    """Where between its two models slerp lands."""
-    normalize: bool | None = None
-    """Divide by the sum of the weights; the default is the operator's."""
-    rescale: bool | None = None
-    """Scale up what was kept; by default dare_* do."""
+    """Its name in docs/operators.md; name+svc, say, does something to its result."""
+    weight: Number | None = None
+    """Of every model that names none."""
     mode: Literal["paper", "mergekit"] = "paper"
     """The operator as published, or as mergekit computes it."""
     seed: int = 0
     """Of random masks."""
+    parameters: Annotated[Parameters, configs.OTHERS] = field(default_factory=dict)
+    """The operator's parameters, each a key of its own beside the others: lambda, t, density, ..."""
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ConfigError("missing; a merge needs a list of models", key="models")
-        try:
-            operator = operator_named(self.operator, "operator")
-        except UserError as error:
-            raise ConfigError(str(error), key="operator") from None
+        operator = named_operator(self.operator, injected=False)
         if operator.per_task:
             raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
         if operator.base == ("required" if self.base is None else "unused"):
             raise ConfigError(
                 f"{self.operator} {'needs a' if self.base is None else 'takes no'} base", key="base"
             )
-        given = self._options()
-        for key in given:
-            if key not in operator.parameters:
-                raise ConfigError(f"{self.operator} has none", key=key)
-        for key, parameter in operator.parameters.items():
-            if key not in given and parameter.default is REQUIRED:
-                raise ConfigError(f"{self.operator} needs it", key=key)
-            if key in given and (problem := parameter.problem(given[key])):
-                raise ConfigError(problem, key=key)
+        self.weights()
+        self.options()
 
-    def _options(self) -> dict[str, Any]:
-        thin = any(model.density != 1.0 for model in self.models)
-        options = {
-            "lambda": self.lambda_,
-            "t": self.t,
-            "normalize": self.normalize,
-            "rescale": self.rescale,
-            "density": [model.density for model in self.models] if thin else None,
+    def weights(self) -> dict[str, Number]:
+        """A weight for each model, by what it is called; none: the operator has no weights.
+
+        Raises:
+          ConfigError: weights are given to an operator that has none.
+        """
+        operator = named_operator(self.operator, injected=False)
+        given = {f"models.{i}.weight": m.weight for i, m in enumerate(self.models) if m.weight is not None}
+        given |= {} if self.weight is None else {"weight": self.weight}
+        for key, weight in given.items():
+            check_kind(weight, "number", key)
+        if not operator.takes("weights"):
+            for key in given:
+                refuse_weight(operator, self.mode, key)
+            return {}
+        common = 1.0 if self.weight is None else self.weight
+        return {
+            f"the weight of model {i}": common if model.weight is None else model.weight
+            for i, model in enumerate(self.models)
         }
-        return {key: value for key, value in options.items() if value is not None}
 
     def options(self) -> dict[str, Any]:
-        """The parameters of `merge_tensors`."""
-        weights = {"weight": [model.weight for model in self.models]}
-        return (weights if operator_named(self.operator).takes("weights") else {}) | self._options()
+        """The operator's other parameters.
+
+        Raises:
+          ConfigError: one that it does not use, that is missing or cannot have its value.
+        """
+        operator, roles = named_operator(self.operator, injected=False), self.roles()[: len(self.models)]
+        own = [given_of(model.parameters) for model in self.models]
+        return used_of_recipe(
+            operator,
+            self.mode,
+            with_own_values(operator, given_of(self.parameters), own, roles, "models"),
+            roles,
+            injected=False,
+            fields=_keys(type(self)),
+        )
 
     def references(self) -> list[str]:
         """The models that it names, the base last."""
         return [*(model.model for model in self.models), *([] if self.base is None else [self.base])]
+
+    def roles(self) -> list[str]:
+        """What they are to it, in this order."""
+        models = [f"model {i}" for i in range(len(self.models))]
+        return models if self.base is None else [*models, "base"]
+
+
+def _keys(recipe: type) -> list[str]:
+    return [key for key, known in configs.fields_of(recipe).items() if not known.others]
 
 
 Recipe = InjectRecipe | MergeRecipe
 KINDS: dict[str, type[InjectRecipe] | type[MergeRecipe]] = {"inject": InjectRecipe, "merge": MergeRecipe}
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+def load_recipe(path: str | Path) -> "Recipe | MergekitFile":
+    """The recipe in a YAML file; one without a kind is a file of mergekit.
 
     Raises:
-      UserError: a mistake in it, and for a mergekit file, which has no kind.
+      UserError: a mistake in it.
     """
+    from jaxlab.merging.mergekit.file import is_mergekit_file, read_mergekit_file
+
+    if is_mergekit_file(shipped(path)):
+        return read_mergekit_file(shipped(path))
     source = configs.Source.of_file(path)
-    if "kind" not in source.tree:
-        raise UserError(f"{path}: no kind: (inject or merge), and mergekit's own files are not supported yet")
-    kind = str(source.tree["kind"])
+    kind = str(source.tree.get("kind"))
     if kind not in KINDS:
         hint = configs.suggestion(kind, KINDS) or "; there are inject and merge"
         raise UserError(f"{path}: kind: no such kind of recipe, {kind!r}{hint}")
@@ -225,15 +268,15 @@ def check_same_architecture(models: Sequence[OpenModel]) -> None:
     """
     first, *others = models
     for other in others:
-        for field in language_differences(first.described, other.described):
-            values = getattr(first.described, field), getattr(other.described, field)
+        for name in language_differences(first.described, other.described):
+            values = getattr(first.described, name), getattr(other.described, name)
             if dataclasses.is_dataclass(values[0]):  # a group: the first of its fields that differs
                 inner = [f.name for f in dataclasses.fields(values[0])]
                 differs = next(f for f in inner if getattr(values[0], f) != getattr(values[1], f))
-                field, values = f"{field}.{differs}", tuple(getattr(value, differs) for value in values)
+                name, values = f"{name}.{differs}", tuple(getattr(value, differs) for value in values)
             raise UserError(
                 f"{first.path} and {other.path} cannot be merged: "
-                f"{field} is {values[0]} in one, {values[1]} in the other"
+                f"{name} is {values[0]} in one, {values[1]} in the other"
             )
 
 
@@ -248,7 +291,16 @@ def note_dequantized(models: Iterable[OpenModel]) -> None:
 
 
 def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
-    """The VLM with the expert merged into it as the recipe says, and the account."""
+    """The VLM with the expert merged into it as the recipe says, and the account.
+
+    Raises:
+      UserError: parameters that are not the same for all tensors, which only a plan can have.
+    """
+    options: dict[str, Any] = {}
+    for name, value in recipe.options().items():
+        options[name] = [value[role] for role in ("vlm", "expert")] if isinstance(value, dict) else value
+        if any(isinstance(x, tuple) for x in (value.values() if isinstance(value, dict) else [value])):
+            raise UserError(f"{name} is not the same for all tensors; only `merge` can do that, no search")
     return inject(
         trio.vlm,
         trio.expert,
@@ -261,28 +313,7 @@ def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAcc
         seed=recipe.seed,
         mode=recipe.mode,
         family=trio.config.family,
-        **recipe.options(),
-    )
-
-
-def merge_by_recipe(recipe: Recipe, models: Sequence[OpenModel]) -> tuple[Params, MergeAccount]:
-    """What a recipe makes of its models, opened in the order of `recipe.references()`, and the account.
-
-    Raises:
-      UserError: models that are damaged or cannot be merged.
-    """
-    if isinstance(recipe, InjectRecipe):
-        return inject_by_recipe(recipe, read_trio(*models))
-    check_same_architecture(models)
-    *read, last = (model.read() for model in models)
-    return merge_models(
-        recipe.operator,
-        [*read, last] if recipe.base is None else read,
-        base=None if recipe.base is None else last,
-        mode=recipe.mode,
-        seed=recipe.seed,
-        family=models[0].config.family,
-        **recipe.options(),
+        **options,
     )
 
 

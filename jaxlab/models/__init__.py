@@ -49,7 +49,6 @@ with epy.lazy_api_imports(globals()):
         init_params,
         logical_axes,
     )
-    from jaxlab.models.probe import Probe
     from jaxlab.models.rotary import rope_tables, rotary_table, rotate
     from jaxlab.models.sampling import LEAST_TEMPERATURE, Sampling
     from jaxlab.models.sharding import (
@@ -67,3 +66,4 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.models.taps import ACTIVATIONS, Patch, activation_names
     from jaxlab.models.vision.encoders import encode_images, prepare_batch
+    from kernels_pallas.flow import Probe

@@ -27,6 +27,8 @@ class Attended(NamedTuple):
     """The layer's cache with these tokens in it."""
     chosen_blocks: Int[Array, "B Hkv T n"] | None = None
     """What NSA chose to read."""
+    weights_read: Float[Array, "B H P"] | None = None
+    """Attention weights from one token at others, where a probe reads them."""
     selector_loss: Float[Array, ""] | None = None
     """How far the choice of NSA's auxiliary selector is from where attention lies."""
 
@@ -91,7 +93,7 @@ class Attention(nnx.Module):
 
         Args:
           kind: one of `config.kinds`; this layer's, where layers of several kinds share a scan.
-          tap: reads and changes what is computed (taps.py), or streams it (probe.py).
+          tap: reads and changes what is computed (taps.py), or streams it (kernels_pallas/flow).
           cache: what the layer keeps of earlier tokens.
         """
         attended = self.attend(x, context, kind=kind, tap=tap, cache=cache)

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -17,13 +18,13 @@ from jaxlab.models.kv_cache import Cache
 from jaxlab.models.layers import Embedding, layer_norm, softcap
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.output import Output
-from jaxlab.models.probe import Probe
 from jaxlab.models.rotary import rope_tables
 from jaxlab.models.stack import NO_BETWEEN, Between, apply_blocks
 from jaxlab.models.taps import NO_TAPS, Patch, Taps, make_taps
 from jaxlab.models.vision.encoder import Encoded
 from jaxlab.models.vision.encoders import encode_images, layers_between, prepare_batch
 from jaxlab.models.vision.placeholders import place_images, scatter_deep
+from kernels_pallas.flow import Probe
 
 
 def forward(
@@ -34,6 +35,7 @@ def forward(
     probe: Probe | None = None,
     patches: Sequence[Patch] = (),
     cache: Cache | None = None,
+    logit_positions: Int[Array | np.ndarray, "B P"] | None = None,
 ) -> Output:
     """Next-token logits of a batch, and what else the model computed.
 
@@ -41,15 +43,17 @@ def forward(
 
     Args:
       params: a plain nested dict, as `init_params` makes it.
-      probe: streams flows out of attention, or blocks them (see probe.py).
+      probe: streams flows out of attention, reads or changes its weights (kernels_pallas/flow).
       patches: changes of named activations (see taps.py).
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
+      logit_positions: the tokens of each row whose logits (and hidden) come back, [B, P, ...]; None: all. The
+        logits of the others are never built.
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
         has no row for, a probe or patches together with a cache, positions that are given together with a
-        cache of NSA, which counts its blocks itself, patches of what is not there, or parameters that are not
-        those of the config.
+        cache of NSA, which counts its blocks itself, patches of what is not there, logit_positions together
+        with patches of what comes after the last layer, or parameters that are not those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
@@ -57,13 +61,19 @@ def forward(
         raise ValueError("probes and patches are for whole sequences; they cannot be used with a cache")
     if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
+    after = [patch.name for patch in patches if patch.name in ("final_hidden", "logits")]
+    if logit_positions is not None and after:
+        raise ValueError(f"a patch of {after[0]} is of all tokens; leave logit_positions out")
     batch = as_arrays(prepare_batch(batch, config))
     taps = NO_TAPS
     if probe is not None or patches:
         taps = make_taps(batch, config, patches=patches, probe=probe)
     images = encode_images(params, batch, config, cache)
     between = layers_between(params, images, config)
-    return bind_decoder(params, config)(batch, images=images, between=between, taps=taps, cache=cache)
+    decoder = bind_decoder(params, config)
+    return decoder(
+        batch, images=images, between=between, taps=taps, cache=cache, logit_positions=logit_positions
+    )
 
 
 def bind_decoder(params: Params, config: ModelConfig) -> "Decoder":
@@ -119,8 +129,9 @@ class Decoder(nnx.Module):
         between: Between = NO_BETWEEN,
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
+        logit_positions: Int[Array | np.ndarray, "B P"] | None = None,
     ) -> Output:
-        """The output for a prepared batch, its images encoded."""
+        """The output for a prepared batch, its images encoded; arguments as those of `forward`."""
         x, context, additions = self.embed(batch, images, cache)
         tap = taps.around()
         x = tap("embedding", x)
@@ -134,7 +145,10 @@ class Decoder(nnx.Module):
             additions=additions,
             between=between,
         )
-        hidden = tap("final_hidden", self.final_norm(split_tokens(done.x)))
+        x = split_tokens(done.x)
+        if logit_positions is not None:
+            x = jnp.take_along_axis(x, jnp.asarray(logit_positions)[:, :, None], axis=1)
+        hidden = tap("final_hidden", self.final_norm(x))
         logits = tap("logits", self.logits(hidden))
         new_cache = None
         if cache is not None and done.caches is not None:
@@ -150,6 +164,7 @@ class Decoder(nnx.Module):
             hidden,
             cache=new_cache,
             chosen_blocks=done.chosen_blocks,
+            weights_read=done.weights_read,
             selector_loss=done.selector_loss,
             balance_loss=done.balance_loss,
             activations=(done.activations | tap.found) or None,

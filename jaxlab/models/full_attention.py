@@ -1,19 +1,19 @@
 """Full and sliding attention: masks, softmax, and the implementations of others."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import LayerCache, write
 from jaxlab.models.layers import softcap
 from jaxlab.models.mesh import Part, in_parts, split_heads
-from jaxlab.models.probe import probed_attention
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
+from kernels_pallas.flow import Probe, flow_attention, read_weights
 from kernels_pallas.nsa import window_attention
 
 
@@ -39,7 +39,21 @@ class FullAttention(Attention):
             k, v = write(cache[0], k, slots), write(cache[1], v, slots)
             cache = k, v = split_heads(k, batch=0, heads=2), split_heads(v, batch=0, heads=2)
         window = self.config.sliding.window if sliding else None
-        return Attended(self._heads_output(q, k, v, context, window, tap), cache)
+        read = None
+        if tap.probe is not None and tap.probe.read_from is not None:
+            read = self._read(q, k, context, window, tap.probe)
+        return Attended(self._heads_output(q, k, v, context, window, tap), cache, weights_read=read)
+
+    def _read(
+        self, q: Array, k: Array, context: AttentionContext, window: int | None, probe: Probe
+    ) -> Float[Array, "B H P"]:
+        """Attention weights from one token of each row at others."""
+        c, one = self.config, _Rows(probe.read_from[:, None])
+        seen = attention_mask(context, k.shape[1], window, one)[:, 0]
+        at = (probe.read_from, probe.read_at)
+        return read_weights(
+            q, k, *at, seen, scale=c.score_scale, softcap=c.attention_softcap, sinks=self._sinks
+        )
 
     def _heads_output(
         self, q: Array, k: Array, v: Array, context: AttentionContext, window: int | None, tap: Tap
@@ -47,20 +61,26 @@ class FullAttention(Attention):
         c, segment_ids = self.config, context.segment_ids
         cached = context.cache_slots is not None
         if c.sparsity is not None:
-            if cached or tap.probe is not None or segment_ids is not None or context.together is not None:
+            if (
+                cached
+                or (tap.probe is not None and tap.probe.streams)
+                or segment_ids is not None
+                or context.together is not None
+            ):
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
-        if tap.probe is not None:
-            if c.attention_softcap is not None or context.together is not None:
-                raise ValueError("flows and blocking know no softcap and no images that see themselves whole")
-            return probed_attention(
+        if tap.probe is not None and tap.probe.streams:
+            return flow_attention(
                 q,
                 k,
                 v,
                 tap.probe,
                 segment_ids=segment_ids,
+                together=context.together,
+                together_in_window=context.together_in_window,
                 window=window,
                 scale=c.score_scale,
+                softcap=c.attention_softcap,
                 sinks=self._sinks,
             )
         if tap.wants("attention_scores", "attention_pattern"):
@@ -178,8 +198,22 @@ def softmax_attention(
     return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)
 
 
+class _Rows(NamedTuple):
+    """Some queries of each row of the batch, in the place of a `Part`."""
+
+    places: Int[Array, "B T"]
+
+    def positions(self, batch: int) -> Int[Array, "B T"]:
+        """Where they stand."""
+        return self.places
+
+    def own(self, x: Array) -> Array:
+        """[B, all tokens] -> [B, T]."""
+        return jnp.take_along_axis(x, self.places, axis=1)
+
+
 def attention_mask(
-    context: AttentionContext, source_len: int, window: int | None = None, part: Part | None = None
+    context: AttentionContext, source_len: int, window: int | None = None, part: Part | _Rows | None = None
 ) -> Bool[Array, "B T S"]:
     """Which of `source_len` keys each query sees: those before it, within its window and segment."""
     batch, target_len = context.positions.shape[:2]

@@ -20,11 +20,11 @@ from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.mesh import Part, in_parts, on_several_devices
-from jaxlab.models.probe import probed_nsa_attention
 from jaxlab.models.rotary import rotary_table
 from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss, block_bounds, bound_scores
 from jaxlab.models.taps import BRANCH_OUTPUTS, BRANCH_PATTERNS, Tap
 from kernels_pallas import nsa
+from kernels_pallas.flow import Probe, nsa_flow_attention
 from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, select_blocks_by_importance
 
 
@@ -134,7 +134,7 @@ class NativeSparseAttention(Attention):
         gates = tap("gates", self.gate(x))
         if isinstance(cache, PagedCache):
             return self._attend_with_cache(q, new, gates, context, cache)
-        if tap.probe is not None:
+        if tap.probe is not None and tap.probe.streams:
             return Attended(self._probed(q, new, gates, context, tap.probe))
         return self._attend_to_all(x, q, new, gates, context, tap)
 
@@ -345,7 +345,7 @@ class NativeSparseAttention(Attention):
         return Attended(out, cache, branches.indices if "selection" in n.branches else None)
 
     def _probed(
-        self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, probe: Any
+        self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, probe: Probe
     ) -> Array:
         if self.config.nsa.selector != "compressed":
             raise ValueError("flows and blocking know no selector of NSA but compressed")
@@ -354,7 +354,7 @@ class NativeSparseAttention(Attention):
             compressors, new.k_cmp, new.v_cmp, self._block_starts(context), rotary=context.rotary is not None
         )
         operands = (q, *compressed, new.k_slc, new.v_slc, new.k_win, new.v_win, gates)
-        return probed_nsa_attention(*operands, probe, segment_ids=context.segment_ids, **self._sizes)
+        return nsa_flow_attention(*operands, probe, segment_ids=context.segment_ids, **self._sizes)
 
     def _selected(
         self, x: Array, q: Array, k_slc: Array, context: AttentionContext

@@ -18,13 +18,15 @@ class Output:
     """
 
     logits: Float[Array, "B T V"]
-    """Of the next token, float32."""
+    """Of the next token, float32; of the positions that were asked for alone, where some were."""
     hidden: Float[Array, "B T D"]
-    """After the last norm, in the compute dtype."""
+    """After the last norm, in the compute dtype, of the same positions."""
     cache: Cache | None = None
     """With these tokens in it, where one was given."""
     chosen_blocks: Int[Array, "L B Hkv T n"] | None = None
     """NSA's selection blocks of each layer; -1: none."""
+    weights_read: Float[Array, "L B H P"] | None = None
+    """float32: attention weights from one token at others, where a probe reads them."""
     selector_loss: Float[Array, " L"] | None = None
     """Of NSA's auxiliary selector."""
     balance_loss: Float[Array, " layers"] | None = None

@@ -21,6 +21,7 @@ class Stacked(NamedTuple):
     x: Float[Array, "B T D"]
     caches: LayerCache | None
     chosen_blocks: Int[Array, "L B Hkv T n"] | None
+    weights_read: Float[Array, "L B H P"] | None
     selector_loss: Float[Array, " L"] | None
     balance_loss: Float[Array, " L_moe"] | None
     """Of each layer with experts."""
@@ -113,8 +114,8 @@ def apply_blocks(
             results.append(ys)
         start += count
     x = between.done(start, x)
-    caches, chosen, selector_loss, balance_loss = (_joined([ys[i] for ys in results]) for i in range(4))
-    return Stacked(x, join_cache(pool, caches), chosen, selector_loss, balance_loss, found)
+    caches, chosen, read, selector_loss, balance_loss = (_joined([ys[i] for ys in results]) for i in range(5))
+    return Stacked(x, join_cache(pool, caches), chosen, read, selector_loss, balance_loss, found)
 
 
 def take_blocks(blocks: Block, layers: slice) -> Block:
@@ -165,7 +166,8 @@ class _Scan(NamedTuple):
         done = block(x, context, kind=kind.attention, tap=tap, cache=join_cache(pool, cache))
         pool, cache = split_cache(done.attended.cache)
         attended = done.attended
-        results = (cache, attended.chosen_blocks, attended.selector_loss, done.balance_loss)
+        of_attention = (attended.chosen_blocks, attended.weights_read, attended.selector_loss)
+        results = (cache, *of_attention, done.balance_loss)
         return (done.x, pool, self.taps.store(found, per_layer, tap)), results
 
 

@@ -4,7 +4,7 @@ Each step of a layer passes its result through `tap(name, value)`. That is the v
 asked for the name or patches it: then, and only then, anything is added to the program. Layers are scanned,
 so what differs between them (`Taps.per_layer`) is scanned with their parameters, and what is read is written
 to buffers that go from layer to layer, with a row for each layer that was asked for and for no other. Flows
-and blocking (probe.py) reach attention through the same seam, as `tap.probe`.
+and blocking (kernels_pallas/flow) reach attention through the same seam, as `tap.probe`.
 
 Axis letters: L layers, B batch, T tokens, S tokens attended to (S = T), D width, H query heads, Hkv key/value
 heads, Dk and Dv their dimensions, F width of the MLP, V vocabulary, M compressed blocks, n chosen blocks.
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool
 
 from jaxlab.models.batch import Batch
 from jaxlab.models.config import BRANCHES, ModelConfig
-from jaxlab.models.probe import Probe
+from kernels_pallas.flow import Probe
 from kernels_pallas.nsa import num_compressed
 
 
@@ -268,11 +268,30 @@ def make_taps(
     check_request(names, layers, patches, sizes, packed="segment_ids" in batch)
     streamed = ("attention_scores", "attention_pattern", "chosen_blocks", *BRANCH_PATTERNS, *BRANCH_OUTPUTS)
     found = [name for name in (*names, *(patch.name for patch in patches)) if name in streamed]
-    if probe is not None and found:
+    if probe is not None:
+        _check_probe(probe, config)
+    if probe is not None and probe.streams and found:
         raise ValueError(
             f"{found[0]}: a probe streams attention and keeps none; read or patch it without one"
         )
     return Taps(sizes, names=names, layers=layers, patches=patches, probe=probe)
+
+
+def _check_probe(probe: Probe, config: ModelConfig) -> None:
+    per_layer, _ = probe.split()
+    for leaf in jax.tree.leaves(per_layer):
+        if leaf.shape[:1] != (config.num_layers,):
+            given = list(leaf.shape)
+            raise ValueError(f"what a probe has for each layer begins with {config.num_layers}, not {given}")
+    if (probe.read_from is None) != (probe.read_at is None):
+        raise ValueError("a probe reads weights from one token at others: read_from and read_at go together")
+    if probe.read_from is None:
+        return
+    if probe.blocked is not None or probe.factors is not None:
+        raise ValueError("weights are read of attention as it is: read them without blocking and factors")
+    if "nsa" in config.kinds or config.sparsity is not None:
+        kind = "nsa" if "nsa" in config.kinds else "sparse"
+        raise ValueError(f"weights are read of one softmax over all tokens; the model's attention is {kind}")
 
 
 def activation_names(config: ModelConfig) -> tuple[str, ...]:

@@ -23,10 +23,12 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.processing.stop_texts import StopTexts
     from jaxlab.processing.tiles import INTERNVL, INTERNVL_CHAT
     from jaxlab.processing.tokens import (
+        Encoded,
         TextStream,
         check_token_ids,
         decode,
         encode,
         encode_batch,
+        encode_with_spans,
         make_tokenizer,
     )

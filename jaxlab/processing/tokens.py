@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -83,6 +83,42 @@ def encode_batch(
         _clear(tokenizer)  # one that a caller made
         encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
         return [np.asarray(one.ids, np.int64) for one in encoded]
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text, and which of its letters each is made of."""
+
+    ids: np.ndarray
+    """int64[T]"""
+    spans: np.ndarray
+    """int64[T, 2]: the letters [first, end) of the text; empty for tokens that stand for none of them."""
+    special: np.ndarray
+    """bool[T]: tokens that the tokenizer put around the text."""
+
+
+def encode_with_spans(
+    texts: Sequence[str], tokenizer: Tokenizer, *, special: bool = True, where: str = "the texts"
+) -> list[Encoded]:
+    """Token ids of each text, and where in it each token stands; see `encode`.
+
+    Raises:
+      UserError: a text cannot be encoded in UTF-8, or the tokenizer fails on it.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} are not valid UTF-8 (at character {error.start + 1} of one)") from None
+    with _one_line(f"{where}: the tokenizer fails on them"):
+        _clear(tokenizer)
+        return [
+            Encoded(
+                np.asarray(one.ids, np.int64),
+                np.asarray(one.offsets, np.int64).reshape(-1, 2),
+                np.asarray(one.special_tokens_mask, bool),
+            )
+            for one in tokenizer.encode_batch(list(texts), add_special_tokens=special)
+        ]
 
 
 def decode(ids: Any, tokenizer: Tokenizer, *, skip_special: bool = True) -> str:

@@ -6,6 +6,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.reporting.assemble import build_sections, compose, render
     from jaxlab.reporting.folders import RunFolder, read_run, read_runs
     from jaxlab.reporting.formats import duration
+    from jaxlab.reporting.merge_diagnosis import diagnosis_page
     from jaxlab.reporting.page import Section
     from jaxlab.reporting.papers import CLAIMS
     from jaxlab.reporting.verdicts import Claim, Verdict

@@ -30,7 +30,7 @@ STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Look at information flow in a model that learns in context; docs/information_flow.md has it for any "
         "model from Python.",
-        ("python run.py icl configs/quickstart/icl_analysis.yaml --blocked-layers 1 2",),
+        ("python run.py icl configs/quickstart/icl_analysis.yaml --blocking.layers 1 2",),
     ),
     (
         "Put any finished runs on a page like this one.",

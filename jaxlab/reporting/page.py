@@ -17,6 +17,11 @@ from jaxlab.reporting.markup import Markup, join, tag
 from jaxlab.reporting.style import CSS
 from jaxlab.reporting.verdicts import Verdict
 
+_FROM_RUNS = (
+    "Every number and every plot on this page was read from results.json, metrics.jsonl, config.yaml and "
+    "env.json of the run folders named on it."
+)
+
 
 @dataclass
 class Section:
@@ -178,12 +183,14 @@ def page(
     header: Sequence[tuple[str, Any]],
     sections: Sequence[Section],
     notes: Sequence[Any],
+    footer: str = _FROM_RUNS,
 ) -> str:
     """The whole page as HTML text.
 
     Args:
       header: facts about the machine and the code.
       notes: what a reader must know before the numbers.
+      footer: where the numbers are from.
     """
     judged = any(section.verdicts for section in sections)
     key = paragraph(
@@ -216,10 +223,6 @@ def page(
             class_="top",
         ),
         tag("main", *(_section(section) for section in sections)),
-        tag(
-            "footer",
-            "Every number and every plot on this page was read from results.json, metrics.jsonl, "
-            "config.yaml and env.json of the run folders named on it.",
-        ),
+        tag("footer", footer),
     )
     return join([Markup("<!doctype html>\n"), tag("html", head, body, lang="en")]) + "\n"

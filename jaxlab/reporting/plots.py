@@ -14,10 +14,10 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from jaxlab.reporting.formats import Number
 from jaxlab.reporting.markup import Markup
@@ -278,4 +278,70 @@ def heat_maps(
                 axes.set_ylabel(rows_label)
             if place + columns >= len(panels):
                 axes.set_xlabel(columns_label)
+        return figure
+
+
+def layer_panels(
+    panels: Sequence[tuple[str, Mapping[str, tuple[Sequence[Number], Sequence[Number]]], float | None]],
+) -> Figure:
+    """Side by side, numbers by layer: one line per name.
+
+    Args:
+      panels: each a label, (layers, values) by name, and a value to mark by a line across, or None.
+    """
+    with style():
+        figure, grid = canvas(8.8, 3.1, columns=len(panels))
+        for axes, (label, series, mark) in zip(grid[0], panels, strict=True):
+            curves(axes, {name: [points] for name, points in series.items()}, markers=True)
+            if mark is not None:
+                axes.axhline(mark, color=FAINT, linewidth=1, linestyle=(0, (1, 2)))
+                low, high = axes.get_ylim()  # noise around the mark is not to look like something
+                axes.set_ylim(min(low, mark - 0.05), max(high, mark + 0.05))
+            axes.set(title=label, xlabel="layer")
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.ticklabel_format(axis="y", useOffset=False)
+        if len(panels[0][1]) > 1:
+            grid[0][0].legend(loc="best")
+        return figure
+
+
+def _plain(value: float, _: Any) -> str:
+    return f"{value:g}"
+
+
+def layer_maps(panels: Sequence[Mapping[str, Any]], logarithmic: bool = False) -> Figure:
+    """Heat maps one below the other, of modules by layers, on one scale that a bar tells.
+
+    Args:
+      panels: each with title, rows, columns and values [rows][columns]; None is empty.
+      logarithmic: the scale; zeros are empty on it.
+    """
+    grids = [
+        np.array([[np.nan if v is None else v for v in row] for row in p["values"]], float) for p in panels
+    ]
+    if logarithmic:
+        grids = [np.where(values > 0, values, np.nan) for values in grids]
+    known = np.concatenate([values[np.isfinite(values)] for values in grids])
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.1, 1.0)
+    if low == high:
+        low, high = low * 0.9 - 1e-9, high * 1.1 + 1e-9
+    norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
+    with style():
+        tall = sum(0.65 + 0.19 * len(p["rows"]) for p in panels)
+        figure, axes_grid = canvas(8.8, tall, rows=len(panels))
+        for axes, panel, values in zip(axes_grid[:, 0], panels, grids, strict=True):
+            drawn = axes.pcolormesh(
+                np.ma.masked_invalid(values), cmap=HEAT, norm=norm, edgecolors=PAPER, linewidth=0.6
+            )
+            step = max(1, len(panel["columns"]) // 16)
+            axes.set_xticks(np.arange(len(panel["columns"]))[::step] + 0.5, panel["columns"][::step])
+            axes.set_yticks(np.arange(len(panel["rows"])) + 0.5, panel["rows"])
+            axes.invert_yaxis()
+            axes.set_title(panel["title"], fontsize=9.5)
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+            bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01, format=FuncFormatter(_plain))
+            bar.outline.set_visible(False)
+        axes_grid[-1, 0].set_xlabel("layer")
         return figure

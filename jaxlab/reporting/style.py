@@ -62,6 +62,9 @@ a.card:hover { border-color: var(--accent); }
 .seen { color: var(--yes); background: var(--yes-back); }
 .not-seen { color: var(--no); background: var(--no-back); }
 .not-examined { color: var(--open); background: var(--open-back); }
+.breaks { color: var(--paper); background: var(--no); }
+.harms { color: var(--no); background: var(--no-back); }
+.badge.note { color: var(--open); background: var(--open-back); padding: 0 0.5rem; }
 
 .claims { list-style: none; margin: 1.4rem 0 1.8rem; padding: 0; border-top: 1px solid var(--rule); }
 .claims li { display: grid; grid-template-columns: 2.3rem minmax(0, 1fr) 7.2rem; gap: 0.1rem 0.9rem;

@@ -10,8 +10,10 @@ from jaxlab.app import command_line, model_folder
 from jaxlab.config import POSITIONAL
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxlab.checkpoints import OpenModel
-    from jaxlab.merging import InjectRecipe, MergeRecipe
+    from jaxlab.merging import InjectRecipe, MergeAccount, MergekitFile, MergekitReference, MergeRecipe
     from jaxlab.merging.output import Prepared
 
 # jax and what imports it are loaded when the task runs: its help needs none of it.
@@ -22,7 +24,7 @@ class Arguments:
     """Merge models, or inject an expert into a VLM."""
 
     recipe: Annotated[str, POSITIONAL]
-    """YAML file that begins with kind: inject or kind: merge."""
+    """YAML file that begins with kind: inject or kind: merge, or a file of mergekit."""
     out: str
     """Folder to write the model to."""
     to: Literal["auto", "huggingface", "orbax"] = "auto"
@@ -46,6 +48,7 @@ def run(arguments: Arguments) -> None:
     from jaxlab.checkpoints import check_output, hf_family, open_model
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
+        MergekitFile,
         check_room,
         describe,
         load_recipe,
@@ -56,6 +59,9 @@ def run(arguments: Arguments) -> None:
     )
 
     recipe, out = load_recipe(arguments.recipe), Path(arguments.out)
+    if isinstance(recipe, MergekitFile):
+        _of_mergekit(arguments, recipe, out)
+        return
     references = recipe.references()
     folders = [model_folder(reference) for reference in references]
     check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
@@ -85,17 +91,66 @@ def run(arguments: Arguments) -> None:
         _to_huggingface(arguments, prepared, references, out)
 
 
+def _of_mergekit(arguments: Arguments, file: "MergekitFile", out: Path) -> None:
+    """A file of mergekit, all of its stages."""
+    from jaxlab.checkpoints import OpenModel, check_output, open_model
+    from jaxlab.errors import UserError, UserNote
+    from jaxlab.merging import check_room, describe, needs_of, prepare_mergekit_file, write_mergekit_file
+
+    if arguments.to == "orbax":
+        raise UserError(
+            f"{arguments.recipe}: a file of mergekit makes a Hugging Face folder; convert that one"
+        )
+    folders = {str(one): model_folder(one.path) for one in file.references()}
+    adapters = {str(one): model_folder(one.adapter) for one in file.references() if one.adapter is not None}
+    check_output(out, [*folders.values(), *adapters.values()], overwrite=arguments.overwrite)
+    opened: dict[str, OpenModel] = {}
+
+    def open_reference(reference: "MergekitReference") -> OpenModel:
+        key = str(reference)
+        if key not in opened:
+            opened[key] = open_model(folders[key], adapter=adapters.get(key))
+        return opened[key]
+
+    stages = prepare_mergekit_file(file, open_reference, out)
+    notes = [*file.notes, *(note for stage in stages for note in stage.notes)]
+    for note in dict.fromkeys(notes):
+        warnings.warn(note, UserNote, stacklevel=2)
+    check_room(out, [shard for stage in stages for shard in stage.prepared.shards])
+    for stage in stages:
+        if len(stages) > 1:
+            print(f"{stage.name or out.name}:")
+        print(stage.prepared.plan.account().table())
+        print(describe(needs_of(stage.prepared, threads=arguments.threads or None), out))
+    if arguments.check:
+        return
+    sys.stdout.flush()
+    size = sum(stage.prepared.plan.nbytes for stage in stages)
+    account = _with_progress(
+        arguments, out, size, lambda **options: write_mergekit_file(file, open_reference, out, **options)
+    )
+    _written(arguments, out, account)
+
+
 def _to_huggingface(arguments: Arguments, prepared: "Prepared", references: list[str], out: Path) -> None:
+    from jaxlab.merging import write_merge
+
+    account = _with_progress(
+        arguments,
+        out,
+        prepared.plan.nbytes,
+        lambda **options: write_merge(prepared, out, references=references, **options),
+    )
+    _written(arguments, out, account)
+
+
+def _with_progress(
+    arguments: Arguments, out: Path, size: int, write: "Callable[..., MergeAccount]"
+) -> "MergeAccount":
     from tqdm import tqdm
 
-    from jaxlab.errors import UserNote
-    from jaxlab.merging import verify_folder, write_merge
-
-    with tqdm(total=prepared.plan.nbytes, unit="B", unit_scale=True, disable=None, desc=out.name) as bar:
-        account = write_merge(
-            prepared,
-            out,
-            references=references,
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=out.name) as bar:
+        return write(
             command=command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify"),
             overwrite=arguments.overwrite,
             threads=arguments.threads or None,
@@ -103,6 +158,12 @@ def _to_huggingface(arguments: Arguments, prepared: "Prepared", references: list
             hash_inputs=arguments.hash_inputs,
             progress=bar.update,
         )
+
+
+def _written(arguments: Arguments, out: Path, account: "MergeAccount") -> None:
+    from jaxlab.errors import UserNote
+    from jaxlab.merging import verify_folder
+
     bad = [line for line in account.lines if line.not_finite]
     if bad:
         listed = ", ".join(f"{line.name} ({line.not_finite})" for line in bad[:3])
@@ -119,7 +180,9 @@ def _to_orbax(
 ) -> None:
     from jaxlab.merging import merge_by_recipe, save_merged, verify_merged
 
-    params, account = merge_by_recipe(recipe, models)
+    params, account = merge_by_recipe(
+        recipe, models, threads=arguments.threads or None, allow_not_finite=arguments.allow_nonfinite
+    )
     account = save_merged(out, recipe, models, params, account, overwrite=arguments.overwrite)
     print(f"written: {out}")
     if arguments.verify:

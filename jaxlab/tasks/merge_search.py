@@ -202,7 +202,7 @@ def recipe_of(config: Config, operator: str, point: dict[str, Any]) -> InjectRec
         operator=operator,
         lambda_v=point["lambda_v"],
         lambda_e=point["lambda_e"],
-        density=point["density"],
+        parameters={"density": point["density"]},
         embeddings=config.embeddings,
         mode=config.mode,
         seed=config.seed,

@@ -14,7 +14,7 @@ from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl.prompts import make_prompts, token_texts
+from jaxlab.icl import Blocking, make_prompts, token_texts, unpack_maps
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.reporting.papers.label_words import plots as icl_plots
 from jaxlab.tasks import execute, main
@@ -33,7 +33,7 @@ def config(tmp_path_factory):
     save_model(folder, model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(3)), tokenizer)
     data = EPISODES
     return analyse.Config(
-        model=str(folder), data=data, examples=8, batch_size=4, seeds=(1, 2), blocked_layers=(1, 2)
+        model=str(folder), data=data, examples=8, batch_size=4, seeds=(1, 2), blocking=Blocking(layers=(1, 2))
     )
 
 
@@ -58,7 +58,12 @@ def test_results_and_pictures(config, tmp_path):
     assert prompt["tokens"][prompt["query"]] == ":"
     assert len(prompt["labels"]) == 4
     assert prompt["answer"] in [prompt["tokens"][at] for at in prompt["labels"]]
-    assert [len(row) for row in prompt["maps"][0]] == list(range(results["tokens"]))
+    maps = unpack_maps(prompt["maps"])
+    whole = np.load(done.path / "records" / "figure1.npz")["maps_1"][0]
+    assert maps.shape == whole.shape
+    lower = np.tril(whole, k=-1)
+    strong = lower > 0.01 * lower.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(maps[strong], lower[strong], rtol=0.04)
     for draw in (icl_plots.flow_shares_figure, icl_plots.blocking_figure, icl_plots.prompt_figure):
         draw(results).savefig(tmp_path / "figure.svg")
         assert (tmp_path / "figure.svg").stat().st_size > 5000
@@ -77,23 +82,23 @@ def test_mistakes(config):
         analyse.Config()
     with pytest.raises(ConfigError, match="seeds"):
         dataclasses.replace(config, seeds=(1, 1))
-    with pytest.raises(ConfigError, match="blocked_layers"):
-        dataclasses.replace(config, blocked_layers=(0,))
+    with pytest.raises(ConfigError, match="layers"):
+        Blocking(layers=(0,))
     with pytest.raises(UserError, match="the model has 2 layers, not 3"):
-        analyse.check(dataclasses.replace(config, blocked_layers=(1, 3)))
+        analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(1, 3))))
     with pytest.raises(UserError, match="vocabulary"):
-        analyse.check(dataclasses.replace(config, top_words=77))
+        analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(1,), top_words=77)))
 
 
 def test_prompts_are_cut_after_the_last_position(config):
-    source = make_prompts(config.data, "test")
+    source = make_prompts(config.data, open_model(config.model))
     batches = list(source.batches(5, 6, 4))
     assert [len(prompts.labels) for prompts in batches] == [4, 2]
     first = batches[0]
     assert first.batch["tokens"].shape == first.classes.shape == (4, source.length)
     assert np.all(first.positions == source.length - 1)
     assert np.all(first.classes[:, -1] == source.roles.query)
-    again = next(iter(source.batches(5, 4, 4)))
+    again = source.batches(5, 4, 4)[0]
     np.testing.assert_array_equal(first.batch["tokens"], again.batch["tokens"])
     assert token_texts(np.array([104, 105, 10]), None) == ["h", "i", "\\x0a"]
 

@@ -14,6 +14,7 @@ import pytest
 
 from jaxlab.checkpoints import host_tensors, open_model
 from jaxlab.checkpoints.tensor_folder import Planned, open_folder, write_folder
+from jaxlab.config import build
 from jaxlab.errors import UserError
 from jaxlab.merging import (
     InjectRecipe,
@@ -27,6 +28,7 @@ from jaxlab.merging import (
     execute,
     inject_by_recipe,
     merge_by_recipe,
+    merge_models,
     merge_tensors,
     needs_of,
     prepare_merge,
@@ -106,15 +108,13 @@ def write(recipe, out, **options):
 
 def injection(place, **more):
     roles = {role: str(place / name) for role, name in (("vlm", "one"), ("expert", "two"), ("base", "base"))}
-    return InjectRecipe(**{**roles, "lambda_e": 0.4, **more})
+    return build(InjectRecipe, {**roles, "lambda_e": 0.4, **more})
 
 
 def merge(place, operator, base=True, **more):
     models = [{"model": str(place / "one"), "weight": 0.9}, {"model": str(place / "two"), "weight": 0.4}]
     if density := more.pop("density", None):
         models = [model | {"density": density} for model in models]
-    from jaxlab.config import build
-
     return build(
         MergeRecipe,
         {"operator": operator, "models": models, **({"base": str(place / "base")} if base else {}), **more},
@@ -128,7 +128,7 @@ INJECTIONS = [
 ]
 SLOW_INJECTIONS = [
     {"operator": "linear", "mode": "mergekit"},
-    {"operator": "dare_ties", "density": (0.3, 0.8), "mode": "mergekit"},
+    {"operator": "dare_ties", "density": {"vlm": 0.3, "expert": 0.8}, "mode": "mergekit"},
     {"operator": "ties", "density": 0.4, "embeddings": "merge_common_rows"},
     {"operator": "slerp"},
 ]
@@ -164,10 +164,17 @@ MERGES = [
 def test_a_merge_has_the_bits_of_merge_models(place, tmp_path, operator, options):
     recipe = merge(place, operator, **options)
     write(recipe, tmp_path / "out")
-    want, _ = merge_by_recipe(recipe, [open_model(r) for r in recipe.references()])
+    opened = [open_model(r) for r in recipe.references()]
+    models = [model.read() for model in opened]
+    named = options | {"weight": [0.9, 0.4], "base": models.pop() if recipe.base else None}
+    want, _ = merge_models(operator, models, family="llama", **named)
     found = open_folder(tmp_path / "out")
     for name, value in host_tensors(want, "llama"):
         assert found[name].read().tobytes() == value.tobytes(), name
+    held, account = merge_by_recipe(recipe, opened)
+    same = {name: value.tobytes() for name, value in host_tensors(held, "llama")}
+    assert same == {name: value.tobytes() for name, value in host_tensors(want, "llama")}
+    assert account.differences(held) == []
 
 
 def test_chunks_threads_and_order_do_not_matter(place, tmp_path):
@@ -365,7 +372,7 @@ def test_not_finite_values_are_counted_and_refused(place, tmp_path, capsys):
             "lambda_e: [{pattern: 'model.layers.9.*', value: 1}, {pattern: '*', value: 0.5}]",
             "matches no tensor",
         ),
-        ("lambda_e: [{pattern: '*.mlp.*', value: 1}]", "no pattern of the lambda matches"),
+        ("lambda_e: [{pattern: '*.mlp.*', value: 1}]", "no pattern of lambda_e matches"),
         ("lambda_e: [1, 2, 3]", "3 values for 2 layers"),
     ],
 )
@@ -393,8 +400,6 @@ def test_a_pattern_with_the_names_of_another_model(tmp_path):
         )
     roles = {role: str(tmp_path / role) for role in ("vlm", "expert", "base")}
     rules = ({"pattern": "model.layers.0.*", "value": 0.5}, {"pattern": "*", "value": 1.0})
-    from jaxlab.config import build
-
     recipe = build(InjectRecipe, {**roles, "lambda_e": rules})
     with pytest.raises(
         UserError, match=r"it has names of the expert; those of the vlm count, as language_model"

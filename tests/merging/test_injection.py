@@ -263,8 +263,8 @@ def test_lambdas_by_layer_and_by_pattern():
         "model.layers.0.self_attn.q_proj.weight": 1.0,
     }.items():
         np.testing.assert_array_equal(got[name], share(name, weight), err_msg=name)
-    with pytest.raises(UserError, match="2 values for 3 layers"):
-        inject(vlm, expert, base, lambda_v=[1.0, 2.0])
+    with pytest.raises(UserError, match="4 values for 3 layers"):
+        inject(vlm, expert, base, lambda_v=[1.0, 2.0, 3.0, 4.0])
     with pytest.raises(UserError, match=r"no pattern of the lambda matches model\.norm\.weight"):
         inject(
             vlm,

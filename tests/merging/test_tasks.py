@@ -239,13 +239,15 @@ def test_recipes_say_what_they_are(tmp_path):
     for text, message in {
         "kind: merge\noperator: linear\nbase: b\nmodels: [{model: a}]\n": "linear takes no base",
         "kind: merge\noperator: ties\nmodels: [{model: a}]\n": "ties needs a base",
-        "kind: merge\noperator: linear\nlambda: 1.0\nmodels: [{model: a}]\n": "lambda: linear has none",
+        "kind: merge\noperator: linear\nlambda: 1.0\nmodels: [{model: a}]\n": "lambda: linear does not use it",
         "kind: merge\noperator: slerp\nmodels: [{model: a}]\n": "t: slerp needs it",
         "kind: merge\nmodels: []\n": "needs a list of models",
     }.items():
         with pytest.raises(UserError, match=message):
             load_recipe(write(tmp_path / "e.yaml", text))
-    assert build(MergeRecipe, {"base": "b", "lambda": 0.5, "models": [{"model": "a"}]}).lambda_ == 0.5
+    assert build(MergeRecipe, {"base": "b", "lambda": 0.5, "models": [{"model": "a"}]}).parameters == {
+        "lambda": 0.5
+    }
 
 
 def hand_trio(keep=lambda params: params):

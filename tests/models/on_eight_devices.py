@@ -18,6 +18,7 @@ from jaxlab.checkpoints import load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.costs import bytes_per_device, generation_memory
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
+from jaxlab.icl import Blocking
 from jaxlab.models import ModelConfig, Params, SplitConfig, generate, init_params, model_mesh, using
 from jaxlab.tasks import evaluate, icl
 from jaxlab.tasks import main as run_command
@@ -90,7 +91,7 @@ def main() -> None:
 
         data = EPISODES
         config = icl.Config(
-            model=str(path), data=data, examples=8, batch_size=4, seeds=(1,), blocked_layers=(1,)
+            model=str(path), data=data, examples=8, batch_size=4, seeds=(1,), blocking=Blocking(layers=(1,))
         )
         alone, split = (
             icl.run(dataclasses.replace(config, mesh=at), Run(place, "icl")) for at in (SplitConfig(), SPLIT)

@@ -544,12 +544,13 @@ def test_what_does_not_go_together_is_refused():
     config, nsa = MODELS["full"], MODELS["nsa"]
     batch = make_batch(config)
     patch = Patch("keys", 0, mode="zero")
+    streaming = Probe(blocked=np.zeros((config.num_layers, *batch["tokens"].shape), bool))
     with pytest.raises(ValueError, match="mode of a patch is replace, add or zero, not 'double'"):
         Patch("keys", 0, mode="double")
     with pytest.raises(ValueError, match="cannot be used with a cache"):
         forward({}, batch, config, patches=[patch], cache=init_cache(config, 2, LENGTH))
     with pytest.raises(ValueError, match="attention_pattern: a probe streams attention"):
-        forward({}, batch, config, patches=[Patch("attention_pattern", mode="zero")], probe=Probe())
+        forward({}, batch, config, patches=[Patch("attention_pattern", mode="zero")], probe=streaming)
     with pytest.raises(ValueError, match="one text a row"):
         activations({}, batch | {"segment_ids": batch["tokens"]}, nsa, "window_pattern")
     sparse = dataclasses.replace(config, sparsity=Quest(num_blocks=4, num_local=1))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
+from jaxlab.checkpoints.families.language import layer_types
 from jaxlab.checkpoints.families.settings import IGNORED_KEYS, reading
 from jaxlab.checkpoints.tensor_table import HEAD, Rows
 from jaxlab.errors import UserError, UserNote
@@ -33,6 +34,7 @@ __all__ = [
     "head_name",
     "ignored",
     "image_word",
+    "layer_types",
     "names_of",
     "processor_kinds",
     "read_config",

@@ -10,6 +10,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from jaxlab.icl import unpack_maps
 from jaxlab.reporting.plots import BLUE, DASHES, FAINT, INK, ORANGE, canvas, style
 
 Results = Mapping[str, Any]
@@ -109,7 +110,8 @@ def prompt_figure(results: Results, layers: int | None = None) -> Figure:
       layers: how many layers each half sums over; by default a third of them.
     """
     prompt = results["figure1"]
-    total = len(prompt["maps"])
+    maps = _maps(prompt)
+    total = len(maps)
     count = max(1, total // 3) if layers is None else layers
     heights = _line_heights(prompt)
     with style():
@@ -126,7 +128,7 @@ def prompt_figure(results: Results, layers: int | None = None) -> Figure:
         )
         for half, (title, chosen) in enumerate(halves):
             left, right = columns[half] + margin, columns[half + 1] - margin
-            _lines(axes, prompt, prompt["maps"][chosen], left, right, heights)
+            _lines(axes, prompt, maps[chosen], left, right, heights)
             axes.text((left + right) / 2, -1.6, title, ha="center", va="center", fontsize=10, color=INK)
         for column in columns:
             _words(axes, prompt, column, heights)
@@ -137,6 +139,12 @@ def prompt_figure(results: Results, layers: int | None = None) -> Figure:
             handles=handles, loc="lower center", ncols=3, fontsize=8.5, columnspacing=1.6, borderaxespad=0.4
         )
         return figure
+
+
+def _maps(prompt: Results) -> Sequence[Any]:
+    """Of each layer the rows, as they are packed or, in older results, as they are."""
+    maps = prompt["maps"]
+    return list(unpack_maps(maps)) if isinstance(maps, Mapping) else maps
 
 
 def _spanned(first: int, last: int) -> str:
@@ -188,7 +196,7 @@ def _readable(token: str) -> str:
 def _lines(
     axes: Axes,
     prompt: Results,
-    maps: Sequence[Sequence[Sequence[float]]],
+    maps: Sequence[Any],
     left: float,
     right: float,
     heights: np.ndarray,

@@ -1,10 +1,10 @@
-"""The stream behind probe.py: attention and its flows by blocks of rows, one key/value head at a time.
+"""Native sparse attention with its flows, by blocks of rows, one key/value head at a time.
 
-Forward and backward hold temporaries of [B, H / Hkv, rows, S] only. The backward pass recomputes the
-attention of a block of rows, forms P = A * dA, which the softmax's own backward needs anyway, adds it over
-the heads, and reduces it to sums over pairs of token classes at once. Blocks of rows are gathered into a few
-groups, and a group reads only the keys that its rows can see, so about half of the causal square is never
-computed.
+The three branches are softmaxes over keys of their own, of the same queries, and their flows are added edge
+by edge before the heads are. Forward and backward hold temporaries of [B, H / Hkv, rows, S] only. The
+backward pass recomputes the attention of a block of rows, forms P = A * dA, adds it over the heads, and
+reduces it to sums over pairs of token classes at once. Blocks of rows are gathered into a few groups, and a
+group reads only the keys that its rows can see.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-MASKED = -1e30  # stands for minus infinity, without the NaN of inf - inf in rows that see nothing
-RELEASED_LOGIT = -10000.0  # the logit of a blocked edge in the released code
-ELEMENTS = 1 << 21  # wanted size of one temporary
+from kernels_pallas.flow.base import ELEMENTS, MASKED, RELEASED_LOGIT
+from kernels_pallas.flow.probe import Probe
+
 ROWS = 256  # most rows in a block
 GROUPS = 4  # most groups; each is compiled once
 
@@ -62,7 +62,7 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class BranchSpec:
     """What is static: a softmax per branch, all of the same queries."""
 
     branches: tuple[Branch, ...]
@@ -73,7 +73,7 @@ class Spec:
 class _Stream:
     """Cuts [B, T, ...] arrays into blocks of rows and says which keys a group of blocks can see."""
 
-    def __init__(self, spec: Spec, q: Array, keys: tuple[Array, ...]):
+    def __init__(self, spec: BranchSpec, q: Array, keys: tuple[Array, ...]):
         self.batch, self.tokens, self.heads, _ = q.shape
         self.kv_heads = keys[0].shape[2]
         self.share = self.heads // self.kv_heads
@@ -82,12 +82,6 @@ class _Stream:
         self.blocks = math.ceil(self.tokens / self.rows)
         self.branches = spec.branches
         self.counts = [k.shape[1] for k in keys]
-
-    def sinks_by_head(self, sinks: Array | None) -> Array | None:
-        """float32[Hkv, 1, H / Hkv, 1], beside the logits' [B, H / Hkv, rows] of each key/value head."""
-        if sinks is None:
-            return None
-        return sinks.astype(jnp.float32).reshape(self.kv_heads, 1, self.share, 1)
 
     def cut(self, x: Array, fill: int = 0) -> Array:
         """[B, T, ...] -> [blocks, B, rows, ...]; rows added at the end see and count for nothing."""
@@ -107,7 +101,7 @@ class _Stream:
         return x.reshape(self.batch, self.blocks * self.rows, self.heads, x.shape[-1])[:, : self.tokens]
 
     def rows_of(
-        self, q: Array, chosen: Array | None, segment_ids: Array | None, probe: Any
+        self, q: Array, chosen: Array | None, segment_ids: Array | None, probe: Probe
     ) -> dict[str, Any]:
         """Everything that goes with the rows, cut into blocks."""
         some = lambda x, *fill: None if x is None else self.cut(x, *fill)
@@ -165,7 +159,7 @@ def _visible(branch: Branch, at: Range, rows: Rows, chosen: Array | None, segmen
 
 
 def _logits(
-    spec: Spec,
+    spec: BranchSpec,
     blocking: str,
     branch: Branch,
     at: Range,
@@ -195,33 +189,30 @@ def _acting(blocking: str, weights: Array, allowed: Array | None) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def stream_attention(
-    spec: Spec,
+def branched_attention(
+    spec: BranchSpec,
     q: Array,
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
     chosen: Array | None,
     segment_ids: Array | None,
-    probe: Any,
-    sinks: Array | None = None,
+    probe: Probe,
 ) -> tuple[Array, ...]:
     """One output [B, T, H, Dv] per branch, from q [B, T, H, Dk] and a tuple of keys and of values [B, S, Hkv,
-    D]. `sinks` [H] take part in each softmax and have no value."""
-    return _forward(spec, q, keys, values, chosen, segment_ids, probe, sinks)[0]
+    D]."""
+    return _forward(spec, q, keys, values, chosen, segment_ids, probe)[0]
 
 
 def _forward(
-    spec: Spec,
+    spec: BranchSpec,
     q: Array,
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
     chosen: Array | None,
     segment_ids: Array | None,
-    probe: Any,
-    sinks: Array | None,
+    probe: Probe,
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     stream = _Stream(spec, q, keys)
-    sinks_by_head = stream.sinks_by_head(sinks)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     parts = []
     for blocks, _, _, at, ks, vs in stream.groups(_by_head(keys), _by_head(values)):
@@ -234,29 +225,25 @@ def _forward(
                         spec, probe.blocking, branch, where, rows, one["q"], k, one["chosen"], segment_ids
                     )
                     top = jnp.max(scores, axis=-1, initial=MASKED)
-                    if one["sink"] is not None:
-                        top = jnp.maximum(top, one["sink"])
                     weights = jnp.where(seen[:, None], jnp.exp(scores - top[..., None]), 0.0)
                     total = jnp.sum(weights, axis=-1)
-                    if one["sink"] is not None:
-                        total += jnp.exp(one["sink"] - top)
                     total = jnp.where(total > 0.0, total, 1.0)
                     weights = _acting(probe.blocking, weights, allowed)
                     outs.append(jnp.einsum("bgrs,bsd->bgrd", weights, v) / total[..., None])
                     norms.append(top + jnp.log(total))
                 return None, (outs, norms)
 
-            by_head = {"q": rows["q"], "chosen": rows["chosen"], "k": ks, "v": vs, "sink": sinks_by_head}
+            by_head = {"q": rows["q"], "chosen": rows["chosen"], "k": ks, "v": vs}
             return None, jax.lax.scan(head, None, by_head)[1]
 
         parts.append(jax.lax.scan(block, None, jax.tree.map(lambda x, cut=blocks: x[cut], inputs))[1])
     outs, norms = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     outs = tuple(stream.join_heads(out).astype(q.dtype) for out in outs)
-    return outs, (q, keys, values, chosen, segment_ids, probe, sinks, norms)
+    return outs, (q, keys, values, chosen, segment_ids, probe, norms)
 
 
 def _head_gradients(
-    spec: Spec,
+    spec: BranchSpec,
     blocking: str,
     at: list[Range],
     low: int,
@@ -265,12 +252,11 @@ def _head_gradients(
     one: Rows,
     segment_ids: Array | None,
     edges: Array | None,
-) -> tuple[Array, Array | None, Array, list[Array], list[Array], Array | None]:
+) -> tuple[Array, Array | None, Array, list[Array], list[Array]]:
     """One key/value head of one block of rows -> (flow per query head, edges seen so far, d_q, d_keys,
-    d_values, d_sinks)."""
+    d_values)."""
     flow = jnp.zeros((*one["q"].shape[:3], high - low), jnp.float32)
     d_q, d_ks, d_vs = jnp.zeros_like(one["q"]), [], []
-    d_sink = None if one["sink"] is None else jnp.zeros_like(one["sink"])
     each = zip(spec.branches, at, one["k"], one["v"], one["norm"], one["d_out"], strict=True)
     for branch, where, k, v, norm, d_out in each:
         scores, seen, allowed = _logits(
@@ -279,10 +265,7 @@ def _head_gradients(
         softmax = jnp.where(seen[:, None], jnp.exp(scores - norm[..., None]), 0.0)
         acting = _acting(blocking, softmax, allowed)
         part = acting * jnp.einsum("bgrd,bsd->bgrs", d_out, v)
-        whole = jnp.sum(part, axis=-1, keepdims=True)
-        d_scores = (part - softmax * whole) * spec.scale
-        if d_sink is not None:
-            d_sink -= jnp.sum(jnp.exp(one["sink"] - norm) * whole[..., 0], axis=(0, 2))[None, :, None]
+        d_scores = (part - softmax * jnp.sum(part, axis=-1, keepdims=True)) * spec.scale
         d_q += jnp.einsum("bgrs,bsd->bgrd", d_scores, k)
         d_ks.append(jnp.einsum("bgrs,bgrd->bsd", d_scores, one["q"]))
         d_vs.append(jnp.einsum("bgrs,bgrd->bsd", acting, d_out))
@@ -290,13 +273,12 @@ def _head_gradients(
         if edges is not None:
             real = (seen if allowed is None else seen & allowed).astype(jnp.float32)
             edges |= branch.to_tokens(real, where, low, high, divide=False) > 0.0
-    return flow, edges, d_q, d_ks, d_vs, d_sink
+    return flow, edges, d_q, d_ks, d_vs
 
 
-def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
-    q, keys, values, chosen, segment_ids, probe, sinks, norms = saved
+def _backward(spec: BranchSpec, saved: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
+    q, keys, values, chosen, segment_ids, probe, norms = saved
     stream = _Stream(spec, q, keys)
-    sinks_by_head = stream.sinks_by_head(sinks)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     inputs |= {"norm": norms, "d_out": [stream.cut_heads(c) for c in cotangents]}
     taps = {"flow": probe.class_tap, "count": probe.count_tap}
@@ -306,7 +288,7 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
         one_hot = jax.nn.one_hot(probe.classes, tap.shape[-1], dtype=jnp.float32)
         inputs["one_hot"] = stream.cut(one_hot)
     keys_by_head, values_by_head = _by_head(keys), _by_head(values)
-    like_zeros = {"k": keys_by_head, "v": values_by_head, "sink": sinks_by_head, **taps}
+    like_zeros = {"k": keys_by_head, "v": values_by_head, **taps}
     totals = jax.tree.map(jnp.zeros_like, like_zeros)
     parts = []
     for blocks, low, high, at, ks, vs in stream.groups(keys_by_head, values_by_head):
@@ -320,6 +302,9 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
             ks: Any = ks,
             vs: Any = vs,
         ) -> Any:
+            before = jnp.arange(low, high, dtype=jnp.int32)[None, :] < rows["row"][:, None]
+            here = lambda what: jnp.where(before, what.astype(jnp.float32), 0.0)
+
             def head(carry: Any, one: Rows) -> Any:
                 signed, absolute, edges = carry
                 flow, edges, *gradients = _head_gradients(
@@ -328,27 +313,36 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
                 signed += jnp.sum(flow, axis=1)
                 if absolute is not None:
                     absolute += jnp.sum(jnp.abs(flow), axis=1)
-                return (signed, absolute, edges), gradients
+                by_class = None
+                if probe.per_head:
+                    what = here(flow if probe.signed else jnp.abs(flow))
+                    by_class = jnp.einsum("bgrs,bsk->bgrk", what, one_hot[:, low:high])
+                    by_class = jnp.einsum("brc,bgrk->bgck", rows["one_hot"], by_class)
+                return (signed, absolute, edges), (by_class, gradients)
 
             nothing = jnp.zeros((stream.batch, stream.rows, high - low), jnp.float32)
-            absolute = nothing if probe.reduction == "sum_of_abs" else None
+            absolute = nothing if probe.needs_absolute and not probe.per_head else None
             edges = nothing.astype(bool) if "count" in taps else None
             by_head = {name: rows[name] for name in ("q", "chosen", "norm", "d_out")}
-            by_head |= {"k": ks, "v": vs, "sink": sinks_by_head}
-            (signed, absolute, edges), (d_q, d_ks, d_vs, d_sink) = jax.lax.scan(
+            by_head |= {"k": ks, "v": vs}
+            (signed, absolute, edges), (by_class, (d_q, d_ks, d_vs)) = jax.lax.scan(
                 head, (nothing, absolute, edges), by_head
             )
-            if d_sink is not None:
-                totals = totals | {"sink": totals["sink"] + d_sink}
             for name, news in (("k", d_ks), ("v", d_vs)):
                 both = zip(totals[name], news, at, strict=True)
                 totals = totals | {name: [old.at[:, :, slice(*r)].add(new) for old, new, r in both]}
-            before = jnp.arange(low, high, dtype=jnp.int32)[None, :] < rows["row"][:, None]
-            whats: Any = {"flow": jnp.abs(signed) if absolute is None else absolute, "count": edges}
-            for name in taps:
-                what = jnp.where(before[None], whats[name].astype(jnp.float32), 0.0)
-                by_class = jnp.einsum("brs,bsk->brk", what, one_hot[:, low:high])
-                totals = totals | {name: totals[name] + jnp.einsum("brc,brk->bck", rows["one_hot"], by_class)}
+            whats: Any = {"count": edges}
+            if by_class is not None:  # [Hkv, B, G, K, K]
+                totals = totals | {
+                    "flow": totals["flow"] + by_class.swapaxes(0, 1).reshape(taps["flow"].shape)
+                }
+            elif "flow" in taps:
+                whats["flow"] = probe.of_head_sum(signed, absolute, stream.heads)
+            for name, what in whats.items():
+                if what is not None:
+                    of_keys = jnp.einsum("brs,bsk->brk", here(what), one_hot[:, low:high])
+                    new = jnp.einsum("brc,brk->bck", rows["one_hot"], of_keys)
+                    totals = totals | {name: totals[name] + new}
             if probe.map_tap is None:
                 return totals, (d_q, None)
             return totals, (d_q, jnp.pad(signed, [(0, 0), (0, 0), (low, stream.tokens - high)]))
@@ -359,17 +353,9 @@ def _backward(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[Array, ...])
     if signed_map is not None:
         signed_map = signed_map.swapaxes(0, 1).reshape(stream.batch, -1, stream.tokens)[:, : stream.tokens]
     like = lambda ds, xs: tuple(d.transpose(1, 2, 0, 3).astype(x.dtype) for d, x in zip(ds, xs, strict=True))
-    d_probe = dataclasses.replace(
-        probe,
-        class_tap=totals.get("flow"),
-        count_tap=totals.get("count"),
-        map_tap=signed_map,
-        blocked=None,
-        classes=None,
-    )
+    d_probe = probe.cotangent(class_tap=totals.get("flow"), count_tap=totals.get("count"), map_tap=signed_map)
     d_q = stream.join_heads(d_q).astype(q.dtype)
-    d_sinks = None if sinks is None else totals["sink"].reshape(sinks.shape).astype(sinks.dtype)
-    return d_q, like(totals["k"], keys), like(totals["v"], values), None, None, d_probe, d_sinks
+    return d_q, like(totals["k"], keys), like(totals["v"], values), None, None, d_probe
 
 
-stream_attention.defvjp(_forward, _backward)
+branched_attention.defvjp(_forward, _backward)

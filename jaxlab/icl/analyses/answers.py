@@ -1,0 +1,82 @@
+"""What the model answers: accuracy, confusion, and whether it gives more than one answer at all."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
+from jaxlab.icl.blocking import label_predictions
+from jaxlab.icl.prompts import Prompts
+from jaxlab.icl.saliency import target_logits
+from jaxlab.models import Batch, ModelConfig, Params
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def label_logits(
+    params: Params, batch: Batch, positions: Array, label_tokens: Array, config: ModelConfig
+) -> tuple[Float[Array, "B C"], Float[Array, " B"]]:
+    """Logits of the label words at q, and the log of the sum over the vocabulary, which is NaN if one is."""
+    logits = target_logits(params, batch, config, positions).astype(np.float32)
+    chosen = jax.numpy.take_along_axis(logits, label_tokens, axis=1)
+    return chosen, jax.nn.logsumexp(logits, axis=-1)
+
+
+@dataclass(frozen=True)
+class Answers(PromptAnalysis):
+    """The answers with all demonstrations. Every run has it: others set against it what they find."""
+
+    name: ClassVar[str] = "answers"
+
+    def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
+        logits, total = label_logits(
+            study.params, chunk.batch, chunk.positions, chunk.label_tokens, study.config
+        )
+        logits, total = np.asarray(logits, np.float32), np.asarray(total, np.float32)
+        predicted = label_predictions(np.where(np.isnan(total)[:, None], np.nan, logits), _indices(chunk))
+        return {
+            "label_logits": logits,
+            "label_mass": np.exp(np.logaddexp.reduce(logits, axis=1) - total),
+            "predicted": predicted.astype(np.int32),
+            "label": chunk.labels,
+        }
+
+    def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
+        names = study.source.label_names
+        of_seed = [accuracy(seed["predicted"], seed["label"]) for seed in records.values()]
+        predicted = np.concatenate([seed["predicted"] for seed in records.values()])
+        label = np.concatenate([seed["label"] for seed in records.values()])
+        confusion = np.zeros((len(names), len(names)), np.int64)
+        given = predicted >= 0
+        np.add.at(confusion, (label[given], predicted[given]), 1)
+        mass = np.concatenate([seed["label_mass"] for seed in records.values()])
+        return {
+            "accuracy": float(np.mean(of_seed)),
+            "accuracy_std": deviation(np.array(of_seed)),
+            "accuracy_by_seed": of_seed,
+            "label_words": list(names),
+            "confusion": confusion,
+            "no_prediction": int((~given).sum()),
+            "label_mass": float(np.nanmean(mass)) if np.isfinite(mass).any() else None,
+            "single_class": single_class(predicted, names),
+        }
+
+
+def accuracy(predicted: np.ndarray, label: np.ndarray) -> float:
+    """The share of right answers; an answer over NaN is none, and not right."""
+    return float(np.mean(predicted == label))
+
+
+def single_class(predicted: np.ndarray, names: tuple[str, ...]) -> str | None:
+    """The one label that is ever predicted, if it is one: then accuracy, label loyalty and AUCROC say nothing
+    of the model."""
+    found = np.unique(predicted[predicted >= 0])
+    return names[int(found[0])] if len(found) == 1 else None
+
+
+def _indices(prompts: Prompts) -> np.ndarray:
+    return np.broadcast_to(np.arange(prompts.label_tokens.shape[1]), prompts.label_tokens.shape)

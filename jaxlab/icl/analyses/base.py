@@ -1,0 +1,110 @@
+"""What an analysis of in-context learning is, and what it works on. README.md beside this file tells how one
+is added."""
+
+import abc
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlab.icl.few_shot import Mode
+from jaxlab.icl.prompts import Prompts, PromptSource
+from jaxlab.models import ModelConfig, Params
+
+Records = dict[str, np.ndarray]
+"""What was measured: arrays whose first axis counts prompts."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, its parameters, and the prompts that all analyses of a run look at."""
+
+    config: ModelConfig
+    params: Params
+    """Arrays; for `check` and `memory` their shapes, dtypes and shardings."""
+    source: PromptSource
+    seeds: tuple[int, ...]
+    examples: int
+    """Prompts of a seed, at most."""
+    batch_size: int
+    mode: Mode
+    tokenizer: Tokenizer | None
+    """The model's; None: it reads bytes."""
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The padded lengths of its batches: each is a program of its own."""
+        batches = (self.source.batches(seed, self.examples, self.batch_size) for seed in self.seeds)
+        return tuple(sorted({chunk.parts.shape[1] for chunks in batches for chunk in chunks}))
+
+    @property
+    def longest(self) -> int:
+        return self.lengths[-1]
+
+    @property
+    def chance(self) -> float:
+        return 1.0 / len(self.source.label_names)
+
+
+class Analysis[Chunk](abc.ABC):
+    """One analysis: a frozen dataclass whose fields are its options in the config.
+
+    The run calls `chunks` for each seed, `measure` for each chunk, keeps what it returns on disk, so that a
+    run that was stopped goes on behind the last chunk, and at the end `summarize`.
+    """
+
+    name: ClassVar[str]
+    """Of the analysis in `analyses`, of its group in the config, and of its part of the results."""
+
+    def check(self, study: Study) -> None:  # noqa: B027
+        """Checks what can be known before parameters are read.
+
+        Raises:
+          UserError: the model or the prompts do not allow this analysis.
+        """
+
+    def memory(self, study: Study) -> int:
+        """Bytes of temporaries on one device, from compiling alone; 0: less than a forward pass takes."""
+        return 0
+
+    @abc.abstractmethod
+    def chunks(self, study: Study, seed: int) -> Sequence[Chunk]:
+        """The work of one seed in parts, each of seconds to minutes; a pure function of its arguments."""
+
+    @abc.abstractmethod
+    def measure(self, study: Study, chunk: Chunk, rng: np.random.Generator) -> Records:
+        """The records of one chunk.
+
+        Args:
+          rng: of this seed and chunk alone, so that a resumed run draws the same.
+        """
+
+    @abc.abstractmethod
+    def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
+        """The part of the results, small and in JSON's types or arrays, from the records of each seed."""
+
+
+class PromptAnalysis(Analysis[Prompts]):
+    """An analysis that looks at the prompts of the run, batch after batch.
+
+    `measure` returns one row for each row of the batch. Rows that only fill a batch up are dropped, and the
+    records of a seed come in the order of its prompts, with `row` as their numbers.
+    """
+
+    def chunks(self, study: Study, seed: int) -> Sequence[Prompts]:
+        return study.source.batches(seed, study.examples, study.batch_size)
+
+
+def deviation(by_seed: np.ndarray) -> np.ndarray:
+    """Standard deviation of a sample along the first axis; 0 for one seed, which has none to tell."""
+    spread = by_seed.std(0, ddof=1) if len(by_seed) > 1 else np.zeros_like(by_seed[0])
+    return np.asarray(spread)
+
+
+def over_seeds(records: Mapping[int, Records], name: str) -> np.ndarray:
+    """Means over the prompts of each seed [seeds, ...]; what is NaN counts nowhere."""
+    with np.errstate(invalid="ignore"):
+        return np.stack([np.nanmean(seed[name].astype(np.float64), axis=0) for seed in records.values()])

@@ -1,0 +1,51 @@
+"""From the config of prompts to the prompts, in the tokens of a model."""
+
+from jaxlab.checkpoints import OpenModel
+from jaxlab.data import EpisodesConfig, EpisodesSource
+from jaxlab.icl.episode_prompts import EpisodePrompts
+from jaxlab.icl.few_shot import FewShotPrompts, LabelPosition, Mode, Split
+from jaxlab.icl.prompts import PromptSource
+from jaxlab.icl.roles import TokenClasses
+from jaxlab.icl.text_tasks import (
+    AGNewsConfig,
+    ClassificationConfig,
+    EmoCConfig,
+    SST2Config,
+    TRECConfig,
+    examples_identity,
+)
+
+PromptsConfig = EpisodesConfig | ClassificationConfig | SST2Config | TRECConfig | AGNewsConfig | EmoCConfig
+"""The prompts that are analysed; a further source joins by `|`."""
+
+
+def prompts_identity(config: PromptsConfig) -> str:
+    """A digest of what the prompts are made from; it changes when that does.
+
+    Raises:
+      UserError: files are missing.
+    """
+    if isinstance(config, EpisodesConfig):
+        return EpisodesSource(config).identity
+    return examples_identity(config)
+
+
+def make_prompts(
+    config: PromptsConfig,
+    opened: OpenModel,
+    *,
+    split: Split = "test",
+    mode: Mode = "paper",
+    classes: TokenClasses | None = None,
+    label_position: LabelPosition = "first",
+) -> PromptSource:
+    """The prompts that `config` describes, for one model.
+
+    Raises:
+      UserError: files that are missing or damaged, or prompts that are not for this model.
+    """
+    if isinstance(config, EpisodesConfig):
+        return EpisodePrompts(config, opened, split, classes)
+    return FewShotPrompts(
+        config, opened, split=split, mode=mode, classes=classes, label_position=label_position
+    )

@@ -1,0 +1,59 @@
+"""A plan carried out in memory: what becomes a model of ours, which is written whole."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlab.checkpoints import OpenModel, entries, from_hf, tree_of
+from jaxlab.merging.account import MergeAccount
+from jaxlab.merging.engine import execute
+from jaxlab.merging.output import prepare_merge
+from jaxlab.merging.plan import MergePlan, dtype_of
+from jaxlab.merging.recipe import Recipe
+from jaxlab.models import Params
+
+
+class _Memory:
+    """In place of a folder that is written and taken up again."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self.finished: dict[str, dict[str, Any]] = {}
+        self._planned = {tensor.name: tensor for tensor in plan.tensors}
+        self._bytes = {t.name: np.empty(t.nbytes, np.uint8) for t in plan.tensors}
+
+    def write(self, name: str, values: np.ndarray, start: int) -> None:
+        self._bytes[name][start : start + values.nbytes] = values
+
+    def finish(self, name: str, **record: Any) -> None:
+        self.finished[name] = record
+
+    def array(self, name: str) -> np.ndarray:
+        planned = self._planned[name]
+        count = math.prod(planned.shape)
+        return self._bytes[name].view(dtype_of(planned.dtype))[:count].reshape(planned.shape)
+
+
+def merge_by_recipe(
+    recipe: Recipe, models: Sequence[OpenModel], **options: Any
+) -> tuple[Params, MergeAccount]:
+    """What a recipe makes of its models, opened in the order of `recipe.references()`, on the host, and the
+    account; the bits of `write_merge`.
+
+    Args:
+      options: see `jaxlab.merging.engine.execute`.
+
+    Raises:
+      UserError: models that are damaged or cannot be merged.
+    """
+    prepared = prepare_merge(recipe, models, to="orbax")
+    memory = _Memory(prepared.plan)
+    records = execute(prepared.plan, prepared.inputs, memory, hash_inputs="none", **options)
+    first = models[0]
+    account = prepared.plan.account(first.config.family).with_records(records)
+    leaves: dict[Any, Any] = {}
+    for entry in entries(first.shapes, first.config.family):
+        stacked = np.stack([memory.array(name) for name in entry.names])
+        leaves |= from_hf(stacked, entry, first.shapes)
+    return tree_of(leaves), account

@@ -1,0 +1,181 @@
+"""What a recipe says of an operator's parameters, checked against the operator's declaration."""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from jaxlab.config import suggestion
+from jaxlab.errors import ConfigError, UserError, UserNote
+from jaxlab.merging.numerics import Mode
+from jaxlab.merging.operators import OPERATORS, Operator, operator_named
+from jaxlab.merging.operators.registry import REQUIRED, Parameter
+from jaxlab.merging.schedules import check_kind, kind_of, scalars_of
+
+FIXED_BY_INJECTION = {"lambda": 1.0, "normalize": False}
+"""Parameters of operators that an injection does not leave open."""
+_FOR_MERGEKIT = ("int8_mask",)
+"""Keys of mergekit that say how, not what."""
+
+
+def named_operator(name: str, *, injected: bool) -> Operator:
+    """The operator that a recipe names.
+
+    Raises:
+      ConfigError: there is none, or none that can be injected.
+    """
+    try:
+        known = operator_named(name, "operator")
+        return known.for_injection if injected else known
+    except UserError as error:
+        raise ConfigError(str(error), key="operator") from None
+
+
+def open_parameters(operator: Operator, *, injected: bool) -> dict[str, Parameter]:
+    """Those that a recipe may give, beside weights."""
+    closed: Collection[str] = FIXED_BY_INJECTION if injected else ()
+    return {name: p for name, p in operator.parameters.items() if name not in closed}
+
+
+def used_of_recipe(
+    operator: Operator,
+    mode: Mode,
+    given: Mapping[str, Any],
+    models: Sequence[str],
+    *,
+    injected: bool,
+    fields: Collection[str] = (),
+) -> dict[str, Any]:
+    """The parameters that the operator uses, of those given; in mode mergekit others are left out with a
+    note.
+
+    Args:
+      given: by name: a number of a recipe, or of parameters with a value for each model {model: number}.
+      models: what the models, without the base, are called there.
+      injected: as an injection uses it.
+      fields: the recipe's other keys, for hints.
+
+    Raises:
+      ConfigError: one that the operator does not use, that is missing or cannot have this value.
+    """
+    known = open_parameters(operator, injected=injected)
+    used = {}
+    for name, value in given.items():
+        if name in known:
+            check_parameter(operator, known[name], value, models)
+            used[name] = value
+        else:
+            _refuse(operator, mode, name, known, injected=injected, fields=fields)
+    for name, parameter in known.items():
+        if name in used:
+            continue
+        if parameter.default_in(mode) is REQUIRED or (injected and parameter.asked):
+            each = f": one value, or one for each of {', '.join(models)}" if parameter.per_model else ""
+            raise ConfigError(f"{operator.name} needs it{each}", key=name)
+    return used
+
+
+def _refuse(
+    operator: Operator,
+    mode: Mode,
+    name: str,
+    known: Mapping[str, Parameter],
+    *,
+    injected: bool,
+    fields: Collection[str],
+) -> None:
+    if injected and name in operator.parameters:
+        fixed = FIXED_BY_INJECTION[name]
+        raise ConfigError(
+            f"an injection has it fixed at {str(fixed).lower()}; its weights are lambda_v and lambda_e",
+            key=name,
+        )
+    somewhere = name in _FOR_MERGEKIT or any(name in other.parameters for other in OPERATORS.values())
+    if not somewhere and name != "weight":
+        hint = suggestion(name, [*fields, *known])
+        raise ConfigError("unknown key" + (hint or f"; {_takes(operator, known)}"), key=name)
+    if mode == "paper":
+        raise ConfigError(f"{operator.name} does not use it; {_takes(operator, known)}", key=name)
+    if name not in _FOR_MERGEKIT:
+        warnings.warn(f"{operator.name} does not use {name}", UserNote, stacklevel=2)
+
+
+def _takes(operator: Operator, known: Mapping[str, Parameter]) -> str:
+    return f"{operator.name} takes {', '.join(known) or 'no parameters'}"
+
+
+def refuse_weight(operator: Operator, mode: Mode, key: str) -> None:
+    """Refuses a weight for an operator that has none; in mode mergekit it is a note.
+
+    Raises:
+      ConfigError: in mode paper.
+    """
+    if mode == "paper":
+        raise ConfigError(f"{operator.name} has no weights; {_takes(operator, operator.parameters)}", key=key)
+    warnings.warn(f"{operator.name} does not use weight", UserNote, stacklevel=2)
+
+
+def given_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are null."""
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def with_own_values(
+    operator: Operator,
+    common: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+    models: Sequence[str],
+    place: str,
+) -> dict[str, Any]:
+    """Parameters of a recipe together with those that stand at single models, as {model: number}.
+
+    Args:
+      own: of each model.
+      models: what they are called.
+      place: the key of their list, for messages.
+
+    Raises:
+      ConfigError: one that is for all models alike, or that some models lack and has no default.
+    """
+    merged = dict(common)
+    for i, values in enumerate(own):
+        for name in values:
+            parameter = operator.parameters.get(name)
+            if parameter is not None and not parameter.per_model:
+                raise ConfigError("is one for all models; it belongs beside operator", f"{place}.{i}.{name}")
+    for name in dict.fromkeys(name for values in own for name in values):
+        others = merged.get(name)
+        known = operator.parameters.get(name)
+        each = {}
+        for model, values in zip(models, own, strict=True):
+            default = others[model] if isinstance(others, Mapping) and model in others else others
+            if default is None and known is not None:
+                default = known.default
+            each[model] = values.get(name, default)
+            if each[model] is REQUIRED:
+                raise ConfigError(f"missing for {model}", key=name)
+        merged[name] = each
+    return merged
+
+
+def check_parameter(operator: Operator, parameter: Parameter, value: Any, models: Sequence[str]) -> None:
+    """Whether every value that a parameter may have somewhere is of its kind and within its bounds.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    name = parameter.name
+    if isinstance(value, Mapping):
+        if not parameter.per_model:
+            raise ConfigError("is one for all models", key=name)
+        for model, own in value.items():
+            if model not in models:
+                raise ConfigError(f"no model {model!r}; there are {', '.join(models)}", key=name)
+            check_parameter(operator, parameter, own, models)
+        if missing := [model for model in models if model not in value]:
+            raise ConfigError(f"missing for {missing[0]}", key=name)
+        return
+    if operator.gather is not None and isinstance(value, list | tuple):
+        raise ConfigError(f"{operator.name} sees all tensors at once: one number, the same for all", key=name)
+    for scalar in scalars_of(check_kind(value, kind_of(parameter), name)):
+        if problem := parameter.problem(scalar):
+            raise ConfigError(problem, key=name)

@@ -1,0 +1,16 @@
+"""Attention whose backward pass gives information flows, summed over pairs of token classes. README.md beside
+this file is the map."""
+
+from kernels_pallas.flow.api import flow_attention, nsa_flow_attention, read_weights
+from kernels_pallas.flow.probe import Blocking, NsaEdges, Probe, Reduction, check_word
+
+__all__ = [
+    "Blocking",
+    "NsaEdges",
+    "Probe",
+    "Reduction",
+    "check_word",
+    "flow_attention",
+    "nsa_flow_attention",
+    "read_weights",
+]
