@@ -22,6 +22,7 @@ from jaxlab.errors import UserError
 from jaxlab.merging.cutting import cuts_of, thresholds_of
 from jaxlab.merging.injection import Method
 from jaxlab.merging.merge import gather_totals
+from jaxlab.merging.numerics import Cut
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source, dtype_of
 from jaxlab.merging.programs import ZERO, Scope, measure, merge_part, merge_whole, operator_of, scope_of
 from jaxlab.merging.steps import CHUNK, Step
@@ -372,7 +373,11 @@ class _Shared:
 def _by_chunks(jobs: Sequence[_Job], shared: _Shared, size: int) -> None:
     """Operators that work element by element, once it is known where a tensor is cut."""
     steps = [job.worker.step(job.tensor) for job in jobs]
-    cuts = [cuts_of(step) if step.scope == "cut" else () for step in steps]
+    found: dict[Any, tuple[Cut, ...]] = {}
+    for step in steps:
+        if step.scope == "cut" and step.prepared_by not in found:
+            found[step.prepared_by] = cuts_of(step)
+    cuts = [found.get(step.prepared_by, ()) for step in steps]
     keys = [[shared.key(job, source) for source in job.sources] for job in jobs]
     start = 0
     for parts in shared.parts(0, size, min(step.chunk for step in steps)):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxlab.merging.injection import Given
 from jaxlab.merging.numerics import tensor_key
 from jaxlab.merging.plan import MergePlan, Merging, PlannedTensor
-from jaxlab.merging.programs import Scope, given_to, program_of, scope_of
+from jaxlab.merging.programs import Scope, given_to, operator_of, program_of, scope_of
 from jaxlab.merging.streams import Reader, padded
 
 CHUNK = 1 << 20
@@ -57,6 +57,16 @@ class Step:
     @functools.cached_property
     def scope(self) -> Scope:
         return scope_of(self.merging)
+
+    @functools.cached_property
+    def prepared_by(self) -> Any:
+        """Equal for steps whose tensors are cut alike: what the weights have no part in."""
+        step, operator = self.merging, operator_of(self.merging.operator, self.merging.injected)
+        if operator.preparation is None or operator.weighted_first:
+            return id(self)
+        parameters = tuple((k, v) for k, v in step.parameters if k in operator.preparation_parameters)
+        places = tuple(self.reader.place(source) for source in step.everything)
+        return operator.preparation, step.mode, parameters, places, step.read_as, self.size
 
     def given(self, totals: Any = None) -> Given:
         """What an operator may ask for, of the whole tensor."""

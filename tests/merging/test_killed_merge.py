@@ -60,9 +60,9 @@ def merged(desk, out, **options):
     return write_merge(prepared, desk / out, **options)
 
 
-def killed(desk, after, out="out"):
+def killed(desk, after, out="out", more=()):
     """Runs the merge until the so manyth call that changes a file, and kills it there."""
-    words = [str(after), "merge", str(desk / "recipe.yaml"), "--out", str(desk / out)]
+    words = [str(after), "merge", str(desk / "recipe.yaml"), "--out", str(desk / out), *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     found = subprocess.run(
         [sys.executable, "-c", KILLED, *words], env=environment, cwd=desk, capture_output=True, check=False

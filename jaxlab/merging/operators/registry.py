@@ -254,6 +254,11 @@ class Operator:
         return {p.name: p for f in self._signatures for p in _parameters(f)}
 
     @property
+    def preparation_parameters(self) -> tuple[str, ...]:
+        """Those of its first stage."""
+        return () if self.preparation is None else tuple(p.name for p in _parameters(self.preparation))
+
+    @property
     def of_models(self) -> bool:
         """Merges models themselves, not task vectors."""
         return next(iter(inspect.signature(self._stages[0]).parameters)) == "models"
