@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):
         common_prefix,
         differences,
         language_differences,
+        language_settings_apart,
     )
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
     from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
@@ -24,6 +25,7 @@ with epy.lazy_api_imports(globals()):
         check_tied_heads,
         model_tensors,
         tensors_laid_out_as,
+        tensors_of_shapes,
     )
     from jaxlab.checkpoints.open import load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside

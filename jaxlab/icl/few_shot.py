@@ -147,24 +147,22 @@ class FewShotPrompts:
         if self._chat is not None:
             return self._chat.pieces(
                 [self._asked(e, n, longest) for n, e in enumerate([*demonstrations, query])],
-                [self._answer(example.label, n)[-1] for n, example in enumerate(demonstrations)],
+                [self._answer(example.label, n) for n, example in enumerate(demonstrations)],
             )
         pieces = []
         for number, example in enumerate(demonstrations):
             pieces += self._asked(example, number, longest)
-            pieces += self._answer(example.label, number)
+            pieces.append(self._answer(example.label, number))
             pieces.append(Piece(self._tail + self.config.separator, Part.FORMAT, number))
         return pieces + self._asked(query, len(demonstrations), longest)
 
-    def _answer(self, label: int, number: int) -> list[Piece]:
-        """The space before a label word, of the template or of the word itself, and the word."""
+    def _answer(self, label: int, number: int) -> Piece:
+        """A label word, and before it the space of the template or of the word itself: the tokens that the
+        model is to answer, of which the space may be one of its own."""
         given = self.label_names[label]
         word = given.strip()
         lead = self._lead or given[: len(given) - len(given.lstrip())]
-        return [
-            Piece("" if self._chat else lead, Part.FORMAT, number),
-            Piece(word, Part.LABEL, number, label),
-        ]
+        return Piece(word if self._chat else lead + word, Part.LABEL, number, label)
 
     def _asked(self, example: Example, number: int, longest: int | None) -> list[Piece]:
         """The template with an example's text, up to the label word and the space before it."""
@@ -226,9 +224,7 @@ class FewShotPrompts:
             raise UserError(
                 f"{told}; set data.too_long to drop_demonstrations or truncate_text, or lower data.shots"
             )
-        raise UserError(
-            f"{told}, and {rule} does not bring it below that; lower data.shots or raise max_tokens"
-        )
+        raise UserError(f"{told}, and {rule} is not enough; lower data.shots or raise data.max_tokens")
 
     def _annotate(self, pieces: Sequence[Piece], encoded: Encoded, query: Example) -> Annotated:
         """What each token is, by the first letter of it that is no space.
@@ -314,7 +310,7 @@ class FewShotPrompts:
         query = Example(tuple("a text" for _ in self.examples.columns), 0, "")
         pieces = self._pieces([], query)
         answers = [self._answer(label, 0) for label in range(len(self.label_names))]
-        prompt, *whole = self._encode([pieces, *([*pieces, *answer] for answer in answers)])
+        prompt, *whole = self._encode([pieces, *([*pieces, answer] for answer in answers)])
         start = _end(prompt)
         found: list[list[int]] = []
         for word, one in zip(self.label_names, whole, strict=True):

@@ -24,9 +24,9 @@ from jaxlab.merging.injection import Method
 from jaxlab.merging.merge import gather_totals
 from jaxlab.merging.numerics import Cut
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source, dtype_of
-from jaxlab.merging.programs import ZERO, Scope, measure, merge_part, merge_whole, operator_of, scope_of
+from jaxlab.merging.programs import ZERO, measure, merge_part, merge_whole, operator_of, scope_of
 from jaxlab.merging.steps import CHUNK, Step
-from jaxlab.merging.streams import COPY, Files, Hashed, Out, Reader, cast
+from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast
 
 _WHOLE = 3 << 29
 """Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
@@ -305,13 +305,14 @@ class _Job:
         return self.tensor.merging.everything
 
     @property
-    def merged(self) -> int:
-        """How many elements are merged, the first ones; the others are the first source's."""
+    def alike(self) -> Any:
+        """Equal for jobs that one stream serves: how much of it, and what is kept between."""
         step = self.tensor.merging
-        size = math.prod(self.tensor.shape)
         if step is None:
-            return 0
-        return size if step.rows is None else size // max(1, self.tensor.shape[0]) * step.rows
+            return "copy", math.prod(self.tensor.shape)
+        size = math.prod(step.merged_shape(self.tensor.shape))
+        kept = None if step.kept is None else self.worker.reader.place(step.kept)
+        return "stream" if is_streamed(step) else "whole", size, step.rows, kept
 
     def done(self) -> Done:
         digests = {name: digest.hexdigest() for name, digest in self.hashes.items()}
@@ -322,16 +323,21 @@ def _do(jobs: Sequence[_Job], budget: _Budget) -> None:
     """Makes tensors of one name, each of another plan."""
     alike: dict[Any, list[_Job]] = {}
     for job in jobs:
-        step = job.tensor.merging
-        kind: Scope | str = "copy" if step is None else "stream" if is_streamed(step) else "whole"
-        alike.setdefault((kind, job.merged), []).append(job)
-    for (kind, merged), group in alike.items():
+        alike.setdefault(job.alike, []).append(job)
+    for (kind, size, *_), group in alike.items():
         shared = _Shared(group)
+        if kind == "copy":
+            _copy(group, shared, size)
+            continue
+        sinks = [shared.sink(job, first=job is group[0]) for job in group]
         if kind == "stream":
-            _by_chunks(group, shared, merged)
-        elif kind == "whole":
-            _whole(group, shared, merged, budget)
-        _rest(group, shared, merged)
+            _by_chunks(group, sinks, shared, size)
+        else:
+            _whole(group, sinks, shared, size, budget)
+        for job, sink in zip(group, sinks, strict=True):
+            if isinstance(sink, AmongKeptRows):
+                sink.keep_to(job.tensor.shape[0])
+        shared.hash_rest(group[0], size)
         shared.tell(group)
 
 
@@ -362,15 +368,56 @@ class _Shared:
         for parts in zip(*streams, strict=True):
             yield dict(zip(self.streams, parts, strict=True))
 
+    def sink(self, job: _Job, *, first: bool) -> Out | AmongKeptRows:
+        """Where merged values go to: others may be kept between them, which are hashed for the first job."""
+        step = job.tensor.merging
+        assert step is not None
+        if step.rows is None:
+            return job.out
+        kept, reader = step.kept, job.worker.reader
+        assert kept is not None
+        hashes = self.hashes.setdefault(self.key(job, kept), {}) if first else None
+
+        def parts(start: int, stop: int) -> Iterator[np.ndarray]:
+            for part in reader.parts(kept, start, stop, COPY, hashes):
+                yield cast(part, job.dtype)
+
+        return AmongKeptRows(job.out, step.rows, math.prod(job.tensor.shape[1:]), parts)
+
+    def hash_rest(self, job: _Job, merged: int) -> None:
+        """A digest is of all bytes of a tensor, also where only its first rows are merged; of one whose rows
+        are kept, all have been read."""
+        step = job.tensor.merging
+        if step is None or step.kept is None or job.worker.reader.hash_inputs == "none":
+            return
+        kept = self.key(job, step.kept)
+        for key, (reader, source, _) in self.streams.items():
+            if key != kept:
+                for _ in reader.parts(source, merged, reader.tensor(source).size, COPY, self.hashes[key]):
+                    pass
+
     def tell(self, jobs: Sequence[_Job]) -> None:
         """Hands each job the digests of what it reads, by its own names."""
         for job in jobs:
-            for source in job.sources:
+            step = job.tensor.merging
+            kept = () if step is None or step.kept is None else (step.kept,)
+            for source in (*job.sources, *kept):
                 for digest in self.hashes[self.key(job, source)].values():
                     job.hashes[f"{source.model}:{source.name}"] = digest
 
 
-def _by_chunks(jobs: Sequence[_Job], shared: _Shared, size: int) -> None:
+Sinks = Sequence[Out | AmongKeptRows]
+
+
+def _copy(jobs: Sequence[_Job], shared: _Shared, size: int) -> None:
+    """A tensor that is not merged."""
+    for parts in shared.parts(0, size, COPY):
+        for job in jobs:
+            job.out.add(cast(parts[shared.key(job, job.sources[0])], job.dtype))
+    shared.tell(jobs)
+
+
+def _by_chunks(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int) -> None:
     """Operators that work element by element, once it is known where a tensor is cut."""
     steps = [job.worker.step(job.tensor) for job in jobs]
     found: dict[Any, tuple[Cut, ...]] = {}
@@ -382,17 +429,17 @@ def _by_chunks(jobs: Sequence[_Job], shared: _Shared, size: int) -> None:
     start = 0
     for parts in shared.parts(0, size, min(step.chunk for step in steps)):
         count = 0
-        for job, step, known, own in zip(jobs, steps, cuts, keys, strict=True):
+        for sink, step, known, own in zip(sinks, steps, cuts, keys, strict=True):
             arrays = [parts[key] for key in own]
             count = len(arrays[0])
             for chunk in step.chunks(arrays, start):
                 whole = (np.uint32(size), known) if step.scope == "cut" else ()
                 merged = merge_part(step.program, *chunk.arguments, ZERO, *whole)
-                job.out.add(np.asarray(merged)[: chunk.elements])
+                sink.add(np.asarray(merged)[: chunk.elements])
         start += count
 
 
-def _whole(jobs: Sequence[_Job], shared: _Shared, size: int, budget: _Budget) -> None:
+def _whole(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int, budget: _Budget) -> None:
     """Operators that need a tensor whole."""
     steps = [job.worker.step(job.tensor) for job in jobs]
     need = max(whole_bytes(step.merging, size) for step in steps)
@@ -401,26 +448,11 @@ def _whole(jobs: Sequence[_Job], shared: _Shared, size: int, budget: _Budget) ->
             key: reader.read(source, size, shared.hashes[key], read_as)
             for key, (reader, source, read_as) in shared.streams.items()
         }
-        for job, step in zip(jobs, steps, strict=True):
+        for job, sink, step in zip(jobs, sinks, steps, strict=True):
             own = [arrays[shared.key(job, source)] for source in job.sources]
             models = step.split(own, step.shape)
             if len(jobs) == 1:
                 arrays, own = {}, []
             merged = merge_whole(step.program, *models, step.numbers, step.given(step.totals), ZERO)
             del models
-            job.out.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1))
-
-
-def _rest(jobs: Sequence[_Job], shared: _Shared, merged: int) -> None:
-    """What is copied: a tensor that is not merged, rows of which the others have none; and the digests of
-    what is not used, which are of all bytes of a tensor."""
-    for key, (reader, source, read_as) in shared.streams.items():
-        tails = [job for job in jobs if shared.key(job, job.sources[0]) == key]
-        sizes = [math.prod(job.tensor.shape) for job in tails]
-        stop = reader.tensor(source).size if reader.hash_inputs != "none" else max(sizes, default=merged)
-        at = merged
-        for part in reader.parts(source, merged, max(stop, merged), COPY, shared.hashes[key], read_as):
-            for job, size in zip(tails, sizes, strict=True):
-                if at < size:
-                    job.out.add(cast(part[: size - at], job.dtype))
-            at += len(part)
+            sink.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1))

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,11 +23,13 @@ from jaxlab.checkpoints import (
     read_json,
     resumable_folder,
 )
+from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, MergeAccount
 from jaxlab.merging.plan import Input, MergePlan, open_inputs
 from jaxlab.merging.planning import plan_injection_of, plan_merge_of
 from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe, Recipe, check_same_architecture
+from jaxlab.merging.vocabulary import same_tokens
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned
@@ -71,6 +73,8 @@ class Prepared:
     """None: what stands beside the first input."""
     stages: tuple[Mapping[str, Any], ...] = ()
     """What made the inputs that are stages of the same file, for the account."""
+    differences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings in which the models differ, with the one that is kept, and the others' by path."""
 
     @property
     def recipe_text(self) -> str:
@@ -98,7 +102,12 @@ def prepare_merge(
     """
     from jaxlab.merging.engine import layout
 
-    check_same_architecture(models)
+    first = "vlm" if isinstance(recipe, InjectRecipe) else "first"
+    differences = check_same_architecture(models, recipe.differences, first)
+    tokens = None
+    if recipe.embeddings == "merge_common_rows":
+        tokens = same_tokens([model.tokenizer for model in models])
+        _check_tokenizers(models, recipe.roles())
     inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
     if isinstance(recipe, InjectRecipe):
         plan = plan_injection_of(
@@ -108,6 +117,7 @@ def prepare_merge(
             parameters=recipe.options(),
             lambdas=recipe.lambdas(),
             embeddings=recipe.embeddings,
+            tokens=tokens,
             seed=recipe.seed,
         )
     else:
@@ -118,9 +128,25 @@ def prepare_merge(
             parameters=recipe.options(),
             weights=recipe.weights(),
             with_base=recipe.base is not None,
+            embeddings=recipe.embeddings,
+            tokens=tokens,
             seed=recipe.seed,
         )
-    return Prepared(recipe, tuple(inputs), plan, layout(plan, inputs))
+    return Prepared(recipe, tuple(inputs), plan, layout(plan, inputs), differences=differences)
+
+
+def _check_tokenizers(models: Sequence[OpenModel], roles: Sequence[str]) -> None:
+    """Whether tokens can be matched: all models have a tokenizer, or all read bytes.
+
+    Raises:
+      UserError: they cannot.
+    """
+    without = [role for role, model in zip(roles, models, strict=True) if model.tokenizer is None]
+    if without and len(without) < len(models):
+        raise UserError(
+            f"embeddings: merge_common_rows matches tokens, but the {without[0]} has no tokenizer; "
+            "embeddings: merge takes rows by their number"
+        )
 
 
 class Writing(NamedTuple):
@@ -231,7 +257,9 @@ def finished_account(prepared: Prepared, out: str | os.PathLike[str]) -> MergeAc
 
 def _account_of(found: Mapping[str, Any]) -> MergeAccount:
     listed = ("models", "shape")
-    lines = [{k: tuple(v) if k in listed else v for k, v in line.items()} for line in found["tensors"]]
+    lines: list[dict[str, Any]] = [
+        {k: tuple(v) if k in listed else v for k, v in line.items()} for line in found["tensors"]
+    ]
     return MergeAccount(tuple(AccountLine(**line) for line in lines))
 
 
@@ -298,6 +326,7 @@ def _made(
         "recipe": prepared.recipe_tree,
         "hashed": hashed,
         "inputs": inputs,
+        **({"differences": prepared.differences} if prepared.differences else {}),
         **({"stages": list(prepared.stages)} if prepared.stages else {}),
     }
 
@@ -342,6 +371,7 @@ def _card(prepared: Prepared, made: Mapping[str, Any], account: MergeAccount, co
             "",
             _DIGESTS[made["hashed"]],
             "",
+            *_differences(prepared.differences),
             "## Made again, bit for bit",
             "",
             f"With the `{RECIPE}` that lies here, from the folder in which its paths mean the same models:",
@@ -352,6 +382,15 @@ def _card(prepared: Prepared, made: Mapping[str, Any], account: MergeAccount, co
             "",
         ]
     )
+
+
+def _differences(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a card about settings in which the models differ."""
+    if not settings:
+        return []
+    others = {name: [f"{v} ({path})" for path, v in s["others"].items()] for name, s in settings.items()}
+    rows = [f"| {name} | {s['kept']} | {', '.join(others[name])} |" for name, s in settings.items()]
+    return ["## Settings that differ", "", "| setting | kept | not kept |", "|---|---|---|", *rows, ""]
 
 
 def verify_folder(out: str | os.PathLike[str], account: MergeAccount | None = None) -> int:
@@ -393,6 +432,9 @@ def _hash(folder: TensorFolder, name: str) -> str:
 def notes_of(prepared: Prepared) -> list[str]:
     """What is allowed and probably not meant."""
     inputs, notes = prepared.inputs, []
+    for name, values in prepared.differences.items():
+        others = " and ".join(str(value) for value in dict.fromkeys(values["others"].values()))
+        notes.append(f"{name}: {values['kept']} is kept, {others} is not")
     if isinstance(prepared.recipe, InjectRecipe):
         paths = [one.model.path.resolve() for one in inputs]
         if paths[1] == paths[2]:

@@ -1,9 +1,8 @@
 """Recipes, what a merge file says, and carrying one out: opened models in, a model with its account out."""
 
-import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer
 
 from jaxlab import __version__
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model
+from jaxlab.checkpoints import OpenModel, language_settings_apart, open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import jsonable, shipped
 from jaxlab.merging.account import MergeAccount
@@ -25,6 +24,7 @@ from jaxlab.merging.parameters import (
     with_own_values,
 )
 from jaxlab.merging.schedules import Number, check_kind
+from jaxlab.merging.vocabulary import SameTokens, same_tokens
 from jaxlab.models import ModelConfig, Params
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class InjectRecipe:
     """Weight of the expert's task vector."""
     embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
     """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
+    differences: dict[str, Literal["vlm"]] = field(default_factory=dict)
+    """Settings without an average, such as rope.theta, in which the models may differ: whose counts."""
     mode: Literal["paper", "mergekit"] = "paper"
     """The operator as published, or as mergekit computes it."""
     seed: int = 0
@@ -131,6 +133,11 @@ class MergeRecipe:
     """Its name in docs/operators.md; name+svc, say, does something to its result."""
     weight: Number | None = None
     """Of every model that names none."""
+    embeddings: Literal["all", "first", "merge_common_rows", "merge"] = "all"
+    """Embedding and head: merged as all else, if all have equally many rows; the first model's; merged where
+    the tokenizers agree; merged as far as all have rows, the others the first model's."""
+    differences: dict[str, Literal["first"]] = field(default_factory=dict)
+    """Settings without an average, such as rope.theta, in which the models may differ: whose counts."""
     mode: Literal["paper", "mergekit"] = "paper"
     """The operator as published, or as mergekit computes it."""
     seed: int = 0
@@ -235,49 +242,68 @@ class Trio(NamedTuple):
     vlm: Params
     expert: Params
     base: Params
-    common_rows: int | None
-    """How many ids, from 0 on, mean the same token to all three; None: all, since they read bytes."""
+    common_rows: SameTokens | int | None
+    """Which ids mean the same token to all three; None: all, since they read bytes."""
     expert_config: ModelConfig
     base_config: ModelConfig
 
 
-def read_trio(vlm: OpenModel, expert: OpenModel, base: OpenModel) -> Trio:
+def read_trio(
+    vlm: OpenModel, expert: OpenModel, base: OpenModel, *, differences: Collection[str] = ()
+) -> Trio:
     """Reads the three.
+
+    Args:
+      differences: settings that may differ; see `check_same_architecture`.
 
     Raises:
       UserError: one is damaged or their language models differ in kind.
     """
-    check_same_architecture([vlm, expert, base])
+    check_same_architecture([vlm, expert, base], differences)
     return Trio(
         config=vlm.config,
         tokenizer=vlm.tokenizer,
         vlm=vlm.read(),
         expert=expert.read(),
         base=base.read(),
-        common_rows=common_prefix([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
+        common_rows=same_tokens([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
         expert_config=expert.config,
         base_config=base.config,
     )
 
 
-def check_same_architecture(models: Sequence[OpenModel]) -> None:
+def check_same_architecture(
+    models: Sequence[OpenModel], allowed: Collection[str] = (), first: str = "vlm"
+) -> dict[str, dict[str, Any]]:
     """Checks that parameters of the language models mean the same functions.
 
+    Args:
+      allowed: settings that may differ, such as rope.theta: those of the first model are kept.
+      first: what the first model is called.
+
+    Returns:
+      For each of these settings the value that is kept, and the others' by path.
+
     Raises:
-      UserError: they do not.
+      UserError: they do not, or do in a setting that is allowed to differ.
     """
-    first, *others = models
-    for other in others:
-        for name in language_differences(first.described, other.described):
-            values = getattr(first.described, name), getattr(other.described, name)
-            if dataclasses.is_dataclass(values[0]):  # a group: the first of its fields that differs
-                inner = [f.name for f in dataclasses.fields(values[0])]
-                differs = next(f for f in inner if getattr(values[0], f) != getattr(values[1], f))
-                name, values = f"{name}.{differs}", tuple(getattr(value, differs) for value in values)
-            raise UserError(
-                f"{first.path} and {other.path} cannot be merged: "
-                f"{name} is {values[0]} in one, {values[1]} in the other"
-            )
+    kept: dict[str, dict[str, Any]] = {}
+    for other in models[1:]:
+        apart = language_settings_apart(models[0].described, other.described)
+        for name, values in apart.items():
+            if name not in allowed:
+                listed = ", ".join(f"{key}: {first}" for key in dict.fromkeys([*allowed, *apart]))
+                raise UserError(
+                    f"{models[0].path} and {other.path} cannot be merged: {name} is {values[0]} in one, "
+                    f"{values[1]} in the other; where the {first}'s is meant to count for both, say so with "
+                    f"differences: {{{listed}}}"
+                )
+            kept.setdefault(name, {"kept": values[0], "others": {}})["others"][str(other.path)] = values[1]
+    for name in allowed:
+        if name not in kept:
+            differ = f"they differ in {', '.join(kept)}" if kept else "they differ in no setting"
+            raise UserError(f"differences: the models do not differ in {name!r}; {differ}")
+    return kept
 
 
 def note_dequantized(models: Iterable[OpenModel]) -> None:
@@ -338,6 +364,8 @@ def save_merged(
 
     account = account.with_hashes(params)
     written = {"version": __version__, "recipe": configs.to_dict(recipe), "tensors": account.to_json()}
+    if recipe.differences:
+        written["differences"] = check_same_architecture(models, recipe.differences)
     save_model(
         out,
         models[0].config,

@@ -47,8 +47,7 @@ class Step:
         self.merging: Merging = tensor.merging
         self.name = tensor.name
         self.reader, self.chunk, self.totals, self.statistics = reader, chunk, totals, statistics
-        rows = self.merging.rows
-        self.shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+        self.shape = self.merging.merged_shape(tensor.shape)
         self.size = math.prod(self.shape)
         """Of what is merged."""
         self.program, self.numbers = program_of(tensor, self.merging, self.size, plan.num_layers)

@@ -139,6 +139,43 @@ class Out:
         self._at += raw.nbytes
 
 
+class AmongKeptRows:
+    """Merged rows on their way out, with those that are kept put between them."""
+
+    def __init__(
+        self,
+        out: Out,
+        runs: Sequence[tuple[int, int]],
+        width: int,
+        kept: Callable[[int, int], Iterator[np.ndarray]],
+    ) -> None:
+        """
+        Args:
+          runs: of merged rows: the first of them in the output, and how many.
+          width: elements of a row.
+          kept: gives elements of the tensor from which the others come, flat, in parts.
+        """
+        self._out, self._runs, self._width, self._kept = out, iter(runs), width, kept
+        self._row = self._left = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Merged values, flat, in the order of the runs."""
+        while len(values):
+            if not self._left:
+                start, count = next(self._runs)
+                self.keep_to(start)
+                self._row, self._left = start + count, count * self._width
+            count = min(len(values), self._left)
+            self._out.add(values[:count])
+            values, self._left = values[count:], self._left - count
+
+    def keep_to(self, row: int) -> None:
+        """The kept rows from the last one on, up to this one."""
+        for part in self._kept(self._row * self._width, row * self._width):
+            self._out.add(part)
+        self._row = row
+
+
 def _hashed(start: int, stop: int, what: Hashed) -> Iterator[tuple[int, int]]:
     """The bytes of a tensor between two that are hashed, as ranges."""
     if what == "full":

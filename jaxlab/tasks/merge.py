@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxlab.app import command_line, model_folder
 from jaxlab.config import POSITIONAL, REPEATED
-from jaxlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,10 +44,6 @@ class Arguments:
     """What of the inputs is hashed for the card: 4 kB of every 256 kB, or all that is read."""
     threads: int = 0
     """Tensors that are merged at once; 0: as many as there are cores, up to four."""
-
-    def __post_init__(self) -> None:
-        if not self.recipes:
-            raise ConfigError("which recipe? name at least one", key="recipes")
 
 
 def run(arguments: Arguments) -> None:

@@ -285,3 +285,34 @@ def test_a_pattern_that_matches_nothing(place):
     )
     with pytest.raises(UserError, match="no pattern of density of expert matches model"):
         planned(recipe)
+
+
+def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, capsys):
+    """The refusal names the line that is missing; what was kept is in the account and on the card."""
+    for seed, (role, theta) in enumerate({"base": 1e4, "vlm": 1e6, "expert": 1e4}.items()):
+        llama(tmp_path / role, seed)
+        path = tmp_path / role / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": theta}))
+    lines = {"kind": "inject", **{role: str(tmp_path / role) for role in ("vlm", "expert", "base")}}
+    run = lambda out="out": main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / out)])
+    (tmp_path / "r.yaml").write_text(json.dumps(lines))
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "rope.theta is 1000000.0 in one, 10000.0 in the other" in error
+    assert "say so with differences: {rope.theta: vlm}" in error
+    (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "vlm"}}))
+    with pytest.warns(UserNote, match="rope.theta: 1000000.0 is kept, 10000.0 is not"):
+        assert run() == 0
+    made = json.loads((tmp_path / "out" / "account.json").read_text())
+    others = {str(tmp_path / role): 1e4 for role in ("expert", "base")}
+    assert made["differences"] == {"rope.theta": {"kept": 1e6, "others": others}}
+    assert "| rope.theta | 1000000.0 | 10000.0 (" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 1e6
+    (tmp_path / "r.yaml").write_text(
+        json.dumps({**lines, "differences": {"rope.theta": "vlm", "mlp": "vlm"}})
+    )
+    assert run("again") == 2
+    assert "the models do not differ in 'mlp'; they differ in rope.theta" in capsys.readouterr().err
+    (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "expert"}}))
+    assert run("again") == 2
+    assert "differences.rope.theta: expected vlm, found expert" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def _names(journal):
         (["a.yaml", "--sweep", "lambda=[1]"], "has it fixed"),
         (["a.yaml", "--sweep", "models.3.weight=[1]"], "the recipe has no models.3.weight"),
         (["a.yaml", "--sweep", "lambda_e=[0.1, x]"], "must be a number"),
-        ([], "at least one"),
+        ([], "--recipes: missing"),
     ],
 )
 def test_mistakes_in_a_sweep(desk, monkeypatch, capsys, words, message):

@@ -45,7 +45,7 @@ def output_config(planned: FilePlan, inputs: Sequence[Input], rows: int | None) 
         for place in (text, language):
             if place is text or "tie_word_embeddings" in place:
                 place["tie_word_embeddings"] = planned.tied
-    if _stacked(planned.layers, inputs):
+    if planned.stacked:
         _stack(language, planned.layers, inputs)
         notes += _check(text, planned.layers, inputs)
     return text, notes
@@ -56,13 +56,6 @@ def _language(text: Json) -> Json:
         if isinstance(text.get(key), dict):
             return text[key]
     return text
-
-
-def _stacked(layers: Sequence[StackedLayer], inputs: Sequence[Input]) -> bool:
-    """Whether layers are not those of one model, one by one."""
-    numbers = [layer.layer for layer in layers]
-    count = inputs[0].model.described.num_layers
-    return numbers != list(range(count))
 
 
 def _stack(language: Json, layers: Sequence[StackedLayer], inputs: Sequence[Input]) -> None:

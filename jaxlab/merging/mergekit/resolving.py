@@ -40,7 +40,6 @@ class Numbers:
         name: str,
         called: Sequence[str],
         sources: Sequence[Source],
-        shape: tuple[int, ...],
         place: Place,
         depth: float,
         read_as: str,
