@@ -19,7 +19,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
-    from jaxlab.checkpoints.locate import resolve
+    from jaxlab.checkpoints.locate import resolve, split_adapter
     from jaxlab.checkpoints.named_tensors import (
         ModelTensors,
         check_tied_heads,
@@ -27,7 +27,7 @@ with epy.lazy_api_imports(globals()):
         tensors_laid_out_as,
         tensors_of_shapes,
     )
-    from jaxlab.checkpoints.open import load_model, open_model
+    from jaxlab.checkpoints.open import describe_model, load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, resumable_folder
     from jaxlab.checkpoints.safetensors_file import Tensor

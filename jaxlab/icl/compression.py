@@ -6,7 +6,7 @@ that it has in the full prompt.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +115,8 @@ def keep_tokens(cache: Cache, at: Int[Array, "B P"], room: int, offset: bool = T
         kept = jnp.take_along_axis(x, jnp.maximum(at, 0)[None, :, :, None, None], axis=2)
         return jnp.pad(kept, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
 
-    assert isinstance(cache.layers, tuple)
     moved = cache.length + cache.offset - count if offset else jnp.zeros_like(count)
-    keys, values = cache.layers
+    keys, values = cast(tuple[Array, Array], cache.layers)
     return Cache((gather(keys), gather(values)), count, jnp.broadcast_to(moved, count.shape))
 
 
@@ -152,6 +151,18 @@ def compressed_logits(
         return continued_logits(params, kept, query, last, config)
 
     return jax.lax.map(one, jnp.asarray(at))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def last_logits(
+    params: Params,
+    tokens: Int[Array | np.ndarray, "B T"],
+    positions: Int[Array | np.ndarray, " B"],
+    config: ModelConfig,
+) -> Float[Array, "B V"]:
+    """Logits at `positions` of prompts that are read whole."""
+    at = jnp.asarray(positions)[:, None]
+    return forward(params, {"tokens": tokens}, config, logit_positions=at).logits[:, 0]
 
 
 def anchor_text(

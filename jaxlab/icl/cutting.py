@@ -19,15 +19,18 @@ from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
 Edges = Literal["into", "from", "to_last"]
 
 
-def check_cutting(config: ModelConfig) -> None:
-    """Refuse attention whose single edges cannot be cut.
+def check_one_softmax(config: ModelConfig, what: str) -> None:
+    """Refuse attention whose weights cannot be read, cut or multiplied one by one.
+
+    Args:
+      what: is done with the weights, as the message begins.
 
     Raises:
       UserError: it is native sparse attention, or sparse at inference.
     """
     if "nsa" in config.kinds or config.sparsity is not None:
-        kind = "native sparse" if "nsa" in config.kinds else "sparse"
-        raise UserError(f"edges are cut from one softmax over all tokens; the model's attention is {kind}")
+        kind = "native sparse" if "nsa" in config.kinds else "sparse at inference"
+        raise UserError(f"{what} in one softmax over all tokens; the model's attention is {kind}")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -95,7 +98,7 @@ def label_loss(
     return np.logaddexp.reduce(chosen, axis=-1) - right[..., 0]
 
 
-def faithfulness(flow: Float[np.ndarray, "E"], effect: Float[np.ndarray, "E"]) -> dict[str, float]:
+def faithfulness(flow: Float[np.ndarray, "*E"], effect: Float[np.ndarray, "*E"]) -> dict[str, float]:
     """How well flows tell what cutting their edges does: correlations over layers and pairs of classes of the
     flow with the size of the change of the loss."""
     flow, effect = np.asarray(flow, np.float64), np.abs(np.asarray(effect, np.float64))

@@ -4,7 +4,6 @@ Source: Wang et al. 2023 (arXiv 2305.14160), section 3.3, equation 11, figure 6,
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,14 +88,18 @@ def real_confusion(
     return result
 
 
-def confusion_correlation(predicted: Sequence[np.ndarray] | np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """How well one tells the other over the pairs of labels: Pearson's and Spearman's correlation, and whether
-    the most confused pair is the same one. NaN of fewer than three pairs (two labels have one)."""
-    predicted = np.asarray(predicted)
+def confusion_correlation(
+    predicted: Float[np.ndarray, "C C"], real: Float[np.ndarray, "C C"]
+) -> dict[str, float]:
+    """How well one tells the other over the pairs of labels: Pearson's and Spearman's correlation, and
+    whether the most confused pair is the same one.
+
+    NaN of fewer than three pairs (two labels have one), and where all pairs are confused alike.
+    """
     pairs = np.triu_indices(len(real), 1)
     x, y = predicted[pairs], real[pairs]
     both = np.isfinite(x) & np.isfinite(y)
     worst = float("nan")
-    if both.sum() >= 3:
+    if both.sum() >= 3 and np.ptp(x[both]) > 0.0 and np.ptp(y[both]) > 0.0:
         worst = float(np.argmin(x[both]) == np.argmin(y[both]))
     return {"pearson": correlation(x, y), "spearman": correlation(x, y, ranks=True), "same_worst_pair": worst}

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import OpenModel
 from jaxlab.errors import UserError
-from jaxlab.icl.prompts import Prompts, in_batches
+from jaxlab.icl.prompts import Prompts, bucket, in_batches
 from jaxlab.icl.roles import Part, TokenClasses
 from jaxlab.icl.text_tasks import PLACEHOLDER, ClassificationConfig, Example, read_examples
 from jaxlab.processing import Encoded, check_token_ids, encode_with_spans, render_chat
@@ -121,6 +121,31 @@ class FewShotPrompts:
             labels = np.array([asked[n].label for n in filled], np.int32)
             found.append(self._batch([prompts[n] for n in filled], labels, length, rows))
         return found
+
+    def fixed(self) -> "FewShotPrompts":
+        if self.mode == "paper":
+            return self
+        other = copy.copy(self)
+        other.mode, other._facts, other._made = "paper", dict.fromkeys(self._facts, 0), {}
+        return other
+
+    def lessons(self, seed: int, per_class: int) -> Prompts:
+        shots, names = self.config.shots, self.label_names
+        rng = np.random.default_rng((seed, 0))
+        asked = []
+        for label, word in enumerate(names):
+            same = [example for example in self.examples.train if example.label == label]
+            if len(same) < shots + per_class:
+                raise UserError(
+                    f"data: {len(same)} examples of {word}, and {shots} demonstrations and {per_class} to "
+                    "learn from are asked for"
+                )
+            asked += [same[n] for n in rng.permutation(len(same))[shots : shots + per_class]]
+        shown = self.fixed()._drawn(seed, 1)[1][0]
+        prompts = self._annotated(asked, [shown] * len(asked))
+        labels = np.array([example.label for example in asked], np.int32)
+        length = min(self.limit, bucket(max(len(prompt.tokens) for prompt in prompts)))
+        return self._batch(prompts, labels, length, np.arange(len(asked), dtype=np.int32))
 
     def _drawn(self, seed: int, examples: int) -> tuple[list[Example], list[list[Example]]]:
         """Queries of a seed, and the demonstrations of each."""

@@ -93,7 +93,7 @@ def indirect_effects(
     plain: Float[Array | np.ndarray, "B V"],
     patched: Float[Array | np.ndarray, "E B V"],
     targets: Int[np.ndarray, " B"],
-) -> Float[np.ndarray, "E"]:
+) -> Float[np.ndarray, " E"]:
     """The mean rise of the right token's probability over the vocabulary (equation 4 of 2310.15213)."""
     probability = lambda x: np.exp(x - np.logaddexp.reduce(x, axis=-1, keepdims=True))
     before = np.take_along_axis(probability(plain), targets[:, None], axis=1)[:, 0]

@@ -17,31 +17,21 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxlab.errors import UserError
+from jaxlab.icl.cutting import check_one_softmax
 from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
 
-Loss = Literal["labels", "vocabulary"]
+LessonLoss = Literal["labels", "vocabulary"]
 
 
 class Lesson(NamedTuple):
     """Training prompts of S seeds, N each; a seed's own weights are learned from its own prompts."""
 
-    tokens: Int[np.ndarray, "S N T"]
-    positions: Int[np.ndarray, "S N"]
-    label_words: Int[np.ndarray, "S N T"]
+    tokens: Int[Array | np.ndarray, "S N T"]
+    positions: Int[Array | np.ndarray, "S N"]
+    label_words: Int[Array | np.ndarray, "S N T"]
     """Of which label a token is, -1 of none."""
-    label_tokens: Int[np.ndarray, "S N C"]
-    labels: Int[np.ndarray, "S N"]
-
-
-def check_reweighting(config: ModelConfig) -> None:
-    """Refuse attention whose weights take no factors.
-
-    Raises:
-      UserError: it is native sparse attention, or sparse at inference.
-    """
-    if "nsa" in config.kinds or config.sparsity is not None:
-        kind = "native sparse" if "nsa" in config.kinds else "sparse"
-        raise UserError(f"re-weighting multiplies weights of one softmax; the model's attention is {kind}")
+    label_tokens: Int[Array | np.ndarray, "S N C"]
+    labels: Int[Array | np.ndarray, "S N"]
 
 
 def anchor_probe(
@@ -82,7 +72,7 @@ def learn_anchor_weights(
     *,
     epochs: int = 10,
     learning_rate: float = 0.01,
-    loss: Loss = "labels",
+    loss: LessonLoss = "labels",
     advance: Callable[[], Any] = lambda: None,
 ) -> tuple[Float[np.ndarray, "S L H C"], Float[np.ndarray, "epochs S"]]:
     """Betas of each seed, by Adam from 0, one prompt a step, in an order that is drawn anew each epoch.
@@ -101,14 +91,14 @@ def learn_anchor_weights(
     Raises:
       UserError: attention that takes no factors, or a loss that is no number.
     """
-    check_reweighting(config)
+    check_one_softmax(config, "re-weighting: weights are multiplied")
     count, prompts = lesson.labels.shape
     shape = (count, config.num_layers, config.num_heads, lesson.label_tokens.shape[-1])
     optimizer = optax.adam(learning_rate)
     beta = jnp.zeros(shape, jnp.float32)
     state = optimizer.init(beta)
     frugal = dataclasses.replace(config, remat="layer")
-    lesson = Lesson(*(jnp.asarray(part) for part in lesson))
+    lesson = Lesson(*map(jnp.asarray, lesson))
     orders = [np.random.default_rng((seed, 3)) for seed in seeds]
     losses = []
     for _ in range(epochs):
@@ -129,14 +119,14 @@ def _epoch(
     config: ModelConfig,
     lesson: Lesson,
     order: Int[Array | np.ndarray, "N S"],
-    beta: Float[Array | np.ndarray, "S L H C"],
+    beta: Float[Array, "S L H C"],
     state: Any,
     learning_rate: float,
-    loss: Loss,
+    loss: LessonLoss,
 ) -> tuple[Array, Any, Float[Array, "N S"]]:
     optimizer = optax.adam(learning_rate)
 
-    def step(carry: tuple[Array, Any], chosen: Array) -> tuple[tuple[Array, Any], Array]:
+    def step(carry: tuple[Any, Any], chosen: Array) -> tuple[tuple[Any, Any], Array]:
         beta, state = carry
         prompts = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), chosen], lesson)
         (_, each), slope = jax.value_and_grad(_loss, has_aux=True)(beta, params, config, prompts, loss)
@@ -147,19 +137,19 @@ def _epoch(
             beta = optax.apply_updates(beta, updates)
         return (beta, state), each
 
-    (beta, state), losses = jax.lax.scan(step, (beta, state), order)
-    return beta, state, losses
+    (learned, state), losses = jax.lax.scan(step, (beta, state), order)
+    return learned, state, losses
 
 
 def _loss(
-    beta: Array, params: Params, config: ModelConfig, prompts: Lesson, kind: Loss
+    beta: Array, params: Params, config: ModelConfig, prompts: Lesson, kind: LessonLoss
 ) -> tuple[Array, Float[Array, " S"]]:
     """Sum over seeds, and of each. A row of the batch is one seed's prompt: rows do not mix, so the gradient
     of each seed's betas is that of its own loss, as under `jax.vmap` and without its extra axis."""
     probe = anchor_probe(beta, prompts.positions, prompts.label_words)
     batch: Batch = {"tokens": prompts.tokens}
     output = forward(params, batch, config, probe=probe, logit_positions=prompts.positions[:, None])
-    logits, right = output.logits[:, 0], prompts.labels[:, None]
+    logits, right = output.logits[:, 0], jnp.asarray(prompts.labels)[:, None]
     if kind == "labels":
         logits = jnp.take_along_axis(logits, prompts.label_tokens, axis=1)
     else:

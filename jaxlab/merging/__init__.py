@@ -6,11 +6,12 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.merging.account import AccountLine, MergeAccount
+    from jaxlab.merging.architecture import check_same_architecture, note_dequantized
     from jaxlab.merging.diagnosis import FORMAT as DIAGNOSIS_FORMAT
     from jaxlab.merging.diagnosis import Diagnosis, Finding, diagnose
     from jaxlab.merging.diagnosis import table as diagnosis_table
     from jaxlab.merging.engine import execute
-    from jaxlab.merging.in_memory import merge_by_recipe
+    from jaxlab.merging.in_memory import merge_by_recipe, save_merged, verify_merged
     from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
@@ -36,16 +37,13 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, open_inputs
     from jaxlab.merging.plan import Source as TensorSource
     from jaxlab.merging.recipe import (
+        Expert,
         InjectRecipe,
         MergeRecipe,
         Trio,
-        check_same_architecture,
         inject_by_recipe,
         load_recipe,
-        note_dequantized,
         read_trio,
-        save_merged,
-        verify_merged,
     )
     from jaxlab.merging.search import (
         Grid,

@@ -26,9 +26,10 @@ from jaxlab.checkpoints import (
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, MergeAccount
+from jaxlab.merging.architecture import check_same_architecture
 from jaxlab.merging.plan import Input, MergePlan, open_inputs
 from jaxlab.merging.planning import plan_injection_of, plan_merge_of
-from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe, Recipe, check_same_architecture
+from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe, Recipe
 from jaxlab.merging.vocabulary import same_tokens
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def prepare_merge(
       UserError: models that cannot be merged as the recipe says, or whose tensors are not their family's.
     """
     from jaxlab.merging.engine import layout
+    from jaxlab.merging.programs import check_operators
 
     first = "vlm" if isinstance(recipe, InjectRecipe) else "first"
     differences = check_same_architecture(models, recipe.differences, first)
@@ -118,6 +120,7 @@ def prepare_merge(
             lambdas=recipe.lambdas(),
             embeddings=recipe.embeddings,
             tokens=tokens,
+            task=recipe.task,
             seed=recipe.seed,
         )
     else:
@@ -130,8 +133,10 @@ def prepare_merge(
             with_base=recipe.base is not None,
             embeddings=recipe.embeddings,
             tokens=tokens,
+            task=recipe.task,
             seed=recipe.seed,
         )
+    check_operators(plan)
     return Prepared(recipe, tuple(inputs), plan, layout(plan, inputs), differences=differences)
 
 
@@ -283,10 +288,8 @@ def prepared_digest(prepared: Prepared) -> str:
     """Of what decides the bytes: the plan, and the files as they are now."""
     files: list[Any] = [__version__, prepared.plan.digest()]
     for one in prepared.inputs:
-        tensors = one.found.tensors
-        paths = {t.file for t in tensors.values() if t.file is not None}
-        if any(t.file is None for t in tensors.values()):  # computed, of an adapter's files too
-            paths |= set(_all_files(one.model))
+        found = {tensor.file for tensor in one.found.tensors.values()}
+        paths = _all_files(one.model) if None in found else [path for path in found if path is not None]
         for path in sorted(paths):
             stat = os.stat(path)
             files.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
@@ -437,9 +440,11 @@ def notes_of(prepared: Prepared) -> list[str]:
         notes.append(f"{name}: {values['kept']} is kept, {others} is not")
     if isinstance(prepared.recipe, InjectRecipe):
         paths = [one.model.path.resolve() for one in inputs]
-        if paths[1] == paths[2]:
-            notes.append("the expert is the base: its task vector is zero")
-        if paths[0] == paths[2]:
+        inputs_of = [one.model.inputs for one in inputs]
+        for i, one in enumerate(inputs[1:-1], 1):
+            if inputs_of[i] == inputs_of[-1] or (len(inputs_of[i]) == 1 and paths[i] == paths[-1]):
+                notes.append(f"the {one.role} is the base: its task vector is zero")
+        if paths[0] == paths[-1]:
             notes.append("the VLM is the base: its task vector is zero")
         if not any(kind.names for kind in inputs[0].found.kinds if not kind.is_language):
             notes.append(f"{inputs[0].model.path}: the vlm is a language model alone, without vision")

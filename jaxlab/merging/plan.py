@@ -67,6 +67,8 @@ class Merging:
     """For operators that depend on depth; None outside of layers."""
     key: str | None = None
     """The name that random masks come from; None: the tensor's own."""
+    task: int | None = None
+    """Of operators that make a model for each task: which."""
     read_as: str | None = None
     """The dtype that the sources are rounded to before anything else."""
 

@@ -41,6 +41,8 @@ class _Rules:
     """What becomes of rows of embedding and head; all: merged, and equally many in all models."""
     tokens: SameTokens | int | None
     """Which ids stand for the same token; see `common_rows`."""
+    task: str | None
+    """The role of the model whose task it is, for operators that make one for each."""
     reason: str
 
     def at(self, place: Place, roles: Sequence[str]) -> tuple[tuple[float, ...] | None, dict[str, Any]]:
@@ -86,6 +88,7 @@ def plan_injection_of(
     embeddings: str,
     seed: int,
     tokens: SameTokens | int | None = None,
+    task: str | None = None,
 ) -> MergePlan:
     """Experts into a VLM; the inputs are the VLM, the experts and the base.
 
@@ -95,6 +98,7 @@ def plan_injection_of(
       embeddings: vlm: embedding and head stay the VLM's. merge: they are merged as far as all have rows.
         merge_common_rows: the rows of tokens that all have, which `tokens` says. Other rows stay the VLM's.
       tokens: see `common_rows`.
+      task: the role of a model, for operators that make a model for each task: whose is made.
 
     Raises:
       UserError: language models that differ in more than the rows of their tables; numbers that do not fit.
@@ -103,7 +107,7 @@ def plan_injection_of(
         raise UserError(f"embeddings is vlm, merge_common_rows or merge, not {embeddings!r}")
     base = len(inputs) - 1
     numbers = _settings(parameters), _settings(lambdas)
-    rules = _Rules(operator, mode, True, base, *numbers, embeddings, tokens, "language model")
+    rules = _Rules(operator, mode, True, base, *numbers, embeddings, tokens, task, "language model")
     return _plan(inputs, rules, seed)
 
 
@@ -118,6 +122,7 @@ def plan_merge_of(
     seed: int,
     embeddings: str = "all",
     tokens: SameTokens | int | None = None,
+    task: str | None = None,
 ) -> MergePlan:
     """Models of one architecture into one; the base, if there is one, is the last input.
 
@@ -127,13 +132,14 @@ def plan_merge_of(
       embeddings: all: embedding and head are merged as all else. first, merge, merge_common_rows: as vlm,
         merge and merge_common_rows of an injection.
       tokens: see `common_rows`.
+      task: the role of a model, for operators that make a model for each task: whose is made.
 
     Raises:
       UserError: models that differ in names or shapes; numbers that do not fit.
     """
     base = len(inputs) - 1 if with_base else None
     numbers = _settings(parameters), _settings(weights)
-    rules = _Rules(operator, mode, False, base, *numbers, embeddings, tokens, operator)
+    rules = _Rules(operator, mode, False, base, *numbers, embeddings, tokens, task, operator)
     return _plan(inputs, rules, seed)
 
 
@@ -328,7 +334,8 @@ def _merged(
     base = None if rules.base is None else sources[rules.base]
     merged = [source for i, source in enumerate(sources) if i != rules.base]
     place = Place(name, layer, layers, before=kind.path[0] in ("embedding", "position"))
-    weights, values = rules.at(place, [one.role for i, one in enumerate(inputs) if i != rules.base])
+    roles = [one.role for i, one in enumerate(inputs) if i != rules.base]
+    weights, values = rules.at(place, roles)
     if not rules.injected:
         known = operator_named(rules.operator)
         check_sum(known, known.resolve(values, len(merged), rules.mode), weights or [1.0])
@@ -344,6 +351,7 @@ def _merged(
         None if rows is None else whole[0],
         layer,
         inputs[0].keys.get(name),
+        None if rules.task is None else roles.index(rules.task),
     )
     models = tuple(one.role for one in inputs)
     tied = [one.role for one, s in zip(inputs, whole, strict=True) if kind.path == HEAD and _ties(one, s)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxlab.app import command_line, model_folder
+from jaxlab.app import command_line, model_folder, open_reference
 from jaxlab.config import POSITIONAL, REPEATED
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    from jaxlab.checkpoints import check_output, hf_family, open_model
+    from jaxlab.checkpoints import check_output, hf_family
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
         MergekitFile,
@@ -69,9 +69,9 @@ def run(arguments: Arguments) -> None:
         _of_mergekit(arguments, recipe, out)
         return
     references = recipe.references()
-    folders = [model_folder(reference) for reference in references]
+    models = [open_reference(reference) for reference in references]
+    folders = [folder for model in models for folder in model.inputs]
     check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
-    models = [open_model(folder) for folder in folders]
     note_dequantized(models)
     to = arguments.to
     if to == "auto":
@@ -101,7 +101,7 @@ def _together(
     arguments: Arguments, recipes: "dict[str, InjectRecipe | MergeRecipe | MergekitFile]", out: Path
 ) -> None:
     """Several recipes, each into a folder of its own below `out`."""
-    from jaxlab.checkpoints import OpenModel, check_output, open_model
+    from jaxlab.checkpoints import OpenModel, check_output
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
         MergekitFile,
@@ -118,23 +118,24 @@ def _together(
 
     if arguments.to == "orbax":
         raise UserError("several recipes at once make Hugging Face folders; convert those")
-    opened: dict[Path, OpenModel] = {}
+    opened: dict[str, OpenModel] = {}
     writings, size = [], 0
     for name, recipe in recipes.items():
         if isinstance(recipe, MergekitFile):
             raise UserError(f"{name}: several recipes at once have a kind; mergekit's files run one by one")
-        folders = [model_folder(reference) for reference in recipe.references()]
-        for folder in folders:
-            if folder not in opened:
-                opened[folder] = open_model(folder)
-        prepared = prepare_merge(recipe, [opened[folder] for folder in folders])
+        for reference in recipe.references():
+            if reference not in opened:
+                opened[reference] = open_reference(reference)
+        models = [opened[reference] for reference in recipe.references()]
+        prepared = prepare_merge(recipe, models)
         account = None if arguments.overwrite else finished_account(prepared, out / name)
         if account is not None:
             print(f"done before: {out / name}")
             if arguments.verify:
                 _verify(out / name, account)
             continue
-        check_output(out / name, folders, overwrite=arguments.overwrite)
+        inputs = [path for model in models for path in model.inputs]
+        check_output(out / name, inputs, overwrite=arguments.overwrite)
         for note in notes_of(prepared):
             warnings.warn(f"{name}: {note}", UserNote, stacklevel=2)
         check_room(out / name, prepared.shards, beside=size)

@@ -1,4 +1,4 @@
-"""Every analysis against outputs of torch in float64, written from the formulas (tests/golden/icl/make.py)."""
+"""Every analysis against outputs of torch in float64, from the formulas (tests/golden/icl/make.py)."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import load_model
-from jaxlab.icl import compression, cutting, diagnosis, flows, heads, reweighting
+from jaxlab.icl import compression, cutting, diagnosis, flows, heads
 from jaxlab.icl.blocking import blocked_logits, word_loyalty
 from jaxlab.icl.label_attention import accumulated, attention_at, attention_by_label, aucroc, label_places
 from jaxlab.icl.reweighting import Lesson, learn_anchor_weights, reweighted_logits

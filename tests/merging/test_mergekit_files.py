@@ -20,8 +20,8 @@ WANTED = json.loads((GOLDEN / "golden.json").read_text())
 NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 EQUAL_THRESHOLDS = {"09": 0.02, "37": 0.03, "44": 0.01}
-"""Of these cases a share of the elements may be anything: several task vectors' values are as large as the one
-at the threshold, since the models' numbers are few in 16 bits, and mergekit's sort picks any of them."""
+"""Of these cases a share of the elements may be anything: several values of a task vector are as large as that
+at the threshold, since 16 bits hold few numbers, and mergekit's sort picks any of them."""
 FAST = ("03", "04", "10", "18", "34", "35", "36", "42")
 """The others take long to compile."""
 

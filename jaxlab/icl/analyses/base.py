@@ -82,6 +82,21 @@ class Analysis[Chunk](abc.ABC):
           rng: of this seed and chunk alone, so that a resumed run draws the same.
         """
 
+    def measure_after(
+        self,
+        study: Study,
+        seed: int,
+        chunk: Chunk,
+        rng: np.random.Generator,
+        earlier: Mapping[int, Sequence[Records]],
+    ) -> Records:
+        """As `measure`, which it calls; an analysis that needs what earlier chunks found has it in its place.
+
+        Args:
+          earlier: the records of each chunk of this seed and of those before it.
+        """
+        return self.measure(study, chunk, rng)
+
     @abc.abstractmethod
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
         """The part of the results, small and in JSON's types or arrays, from the records of each seed."""

@@ -72,14 +72,16 @@ def run_analysis[Chunk](
         return analysis.summarize(study, done)
     records: dict[int, Records] = {}
     counts: dict[int, int] = {}
+    earlier: dict[int, list[Records]] = {}
     for seed in study.seeds:
         chunks = analysis.chunks(study, seed)
         counts[seed] = len(chunks)
-        parts = []
+        parts = earlier[seed] = []
         for number, chunk in enumerate(chunks):
             part = store.read(analysis.name, seed, number)
             if part is None:
-                part = analysis.measure(study, chunk, np.random.default_rng((seed, 1, number)))
+                rng = np.random.default_rng((seed, 1, number))
+                part = analysis.measure_after(study, seed, chunk, rng, earlier)
                 if isinstance(analysis, PromptAnalysis) and isinstance(chunk, Prompts):
                     part = {name: value[chunk.real] for name, value in part.items()}
                     part["row"] = chunk.rows[chunk.real]

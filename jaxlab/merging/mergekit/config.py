@@ -17,7 +17,7 @@ Json = dict[str, Any]
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Lists with something for each layer."""
-_LAYERS = ("mlp_only_layers",)
+_LAYERS = ("mlp_only_layers", "cross_attention_layers")
 """Lists of layers."""
 
 
@@ -92,6 +92,8 @@ def _check(text: Json, layers: Sequence[StackedLayer], inputs: Sequence[Input]) 
     if isinstance(described, str):
         return [described]
     told = [_kinds(one.model.described) for one in inputs]
+    if len(_kinds(described)) != len(layers) or any(one.layer >= len(told[one.input]) for one in layers):
+        return []  # other layers stand among those of the language model
     wanted = [told[one.input][one.layer] for one in layers]
     if _kinds(described) != wanted:
         kinds = [kind for kind, _ in wanted]

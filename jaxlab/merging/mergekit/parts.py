@@ -21,7 +21,7 @@ TABLE: Key = ((EMBEDDING,), 0)
 HEADS: Key = ((HEAD,), 0)
 _DIGITS = re.compile(r"\d+")
 _FUSED = ("mixtral", "qwen3_moe", "glm4_moe")
-"""Families whose experts mergekit reads as transformers 5 has them in memory, all of a layer in one tensor."""
+"""Families whose experts mergekit reads as transformers has them in memory: one tensor for all of a layer."""
 _RENAMED = tuple(
     (re.compile(pattern), name)
     for pattern, name in (

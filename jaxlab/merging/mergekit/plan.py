@@ -303,29 +303,26 @@ class _Planner:
 
     def copied(self, part: PartName) -> list[StackedLayer]:
         """A part that no module of the file is about: the first input's, as it is."""
-        first = self.inputs[0]
-        kinds = [kind for kind in first.found.kinds if part_of(kind) == part]
-        if not kinds:
+        first, parts = self.inputs[0], self.parts[0]
+        found = [named for named in parts.outside.values() if part_of(named.kind) == part]
+        stacks = [stack for stack in parts.stacks if stack.part == part]
+        found += [named for stack in stacks for layer in stack.layers.values() for named in layer.values()]
+        if not found:
             return []
         self.notes.append(
             f"{self.merge.where}: no module is the {part} model: it is copied from {first.role} "
             "(mergekit would leave it out)"
         )
-        names = {name: kind for kind in kinds for name in kind.names}
-        names |= dict.fromkeys(first.found.copies if part == "language" else (), kinds[0])
-        for name, kind in names.items():
-            if name in self.planned:  # a layer among those of the language model
-                continue
+        for name, kind in ((named.name, named.kind) for named in found):
             self.used.add((0, name))
             tensor = first[name]
             self.planned[name] = PlannedTensor(
                 name, tensor.dtype.name, tensor.shape, (first.role,), "copied", kind.pattern, Source(0, name)
             )
-        stack = self.parts[0].language
-        if part != "language" or stack is None:
+        if part != "language" or not stacks:
             return []
-        self.tied = HEADS not in self.parts[0].outside
-        return [StackedLayer(0, layer) for layer in sorted(stack.layers)]
+        self.tied = HEADS not in parts.outside or parts.outside[HEADS].tied
+        return [StackedLayer(0, layer) for layer in sorted(stacks[0].layers)]
 
     def problem(self, text: str) -> None:
         self.problems[text] = None
