@@ -108,7 +108,7 @@ def test_a_killed_merge_is_taken_up(desk, monkeypatch, kills):
 def test_what_is_taken_up_is_read_again(desk, monkeypatch):
     """A tensor whose bytes are not what the journal says, as after a power failure, is done again."""
     merged(desk, "want")
-    assert killed(desk, 14)
+    assert killed(desk, 18)
     partial = desk / ".out.partial"
     records = [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()]
     assert len(records) > 3
