@@ -126,7 +126,7 @@ def _epoch(
 ) -> tuple[Array, Any, Float[Array, "N S"]]:
     optimizer = optax.adam(learning_rate)
 
-    def step(carry: tuple[Any, Any], chosen: Array) -> tuple[tuple[Any, Any], Array]:
+    def step(carry: tuple[Any, Any], chosen: Any) -> tuple[tuple[Any, Any], Array]:
         beta, state = carry
         prompts = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), chosen], lesson)
         (_, each), slope = jax.value_and_grad(_loss, has_aux=True)(beta, params, config, prompts, loss)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlab.errors import UserError
-from jaxlab.merging.output import Prepared
+from jaxlab.merging.preparing import Prepared
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned

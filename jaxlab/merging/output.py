@@ -7,9 +7,8 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxlab import __version__
 from jaxlab import config as configs
@@ -23,18 +22,10 @@ from jaxlab.checkpoints import (
     read_json,
     resumable_folder,
 )
-from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, MergeAccount
-from jaxlab.merging.architecture import check_same_architecture
-from jaxlab.merging.plan import Input, MergePlan, open_inputs
-from jaxlab.merging.planning import plan_injection_of, plan_merge_of
-from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe, Recipe
-from jaxlab.merging.vocabulary import same_tokens
-
-if TYPE_CHECKING:
-    from jaxlab.checkpoints import Planned
-    from jaxlab.merging.mergekit.file import MergekitFile
+from jaxlab.merging.preparing import Beside, Prepared, prepared_statistics
+from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 _DIGESTS = {
@@ -48,112 +39,6 @@ _DIGESTS = {
 _READ_BLOCK = 1 << 22
 
 
-@dataclass(frozen=True)
-class Beside:
-    """What is written beside the tensors."""
-
-    config: Mapping[str, Any]
-    """config.json."""
-    copy_from: Path | None
-    """A folder whose tokenizer and processor files are copied."""
-    texts: Mapping[str, str]
-    """Files by name, also in place of copied ones."""
-    without: frozenset[str] = frozenset()
-    """Files that are not copied."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A recipe with its inputs opened and everything decided; nothing but headers has been read."""
-
-    recipe: "Recipe | MergekitFile"
-    inputs: tuple[Input, ...]
-    plan: MergePlan
-    shards: "list[list[Planned]]"
-    beside: Beside | None = None
-    """None: what stands beside the first input."""
-    stages: tuple[Mapping[str, Any], ...] = ()
-    """What made the inputs that are stages of the same file, for the account."""
-    differences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings in which the models differ, with the one that is kept, and the others' by path."""
-
-    @property
-    def recipe_text(self) -> str:
-        """As it is kept: a file of mergekit as it was."""
-        recipe = self.recipe
-        return configs.dump(recipe) if isinstance(recipe, InjectRecipe | MergeRecipe) else recipe.text
-
-    @property
-    def recipe_tree(self) -> Any:
-        """As plain values."""
-        recipe = self.recipe
-        return configs.to_dict(recipe) if isinstance(recipe, InjectRecipe | MergeRecipe) else recipe.tree
-
-
-def prepare_merge(
-    recipe: Recipe, models: Sequence[OpenModel], *, to: Literal["huggingface", "orbax"] = "huggingface"
-) -> Prepared:
-    """Opens the tensors of the models, in the order of `recipe.references()`, and plans the merge.
-
-    Args:
-      to: whose names the tensors of a model of ours get.
-
-    Raises:
-      UserError: models that cannot be merged as the recipe says, or whose tensors are not their family's.
-    """
-    from jaxlab.merging.engine import layout
-    from jaxlab.merging.programs import check_operators
-
-    first = "vlm" if isinstance(recipe, InjectRecipe) else "first"
-    differences = check_same_architecture(models, recipe.differences, first)
-    tokens = None
-    if recipe.embeddings == "merge_common_rows":
-        tokens = same_tokens([model.tokenizer for model in models])
-        _check_tokenizers(models, recipe.roles())
-    inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
-    if isinstance(recipe, InjectRecipe):
-        plan = plan_injection_of(
-            inputs,
-            operator=recipe.operator,
-            mode=recipe.mode,
-            parameters=recipe.options(),
-            lambdas=recipe.lambdas(),
-            embeddings=recipe.embeddings,
-            tokens=tokens,
-            task=recipe.task,
-            seed=recipe.seed,
-        )
-    else:
-        plan = plan_merge_of(
-            inputs,
-            operator=recipe.operator,
-            mode=recipe.mode,
-            parameters=recipe.options(),
-            weights=recipe.weights(),
-            with_base=recipe.base is not None,
-            embeddings=recipe.embeddings,
-            tokens=tokens,
-            task=recipe.task,
-            seed=recipe.seed,
-        )
-    check_operators(plan)
-    return Prepared(recipe, tuple(inputs), plan, layout(plan, inputs), differences=differences)
-
-
-def _check_tokenizers(models: Sequence[OpenModel], roles: Sequence[str]) -> None:
-    """Whether tokens can be matched: all models have a tokenizer, or all read bytes.
-
-    Raises:
-      UserError: they cannot.
-    """
-    without = [role for role, model in zip(roles, models, strict=True) if model.tokenizer is None]
-    if without and len(without) < len(models):
-        raise UserError(
-            f"embeddings: merge_common_rows matches tokens, but the {without[0]} has no tokenizer; "
-            "embeddings: merge takes rows by their number"
-        )
-
-
 class Writing(NamedTuple):
     """A merge that is written."""
 
@@ -163,6 +48,8 @@ class Writing(NamedTuple):
     """Of the models as the user named them, for the card."""
     command: str = "python run.py merge recipe.yaml --out again --verify"
     """What makes it again, beside its own recipe.yaml; for the card."""
+    statistics: Mapping[str, Any] | None = None
+    """Of data, by the tensor's name; by default what the recipe says."""
 
 
 def write_merge(
@@ -171,12 +58,13 @@ def write_merge(
     *,
     references: Sequence[str] = (),
     command: str = Writing._field_defaults["command"],
+    statistics: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> MergeAccount:
     """Carries the plan out into a new Hugging Face folder, whole or not at all; a killed one is taken up.
 
     Args:
-      references, command: see `Writing`.
+      references, command, statistics: see `Writing`.
       options: see `write_merges`.
 
     Returns:
@@ -186,7 +74,7 @@ def write_merge(
       UserError: `out` may not be written (see `check_output`), no room, damaged inputs, a result that is not
         finite.
     """
-    return write_merges([Writing(prepared, out, references, command)], **options)[0]
+    return write_merges([Writing(prepared, out, references, command, statistics)], **options)[0]
 
 
 def write_merges(
@@ -213,7 +101,9 @@ def write_merges(
 
     merges, folders, besides = [], [], []
     with contextlib.ExitStack() as stack:
-        for prepared, out, _, _ in writings:
+        for prepared, out, _, _, statistics in writings:
+            if statistics is None:
+                statistics = prepared_statistics(prepared)
             for one in prepared.inputs:
                 check_tied_heads(one.found)
             beside = prepared.beside or beside_first(prepared)
@@ -226,7 +116,7 @@ def write_merges(
                 overwrite=overwrite,
             )
             folders.append(stack.enter_context(begun))
-            merges.append(Merge(prepared.plan, prepared.inputs, folders[-1]))
+            merges.append(Merge(prepared.plan, prepared.inputs, folders[-1], statistics or {}))
             besides.append(beside)
         results = execute_together(merges, hash_inputs=hash_inputs, **options)
         accounts = []
@@ -287,13 +177,21 @@ def texts_beside(model: OpenModel, source: SourceFiles | None) -> dict[str, str]
 def prepared_digest(prepared: Prepared) -> str:
     """Of what decides the bytes: the plan, and the files as they are now."""
     files: list[Any] = [__version__, prepared.plan.digest()]
+    recipe = prepared.recipe
+    if isinstance(recipe, InjectRecipe | MergeRecipe) and (recipe.data or recipe.statistics):
+        sources = [recipe.statistics] if recipe.data is None else recipe.data.files()
+        files.append([configs.to_plain(recipe.data), *([s, *_state(s)] for s in map(str, sources))])
     for one in prepared.inputs:
         found = {tensor.file for tensor in one.found.tensors.values()}
         paths = _all_files(one.model) if None in found else [path for path in found if path is not None]
         for path in sorted(paths):
-            stat = os.stat(path)
-            files.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+            files.append([str(path), *_state(path)])
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _state(path: str | Path) -> list[int]:
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def _all_files(model: OpenModel) -> list[Path]:

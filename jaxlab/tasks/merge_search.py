@@ -1,43 +1,60 @@
-"""Task `merge-search`: weights, densities and operators of an injection, searched on the device.
+"""Task `merge-search`: weights, parameters and operators of an injection, searched on the device.
 
-The best point of every operator is chosen on validation splits and measured once on test splits; every
-operator has equally many points, unless the config says otherwise.
+Points are chosen on validation splits and measured once on test splits; every entry has equally many
+evaluations, unless the config says otherwise. Every point is a line of points.jsonl in the run's folder, from
+which a search that was killed goes on.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
 from jaxlab.app import Run, model_folder
 from jaxlab.checkpoints import OpenModel, open_model
-from jaxlab.data import DataConfig, make_source
+from jaxlab.data import DataConfig, Source, make_source
 from jaxlab.errors import ConfigError
 from jaxlab.files import write_atomic
+from jaxlab.icl import flows
 from jaxlab.merging import (
-    Grid,
+    Data,
+    Effort,
+    Evaluator,
     InjectRecipe,
-    Method,
+    Journal,
+    Measuring,
+    SearchMethod,
+    Space,
+    Split,
+    Trio,
+    Way,
     answered,
     check_same_architecture,
-    exact_match_of,
-    inject_by_recipe,
-    measure_model,
+    check_way,
+    compare_task_vectors,
+    learned_on,
     note_dequantized,
+    own_answers,
     plan_injection,
     read_data,
     read_trio,
     save_merged,
-    search_grid,
+    score_tokens,
+    search_entry,
     text_only,
+    token_measure,
 )
+
+SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Search for the weights, densities and operators with which an expert's skill shows in a VLM."""
+    """Search for the weights, parameters and operators with which an expert's skill shows in a VLM."""
 
     vlm: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
@@ -45,26 +62,47 @@ class Config:
     """A language model fine-tuned from the base."""
     base: str = ""
     """The language model that both come from."""
-    operators: dict[str, Grid] = field(default_factory=lambda: {"task_arithmetic": Grid()})
-    """Operators to try, each with its grid."""
+    method: SearchMethod = "grid"
+    """How points are chosen where an entry of operators does not say it."""
+    operators: dict[str, Space] = field(default_factory=lambda: {"task_arithmetic": Space()})
+    """What is tried: by a name, which is the operator's unless the entry names one."""
+    evaluations: int = 0
+    """Of every entry that is no grid; 0: as many as the grids have points."""
     equal_points: bool = True
-    """Refuse grids of different sizes: an operator tried more often would look better by that alone."""
+    """Refuse entries with different numbers of evaluations: one tried more often would look better by that
+    alone."""
     evaluate: dict[str, DataConfig] = field(default_factory=dict)
     """Data sets by name; measured is exact match of the answers."""
     choose: tuple[str, ...] = ()
-    """Names of the data sets whose mean on the validation split decides; none: all of them."""
+    """Names of the data sets whose mean score on the validation split is the skill to be gained; none: all of
+    them."""
+    choose_by: tuple[Way, ...] = ("labels",)
+    """How a point is chosen: by labels; without any by the entropy of its own answers, or by how little they
+    change to the neighbours on the grid. All are reported, the first one decides."""
+    keep: tuple[str, ...] = ()
+    """Names of the data sets whose mean score is the skill to be kept: a front of gained and kept."""
+    keep_at_least: float = 0.0
+    """Choose by labels among the points that keep this share of what the VLM has of `keep`."""
+    profile_on: str = ""
+    """The data set of the expert's skill that its information flow is measured on, for `layers: flows`; by
+    default the first one without images."""
     batch_size: int = 64
     """Sequences in a batch."""
     batches: int = 8
     """At most so many batches of each split."""
     chunk: int = 8
     """Points done in one call of the compiled program, one after the other."""
+    in_forward: bool = False
+    """Merge each layer where it runs: no merged copy of the layers exists, and every batch merges anew."""
     embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
     """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
     mode: Literal["paper", "mergekit"] = "paper"
     """Operators as published, or as mergekit computes them."""
     seed: int = 0
-    """Of random masks."""
+    """Of random masks, and of points that are drawn."""
+    save: Literal["best", "each", "none"] = "best"
+    """Which models are written: the best one as model/, or that of each entry below models/. The recipe of
+    each is written in any case."""
     examples: int = 6
     """Questions, of the first data set that decides, which the VLM and the best model answer for people to
     read."""
@@ -78,28 +116,60 @@ class Config:
         for name in ("batch_size", "batches", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
-        if self.examples < 0:
-            raise ConfigError(f"must not be negative, is {self.examples}", key="examples")
-        for name in self.choose:
-            if name not in self.evaluate:
-                raise ConfigError(f"no data set {name!r}; there are {', '.join(self.evaluate)}", key="choose")
-        for name, grid in self.operators.items():
+        for name in ("examples", "evaluations"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"must not be negative, is {getattr(self, name)}", key=name)
+        for key in ("choose", "keep", "profile_on"):
+            given = getattr(self, key)
+            for name in (given,) if isinstance(given, str) else given:
+                if name and name not in self.evaluate:
+                    raise ConfigError(f"no data set {name!r}; there are {', '.join(self.evaluate)}", key=key)
+        if not self.choose_by:
+            raise ConfigError("missing; labels, entropy or neighbours", key="choose_by")
+        if not 0 <= self.keep_at_least <= 1:
+            raise ConfigError(f"is a share, from 0 to 1, not {self.keep_at_least}", key="keep_at_least")
+        if self.keep_at_least and not self.keep:
+            raise ConfigError("which skill is to be kept? name its data sets", key="keep")
+        for label, space in self.entries.items():
             try:
-                for density in grid.density or (None,):
-                    self.method(name, density).check_one_model()
+                space.check(self.mode)
+                for way in self.choose_by:
+                    check_way(way, space)
             except ConfigError as error:
-                key = f"operators.{name}" + (".density" if error.key == "density" else "")
-                raise ConfigError(error.message, key=key) from None
-        sizes = {name: len(grid.points()) for name, grid in self.operators.items()}
+                raise error.inside(("operators", label)) from None
+        self._check_effort()
+
+    def _check_effort(self) -> None:
+        sizes = {label: self.evaluations_of(label) for label in self.entries}
+        for label, size in sizes.items():
+            if not size:
+                raise ConfigError(
+                    f"missing: how many points does {label} try? no grid tells it", key="evaluations"
+                )
         if self.equal_points and len(set(sizes.values())) > 1:
             listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise ConfigError(
-                f"grids of different sizes ({listed}); make them equal, or set equal_points to false",
+                f"different numbers of evaluations ({listed}); make them equal, or set equal_points to false",
                 key="operators",
             )
 
-    def method(self, operator: str, density: float | None) -> Method:
-        return Method.of(operator, self.mode, density=density)
+    @property
+    def entries(self) -> dict[str, Space]:
+        """What is tried, by name, each with operator and method."""
+        return {label: space.named(label, self.method) for label, space in self.operators.items()}
+
+    def evaluations_of(self, label: str) -> int:
+        """How many evaluations an entry has; 0: nothing tells it."""
+        space = self.entries[label]
+        if space.method == "grid":
+            return len(space.points())
+        grids = {len(s.points()) for s in self.entries.values() if s.method == "grid"}
+        return self.evaluations or (grids.pop() if len(grids) == 1 else 0)
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """The data sets that decide."""
+        return self.choose or tuple(self.evaluate)
 
 
 def inputs(config: Config) -> dict[str, str]:
@@ -120,11 +190,11 @@ def check(config: Config) -> dict[str, Any]:
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     # Three models, the base once more in the checkpoint's shape, two float32 task vectors, one merged model.
     vectors = 8 * sum(leaf.size for leaf in jax.tree.leaves(shapes[2]))
-    held = sum(map(size, shapes)) + size(shapes[2]) + vectors + size(shapes[0])
+    held = sum(map(size, shapes)) + size(shapes[2]) + vectors
     return {
-        "points": {name: len(grid.points()) for name, grid in config.operators.items()},
+        "points": {label: config.evaluations_of(label) for label in config.entries},
         "tensors_merged": sum(len(entry.names) for entry in plan.merged),
-        "device_bytes": held,
+        "device_bytes": held + (0 if config.in_forward else size(shapes[0])),
     }
 
 
@@ -133,9 +203,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     note_dequantized(models)
     trio = read_trio(*models)
     sources = {name: make_source(data, model_folder) for name, data in config.evaluate.items()}
-    validation, test = (
-        read_data(sources, split, config.batch_size, config.batches) for split in ("validation", "test")
-    )
+    validation, test = (read_data(sources, split, config.batch_size, config.batches) for split in SPLITS)
     plan = plan_injection(
         trio.vlm,
         trio.expert,
@@ -144,68 +212,171 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         common_rows=trio.common_rows,
         family=trio.config.family,
     )
-    choose, measure = config.choose or tuple(config.evaluate), exact_match_of(trio.config)
-    operators: dict[str, Any] = {}
-    for name, grid in config.operators.items():
-        method = config.method(name, grid.points()[0].density)
-        with tqdm(total=len(grid.points()), desc=f"{run.name} {name}", unit="point") as bar:
-            operators[name] = search_grid(
-                plan,
-                method,
-                trio,
-                grid,
-                measure,
-                validation,
-                test,
-                choose=choose,
-                seed=config.seed,
-                chunk=config.chunk,
-                progress=bar.update,
-            )
-        best = operators[name]["best"]
-        run.log(operator=name, validation=best["score"], **{f"test_{k}": v for k, v in best["test"].items()})
-    winner = max(operators, key=lambda name: operators[name]["best"]["score"])  # the first of equals
-    best = {"operator": winner, **operators[winner]["best"]}
-    recipe = recipe_of(config, winner, best)
-    write_atomic(run.path / "best.yaml", configs.dump(recipe))
-    params, account = inject_by_recipe(recipe, trio)
-    save_merged(run.path / "model", recipe, models, params, account, overwrite=True)
-    both = lambda measure, params, *data: {
-        split: measure_model(measure, params, part)
-        for split, part in zip(("validation", "test"), data, strict=True)
-    }
-    texts = text_only(validation), text_only(test)
-    examples = []
-    if trio.tokenizer is not None and config.examples:
-        batch = next(iter(sources[choose[0]].held_out_batches(config.batch_size, 1, "test")))
-        named = {"VLM alone": trio.vlm, "injected": params}
-        examples = answered(named, batch, trio.config, trio.tokenizer, config.examples)
+    evaluator = Evaluator(
+        plan, trio, mode=config.mode, seed=config.seed, chunk=config.chunk, in_forward=config.in_forward
+    )
+    unmerged = _unmerged(trio, validation, test)
+    measuring = _measuring(config, trio, validation, test, unmerged)
+    spaces = config.entries
+    profile = None
+    if any(space.layers == "flows" for space in spaces.values()):
+        profile = flow_profile(trio, validation, config.profile_on)
+    learned = None
+    if any(space.method == "gradient" for space in spaces.values()):
+        needed = any(s.method == "gradient" and s.loss == "entropy" for s in spaces.values())
+        answers = {n: own_answers(n, validation[n])[1:] for n in config.chosen_by} if needed else {}
+        learned = learned_on(validation, config.chosen_by, answers)
+    journal = Journal(run.path)
+    found: dict[str, Any] = {}
+    for label, space in spaces.items():
+        effort = Effort(config.evaluations_of(label), config.seed, profile, learned)
+        with tqdm(total=effort.evaluations, desc=f"{run.name} {label}", unit="point") as bar:
+            found[label] = search_entry(label, space, evaluator, measuring, effort, journal, bar.update)
+        best = found[label]["best"]
+        run.log(operator=label, validation=best["score"], **{f"test_{k}": v for k, v in best["test"].items()})
+    spent = {label: result["evaluations"] for label, result in found.items()}
+    if config.equal_points and len(set(spent.values())) > 1:
+        raise RuntimeError(f"entries were evaluated unequally often: {spent}")
+    winner = max(found, key=lambda label: found[label]["best"]["score"])  # the first of equals
+    recipes = {label: recipe_of(config, spaces[label], found[label]["best"]) for label in spaces}
+    _save(config, run, models, evaluator, recipes, found, winner)
     return {
-        "operators": operators,
-        "best": best,
-        "chosen_by": list(choose),
-        "unmerged": {
-            "vlm": both(measure, trio.vlm, validation, test),
-            "expert": both(exact_match_of(trio.expert_config), trio.expert, *texts),
-            "base": both(exact_match_of(trio.base_config), trio.base, *texts),
-        },
-        "examples": examples,
+        "operators": found,
+        "best": {"operator": winner, **found[winner]["best"]},
+        "chosen_by": list(config.chosen_by),
+        "kept_by": list(config.keep),
+        "unmerged": unmerged,
+        "task_vectors": compare_task_vectors(plan, trio),
+        **({} if profile is None else {"flow_profile": list(profile)}),
+        "examples": _examples(config, sources, trio, evaluator, spaces[winner], found[winner]["best"]),
     }
 
 
-def recipe_of(config: Config, operator: str, point: dict[str, Any]) -> InjectRecipe:
+def _unmerged(trio: Trio, validation: Data, test: Data) -> dict[str, dict[str, dict[str, float]]]:
+    """What each of the three models can do by itself: language models on texts only."""
+    return {
+        role: {
+            split: score_tokens(params, model, data if role == "vlm" else text_only(data))
+            for split, data in zip(SPLITS, (validation, test), strict=True)
+        }
+        for role, params, model in (
+            ("vlm", trio.vlm, trio.config),
+            ("expert", trio.expert, trio.expert_config),
+            ("base", trio.base, trio.base_config),
+        )
+    }
+
+
+def _measuring(
+    config: Config, trio: Trio, validation: Data, test: Data, unmerged: Mapping[str, Any]
+) -> Measuring:
+    own: tuple[tuple[str, int, int], ...] = ()
+    if set(config.choose_by) != {"labels"}:
+        own = tuple(own_answers(name, validation[name]) for name in config.chosen_by)
+    least = None
+    if config.keep_at_least:
+        scores = unmerged["vlm"]["validation"]
+        least = config.keep_at_least * float(np.mean([scores[name] for name in config.keep]))
+    return Measuring(
+        token_measure(trio.config, own),
+        Split(validation),
+        Split(test),
+        config.chosen_by,
+        config.keep,
+        config.choose_by,
+        least,
+    )
+
+
+def flow_profile(trio: Trio, data: Data, name: str = "") -> tuple[float, ...]:
+    """For each layer its share in the expert's information flow from a text to where its answer is read,
+    times the number of layers: the mean is 1. Of the last token of each answer before its end.
+
+    Raises:
+      ConfigError: no data set of texts.
+    """
+    texts = text_only(data)
+    name = name or next(iter(texts), "")
+    if name not in texts:
+        raise ConfigError("layers: flows needs a data set without images in evaluate", key="profile_on")
+    stack: Any = texts[name][0]
+    batch = {key: np.asarray(value[0]) for key, value in stack.items()}
+    tokens, mask = batch["tokens"], batch["loss_mask"]
+    last = tokens.shape[1] - 1 - mask[:, ::-1].argmax(1)
+    read = np.where(mask.sum(1) > 1, last - 2, last - 1)  # the token before that which is predicted
+    rows = np.arange(len(tokens))
+    right = tokens[rows, read + 1]
+    words, labels = np.unique(right, return_inverse=True)
+    place = np.arange(tokens.shape[1])[None]
+    classes = np.where(place < read[:, None], 0, np.where(place == read[:, None], 1, -1)).astype(np.int32)
+    targets = {
+        "positions": read.astype(np.int32),
+        "label_tokens": words.astype(np.int32),
+        "labels": labels.astype(np.int32),
+    }
+    asked = {key: value for key, value in batch.items() if key != "loss_mask"}
+    sums, _ = flows(
+        trio.expert, asked, trio.expert_config, classes, targets, loss="vocabulary", num_classes=2
+    )
+    by_layer = np.asarray(sums, np.float64)[:, :, 1, 0].mean(0)
+    return tuple(float(x) for x in by_layer / max(by_layer.mean(), np.finfo(float).tiny))
+
+
+def _examples(
+    config: Config,
+    sources: Mapping[str, Source],
+    trio: Trio,
+    evaluator: Evaluator,
+    space: Space,
+    best: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    if trio.tokenizer is None or not config.examples:
+        return []
+    batch = next(iter(sources[config.chosen_by[0]].held_out_batches(config.batch_size, 1, "test")))
+    named = {"VLM alone": trio.vlm, "injected": evaluator.merged(space.operator, space.point_of_row(best))}
+    return answered(named, batch, trio.config, trio.tokenizer, config.examples)
+
+
+def _save(
+    config: Config,
+    run: Run,
+    models: Sequence[OpenModel],
+    evaluator: Evaluator,
+    recipes: Mapping[str, InjectRecipe],
+    found: Mapping[str, Any],
+    winner: str,
+) -> None:
+    """The recipes of the chosen points, and the models that the config asks for."""
+    (run.path / "recipes").mkdir(exist_ok=True)
+    for label, recipe in recipes.items():
+        write_atomic(run.path / "recipes" / f"{label}.yaml", configs.dump(recipe))
+    write_atomic(run.path / "best.yaml", configs.dump(recipes[winner]))
+    wanted = {"best": [winner], "each": list(recipes), "none": []}[config.save]
+    for label in wanted:
+        out = run.path / ("model" if config.save == "best" else f"models/{label}")
+        out.parent.mkdir(exist_ok=True)
+        space = config.entries[label]
+        params = evaluator.merged(space.operator, space.point_of_row(found[label]["best"]))
+        save_merged(out, recipes[label], models, params, evaluator.plan.account(), overwrite=True)
+
+
+def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectRecipe:
     """The recipe with which `run.py merge` makes the model of a point."""
-    return InjectRecipe(
-        vlm=config.vlm,
-        expert=config.expert,
-        base=config.base,
-        operator=operator,
-        lambda_v=point["lambda_v"],
-        lambda_e=point["lambda_e"],
-        parameters={"density": point["density"]},
-        embeddings=config.embeddings,
-        mode=config.mode,
-        seed=config.seed,
+    lambda_v, lambda_e = space.point_of_row(point).over_layers
+    return configs.build(
+        InjectRecipe,
+        {
+            "vlm": config.vlm,
+            "expert": config.expert,
+            "base": config.base,
+            "operator": space.operator,
+            "lambda_v": lambda_v,
+            "lambda_e": lambda_e,
+            **dict(space.point_of_row(point).parameters),
+            "embeddings": config.embeddings,
+            "mode": config.mode,
+            "seed": config.seed,
+        },
     )
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints import SourceFiles
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
-from jaxlab.evaluation import answers
+from jaxlab.evaluation import answers, read_prompt
 from jaxlab.models import ViTConfig
 from jaxlab.processing import Prompt, read_messages
 from jaxlab.tasks import generate
@@ -187,8 +187,8 @@ def test_a_prompt_that_asks_for_a_video_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"^the prompt holds <\|video_pad\|>: videos are not read; give frames"
     ):
-        generate.read_prompt(video, opened, chat=False)
-    batch = generate.read_prompt(Prompt("--prompt", "What?"), opened, chat=False)
+        read_prompt(video, opened, chat=False)
+    batch = read_prompt(Prompt("--prompt", "What?"), opened, chat=False)
     assert batch.keys() == {"tokens"}
     messages = [{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}]}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
