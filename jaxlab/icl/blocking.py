@@ -6,16 +6,18 @@ compiled program serves every setting.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.icl.saliency import target_logits
+from jaxlab.icl.inputs import in_range, prepared
+from jaxlab.icl.saliency import check_attention, target_logits
 from jaxlab.models import Batch, ModelConfig, Params, Probe
+from kernels_pallas.flow import Blocking
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,40 @@ def random_words(
     return (rank < label_words.sum(1, keepdims=True)) & others
 
 
-@functools.partial(jax.jit, static_argnames=("config", "blocking"))
 def blocked_logits(
     params: Params,
-    batch: Batch,
+    batch: Mapping[str, Any],
     positions: Int[Array | np.ndarray, " B"],
     layers: Bool[Array | np.ndarray, "E L"],
     words: Bool[Array | np.ndarray, "E B T"],
     config: ModelConfig,
-    blocking: Literal["paper", "released_code"] = "paper",
+    blocking: Blocking = "paper",
 ) -> Float[Array, "E B V"]:
     """Logits at `positions`, for each of E settings: nothing flows to `words` in `layers`, but from
     themselves.
 
     `paper`: A(p, i) = 0 for i < p after the softmax. `released_code`: their logits are -10000 before it. A
     setting without layers or words is the model as it is.
-    """
 
+    Raises:
+      UserError: a batch that the model does not read, attention without blocking, or positions outside of it.
+    """
+    check_attention(config, "blocking")
+    batch = prepared(batch, config, "blocking")
+    in_range(positions, 0, batch["tokens"].shape[1], "positions", "blocking")
+    return _blocked_logits(params, batch, positions, layers, words, config, blocking)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "blocking"))
+def _blocked_logits(
+    params: Params,
+    batch: Batch,
+    positions: Array,
+    layers: Array,
+    words: Array,
+    config: ModelConfig,
+    blocking: Blocking,
+) -> Array:
     def one(setting: tuple[Array, Array]) -> Array:
         layer, word = setting
         probe = Probe(blocked=layer[:, None, None] & word[None], blocking=blocking)

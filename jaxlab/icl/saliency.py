@@ -1,14 +1,14 @@
 """Information flow of in-context learning: saliency by layer, as sums over pairs of token classes or as maps.
 
 Source: Wang et al. 2023, "Label Words are Anchors" (arXiv 2305.14160), section 2.1. One gradient with respect
-to the taps of jaxlab.models.probe gives all layers; weights are not differentiated, layers are recomputed in
-the backward pass.
+to the taps of kernels_pallas/flow gives all layers; weights are not differentiated. Layers of long sequences
+are recomputed in the backward pass.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,64 +17,109 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.costs import bytes_per_device
 from jaxlab.errors import UserError
+from jaxlab.icl.inputs import Targets, checked_classes, checked_targets, known, prepared
 from jaxlab.icl.roles import Roles
-from jaxlab.models import Batch, ModelConfig, Params, Probe, as_arrays, check_tokens, forward
+from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
+from kernels_pallas.flow import Implementation, NsaEdges, Reduction, check_word
 
-Reduction = Literal["abs_of_sum", "sum_of_abs"]
 Loss = Literal["labels", "vocabulary"]
-NsaEdges = Literal["token", "block"]
+Remat = Literal["auto", "layer", "none"]
+
+KEPT_BYTES = 3 << 29
+"""With `remat: auto` the activations of all layers are kept for the backward pass if they take no more."""
+KEPT_LENGTH = 512
+"""And if sequences are no longer: from there on memory grows with the layers' inputs alone."""
 
 
 class _Options(NamedTuple):
-    loss: Loss
-    reduction: Reduction = "abs_of_sum"
-    nsa_edges: NsaEdges = "token"
+    loss: str
+    reduction: str = "abs_of_sum"
+    nsa_edges: str = "token"
     num_classes: int = 0
+    per_head: bool = False
+    signed: bool = False
+    remat: bool = True
+    implementation: str | None = None
 
 
 def flows(
     params: Params,
     batch: Mapping[str, Any],
     config: ModelConfig,
-    classes: Int[Array | np.ndarray, "B T"],
+    classes: Any,
     targets: Mapping[str, Any],
     *,
-    reduction: Reduction = "abs_of_sum",
-    loss: Loss = "labels",
-    nsa_edges: NsaEdges = "token",
+    reduction: Reduction | str = "abs_of_sum",
+    loss: Loss | str = "labels",
+    nsa_edges: NsaEdges | str = "token",
     num_classes: int | None = None,
-) -> tuple[Float[Array, "B L K K"], Float[Array, "B L K K"]]:
+    per_head: bool = False,
+    signed: bool = False,
+    remat: Remat | str = "auto",
+    implementation: Implementation | str | None = None,
+) -> tuple[Float[Array, "B L *H K K"], Float[Array, "B L *H K K"]]:
     """Sums of the flow I_l(i, j) over the edges j < i, from the class of j (column) to the class of i (row).
 
+    Values are checked before anything is compiled; where they are traced (inside `jit` or `vmap`) they are
+    believed. Numbers may be lists, NumPy's or JAX's.
+
     Args:
-      classes: token class 0..K-1, -1 outside.
-      targets: "positions" int32[B], where the answer is read off; "label_tokens" int32[C], or int32[B, C]
-        where they differ between prompts; "labels" int32[B], the right answers as indices into label_tokens.
-      reduction: over heads, the absolute value of the sum (the paper) or the sum of absolute values (its
-        footnote 3).
+      batch: all that the model reads, as `forward` takes it: images and what the family's processor gives
+        beside them too.
+      classes: int[B, T], token class 0..K-1, -1 outside. Padding has none.
+      targets: "positions" int[B], where the answer is read off; "label_tokens" int[C], or int[B, C] where
+        they differ between prompts; "labels" int[B], the right answers as indices into label_tokens.
+        Positions and labels may be int[B, P] alike, -1 none: their losses are summed, as for the tokens of a
+        generation. For each on its own, call once for each.
+      reduction: over heads, the absolute value of the sum (the paper), the sum of absolute values (its
+        footnote 3), or their mean.
       loss: cross-entropy among the label tokens, or over the whole vocabulary.
       nsa_edges: the flow from a compressed block of native sparse attention goes in equal parts, or whole, to
         its tokens.
       num_classes: K; by default one more than the largest class, which must then be known, not traced.
+      per_head: each query head apart, on an axis H after L.
+      signed: no absolute values.
+      remat: whether layers are recomputed in the backward pass: "layer" takes memory for the inputs of layers
+        alone, linear in the tokens, and a third more time than "none"; "auto" keeps the activations of
+        sequences up to KEPT_LENGTH where they take up to KEPT_BYTES.
+      implementation: of full and sliding attention with flows: "xla", or "mosaic_gpu" on a Hopper GPU, in
+        bfloat16; None: XLA.
 
     Returns:
       The sums, and the numbers of edges that the attention of the layer can see, of the same shape: sums /
       counts are means. An edge that is not visible (another segment, outside of the window) is not counted.
+      Layers that read images from outside of the text (Mllama) have no such edges and are not among L.
 
     Raises:
-      UserError: targets lack a key or do not fit the batch, or the embedding has no row for a token.
+      UserError: an unknown word; targets or classes that do not fit the batch, are outside of their range or
+        in padding; a token that the embedding has no row for; attention without flows; or NaN in weights or
+        logits.
+      NotImplementedError: the named implementation cannot take the model's attention.
     """
-    targets = _checked(batch, targets, config)
-    if classes.shape != batch["tokens"].shape:
-        raise UserError(f"flows: classes are {classes.shape}, tokens {batch['tokens'].shape}")
-    if num_classes is None:
-        if isinstance(classes, jax.core.Tracer):
-            raise UserError("flows: give num_classes where the classes are traced (inside jit or vmap)")
-        num_classes = int(classes.max()) + 1
-    if num_classes < 1:
-        raise UserError("flows: no token has a class; classes are 0, 1, ..., and -1 is outside of all")
-    options = _Options(loss, reduction, nsa_edges, num_classes)
-    return _flows(params, _arrays(batch), jnp.asarray(classes), targets, config, options)
+    check_attention(config, "flows")
+    batch = prepared(batch, config, "flows")
+    options = _checked_options(loss, remat, config, batch)
+    try:
+        check_word("reduction", reduction, get_args(Reduction))
+        check_word("nsa_edges", nsa_edges, get_args(NsaEdges))
+        if implementation is not None:
+            check_word("implementation", implementation, get_args(Implementation))
+    except ValueError as error:
+        raise UserError(f"flows: {error}") from None
+    checked = checked_targets(targets, batch, config, "flows")
+    _check_labels(checked, options.loss)
+    by_token, count = checked_classes(classes, num_classes, batch, "flows")
+    options = options._replace(
+        reduction=reduction,
+        nsa_edges=nsa_edges,
+        num_classes=count,
+        per_head=per_head,
+        signed=signed,
+        implementation=implementation,
+    )
+    sums, counts, total = _flows(params, batch, by_token, checked, config, options)
+    _check_finite(params, total, sums)
+    return sums, counts
 
 
 def saliency_maps(
@@ -83,13 +128,30 @@ def saliency_maps(
     config: ModelConfig,
     targets: Mapping[str, Any],
     *,
-    loss: Loss = "labels",
+    loss: Loss | str = "labels",
+    signed: bool = False,
 ) -> Float[Array, "B L T T"]:
     """I_l [to i, from j] of every layer, the diagonal included. For pictures: memory grows with L * T * T.
 
-    Arguments and errors are those of `flows`.
+    Args:
+      params: as for `flows`, and so all others.
+      batch: with all that the model reads.
+      config: of the model.
+      targets: where the answers are read off, and what they are.
+      loss: among the label tokens, or over the vocabulary.
+      signed: P itself, no absolute values.
+
+    Raises:
+      UserError: as `flows`.
     """
-    return _maps(params, _arrays(batch), _checked(batch, targets, config), config, _Options(loss))
+    check_attention(config, "saliency_maps")
+    batch = prepared(batch, config, "saliency_maps")
+    options = _checked_options(loss, "layer", config, batch)
+    checked = checked_targets(targets, batch, config, "saliency_maps")
+    _check_labels(checked, options.loss)
+    maps, total = _maps(params, batch, checked, config, options)
+    _check_finite(params, total, maps)
+    return maps if signed else jnp.abs(maps)
 
 
 def flow_shares(
@@ -116,45 +178,65 @@ def target_logits(
     positions: Int[Array | np.ndarray, " B"],
     probe: Probe | None = None,
 ) -> Float[Array, "B V"]:
-    """The logits at one position of each sequence."""
-    logits, _ = forward(params, batch, config, probe=probe)
-    return jnp.take_along_axis(logits, jnp.asarray(positions)[:, None, None], axis=1)[:, 0]
+    """The logits at one position of each sequence; those of others are never built."""
+    at = jnp.asarray(positions)[:, None]
+    return forward(params, batch, config, probe=probe, logit_positions=at).logits[:, 0]
 
 
-def _loss(params: Params, batch: Batch, config: ModelConfig, targets: Any, kind: Loss, probe: Probe) -> Array:
+def _loss(
+    params: Params, batch: Batch, config: ModelConfig, targets: Targets, kind: str, probe: Probe
+) -> Array:
     """Sum over the batch; sequences do not mix, so the gradient of each is its own."""
-    logits = target_logits(params, batch, config, targets["positions"], probe)
-    names, labels = targets["label_tokens"], targets["labels"]
+    places, names = targets.positions, targets.label_tokens
+    at, right = jnp.maximum(places, 0), jnp.maximum(targets.labels, 0)
+    logits = forward(params, batch, config, probe=probe, logit_positions=at).logits
     if kind == "labels":
-        logits, right = jnp.take_along_axis(logits, names, axis=1), labels
+        logits = jnp.take_along_axis(logits, names[:, None], axis=2)
     else:
-        right = jnp.take_along_axis(names, labels[:, None], axis=1)[:, 0]
-    return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), right[:, None], axis=1))
+        right = jnp.take_along_axis(names, right, axis=1)
+    likely = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), right[:, :, None], axis=2)[:, :, 0]
+    return -jnp.sum(jnp.where(places >= 0, likely, 0.0))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
 def _flows(
-    params: Params, batch: Batch, classes: Array, targets: Any, config: ModelConfig, options: _Options
-) -> tuple[Array, Array]:
-    pairs = (config.num_layers, classes.shape[0], options.num_classes, options.num_classes)
+    params: Params, batch: Batch, classes: Array, targets: Targets, config: ModelConfig, options: _Options
+) -> tuple[Array, Array, Array]:
+    lead = (config.num_layers, classes.shape[0])
+    pairs = (options.num_classes, options.num_classes)
+    heads = (config.num_heads,) if options.per_head else ()
 
     def loss(taps: tuple[Array, Array]) -> Array:
-        probe = Probe(*taps, classes=classes, reduction=options.reduction, nsa_edges=options.nsa_edges)
-        return _loss(params, batch, _frugal(config), targets, options.loss, probe)
+        probe = Probe(
+            *taps,
+            classes=classes,
+            reduction=options.reduction,
+            signed=options.signed,
+            nsa_edges=options.nsa_edges,
+            implementation=options.implementation,
+        )
+        return _loss(params, batch, _with_remat(config, options.remat), targets, options.loss, probe)
 
-    sums, counts = jax.grad(loss)((jnp.zeros(pairs, jnp.float32), jnp.zeros(pairs, jnp.float32)))
-    return sums.swapaxes(0, 1), counts.swapaxes(0, 1)
+    zeros = (jnp.zeros((*lead, *heads, *pairs), jnp.float32), jnp.zeros((*lead, *pairs), jnp.float32))
+    total, (sums, counts) = jax.value_and_grad(loss)(zeros)
+    if options.per_head:
+        counts = jnp.broadcast_to(counts[:, :, None], sums.shape)
+    return sums.swapaxes(0, 1), counts.swapaxes(0, 1), total
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _maps(params: Params, batch: Batch, targets: Any, config: ModelConfig, options: _Options) -> Array:
+def _maps(
+    params: Params, batch: Batch, targets: Targets, config: ModelConfig, options: _Options
+) -> tuple[Array, Array]:
     batch_size, tokens = batch["tokens"].shape
 
     def loss(tap: Array) -> Array:
-        return _loss(params, batch, _frugal(config), targets, options.loss, Probe(map_tap=tap))
+        frugal = _with_remat(config, options.remat)
+        return _loss(params, batch, frugal, targets, options.loss, Probe(map_tap=tap))
 
-    signed = jax.grad(loss)(jnp.zeros((config.num_layers, batch_size, tokens, tokens), jnp.float32))
-    return jnp.abs(signed).swapaxes(0, 1)
+    zeros = jnp.zeros((config.num_layers, batch_size, tokens, tokens), jnp.float32)
+    total, signed = jax.value_and_grad(loss)(zeros)
+    return signed.swapaxes(0, 1), total
 
 
 def flow_memory(
@@ -165,55 +247,91 @@ def flow_memory(
     roles: Roles,
     *,
     params: Params,
+    implementation: Implementation | None = None,
 ) -> tuple[int, int]:
     """(bytes of the parameters, bytes of XLA's temporaries) of `flows` on one device, from compiling it
     alone.
 
     Args:
-      params: shapes, dtypes and shardings; those of a mesh under `jaxlab.models.using(mesh)`.
+      params: shapes, dtypes and shardings as they will be loaded; those of a mesh under
+        `jaxlab.models.using(mesh)`.
+      implementation: as of `flows`.
     """
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    targets = {
-        "positions": integers(batch_size),
-        "label_tokens": integers(batch_size, num_labels),
-        "labels": integers(batch_size),
-    }
+    targets = Targets(integers(batch_size, 1), integers(batch_size, num_labels), integers(batch_size, 1))
     sequences = integers(batch_size, tokens)
-    options = _Options("labels", num_classes=roles.classes)
-    compiled = _flows.lower(params, {"tokens": sequences}, sequences, targets, config, options).compile()
+    batch: Batch = {"tokens": sequences}
+    options = _checked_options("labels", "auto", config, batch)._replace(
+        num_classes=roles.classes, implementation=implementation
+    )
+    compiled = _flows.lower(params, batch, sequences, targets, config, options).compile()
     size = bytes_per_device(params)
     memory = compiled.memory_analysis()
     assert memory is not None
     return size, int(memory.temp_size_in_bytes)
 
 
-def _frugal(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, remat="layer")
+def kept_bytes(config: ModelConfig, tokens: int) -> int:
+    """About what the layers keep of so many tokens for a backward pass that recomputes nothing."""
+    c = config
+    heads = 3 * c.num_heads * (c.key_dim + c.value_dim) + 2 * c.kv_heads * (c.key_dim + c.value_dim)
+    hidden = c.mlp_width
+    if c.moe is not None:
+        hidden = max(hidden, c.moe.experts_per_token * c.moe.width + c.moe.shared_width)
+    per_layer = 6 * c.width + heads + 4 * hidden
+    return tokens * c.num_layers * per_layer * jnp.dtype(c.compute_dtype).itemsize
 
 
-def _arrays(batch: Mapping[str, Any]) -> Batch:
-    """What the forward pass reads, as arrays, so that a batch with more in it is not another program."""
-    read = ("tokens", "segment_ids", "positions", "images")
-    return as_arrays(cast(Batch, {name: value for name, value in batch.items() if name in read}))
-
-
-def _checked(batch: Mapping[str, Any], targets: Mapping[str, Any], config: ModelConfig) -> dict[str, Array]:
+def _checked_options(loss: str, remat: str, config: ModelConfig, batch: Batch) -> _Options:
     try:
-        check_tokens(batch["tokens"], config)
+        check_word("loss", loss, get_args(Loss))
+        check_word("remat", remat, get_args(Remat))
     except ValueError as error:
         raise UserError(f"flows: {error}") from None
-    missing = {"positions", "label_tokens", "labels"} - set(targets)
-    if missing:
-        raise UserError(f"flows: targets lack {', '.join(sorted(missing))}")
-    size = batch["tokens"].shape[0]
-    positions, names, labels = (
-        jnp.asarray(targets[n]).astype(jnp.int32) for n in ("positions", "label_tokens", "labels")
-    )
-    if names.ndim == 1:
-        names = jnp.broadcast_to(names[None], (size, names.shape[0]))
-    if positions.shape != (size,) or labels.shape != (size,) or names.ndim != 2 or names.shape[0] != size:
+    size, length = batch["tokens"].shape
+    keeps = length <= KEPT_LENGTH and kept_bytes(config, size * length) <= KEPT_BYTES
+    recomputes = {"layer": True, "none": False, "auto": not keeps}[remat]
+    return _Options(loss, remat=recomputes)
+
+
+def _check_labels(targets: Targets, loss: str) -> None:
+    """A loss among label tokens needs two of them at least, and no two alike."""
+    if loss != "labels":
+        return
+    if targets.label_tokens.shape[1] < 2:
+        raise UserError("flows: a loss among label tokens needs two at least; take loss='vocabulary' for one")
+    if known(targets.label_tokens):
+        for row, tokens in enumerate(np.asarray(targets.label_tokens).tolist()):
+            if len(set(tokens)) < len(tokens):
+                twice = next(t for t in tokens if tokens.count(t) > 1)
+                raise UserError(f"flows: two labels of sequence {row} are the same token {twice}")
+
+
+def _check_finite(params: Params, loss: Array, found: Array) -> None:
+    """Say where numbers went wrong, if they did and are known."""
+    if not known((loss, found)) or (np.isfinite(np.asarray(loss)) and bool(jnp.all(jnp.isfinite(found)))):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
+            name = ".".join(str(getattr(key, "key", key)) for key in path)
+            raise UserError(f"flows: the weights {name} hold NaN or infinity")
+    where = "logits" if not np.isfinite(np.asarray(loss)) else "gradients"
+    raise UserError(f"flows: the {where} are not finite in {loss.dtype}; the weights are")
+
+
+def check_attention(config: ModelConfig, who: str) -> None:
+    """Refuse attention that has neither flows nor blocking.
+
+    Raises:
+      UserError: sparsity at inference, or a selector of NSA that does not go by compressed keys.
+    """
+    if config.sparsity is not None:
+        raise UserError(f"{who}: sparsity at inference ({config.sparsity.kind}) has no flows and no blocking")
+    if "nsa" in config.kinds and config.nsa.selector != "compressed":
         raise UserError(
-            f"flows: for {size} sequences positions and labels must be [{size}] and label_tokens [C] or "
-            f"[{size}, C], but they are {positions.shape}, {labels.shape} and {names.shape}"
+            f"{who}: NSA has flows and blocking with selector: compressed, not {config.nsa.selector}"
         )
-    return {"positions": positions, "label_tokens": names, "labels": labels}
+
+
+def _with_remat(config: ModelConfig, remat: bool) -> ModelConfig:
+    return dataclasses.replace(config, remat="layer" if remat else "none")

@@ -32,6 +32,7 @@ from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.merging.parameters import FIXED_BY_INJECTION
 from jaxlab.merging.schedules import Place, value_at
+from jaxlab.merging.vocabulary import CommonRows, SameTokens
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]
@@ -192,7 +193,7 @@ def inject(
     lambda_v: Lambda = 1.0,
     lambda_e: Lambda = 1.0,
     embeddings: Embeddings = "vlm",
-    common_rows: int | None = None,
+    common_rows: SameTokens | int | None = None,
     seed: int = 0,
     mode: Mode = "paper",
     family: str = "jaxlab",
@@ -332,7 +333,8 @@ def _task_vectors(
     """By leaf that is merged: its pattern, stacked task vectors, the base and the dtype to compute in."""
     for leaf in plan.leaves:
         if leaf.action == "merged":
-            x, y, origin = (_merged_part(params, leaf.entry, leaf.rows) for params in (vlm, expert, base))
+            trees = enumerate((vlm, expert, base))
+            x, y, origin = (_merged_part(params, leaf.entry, leaf.rows, i) for i, params in trees)
             dtype = arithmetic_dtype(method.of_injection, method.mode, x.dtype)
             yield leaf.entry.pattern, [difference(m, origin, dtype) for m in (x, y)], origin, dtype
 
@@ -442,7 +444,7 @@ def weighted_leaf(
     for tensors in merged if operator.per_task else [merged]:
         tensors = tensors.astype(stored)
         if leaf.rows is not None:
-            tensors = jnp.concatenate([tensors, to_hf(vlm, entry)[:, leaf.rows :]], axis=1)
+            tensors = jnp.asarray(to_hf(vlm, entry)).at[:, leaf.rows.index(0)].set(tensors)
         result.append(from_hf(tensors, entry, vlm))
     return result
 
@@ -484,17 +486,22 @@ def _weighted(
 
 def _size(params: Params, leaf: PlannedLeaf) -> int:
     """Elements of one tensor of a leaf, as far as it is merged."""
-    view = functools.partial(_merged_part, entry=leaf.entry, rows=leaf.rows)
+    view = functools.partial(_merged_part, entry=leaf.entry, rows=leaf.rows, model=0)
     return int(jax.eval_shape(view, params).size) // len(leaf.entry.names)
 
 
-def merged_tensors(params: Params, leaf: PlannedLeaf) -> Float[Array, "N ..."]:
-    """The tensors of one model that go into a leaf, as far as they are merged, as a folder has them."""
-    return _merged_part(params, leaf.entry, leaf.rows)
+def merged_tensors(params: Params, leaf: PlannedLeaf, model: int) -> Float[Array, "N ..."]:
+    """The tensors of one model that go into a leaf, as far as they are merged, as a folder has them.
+
+    Args:
+      model: which of the plan's inputs it is.
+    """
+    return _merged_part(params, leaf.entry, leaf.rows, model)
 
 
-def _merged_part(params: Params, entry: Entry, rows: int | None) -> Float[Array, "N ..."]:
+def _merged_part(params: Params, entry: Entry, rows: CommonRows | None, model: int) -> Float[Array, "N ..."]:
     if entry.path == HEAD and "head" not in params:  # tied: the head is the embedding
-        return leaf_at(params, EMBEDDING)[None, :rows]
-    tensors = jnp.asarray(to_hf(params, entry))
-    return tensors if rows is None else tensors[:, :rows]
+        tensors = leaf_at(params, EMBEDDING)[None]
+    else:
+        tensors = jnp.asarray(to_hf(params, entry))
+    return tensors if rows is None else tensors[:, rows.index(model)]

@@ -21,6 +21,8 @@ class Batch(TypedDict, total=False):
     """int32[B, T]"""
     segment_ids: Any
     """int32[B, T]: packed texts; 0 is padding. Without it, one text a row."""
+    attention_mask: Any
+    """int[B, T], as tokenizers give it: 0 is padding. It stands for segment_ids."""
     positions: Any
     """int32[B, T], or int32[B, T, 3] with M-RoPE; with a cache they count on from what it holds. Without it
     they follow from the segments."""

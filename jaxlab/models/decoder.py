@@ -53,9 +53,10 @@ def forward(
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
-        has no row for, a probe or patches together with a cache, positions that are given together with a
-        cache of NSA, which counts its blocks itself, patches of what is not there, logit_positions together
-        with patches of what comes after the last layer, or parameters that are not those of the config.
+        has no row for, a probe, patches or an attention_mask together with a cache, positions that are given
+        together with a cache of NSA, which counts its blocks itself, patches of what is not there,
+        logit_positions together with patches of what comes after the last layer, or parameters that are not
+        those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
@@ -63,6 +64,8 @@ def forward(
         raise ValueError("probes and patches are for whole sequences; they cannot be used with a cache")
     if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
+    if cache is not None and "attention_mask" in batch:
+        raise ValueError("with a cache padding stands at the right end; say it by segment_ids")
     after = [patch.name for patch in patches if patch.name in ("final_hidden", "logits")]
     if logit_positions is not None and after:
         raise ValueError(f"a patch of {after[0]} is of all tokens; leave logit_positions out")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlab.icl import Setting, blocked_logits, random_words
-from jaxlab.icl.blocking import blocking_settings, label_predictions, word_loyalty
+from jaxlab.icl.blocking import _blocked_logits, blocking_settings, label_predictions, word_loyalty
 from jaxlab.models import ModelConfig, forward, init_params
 
 MODEL = ModelConfig(
@@ -54,12 +54,12 @@ def test_what_blocking_changes(params, blocking):
 
 
 def test_one_program_serves_every_setting(params):
-    blocked_logits.clear_cache()
+    _blocked_logits.clear_cache()
     tokens = np.ones((BATCH, TOKENS), np.int32)
     for seed in range(3):
         rng = np.random.default_rng(seed)
         blocked(params, tokens, rng.random((4, 3)) < 0.5, rng.random((4, BATCH, TOKENS)) < 0.3)
-    assert blocked_logits._cache_size() == 1
+    assert _blocked_logits._cache_size() == 1
 
 
 def test_settings_name_their_layers():

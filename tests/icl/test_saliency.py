@@ -113,10 +113,61 @@ def test_padding_and_labels_per_prompt_change_nothing(params, prompts):
     # Prompt 1 names its labels in another order.
     names[1], labels = names[1, ::-1].copy(), np.array([0, 0, 1], np.int32)
     targets = {"positions": prompts["targets"]["positions"], "label_tokens": names, "labels": labels}
-    # Padding may have a class: no edge of it is visible.
-    padded_sums, padded_counts = flows(params, batch, MODEL, pad(prompts["classes"], 0), targets)
+    padded_sums, padded_counts = flows(params, batch, MODEL, pad(prompts["classes"], -1), targets)
     np.testing.assert_allclose(padded_sums, sums, rtol=1e-4, atol=1e-7)
     np.testing.assert_array_equal(padded_counts, counts)
+    # What tokenizers call it, and everything as lists.
+    batch = {"tokens": batch["tokens"].tolist(), "attention_mask": batch["segment_ids"].tolist()}
+    lists = {name: value.tolist() for name, value in targets.items()}
+    masked, _ = flows(params, batch, MODEL, pad(prompts["classes"], -1).tolist(), lists)
+    np.testing.assert_array_equal(masked, padded_sums)
+
+
+def test_losses_of_several_positions_are_summed(params, prompts):
+    """Signed flows are linear in the loss; a row may have fewer positions than another."""
+    batch, classes = prompts["batch"], prompts["classes"]
+    names = prompts["targets"]["label_tokens"]
+    places = np.array([[10, 4], [10, -1], [7, 8]], np.int32)
+    labels = np.array([[0, 2], [2, -1], [1, 0]], np.int32)
+    run = lambda p, y, **more: np.asarray(
+        flows(
+            params,
+            batch,
+            MODEL,
+            classes,
+            {"positions": p, "label_tokens": names, "labels": y},
+            loss="vocabulary",
+            signed=True,
+            **more,
+        )[0]
+    )
+    both = run(places, labels, per_head=True)
+    first, second = run(places[:, 0], labels[:, 0], per_head=True), run(places[:, 1:], labels[:, 1:])
+    assert both.shape == (BATCH, MODEL.num_layers, MODEL.num_heads, 3, 3)
+    np.testing.assert_allclose(both[1], first[1], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(both.sum(2)[[0, 2]], (first.sum(2) + second)[[0, 2]], rtol=1e-3, atol=1e-6)
+    kept = run(places, labels, per_head=True, remat="layer")
+    np.testing.assert_allclose(kept, both, rtol=1e-4, atol=1e-7)
+
+
+def test_nan_is_told(params, prompts):
+    broken = jax.tree.map(lambda x: x, params)
+    broken["layers"]["mlp"]["up"] = broken["layers"]["mlp"]["up"].at[1, 0, 0].set(jnp.nan)
+    with pytest.raises(UserError, match=r"the weights layers\.mlp\.up hold NaN"):
+        flows(broken, prompts["batch"], MODEL, prompts["classes"], prompts["targets"])
+    huge = jax.tree.map(lambda x: x, params)
+    huge["final_norm"]["scale"] = huge["final_norm"]["scale"] * 3e38
+    with pytest.raises(UserError, match="the logits are not finite"):
+        flows(huge, prompts["batch"], MODEL, prompts["classes"], prompts["targets"])
+
+
+def test_under_jit_values_are_believed(params, prompts):
+    run = lambda tokens, classes, targets: flows(
+        params, {"tokens": tokens}, MODEL, classes, targets, num_classes=3
+    )
+    inputs = (prompts["batch"]["tokens"], prompts["classes"], prompts["targets"])
+    for found, expected in zip(jax.jit(run)(*inputs), run(*inputs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["sliding", "nsa"])
@@ -172,3 +223,63 @@ def test_mistakes_are_told_in_one_line(params, prompts):
         flows(params, batch, MODEL, np.full_like(classes, -1), targets)
     with pytest.raises(UserError, match="num_classes"):
         jax.jit(lambda c: flows(params, batch, MODEL, c, targets))(classes)
+
+
+def wrong(prompts, **changes):
+    """Arguments of flows with one thing changed."""
+    arguments = {
+        "batch": prompts["batch"],
+        "config": MODEL,
+        "classes": prompts["classes"],
+        "targets": prompts["targets"],
+    }
+    targets = {name: changes.pop(name) for name in tuple(changes) if name in prompts["targets"]}
+    return arguments | {"targets": prompts["targets"] | targets} | changes
+
+
+PAD = np.array([[1] * (TOKENS - 1) + [0]] * BATCH, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": [10, 11, 10]}, r"positions\[1\] = 11 is outside of 0..10"),
+        ({"positions": [10, -1, 10]}, r"positions\[1\] = -1 is outside"),
+        ({"labels": [0, 3, 1]}, r"labels\[1\] = 3 is outside of 0..2"),
+        ({"label_tokens": [5, 19, 2]}, r"label_tokens\[1\] = 19 is outside of 0..18"),
+        ({"label_tokens": [5, 2, 5]}, "two labels of sequence 0 are the same token 5"),
+        ({"label_tokens": [5], "labels": [0, 0, 0]}, "needs two at least"),
+        ({"labels": [0.0, 1.0, 1.0]}, "labels are whole numbers"),
+        ({"positions": [[10], [-1], [10]], "labels": [[0], [1], [1]]}, "a position without a label"),
+        ({"num_classes": 2}, r"classes\[0, 10\] = 2 is outside of -1..1"),
+        ({"classes": np.full((BATCH, TOKENS), -2)}, "no token has a class"),
+        ({"reduction": "abs_of_sums"}, "reduction must be one of abs_of_sum, sum_of_abs, mean_abs"),
+        ({"loss": "label"}, "loss must be one of labels, vocabulary"),
+        ({"nsa_edges": "tokens"}, "nsa_edges must be one of"),
+        ({"batch": {"ids": [[1]]}}, "the batch has no tokens, only ids"),
+        ({"batch": {"tokens": [[1, 2], [3]]}}, "tokens of the batch is no array of numbers"),
+        ({"batch": {"tokens": [[0.5, 1.0]]}}, "tokens are int"),
+    ],
+)
+def test_values_are_checked_before_anything_is_compiled(prompts, changes, message):
+    arguments = wrong(prompts, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        flows({}, **arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"segment_ids": PAD}, r"positions\[0, 0\] = 10 stands in padding"),
+        ({"attention_mask": PAD, "segment_ids": PAD}, "attention_mask and segment_ids both say"),
+        ({"attention_mask": PAD[:, None, :, None]}, "attention_mask is"),
+        ({"images": np.zeros((1, 1))}, "the model has no vision"),
+    ],
+)
+def test_padding_and_images_are_checked(prompts, more, message):
+    with pytest.raises(UserError, match=message):
+        flows({}, **wrong(prompts, batch=prompts["batch"] | more))
+    if "segment_ids" in more and len(more) == 1:
+        with pytest.raises(UserError, match=r"classes\[0, 10\] = 2 is of padding"):
+            flows({}, **wrong(prompts, batch=prompts["batch"] | more, positions=[9, 9, 9]))

@@ -221,7 +221,7 @@ def test_merge_refuses_in_one_line(folder, tmp_path, capsys, change, message):
 def test_recipes_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "absent.yaml")
-    with pytest.raises(UserError, match="mergekit's own files are not supported yet"):
+    with pytest.raises(UserError, match="one of models, slices and modules is needed, found none"):
         load_recipe(write(tmp_path / "a.yaml", "merge_method: ties\nmodels: []\n"))
     with pytest.raises(UserError, match="expected lines of `key: value`"):
         load_recipe(write(tmp_path / "b.yaml", "- 1\n"))
@@ -234,7 +234,7 @@ def test_recipes_say_what_they_are(tmp_path):
     for text, message in {
         "kind: merge\noperator: linear\nbase: b\nmodels: [{model: a}]\n": "linear takes no base",
         "kind: merge\noperator: ties\nmodels: [{model: a}]\n": "ties needs a base",
-        "kind: merge\noperator: linear\nlambda: 1.0\nmodels: [{model: a}]\n": "lambda: linear does not use it",
+        "kind: merge\noperator: linear\nlambda: 1.0\nmodels: [{model: a}]\n": "lambda: linear does not",
         "kind: merge\noperator: slerp\nmodels: [{model: a}]\n": "t: slerp needs it",
         "kind: merge\nmodels: []\n": "needs a list of models",
     }.items():

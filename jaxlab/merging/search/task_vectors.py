@@ -55,7 +55,9 @@ def _sums(
         return jnp.stack([jnp.sum(v * v), jnp.sum(e * e), jnp.sum(v * e), jnp.sum(origin * origin)])
 
     return {
-        leaf.entry.pattern: jax.vmap(one)(*(merged_tensors(p, leaf) for p in (vlm, expert, base)))
+        leaf.entry.pattern: jax.vmap(one)(
+            *(merged_tensors(p, leaf, i) for i, p in enumerate((vlm, expert, base)))
+        )
         for leaf in plan.leaves
         if leaf.action == "merged"
     }

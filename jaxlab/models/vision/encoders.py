@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jaxlab.models.batch import Batch, Params, check_tokens
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import bind
@@ -34,16 +38,35 @@ def prepare_batch(batch: Mapping[str, Any], config: ModelConfig) -> Batch:
     """The batch with what follows from the sizes of its images, worked out on the host.
 
     `forward` does it by itself; where it is jitted and images vary in size, call this before, outside of jit.
-    A batch that is prepared, or needs nothing, stays as it is. Tokens that are not traced are checked.
+    A batch that is prepared, or needs nothing, stays as it is. An attention_mask [B, T] of tokenizers becomes
+    segment_ids, or goes where it hides nothing. Tokens that are not traced are checked.
 
     Raises:
-      ValueError: sizes of images are traced, or do not fit the placeholders in the text; or the embedding has
-        no row for a token.
+      ValueError: sizes of images are traced, or do not fit the placeholders in the text; the embedding has no
+        row for a token; or an attention_mask of another shape, or beside segment_ids.
     """
     check_tokens(batch["tokens"], config)
+    if "attention_mask" in batch:
+        batch = _with_segments(batch)
     if "images" not in batch or not config.has_vision:
         return cast(Batch, dict(batch))
     return cast(Batch, {**batch, **encoder_of(config).prepare(batch, config)})
+
+
+def _with_segments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {name: value for name, value in batch.items() if name != "attention_mask"}
+    mask, shape = batch["attention_mask"], np.shape(batch["tokens"])
+    if np.shape(mask) != shape:
+        raise ValueError(
+            f"attention_mask is {np.shape(mask)}, tokens are {shape}; who sees whom is not its own"
+        )
+    if "segment_ids" in batch:
+        raise ValueError("attention_mask and segment_ids both say what is padding; give one")
+    if not isinstance(mask, jax.core.Tracer | jax.ShapeDtypeStruct):
+        mask = np.asarray(mask)
+        if np.all(mask):
+            return rest
+    return rest | {"segment_ids": (jnp.asarray(mask) != 0).astype(jnp.int32)}
 
 
 def encode_images(

@@ -1,0 +1,75 @@
+"""Flows of the families are those of transformers' eager attention in float64 (tests/golden/flows)."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab import load_model
+from jaxlab.icl import flows
+from tests.checkpoints import folders
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "flows"
+DEFAULT = ("gemma2", "paligemma", "qwen2_vl")
+"""Softcap and windows, a prefix that sees itself whole, what is worked out of the sizes of images."""
+LENGTH = 13
+TOLERANCE = {"labels": 1e-5, "vocabulary": 2e-5, "heads": 1e-5}
+"""Of the largest flow of a layer."""
+
+
+def _inputs():
+    spec = importlib.util.spec_from_file_location("flow_inputs", GOLDEN / "case_inputs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _cases():
+    with np.load(GOLDEN / "flows.npz") as file:
+        names = sorted({name.partition(".")[0] for name in file.files})
+    return [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs that run once are compiled in half the time without optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def batch_of(case):
+    golden = folders.golden(case)
+    if "pixel_values" not in golden:
+        return {"tokens": golden["tokens"][:, :LENGTH].astype(np.int32)}
+    skipped = ("tokens", "logits", "prompt", "greedy")
+    more = {key: x for key, x in golden.items() if key not in skipped and "." not in key}
+    return {"tokens": golden["tokens"], "images": more.pop("pixel_values"), **more}
+
+
+def off(found, expected):
+    """The largest difference of each layer, over the layer's largest flow."""
+    found, expected = (np.moveaxis(np.asarray(x, np.float64), 1, 0) for x in (found, expected))
+    axes = tuple(range(1, found.ndim))
+    return np.abs(found - expected).max(axes) / np.abs(expected).max(axes)
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_flows_are_those_of_transformers_in_float64(tmp_path, case):
+    config, params, _ = load_model(folders.make(tmp_path / case, case))
+    given, batch = _inputs(), batch_of(case)
+    size, length = batch["tokens"].shape
+    targets = {
+        "positions": np.full(size, length - 1),
+        "label_tokens": given.LABEL_TOKENS,
+        "labels": given.labels_of(size),
+    }
+    with np.load(GOLDEN / "flows.npz") as file:
+        expected = {kind: file[f"{case}.{kind}"] for kind in TOLERANCE}
+    run = lambda **more: flows(params, batch, config, given.classes_of(size, length), targets, **more)[0]
+    kinds = {"labels": {}, "heads": {"per_head": True, "signed": True}, "vocabulary": {"loss": "vocabulary"}}
+    for kind, options in kinds.items():
+        if kind == "labels" or case not in DEFAULT:
+            assert off(run(**options), expected[kind]).max() < TOLERANCE[kind], kind
