@@ -210,8 +210,8 @@ def task_vectors(s: Scenario) -> Markup | None:
             drawing,
             f"vectors-{s.run.name}",
             f"What is merged: {s.name}.",
-            "Left, how far VLM and expert moved from the base, as a share of its norm. Right, the cosine of the "
-            "two moves: near zero they touch different directions, below it they pull against each other.",
+            "Left, how far VLM and expert moved from the base, as a share of its norm. Right, the cosine of "
+            "the two moves: near zero they touch different directions, below it they pull apart.",
         )
         + folded(
             "Every module",
