@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlab.app import runs
-from jaxlab.checkpoints import open_model, resolve
+from jaxlab.checkpoints import open_model, resolve, split_adapter
 from jaxlab.config import load
 from jaxlab.errors import UserError
 from jaxlab.files import shipped
 
 if TYPE_CHECKING:
+    from jaxlab.checkpoints import OpenModel
     from jaxlab.training import TrainConfig
 
 
@@ -24,6 +25,16 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     if path.suffix in (".yaml", ".yml"):
         return _trained(path, Path(outputs))
     return resolve(shipped(reference))
+
+
+def open_reference(reference: str) -> "OpenModel":
+    """The model that `reference` names, opened; `model+adapter` with its LoRA adapter.
+
+    Raises:
+      UserError: there is none.
+    """
+    model, adapter = split_adapter(reference)
+    return open_model(model_folder(model), adapter=None if adapter is None else model_folder(adapter))
 
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:

@@ -12,23 +12,25 @@ with epy.lazy_api_imports(globals()):
         common_prefix,
         differences,
         language_differences,
+        language_settings_apart,
     )
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
     from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
     from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
-    from jaxlab.checkpoints.locate import resolve
+    from jaxlab.checkpoints.locate import resolve, split_adapter
     from jaxlab.checkpoints.named_tensors import (
         ModelTensors,
         check_tied_heads,
         model_tensors,
         tensors_laid_out_as,
+        tensors_of_shapes,
     )
-    from jaxlab.checkpoints.open import load_model, open_model
+    from jaxlab.checkpoints.open import describe_model, load_model, open_model
     from jaxlab.checkpoints.output_folder import check_output, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, resumable_folder
-    from jaxlab.checkpoints.safetensors_file import Tensor
+    from jaxlab.checkpoints.safetensors_file import Tensor, read_header
     from jaxlab.checkpoints.save import save_model
     from jaxlab.checkpoints.source_files import SourceFiles
     from jaxlab.checkpoints.tensor_folder import Planned, TensorFolder, in_shards, open_folder, read_json

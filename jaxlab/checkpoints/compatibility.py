@@ -48,6 +48,38 @@ def language_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     return differences(_of_texts(one), _of_texts(other), free)
 
 
+def language_settings_apart(one: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings behind `language_differences`, rope.theta or sliding_window, say, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in language_differences(one, other):
+        pair = one, other
+        if name == "position" and all(isinstance(c.position, RopeConfig) for c in pair):
+            ropes = [dataclasses.replace(_of_texts(c).rope, dim=c.rotary_dim, layers=()) for c in pair]
+            found |= _fields_apart("rope", ropes[0], ropes[1])
+            if one.rotary_layers != other.rotary_layers:
+                found["rope.layers"] = one.rotary_layers, other.rotary_layers
+        elif name == "attention" and {*one.kinds, *other.kinds} <= {"full", "sliding"}:
+            windows = [c.sliding.window if "sliding" in c.kinds else None for c in pair]
+            if windows[0] != windows[1]:
+                found["sliding_window"] = windows[0], windows[1]
+            if one.kinds != other.kinds and None not in windows:
+                found["layer_kinds"] = one.kinds, other.kinds
+            thetas = [c.sliding.rope_theta if "sliding" in c.kinds else None for c in pair]
+            if None not in windows and thetas[0] != thetas[1]:
+                found["sliding_rope_theta"] = thetas[0], thetas[1]
+        else:
+            values = [getattr(c, name) for c in pair]
+            same = dataclasses.is_dataclass(values[0]) and type(values[0]) is type(values[1])
+            found |= _fields_apart(name, *values) if same else {name: (values[0], values[1])}
+    return found
+
+
+def _fields_apart(group: str, one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    names = [field.name for field in dataclasses.fields(one)]
+    pairs = {name: (getattr(one, name), getattr(other, name)) for name in names}
+    return {f"{group}.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def _of_texts(config: ModelConfig) -> ModelConfig:
     """The model with positions of one coordinate."""
     if not isinstance(config.position, RopeConfig):

@@ -51,6 +51,20 @@ def resolve(
         raise UserError(f"no such folder here, nor on the hub: {error}") from error
 
 
+def split_adapter(reference: str) -> tuple[str, str | None]:
+    """The model and the LoRA adapter of `model+adapter`; what exists under the whole name is a model alone.
+
+    Raises:
+      UserError: more than one +, or nothing beside it.
+    """
+    if "+" not in reference or os.path.exists(reference):
+        return reference, None
+    model, _, adapter = reference.partition("+")
+    if not model or not adapter or "+" in adapter:
+        raise UserError(f"{reference}: no such model: one with an adapter is named model+adapter")
+    return model, adapter
+
+
 def form_of(path: Path) -> Form:
     """The form of the model at `path`.
 

@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from jaxlab.checkpoints.safetensors_file import Tensor, check_rows
 from jaxlab.checkpoints.tensor_kinds import TensorKind
 from jaxlab.checkpoints.tensor_table import EMBEDDING
 from jaxlab.checkpoints.unexpected_tensors import TensorAccount, check_tied_head, is_float
+
+if TYPE_CHECKING:  # names of a folder are matched without jax
+    from jaxlab.models import Params
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,22 @@ def _of_folder(opened: HuggingFaceFolder) -> ModelTensors:
     return ModelTensors(opened.tensors, found.kinds, found.family, found.copies, found.ignored)
 
 
-def _of_parameters(opened: OpenModel, family: str) -> ModelTensors:
-    from jaxlab.checkpoints.families import rows_of
-    from jaxlab.checkpoints.tensor_map import entries, leaf_at, to_hf
+def tensors_of_shapes(shapes: "Params", family: str) -> ModelTensors:
+    """The tensors that a tree of arrays, or of shapes, has under the names of a family; none can be read.
 
-    shapes = opened.shapes
-    layouts = {row.paths[0]: row.layout for row in rows_of(family)}
+    Raises:
+      UserError: the family has no name for a leaf.
+    """
+
+    def unread(entry: Any, index: int) -> np.ndarray:
+        raise AssertionError("shapes hold no values")
+
+    return _of_tree(shapes, family, unread)
+
+
+def _of_parameters(opened: OpenModel, family: str) -> ModelTensors:
+    from jaxlab.checkpoints.tensor_map import to_hf
+
     held: list[Any] = []
     lock = threading.Lock()
 
@@ -99,6 +112,19 @@ def _of_parameters(opened: OpenModel, family: str) -> ModelTensors:
                 held.append(opened.read())
         return np.ascontiguousarray(np.asarray(to_hf(held[0], entry)[index]))
 
+    found = _of_tree(opened.shapes, family, tensor)
+    copies = () if opened.source_files is None else opened.source_files.copies
+    embedding = next(kind for kind in found.kinds if kind.path == EMBEDDING)
+    original = found.tensors[embedding.names[0]]
+    tensors = {**found.tensors, **{name: dataclasses.replace(original, name=name) for name in copies}}
+    return dataclasses.replace(found, tensors=tensors, copies=copies)
+
+
+def _of_tree(shapes: "Params", family: str, read: Callable[[Any, int], np.ndarray]) -> ModelTensors:
+    from jaxlab.checkpoints.families import rows_of
+    from jaxlab.checkpoints.tensor_map import entries, leaf_at
+
+    layouts = {row.paths[0]: row.layout for row in rows_of(family)}
     kinds, tensors = [], {}
     for entry in entries(shapes, family):
         kinds.append(
@@ -114,13 +140,8 @@ def _of_parameters(opened: OpenModel, family: str) -> ModelTensors:
         )
         shape, dtype = entry.shape(shapes), np.dtype(leaf_at(shapes, entry.path).dtype)
         for index, name in enumerate(entry.names):
-            tensors[name] = whole_tensor(name, dtype, shape, functools.partial(tensor, entry, index))
-    source = opened.source_files
-    copies = () if source is None else source.copies
-    embedding = next(kind for kind in kinds if kind.path == ("embedding", "table"))
-    for name in copies:
-        tensors[name] = dataclasses.replace(tensors[embedding.names[0]], name=name)
-    return ModelTensors(tensors, tuple(kinds), family, copies)
+            tensors[name] = whole_tensor(name, dtype, shape, functools.partial(read, entry, index))
+    return ModelTensors(tensors, tuple(kinds), family)
 
 
 def whole_tensor(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.formats.base import OpenModel, parameter_dtype
+from jaxlab.checkpoints.formats.described_folder import DescribedFolder
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
-from jaxlab.checkpoints.locate import form_of, resolve
+from jaxlab.checkpoints.locate import form_of, resolve, split_adapter
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 
@@ -29,7 +30,8 @@ def open_model(
     ignore_keys: Sequence[str] = (),
     ignore_tensors: Sequence[str] = (),
 ) -> OpenModel:
-    """The model that `reference` names: a folder or file, a run, or a hub id `owner/name[@revision]`.
+    """The model that `reference` names: a folder or file, a run, or a hub id `owner/name[@revision]`; with a
+    LoRA adapter `model+adapter`.
 
     Nothing but its form is found out here; the rest is read when it is asked for, once.
 
@@ -45,6 +47,8 @@ def open_model(
     Raises:
       UserError: there is no such model.
     """
+    if adapter is None and isinstance(reference, str):
+        reference, adapter = split_adapter(reference)
     path = resolve(reference, revision=revision, offline=offline, allow_pickle=allow_pickle)
     form = form_of(path)
     if form == "huggingface":
@@ -71,6 +75,19 @@ def open_model(
     from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 
     return OrbaxFolder(path)
+
+
+def describe_model(reference: str | os.PathLike[str]) -> OpenModel:
+    """As `open_model`, but of a Hugging Face folder config.json and a tokenizer are enough; for checks.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    opened = open_model(reference)
+    if type(opened) is not HuggingFaceFolder:
+        return opened
+    tensors = (*opened.path.glob("*.safetensors*"), *opened.path.glob("pytorch_model*.bin*"))
+    return opened if tensors else DescribedFolder(opened.path)
 
 
 def load_model(

@@ -44,6 +44,13 @@ class EpisodePrompts:
             raise UserError(f"episodes have {self._config.shots} demonstrations a class, not {shots}")
         return self
 
+    def fixed(self) -> "EpisodePrompts":
+        return self  # each prompt has demonstrations of its own, whatever the mode
+
+    def lessons(self, seed: int, per_class: int) -> Prompts:
+        count = per_class * len(self.label_names)
+        return self._prompts(make_episodes(self._config, seed, 0, count, "validation"), 0)
+
     def facts(self) -> dict[str, Any]:
         return {}
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import OpenModel
 from jaxlab.errors import UserError
-from jaxlab.icl.prompts import Prompts, in_batches
+from jaxlab.icl.prompts import Prompts, bucket, in_batches
 from jaxlab.icl.roles import Part, TokenClasses
 from jaxlab.icl.text_tasks import PLACEHOLDER, ClassificationConfig, Example, read_examples
 from jaxlab.processing import Encoded, check_token_ids, encode_with_spans, render_chat
@@ -122,6 +122,31 @@ class FewShotPrompts:
             found.append(self._batch([prompts[n] for n in filled], labels, length, rows))
         return found
 
+    def fixed(self) -> "FewShotPrompts":
+        if self.mode == "paper":
+            return self
+        other = copy.copy(self)
+        other.mode, other._facts, other._made = "paper", dict.fromkeys(self._facts, 0), {}
+        return other
+
+    def lessons(self, seed: int, per_class: int) -> Prompts:
+        shots, names = self.config.shots, self.label_names
+        rng = np.random.default_rng((seed, 0))
+        asked = []
+        for label, word in enumerate(names):
+            same = [example for example in self.examples.train if example.label == label]
+            if len(same) < shots + per_class:
+                raise UserError(
+                    f"data: {len(same)} examples of {word}, and {shots} demonstrations and {per_class} to "
+                    "learn from are asked for"
+                )
+            asked += [same[n] for n in rng.permutation(len(same))[shots : shots + per_class]]
+        shown = self.fixed()._drawn(seed, 1)[1][0]
+        prompts = self._annotated(asked, [shown] * len(asked))
+        labels = np.array([example.label for example in asked], np.int32)
+        length = min(self.limit, bucket(max(len(prompt.tokens) for prompt in prompts)))
+        return self._batch(prompts, labels, length, np.arange(len(asked), dtype=np.int32))
+
     def _drawn(self, seed: int, examples: int) -> tuple[list[Example], list[list[Example]]]:
         """Queries of a seed, and the demonstrations of each."""
         rng = np.random.default_rng((seed, 0))
@@ -147,24 +172,22 @@ class FewShotPrompts:
         if self._chat is not None:
             return self._chat.pieces(
                 [self._asked(e, n, longest) for n, e in enumerate([*demonstrations, query])],
-                [self._answer(example.label, n)[-1] for n, example in enumerate(demonstrations)],
+                [self._answer(example.label, n) for n, example in enumerate(demonstrations)],
             )
         pieces = []
         for number, example in enumerate(demonstrations):
             pieces += self._asked(example, number, longest)
-            pieces += self._answer(example.label, number)
+            pieces.append(self._answer(example.label, number))
             pieces.append(Piece(self._tail + self.config.separator, Part.FORMAT, number))
         return pieces + self._asked(query, len(demonstrations), longest)
 
-    def _answer(self, label: int, number: int) -> list[Piece]:
-        """The space before a label word, of the template or of the word itself, and the word."""
+    def _answer(self, label: int, number: int) -> Piece:
+        """A label word, and before it the space of the template or of the word itself: the tokens that the
+        model is to answer, of which the space may be one of its own."""
         given = self.label_names[label]
         word = given.strip()
         lead = self._lead or given[: len(given) - len(given.lstrip())]
-        return [
-            Piece("" if self._chat else lead, Part.FORMAT, number),
-            Piece(word, Part.LABEL, number, label),
-        ]
+        return Piece(word if self._chat else lead + word, Part.LABEL, number, label)
 
     def _asked(self, example: Example, number: int, longest: int | None) -> list[Piece]:
         """The template with an example's text, up to the label word and the space before it."""
@@ -226,9 +249,7 @@ class FewShotPrompts:
             raise UserError(
                 f"{told}; set data.too_long to drop_demonstrations or truncate_text, or lower data.shots"
             )
-        raise UserError(
-            f"{told}, and {rule} does not bring it below that; lower data.shots or raise max_tokens"
-        )
+        raise UserError(f"{told}, and {rule} is not enough; lower data.shots or raise data.max_tokens")
 
     def _annotate(self, pieces: Sequence[Piece], encoded: Encoded, query: Example) -> Annotated:
         """What each token is, by the first letter of it that is no space.
@@ -237,7 +258,7 @@ class FewShotPrompts:
           UserError: a token is of a label word and of something else, or a label word has other tokens than
             after a query.
         """
-        ids, spans, special = (x[: _end(encoded)] for x in encoded)
+        ids, spans, special = (x[: encoded.text_end] for x in encoded)
         text = self._text(pieces)
         piece_of = np.repeat(np.arange(len(pieces)), [len(piece.text) for piece in pieces])
         parts = np.full(len(ids), Part.FORMAT, np.int32)
@@ -314,11 +335,11 @@ class FewShotPrompts:
         query = Example(tuple("a text" for _ in self.examples.columns), 0, "")
         pieces = self._pieces([], query)
         answers = [self._answer(label, 0) for label in range(len(self.label_names))]
-        prompt, *whole = self._encode([pieces, *([*pieces, *answer] for answer in answers)])
-        start = _end(prompt)
+        prompt, *whole = self._encode([pieces, *([*pieces, answer] for answer in answers)])
+        start = prompt.text_end
         found: list[list[int]] = []
         for word, one in zip(self.label_names, whole, strict=True):
-            answered = one.ids[: _end(one)].tolist()
+            answered = one.ids[: one.text_end].tolist()
             if answered[:start] != prompt.ids[:start].tolist() or len(answered) == start:
                 raise UserError(
                     f"data.template: followed by {word} the query's last token is another one, so that the "
@@ -426,11 +447,3 @@ def _label_affixes(template: str) -> tuple[str, str]:
     """What stands right before a label word, and after it."""
     before, _, after = template.partition("{label}")
     return before[len(before.rstrip(" ")) :], after
-
-
-def _end(encoded: Encoded) -> int:
-    """Where a prompt ends: what the tokenizer puts after it, the model would read as the end of all."""
-    end = len(encoded.ids)
-    while end and encoded.special[end - 1]:
-        end -= 1
-    return end

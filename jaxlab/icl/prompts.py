@@ -89,6 +89,19 @@ class PromptSource(Protocol):
         """
         ...
 
+    def fixed(self) -> "PromptSource":
+        """The same queries after one set of demonstrations a seed, in either mode."""
+        ...
+
+    def lessons(self, seed: int, per_class: int) -> Prompts:
+        """Prompts to learn from: after the demonstrations of `fixed`, so many queries of each class that are
+        neither demonstrations nor tested.
+
+        Raises:
+          UserError: there are not so many.
+        """
+        ...
+
     def facts(self) -> dict[str, Any]:
         """What results say of the prompts that were made so far."""
         ...

@@ -33,7 +33,7 @@ from jaxlab.merging.programs import (
     program_of,
     scope_of,
 )
-from jaxlab.merging.streams import COPY, Files, Hashed, Out, Reader, cast, padded
+from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast, padded
 
 CHUNK = 1 << 18
 """Elements that are merged at once: with their intermediate results they fit in a cache."""
@@ -219,19 +219,32 @@ class _Worker:
                 out.add(cast(part, dtype_of(tensor.dtype)))
         else:
             step = tensor.merging
-            size = math.prod(tensor.shape)
-            merged = size if step.rows is None else size // max(1, tensor.shape[0]) * step.rows
-            if scope_of(step) == "element":
-                self._by_chunks(tensor, step, merged, out, hashes)
+            merged = math.prod(step.merged_shape(tensor.shape))
+            among = None if step.rows is None else self._among_kept(tensor, step, out, hashes)
+            if scope_of(step) == "element" and tensor.name not in self.statistics:
+                self._by_chunks(tensor, step, merged, among or out, hashes)
             else:
-                self._whole(tensor, step, out, hashes)
-            if merged < size:
-                for part in self.reader.parts(step.sources[0], merged, size, COPY, hashes):
-                    out.add(cast(part, dtype_of(tensor.dtype)))
+                self._whole(tensor, step, among or out, hashes)
+            if among is not None:
+                among.keep_to(tensor.shape[0])
             self.reader.rest_of_hashes(step, merged, hashes)
         return Done(
             out.digest.hexdigest(), out.not_finite, {name: h.hexdigest() for name, h in hashes.items()}
         )
+
+    def _among_kept(
+        self, tensor: PlannedTensor, step: Merging, out: Out, hashes: dict[str, Any]
+    ) -> AmongKeptRows:
+        """Where merged rows go to when others are kept."""
+        kept = step.kept
+        assert kept is not None
+        assert step.rows is not None
+
+        def parts(start: int, stop: int) -> Iterator[np.ndarray]:
+            for part in self.reader.parts(kept, start, stop, COPY, hashes):
+                yield cast(part, dtype_of(tensor.dtype))
+
+        return AmongKeptRows(out, step.rows, math.prod(tensor.shape[1:]), parts)
 
     def gather(self, todo: Sequence[PlannedTensor]) -> None:
         """What operators on whole models need to know of all tensors."""
@@ -259,7 +272,7 @@ class _Worker:
     def _measured(self, tensor: PlannedTensor, totals: Any) -> Any:
         step = tensor.merging
         assert step is not None
-        shape = tensor.shape if step.rows is None else (step.rows, *tensor.shape[1:])
+        shape = step.merged_shape(tensor.shape)
         size = math.prod(shape)
         program, numbers = program_of(tensor, step, size, self.plan.num_layers)
         arrays = [
@@ -272,7 +285,12 @@ class _Worker:
         return jax.tree.map(lambda leaf: leaf[None], found)
 
     def _by_chunks(
-        self, tensor: PlannedTensor, step: Merging, size: int, out: Out, hashes: dict[str, Any]
+        self,
+        tensor: PlannedTensor,
+        step: Merging,
+        size: int,
+        out: Out | AmongKeptRows,
+        hashes: dict[str, Any],
     ) -> None:
         """An operator that works element by element."""
         program, numbers = program_of(tensor, step, size, self.plan.num_layers)
@@ -297,10 +315,11 @@ class _Worker:
             out.add(np.asarray(merged)[:count], int(bad))
             start += count
 
-    def _whole(self, tensor: PlannedTensor, step: Merging, out: Out, hashes: dict[str, Any]) -> None:
+    def _whole(
+        self, tensor: PlannedTensor, step: Merging, out: Out | AmongKeptRows, hashes: dict[str, Any]
+    ) -> None:
         """An operator that needs a tensor whole."""
-        rows = step.rows
-        shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+        shape = step.merged_shape(tensor.shape)
         size = math.prod(shape)
         everything = step.everything
         program, numbers = program_of(tensor, step, size, self.plan.num_layers)

@@ -1,17 +1,23 @@
 """A plan carried out in memory: what becomes a model of ours, which is written whole."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlab.checkpoints import OpenModel, entries, from_hf, tree_of
+from jaxlab import __version__
+from jaxlab import config as configs
+from jaxlab.checkpoints import OpenModel, Tensor, entries, from_hf, open_model, tree_of
+from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
+from jaxlab.merging.architecture import check_same_architecture
 from jaxlab.merging.engine import execute
-from jaxlab.merging.output import prepare_merge
-from jaxlab.merging.plan import MergePlan, dtype_of
-from jaxlab.merging.recipe import Recipe
+from jaxlab.merging.plan import Input, MergePlan, dtype_of
+from jaxlab.merging.preparing import prepare_merge, prepared_statistics
+from jaxlab.merging.recipe import ACCOUNT, Recipe
 from jaxlab.models import Params
 
 
@@ -35,6 +41,19 @@ class _Memory:
         return self._bytes[name].view(dtype_of(planned.dtype))[:count].reshape(planned.shape)
 
 
+def run_in_memory(
+    plan: MergePlan, inputs: Sequence[Mapping[str, Tensor] | Input], **options: Any
+) -> dict[str, np.ndarray]:
+    """The tensors of a plan by name; see `execute` for the options.
+
+    Raises:
+      UserError: an input is damaged, or the result is not finite though that is not allowed.
+    """
+    memory = _Memory(plan)
+    execute(plan, inputs, memory, hash_inputs="none", **options)
+    return {tensor.name: memory.array(tensor.name) for tensor in plan.tensors}
+
+
 def merge_by_recipe(
     recipe: Recipe, models: Sequence[OpenModel], **options: Any
 ) -> tuple[Params, MergeAccount]:
@@ -48,6 +67,7 @@ def merge_by_recipe(
       UserError: models that are damaged or cannot be merged.
     """
     prepared = prepare_merge(recipe, models, to="orbax")
+    options.setdefault("statistics", prepared_statistics(prepared))
     memory = _Memory(prepared.plan)
     records = execute(prepared.plan, prepared.inputs, memory, hash_inputs="none", **options)
     first = models[0]
@@ -57,3 +77,50 @@ def merge_by_recipe(
         stacked = np.stack([memory.array(name) for name in entry.names])
         leaves |= from_hf(stacked, entry, first.shapes)
     return tree_of(leaves), account
+
+
+def save_merged(
+    out: Path,
+    recipe: Recipe,
+    models: Sequence[OpenModel],
+    params: Params,
+    account: MergeAccount,
+    *,
+    overwrite: bool,
+) -> MergeAccount:
+    """Writes what a recipe made of `models` as the first of them, the account beside it; whole or not at all.
+
+    Returns:
+      The account with digests.
+
+    Raises:
+      UserError: `out` may not be written (see `check_output`).
+    """
+    from jaxlab.checkpoints import save_model  # Orbax and Flax come with it
+
+    account = account.with_hashes(params)
+    written = {"version": __version__, "recipe": configs.to_dict(recipe), "tensors": account.to_json()}
+    if recipe.differences:
+        written["differences"] = check_same_architecture(models, recipe.differences)
+    save_model(
+        out,
+        models[0].config,
+        params,
+        models[0].tokenizer,
+        source_files=models[0].source_files,
+        extra_files={ACCOUNT: json.dumps(jsonable(written), indent=2, allow_nan=False) + "\n"},
+        inputs=[model.path for model in models],
+        overwrite=overwrite,
+    )
+    return account
+
+
+def verify_merged(out: Path, account: MergeAccount) -> None:
+    """Checks that the model on disk is what the account says.
+
+    Raises:
+      RuntimeError: it is not.
+    """
+    wrong = account.differences(open_model(out).read())
+    if wrong:
+        raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")

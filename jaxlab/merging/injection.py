@@ -32,6 +32,7 @@ from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.merging.parameters import FIXED_BY_INJECTION
 from jaxlab.merging.schedules import Place, value_at
+from jaxlab.merging.vocabulary import CommonRows, SameTokens
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]
@@ -192,7 +193,7 @@ def inject(
     lambda_v: Lambda = 1.0,
     lambda_e: Lambda = 1.0,
     embeddings: Embeddings = "vlm",
-    common_rows: int | None = None,
+    common_rows: SameTokens | int | None = None,
     seed: int = 0,
     mode: Mode = "paper",
     family: str = "jaxlab",
@@ -332,7 +333,8 @@ def _task_vectors(
     """By leaf that is merged: its pattern, stacked task vectors, the base and the dtype to compute in."""
     for leaf in plan.leaves:
         if leaf.action == "merged":
-            x, y, origin = (_merged_part(params, leaf.entry, leaf.rows) for params in (vlm, expert, base))
+            trees = enumerate((vlm, expert, base))
+            x, y, origin = (_merged_part(params, leaf.entry, leaf.rows, i) for i, params in trees)
             dtype = arithmetic_dtype(method.of_injection, method.mode, x.dtype)
             yield leaf.entry.pattern, [difference(m, origin, dtype) for m in (x, y)], origin, dtype
 
@@ -404,25 +406,47 @@ def _weight(
     lambda_v: TensorWeights,
     lambda_e: TensorWeights,
 ) -> Any:
-    operator = method.of_injection
-    models: list[dict[tuple[str, ...], Any]] = [{} for _ in range(2 if operator.per_task else 1)]
+    per_task = method.of_injection.per_task
+    models: list[dict[tuple[str, ...], Any]] = [{} for _ in range(2 if per_task else 1)]
     for leaf in plan.leaves:
-        entry, stored = leaf.entry, leaf_at(vlm, leaf.entry.path).dtype
-        if leaf.action == "merged":
-            vectors, base, numbers, given = prepared[entry.pattern]
-            dtype = arithmetic_dtype(operator, method.mode, stored)
-            one = functools.partial(_weight_one, plan, method, method.values(numbers), dtype)
-            merged = _stacked(one, given, vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
-            for leaves, tensors in zip(models, merged if operator.per_task else [merged], strict=True):
-                tensors = tensors.astype(stored)
-                if leaf.rows is not None:
-                    tensors = jnp.concatenate([tensors, to_hf(vlm, entry)[:, leaf.rows :]], axis=1)
-                leaves |= from_hf(tensors, entry, vlm)
-        else:
-            for leaves in models:
-                leaves |= {path: leaf_at(vlm, path) for path in entry.paths}
+        merged = weighted_leaf(plan, method, vlm, leaf, prepared, lambda_v, lambda_e)
+        for leaves, own in zip(models, merged, strict=True):
+            leaves |= own
     trees = [tree_of(leaves) for leaves in models]
-    return dict(zip(TASKS, trees, strict=True)) if operator.per_task else trees[0]
+    return dict(zip(TASKS, trees, strict=True)) if per_task else trees[0]
+
+
+def weighted_leaf(
+    plan: InjectionPlan,
+    method: Method,
+    vlm: Params,
+    leaf: PlannedLeaf,
+    prepared: dict[str, Prepared],
+    lambda_v: TensorWeights,
+    lambda_e: TensorWeights,
+) -> list[dict[tuple[str, ...], Any]]:
+    """The leaves of ours that hold one planned leaf's tensors, merged or copied, by path; of operators that
+    make a model for each task one dict for each.
+
+    Args:
+      vlm: the VLM; of a leaf that is merged whole, shapes and dtypes are enough.
+    """
+    entry, operator = leaf.entry, method.of_injection
+    count = 2 if operator.per_task else 1
+    if leaf.action != "merged":
+        return [{path: leaf_at(vlm, path) for path in entry.paths}] * count
+    stored = leaf_at(vlm, entry.path).dtype
+    vectors, base, numbers, given = prepared[entry.pattern]
+    dtype = arithmetic_dtype(operator, method.mode, stored)
+    one = functools.partial(_weight_one, plan, method, method.values(numbers), dtype)
+    merged = _stacked(one, given, vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
+    result = []
+    for tensors in merged if operator.per_task else [merged]:
+        tensors = tensors.astype(stored)
+        if leaf.rows is not None:
+            tensors = jnp.asarray(to_hf(vlm, entry)).at[:, leaf.rows.index(0)].set(tensors)
+        result.append(from_hf(tensors, entry, vlm))
+    return result
 
 
 def _weight_one(
@@ -462,12 +486,22 @@ def _weighted(
 
 def _size(params: Params, leaf: PlannedLeaf) -> int:
     """Elements of one tensor of a leaf, as far as it is merged."""
-    view = functools.partial(_merged_part, entry=leaf.entry, rows=leaf.rows)
+    view = functools.partial(_merged_part, entry=leaf.entry, rows=leaf.rows, model=0)
     return int(jax.eval_shape(view, params).size) // len(leaf.entry.names)
 
 
-def _merged_part(params: Params, entry: Entry, rows: int | None) -> Float[Array, "N ..."]:
+def merged_tensors(params: Params, leaf: PlannedLeaf, model: int) -> Float[Array, "N ..."]:
+    """The tensors of one model that go into a leaf, as far as they are merged, as a folder has them.
+
+    Args:
+      model: which of the plan's inputs it is.
+    """
+    return _merged_part(params, leaf.entry, leaf.rows, model)
+
+
+def _merged_part(params: Params, entry: Entry, rows: CommonRows | None, model: int) -> Float[Array, "N ..."]:
     if entry.path == HEAD and "head" not in params:  # tied: the head is the embedding
-        return leaf_at(params, EMBEDDING)[None, :rows]
-    tensors = jnp.asarray(to_hf(params, entry))
-    return tensors if rows is None else tensors[:, :rows]
+        tensors = leaf_at(params, EMBEDDING)[None]
+    else:
+        tensors = jnp.asarray(to_hf(params, entry))
+    return tensors if rows is None else tensors[:, rows.index(model)]

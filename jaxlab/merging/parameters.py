@@ -103,6 +103,41 @@ def _takes(operator: Operator, known: Mapping[str, Parameter]) -> str:
     return f"{operator.name} takes {', '.join(known) or 'no parameters'}"
 
 
+def check_task(operator: Operator, task: str | None, models: Sequence[str]) -> None:
+    """Whether a recipe names a task where there are several, and only there.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    if not operator.per_task and task is not None:
+        raise ConfigError(f"{operator.name} makes one model for all tasks", key="task")
+    if operator.per_task and task not in models:
+        found = "missing" if task is None else f"no task {task!r}"
+        listed = ", ".join(models)
+        raise ConfigError(
+            f"{found}; {operator.name} makes a model for each task: one of {listed}", key="task"
+        )
+
+
+def check_statistics(operator: Operator, data: Any, statistics: str | None) -> None:
+    """Whether a recipe says where the statistics of its operator come from, if it takes any.
+
+    Raises:
+      ConfigError: it does not, or does without need.
+    """
+    given = [key for key, value in (("data", data), ("statistics", statistics)) if value is not None]
+    if len(given) == 2:
+        raise ConfigError("data is given too; one of them is enough", key="statistics")
+    if given and not operator.takes("statistics"):
+        raise ConfigError(f"{operator.name} takes no statistics of data", key=given[0])
+    if not given and operator.needs_statistics:
+        raise ConfigError(
+            f"missing; {operator.name} takes statistics of data: a group data: {{text: file}}, or "
+            "statistics: a file that such a group saved",
+            key="data",
+        )
+
+
 def refuse_weight(operator: Operator, mode: Mode, key: str) -> None:
     """Refuses a weight for an operator that has none; in mode mergekit it is a note.
 
@@ -125,6 +160,7 @@ def with_own_values(
     own: Sequence[Mapping[str, Any]],
     models: Sequence[str],
     place: str,
+    before: int = 0,
 ) -> dict[str, Any]:
     """Parameters of a recipe together with those that stand at single models, as {model: number}.
 
@@ -132,6 +168,7 @@ def with_own_values(
       own: of each model.
       models: what they are called.
       place: the key of their list, for messages.
+      before: how many models stand elsewhere, before that list.
 
     Raises:
       ConfigError: one that is for all models alike, or that some models lack and has no default.
@@ -141,7 +178,9 @@ def with_own_values(
         for name in values:
             parameter = operator.parameters.get(name)
             if parameter is not None and not parameter.per_model:
-                raise ConfigError("is one for all models; it belongs beside operator", f"{place}.{i}.{name}")
+                raise ConfigError(
+                    "is one for all models; it belongs beside operator", f"{place}.{i - before}.{name}"
+                )
     for name in dict.fromkeys(name for values in own for name in values):
         others = merged.get(name)
         known = operator.parameters.get(name)

@@ -28,6 +28,7 @@ from jaxlab.checkpoints import (
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, Action, MergeAccount
 from jaxlab.merging.numerics import Mode
+from jaxlab.merging.vocabulary import CommonRows
 
 FORMAT = 1
 """Of plans: another number, other bytes."""
@@ -57,14 +58,23 @@ class Merging:
     """The others by name: a number, a switch, or a tuple with a number for each source."""
     injected: bool = False
     """As an injection means it: the weights are (lambda_v, lambda_e) on the task vectors."""
-    rows: int | None = None
-    """Only so many first rows are merged; the others are those of the first source. None: all."""
+    rows: tuple[tuple[int, int], ...] | None = None
+    """Only these rows are merged, in runs (first row, how many) of what is written; the sources hold them
+    first, in this order. None: all."""
+    kept: Source | None = None
+    """Where the other rows are, at their places."""
     layer: int | None = None
     """For operators that depend on depth; None outside of layers."""
     key: str | None = None
     """The name that random masks come from; None: the tensor's own."""
+    task: int | None = None
+    """Of operators that make a model for each task: which."""
     read_as: str | None = None
     """The dtype that the sources are rounded to before anything else."""
+
+    def merged_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what is merged of a tensor of this shape."""
+        return shape if self.rows is None else (sum(count for _, count in self.rows), *shape[1:])
 
     @property
     def everything(self) -> tuple[Source, ...]:
@@ -86,6 +96,8 @@ class PlannedTensor:
     """The name with {i} for the layer."""
     copy: Source | None = None
     merging: Merging | None = None
+    common_rows: CommonRows | None = dataclasses.field(default=None, repr=False)
+    """Of a table, those that are merged of every input; None: all, or none is."""
 
     @property
     def action(self) -> Action:

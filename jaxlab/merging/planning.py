@@ -3,11 +3,12 @@ which numbers, from headers alone.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxlab.checkpoints import EMBEDDING, HEAD, LeafPath, TensorKind, common_prefix
+from jaxlab.checkpoints import EMBEDDING, HEAD, LeafPath, TensorKind
 from jaxlab.errors import UserError
 from jaxlab.merging.account import AccountLine
 from jaxlab.merging.merge import check_sum
@@ -16,6 +17,11 @@ from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import operator_named
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source
 from jaxlab.merging.schedules import Place, check_rules, kind_of, value_at
+from jaxlab.merging.vocabulary import CommonRows, SameTokens, common_rows, table_of_rows
+
+_TABLES: tuple[LeafPath, ...] = (EMBEDDING, HEAD, ("head", "bias"))
+"""Leaves whose rows stand for tokens."""
+_POLICIES = "; say what to do about it with embeddings: merge_common_rows, merge or first"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,11 @@ class _Rules:
     weights: Mapping[str, Setting]
     """One for each input that is merged, by what it is called; none: the operator has no weights."""
     embeddings: str
-    common_rows: int | None
+    """What becomes of rows of embedding and head; all: merged, and equally many in all models."""
+    tokens: SameTokens | int | None
+    """Which ids stand for the same token; see `common_rows`."""
+    task: str | None
+    """The role of the model whose task it is, for operators that make one for each."""
     reason: str
 
     def at(self, place: Place, roles: Sequence[str]) -> tuple[tuple[float, ...] | None, dict[str, Any]]:
@@ -77,24 +87,27 @@ def plan_injection_of(
     lambdas: Mapping[str, Any],
     embeddings: str,
     seed: int,
+    tokens: SameTokens | int | None = None,
+    task: str | None = None,
 ) -> MergePlan:
     """Experts into a VLM; the inputs are the VLM, the experts and the base.
 
     Args:
       parameters: numbers of the recipe by name; {role: number} where each model has its own.
       lambdas: a number for the VLM and for each expert, by what it is called.
+      embeddings: vlm: embedding and head stay the VLM's. merge: they are merged as far as all have rows.
+        merge_common_rows: the rows of tokens that all have, which `tokens` says. Other rows stay the VLM's.
+      tokens: see `common_rows`.
+      task: the role of a model, for operators that make a model for each task: whose is made.
 
     Raises:
       UserError: language models that differ in more than the rows of their tables; numbers that do not fit.
     """
     if embeddings not in ("vlm", "merge_common_rows", "merge"):
         raise UserError(f"embeddings is vlm, merge_common_rows or merge, not {embeddings!r}")
-    common = None
-    if embeddings == "merge_common_rows":
-        common = common_prefix([one.model.tokenizer for one in inputs])
     base = len(inputs) - 1
     numbers = _settings(parameters), _settings(lambdas)
-    rules = _Rules(operator, mode, True, base, *numbers, embeddings, common, "language model")
+    rules = _Rules(operator, mode, True, base, *numbers, embeddings, tokens, task, "language model")
     return _plan(inputs, rules, seed)
 
 
@@ -107,19 +120,26 @@ def plan_merge_of(
     weights: Mapping[str, Any],
     with_base: bool,
     seed: int,
+    embeddings: str = "all",
+    tokens: SameTokens | int | None = None,
+    task: str | None = None,
 ) -> MergePlan:
     """Models of one architecture into one; the base, if there is one, is the last input.
 
     Args:
       parameters: numbers of the recipe by name; {role: number} where each model has its own.
       weights: a number for each model, by what it is called; none: the operator has no weights.
+      embeddings: all: embedding and head are merged as all else. first, merge, merge_common_rows: as vlm,
+        merge and merge_common_rows of an injection.
+      tokens: see `common_rows`.
+      task: the role of a model, for operators that make a model for each task: whose is made.
 
     Raises:
       UserError: models that differ in names or shapes; numbers that do not fit.
     """
     base = len(inputs) - 1 if with_base else None
     numbers = _settings(parameters), _settings(weights)
-    rules = _Rules(operator, mode, False, base, *numbers, "merge", None, operator)
+    rules = _Rules(operator, mode, False, base, *numbers, embeddings, tokens, task, operator)
     return _plan(inputs, rules, seed)
 
 
@@ -138,25 +158,30 @@ def _plan(inputs: Sequence[Input], rules: _Rules, seed: int) -> MergePlan:
                 planned[name] = _copied(first, name, kind.pattern, "not part of the language model")
                 left[first.role].pop(name)
             continue
-        reason, rows, tied = _decide(inputs, kind, rules, problems)
-        if reason is None:
+        decision = _decide(inputs, kind, rules, problems)
+        if decision is None:
             continue
         for index, name in enumerate(kind.names):
-            if rows == 0:
-                planned[name] = _copied(first, name, kind.pattern, reason)
-                kept[kind.path] = reason
+            if decision.copied:
+                planned[name] = _copied(first, name, kind.pattern, decision.reason)
+                kept[kind.path] = decision.reason
                 left[first.role].pop(name)
                 continue
-            sources = [_source(inputs, i, kind, index, tied) for i in range(len(inputs))]
-            planned[name] = _merged(inputs, rules, kind, index, sources, rows, layers, reason)
-        if rows != 0:
-            _take(inputs, left, kind, tied)
+            sources = [_source(inputs, i, kind, index, decision.tied) for i in range(len(inputs))]
+            planned[name] = _merged(inputs, rules, kind, index, sources, decision, layers)
+        if not decision.copied:
+            _take(inputs, left, kind, decision.tied)
     for name in first.found.copies:
         embedding = next(kind for kind in first.found.kinds if kind.path == EMBEDDING)
         original = planned.get(embedding.names[0])
         if original is not None:  # the head once more, whatever became of the embedding
             reason = f"{original.reason}; the embedding, written as the tied head too"
-            planned[name] = dataclasses.replace(original, name=name, pattern=name, reason=reason)
+            step = original.merging
+            if step is not None and step.key is None:  # the same random masks
+                step = dataclasses.replace(step, key=original.name)
+            planned[name] = dataclasses.replace(
+                original, name=name, pattern=name, reason=reason, merging=step
+            )
             left[first.role].pop(name)
     for name in first.found.ignored:
         planned[name] = _copied(first, name, name, "no parameter")
@@ -202,12 +227,22 @@ def _num_layers(one: Input) -> int:
     return 1 + max((i for kind in kinds for i in kind.layers if i is not None), default=-1)
 
 
+class _Decision(NamedTuple):
+    """What becomes of a kind of tensors."""
+
+    reason: str
+    tied: tuple[str, ...] = ()
+    """The inputs whose embedding stands for the head that they do not have."""
+    rows: CommonRows | None = None
+    """Only these are merged."""
+    copied: bool = False
+
+
 def _decide(
     inputs: Sequence[Input], kind: TensorKind, rules: _Rules, problems: list[str]
-) -> tuple[str | None, int | None, tuple[str, ...]]:
-    """Why a kind is merged or copied, how many rows are merged (None: all, 0: none), and whose head is tied.
-
-    Models whose tensors do not fit are added to the problems; the reason is None then.
+) -> _Decision | None:
+    """Whether a kind is merged or copied, and why. Models whose tensors do not fit are added to the problems;
+    None then.
     """
     tied = tuple(one.role for one in inputs if kind.path == HEAD and HEAD not in one.holders)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -223,29 +258,27 @@ def _decide(
             counts = f"{len(kind.names)} tensors in the {inputs[0].role}, {len(own.names)} in the {one.role}"
             problems.append(f"{kind.pattern} is {counts}")
     if len(shapes) < len(inputs):
-        return None, None, tied
-    is_table = kind.path in (EMBEDDING, HEAD)
-    free = is_table and rules.injected
+        return None
+    is_table = kind.path in _TABLES
+    free = is_table and rules.embeddings != "all"
     if len({shape[1:] if free else shape for shape in shapes.values()}) > 1:
         sizes = ", ".join(f"{list(shape)} in the {role}" for role, shape in shapes.items())
-        problems.append(f"{kind.pattern} is {sizes}")
-        return None, None, tied
+        only_rows = is_table and len({shape[1:] for shape in shapes.values()}) == 1
+        problems.append(f"{kind.pattern} is {sizes}{_POLICIES if only_rows else ''}")
+        return None
+    heads = "".join(f", the {role}'s is its embedding" for role in tied)
     if not free:
-        reason = rules.reason + "".join(f", the {role}'s is its embedding" for role in tied)
-        return reason, None, tied
-    rows = [shape[0] for shape in shapes.values()]
-    shared = min(rows)
-    if rules.embeddings == "merge_common_rows" and rules.common_rows is not None:
-        shared = min(shared, rules.common_rows)
-    if rules.embeddings == "vlm":
-        return "embeddings: vlm", 0, tied
-    if shared == 0:
-        return f"embeddings: {rules.embeddings}, and no row is common", 0, tied
-    reason = f"embeddings: {rules.embeddings}"
-    reason += "".join(f", the {role}'s is its embedding" for role in tied)
-    if shared == rows[0]:
-        return reason, None if set(rows) == {shared} else shared, tied
-    return f"{reason}, rows from {shared} on the VLM's", shared, tied
+        return _Decision(rules.reason + heads, tied)
+    policy = f"embeddings: {rules.embeddings}"
+    if rules.embeddings in ("vlm", "first"):
+        return _Decision(policy, tied, copied=True)
+    by_token = rules.embeddings == "merge_common_rows"
+    rows = common_rows(rules.tokens if by_token else None, [shape[0] for shape in shapes.values()])
+    if rows.count == 0:
+        return _Decision(f"{policy}, and no row is common", tied, copied=True)
+    if rows.is_everything:
+        return _Decision(policy + heads, tied)
+    return _Decision(f"{policy}{heads}, {rows.described(inputs[0].role)}", tied, rows)
 
 
 def _source(
@@ -292,15 +325,17 @@ def _merged(
     kind: TensorKind,
     index: int,
     sources: list[Source],
-    rows: int | None,
+    decision: _Decision,
     layers: int,
-    reason: str,
 ) -> PlannedTensor:
-    name, layer = kind.names[index], kind.layers[index]
+    name, layer, rows, whole = kind.names[index], kind.layers[index], decision.rows, list(sources)
+    if rows is not None:
+        sources = [_rows_of(inputs[i], source, rows, i) for i, source in enumerate(sources)]
     base = None if rules.base is None else sources[rules.base]
     merged = [source for i, source in enumerate(sources) if i != rules.base]
     place = Place(name, layer, layers, before=kind.path[0] in ("embedding", "position"))
-    weights, values = rules.at(place, [one.role for i, one in enumerate(inputs) if i != rules.base])
+    roles = [one.role for i, one in enumerate(inputs) if i != rules.base]
+    weights, values = rules.at(place, roles)
     if not rules.injected:
         known = operator_named(rules.operator)
         check_sum(known, known.resolve(values, len(merged), rules.mode), weights or [1.0])
@@ -312,23 +347,37 @@ def _merged(
         weights,
         tuple(sorted(values.items())),
         rules.injected,
-        rows,
+        None if rows is None else rows.of_first,
+        None if rows is None else whole[0],
         layer,
         inputs[0].keys.get(name),
+        None if rules.task is None else roles.index(rules.task),
     )
     models = tuple(one.role for one in inputs)
-    tied = [one.role for one, s in zip(inputs, sources, strict=True) if kind.path == HEAD and _ties(one, s)]
+    tied = [one.role for one, s in zip(inputs, whole, strict=True) if kind.path == HEAD and _ties(one, s)]
     kept = inputs[0] if rules.injected or base is None else inputs[base.model]
-    tensor = kept[(sources[0] if kept is inputs[0] else base or sources[0]).name]
+    tensor = kept[whole[0 if kept is inputs[0] else -1].name]
     return PlannedTensor(
         name,
         tensor.dtype.name,
-        inputs[0][sources[0].name].shape,
+        inputs[0][whole[0].name].shape,
         tuple(role for role in models if role not in tied),
-        reason,
+        decision.reason,
         kind.pattern,
         merging=step,
+        common_rows=rows,
     )
+
+
+def _rows_of(one: Input, source: Source, rows: CommonRows, model: int) -> Source:
+    """The tensor with just these rows first."""
+    if rows.is_prefix(model):
+        return source
+    digest = hashlib.sha256(repr((rows.runs, rows.sizes)).encode()).hexdigest()[:16]
+    name = f"{source.name} ({rows.count:,} rows by token, {digest})"
+    if name not in one.relaid:
+        one.relaid[name] = table_of_rows(one[source.name], rows.index(model))
+    return Source(source.model, name)
 
 
 def _ties(one: Input, source: Source) -> bool:

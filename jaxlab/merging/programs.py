@@ -1,6 +1,8 @@
 """Compiled programs of a merge: a chunk or a tensor merged, or measured for an operator on whole models."""
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ from jaxlab.merging.injection import Given, Method, inject_tensor
 from jaxlab.merging.merge import arithmetic_dtype, merge_tensors
 from jaxlab.merging.numerics import Mode, Share, difference, rounding_by
 from jaxlab.merging.operators import Operator, operator_named
-from jaxlab.merging.plan import Merging, PlannedTensor, dtype_of
+from jaxlab.merging.plan import MergePlan, Merging, PlannedTensor, dtype_of
 
 ZERO = np.uint32(0)
 """What `rounding_by` takes."""
@@ -29,6 +31,7 @@ class Program(NamedTuple):
     out: str
     num_layers: int
     models: int
+    task: int | None = None
 
     @property
     def method(self) -> Method:
@@ -46,7 +49,9 @@ def program_of(tensor: PlannedTensor, step: Merging, size: int, num_layers: int)
         numbers = _numbers(step, size)
     weights = None if step.weights is None else [np.float32(w) for w in step.weights]
     count = len(step.sources)
-    program = Program(step.operator, step.mode, fixed, step.injected, tensor.dtype, num_layers, count)
+    program = Program(
+        step.operator, step.mode, fixed, step.injected, tensor.dtype, num_layers, count, step.task
+    )
     return program, (numbers, weights)
 
 
@@ -77,6 +82,29 @@ def _numbers(step: Merging, size: int) -> dict[str, Any]:
 
 def given_to(key: np.ndarray, step: Merging, totals: Any = None, statistics: Any = None) -> Given:
     return Given(key, np.int32(-1 if step.layer is None else step.layer), statistics, totals)
+
+
+def check_operators(plan: MergePlan, statistics: Mapping[str, Any] | None = None) -> None:
+    """Whether the operators of a plan take what it gives them, without computing anything.
+
+    Raises:
+      UserError: an operator refuses the number of models, a parameter or its statistics.
+    """
+    seen = set()
+    for tensor in plan.tensors:
+        step = tensor.merging
+        if step is None:
+            continue
+        shape = step.merged_shape(tensor.shape)
+        program, numbers = program_of(tensor, step, math.prod(shape), plan.num_layers)
+        own = (statistics or {}).get(tensor.name)
+        asked = (program, step.base is None, len(shape), own is None)
+        if asked not in seen:
+            seen.add(asked)
+            arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for _ in step.everything]
+            base = arrays.pop() if step.base is not None else None
+            given = given_to(np.zeros(2, np.uint32), step, statistics=own)
+            jax.eval_shape(functools.partial(_merge, program, offset=0), tuple(arrays), base, numbers, given)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -121,6 +149,7 @@ def _merge(
         merged = inject_tensor(
             method, numbers, models, base, weights, given, num_layers=layers, offset=offset
         )
+        merged = merged if program.task is None else merged[program.task]
         return merged.astype(dtype_of(program.out))
     operator = operator_named(program.operator)
     named = given._asdict() | ({} if weights is None else {"weight": weights})
@@ -136,6 +165,7 @@ def _merge(
         **dict(program.fixed),
         **numbers,
     )
+    merged = merged if program.task is None else merged[str(program.task)]
     return merged.astype(dtype_of(program.out))
 
 

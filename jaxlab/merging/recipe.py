@@ -1,23 +1,23 @@
 """Recipes, what a merge file says, and carrying one out: opened models in, a model with its account out."""
 
-import dataclasses
-import json
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
-from jaxlab import __version__
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel, common_prefix, language_differences, open_model
-from jaxlab.errors import ConfigError, UserError, UserNote
-from jaxlab.files import jsonable, shipped
+from jaxlab.checkpoints import OpenModel
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.files import shipped
 from jaxlab.merging.account import MergeAccount
+from jaxlab.merging.architecture import check_same_architecture
 from jaxlab.merging.injection import inject
+from jaxlab.merging.merge_data import MergeData
 from jaxlab.merging.parameters import (
+    check_statistics,
+    check_task,
     given_of,
     named_operator,
     refuse_weight,
@@ -25,6 +25,7 @@ from jaxlab.merging.parameters import (
     with_own_values,
 )
 from jaxlab.merging.schedules import Number, check_kind
+from jaxlab.merging.vocabulary import SameTokens, same_tokens
 from jaxlab.models import ModelConfig, Params
 
 if TYPE_CHECKING:
@@ -39,17 +40,31 @@ Parameters = dict[str, Number | dict[str, Number] | None]
 
 
 @dataclass(frozen=True)
+class Expert:
+    """One of several experts."""
+
+    model: str
+    """As `expert` of the recipe."""
+    lambda_: Number | None = None
+    """Weight of its task vector; by default the recipe's lambda_e."""
+    parameters: Annotated[dict[str, Number | None], configs.OTHERS] = field(default_factory=dict)
+    """Its own values of the operator's parameters, such as density."""
+
+
+@dataclass(frozen=True)
 class InjectRecipe:
-    """An expert into the language model of a VLM."""
+    """Experts into the language model of a VLM."""
 
     kind: Literal["inject"] = "inject"
     """What the recipe does."""
     vlm: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
     expert: str = ""
-    """A language model fine-tuned from the base."""
+    """A language model fine-tuned from the base; model+adapter for one with a LoRA adapter."""
+    experts: tuple[Expert, ...] = ()
+    """Instead of one expert several, [{model, lambda, density}, ...]."""
     base: str = ""
-    """The language model that both come from."""
+    """The language model that all come from."""
     operator: str = "task_arithmetic"
     """Its name in docs/operators.md; name+svc, say, does something to its result."""
     lambda_v: Number = 1.0
@@ -59,22 +74,35 @@ class InjectRecipe:
     """Weight of the expert's task vector."""
     embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
     """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
+    differences: dict[str, Literal["vlm"]] = field(default_factory=dict)
+    """Settings without an average, such as rope.theta, in which the models may differ: whose counts."""
     mode: Literal["paper", "mergekit"] = "paper"
     """The operator as published, or as mergekit computes it."""
     seed: int = 0
     """Of random masks."""
+    task: str | None = None
+    """Of operators that make a model for each task (emr, tall): whose model is written, vlm or expert."""
+    data: MergeData | None = None
+    """Texts on which the statistics of operators with data (fisher, regmean, ...) are measured."""
+    statistics: str | None = None
+    """Instead of data: a file that `data.save` wrote."""
     parameters: Annotated[Parameters, configs.OTHERS] = field(default_factory=dict)
     """The operator's parameters, each a key of its own beside the others: density, gamma, k, ..."""
 
     def __post_init__(self) -> None:
         for name in ("vlm", "expert", "base"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "expert" and self.experts):
                 raise ConfigError("missing; an injection needs vlm, expert and base", key=name)
+        if self.expert and self.experts:
+            raise ConfigError("expert is given too; one of them is enough", key="experts")
         operator = named_operator(self.operator, injected=True)
-        if operator.per_task:
-            raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
+        check_task(operator, self.task, self.models_with_tasks())
+        check_statistics(operator, self.data, self.statistics)
         for name in ("lambda_v", "lambda_e"):
             check_kind(getattr(self, name), "number", name)
+        for i, expert in enumerate(self.experts):
+            if expert.lambda_ is not None:
+                check_kind(expert.lambda_, "number", f"experts.{i}.lambda")
         self.options()
 
     def options(self) -> dict[str, Any]:
@@ -83,26 +111,39 @@ class InjectRecipe:
         Raises:
           ConfigError: one that it does not use, that is missing or cannot have its value.
         """
+        operator, models = named_operator(self.operator, injected=True), self.models_with_tasks()
+        own = [{}, *(given_of(expert.parameters) for expert in self.experts)]
+        own += [{}] * (len(models) - len(own))
         return used_of_recipe(
-            named_operator(self.operator, injected=True),
+            operator,
             self.mode,
-            given_of(self.parameters),
-            self.roles()[:-1],
+            with_own_values(operator, given_of(self.parameters), own, models, "experts", 1),
+            models,
             injected=True,
             fields=_keys(type(self)),
         )
 
     def lambdas(self) -> dict[str, Number]:
         """The weights by what they are called, in the order of the models."""
-        return {"lambda_v": self.lambda_v, "lambda_e": self.lambda_e}
+        if not self.experts:
+            return {"lambda_v": self.lambda_v, "lambda_e": self.lambda_e}
+        own = [self.lambda_e if expert.lambda_ is None else expert.lambda_ for expert in self.experts]
+        return {"lambda_v": self.lambda_v} | {
+            f"the lambda of expert {i}": number for i, number in enumerate(own, 1)
+        }
 
     def references(self) -> list[str]:
-        """The models that it names: VLM, expert and base."""
-        return [self.vlm, self.expert, self.base]
+        """The models that it names: the VLM, the experts, the base."""
+        return [self.vlm, *([expert.model for expert in self.experts] or [self.expert]), self.base]
+
+    def models_with_tasks(self) -> list[str]:
+        """What the models other than the base are to it."""
+        return self.roles()[:-1]
 
     def roles(self) -> list[str]:
         """What they are to it, in this order."""
-        return ["vlm", "expert", "base"]
+        several = [f"expert {i}" for i in range(1, 1 + len(self.experts))]
+        return ["vlm", *(several or ["expert"]), "base"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +151,7 @@ class WeightedModel:
     """A model of a merge."""
 
     model: str
-    """A model folder, a run folder, or the config of a finished train run."""
+    """A model folder, a run folder, or the config of a finished train run; model+adapter with LoRA."""
     weight: Number | None = None
     """Its weight; by default the recipe's weight, or 1."""
     parameters: Annotated[dict[str, Number | None], configs.OTHERS] = field(default_factory=dict)
@@ -131,10 +172,21 @@ class MergeRecipe:
     """Its name in docs/operators.md; name+svc, say, does something to its result."""
     weight: Number | None = None
     """Of every model that names none."""
+    embeddings: Literal["all", "first", "merge_common_rows", "merge"] = "all"
+    """Embedding and head: merged as all else, if all have equally many rows; the first model's; merged where
+    the tokenizers agree; merged as far as all have rows, the others the first model's."""
+    differences: dict[str, Literal["first"]] = field(default_factory=dict)
+    """Settings without an average, such as rope.theta, in which the models may differ: whose counts."""
     mode: Literal["paper", "mergekit"] = "paper"
     """The operator as published, or as mergekit computes it."""
     seed: int = 0
     """Of random masks."""
+    task: str | None = None
+    """Of operators that make a model for each task (emr, tall): whose model is written, "model 0", say."""
+    data: MergeData | None = None
+    """Texts on which the statistics of operators with data (fisher, regmean, ...) are measured."""
+    statistics: str | None = None
+    """Instead of data: a file that `data.save` wrote."""
     parameters: Annotated[Parameters, configs.OTHERS] = field(default_factory=dict)
     """The operator's parameters, each a key of its own beside the others: lambda, t, density, ..."""
 
@@ -142,8 +194,8 @@ class MergeRecipe:
         if not self.models:
             raise ConfigError("missing; a merge needs a list of models", key="models")
         operator = named_operator(self.operator, injected=False)
-        if operator.per_task:
-            raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
+        check_task(operator, self.task, self.models_with_tasks())
+        check_statistics(operator, self.data, self.statistics)
         if operator.base == ("required" if self.base is None else "unused"):
             raise ConfigError(
                 f"{self.operator} {'needs a' if self.base is None else 'takes no'} base", key="base"
@@ -178,7 +230,7 @@ class MergeRecipe:
         Raises:
           ConfigError: one that it does not use, that is missing or cannot have its value.
         """
-        operator, roles = named_operator(self.operator, injected=False), self.roles()[: len(self.models)]
+        operator, roles = named_operator(self.operator, injected=False), self.models_with_tasks()
         own = [given_of(model.parameters) for model in self.models]
         return used_of_recipe(
             operator,
@@ -192,6 +244,10 @@ class MergeRecipe:
     def references(self) -> list[str]:
         """The models that it names, the base last."""
         return [*(model.model for model in self.models), *([] if self.base is None else [self.base])]
+
+    def models_with_tasks(self) -> list[str]:
+        """What the models other than the base are to it."""
+        return self.roles()[: len(self.models)]
 
     def roles(self) -> list[str]:
         """What they are to it, in this order."""
@@ -235,67 +291,44 @@ class Trio(NamedTuple):
     vlm: Params
     expert: Params
     base: Params
-    common_rows: int | None
-    """How many ids, from 0 on, mean the same token to all three; None: all, since they read bytes."""
+    common_rows: SameTokens | int | None
+    """Which ids mean the same token to all three; None: all, since they read bytes."""
     expert_config: ModelConfig
     base_config: ModelConfig
 
 
-def read_trio(vlm: OpenModel, expert: OpenModel, base: OpenModel) -> Trio:
+def read_trio(
+    vlm: OpenModel, expert: OpenModel, base: OpenModel, *, differences: Collection[str] = ()
+) -> Trio:
     """Reads the three.
+
+    Args:
+      differences: settings that may differ; see `check_same_architecture`.
 
     Raises:
       UserError: one is damaged or their language models differ in kind.
     """
-    check_same_architecture([vlm, expert, base])
+    check_same_architecture([vlm, expert, base], differences)
     return Trio(
         config=vlm.config,
         tokenizer=vlm.tokenizer,
         vlm=vlm.read(),
         expert=expert.read(),
         base=base.read(),
-        common_rows=common_prefix([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
+        common_rows=same_tokens([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
         expert_config=expert.config,
         base_config=base.config,
     )
-
-
-def check_same_architecture(models: Sequence[OpenModel]) -> None:
-    """Checks that parameters of the language models mean the same functions.
-
-    Raises:
-      UserError: they do not.
-    """
-    first, *others = models
-    for other in others:
-        for name in language_differences(first.described, other.described):
-            values = getattr(first.described, name), getattr(other.described, name)
-            if dataclasses.is_dataclass(values[0]):  # a group: the first of its fields that differs
-                inner = [f.name for f in dataclasses.fields(values[0])]
-                differs = next(f for f in inner if getattr(values[0], f) != getattr(values[1], f))
-                name, values = f"{name}.{differs}", tuple(getattr(value, differs) for value in values)
-            raise UserError(
-                f"{first.path} and {other.path} cannot be merged: "
-                f"{name} is {values[0]} in one, {values[1]} in the other"
-            )
-
-
-def note_dequantized(models: Iterable[OpenModel]) -> None:
-    """A note for each model whose tensors are not the original ones."""
-    for model in models:
-        if model.dequantized is not None:
-            note = (
-                f"{model.path}: its tensors are dequantised from {model.dequantized}, not the original ones"
-            )
-            warnings.warn(note, UserNote, stacklevel=2)
 
 
 def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
     """The VLM with the expert merged into it as the recipe says, and the account.
 
     Raises:
-      UserError: parameters that are not the same for all tensors, which only a plan can have.
+      UserError: several experts, or parameters that are not the same for all tensors: only a plan has them.
     """
+    if recipe.experts or recipe.task or recipe.data or recipe.statistics:
+        raise UserError("several experts, models of a task and statistics are for `merge`, not for a search")
     options: dict[str, Any] = {}
     for name, value in recipe.options().items():
         options[name] = [value[role] for role in ("vlm", "expert")] if isinstance(value, dict) else value
@@ -315,48 +348,3 @@ def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAcc
         family=trio.config.family,
         **options,
     )
-
-
-def save_merged(
-    out: Path,
-    recipe: Recipe,
-    models: Sequence[OpenModel],
-    params: Params,
-    account: MergeAccount,
-    *,
-    overwrite: bool,
-) -> MergeAccount:
-    """Writes what a recipe made of `models` as the first of them, the account beside it; whole or not at all.
-
-    Returns:
-      The account with digests.
-
-    Raises:
-      UserError: `out` may not be written (see `check_output`).
-    """
-    from jaxlab.checkpoints import save_model  # Orbax and Flax come with it
-
-    account = account.with_hashes(params)
-    written = {"version": __version__, "recipe": configs.to_dict(recipe), "tensors": account.to_json()}
-    save_model(
-        out,
-        models[0].config,
-        params,
-        models[0].tokenizer,
-        source_files=models[0].source_files,
-        extra_files={ACCOUNT: json.dumps(jsonable(written), indent=2, allow_nan=False) + "\n"},
-        inputs=[model.path for model in models],
-        overwrite=overwrite,
-    )
-    return account
-
-
-def verify_merged(out: Path, account: MergeAccount) -> None:
-    """Checks that the model on disk is what the account says.
-
-    Raises:
-      RuntimeError: it is not.
-    """
-    wrong = account.differences(open_model(out).read())
-    if wrong:
-        raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")

@@ -101,12 +101,14 @@ class Reader:
         return parts[0] if parts else np.empty(0, self.tensor(source).dtype)
 
     def rest_of_hashes(self, step: Merging, merged: int, hashes: dict[str, Any]) -> None:
-        """The hash of a source is that of all its bytes, also where only its first rows were merged."""
+        """The hash of a source is that of all its bytes, also where only its first rows were merged; of kept
+        rows, all have been read.
+        """
         if self.hash_inputs == "none":
             return
         for source in dict.fromkeys(step.everything):
             size = self.tensor(source).size
-            begun = size if (step.rows is None or source == step.sources[0]) else merged
+            begun = size if (step.rows is None or source == step.kept) else merged
             for _ in self.parts(source, begun, size, COPY, hashes):
                 pass
 
@@ -126,6 +128,44 @@ class Out:
         self.digest.update(raw)
         self._write(raw, self._at)
         self._at += raw.nbytes
+
+
+class AmongKeptRows:
+    """Merged rows on their way out, with those that are kept put between them."""
+
+    def __init__(
+        self,
+        out: Out,
+        runs: Sequence[tuple[int, int]],
+        width: int,
+        kept: Callable[[int, int], Iterator[np.ndarray]],
+    ) -> None:
+        """
+        Args:
+          runs: of merged rows: the first of them in the output, and how many.
+          width: elements of a row.
+          kept: gives elements of the tensor from which the others come, flat, in parts.
+        """
+        self._out, self._runs, self._width, self._kept = out, iter(runs), width, kept
+        self._row = self._left = 0
+
+    def add(self, values: np.ndarray, not_finite: int) -> None:
+        """Merged values, flat, in the order of the runs."""
+        self._out.not_finite += not_finite
+        while len(values):
+            if not self._left:
+                start, count = next(self._runs)
+                self.keep_to(start)
+                self._row, self._left = start + count, count * self._width
+            count = min(len(values), self._left)
+            self._out.add(values[:count], 0)
+            values, self._left = values[count:], self._left - count
+
+    def keep_to(self, row: int) -> None:
+        """The kept rows from the last one on, up to this one."""
+        for part in self._kept(self._row * self._width, row * self._width):
+            self._out.add(part)
+        self._row = row
 
 
 def _hashed(start: int, stop: int, what: Hashed) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxlab.app import command_line, model_folder
+from jaxlab.app import command_line, model_folder, open_reference
 from jaxlab.config import POSITIONAL
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from jaxlab.checkpoints import OpenModel
     from jaxlab.merging import InjectRecipe, MergeAccount, MergekitFile, MergekitReference, MergeRecipe
-    from jaxlab.merging.output import Prepared
+    from jaxlab.merging.preparing import Prepared
 
 # jax and what imports it are loaded when the task runs: its help needs none of it.
 
@@ -45,7 +45,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    from jaxlab.checkpoints import check_output, hf_family, open_model
+    from jaxlab.checkpoints import check_output, hf_family
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
         MergekitFile,
@@ -63,9 +63,9 @@ def run(arguments: Arguments) -> None:
         _of_mergekit(arguments, recipe, out)
         return
     references = recipe.references()
-    folders = [model_folder(reference) for reference in references]
+    models = [open_reference(reference) for reference in references]
+    folders = [folder for model in models for folder in model.inputs]
     check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
-    models = [open_model(folder) for folder in folders]
     note_dequantized(models)
     to = arguments.to
     if to == "auto":

@@ -294,7 +294,10 @@ def test_embedding_policies(policy, rows, merged_rows):
         assert lines[EMBED, ("vlm",)].action == "copied"
         assert lines[EMBED, ("expert",)].action == lines[HEAD, ("base",)].action == "refused"
     else:
-        assert f"rows from {merged_rows} on" in lines[EMBED, ("vlm", "expert", "base")].reason
+        assert (
+            f"{merged_rows} of 11 rows merged, the other {11 - merged_rows} the vlm's"
+            in lines[EMBED, ("vlm", "expert", "base")].reason
+        )
 
 
 def test_no_common_row_copies_and_says_so():
@@ -375,7 +378,7 @@ def test_masks_depend_on_seed_and_name_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mlp_width": 7}, r"mlp\.down_proj\.weight is \[3, 8, 6\] in the vlm, \[3, 8, 7\] in the expert"),
+        ({"mlp_width": 7}, r"mlp\.down_proj\.weight is \[8, 6\] in the vlm, \[8, 7\] in the expert"),
         ({"num_layers": 2}, "and .* more"),
         ({"attention_bias": True}, "only the expert has"),
         ({"norm": "layer"}, "only the expert has"),

@@ -285,3 +285,131 @@ def test_a_pattern_that_matches_nothing(place):
     )
     with pytest.raises(UserError, match="no pattern of density of expert matches model"):
         planned(recipe)
+
+
+def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, capsys):
+    """The refusal names the line that is missing; what was kept is in the account and on the card."""
+    for seed, (role, theta) in enumerate({"base": 1e4, "vlm": 1e6, "expert": 1e4}.items()):
+        llama(tmp_path / role, seed)
+        path = tmp_path / role / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": theta}))
+    lines = {"kind": "inject", **{role: str(tmp_path / role) for role in ("vlm", "expert", "base")}}
+    run = lambda out="out": main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / out)])
+    (tmp_path / "r.yaml").write_text(json.dumps(lines))
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "rope.theta is 1000000.0 in one, 10000.0 in the other" in error
+    assert "say so with differences: {rope.theta: vlm}" in error
+    (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "vlm"}}))
+    with pytest.warns(UserNote, match="rope.theta: 1000000.0 is kept, 10000.0 is not"):
+        assert run() == 0
+    made = json.loads((tmp_path / "out" / "account.json").read_text())
+    others = {str(tmp_path / role): 1e4 for role in ("expert", "base")}
+    assert made["differences"] == {"rope.theta": {"kept": 1e6, "others": others}}
+    assert "| rope.theta | 1000000.0 | 10000.0 (" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 1e6
+    (tmp_path / "r.yaml").write_text(
+        json.dumps({**lines, "differences": {"rope.theta": "vlm", "mlp": "vlm"}})
+    )
+    assert run("again") == 2
+    assert "the models do not differ in 'mlp'; they differ in rope.theta" in capsys.readouterr().err
+    (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "expert"}}))
+    assert run("again") == 2
+    assert "differences.rope.theta: expected vlm, found expert" in capsys.readouterr().err
+
+
+def test_several_experts(place, tmp_path):
+    """Each with a lambda and parameters of its own; one expert in the list is the recipe with `expert`."""
+    experts = [
+        {"model": str(place / "two"), "lambda": [0.4, 0.2], "density": 0.25},
+        {"model": str(place / "three")},
+    ]
+    recipe = injection(place, expert="", experts=experts, operator="ties", density=0.75, lambda_e=0.6)
+    got = written(recipe, tmp_path / "out")
+    *models, base = sources(place, "one", "two", "three", "base")
+    for layer, lam in enumerate((0.4, 0.2)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        want = merge_tensors(
+            "ties",
+            [model[name].read() for model in models],
+            base=base[name].read(),
+            weight=[0.9, lam, 0.6],
+            density=[0.75, 0.25, 0.75],
+            normalize=False,
+        )
+        np.testing.assert_array_equal(got[name], want)
+    assert load_recipe(dumped(recipe, tmp_path)) == recipe
+    alone = injection(place, expert="", experts=[{"model": str(place / "two"), "lambda": 0.4}])
+    both = [planned(one)[NAMES[0]] for one in (alone, injection(place))]
+    assert both[0] == both[1]
+    for change, message in {
+        "slerp": "slerp merges two tensors",
+        "nearswap": "nearswap merges a base and one model, not 2",
+        "layer_swap": "layer_swap takes two models, not 3",
+    }.items():
+        recipe = injection(
+            place, expert="", experts=experts[1:] * 2, operator=change, **GIVEN.get(change, {})
+        )
+        with pytest.raises(UserError, match=message):
+            planned(recipe)
+    with pytest.raises(ConfigError, match="experts: expert is given too"):
+        injection(place, experts=experts)
+    with pytest.raises(ConfigError, match="t: task_arithmetic does not use it"):
+        injection(place, expert="", experts=[experts[1], {"model": "x", "t": 0.1}])
+
+
+def dumped(recipe, folder):
+    (folder / "dumped.yaml").write_text(dump(recipe))
+    return folder / "dumped.yaml"
+
+
+@pytest.mark.parametrize("operator", ["tall", "emr"])
+def test_a_model_of_one_task(place, tmp_path, operator):
+    """Of operators that make a model for each task; which one is said."""
+    name = NAMES[0]
+    with pytest.raises(
+        ConfigError, match=f"task: missing; {operator} makes a model for each task: one of vlm"
+    ):
+        injection(place, operator=operator)
+    with pytest.raises(ConfigError, match="task: no task 'base'"):
+        injection(place, operator=operator, task="base")
+    with pytest.raises(ConfigError, match="task: ties makes one model for all tasks"):
+        injection(place, operator="ties", density=0.5, task="vlm")
+    if operator == "tall":
+        models, base = sources(place, "one", "two"), sources(place, "base")[0]
+        want = merge_tensors(
+            operator, [model[name].read() for model in models], base=base[name].read(), weight=[0.9, 0.4]
+        )
+        got = [
+            written(injection(place, operator=operator, task=t), tmp_path / "out") for t in ("vlm", "expert")
+        ]
+        for i, found in enumerate(got):
+            np.testing.assert_array_equal(found[name], want[str(i)])
+    found = {
+        task: written(merging(place, operator=operator, task=task), tmp_path / "out")[name]
+        for task in ("model 0", "model 1")
+    }
+    assert np.any(found["model 0"] != found["model 1"])
+
+
+def test_an_expert_with_an_adapter(place, tmp_path, capsys):
+    """Its matrices are made as they are read; nothing else is written."""
+    from tests.checkpoints.test_lora import adapter, pair
+
+    tensors, update = pair("model.layers.0.self_attn.q_proj", 8, 8)
+    adapter(tmp_path / "lora", tensors)
+    lines = {role: str(place / name) for role, name in (("vlm", "one"), ("base", "base"))}
+    lines |= {"kind": "inject", "expert": f"{place / 'two'}+{tmp_path / 'lora'}", "lambda_v": 0.0}
+    (tmp_path / "r.yaml").write_text(json.dumps(lines))
+    assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), "--verify"]) == 0
+    two, found = open_folder(place / "two"), open_folder(tmp_path / "out")
+    np.testing.assert_allclose(
+        found[NAMES[1]].read(), two[NAMES[1]].read() + 3 * update, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(found[NAMES[0]].read(), two[NAMES[0]].read(), rtol=1e-5, atol=1e-6)
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "lora")]) == 2
+    assert "lora: is an input" in capsys.readouterr().err
+    (tmp_path / "r.yaml").write_text(json.dumps(lines | {"expert": "a+b+c"}))
+    assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "x")]) == 2
+    assert "one with an adapter is named model+adapter" in capsys.readouterr().err

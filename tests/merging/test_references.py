@@ -101,6 +101,33 @@ def test_fusionbench_with_data():
     close(np.asarray(entropy(jnp.asarray(GIVEN["logits"]))), GIVEN["entropy"][0])
 
 
+def test_fusionbench_dropped_at_random():
+    """With its masks; ours keep a share `density`, its `sparsity_level` is what is dropped."""
+    masks = [GIVEN[f"dare.mask{i}"] for i in TASKS]
+    assert 0.2 < np.mean(masks) < 0.6
+    for rescale, name in ((True, "rescaled"), (False, "plain")):
+        close(
+            merged("dare_linear", weight=0.7, density=0.4, mask=masks, rescale=rescale), GIVEN[f"dare.{name}"]
+        )
+
+
+def test_fusionbench_pairs():
+    base, one = GIVEN["base.matrix"], GIVEN["base.matrix"] + GIVEN["d0.matrix"]
+    other = GIVEN["base.matrix"] + GIVEN["d1.matrix"]
+    pair = [GIVEN["stock0"], GIVEN["stock1"]]
+    close(np.asarray(merge_tensors("model_stock", pair, base=base)), GIVEN["model_stock.matrix"], atol=1e-5)
+    close(np.asarray(merge_tensors("slerp", [one, other], t=0.35)), GIVEN["slerp.matrix"], atol=1e-5)
+    apart = [GIVEN["d0.matrix"], GIVEN["d1.matrix"]]
+    close(np.asarray(merge_tensors("slerp", apart, t=0.35)), GIVEN["slerp.apart"])
+    close(np.asarray(merge_tensors("expo", [one], base=base, alpha=0.3)), GIVEN["expo.matrix"], atol=1e-5)
+
+
+def test_fusionbench_elects_signs_as_we_do_and_sums():
+    """Its `sum` is TIES whose normalize is off; one more element is kept, as above."""
+    close(merged("ties_global", density=25 / 80, normalize=False), GIVEN["ties.sum"])
+    assert np.abs(merged("ties_global", density=25 / 80) - GIVEN["ties.sum"]).max() > 1e-3
+
+
 # NumPy in float64.
 
 RNG = np.random.default_rng(7)

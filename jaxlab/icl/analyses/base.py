@@ -46,7 +46,8 @@ class Study:
 
     @property
     def chance(self) -> float:
-        return 1.0 / len(self.source.label_names)
+        """Of guessing: among the label words, or among all words where the answers are open."""
+        return 1.0 / (len(self.source.label_names) or self.config.vocab_size)
 
 
 class Analysis[Chunk](abc.ABC):
@@ -58,6 +59,9 @@ class Analysis[Chunk](abc.ABC):
 
     name: ClassVar[str]
     """Of the analysis in `analyses`, of its group in the config, and of its part of the results."""
+
+    needs_label_words: ClassVar[bool] = True
+    """Whether it says nothing of prompts without label words, as those with images are."""
 
     def check(self, study: Study) -> None:  # noqa: B027
         """Checks what can be known before parameters are read.
@@ -81,6 +85,21 @@ class Analysis[Chunk](abc.ABC):
         Args:
           rng: of this seed and chunk alone, so that a resumed run draws the same.
         """
+
+    def measure_after(
+        self,
+        study: Study,
+        seed: int,
+        chunk: Chunk,
+        rng: np.random.Generator,
+        earlier: Mapping[int, Sequence[Records]],
+    ) -> Records:
+        """As `measure`, which it calls; an analysis that needs what earlier chunks found has it in its place.
+
+        Args:
+          earlier: the records of each chunk of this seed and of those before it.
+        """
+        return self.measure(study, chunk, rng)
 
     @abc.abstractmethod
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxlab.icl.blocking import (
     random_words,
     word_loyalty,
 )
+from jaxlab.icl.cutting import Edges, check_one_softmax, cut_logits, cut_of_words
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.roles import Part
 
@@ -31,6 +32,9 @@ class Blocking(PromptAnalysis):
 
     layers: tuple[int, ...] = (5,)
     """Blocking is done in the first, and in the last, so many layers; each number is a setting of its own."""
+    edges: tuple[Edges, ...] = ("into",)
+    """into: nothing flows to the words; from: nothing flows from them; to_last: nothing from them to the
+    last token."""
     top_words: int = 5
     """Word loyalty compares so many of the most likely next words."""
 
@@ -41,6 +45,8 @@ class Blocking(PromptAnalysis):
             raise ConfigError("give the numbers of layers to block", key="layers")
         if any(n < 1 for n in self.layers):
             raise ConfigError(f"must be at least 1, are {list(self.layers)}", key="layers")
+        if not self.edges or len(set(self.edges)) < len(self.edges):
+            raise ConfigError(f"name at least one, and each once: {list(self.edges)}", key="edges")
         if self.top_words < 1:
             raise ConfigError(f"must be at least 1, is {self.top_words}", key="top_words")
 
@@ -50,10 +56,18 @@ class Blocking(PromptAnalysis):
             raise UserError(f"blocking.layers: the model has {layers} layers, not {max(self.layers)}")
         if self.top_words > words:
             raise UserError(f"blocking.top_words: the vocabulary has {words} words, not {self.top_words}")
+        if set(self.edges) != {"into"}:
+            check_one_softmax(study.config, "blocking.edges: edges from words are cut")
+            if study.mode == "released_code":
+                raise UserError(
+                    "blocking.edges: the released code blocks edges into words alone; use mode paper"
+                )
 
     @property
-    def settings(self) -> list[Setting]:
-        return blocking_settings(self.layers)
+    def settings(self) -> list[tuple[Edges, Setting]]:
+        """Those into words first."""
+        edges = sorted(self.edges, key=lambda name: name != "into")
+        return [(name, setting) for name in edges for setting in blocking_settings(self.layers)]
 
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
         label_words = chunk.parts == Part.LABEL
@@ -61,39 +75,54 @@ class Blocking(PromptAnalysis):
         others[:, 0] = False  # nothing flows to the first token anyway
         words = {"label": label_words, "random": random_words(rng, label_words, others)}
         # The first setting blocks nothing: what the others are set against, from the same program.
-        layers = [np.zeros(study.config.num_layers, bool)]
-        chosen = [np.zeros_like(label_words)]
-        for setting in self.settings:
-            layers.append(setting.layer_mask(study.config.num_layers))
-            chosen.append(words[setting.words])
-        logits = np.asarray(
+        nothing = Setting("label", "first", 0)
+        into = [nothing, *(setting for edges, setting in self.settings if edges == "into")]
+        others_of = [(edges, setting) for edges, setting in self.settings if edges != "into"]
+        logits = self._into(study, chunk, into, words)
+        if others_of:
+            layers = study.config.num_layers
+            made = [
+                cut_of_words(words[s.words], chunk.positions, s.layer_mask(layers), edges)
+                for edges, s in others_of
+            ]
+            classes, cut = (np.stack(x) for x in zip(*made, strict=True))
+            found = cut_logits(study.params, chunk.batch, chunk.positions, classes, cut, study.config)
+            logits = np.concatenate([logits, np.asarray(found)])
+        predicted = label_predictions(logits, chunk.label_tokens)
+        loyal = np.stack([word_loyalty(x, logits[0], self.top_words) for x in logits])
+        return {"predicted": predicted.T.astype(np.int32), "word_loyalty": loyal.T, "label": chunk.labels}
+
+    def _into(
+        self, study: Study, chunk: Prompts, settings: list[Setting], words: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        return np.asarray(
             blocked_logits(
                 study.params,
                 {name: jnp.asarray(value) for name, value in chunk.batch.items()},
                 jnp.asarray(chunk.positions),
-                jnp.asarray(np.stack(layers)),
-                jnp.asarray(np.stack(chosen)),
+                jnp.asarray(np.stack([s.layer_mask(study.config.num_layers) for s in settings])),
+                jnp.asarray(np.stack([words[s.words] for s in settings])),
                 study.config,
                 study.mode,
             )
         )
-        predicted = label_predictions(logits, chunk.label_tokens)
-        loyal = np.stack([word_loyalty(x, logits[0], self.top_words) for x in logits])
-        return {"predicted": predicted.T.astype(np.int32), "word_loyalty": loyal.T, "label": chunk.labels}
 
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
         measures = {name: np.stack([_measure(seed, name) for seed in records.values()]) for name in MEASURES}
         plain = np.concatenate([seed["predicted"][:, 0] for seed in records.values()])
         alone = single_class(plain, study.source.label_names)
         rows = []
-        for at, setting in enumerate(self.settings, start=1):
+        for at, (edges, setting) in enumerate(self.settings, start=1):
             row: dict[str, Any] = {"words": setting.words, "where": setting.where, "layers": setting.layers}
+            row["edges"] = edges
             for name, seeds in measures.items():
                 row |= {name: seeds[:, at].mean(), f"{name}_std": deviation(seeds[:, at])}
             rows.append(row)
         return {
             "top_words": self.top_words,
             "undefined": ["accuracy", "label_loyalty"] if alone is not None else [],
+            "single_class": alone,
+            "accuracy": measures["accuracy"][:, 0].mean(),
             "table": rows,
         }
 

@@ -1,6 +1,7 @@
 """What analyses measured, on disk chunk by chunk, so that a run that was stopped goes on where it was."""
 
 import io
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,16 @@ def run_analysis[Chunk](
         return analysis.summarize(study, done)
     records: dict[int, Records] = {}
     counts: dict[int, int] = {}
+    earlier: dict[int, list[Records]] = {}
     for seed in study.seeds:
         chunks = analysis.chunks(study, seed)
         counts[seed] = len(chunks)
-        parts = []
+        parts = earlier[seed] = []
         for number, chunk in enumerate(chunks):
             part = store.read(analysis.name, seed, number)
             if part is None:
-                part = analysis.measure(study, chunk, np.random.default_rng((seed, 1, number)))
+                rng = np.random.default_rng((seed, 1, number))
+                part = analysis.measure_after(study, seed, chunk, rng, earlier)
                 if isinstance(analysis, PromptAnalysis) and isinstance(chunk, Prompts):
                     part = {name: value[chunk.real] for name, value in part.items()}
                     part["row"] = chunk.rows[chunk.real]
@@ -112,5 +115,5 @@ def _read(file: Path) -> Records:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: damaged ({error}); remove it, and it is measured again") from None

@@ -17,7 +17,7 @@ Json = dict[str, Any]
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Lists with something for each layer."""
-_LAYERS = ("mlp_only_layers",)
+_LAYERS = ("mlp_only_layers", "cross_attention_layers")
 """Lists of layers."""
 
 
@@ -45,7 +45,7 @@ def output_config(planned: FilePlan, inputs: Sequence[Input], rows: int | None) 
         for place in (text, language):
             if place is text or "tie_word_embeddings" in place:
                 place["tie_word_embeddings"] = planned.tied
-    if _stacked(planned.layers, inputs):
+    if planned.stacked:
         _stack(language, planned.layers, inputs)
         notes += _check(text, planned.layers, inputs)
     return text, notes
@@ -56,13 +56,6 @@ def _language(text: Json) -> Json:
         if isinstance(text.get(key), dict):
             return text[key]
     return text
-
-
-def _stacked(layers: Sequence[StackedLayer], inputs: Sequence[Input]) -> bool:
-    """Whether layers are not those of one model, one by one."""
-    numbers = [layer.layer for layer in layers]
-    count = inputs[0].model.described.num_layers
-    return numbers != list(range(count))
 
 
 def _stack(language: Json, layers: Sequence[StackedLayer], inputs: Sequence[Input]) -> None:
@@ -99,6 +92,8 @@ def _check(text: Json, layers: Sequence[StackedLayer], inputs: Sequence[Input]) 
     if isinstance(described, str):
         return [described]
     told = [_kinds(one.model.described) for one in inputs]
+    if len(_kinds(described)) != len(layers) or any(one.layer >= len(told[one.input]) for one in layers):
+        return []  # other layers stand among those of the language model
     wanted = [told[one.input][one.layer] for one in layers]
     if _kinds(described) != wanted:
         kinds = [kind for kind, _ in wanted]

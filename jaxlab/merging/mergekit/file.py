@@ -331,10 +331,11 @@ class _Reader:
                 (), f"no merge_method{hint}; a file of ours begins with kind: (merge or inject)"
             )
         if not isinstance(name, str) or name not in METHODS:
-            if name in _OTHER_METHODS:
-                raise self.document.error(("merge_method",), f"{_OTHER_METHODS[name]}; that is not done here")
-            hint = suggestion(str(name), METHODS) or f"; there are {', '.join(METHODS)}"
-            raise self.document.error(("merge_method",), f"no such method, {_shown(name)}{hint}")
+            keys: Keys = ("merge_method",)
+            if isinstance(name, str) and name in _OTHER_METHODS:
+                raise self.document.error(keys, f"{_OTHER_METHODS[name]}; that is not done here")
+            hint = suggestion(str(name)[:40], METHODS) or f"; there are {', '.join(METHODS)}"
+            raise self.document.error(keys, f"no such method, {_shown(name)}{hint}")
         return METHODS[name]
 
     def name(self, value: Any) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxlab.checkpoints import EMBEDDING, HEAD, LeafPath, TensorKind
+from jaxlab.errors import UserError
 from jaxlab.merging.plan import Input
 
 PartName = Literal["language", "vision", "projector"]
@@ -20,6 +21,16 @@ Key = tuple[tuple[LeafPath, ...], int]
 TABLE: Key = ((EMBEDDING,), 0)
 HEADS: Key = ((HEAD,), 0)
 _DIGITS = re.compile(r"\d+")
+_FUSED = ("mixtral", "qwen3_moe", "glm4_moe")
+"""Families whose experts mergekit reads as transformers has them in memory: one tensor for all of a layer."""
+_RENAMED = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"\.block_sparse_moe\.gate\.", ".mlp.gate."),
+        (r"\.\w+\.experts\.\d+\.(w1|w3|gate_proj|up_proj)\.weight$", ".mlp.experts.gate_up_proj"),
+        (r"\.\w+\.experts\.\d+\.(w2|down_proj)\.weight$", ".mlp.experts.down_proj"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,11 @@ def part_of(kind: TensorKind) -> PartName:
     return "vision" if kind.path[0] == "vision" else "projector"
 
 
+def _prefix(kind: TensorKind) -> str:
+    """What names begin with, up to the number of the layer."""
+    return kind.pattern.partition("{")[0]
+
+
 def is_table(kind: TensorKind) -> bool:
     """Whether its rows are tokens."""
     return kind.path == EMBEDDING or kind.path[0] == "head"
@@ -91,17 +107,20 @@ def parts_of(one: Input, like: Input) -> Parts:
     outside: dict[Key, Named] = {}
     found: dict[tuple[PartName, str], dict[int, dict[Key, Named]]] = {}
     suffixes: dict[tuple[PartName, str], dict[Key, str]] = {}
+    of_language = {_prefix(kind) for kind in one.found.kinds if kind.is_language}
     for own in one.found.kinds:
         kind, renamed = _laid_out(one, own, like)
         counts: dict[int, int] = {}
-        prefix = kind.pattern.partition("{")[0]
+        prefix = _prefix(kind)
         for index, name in enumerate(kind.names):
-            known = Named(renamed.get(name, name), kind, name)
+            known = Named(renamed.get(name, name), kind, called_by_mergekit(name, one.found.family))
             number = None if kind.layers[index] is None else _DIGITS.match(name, len(prefix))
             if number is None:
                 outside[kind.paths, index] = known
                 continue
-            layer, place = int(number.group()), (part_of(kind), prefix)
+            # Layers that read images may stand among those of the language model.
+            part: PartName = "language" if prefix in of_language else part_of(kind)
+            layer, place = int(number.group()), (part, prefix)
             key = (kind.paths, counts.get(layer, 0))
             counts[layer] = key[1] + 1
             found.setdefault(place, {}).setdefault(layer, {})[key] = known
@@ -113,12 +132,23 @@ def parts_of(one: Input, like: Input) -> Parts:
     return Parts(outside, tuple(stacks))
 
 
+def called_by_mergekit(name: str, family: str) -> str:
+    """What mergekit calls a tensor."""
+    if re.split(r"[/+@]", family)[0] in _FUSED:
+        for pattern, new in _RENAMED:
+            name = pattern.sub(new, name)
+    return name
+
+
 def _laid_out(one: Input, own: TensorKind, like: Input) -> tuple[TensorKind, dict[str, str]]:
     """A kind laid out as another input has it, and the names that its tensors got in the input."""
     theirs = like.holders.get(own.path)
     if one is like or theirs is None or own.lies_as(theirs):
         return own, {}
-    other = one.laid_out_as(like.found.family)
+    try:
+        other = one.laid_out_as(like.found.family)
+    except UserError:  # it has what that family has no name for; shapes and names will tell
+        return own, {}
     kind = next(kind for kind in other.kinds if own.path in kind.paths)
     renamed = {name: f"{name} (laid out anew)" for name in kind.names}
     for name, new in renamed.items():

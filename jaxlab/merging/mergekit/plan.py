@@ -26,6 +26,7 @@ from jaxlab.merging.mergekit.parts import (
     Named,
     PartName,
     Stack,
+    called_by_mergekit,
     is_table,
     part_of,
     parts_of,
@@ -59,6 +60,8 @@ class FilePlan:
     plan: MergePlan
     layers: tuple[StackedLayer, ...]
     """Of the language model."""
+    stacked: bool
+    """They are not the first input's, one by one."""
     tied: bool
     """Its head is its embedding."""
     dtype: str
@@ -88,7 +91,9 @@ def plan_file(
     plan = MergePlan(tensors, tuple(planner.refused()), merge.seed, len(layers))
     largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
     dtype = "float32" if largest is None else largest.dtype
-    return FilePlan(plan, tuple(layers), planner.tied, dtype, tuple(planner.notes))
+    own = planner.parts[0].language
+    stacked = own is not None and [one.layer for one in layers] != sorted(own.layers)
+    return FilePlan(plan, tuple(layers), stacked, planner.tied, dtype, tuple(planner.notes))
 
 
 @dataclass
@@ -274,9 +279,9 @@ class _Planner:
             hint = "; tokenizer_source: base, or union, matches rows by token" if is_table(kind) else ""
             self.problem(f"{name} is {shapes}{hint}")
             return
-        step = self.numbers.merging(
-            name, [one.called for one in named], sources, stored[0].shape, place, depth, read_as, layer
-        )
+        called = [one.called for one in named]
+        known = called_by_mergekit(name, self.inputs[0].found.family)
+        step = self.numbers.merging(known, called, sources, place, depth, read_as, layer)
         out = self.merge.out_dtype or read_as
         used = step.everything if isinstance(step, Merging) else (step,)
         roles = tuple(dict.fromkeys(self.inputs[source.model].role for source in used))
@@ -298,27 +303,26 @@ class _Planner:
 
     def copied(self, part: PartName) -> list[StackedLayer]:
         """A part that no module of the file is about: the first input's, as it is."""
-        first = self.inputs[0]
-        kinds = [kind for kind in first.found.kinds if part_of(kind) == part]
-        if not kinds:
+        first, parts = self.inputs[0], self.parts[0]
+        found = [named for named in parts.outside.values() if part_of(named.kind) == part]
+        stacks = [stack for stack in parts.stacks if stack.part == part]
+        found += [named for stack in stacks for layer in stack.layers.values() for named in layer.values()]
+        if not found:
             return []
         self.notes.append(
             f"{self.merge.where}: no module is the {part} model: it is copied from {first.role} "
             "(mergekit would leave it out)"
         )
-        names = {name: kind for kind in kinds for name in kind.names}
-        names |= dict.fromkeys(first.found.copies if part == "language" else (), kinds[0])
-        for name, kind in names.items():
+        for name, kind in ((named.name, named.kind) for named in found):
             self.used.add((0, name))
             tensor = first[name]
             self.planned[name] = PlannedTensor(
                 name, tensor.dtype.name, tensor.shape, (first.role,), "copied", kind.pattern, Source(0, name)
             )
-        stack = self.parts[0].language
-        if part != "language" or stack is None:
+        if part != "language" or not stacks:
             return []
-        self.tied = HEADS not in self.parts[0].outside
-        return [StackedLayer(0, layer) for layer in sorted(stack.layers)]
+        self.tied = HEADS not in parts.outside or parts.outside[HEADS].tied
+        return [StackedLayer(0, layer) for layer in sorted(stacks[0].layers)]
 
     def problem(self, text: str) -> None:
         self.problems[text] = None

@@ -7,9 +7,11 @@ anything is read.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +38,9 @@ from jaxlab.merging.mergekit.file import MergekitFile, MergekitMerge, ModelRefer
 from jaxlab.merging.mergekit.plan import FilePlan, plan_file
 from jaxlab.merging.mergekit.templates import TEMPLATES
 from jaxlab.merging.mergekit.tokens import Rows, Vocabulary, vocabulary_of
-from jaxlab.merging.output import Beside, Prepared, prepared_digest, texts_beside, verify_folder, write_merge
+from jaxlab.merging.output import prepared_digest, texts_beside, verify_folder, write_merge
 from jaxlab.merging.plan import Input, dtype_of
+from jaxlab.merging.preparing import Beside, Prepared
 
 Open = Callable[[ModelReference], OpenModel]
 _OF_VOCABULARY = (
@@ -232,7 +235,19 @@ def _prepare(
     prepared = Prepared(
         file, tuple(inputs), planned.plan, layout(planned.plan, inputs), beside=beside, stages=made
     )
-    return Stage(merge.name or "", prepared, names, vocabulary, (*notes, *planned.notes, *more))
+    stage = Stage(merge.name or "", prepared, names, vocabulary, (*notes, *planned.notes, *more))
+    return stage if more else dataclasses.replace(stage, notes=(*stage.notes, *_unreadable(stage)))
+
+
+def _unreadable(stage: Stage) -> list[str]:
+    """Why no model could be read from what will be written, if that is so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said of the inputs already
+        try:
+            model_tensors(PlannedFolder(Path("output"), stage))
+        except UserError as error:
+            return [f"written as mergekit does, but no model can be read from it: {error}"]
+    return []
 
 
 def _input(role: str, model: OpenModel) -> Input:

@@ -1,6 +1,6 @@
 """Small models for files of mergekit, made alike in every environment: their numbers follow from names.
 
-`write(place)` makes models/FAMILY_DTYPE/{base,a,b,c} there. Needs NumPy, ml_dtypes, safetensors.
+`write(place)` makes models/FAMILY_DTYPE/{base,a,b,c} and adapters there. Needs NumPy alone.
 """
 
 import hashlib
@@ -8,12 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 WIDTH, MLP, LAYERS, ROWS = 8, 12, 4, 32
-DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrst", "ab", "cd", "ef", "abcd"]
 """The tokens of the usual vocabulary; rows beyond them only fill up."""
@@ -26,6 +23,28 @@ def draw(*key):
     *words, shape = key
     seed = int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:8], "little")
     return np.random.Generator(np.random.PCG64(seed)).normal(size=shape)
+
+
+def stored(values, dtype):
+    """The bytes of float32 numbers in a dtype, rounded to nearest, ties to even."""
+    values = np.ascontiguousarray(values, np.float32)
+    if dtype != "bf16":
+        return values.astype(np.float16 if dtype == "f16" else np.float32).tobytes()
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
+
+
+def save(tensors, path, dtype="f32"):
+    """A safetensors file."""
+    header, parts, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, values in tensors.items():
+        parts.append(stored(values, dtype))
+        span = [end, end + len(parts[-1])]
+        header[name] = {"dtype": dtype.upper(), "shape": list(values.shape), "data_offsets": span}
+        end = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
 
 
 def llama(layers, rows, tied, bias=False, norms=("input", "post_attention")):
@@ -174,9 +193,9 @@ def write_model(
     tensors = {}
     for name, shape in shapes.items():
         values = draw(family, name, shape) + (0.1 * draw(family, seed, name, shape) if seed else 0)
-        tensors[name] = values.astype(np.float32).astype(DTYPES[dtype])
+        tensors[name] = values
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save(tensors, folder / "model.safetensors", dtype)
     (folder / "config.json").write_text(
         json.dumps(config(family, dtype, rows, tied, layers, **more), indent=2)
     )
@@ -207,9 +226,9 @@ def write_adapter(folder, seed, layers=LAYERS):
             "mlp.down_proj": (WIDTH, MLP),
         }.items():
             name = f"base_model.model.model.layers.{i}.{module}.lora_"
-            tensors[f"{name}A.weight"] = (0.1 * draw("lora", seed, name, "A", (2, into))).astype(np.float32)
-            tensors[f"{name}B.weight"] = (0.1 * draw("lora", seed, name, "B", (out, 2))).astype(np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            tensors[f"{name}A.weight"] = 0.1 * draw("lora", seed, name, "A", (2, into))
+            tensors[f"{name}B.weight"] = 0.1 * draw("lora", seed, name, "B", (out, 2))
+    save(tensors, folder / "adapter_model.safetensors")
 
 
 def write(place):

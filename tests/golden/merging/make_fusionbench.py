@@ -49,7 +49,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__path__ = [str(where)]
 
         class Base:
-            pass
+            _config_mapping: dict = {}
 
         module.BaseAlgorithm, module.auto_register_config = Base, lambda cls: cls
         return module
@@ -155,6 +155,32 @@ for i in range(3):
 logits = torch.randn(5, 7)
 tensors["logits"] = logits
 tensors["entropy"] = function("adamerging/entropy_loss", "entropy_loss")(logits).reshape(1)
+
+# Later additions: nothing above draws other random numbers for them.
+drop = function("dare/utils", "param_random_drop_")
+for rescale in (True, False):
+    torch.manual_seed(1)
+    kept = [torch.nn.Parameter(d["matrix"].clone(), requires_grad=False) for d in vectors]
+    for d in kept:
+        drop(d, 0.6, rescale)
+    for i, d in enumerate(kept):
+        tensors[f"dare.mask{i}"] = d.data != 0
+    tensors[f"dare.{'rescaled' if rescale else 'plain'}"] = sum(0.7 * d.data for d in kept)
+angle, ratio, stock = (
+    function("model_stock/model_stock", name) for name in ("compute_angle", "compute_ratio", "merge_weights")
+)
+near = [{"m": base["matrix"] + vectors[0]["matrix"] + f * vectors[i]["matrix"]} for i, f in ((1, 0.5), (2, 1))]
+anchor = {"m": base["matrix"]}
+tensors["stock0"], tensors["stock1"] = near[0]["m"], near[1]["m"]
+tensors["model_stock.matrix"] = stock(*near, anchor, ratio(angle(*near, anchor)))["m"]
+slerp = function("slerp/slerp_utils", "slerp")
+tensors["slerp.matrix"] = slerp(0.35, models[0], models[1])
+tensors["slerp.apart"] = slerp(0.35, vectors[0]["matrix"], vectors[1]["matrix"])
+expo = function("linear/expo", "expo_merge")
+linear = [torch.nn.Linear(8, 10, bias=False) for _ in range(2)]
+linear[0].weight.data, linear[1].weight.data = base["matrix"].clone(), models[0].clone()
+tensors["expo.matrix"] = expo(*linear, 0.3).weight.data
+tensors["ties.sum"] = ties(flat.clone(), reset_thresh=30, merge_func="sum").reshape(10, 8)
 
 place = Path(__file__).with_name("fusionbench.safetensors")
 metadata = {"made_with": f"fusion_bench 0.2.33, torch {torch.__version__}, CPU"}

@@ -37,19 +37,56 @@ def test_i3(ww, status):
         (0.5, 0.56, 0.56, SEEN),
         (0.5, 0.54, 0.9, NOT_SEEN),
         (0.5, 0.9, 0.54, NOT_SEEN),
-        (0.5, None, 0.9, OPEN),
     ],
 )
 def test_i4(label_first, label_last, random_first, status):
-    assert rules.i4(0.95, label_first, label_last, random_first, 2).status == status
+    loyalty = rules.Loyalty(label_first, label_last, random_first)
+    plenty, none = rules.Loyalty(0.1, 0.9, 0.9), rules.Loyalty(0.9, 0.9, 0.9)
+    assert rules.i4(loyalty, plenty, None, 2).status == status
+    assert rules.i4(plenty, loyalty, None, 2).status == status
+    # Accuracy never decides, as high or low as it may be; what is undefined does not either.
+    assert rules.i4(loyalty, None, none, 2).status == status
+    assert "label loyalty is undefined" in rules.i4(loyalty, None, none, 2).evidence
+    assert rules.i4(None, plenty, plenty, 2).status == OPEN
 
 
-@pytest.mark.parametrize(("accuracy", "status"), [(0.75, SEEN), (0.74, OPEN), (None, OPEN)])
-def test_flows_are_judged_of_a_model_that_learns_in_context(accuracy, status):
-    verdict = rules.judged_if_able(rules.i2([0.1, 0.9]), accuracy, chance=0.5)
-    assert verdict.status == status
-    assert "halfway" in verdict.rule
-    assert rules.judged_if_able(rules.i2([]), accuracy, 0.5) == rules.i2([])
+def test_i5():
+    rising, flat = [0.5, 0.7, 0.9], [0.7, 0.7, 0.7]
+    assert rules.i5([rising, rising]).status == SEEN
+    assert rules.i5([rising, flat]).status == NOT_SEEN
+    assert rules.i5([[0.2, 0.3, 0.45]]).status == NOT_SEEN  # it rises, to less than chance
+    assert rules.i5([rising, [None] * 3]).status == SEEN
+    assert rules.i5([[None] * 3]).status == rules.i5([]).status == OPEN
+    assert "undefined" in rules.i5([[None] * 3]).evidence
+
+
+def test_i6():
+    assert rules.i6([0.8, 0.9], {1: [0.6, 0.6], 5: [0.7, 0.8]}).status == SEEN
+    assert rules.i6([0.8, 0.9], {1: [0.6, 0.6], 5: [0.9, 0.8]}).status == NOT_SEEN
+    assert rules.i6([], {1: [0.6]}).status == rules.i6([0.8], {}).status == OPEN
+    assert "Positive alone" in rules.i6([0.8], {1: [0.6]}, "Positive").evidence
+
+
+def test_i7():
+    def methods(label, word):
+        of = lambda x, y: {"label_loyalty": x, "word_loyalty": y}
+        others = {name: of(0.6, 0.3) for name in ("text_anchor", "hidden_random", "hidden_random_top")}
+        return {"full": of(1.0, 1.0), "hidden_anchor": of(label, word), **others}
+
+    assert rules.i7(methods(0.9, 0.8), 1.5, True).status == SEEN
+    assert rules.i7(methods(0.9, 0.8), 0.9, True).status == NOT_SEEN  # no faster
+    assert rules.i7(methods(0.5, 0.8), 1.5, True).status == NOT_SEEN
+    assert rules.i7(methods(0.5, 0.8), 1.5, False).status == SEEN  # label loyalty is undefined
+    assert rules.i7(methods(0.9, 0.2), 1.5, True).status == NOT_SEEN
+    assert rules.i7({}, None, True).status == OPEN
+
+
+def test_i8():
+    assert rules.i8(0.6, 0.5, 4).status == SEEN
+    assert rules.i8(0.4, 0.9, 4).status == NOT_SEEN
+    assert "too few pairs" in rules.i8(None, None, 2).evidence
+    assert "alike" in rules.i8(None, None, 4).evidence
+    assert rules.i8(None, None, None).status == OPEN
 
 
 def test_thirds():

@@ -49,7 +49,7 @@ def flow_shares_figure(results: Results) -> Figure:
 
 def blocking_figure(results: Results) -> Figure:
     """What it costs to block label words, or as many random ones, in first or last layers (figure 4)."""
-    table = results["blocking"]["table"]
+    table = [row for row in results["blocking"]["table"] if row.get("edges", "into") == "into"]
     groups = list(dict.fromkeys((row["where"], row["layers"]) for row in table))
     groups.sort(key=lambda group: (group[0] != "first", group[1]))
     rows = {(row["words"], row["where"], row["layers"]): row for row in table}

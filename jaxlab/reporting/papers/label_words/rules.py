@@ -29,21 +29,9 @@ I8 = Claim("I8", "Distances between the keys of label words predict the confusio
 CLAIMS = (I1, I2, I3, I4, I5, I6, I7, I8)
 
 BLOCKING_MARGIN = 0.05
-"""I4: how much more accuracy one blocking must cost than another one."""
-
-
-def judged_if_able(verdict: Verdict, accuracy: Number | None, chance: Number | None) -> Verdict:
-    """The verdict; "not examined" of a model that hardly learns in context, whose flows tell nothing."""
-    rule = (
-        f"{verdict.rule} Judged only if the model answers at least halfway between guessing and always right."
-    )
-    if verdict.status == "not examined":
-        return verdict
-    if accuracy is None or chance is None or accuracy < (1 + chance) / 2:
-        able = f"{percent(accuracy)} of the time, by guessing {percent(chance)}"
-        told = f"{verdict.evidence} But the model is right only {able}."
-        return dataclasses.replace(verdict, status="not examined", rule=rule, evidence=told)
-    return dataclasses.replace(verdict, rule=rule)
+"""I4: how much more loyalty one blocking must cost than another one."""
+CORRELATION = 0.5
+"""I8: how well predicted and real confusion must agree."""
 
 
 def thirds(values: Sequence[Number]) -> tuple[float, float]:
@@ -97,31 +85,137 @@ def i3(wp: Sequence[Number], pq: Sequence[Number], ww: Sequence[Number]) -> Verd
     return I3.verdict(rule, evidence, 3 * smallest >= 2 * len(layers))
 
 
-def i4(
-    accuracy: Number | None,
-    label_first: Number | None,
-    label_last: Number | None,
-    random_first: Number | None,
-    layers: int | None,
-) -> Verdict:
-    """Accuracy without blocking, with label words blocked in the first and in the last `layers`, and with as
-    many random words blocked in the first ones.
-    """
+@dataclasses.dataclass(frozen=True)
+class Loyalty:
+    """Of one measure: label words blocked in the first and in the last layers, random words in the first."""
+
+    label_first: Number
+    label_last: Number
+    random_first: Number
+
+    @property
+    def drop(self) -> Number:
+        """How much less is kept without label words in the first layers than at best in the others."""
+        return min(self.label_last, self.random_first) - self.label_first
+
+    def told(self, name: str) -> str:
+        return (
+            f"{name}: {percent(self.label_first)} with label words blocked in the first layers, "
+            f"{percent(self.label_last)} in the last, {percent(self.random_first)} with random words blocked "
+            "in the first"
+        )
+
+
+def i4(word: Loyalty | None, label: Loyalty | None, accuracy: Loyalty | None, layers: int | None) -> Verdict:
+    """Word loyalty, label loyalty and accuracy with `layers` layers blocked; None where not measured,
+    or where one label alone is predicted, which leaves the latter two undefined."""
     points = f"{100 * BLOCKING_MARGIN:.0f} points"
     rule = (
-        f"Seen if blocking label words in the first layers costs at least {points} more accuracy than in "
-        f"the last layers, and at least {points} more than blocking as many random words in the first "
-        "layers; at the greatest number of layers that was tried for which the first and the last do not "
-        "overlap."
+        f"Seen if blocking label words in the first layers costs at least {points} more word loyalty than in "
+        "the last layers, and than blocking as many random words in the first ones, and likewise of label "
+        "loyalty where it is defined (where the model predicts one label alone, it is not). At the greatest "
+        "number of layers that was tried for which the first and the last do not overlap. Accuracy stands "
+        "beside it and does not decide, as in the paper."
     )
-    if accuracy is None or label_first is None or label_last is None or random_first is None:
+    if word is None:
         return I4.unexamined(
             "No blocking of label words in first and last layers, and of random words, in these runs."
         )
-    evidence = (
-        f"Accuracy {percent(accuracy)}; label words blocked in the first {layers} layers "
-        f"{percent(label_first)}, in the last {layers} {percent(label_last)}; random words blocked in the "
-        f"first {layers} {percent(random_first)}."
+    told = [f"{layers} layers blocked. {word.told('Word loyalty')}"]
+    told.append("label loyalty is undefined" if label is None else label.told("label loyalty"))
+    if accuracy is not None:
+        told.append(accuracy.told("accuracy"))
+    holds = all(one is None or one.drop >= BLOCKING_MARGIN for one in (word, label))
+    return I4.verdict(rule, "; ".join(told) + ".", holds)
+
+
+def i5(aucroc: Sequence[Sequence[Number | None]]) -> Verdict:
+    """aucroc: by seed and layer; None where a seed's predictions are of one label."""
+    rule = (
+        "Seen if AUCROC, averaged over the last third of the layers, is above .5 (what chance gives) and, "
+        "like that of the middle third, above its average over the first third, in every seed that defines "
+        "it."
     )
-    holds = min(label_last, random_first) - label_first >= BLOCKING_MARGIN
-    return I4.verdict(rule, evidence, holds)
+    if not aucroc:
+        return I5.unexamined("No attention to label words in these runs.")
+    known = [[x for x in seed if x is not None] for seed in aucroc if None not in seed]
+    if not known:
+        return I5.unexamined("The model predicts one label alone, so AUCROC is undefined.")
+    each = [(*thirds(seed)[:1], _middle(seed), thirds(seed)[1]) for seed in known]
+    told = "; ".join(", ".join(f"{x:.2f}" for x in seed) for seed in each)
+    best = [mean([seed[layer] for seed in known]) or 0.0 for layer in range(len(known[0]))]
+    top = max(range(len(best)), key=best.__getitem__)
+    evidence = (
+        f"AUCROC by thirds of the layers, a seed each: {told}. Best mean {best[top]:.2f}, layer {top + 1}."
+    )
+    return I5.verdict(
+        rule, evidence, all(last > max(0.5, first) and mid > first for first, mid, last in each)
+    )
+
+
+def i6(
+    reweighted: Sequence[Number], plain: dict[int, Sequence[Number]], single: str | None = None
+) -> Verdict:
+    """Accuracies by seed: with learned factors, and without them by number of demonstrations of each class.
+
+    Args:
+      single: the one label that is ever predicted with the factors.
+    """
+    rule = (
+        "Seen if the mean accuracy with learned factors is above that of every number of demonstrations "
+        "without them (the paper: 1 and 5 of each class), by at least one point."
+    )
+    if not reweighted or not plain:
+        return I6.unexamined("No re-weighting beside plain in-context learning in these runs.")
+    own = mean(reweighted) or 0.0
+    others = {shots: mean(values) or 0.0 for shots, values in plain.items()}
+    told = ", ".join(f"{shots} shots {percent(x, 1)}" for shots, x in others.items())
+    seeds = ", ".join(percent(x, 1) for x in reweighted)
+    evidence = f"Re-weighted {percent(own, 1)} ({seeds} by seed); without: {told}."
+    if single is not None:
+        evidence += f" With the factors the model predicts {single} alone."
+    return I6.verdict(rule, evidence, own - max(others.values()) >= 0.01)
+
+
+def i7(methods: dict[str, dict[str, Number]], speed_up: Number | None, label_defined: bool) -> Verdict:
+    """methods: label and word loyalty of each method; speed_up: against reading the whole prompt."""
+    rule = (
+        "Seen if Hidden_anchor keeps more word loyalty, and where it is defined more label loyalty, than "
+        "Text_anchor, Hidden_random and Hidden_random-top, and a query takes less wall-clock time from it "
+        "than from the whole prompt."
+    )
+    if not methods or speed_up is None:
+        return I7.unexamined("No compression of demonstrations in these runs.")
+    measures = ("word_loyalty", "label_loyalty") if label_defined else ("word_loyalty",)
+    own = methods["hidden_anchor"]
+    others = {n: m for n, m in methods.items() if n not in ("full", "hidden_anchor")}
+    best = all(own[name] > other[name] for name in measures for other in others.values())
+    told = "; ".join(
+        f"{name} " + " / ".join(percent(m[x]) for x in measures)
+        for name, m in methods.items()
+        if name != "full"
+    )
+    kept = " / ".join(name.replace("_", " ") for name in measures)
+    return I7.verdict(rule, f"{kept}: {told}. {speed_up:.2f} times as fast.", best and speed_up > 1.0)
+
+
+def i8(pearson: Number | None, spearman: Number | None, labels: int | None) -> Verdict:
+    """Correlations of predicted and real confusion over the pairs of labels."""
+    rule = (
+        f"Seen if predicted and real confusion correlate over the pairs of labels by at least {CORRELATION} "
+        "(Pearson, of means over seeds); it takes three labels or more, and a model that confuses some more "
+        "than others."
+    )
+    if labels is None:
+        return I8.unexamined("No diagnosis of errors in these runs.")
+    if pearson is None:
+        few = f"{labels} labels have too few pairs" if labels < 3 else "all pairs are confused alike"
+        return I8.unexamined(f"A correlation is undefined: {few}.")
+    evidence = f"Correlation over the pairs of {labels} labels: {pearson:.2f} (ranks: {spearman or 0.0:.2f})."
+    return I8.verdict(rule, evidence, pearson >= CORRELATION)
+
+
+def _middle(values: Sequence[Number]) -> Number:
+    size = max(1, len(values) // 3)
+    inner = values[size:-size] or values
+    return sum(inner) / len(inner)

@@ -1,19 +1,26 @@
 """The part of the page on in-context learning: flows to and from label words, and what blocking them does."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxlab.reporting.folders import RunFolder, at
 from jaxlab.reporting.formats import Number, percent
 from jaxlab.reporting.markup import Markup
-from jaxlab.reporting.page import Section, claim_list, figure, note, paragraph, table
+from jaxlab.reporting.page import Section, claim_list, figure, heading, note, paragraph, table
+from jaxlab.reporting.papers.label_words import analysis_parts as more
+from jaxlab.reporting.papers.label_words import analysis_plots as more_plots
 from jaxlab.reporting.papers.label_words import plots, rules
+from jaxlab.reporting.verdicts import Verdict
 
 KEY = "icl"
+EDGES = {"into": "into", "from": "from", "to_last": "to the last token from"}
 
 
 def build(runs: Sequence[RunFolder]) -> Section | None:
-    """The section, or None where no analysis is among the runs."""
+    """The section, or None where no analysis is among the runs.
+
+    Its verdicts are those on the first analysis. Of several, a table has the verdicts on each, their curves
+    are drawn together, and the pictures of each follow under its name.
+    """
     analyses = [run for run in runs if run.task == "icl"]
     if not analyses:
         return None
@@ -21,41 +28,89 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     section = Section(
         KEY, f"Part three · {rules.PAPER}", "Information flow of in-context learning", _headline(run)
     )
+    section.verdicts = verdicts(run)
+    open_claims = [v.claim.id for v in section.verdicts if v.status == "not examined"]
+    if open_claims:
+        section.beyond = f"Not examined by this analysis: {', '.join(open_claims)}. Each says below why."
+    section.body = [
+        paragraph(
+            "How does a model learn a task from a few examples in its prompt? The flow from one token to "
+            "another is its attention times the gradient of the loss to it. S_wp is the mean flow from words "
+            "into label words, S_pq from label words into the place of the answer, S_ww between all others."
+        ),
+        claim_list(section.verdicts),
+    ]
+    if len(analyses) > 1:
+        section.body += _compared(analyses)
+    for number, one in enumerate(analyses):
+        if len(analyses) > 1:
+            section.body.append(heading(one.label))
+        section.body += [
+            _accuracy(one),
+            *_flows(one, number),
+            *_blocking(one, number),
+            *more.pictures(one, number),
+            *_prompt(one, number),
+        ]
+    trained = [r for r in runs if r.task == "train" and r.setting("data", "kind") == "episodes"]
+    section.runs = [*trained, *analyses]
+    return section
+
+
+def verdicts(run: RunFolder) -> list[Verdict]:
+    """On claims I1 to I8, from the results of one analysis."""
     shares = {name: run.get("flows", "share", name) or [] for name in ("wp", "pq", "ww")}
-    judged = [
+    table = run.get("reweighting", "table") or []
+    plain = {row["shots"]: row["accuracy_by_seed"] for row in table if not row["reweighted"]}
+    learned = [row for row in table if row["reweighted"]]
+    labels = run.get("diagnosis", "label_words")
+    return [
         rules.i1(shares["wp"]),
         rules.i2(shares["pq"]),
         rules.i3(shares["wp"], shares["pq"], shares["ww"]),
         _i4(run),
-    ]
-    section.verdicts = [
-        *(rules.judged_if_able(verdict, run.get("accuracy"), run.get("chance")) for verdict in judged),
-        rules.I5.unexamined(
-            "It needs the AUCROC of attention to label words for the answer, layer by layer, on a model that "
-            "errs often enough."
+        rules.i5(run.get("attention", "aucroc_by_seed") or []),
+        rules.i6(at(learned, 0, "accuracy_by_seed") or [], plain, at(learned, 0, "single_class")),
+        rules.i7(
+            {row["method"]: row for row in run.get("compression", "table") or []},
+            run.get("compression", "speed_up", "against_the_whole_prompt"),
+            "label_loyalty" not in (run.get("compression", "undefined") or []),
         ),
-        rules.I6.unexamined("It needs a training of weights on the attention to label words, on real tasks."),
-        rules.I7.unexamined("It needs prompts cut down to the hidden states of their label words, timed."),
-        rules.I8.unexamined("It needs a model that confuses classes; this one hardly does."),
-    ]
-    section.beyond = "Not examined by this analysis: I5 to I8. Each says below what would show it."
-    section.body = [
-        paragraph(
-            "A model that was trained on nothing but examples in a row learns a task from its prompt "
-            "alone: the words that name the classes are drawn anew for every prompt. Where does what it "
-            "learns travel? The flow from one token to another is its attention times the gradient of the "
-            "loss to it. S_wp is the mean flow from words into label words, S_pq from label words into the "
-            "place of the answer, S_ww between all others."
+        rules.i8(
+            run.get("diagnosis", "correlation", "pearson"),
+            run.get("diagnosis", "correlation", "spearman"),
+            None if labels is None else len(labels),
         ),
-        claim_list(section.verdicts),
-        _accuracy(run),
-        *_flows(run),
-        *_blocking(run),
-        *_prompt(run),
     ]
-    trained = [r for r in runs if r.task == "train" and r.setting("data", "kind") == "episodes"]
-    section.runs = [*trained, *analyses]
-    return section
+
+
+def _compared(analyses: Sequence[RunFolder]) -> list[Markup]:
+    """The verdicts on several runs, and their curves together."""
+    judged = [verdicts(run) for run in analyses]
+    body = [
+        [f"{of[0].claim.id}: {of[0].claim.statement}", *(verdict.status for verdict in of)]
+        for of in zip(*judged, strict=True)
+    ]
+    parts = [
+        table(
+            ["claim", *(run.label for run in analyses)],
+            body,
+            "The verdicts on each run.",
+            "By the rules told above with the first.",
+            texts=1 + len(analyses),
+        )
+    ]
+    for measure, key, caption in (
+        ("shares", ("flows", "share"), "Shares of S_wp and S_pq of all runs."),
+        ("aucroc", ("attention", "aucroc"), "AUCROC of all runs."),
+    ):
+        having = {run.label: run.results for run in analyses if run.get(*key)}
+        if len(having) > 1:
+            drawing = more_plots.comparison_figure(having, measure)
+            parts.append(
+                figure(drawing, f"icl-compared-{measure}", caption, "By depth, so that models compare.")
+            )
+    return parts
 
 
 def _headline(run: RunFolder) -> tuple[str, str]:
@@ -63,41 +118,50 @@ def _headline(run: RunFolder) -> tuple[str, str]:
     return percent(accuracy), f"of few-shot prompts answered rightly; guessing gives {percent(chance)}"
 
 
-def _i4(run: RunFolder) -> Any:
+def _i4(run: RunFolder) -> Verdict:
     """Judged at the greatest number of blocked layers for which the first and the last do not overlap."""
-    rows = run.get("blocking", "table") or []
+    rows = [row for row in run.get("blocking", "table") or [] if row.get("edges", "into") == "into"]
     n = max((row["layers"] for row in rows if 2 * row["layers"] <= (run.get("layers") or 0)), default=None)
+    hidden = run.get("blocking", "undefined") or []
 
-    def accuracy(words: str, where: str) -> Number | None:
-        found = [r for r in rows if (r["words"], r["where"], r["layers"]) == (words, where, n)]
-        return at(found, 0, "accuracy")
+    def loyalty(measure: str) -> rules.Loyalty | None:
+        def value(words: str, where: str) -> Number | None:
+            found = [r for r in rows if (r["words"], r["where"], r["layers"]) == (words, where, n)]
+            return at(found, 0, measure)
 
-    return rules.i4(
-        run.get("accuracy"),
-        accuracy("label", "first"),
-        accuracy("label", "last"),
-        accuracy("random", "first"),
-        n,
-    )
+        values = (value("label", "first"), value("label", "last"), value("random", "first"))
+        if measure in hidden or None in values:
+            return None
+        return rules.Loyalty(*(x for x in values if x is not None))
+
+    return rules.i4(loyalty("word_loyalty"), loyalty("label_loyalty"), loyalty("accuracy"), n)
 
 
 def _accuracy(run: RunFolder) -> Markup:
     std = run.get("accuracy_std")
     spread = f" (± {percent(std, 1)} over seeds)" if std else ""
+    alone = run.get("answers", "single_class")
+    told = (
+        f" It says {alone} to every prompt: accuracy, label loyalty and AUCROC tell nothing of it."
+        if alone
+        else ""
+    )
+    rough = " Its weights are dequantised, not the original ones." if run.get("dequantized") else ""
     return paragraph(
-        f"On prompts of {run.get('tokens')} tokens with {run.get('labels')} classes, whose words it never "
-        f"saw together, the model answers {percent(run.get('accuracy'), 1)}{spread} of "
-        f"{run.get('examples')} questions rightly; guessing would give {percent(run.get('chance'))}."
+        f"On prompts of at most {run.get('tokens')} tokens with {run.get('labels')} labels the model answers "
+        f"{percent(run.get('accuracy'), 1)}{spread} of {run.get('examples')} questions rightly; guessing "
+        f"would "
+        f"give {percent(run.get('chance'))}.{told}{rough}"
     )
 
 
-def _flows(run: RunFolder) -> list[Markup]:
+def _flows(run: RunFolder, number: int) -> list[Markup]:
     if not run.get("flows"):
         return [note("Flows were not analysed in this run.")]
     return [
         figure(
             plots.flow_shares_figure(run.results),
-            "icl-shares",
+            more.name_of("shares", number),
             "Where information flows, by layer.",
             "Shares of the three mean flows in their sum. The paper sees words gather in label words in "
             "shallow layers and label words feed the answer in deep ones: the first line should fall and "
@@ -107,13 +171,13 @@ def _flows(run: RunFolder) -> list[Markup]:
     ]
 
 
-def _blocking(run: RunFolder) -> list[Markup]:
+def _blocking(run: RunFolder, number: int) -> list[Markup]:
     rows = run.get("blocking", "table")
     if not rows:
         return [note("Blocking was not analysed in this run.")]
     body = [
         [
-            f"{row['words']} words, {row['where']} {row['layers']} layers",
+            f"{EDGES[row.get('edges', 'into')]} {row['words']} words, {row['where']} {row['layers']} layers",
             percent(row.get("accuracy"), 1),
             percent(row.get("label_loyalty"), 1),
             percent(row.get("word_loyalty"), 1),
@@ -123,7 +187,7 @@ def _blocking(run: RunFolder) -> list[Markup]:
     return [
         figure(
             plots.blocking_figure(run.results),
-            "icl-blocking",
+            more.name_of("blocking", number),
             "What blocking costs.",
             "Nothing may flow into the label words, or into as many random words, in the first or in the "
             "last layers. The paper sees label words in first layers matter most.",
@@ -138,14 +202,14 @@ def _blocking(run: RunFolder) -> list[Markup]:
     ]
 
 
-def _prompt(run: RunFolder) -> list[Markup]:
+def _prompt(run: RunFolder, number: int) -> list[Markup]:
     if not run.get("figure1"):
         return []
     right = run.get("figure1", "answer") == run.get("figure1", "prediction")
     return [
         figure(
             plots.prompt_figure(run.results),
-            "icl-prompt",
+            more.name_of("prompt", number),
             "One prompt, after Figure 1 of the paper.",
             "Lines are flows, thicker where stronger. In shallow layers words should flow into the label "
             "words that follow them, in deep layers label words into the end. The answer is "

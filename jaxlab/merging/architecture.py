@@ -1,0 +1,52 @@
+"""Whether language models are of one architecture, and what a recipe says where they are not."""
+
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from jaxlab.checkpoints import OpenModel, language_settings_apart
+from jaxlab.errors import UserError, UserNote
+
+
+def check_same_architecture(
+    models: Sequence[OpenModel], allowed: Collection[str] = (), first: str = "vlm"
+) -> dict[str, dict[str, Any]]:
+    """Checks that parameters of the language models mean the same functions.
+
+    Args:
+      allowed: settings that may differ, such as rope.theta: those of the first model are kept.
+      first: what the first model is called.
+
+    Returns:
+      For each of these settings the value that is kept, and the others' by path.
+
+    Raises:
+      UserError: they do not, or do in a setting that is allowed to differ.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    for other in models[1:]:
+        apart = language_settings_apart(models[0].described, other.described)
+        for name, values in apart.items():
+            if name not in allowed:
+                listed = ", ".join(f"{key}: {first}" for key in dict.fromkeys([*allowed, *apart]))
+                raise UserError(
+                    f"{models[0].path} and {other.path} cannot be merged: {name} is {values[0]} in one, "
+                    f"{values[1]} in the other; where the {first}'s is meant to count for both, say so with "
+                    f"differences: {{{listed}}}"
+                )
+            kept.setdefault(name, {"kept": values[0], "others": {}})["others"][str(other.path)] = values[1]
+    for name in allowed:
+        if name not in kept:
+            differ = f"they differ in {', '.join(kept)}" if kept else "they differ in no setting"
+            raise UserError(f"differences: the models do not differ in {name!r}; {differ}")
+    return kept
+
+
+def note_dequantized(models: Iterable[OpenModel]) -> None:
+    """A note for each model whose tensors are not the original ones."""
+    for model in models:
+        if model.dequantized is not None:
+            note = (
+                f"{model.path}: its tensors are dequantised from {model.dequantized}, not the original ones"
+            )
+            warnings.warn(note, UserNote, stacklevel=2)
