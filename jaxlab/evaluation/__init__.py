@@ -11,3 +11,7 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.evaluation.chosen_blocks import decoding_reads, describe_chosen_blocks
     from jaxlab.evaluation.needle import ByDepth
+    from jaxlab.evaluation.prompting import find_ends, image_mark, read_prompt, render_prompts
+    from jaxlab.evaluation.question_files import Question, read_questions
+    from jaxlab.evaluation.questions import Measured, Questions, QuestionsConfig, prepare_questions
+    from jaxlab.evaluation.rules import check_rule, obeys

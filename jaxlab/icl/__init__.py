@@ -31,6 +31,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.icl.cutting import cut_logits
     from jaxlab.icl.episode_prompts import EpisodePrompts
     from jaxlab.icl.few_shot import FewShotPrompts, LabelPosition, Mode, Split
+    from jaxlab.icl.image_prompts import ImagePrompts, ImagePromptsConfig
     from jaxlab.icl.label_attention import attention_at, aucroc, label_places
     from jaxlab.icl.packed_maps import pack_maps, unpack_maps
     from jaxlab.icl.prompts import Prompts, PromptSource, token_texts

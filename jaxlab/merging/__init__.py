@@ -11,10 +11,12 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.diagnosis import Diagnosis, Finding, diagnose
     from jaxlab.merging.diagnosis import table as diagnosis_table
     from jaxlab.merging.engine import execute
+    from jaxlab.merging.in_forward import MergedInForward, forward_merged, tensor_weights
     from jaxlab.merging.in_memory import merge_by_recipe, save_merged, verify_merged
     from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
+    from jaxlab.merging.merge_data import MergeData
     from jaxlab.merging.mergekit.file import MergekitFile, read_mergekit_file
     from jaxlab.merging.mergekit.file import ModelReference as MergekitReference
     from jaxlab.merging.mergekit.stages import prepare_file as prepare_mergekit_file
@@ -29,12 +31,12 @@ with epy.lazy_api_imports(globals()):
         describe,
         needs_of,
         notes_of,
-        prepare_merge,
         verify_folder,
         write_merge,
     )
     from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, open_inputs
     from jaxlab.merging.plan import Source as TensorSource
+    from jaxlab.merging.preparing import prepare_merge
     from jaxlab.merging.recipe import (
         Expert,
         InjectRecipe,
@@ -44,14 +46,22 @@ with epy.lazy_api_imports(globals()):
         load_recipe,
         read_trio,
     )
-    from jaxlab.merging.search import (
-        Grid,
-        Point,
+    from jaxlab.merging.search.choice import Way, check_way
+    from jaxlab.merging.search.entry import DETAILS, Effort, Measuring, Split, search_entry
+    from jaxlab.merging.search.evaluator import Evaluator
+    from jaxlab.merging.search.gradient import learned_on
+    from jaxlab.merging.search.journal import Journal
+    from jaxlab.merging.search.measures import (
+        ANSWERS,
+        ENTROPY,
+        SCORE,
+        Data,
         answered,
-        evaluate_grid,
-        exact_match_of,
-        measure_model,
+        own_answers,
         read_data,
-        search_grid,
+        score_tokens,
         text_only,
+        token_measure,
     )
+    from jaxlab.merging.search.space import Interval, Point, SearchMethod, Space
+    from jaxlab.merging.search.task_vectors import compare_task_vectors

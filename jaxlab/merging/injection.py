@@ -406,25 +406,47 @@ def _weight(
     lambda_v: TensorWeights,
     lambda_e: TensorWeights,
 ) -> Any:
-    operator = method.of_injection
-    models: list[dict[tuple[str, ...], Any]] = [{} for _ in range(2 if operator.per_task else 1)]
+    per_task = method.of_injection.per_task
+    models: list[dict[tuple[str, ...], Any]] = [{} for _ in range(2 if per_task else 1)]
     for leaf in plan.leaves:
-        entry, stored = leaf.entry, leaf_at(vlm, leaf.entry.path).dtype
-        if leaf.action == "merged":
-            vectors, base, numbers, given = prepared[entry.pattern]
-            dtype = arithmetic_dtype(operator, method.mode, stored)
-            one = functools.partial(_weight_one, plan, method, method.values(numbers), dtype)
-            merged = _stacked(one, given, vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
-            for leaves, tensors in zip(models, merged if operator.per_task else [merged], strict=True):
-                tensors = tensors.astype(stored)
-                if leaf.rows is not None:
-                    tensors = jnp.asarray(to_hf(vlm, entry)).at[:, leaf.rows.index(0)].set(tensors)
-                leaves |= from_hf(tensors, entry, vlm)
-        else:
-            for leaves in models:
-                leaves |= {path: leaf_at(vlm, path) for path in entry.paths}
+        merged = weighted_leaf(plan, method, vlm, leaf, prepared, lambda_v, lambda_e)
+        for leaves, own in zip(models, merged, strict=True):
+            leaves |= own
     trees = [tree_of(leaves) for leaves in models]
-    return dict(zip(TASKS, trees, strict=True)) if operator.per_task else trees[0]
+    return dict(zip(TASKS, trees, strict=True)) if per_task else trees[0]
+
+
+def weighted_leaf(
+    plan: InjectionPlan,
+    method: Method,
+    vlm: Params,
+    leaf: PlannedLeaf,
+    prepared: dict[str, Prepared],
+    lambda_v: TensorWeights,
+    lambda_e: TensorWeights,
+) -> list[dict[tuple[str, ...], Any]]:
+    """The leaves of ours that hold one planned leaf's tensors, merged or copied, by path; of operators that
+    make a model for each task one dict for each.
+
+    Args:
+      vlm: the VLM; of a leaf that is merged whole, shapes and dtypes are enough.
+    """
+    entry, operator = leaf.entry, method.of_injection
+    count = 2 if operator.per_task else 1
+    if leaf.action != "merged":
+        return [{path: leaf_at(vlm, path) for path in entry.paths}] * count
+    stored = leaf_at(vlm, entry.path).dtype
+    vectors, base, numbers, given = prepared[entry.pattern]
+    dtype = arithmetic_dtype(operator, method.mode, stored)
+    one = functools.partial(_weight_one, plan, method, method.values(numbers), dtype)
+    merged = _stacked(one, given, vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
+    result = []
+    for tensors in merged if operator.per_task else [merged]:
+        tensors = tensors.astype(stored)
+        if leaf.rows is not None:
+            tensors = jnp.asarray(to_hf(vlm, entry)).at[:, leaf.rows.index(0)].set(tensors)
+        result.append(from_hf(tensors, entry, vlm))
+    return result
 
 
 def _weight_one(
@@ -466,6 +488,15 @@ def _size(params: Params, leaf: PlannedLeaf) -> int:
     """Elements of one tensor of a leaf, as far as it is merged."""
     view = functools.partial(_merged_part, entry=leaf.entry, rows=leaf.rows, model=0)
     return int(jax.eval_shape(view, params).size) // len(leaf.entry.names)
+
+
+def merged_tensors(params: Params, leaf: PlannedLeaf, model: int) -> Float[Array, "N ..."]:
+    """The tensors of one model that go into a leaf, as far as they are merged, as a folder has them.
+
+    Args:
+      model: which of the plan's inputs it is.
+    """
+    return _merged_part(params, leaf.entry, leaf.rows, model)
 
 
 def _merged_part(params: Params, entry: Entry, rows: CommonRows | None, model: int) -> Float[Array, "N ..."]:

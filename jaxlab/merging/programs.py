@@ -104,10 +104,7 @@ def check_operators(plan: MergePlan, statistics: Mapping[str, Any] | None = None
             arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for _ in step.everything]
             base = arrays.pop() if step.base is not None else None
             given = given_to(np.zeros(2, np.uint32), step, statistics=own)
-            jax.eval_shape(
-                lambda *traced, program=program: _merge(program, *traced, offset=0),
-                tuple(arrays), base, numbers, given,
-            )  # fmt: skip
+            jax.eval_shape(functools.partial(_merge, program, offset=0), tuple(arrays), base, numbers, given)
 
 
 @functools.partial(jax.jit, static_argnames="program")

@@ -51,6 +51,7 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.models.rotary import rope_tables, rotary_table, rotate
     from jaxlab.models.sampling import LEAST_TEMPERATURE, Sampling
+    from jaxlab.models.scoring import continuation_log_probs
     from jaxlab.models.sharding import (
         MeshConfig,
         SplitConfig,
@@ -64,6 +65,7 @@ with epy.lazy_api_imports(globals()):
         place_batch,
         using,
     )
+    from jaxlab.models.stack import MadeLayers
     from jaxlab.models.taps import ACTIVATIONS, Patch, activation_names
     from jaxlab.models.vision.encoders import encode_images, prepare_batch
     from kernels_pallas.flow import Probe

@@ -19,7 +19,7 @@ from jaxlab.models.layers import Embedding, layer_norm, softcap
 from jaxlab.models.mesh import split_tokens
 from jaxlab.models.output import Output
 from jaxlab.models.rotary import rope_tables
-from jaxlab.models.stack import NO_BETWEEN, Between, apply_blocks
+from jaxlab.models.stack import NO_BETWEEN, Between, MadeLayers, apply_blocks
 from jaxlab.models.taps import NO_TAPS, Patch, Taps, make_taps
 from jaxlab.models.vision.encoder import Encoded
 from jaxlab.models.vision.encoders import encode_images, layers_between, prepare_batch
@@ -35,6 +35,7 @@ def forward(
     probe: Probe | None = None,
     patches: Sequence[Patch] = (),
     cache: Cache | None = None,
+    made: MadeLayers | None = None,
     logit_positions: Int[Array | np.ndarray, "B P"] | None = None,
 ) -> Output:
     """Next-token logits of a batch, and what else the model computed.
@@ -46,6 +47,7 @@ def forward(
       probe: streams flows out of attention, reads or changes its weights (kernels_pallas/flow).
       patches: changes of named activations (see taps.py).
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
+      made: makes each layer's parameters where it runs (see `MadeLayers`).
       logit_positions: the tokens of each row whose logits (and hidden) come back, [B, P, ...]; None: all. The
         logits of the others are never built.
 
@@ -75,7 +77,13 @@ def forward(
     between = layers_between(params, images, config)
     decoder = bind_decoder(params, config)
     return decoder(
-        batch, images=images, between=between, taps=taps, cache=cache, logit_positions=logit_positions
+        batch,
+        images=images,
+        between=between,
+        taps=taps,
+        cache=cache,
+        made=made,
+        logit_positions=logit_positions,
     )
 
 
@@ -132,6 +140,7 @@ class Decoder(nnx.Module):
         between: Between = NO_BETWEEN,
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
+        made: MadeLayers | None = None,
         logit_positions: Int[Array | np.ndarray, "B P"] | None = None,
     ) -> Output:
         """The output for a prepared batch, its images encoded; arguments as those of `forward`."""
@@ -147,6 +156,7 @@ class Decoder(nnx.Module):
             cache=cache,
             additions=additions,
             between=between,
+            made=made,
         )
         x = split_tokens(done.x)
         if logit_positions is not None:

@@ -1,5 +1,6 @@
 """Layers one after the other: stacked blocks, applied by scans."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxlab.models.batch import Params
 from jaxlab.models.block import Block
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.context import AttentionContext
@@ -68,6 +70,16 @@ class Between(NamedTuple):
 NO_BETWEEN = Between((), lambda index, x: x)
 
 
+class MadeLayers(NamedTuple):
+    """The layers' parameters, made one layer after the other as they run: all of them never exist at once."""
+
+    make: Callable[[str, Params, Any], Params]
+    """(the stack's name in the tree, a layer's parameters, its slice of the inputs) -> parameters of the same
+    shapes."""
+    inputs: dict[str, Any]
+    """By the name of a stack: arrays with a leading axis of its layers."""
+
+
 def apply_blocks(
     stacks: Sequence[Block],
     x: Float[Array, "B T D"],
@@ -78,6 +90,7 @@ def apply_blocks(
     cache: Cache | None = None,
     additions: Float[Array, "n B T D"] | None = None,
     between: Between = NO_BETWEEN,
+    made: MadeLayers | None = None,
 ) -> Stacked:
     """The layers of all stacks, one stack after the other.
 
@@ -85,6 +98,7 @@ def apply_blocks(
       stacks: blocks whose parameters are stacked on a leading axis (`Initializer.stack`).
       additions: added to the outputs of the first n layers (DeepStack, arXiv 2406.04334).
       between: further layers.
+      made: makes the layers' parameters of what the blocks hold and of its inputs.
     """
     # A tower's config must say that its layers turn, or its tables would be passed over.
     assert context.rotary is None or any(config.rotary_layers)
@@ -93,8 +107,12 @@ def apply_blocks(
     results: list[tuple[Any, ...]] = []
     kinds = tuple(map(Kind, config.kinds, config.rotary_layers))
     found, start = taps.buffers, 0
-    for blocks in stacks:
+    names = ("layers",) if len(stacks) == 1 else ("dense_layers", "layers")
+    for name, blocks in zip(names, stacks, strict=True):
         graphdef, params = nnx.split(blocks)
+        make, inputs = None, None
+        if made is not None:
+            make, inputs = functools.partial(made.make, name), made.inputs[name]
         count = jax.tree.leaves(params)[0].shape[0]
         alone = min(max(0, num_additions - start), count)
         cuts = [layer - start for layer in between.before]
@@ -105,8 +123,9 @@ def apply_blocks(
                 _cut(params, slice(run.start, run.stop)),
                 _cut(taps.per_layer, layers),
                 _cut(caches, layers),
+                _cut(inputs, slice(run.start, run.stop)),
             )
-            scan = _Scan(graphdef, run, context, config.remat == "layer", taps)
+            scan = _Scan(graphdef, run, context, config.remat == "layer", taps, make)
             (x, pool, found), ys = scan((x, pool, found), of_run)
             if start + run.start < num_additions:
                 assert additions is not None
@@ -136,6 +155,8 @@ class _Scan(NamedTuple):
     context: AttentionContext
     remat: bool
     taps: Taps
+    make: Callable[[Params, Any], Params] | None = None
+    """See `MadeLayers`."""
 
     def __call__(self, carry: Carry, of_run: tuple[Any, ...]) -> tuple[Carry, tuple[Any, ...]]:
         """The carry after it, and what each of its layers returned, stacked over them."""
@@ -159,8 +180,10 @@ class _Scan(NamedTuple):
         return jax.checkpoint(step, prevent_cse=False) if self.remat else step
 
     def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: Kind) -> tuple[Carry, tuple[Any, ...]]:
-        (x, pool, found), (params, per_layer, cache) = carry, of_layer
+        (x, pool, found), (params, per_layer, cache, inputs) = carry, of_layer
         tap = self.taps.layer(per_layer)
+        if self.make is not None:
+            params = self.make(nnx.to_pure_dict(params), inputs)
         block = nnx.merge(self.graphdef, params)
         context = self.context.for_layer(kind.rotary)
         done = block(x, context, kind=kind.attention, tap=tap, cache=join_cache(pool, cache))

@@ -41,7 +41,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         lines = [(number, line) for number, line in enumerate(_read(path).split("\n"), 1) if line.strip()]
         found = [Prompt(f"{path} line {number}", line.removesuffix("\r")) for number, line in lines]
     else:
-        found = [_prompt(value, where, path) for where, value in _values(path)]
+        found = [_prompt(value, where, path) for where, value in read_json_lines(path)]
     if not found:
         raise UserError(f"{path}: holds no prompt")
     return found
@@ -58,7 +58,7 @@ def read_messages(path: str | Path) -> list[Prompt]:
       UserError: the file cannot be read, holds nothing, or something else.
     """
     path = Path(path)
-    values = _values(path)
+    values = read_json_lines(path)
     alone = [isinstance(value, dict) and "role" in value for _, value in values]
     if not values:
         raise UserError(f"{path}: holds no message")
@@ -123,8 +123,12 @@ def _file(name: str, where: str, path: Path) -> str:
     return str(path.parent / name)
 
 
-def _values(path: Path) -> list[tuple[str, Any]]:
-    """(place, value) of each line of JSON; a file that is one JSON list holds one in each entry."""
+def read_json_lines(path: Path) -> list[tuple[str, Any]]:
+    """(place, value) of each line of JSON; a file .json that is one list holds one in each entry.
+
+    Raises:
+      UserError: the file cannot be read, or a line is not JSON.
+    """
     text = _read(path)
     if path.suffix == ".json":
         value = _parse(text, str(path))

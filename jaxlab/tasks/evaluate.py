@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jaxlab.app import Run, model_folder
 from jaxlab.checkpoints import OpenModel, check_same_tree, open_model
-from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory
+from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, generation_memory
 from jaxlab.data import (
     DataConfig,
     Source,
@@ -25,7 +25,13 @@ from jaxlab.data import (
     make_source,
 )
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation import ByDepth, decoding_reads, describe_chosen_blocks
+from jaxlab.evaluation import (
+    ByDepth,
+    QuestionsConfig,
+    decoding_reads,
+    describe_chosen_blocks,
+    prepare_questions,
+)
 from jaxlab.losses import exact_match, target_losses
 from jaxlab.models import (
     Batch,
@@ -47,7 +53,7 @@ class Config:
 
     model: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
-    data: DataConfig = TextConfig()
+    data: DataConfig | QuestionsConfig = TextConfig()
     """What it is measured on."""
     sparsity: SparsityConfig | None = None
     """Measure it as if it read a part of the text only; for models trained with full attention."""
@@ -56,9 +62,11 @@ class Config:
     batch_size: int = 32
     """Sequences in a batch."""
     batches: int = 16
-    """At most so many batches."""
+    """At most so many batches; of questions all."""
     position_buckets: int = 16
     """Into how many equal ranges of positions the loss is split."""
+    examples: int = 8
+    """Questions that are shown with their answers."""
     mesh: SplitConfig = SplitConfig()
     """Devices over which the model is split, if one of them does not hold it."""
 
@@ -68,18 +76,27 @@ class Config:
         for name in ("batch_size", "batches", "position_buckets"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+        if self.examples < 0:
+            raise ConfigError(f"must not be negative, is {self.examples}", key="examples")
+        if isinstance(self.data, QuestionsConfig) and self.sparsity is not None:
+            raise ConfigError("questions are answered with the model's own attention", key="sparsity")
 
 
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
+    data = config.data
     return {
         "model": open_model(model_folder(config.model)).identity,
-        "data": make_source(config.data, model_folder).identity,
+        "data": data.identity
+        if isinstance(data, QuestionsConfig)
+        else make_source(data, model_folder).identity,
     }
 
 
 def check(config: Config) -> dict[str, Any]:
     """What `--check` reports: whether model and data fit, and the memory of a batch; no parameter is read."""
+    if isinstance(config.data, QuestionsConfig):
+        return _check_questions(config, config.data)
     opened, model, _, batch = _prepare(config)
     mesh = model_mesh(config.mesh)
     params = opened.placed(mesh)
@@ -94,6 +111,8 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
+    if isinstance(config.data, QuestionsConfig):
+        return _run_questions(config, config.data)
     opened, model, source, _ = _prepare(config)
     mesh = model_mesh(config.mesh)
     params = opened.read(mesh=mesh)
@@ -131,6 +150,42 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     return results
 
 
+def _check_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
+    opened = open_model(model_folder(config.model))
+    questions = prepare_questions(data, opened, config.split)
+    params = opened.placed(model_mesh(config.mesh))
+    lengths = [one.batch["tokens"].shape[1] for one in questions.asked]
+    rows, longest = min(len(lengths), config.batch_size), max(lengths)
+    budget = min(data.max_new_tokens, opened.config.max_length - longest)
+    with using(model_mesh(config.mesh)):
+        memory = generation_memory(params, opened.config, rows, longest, max(budget, 1))
+    return {
+        "questions": len(lengths),
+        "longest_prompt": longest,
+        "parameters": count_params(params),
+        "bytes_per_device": {"parameters": bytes_per_device(params), **memory},
+    }
+
+
+def _run_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
+    opened = open_model(model_folder(config.model))
+    questions = prepare_questions(data, opened, config.split)
+    mesh = model_mesh(config.mesh)
+    params = opened.read(mesh=mesh)
+    with using(mesh):
+        measured = questions.measure(params, batch_size=config.batch_size)
+    examples = [
+        {"question": one.question.asked, "expected": one.question.expected, "answer": said, "score": score}
+        for one, said, score in zip(questions.asked, measured.answers, measured.each, strict=True)
+    ]
+    return {
+        **measured.measures,
+        "questions": len(questions.asked),
+        "each": list(measured.each),
+        "examples": examples[: config.examples],
+    }
+
+
 def by_position(
     loss: Float[np.ndarray, " places"], count: Int[np.ndarray, " places"], buckets: int
 ) -> list[dict[str, Any]]:
@@ -147,6 +202,7 @@ def by_position(
 
 def _prepare(config: Config) -> tuple[OpenModel, ModelConfig, Source, dict[str, np.ndarray]]:
     """The model, its config, the data and its first batch; UserError if they do not fit together."""
+    assert not isinstance(config.data, QuestionsConfig)
     opened = open_model(model_folder(config.model))
     model, source = opened.config, make_source(config.data, model_folder)
     model = dataclasses.replace(model, sparsity=config.sparsity)

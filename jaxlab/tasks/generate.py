@@ -3,43 +3,33 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from jaxlab.app import model_folder
-from jaxlab.checkpoints import OPTIONS, OpenModel, open_model, sampling_options, stop_strings
+from jaxlab.checkpoints import OPTIONS, OpenModel, open_model, sampling_options
 from jaxlab.config import POSITIONAL, REPEATED
 from jaxlab.costs import generation_memory
 from jaxlab.errors import ConfigError, UserError, UserNote
-from jaxlab.evaluation import Answer, fill_all
+from jaxlab.evaluation import Answer, fill_all, find_ends, image_mark, read_prompt, render_prompts
 from jaxlab.models import (
     LEAST_TEMPERATURE,
-    Batch,
-    ModelConfig,
-    PlainVisionConfig,
     SplitConfig,
     count_params,
     model_mesh,
-    prepare_batch,
     using,
 )
 from jaxlab.processing import (
-    Message,
     Prompt,
     StopTexts,
     TextStream,
-    as_texts,
-    check_token_ids,
     encode,
     read_messages,
     read_prompts,
-    render_chats,
 )
 
 
@@ -162,7 +152,9 @@ def run(arguments: Arguments) -> None:
         raise UserError(f"{seen.where}: a prompt with images is read at once; leave --prefill_chunk out")
     template = find_template(arguments, opened, prompts)
     if template is not None:
-        prompts = render(prompts, template, arguments, opened)
+        prompts = render_prompts(
+            prompts, template, opened, system=arguments.system, chat_options=arguments.chat_options
+        )
     asked = {name: getattr(arguments, name) for name in OPTIONS}
     sampling, notes = sampling_options(opened.generation, asked, f"{folder}: generation_config.json")
     answers = make_answers(prompts, arguments, opened, chat=template is not None)
@@ -270,121 +262,8 @@ def _special_tokens(opened: OpenModel) -> list[str]:
     if opened.tokenizer is None:
         return []
     added = opened.tokenizer.get_added_tokens_decoder()
-    mark = _image_mark(opened)
+    mark = image_mark(opened)
     return [token.content for token in added.values() if token.special and token.content not in ("", mark)]
-
-
-def _image_mark(opened: OpenModel) -> str | None:
-    """What stands for an image in a prompt; None: the model reads none, or its folder does not say."""
-    if opened.tokenizer is None or not opened.config.has_vision:
-        return None
-    if isinstance(opened.config.vision, PlainVisionConfig):
-        return None
-    try:
-        return opened.processor.mark(opened.tokenizer)
-    except UserError:  # of a folder without files of a processor; a prompt with images will say so
-        word: str | None = opened.tokenizer.id_to_token(opened.config.image_token)
-        return word
-
-
-def _refuse_videos(prompt: Prompt, opened: OpenModel) -> None:
-    """Refuses a prompt that asks for a video, of a model whose folder says what stands for one."""
-    if opened.tokenizer is None or isinstance(opened.config.vision, PlainVisionConfig):
-        return
-    try:
-        processor = opened.processor
-    except UserError:  # a folder without files of a processor: it reads text alone
-        return
-    processor.refuse_videos(prompt.text, opened.tokenizer)
-
-
-def render(prompts: Sequence[Prompt], template: str, arguments: Arguments, opened: OpenModel) -> list[Prompt]:
-    """Prompts whose text is the conversation that they hold, or that they are a part of."""
-    mark = _image_mark(opened)
-    conversations = [_conversation(prompt, arguments, mark) for prompt in prompts]
-    lead = mark
-    if any(prompt.images for prompt in prompts) and mark is not None and opened.tokenizer is not None:
-        lead = opened.processor.lead(1, opened.tokenizer)
-    show = lambda chats: render_chats(
-        chats,
-        template,
-        special_tokens=opened.special_tokens,
-        image_mark=lead,
-        place=f"{opened.path}: its chat template",
-        where=[prompt.where for prompt in prompts],
-        each=[{**arguments.chat_options, **prompt.variables} for prompt in prompts],
-    )
-    texts = show(conversations)
-    if mark is not None and any(t.count(mark) != len(p.images) for t, p in zip(texts, prompts, strict=True)):
-        # A template that reads parts, and leaves images out.
-        texts = show([as_texts(messages, lead or mark) for messages in conversations])
-    return [replace(prompt, text=text) for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def _conversation(prompt: Prompt, arguments: Arguments, mark: str | None) -> list[Message]:
-    messages = list(prompt.messages)
-    if not messages:
-        content: str | list[dict[str, str]] = prompt.text
-        if prompt.images and (mark is None or mark not in prompt.text):
-            content = [{"type": "image"}] * len(prompt.images) + [{"type": "text", "text": prompt.text}]
-        messages = [{"role": "user", "content": content}]
-    if messages[-1]["role"] == "assistant":
-        raise UserError(f"{prompt.where}: ends with what the assistant said; leave that out, it is made here")
-    if arguments.system and messages[0]["role"] == "system":
-        raise UserError(f"{prompt.where}: begins with a system message; leave --system out")
-    return [{"role": "system", "content": arguments.system}] * bool(arguments.system) + messages
-
-
-def read_prompt(prompt: Prompt, opened: OpenModel, *, chat: bool) -> Batch:
-    """The batch of prompt and images: for models of other people, by the processor in their folder.
-
-    Args:
-      chat: its text is a conversation, in which the template has put special tokens.
-    """
-    files, config, tokenizer = prompt.images, opened.config, opened.tokenizer
-    if files and not config.has_vision:
-        raise UserError(f"{opened.path}: a language model without vision cannot read {files[0]}")
-    plain = isinstance(config.vision, PlainVisionConfig)
-    # As transformers' tokenizers do; its processors look for the first token, since templates may lack it.
-    first = opened.special_tokens.get("bos_token")
-    special = not chat or (config.has_vision and not plain and not (first and prompt.text.startswith(first)))
-    if files and not plain:
-        return _with_images(prompt, opened, chat, special)
-    tokens = encode(prompt.text, tokenizer, special=special, where=prompt.where)
-    images: dict[str, np.ndarray] = {}
-    if files:
-        images["images"] = np.stack([read_image(file, config) for file in files])[None]
-        missing = len(files) * config.vision_as(PlainVisionConfig).num_patches - tokens.count(
-            config.image_token
-        )
-        tokens = [config.image_token] * missing + tokens
-    elif config.has_vision:
-        mark = _image_mark(opened)
-        if config.image_token in tokens or (mark is not None and mark in prompt.text):
-            raise UserError(
-                f"{prompt.where} holds {mark or config.image_token}, where an image goes, and no image is "
-                "given; name its file by --image, or leave that out"
-            )
-        _refuse_videos(prompt, opened)
-    check_token_ids(tokens, config, tokenizer, where=prompt.where)
-    return cast(Batch, {**images, "tokens": np.asarray([tokens], np.int32)})
-
-
-def _with_images(prompt: Prompt, opened: OpenModel, chat: bool, special: bool) -> Batch:
-    if opened.tokenizer is None:
-        raise UserError(f"{opened.path}: no tokenizer; images are placed by its tokens")
-    processor, count = opened.processor, len(prompt.images)
-    if chat and (found := prompt.text.count(mark := processor.mark(opened.tokenizer))) != count:
-        raise UserError(
-            f"{prompt.where}: the chat holds {found} {mark} for {count} images; write one for each in its "
-            "texts, or none"
-        )
-    batch = processor(prompt.text, prompt.images, opened.tokenizer, special_tokens=None if special else False)
-    check_token_ids(batch["tokens"], opened.config, opened.tokenizer, where=prompt.where)
-    try:
-        return prepare_batch(batch, opened.config)
-    except ValueError as error:
-        raise UserError(f"{opened.path}: its processor does not fit its model: {error}") from error
 
 
 def make_answers(
@@ -392,7 +271,7 @@ def make_answers(
 ) -> list[Answer]:
     """The answers that are to be made, nothing of them yet."""
     most = opened.config.max_length
-    ends, stops = find_ends(arguments, opened, chat=chat)
+    ends, stops = find_ends(opened, chat=chat, stop=arguments.stop, past_end=arguments.past_end)
     answers = []
     for index, prompt in enumerate(prompts):
         batch = read_prompt(prompt, opened, chat=chat)
@@ -406,38 +285,5 @@ def make_answers(
     return answers
 
 
-def find_ends(arguments: Arguments, opened: OpenModel, *, chat: bool) -> tuple[frozenset[int], list[str]]:
-    """The tokens that end an answer, and the texts before which it ends."""
-    tokenizer, ends, stops = opened.tokenizer, set[int](), list(arguments.stop)
-    if not arguments.past_end:
-        ends |= opened.end_tokens
-        stops += stop_strings(opened.generation, f"{opened.path}: generation_config.json")
-    if tokenizer is None:
-        return frozenset(ends), stops
-    if chat and not arguments.past_end:  # the end of a turn, where the model's files name that of a text only
-        stops.append(opened.special_tokens.get("eos_token", ""))
-    for stop in stops:
-        encode(stop, None, where="--stop")  # checks that it is UTF-8
-        token = tokenizer.token_to_id(stop) if stop else None
-        if token is not None and token in tokenizer.get_added_tokens_decoder():
-            ends.add(token)  # special tokens are not shown, so no text holds them
-    return frozenset(ends), stops
-
-
 def _note(text: str) -> None:
     warnings.warn(UserNote(text), stacklevel=2)
-
-
-def read_image(path: str, config: ModelConfig) -> np.ndarray:
-    """float32 [height, width, channels] in [0, 1], resized to what the model takes."""
-    vision = config.vision_as(PlainVisionConfig)
-    if vision.channels not in (1, 3):
-        raise UserError(f"the model takes {vision.channels} channels; image files have 1 or 3")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such image file")
-    try:
-        image = Image.open(path).convert("L" if vision.channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that Pillow reads ({error})") from error
-    pixels = np.asarray(image.resize((vision.image_size,) * 2, Image.Resampling.BOX), np.float32) / 255
-    return pixels.reshape(vision.image_size, vision.image_size, vision.channels)

@@ -161,8 +161,7 @@ def check(config: Config) -> dict[str, Any]:
     """Everything that can be checked, and the memory of the analyses, without reading a parameter."""
     study = _study(config, describe_model(model_folder(config.model)))
     with using(model_mesh(config.mesh)):
-        for analysis in config.chosen:
-            analysis.check(study)
+        _check_analyses(config, study)
         temporary = {analysis.name: analysis.memory(study) for analysis in config.chosen}
     parameters = bytes_per_device(study.params)
     needed, held = parameters + max(temporary.values()), _device_memory()
@@ -192,10 +191,18 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     study = _study(config, opened)
     mesh = model_mesh(config.mesh)
     with using(mesh):
-        for analysis in config.chosen:
-            analysis.check(study)
+        _check_analyses(config, study)
         params = opened.read(mesh=mesh, dtype=config.dtype)
         return _analyse(config, run, opened, dataclasses.replace(study, params=params))
+
+
+def _check_analyses(config: Config, study: Study) -> None:
+    for analysis in config.chosen:
+        if analysis.needs_label_words and not study.source.label_names:
+            raise UserError(
+                f"analyses: {analysis.name} is about label words, and these prompts have none; leave it out"
+            )
+        analysis.check(study)
 
 
 def _analyse(config: Config, run: Run, opened: OpenModel, study: Study) -> dict[str, Any]:

@@ -1,43 +1,67 @@
-"""Task `merge-search`: weights, densities and operators of an injection, searched on the device.
+"""Task `merge-search`: weights, parameters and operators of an injection, searched on the device.
 
-The best point of every operator is chosen on validation splits and measured once on test splits; every
-operator has equally many points, unless the config says otherwise.
+Points are chosen on validation splits and measured once on test splits; every entry has equally many
+evaluations, unless the config says otherwise. Every point is a line of points.jsonl in the run's folder, from
+which a search that was killed goes on.
 """
 
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
 from jaxlab.app import Run, model_folder
 from jaxlab.checkpoints import OpenModel, open_model
-from jaxlab.data import DataConfig, make_source
+from jaxlab.data import DataConfig, Source, make_source
 from jaxlab.errors import ConfigError
+from jaxlab.evaluation import Questions, QuestionsConfig, prepare_questions
 from jaxlab.files import write_atomic
+from jaxlab.icl import flows
 from jaxlab.merging import (
-    Grid,
+    ANSWERS,
+    DETAILS,
+    ENTROPY,
+    SCORE,
+    Data,
+    Effort,
+    Evaluator,
     InjectRecipe,
-    Method,
+    Journal,
+    Measuring,
+    SearchMethod,
+    Space,
+    Split,
+    Trio,
+    Way,
     answered,
     check_same_architecture,
-    exact_match_of,
-    inject_by_recipe,
-    measure_model,
+    check_way,
+    compare_task_vectors,
+    learned_on,
     note_dequantized,
+    own_answers,
     plan_injection,
     read_data,
     read_trio,
     save_merged,
-    search_grid,
+    score_tokens,
+    search_entry,
     text_only,
+    token_measure,
 )
+from jaxlab.models import Params
+
+SPLITS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Search for the weights, densities and operators with which an expert's skill shows in a VLM."""
+    """Search for the weights, parameters and operators with which an expert's skill shows in a VLM."""
 
     vlm: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
@@ -45,26 +69,47 @@ class Config:
     """A language model fine-tuned from the base."""
     base: str = ""
     """The language model that both come from."""
-    operators: dict[str, Grid] = field(default_factory=lambda: {"task_arithmetic": Grid()})
-    """Operators to try, each with its grid."""
+    method: SearchMethod = "grid"
+    """How points are chosen where an entry of operators does not say it."""
+    operators: dict[str, Space] = field(default_factory=lambda: {"task_arithmetic": Space()})
+    """What is tried: by a name, which is the operator's unless the entry names one."""
+    evaluations: int = 0
+    """Of every entry that is no grid; 0: as many as the grids have points."""
     equal_points: bool = True
-    """Refuse grids of different sizes: an operator tried more often would look better by that alone."""
-    evaluate: dict[str, DataConfig] = field(default_factory=dict)
-    """Data sets by name; measured is exact match of the answers."""
+    """Refuse entries with different numbers of evaluations: one tried more often would look better by that
+    alone."""
+    evaluate: dict[str, DataConfig | QuestionsConfig] = field(default_factory=dict)
+    """Data sets by name: of batches exact match of the answers is measured, of questions what they say."""
     choose: tuple[str, ...] = ()
-    """Names of the data sets whose mean on the validation split decides; none: all of them."""
+    """Names of the data sets whose mean score on the validation split is the skill to be gained; none: all of
+    them."""
+    choose_by: tuple[Way, ...] = ("labels",)
+    """How a point is chosen: by labels; without any by the entropy of its own answers, or by how little they
+    change to the neighbours on the grid. All are reported, the first one decides."""
+    keep: tuple[str, ...] = ()
+    """Names of the data sets whose mean score is the skill to be kept: a front of gained and kept."""
+    keep_at_least: float = 0.0
+    """Choose by labels among the points that keep this share of what the VLM has of `keep`."""
+    profile_on: str = ""
+    """The data set of the expert's skill that its information flow is measured on, for `layers: flows`; by
+    default the first one without images."""
     batch_size: int = 64
     """Sequences in a batch."""
     batches: int = 8
-    """At most so many batches of each split."""
+    """At most so many batches of each split; of questions all."""
     chunk: int = 8
     """Points done in one call of the compiled program, one after the other."""
+    in_forward: bool = False
+    """Merge each layer where it runs: no merged copy of the layers exists, and every batch merges anew."""
     embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
     """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
     mode: Literal["paper", "mergekit"] = "paper"
     """Operators as published, or as mergekit computes them."""
     seed: int = 0
-    """Of random masks."""
+    """Of random masks, and of points that are drawn."""
+    save: Literal["best", "each", "none"] = "best"
+    """Which models are written: the best one as model/, or that of each entry below models/. The recipe of
+    each is written in any case."""
     examples: int = 6
     """Questions, of the first data set that decides, which the VLM and the best model answer for people to
     read."""
@@ -78,53 +123,109 @@ class Config:
         for name in ("batch_size", "batches", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
-        if self.examples < 0:
-            raise ConfigError(f"must not be negative, is {self.examples}", key="examples")
-        for name in self.choose:
-            if name not in self.evaluate:
-                raise ConfigError(f"no data set {name!r}; there are {', '.join(self.evaluate)}", key="choose")
-        for name, grid in self.operators.items():
+        for name in ("examples", "evaluations"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"must not be negative, is {getattr(self, name)}", key=name)
+        for key in ("choose", "keep", "profile_on"):
+            given = getattr(self, key)
+            for name in (given,) if isinstance(given, str) else given:
+                if name and name not in self.evaluate:
+                    raise ConfigError(f"no data set {name!r}; there are {', '.join(self.evaluate)}", key=key)
+        if not self.choose_by:
+            raise ConfigError("missing; labels, entropy or neighbours", key="choose_by")
+        if not 0 <= self.keep_at_least <= 1:
+            raise ConfigError(f"is a share, from 0 to 1, not {self.keep_at_least}", key="keep_at_least")
+        if self.keep_at_least and not self.keep:
+            raise ConfigError("which skill is to be kept? name its data sets", key="keep")
+        for label, space in self.entries.items():
             try:
-                for density in grid.density or (None,):
-                    self.method(name, density).check_one_model()
+                space.check(self.mode)
+                for way in self.choose_by:
+                    check_way(way, space)
             except ConfigError as error:
-                key = f"operators.{name}" + (".density" if error.key == "density" else "")
-                raise ConfigError(error.message, key=key) from None
-        sizes = {name: len(grid.points()) for name, grid in self.operators.items()}
+                raise error.inside(("operators", label)) from None
+            if space.method == "gradient" and not set(self.chosen_by) & set(self.token_sets):
+                raise ConfigError(
+                    f"{label} learns on batches of tokens, and choose names questions alone", key="choose"
+                )
+            if space.layers == "flows" and not self.token_sets:
+                raise ConfigError(f"{label} needs a data set of tokens for its flows", key="evaluate")
+        for name in self.chosen_by if "neighbours" in self.choose_by else ():
+            data = self.evaluate[name]
+            if isinstance(data, QuestionsConfig) and data.measure == "perplexity":
+                raise ConfigError(f"{name} has no answers that could differ", key="choose_by")
+        self._check_effort()
+
+    def _check_effort(self) -> None:
+        sizes = {label: self.evaluations_of(label) for label in self.entries}
+        for label, size in sizes.items():
+            if not size:
+                raise ConfigError(
+                    f"missing: how many points does {label} try? no grid tells it", key="evaluations"
+                )
         if self.equal_points and len(set(sizes.values())) > 1:
             listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise ConfigError(
-                f"grids of different sizes ({listed}); make them equal, or set equal_points to false",
+                f"different numbers of evaluations ({listed}); make them equal, or set equal_points to false",
                 key="operators",
             )
 
-    def method(self, operator: str, density: float | None) -> Method:
-        return Method.of(operator, self.mode, density=density)
+    @property
+    def entries(self) -> dict[str, Space]:
+        """What is tried, by name, each with operator and method."""
+        return {label: space.named(label, self.method) for label, space in self.operators.items()}
+
+    def evaluations_of(self, label: str) -> int:
+        """How many evaluations an entry has; 0: nothing tells it."""
+        space = self.entries[label]
+        if space.method == "grid":
+            return len(space.points())
+        grids = {len(s.points()) for s in self.entries.values() if s.method == "grid"}
+        return self.evaluations or (grids.pop() if len(grids) == 1 else 0)
+
+    @property
+    def token_sets(self) -> dict[str, DataConfig]:
+        """The data sets that are batches of tokens."""
+        return {n: data for n, data in self.evaluate.items() if not isinstance(data, QuestionsConfig)}
+
+    @property
+    def question_sets(self) -> dict[str, QuestionsConfig]:
+        """The others."""
+        return {n: data for n, data in self.evaluate.items() if isinstance(data, QuestionsConfig)}
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """The data sets that decide."""
+        return self.choose or tuple(self.evaluate)
 
 
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     models = dict(zip(("vlm", "expert", "base"), _models(config), strict=True))
-    data = {
-        f"evaluate.{name}": make_source(data, model_folder).identity for name, data in config.evaluate.items()
+    data = {n: make_source(data, model_folder).identity for n, data in config.token_sets.items()}
+    data |= {name: data.identity for name, data in config.question_sets.items()}
+    return {role: model.identity for role, model in models.items()} | {
+        f"evaluate.{name}": identity for name, identity in data.items()
     }
-    return {role: model.identity for role, model in models.items()} | data
 
 
 def check(config: Config) -> dict[str, Any]:
     """Whether the models fit together, and what the search holds on the device; reads no parameters."""
     models = _models(config)
     check_same_architecture(models)
+    for questions in config.question_sets.values():
+        for split in SPLITS:
+            prepare_questions(questions, models[0], split)
     shapes = [model.shapes for model in models]
     plan = plan_injection(*shapes, embeddings=config.embeddings, family=models[0].config.family)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     # Three models, the base once more in the checkpoint's shape, two float32 task vectors, one merged model.
     vectors = 8 * sum(leaf.size for leaf in jax.tree.leaves(shapes[2]))
-    held = sum(map(size, shapes)) + size(shapes[2]) + vectors + size(shapes[0])
+    held = sum(map(size, shapes)) + size(shapes[2]) + vectors
     return {
-        "points": {name: len(grid.points()) for name, grid in config.operators.items()},
+        "points": {label: config.evaluations_of(label) for label in config.entries},
         "tensors_merged": sum(len(entry.names) for entry in plan.merged),
-        "device_bytes": held,
+        "device_bytes": held + (0 if config.in_forward else size(shapes[0])),
     }
 
 
@@ -132,10 +233,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     models = _models(config)
     note_dequantized(models)
     trio = read_trio(*models)
-    sources = {name: make_source(data, model_folder) for name, data in config.evaluate.items()}
-    validation, test = (
-        read_data(sources, split, config.batch_size, config.batches) for split in ("validation", "test")
-    )
+    sources = {name: make_source(data, model_folder) for name, data in config.token_sets.items()}
+    validation, test = (read_data(sources, split, config.batch_size, config.batches) for split in SPLITS)
     plan = plan_injection(
         trio.vlm,
         trio.expert,
@@ -144,68 +243,235 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         common_rows=trio.common_rows,
         family=trio.config.family,
     )
-    choose, measure = config.choose or tuple(config.evaluate), exact_match_of(trio.config)
-    operators: dict[str, Any] = {}
-    for name, grid in config.operators.items():
-        method = config.method(name, grid.points()[0].density)
-        with tqdm(total=len(grid.points()), desc=f"{run.name} {name}", unit="point") as bar:
-            operators[name] = search_grid(
-                plan,
-                method,
-                trio,
-                grid,
-                measure,
-                validation,
-                test,
-                choose=choose,
-                seed=config.seed,
-                chunk=config.chunk,
-                progress=bar.update,
-            )
-        best = operators[name]["best"]
-        run.log(operator=name, validation=best["score"], **{f"test_{k}": v for k, v in best["test"].items()})
-    winner = max(operators, key=lambda name: operators[name]["best"]["score"])  # the first of equals
-    best = {"operator": winner, **operators[winner]["best"]}
-    recipe = recipe_of(config, winner, best)
-    write_atomic(run.path / "best.yaml", configs.dump(recipe))
-    params, account = inject_by_recipe(recipe, trio)
-    save_merged(run.path / "model", recipe, models, params, account, overwrite=True)
-    both = lambda measure, params, *data: {
-        split: measure_model(measure, params, part)
-        for split, part in zip(("validation", "test"), data, strict=True)
-    }
-    texts = text_only(validation), text_only(test)
-    examples = []
-    if trio.tokenizer is not None and config.examples:
-        batch = next(iter(sources[choose[0]].held_out_batches(config.batch_size, 1, "test")))
-        named = {"VLM alone": trio.vlm, "injected": params}
-        examples = answered(named, batch, trio.config, trio.tokenizer, config.examples)
+    evaluator = Evaluator(
+        plan, trio, mode=config.mode, seed=config.seed, chunk=config.chunk, in_forward=config.in_forward
+    )
+    asked = _prepared_questions(config, models)
+    unmerged = _unmerged(config, trio, (validation, test), asked)
+    measuring = _measuring(config, trio, (validation, test), asked["vlm"], unmerged)
+    spaces = config.entries
+    profile = None
+    if any(space.layers == "flows" for space in spaces.values()):
+        profile = flow_profile(trio, validation, config.profile_on)
+    learned = None
+    if any(space.method == "gradient" for space in spaces.values()):
+        needed = any(s.method == "gradient" and s.loss == "entropy" for s in spaces.values())
+        names = [name for name in config.chosen_by if name in config.token_sets]
+        answers = {name: own_answers(name, validation[name])[1:] for name in names} if needed else {}
+        learned = learned_on(validation, names, answers)
+    journal = Journal(run.path)
+    found: dict[str, Any] = {}
+    for label, space in spaces.items():
+        effort = Effort(config.evaluations_of(label), config.seed, profile, learned)
+        with tqdm(total=effort.evaluations, desc=f"{run.name} {label}", unit="point") as bar:
+            found[label] = search_entry(label, space, evaluator, measuring, effort, journal, bar.update)
+        best = found[label]["best"]
+        run.log(operator=label, validation=best["score"], **{f"test_{k}": v for k, v in best["test"].items()})
+    spent = {label: result["evaluations"] for label, result in found.items()}
+    if config.equal_points and len(set(spent.values())) > 1:
+        raise RuntimeError(f"entries were evaluated unequally often: {spent}")
+    winner = max(found, key=lambda label: found[label]["best"]["score"])  # the first of equals
+    recipes = {label: recipe_of(config, spaces[label], found[label]["best"]) for label in spaces}
+    _save(config, run, models, evaluator, recipes, found, winner)
     return {
-        "operators": operators,
-        "best": best,
-        "chosen_by": list(choose),
-        "unmerged": {
-            "vlm": both(measure, trio.vlm, validation, test),
-            "expert": both(exact_match_of(trio.expert_config), trio.expert, *texts),
-            "base": both(exact_match_of(trio.base_config), trio.base, *texts),
-        },
-        "examples": examples,
+        "operators": found,
+        "best": {"operator": winner, **found[winner]["best"]},
+        "chosen_by": list(config.chosen_by),
+        "kept_by": list(config.keep),
+        "unmerged": unmerged,
+        "task_vectors": compare_task_vectors(plan, trio),
+        **({} if profile is None else {"flow_profile": list(profile)}),
+        "examples": _examples(
+            config,
+            sources,
+            asked["vlm"],
+            trio,
+            evaluator.merged(spaces[winner].operator, spaces[winner].point_of_row(found[winner]["best"])),
+        ),
     }
 
 
-def recipe_of(config: Config, operator: str, point: dict[str, Any]) -> InjectRecipe:
+Asked = dict[str, dict[str, Questions]]
+"""By split and data set."""
+
+
+def _prepared_questions(config: Config, models: Sequence[OpenModel]) -> dict[str, Asked]:
+    """By role: the questions as each model reads them; of the language models those without images."""
+    found: dict[str, Asked] = {}
+    for role, opened in zip(("vlm", "expert", "base"), models, strict=True):
+        found[role] = {split: {} for split in SPLITS}
+        for name, data in config.question_sets.items():
+            for split in SPLITS:
+                if role == "vlm" or not found["vlm"][split][name].has_images:
+                    found[role][split][name] = prepare_questions(data, opened, split)
+    return found
+
+
+def _unmerged(
+    config: Config, trio: Trio, data: tuple[Data, Data], asked: Mapping[str, Asked]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """What each of the three models can do by itself: language models on texts only."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for role, params, model in (
+        ("vlm", trio.vlm, trio.config),
+        ("expert", trio.expert, trio.expert_config),
+        ("base", trio.base, trio.base_config),
+    ):
+        found[role] = {}
+        for split, batches in zip(SPLITS, data, strict=True):
+            scores = score_tokens(params, model, batches if role == "vlm" else text_only(batches))
+            for name, questions in asked[role][split].items():
+                scores[name] = questions.measure(params, batch_size=config.batch_size).score
+            found[role][split] = scores
+    return found
+
+
+def _on_model(config: Config, name: str, questions: Questions) -> Callable[[Params], dict[str, Any]]:
+    """What is measured of a merged model by one set of questions."""
+
+    def measure(params: Params) -> dict[str, Any]:
+        measured = questions.measure(params, batch_size=config.batch_size)
+        found: dict[str, Any] = {
+            f"{SCORE}/{name}": measured.score,
+            f"{DETAILS}/{name}": measured.measures,
+        }
+        if name in config.chosen_by and "neighbours" in config.choose_by:
+            found[f"{ANSWERS}/{name}"] = [zlib.crc32(answer.encode()) for answer in measured.answers]
+        if name in config.chosen_by and "entropy" in config.choose_by:
+            found[f"{ENTROPY}/{name}"] = questions.entropy(params, batch_size=config.batch_size)
+        return found
+
+    return measure
+
+
+def _measuring(
+    config: Config,
+    trio: Trio,
+    data: tuple[Data, Data],
+    asked: Asked,
+    unmerged: Mapping[str, Any],
+) -> Measuring:
+    own: tuple[tuple[str, int, int], ...] = ()
+    if set(config.choose_by) != {"labels"}:
+        names = [name for name in config.chosen_by if name in config.token_sets]
+        own = tuple(own_answers(name, data[0][name]) for name in names)
+    least = None
+    if config.keep_at_least:
+        scores = unmerged["vlm"]["validation"]
+        least = config.keep_at_least * float(np.mean([scores[name] for name in config.keep]))
+    validation, test = (
+        Split(batches, tuple(_on_model(config, name, q) for name, q in asked[split].items()))
+        for split, batches in zip(SPLITS, data, strict=True)
+    )
+    return Measuring(
+        token_measure(trio.config, own) if config.token_sets else None,
+        validation,
+        test,
+        config.chosen_by,
+        config.keep,
+        config.choose_by,
+        least,
+    )
+
+
+def flow_profile(trio: Trio, data: Data, name: str = "") -> tuple[float, ...]:
+    """For each layer its share in the expert's information flow from a text to where its answer is read,
+    times the number of layers: the mean is 1. Of the last token of each answer before its end.
+
+    Raises:
+      ConfigError: no data set of texts.
+    """
+    texts = text_only(data)
+    name = name or next(iter(texts), "")
+    if name not in texts:
+        raise ConfigError("layers: flows needs a data set without images in evaluate", key="profile_on")
+    stack: Any = texts[name][0]
+    batch = {key: np.asarray(value[0]) for key, value in stack.items()}
+    tokens, mask = batch["tokens"], batch["loss_mask"]
+    last = tokens.shape[1] - 1 - mask[:, ::-1].argmax(1)
+    read = np.where(mask.sum(1) > 1, last - 2, last - 1)  # the token before that which is predicted
+    rows = np.arange(len(tokens))
+    right = tokens[rows, read + 1]
+    words, labels = np.unique(right, return_inverse=True)
+    place = np.arange(tokens.shape[1])[None]
+    classes = np.where(place < read[:, None], 0, np.where(place == read[:, None], 1, -1)).astype(np.int32)
+    targets = {
+        "positions": read.astype(np.int32),
+        "label_tokens": words.astype(np.int32),
+        "labels": labels.astype(np.int32),
+    }
+    asked = {key: value for key, value in batch.items() if key != "loss_mask"}
+    sums, _ = flows(
+        trio.expert, asked, trio.expert_config, classes, targets, loss="vocabulary", num_classes=2
+    )
+    by_layer = np.asarray(sums, np.float64)[:, :, 1, 0].mean(0)
+    return tuple(float(x) for x in by_layer / max(by_layer.mean(), np.finfo(float).tiny))
+
+
+def _examples(
+    config: Config, sources: Mapping[str, Source], asked: Asked, trio: Trio, merged: Params
+) -> list[dict[str, Any]]:
+    name, models = config.chosen_by[0], {"VLM alone": trio.vlm, "injected": merged}
+    if name in asked["test"]:
+        questions = asked["test"][name]
+        said = {
+            who: questions.measure(params, batch_size=config.batch_size).answers
+            for who, params in models.items()
+        }
+        return [
+            {
+                "question": one.question.asked,
+                "expected": one.question.expected,
+                "answers": {who: answers[i] for who, answers in said.items()},
+            }
+            for i, one in enumerate(questions.asked[: config.examples])
+        ]
+    if trio.tokenizer is None or not config.examples:
+        return []
+    batch = next(iter(sources[name].held_out_batches(config.batch_size, 1, "test")))
+    return answered(models, batch, trio.config, trio.tokenizer, config.examples)
+
+
+def _save(
+    config: Config,
+    run: Run,
+    models: Sequence[OpenModel],
+    evaluator: Evaluator,
+    recipes: Mapping[str, InjectRecipe],
+    found: Mapping[str, Any],
+    winner: str,
+) -> None:
+    """The recipes of the chosen points, and the models that the config asks for."""
+    (run.path / "recipes").mkdir(exist_ok=True)
+    for label, recipe in recipes.items():
+        write_atomic(run.path / "recipes" / f"{label}.yaml", configs.dump(recipe))
+    write_atomic(run.path / "best.yaml", configs.dump(recipes[winner]))
+    wanted = {"best": [winner], "each": list(recipes), "none": []}[config.save]
+    for label in wanted:
+        out = run.path / ("model" if config.save == "best" else f"models/{label}")
+        out.parent.mkdir(exist_ok=True)
+        space = config.entries[label]
+        params = evaluator.merged(space.operator, space.point_of_row(found[label]["best"]))
+        save_merged(out, recipes[label], models, params, evaluator.plan.account(), overwrite=True)
+
+
+def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectRecipe:
     """The recipe with which `run.py merge` makes the model of a point."""
-    return InjectRecipe(
-        vlm=config.vlm,
-        expert=config.expert,
-        base=config.base,
-        operator=operator,
-        lambda_v=point["lambda_v"],
-        lambda_e=point["lambda_e"],
-        parameters={"density": point["density"]},
-        embeddings=config.embeddings,
-        mode=config.mode,
-        seed=config.seed,
+    lambda_v, lambda_e = space.point_of_row(point).over_layers
+    return configs.build(
+        InjectRecipe,
+        {
+            "vlm": config.vlm,
+            "expert": config.expert,
+            "base": config.base,
+            "operator": space.operator,
+            "lambda_v": lambda_v,
+            "lambda_e": lambda_e,
+            **dict(space.point_of_row(point).parameters),
+            "embeddings": config.embeddings,
+            "mode": config.mode,
+            "seed": config.seed,
+        },
     )
 
 

@@ -119,11 +119,11 @@ def test_merge(models, tmp_path, reads):
 
 
 def test_merge_search(models, tmp_path, reads, monkeypatch):
-    point = {"lambda_v": 1.0, "lambda_e": 0.5, "density": None, "score": 1.0, "validation": {}, "test": {}}
+    point = {"lambda_v": 1.0, "lambda_e": 0.5, "score": 1.0, "validation": {}, "test": {}}
     found = {"points": [point], "evaluations": 1, "best": point}
     # What it measures is not the point here.
-    monkeypatch.setattr(merge_search, "search_grid", lambda *_, **__: found)
-    monkeypatch.setattr(merge_search, "measure_model", lambda *_: {})
+    monkeypatch.setattr(merge_search, "search_entry", lambda *_, **__: found)
+    monkeypatch.setattr(merge_search, "score_tokens", lambda *_: {})
     monkeypatch.setattr(merge_search, "answered", lambda *_: [])
     assert main(["merge-search", str(models / "search.yaml"), f"--outputs={tmp_path}"]) == 0
     once(

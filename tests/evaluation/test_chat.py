@@ -11,8 +11,9 @@ from PIL import Image
 
 from jaxlab.checkpoints import open_model, save_model
 from jaxlab.errors import UserError, UserNote
-from jaxlab.evaluation import answers
+from jaxlab.evaluation import answers, read_prompt, render_prompts
 from jaxlab.models import stream
+from jaxlab.processing import Prompt
 from jaxlab.tasks import generate, main
 from tests.evaluation.chat_models import VOCABULARY, make_tokenizer, write_chat_model
 
@@ -79,11 +80,9 @@ def test_a_file_of_rendered_and_plain_prompts_is_not_guessed_at(ask, tmp_path):
 
 def test_a_chat_is_encoded_without_a_second_first_token(model):
     opened = open_model(model)
-    prompts = [generate.Prompt("x", "hi")]
-    arguments = generate.Arguments(str(model), prompt="hi", system="b", chat=True)
-    (prompt,) = generate.render(prompts, opened.chat_template, arguments, opened)
+    (prompt,) = render_prompts([Prompt("x", "hi")], opened.chat_template, opened, system="b")
     assert prompt.text == "<s><|system|>b<|user|>hi<|assistant|>"
-    tokens = generate.read_prompt(prompt, opened, chat=True)["tokens"][0].tolist()
+    tokens = read_prompt(prompt, opened, chat=True)["tokens"][0].tolist()
     assert [VOCABULARY[token] for token in tokens] == [
         "<s>",
         "<|system|>",
@@ -93,7 +92,7 @@ def test_a_chat_is_encoded_without_a_second_first_token(model):
         "i",
         "<|assistant|>",
     ]
-    raw = generate.read_prompt(generate.Prompt("x", "hi"), opened, chat=False)["tokens"][0].tolist()
+    raw = read_prompt(Prompt("x", "hi"), opened, chat=False)["tokens"][0].tolist()
     assert [VOCABULARY[token] for token in raw] == ["<s>", "h", "i"]
 
 

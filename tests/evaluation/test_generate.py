@@ -10,6 +10,7 @@ from jaxlab.checkpoints import save_model
 from jaxlab.data.digits_words import digits_tokenizer
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.evaluation import answers
+from jaxlab.evaluation.prompting import read_plain_image
 from jaxlab.models import PlainVisionConfig
 from jaxlab.processing import TextStream
 from jaxlab.tasks import generate
@@ -123,11 +124,11 @@ def test_images_are_read_in_the_size_and_channels_of_the_model(tmp_path):
     pixels[:2, 2:] = [[100, 200], [0, 100]]
     Image.fromarray(pixels).save(tmp_path / "grey.png")
     grey = make_config(vision=PlainVisionConfig(num_layers=1, image_size=2, patch_size=1, channels=1))
-    found = generate.read_image(str(tmp_path / "grey.png"), grey)
+    found = read_plain_image(str(tmp_path / "grey.png"), grey)
     np.testing.assert_allclose(found[:, :, 0], [[0, 100 / 255], [0, 0]], rtol=1e-6)
     Image.new("RGB", (5, 3), (255, 0, 51)).save(tmp_path / "colour.png")
     colour = make_config(vision=PlainVisionConfig(num_layers=1, image_size=4, patch_size=2, channels=3))
-    found = generate.read_image(str(tmp_path / "colour.png"), colour)
+    found = read_plain_image(str(tmp_path / "colour.png"), colour)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, np.broadcast_to([1, 0, 0.2], (4, 4, 3)), rtol=1e-6)
     (tmp_path / "broken.png").write_bytes((tmp_path / "colour.png").read_bytes()[:40])
@@ -138,9 +139,9 @@ def test_images_are_read_in_the_size_and_channels_of_the_model(tmp_path):
         ("none.png", "no such image"),
     ):
         with pytest.raises(UserError, match=message):
-            generate.read_image(str(tmp_path / name), colour)
+            read_plain_image(str(tmp_path / name), colour)
     with pytest.raises(UserError, match="2 channels"):
-        generate.read_image(str(tmp_path / "colour.png"), make_config("vision"))
+        read_plain_image(str(tmp_path / "colour.png"), make_config("vision"))
 
 
 def test_an_image_stands_before_the_prompt(tmp_path, capsys, monkeypatch):

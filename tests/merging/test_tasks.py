@@ -17,14 +17,11 @@ from jaxlab.config import build, dump, load
 from jaxlab.errors import UserError
 from jaxlab.merging import (
     AccountLine,
-    Grid,
     InjectRecipe,
     MergeAccount,
     MergeRecipe,
     Method,
-    Point,
     Trio,
-    evaluate_grid,
     inject,
     load_recipe,
     plan_injection,
@@ -32,11 +29,9 @@ from jaxlab.merging import (
     verify_merged,
 )
 from jaxlab.merging.injection import layer_weights, prepare_task_vectors, weight_task_vectors
-from jaxlab.merging.search import stack_batches
 from jaxlab.models import ModelConfig, NoPositions, PlainVisionConfig, abstract_params
 from jaxlab.models.sharding import MeshConfig, make_mesh, param_shardings
 from jaxlab.tasks import main
-from jaxlab.tasks.merge_search import Config
 
 LM = ModelConfig(
     vocab_size=256, width=8, num_layers=2, num_heads=2, mlp="plain", mlp_width=8, position=NoPositions()
@@ -261,80 +256,6 @@ def few(params):
     return {**params, "layers": {"mlp": mlp}}
 
 
-def digest(params, data):
-    """Measures in which every bit of the language model counts."""
-    layers = params["layers"]
-    bits = {name: jax.lax.bitcast_convert_type(layers["mlp"][name], jnp.uint32) for name in ("up", "down")}
-    return {name: jnp.sum(value * data, dtype=jnp.uint32).astype(jnp.float32) for name, value in bits.items()}
-
-
-METHODS = [
-    Method.of("task_arithmetic"),
-    Method.of("ties", density=0.5),
-    Method.of("dare_ties", density=0.5, mode="mergekit"),
-    Method.of("slerp"),
-    Method.of("nuslerp"),  # sums over the tensor after the lambdas are known
-    *(
-        pytest.param(method, marks=pytest.mark.slow)
-        for method in (
-            Method.of("sce"),
-            Method.of("karcher"),
-            Method.of("model_stock"),
-            Method.of("iso_c"),  # singular values after the lambdas are known
-            Method.of("task_arithmetic+svc"),
-            Method.of("ties_global", density=0.5),
-            Method.of("closed_form_lambda"),
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.operator)
-def test_a_point_of_the_search_has_the_bits_of_the_injection(method):
-    trio = hand_trio(few)
-    plan = plan_injection(trio.vlm, trio.expert, trio.base)
-    densities = (0.3, 0.5) if "density" in dict(method.parameters) else (None,)
-    grid = [Point(v, e, d) for d in densities for v, e in ((0.9, 0.4), (0.123, 0.77), (0.0, 0.0))]
-    data = jnp.uint32(2654435761)
-    measured = evaluate_grid(plan, method, trio, grid, digest, data, seed=5, chunk=2)
-    assert len(measured) == len(grid)
-    for point, got in zip(grid, measured, strict=True):
-        thin = {} if point.density is None else {"density": point.density}
-        params, _ = inject(
-            trio.vlm,
-            trio.expert,
-            trio.base,
-            operator=method.operator,
-            lambda_v=point.lambda_v,
-            lambda_e=point.lambda_e,
-            seed=5,
-            mode=method.mode,
-            **thin,
-        )
-        want = {name: float(value) for name, value in digest(params, data).items()}
-        assert got == want, point
-
-
-def test_progress_counts_every_point_and_one_program_serves_the_grid():
-    trio = hand_trio(few)
-    plan = plan_injection(trio.vlm, trio.expert, trio.base)
-    traced, done = [], []
-
-    def measure(params, data):
-        traced.append(1)
-        return {"norm": jnp.sum(params["final_norm"]["scale"])}
-
-    def search(grid):
-        method = Method.of("ties", density=0.25)
-        return evaluate_grid(plan, method, trio, grid, measure, (), chunk=2, progress=done.append)
-
-    search([Point(1.0, 1.0, 0.25)])
-    traced.clear()
-    measured = search([Point(1.0, e / 4, density) for density in (0.25, 0.5) for e in range(5)])
-    assert sum(done) == 1 + len(measured) == 11
-    assert traced == []
-
-
 def test_sharded_models_give_the_same_bits():
     trio = hand_trio(few)
     plan = plan_injection(trio.vlm, trio.expert, trio.base)
@@ -350,60 +271,6 @@ def test_sharded_models_give_the_same_bits():
         prepared = prepare_task_vectors(plan, method, vlm, expert, base)
         results.append(weight_task_vectors(plan, method, vlm, prepared, *weights))
     same(*results)
-
-
-TEXT = "  text: {kind: text, path: %s, pattern: '*.txt', sequence_length: 8, holdout_every: 2}\n"
-
-
-def test_merge_search_and_merge_agree(folder, tmp_path, capsys, monkeypatch):
-    """The task end to end: its best model is the one that run.py merge makes of the recipe it leaves."""
-    monkeypatch.chdir(tmp_path)
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        (texts / f"{i}.txt").write_text("".join(rng.choice(list("ab \n"), 200)))
-    text = "".join(f"{role}: {folder / role}\n" for role in ("vlm", "expert", "base"))
-    text += "operators:\n  task_arithmetic: {lambda_e: [0.0, 0.5, 1.0, 1.5]}\n"
-    text += "  dare_ties: {lambda_e: [0.5, 1.0], density: [0.3, 0.6]}\n"
-    text += "evaluate:\n" + TEXT % texts + "batch_size: 2\nbatches: 3\nchunk: 3\n"
-    config = write(tmp_path / "search.yaml", text)
-    assert main(["merge-search", config, "--check"]) == 0
-    assert "tensors_merged" in capsys.readouterr().out
-    assert main(["merge-search", config]) == 0
-    capsys.readouterr()
-    (run,) = (tmp_path / "outputs" / "merge-search").iterdir()
-    results = json.loads((run / "results.json").read_text())
-    assert {name: entry["evaluations"] for name, entry in results["operators"].items()} == {
-        "task_arithmetic": 4,
-        "dare_ties": 4,
-    }
-    for entry in results["operators"].values():
-        assert entry["best"]["score"] == max(point["score"] for point in entry["points"])
-        assert set(entry["best"]["test"]) == {"text"}
-    assert set(results["unmerged"]) == {"vlm", "expert", "base"}
-    assert main(["merge", str(run / "best.yaml"), "--out", str(tmp_path / "again"), "--verify"]) == 0
-    same(load_model(run / "model")[1], load_model(tmp_path / "again")[1])
-
-
-def test_grids_of_different_sizes_are_refused():
-    options = {"vlm": "v", "expert": "e", "base": "b", "evaluate": {"text": {"kind": "text"}}}
-    operators = {"ties": {"density": [0.2, 0.4]}, "task_arithmetic": {}}
-    with pytest.raises(UserError, match=r"different sizes \(ties 12, task_arithmetic 6\)"):
-        build(Config, {**options, "operators": operators})
-    assert build(Config, {**options, "operators": operators, "equal_points": False})
-    with pytest.raises(UserError, match=r"operators\.ties.*density"):
-        build(Config, {**options, "operators": {"ties": {}}})
-    with pytest.raises(UserError, match="choose: no data set 'x'"):
-        build(Config, {**options, "choose": ["x"]})
-    with pytest.raises(UserError, match="needs the three models"):
-        build(Config, {"vlm": "v"})
-    assert [p.lambda_e for p in Grid(lambda_e=(0.1, 0.2)).points()] == [0.1, 0.2]
-
-
-def test_batches_of_equal_shapes_are_stacked():
-    batches = [{"tokens": np.full((2, n), n, np.int32)} for n in (4, 5, 4)]
-    assert [stack["tokens"].shape for stack in stack_batches(batches)] == [(2, 2, 4), (1, 2, 5)]
 
 
 def test_common_prefix_of_tokenizers():

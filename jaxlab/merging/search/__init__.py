@@ -1,0 +1,1 @@
+"""The search for the operator, weights and parameters with which an injection shows its skill."""

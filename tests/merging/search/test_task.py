@@ -1,0 +1,212 @@
+"""The task merge-search end to end, killed and taken up again, and what its config refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints import host_tensors, load_model, save_model
+from jaxlab.config import build
+from jaxlab.errors import UserError
+from jaxlab.tasks import main
+from jaxlab.tasks.merge_search import Config
+from tests.merging.search.trio import LM, VISION, draw
+
+ROOT = Path(__file__).parents[3]
+TEXT = "  {name}: {{kind: text, path: {path}, pattern: '*.txt', sequence_length: 8, holdout_every: 2}}\n"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with the three models and texts, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    for seed, role in enumerate(("vlm", "expert", "base")):
+        config = dataclasses.replace(LM, vision=VISION) if role == "vlm" else LM
+        save_model(tmp_path / role, config, draw(config, seed))
+    (tmp_path / "texts").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        (tmp_path / "texts" / f"{i}.txt").write_text("".join(rng.choice(list("ab \n"), 200)))
+    return tmp_path
+
+
+def write_config(place, operators, more=""):
+    text = "".join(f"{role}: {place / role}\n" for role in ("vlm", "expert", "base"))
+    text += f"operators:\n{operators}evaluate:\n"
+    text += "".join(TEXT.format(name=name, path=place / "texts") for name in ("text", "again"))
+    path = place / "search.yaml"
+    path.write_text(text + "batch_size: 2\nbatches: 3\nchunk: 3\nchoose: [text]\nkeep: [again]\n" + more)
+    return str(path)
+
+
+def results_of(place):
+    (run,) = (place / "outputs" / "merge-search").iterdir()
+    return run, json.loads((run / "results.json").read_text())
+
+
+def same(a, b):
+    left, right = dict(host_tensors(a)), dict(host_tensors(b))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].tobytes() == right[name].tobytes(), name
+
+
+OPERATORS = """\
+  task_arithmetic: {lambda_e: [0.0, 0.5, 1.0, 1.5]}
+  dare_ties: {lambda_e: [0.5, 1.0], density: [0.3, 0.6]}
+"""
+MORE = """\
+  chance: {operator: ties, method: random, density: [0.4, 0.6], lambda_e: {low: 0, high: 1}}
+  each: {operator: task_arithmetic, method: bayesian, layers: each, lambda_e: {low: 0, high: 2}}
+  learned: {operator: task_arithmetic, method: gradient, layers: each, lambda_e: {low: 0, high: 2}}
+"""
+
+
+def search_and_merge(place, capsys, operators):
+    """The models that a search leaves are those that run.py merge makes of the recipes beside them."""
+    config = write_config(place, operators, "save: each\n")
+    assert main(["merge-search", config, "--check"]) == 0
+    assert "tensors_merged" in capsys.readouterr().out
+    assert main(["merge-search", config]) == 0
+    run, results = results_of(place)
+    for name, entry in results["operators"].items():
+        assert entry["evaluations"] == 4
+        assert entry["best"]["score"] == max(point["score"] for point in entry["points"])
+        assert set(entry["best"]["test"]) == {"text", "again"}
+        assert entry["pareto"]
+        again, recipe = place / f"again-{name}", str(run / "recipes" / f"{name}.yaml")
+        assert main(["merge", recipe, "--out", str(again), "--to", "orbax", "--verify"]) == 0
+        same(load_model(run / "models" / name)[1], load_model(again)[1])
+    capsys.readouterr()
+    return results
+
+
+def test_search_and_merge_agree(place, capsys):
+    results = search_and_merge(place, capsys, OPERATORS)
+    assert {name: len(entry["points"]) for name, entry in results["operators"].items()} == {
+        "task_arithmetic": 4,
+        "dare_ties": 4,
+    }
+    assert set(results["unmerged"]) == {"vlm", "expert", "base"}
+    assert {row["module"] for row in results["task_vectors"]} >= {"attention", "mlp"}
+
+
+@pytest.mark.slow
+def test_points_that_are_drawn_or_learned(place, capsys):
+    found = search_and_merge(place, capsys, OPERATORS + MORE)["operators"]
+    assert {name: len(found[name]["points"]) for name in ("chance", "each", "learned")} == {
+        "chance": 4,
+        "each": 4,
+        "learned": 1,
+    }
+    for name in ("each", "learned"):
+        assert len(set(found[name]["best"]["layers_e"])) == LM.num_layers
+
+
+KILLER = """
+import os, signal, sys
+from jaxlab.merging.search.journal import Journal
+from jaxlab.tasks import main
+add, left = Journal.add, [int(sys.argv[2])]
+def killed(self, entry, kind, rows):
+    found = add(self, entry, kind, rows)
+    left[0] -= 1
+    if left[0] == 0:
+        with open(self.path, "a") as file:
+            file.write('{"entry": "torn')
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+Journal.add = killed
+main(["merge-search", sys.argv[1]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("writes", [1, 3, 5, 9])
+def test_a_killed_search_goes_on_by_point(place, writes, capsys, monkeypatch):
+    config = write_config(place, OPERATORS + MORE, "save: none\n")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLER, config, str(writes)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (run,) = (place / "outputs" / "merge-search").iterdir()
+    *before, torn = (run / "points.jsonl").read_text().splitlines()
+    assert torn == '{"entry": "torn'
+    assert main(["merge-search", config]) == 0
+    after = (run / "points.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before  # nothing is measured twice
+    assert len({(r["entry"], r["kind"], r["index"]) for r in map(json.loads, after)}) == len(after)
+    results = json.loads((run / "results.json").read_text())
+    assert main(["merge-search", config, "--overwrite"]) == 0
+    assert (run / "points.jsonl").read_text().splitlines() == after
+    assert json.loads((run / "results.json").read_text()) == results
+    capsys.readouterr()
+
+
+def test_a_journal_of_another_search_is_refused(place, capsys):
+    config = write_config(place, "  task_arithmetic: {lambda_e: [0.0, 0.5]}\n", "save: none\n")
+    assert main(["merge-search", config]) == 0
+    run, _ = results_of(place)
+    (run / "results.json").unlink()
+    lines = (run / "points.jsonl").read_text().replace('"lambda_e": 0.5', '"lambda_e": 0.25')
+    (run / "points.jsonl").write_text(lines)
+    capsys.readouterr()
+    assert main(["merge-search", config]) == 2
+    assert "holds other points than this search asks for" in capsys.readouterr().err
+
+
+MODELS = {"vlm": "v", "expert": "e", "base": "b", "evaluate": {"text": {"kind": "text"}}}
+FREE = {"low": 0.0, "high": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("operators", "more", "message"),
+    [
+        ({"ties": {"density": [0.2, 0.4]}, "task_arithmetic": {}}, {}, r"\(ties 12, task_arithmetic 6\)"),
+        ({"ties": {}}, {}, r"operators\.ties\.density: ties needs it"),
+        ({"tie": {}}, {}, r"operators\.tie\.operator: no operator 'tie'"),
+        ({"ties": {"density": [1.5]}}, {}, r"operators\.ties\.density: must be between 0 and 1"),
+        (
+            {"task_arithmetic": {"gamma": [0.1]}},
+            {},
+            r"task_arithmetic\.gamma: task_arithmetic has none",
+        ),
+        ({"task_arithmetic": {"lamda_v": [0.1]}}, {}, r"has none; did you mean lambda_v"),
+        ({"dare_linear": {"density": [0.5], "rescale": [0.5]}}, {}, r"rescale: is a list of true and false"),
+        ({"task_arithmetic": {"lambda_e": FREE}}, {}, r"lambda_e: method grid takes a list"),
+        ({"task_arithmetic": {"lambda_e": FREE}}, {"method": "random"}, r"evaluations: missing"),
+        (
+            {"task_arithmetic": {"lambda_e": FREE}},
+            {"method": "cma_es", "evaluations": 4},
+            r"cma_es needs at least two intervals",
+        ),
+        ({"task_arithmetic": {"method": "gradient"}}, {"evaluations": 4}, r"takes intervals"),
+        ({"task_arithmetic": {"layers": "each"}}, {}, r"layers: a grid has too many points"),
+        ({"task_arithmetic": {"lambda_e": []}}, {}, r"lambda_e: an empty list"),
+        ({"task_arithmetic": {"lambda_e": {"low": 1, "high": 1}}}, {}, r"low must be below high"),
+        ({"emr": {}}, {}, r"makes a model for each task"),
+        ({"task_arithmetic": {}}, {"choose": ["x"]}, r"choose: no data set 'x'"),
+        ({"task_arithmetic": {}}, {"keep_at_least": 0.5}, r"keep: which skill"),
+        (
+            {"task_arithmetic": {"lambda_e": FREE}},
+            {"method": "random", "evaluations": 4, "choose_by": ["neighbours"]},
+            r"neighbours need a grid",
+        ),
+    ],
+)
+def test_configs_are_refused_in_one_line(operators, more, message):
+    with pytest.raises(UserError, match=message):
+        build(Config, {**MODELS, "operators": operators, **more})
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(UserError, match="needs the three models"):
+        build(Config, {"vlm": "v"})
+    unequal = {"ties": {"density": [0.2, 0.4]}, "task_arithmetic": {}}
+    assert build(Config, {**MODELS, "operators": unequal, "equal_points": False})
