@@ -16,6 +16,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.injection import Method, inject
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
+    from jaxlab.merging.merge_data import MergeData
     from jaxlab.merging.mergekit.file import MergekitFile, read_mergekit_file
     from jaxlab.merging.mergekit.file import ModelReference as MergekitReference
     from jaxlab.merging.mergekit.stages import prepare_file as prepare_mergekit_file
@@ -30,12 +31,12 @@ with epy.lazy_api_imports(globals()):
         describe,
         needs_of,
         notes_of,
-        prepare_merge,
         verify_folder,
         write_merge,
     )
     from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, open_inputs
     from jaxlab.merging.plan import Source as TensorSource
+    from jaxlab.merging.preparing import prepare_merge
     from jaxlab.merging.recipe import (
         Expert,
         InjectRecipe,
@@ -46,11 +47,14 @@ with epy.lazy_api_imports(globals()):
         read_trio,
     )
     from jaxlab.merging.search.choice import Way, check_way
-    from jaxlab.merging.search.entry import Effort, Measuring, Split, search_entry
+    from jaxlab.merging.search.entry import DETAILS, Effort, Measuring, Split, search_entry
     from jaxlab.merging.search.evaluator import Evaluator
     from jaxlab.merging.search.gradient import learned_on
     from jaxlab.merging.search.journal import Journal
     from jaxlab.merging.search.measures import (
+        ANSWERS,
+        ENTROPY,
+        SCORE,
         Data,
         answered,
         own_answers,

@@ -221,7 +221,7 @@ class _Worker:
             step = tensor.merging
             merged = math.prod(step.merged_shape(tensor.shape))
             among = None if step.rows is None else self._among_kept(tensor, step, out, hashes)
-            if scope_of(step) == "element":
+            if scope_of(step) == "element" and tensor.name not in self.statistics:
                 self._by_chunks(tensor, step, merged, among or out, hashes)
             else:
                 self._whole(tensor, step, among or out, hashes)

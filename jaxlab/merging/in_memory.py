@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from jaxlab import __version__
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel, entries, from_hf, open_model, tree_of
+from jaxlab.checkpoints import OpenModel, Tensor, entries, from_hf, open_model, tree_of
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.architecture import check_same_architecture
 from jaxlab.merging.engine import execute
-from jaxlab.merging.output import prepare_merge
-from jaxlab.merging.plan import MergePlan, dtype_of
+from jaxlab.merging.plan import Input, MergePlan, dtype_of
+from jaxlab.merging.preparing import prepare_merge, prepared_statistics
 from jaxlab.merging.recipe import ACCOUNT, Recipe
 from jaxlab.models import Params
 
@@ -41,6 +41,19 @@ class _Memory:
         return self._bytes[name].view(dtype_of(planned.dtype))[:count].reshape(planned.shape)
 
 
+def run_in_memory(
+    plan: MergePlan, inputs: Sequence[Mapping[str, Tensor] | Input], **options: Any
+) -> dict[str, np.ndarray]:
+    """The tensors of a plan by name; see `execute` for the options.
+
+    Raises:
+      UserError: an input is damaged, or the result is not finite though that is not allowed.
+    """
+    memory = _Memory(plan)
+    execute(plan, inputs, memory, hash_inputs="none", **options)
+    return {tensor.name: memory.array(tensor.name) for tensor in plan.tensors}
+
+
 def merge_by_recipe(
     recipe: Recipe, models: Sequence[OpenModel], **options: Any
 ) -> tuple[Params, MergeAccount]:
@@ -54,6 +67,7 @@ def merge_by_recipe(
       UserError: models that are damaged or cannot be merged.
     """
     prepared = prepare_merge(recipe, models, to="orbax")
+    options.setdefault("statistics", prepared_statistics(prepared))
     memory = _Memory(prepared.plan)
     records = execute(prepared.plan, prepared.inputs, memory, hash_inputs="none", **options)
     first = models[0]

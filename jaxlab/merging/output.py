@@ -8,7 +8,7 @@ import platform
 import resource
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,15 +27,11 @@ from jaxlab.checkpoints import (
 from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, MergeAccount
-from jaxlab.merging.architecture import check_same_architecture
-from jaxlab.merging.plan import Input, MergePlan, open_inputs
-from jaxlab.merging.planning import plan_injection_of, plan_merge_of
-from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe, Recipe
-from jaxlab.merging.vocabulary import same_tokens
+from jaxlab.merging.preparing import Beside, Prepared, prepared_statistics
+from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned
-    from jaxlab.merging.mergekit.file import MergekitFile
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 _DIGESTS = {
@@ -54,48 +50,6 @@ _BYTES_A_SECOND = {"element": 700e6, "row": 150e6, "tensor": 150e6, "matrix": 30
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What is written beside the tensors."""
-
-    config: Mapping[str, Any]
-    """config.json."""
-    copy_from: Path | None
-    """A folder whose tokenizer and processor files are copied."""
-    texts: Mapping[str, str]
-    """Files by name, also in place of copied ones."""
-    without: frozenset[str] = frozenset()
-    """Files that are not copied."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A recipe with its inputs opened and everything decided; nothing but headers has been read."""
-
-    recipe: "Recipe | MergekitFile"
-    inputs: tuple[Input, ...]
-    plan: MergePlan
-    shards: "list[list[Planned]]"
-    beside: Beside | None = None
-    """None: what stands beside the first input."""
-    stages: tuple[Mapping[str, Any], ...] = ()
-    """What made the inputs that are stages of the same file, for the account."""
-    differences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings in which the models differ, with the one that is kept, and the others' by path."""
-
-    @property
-    def recipe_text(self) -> str:
-        """As it is kept: a file of mergekit as it was."""
-        recipe = self.recipe
-        return configs.dump(recipe) if isinstance(recipe, InjectRecipe | MergeRecipe) else recipe.text
-
-    @property
-    def recipe_tree(self) -> Any:
-        """As plain values."""
-        recipe = self.recipe
-        return configs.to_dict(recipe) if isinstance(recipe, InjectRecipe | MergeRecipe) else recipe.tree
-
-
-@dataclass(frozen=True)
 class Needs:
     """What a merge takes, estimated from headers."""
 
@@ -103,70 +57,6 @@ class Needs:
     written_bytes: int
     memory_bytes: int
     seconds: float
-
-
-def prepare_merge(
-    recipe: Recipe, models: Sequence[OpenModel], *, to: Literal["huggingface", "orbax"] = "huggingface"
-) -> Prepared:
-    """Opens the tensors of the models, in the order of `recipe.references()`, and plans the merge.
-
-    Args:
-      to: whose names the tensors of a model of ours get.
-
-    Raises:
-      UserError: models that cannot be merged as the recipe says, or whose tensors are not their family's.
-    """
-    from jaxlab.merging.engine import layout
-    from jaxlab.merging.programs import check_operators
-
-    first = "vlm" if isinstance(recipe, InjectRecipe) else "first"
-    differences = check_same_architecture(models, recipe.differences, first)
-    tokens = None
-    if recipe.embeddings == "merge_common_rows":
-        tokens = same_tokens([model.tokenizer for model in models])
-        _check_tokenizers(models, recipe.roles())
-    inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
-    if isinstance(recipe, InjectRecipe):
-        plan = plan_injection_of(
-            inputs,
-            operator=recipe.operator,
-            mode=recipe.mode,
-            parameters=recipe.options(),
-            lambdas=recipe.lambdas(),
-            embeddings=recipe.embeddings,
-            tokens=tokens,
-            task=recipe.task,
-            seed=recipe.seed,
-        )
-    else:
-        plan = plan_merge_of(
-            inputs,
-            operator=recipe.operator,
-            mode=recipe.mode,
-            parameters=recipe.options(),
-            weights=recipe.weights(),
-            with_base=recipe.base is not None,
-            embeddings=recipe.embeddings,
-            tokens=tokens,
-            task=recipe.task,
-            seed=recipe.seed,
-        )
-    check_operators(plan)
-    return Prepared(recipe, tuple(inputs), plan, layout(plan, inputs), differences=differences)
-
-
-def _check_tokenizers(models: Sequence[OpenModel], roles: Sequence[str]) -> None:
-    """Whether tokens can be matched: all models have a tokenizer, or all read bytes.
-
-    Raises:
-      UserError: they cannot.
-    """
-    without = [role for role, model in zip(roles, models, strict=True) if model.tokenizer is None]
-    if without and len(without) < len(models):
-        raise UserError(
-            f"embeddings: merge_common_rows matches tokens, but the {without[0]} has no tokenizer; "
-            "embeddings: merge takes rows by their number"
-        )
 
 
 def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
@@ -253,6 +143,8 @@ def write_merge(
     from jaxlab.merging.engine import execute
 
     plan, inputs = prepared.plan, prepared.inputs
+    if "statistics" not in options:
+        options["statistics"] = prepared_statistics(prepared)
     for one in inputs:
         check_tied_heads(one.found)
     beside = prepared.beside or beside_first(prepared)
@@ -302,13 +194,21 @@ def texts_beside(model: OpenModel, source: SourceFiles | None) -> dict[str, str]
 def prepared_digest(prepared: Prepared) -> str:
     """Of what decides the bytes: the plan, and the files as they are now."""
     files: list[Any] = [__version__, prepared.plan.digest()]
+    recipe = prepared.recipe
+    if isinstance(recipe, InjectRecipe | MergeRecipe) and (recipe.data or recipe.statistics):
+        sources = [recipe.statistics] if recipe.data is None else recipe.data.files()
+        files.append([configs.to_plain(recipe.data), *([s, *_state(s)] for s in map(str, sources))])
     for one in prepared.inputs:
         found = {tensor.file for tensor in one.found.tensors.values()}
         paths = _all_files(one.model) if None in found else [path for path in found if path is not None]
         for path in sorted(paths):
-            stat = os.stat(path)
-            files.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+            files.append([str(path), *_state(path)])
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _state(path: str | Path) -> list[int]:
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def _all_files(model: OpenModel) -> list[Path]:
@@ -425,10 +325,9 @@ def verify_folder(out: str | os.PathLike[str], account: MergeAccount | None = No
     """
     folder = open_folder(out)
     if account is None:
-        lines = read_json(Path(out) / ACCOUNT)["tensors"]
-        account = MergeAccount(
-            tuple(AccountLine(**{**line, "shape": tuple(line["shape"])}) for line in lines)
-        )
+        said = read_json(Path(out) / ACCOUNT)["tensors"]
+        lines = (AccountLine(**line | {k: tuple(line[k]) for k in ("shape", "models")}) for line in said)
+        account = MergeAccount(tuple(lines))
     wrong = account.wrong({name: (t.shape, t.dtype.name, _hash(folder, name)) for name, t in folder.items()})
     if wrong:
         raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")

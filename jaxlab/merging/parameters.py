@@ -119,6 +119,25 @@ def check_task(operator: Operator, task: str | None, models: Sequence[str]) -> N
         )
 
 
+def check_statistics(operator: Operator, data: Any, statistics: str | None) -> None:
+    """Whether a recipe says where the statistics of its operator come from, if it takes any.
+
+    Raises:
+      ConfigError: it does not, or does without need.
+    """
+    given = [key for key, value in (("data", data), ("statistics", statistics)) if value is not None]
+    if len(given) == 2:
+        raise ConfigError("data is given too; one of them is enough", key="statistics")
+    if given and not operator.takes("statistics"):
+        raise ConfigError(f"{operator.name} takes no statistics of data", key=given[0])
+    if not given and operator.needs_statistics:
+        raise ConfigError(
+            f"missing; {operator.name} takes statistics of data: a group data: {{text: file}}, or "
+            "statistics: a file that such a group saved",
+            key="data",
+        )
+
+
 def refuse_weight(operator: Operator, mode: Mode, key: str) -> None:
     """Refuses a weight for an operator that has none; in mode mergekit it is a note.
 

@@ -14,7 +14,9 @@ from jaxlab.files import shipped
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.architecture import check_same_architecture
 from jaxlab.merging.injection import inject
+from jaxlab.merging.merge_data import MergeData
 from jaxlab.merging.parameters import (
+    check_statistics,
     check_task,
     given_of,
     named_operator,
@@ -80,6 +82,10 @@ class InjectRecipe:
     """Of random masks."""
     task: str | None = None
     """Of operators that make a model for each task (emr, tall): whose model is written, vlm or expert."""
+    data: MergeData | None = None
+    """Texts on which the statistics of operators with data (fisher, regmean, ...) are measured."""
+    statistics: str | None = None
+    """Instead of data: a file that `data.save` wrote."""
     parameters: Annotated[Parameters, configs.OTHERS] = field(default_factory=dict)
     """The operator's parameters, each a key of its own beside the others: density, gamma, k, ..."""
 
@@ -90,7 +96,8 @@ class InjectRecipe:
         if self.expert and self.experts:
             raise ConfigError("expert is given too; one of them is enough", key="experts")
         operator = named_operator(self.operator, injected=True)
-        check_task(operator, self.task, self.roles()[:-1])
+        check_task(operator, self.task, self.models_with_tasks())
+        check_statistics(operator, self.data, self.statistics)
         for name in ("lambda_v", "lambda_e"):
             check_kind(getattr(self, name), "number", name)
         for i, expert in enumerate(self.experts):
@@ -104,7 +111,7 @@ class InjectRecipe:
         Raises:
           ConfigError: one that it does not use, that is missing or cannot have its value.
         """
-        operator, models = named_operator(self.operator, injected=True), self.roles()[:-1]
+        operator, models = named_operator(self.operator, injected=True), self.models_with_tasks()
         own = [{}, *(given_of(expert.parameters) for expert in self.experts)]
         own += [{}] * (len(models) - len(own))
         return used_of_recipe(
@@ -128,6 +135,10 @@ class InjectRecipe:
     def references(self) -> list[str]:
         """The models that it names: the VLM, the experts, the base."""
         return [self.vlm, *([expert.model for expert in self.experts] or [self.expert]), self.base]
+
+    def models_with_tasks(self) -> list[str]:
+        """What the models other than the base are to it."""
+        return self.roles()[:-1]
 
     def roles(self) -> list[str]:
         """What they are to it, in this order."""
@@ -172,6 +183,10 @@ class MergeRecipe:
     """Of random masks."""
     task: str | None = None
     """Of operators that make a model for each task (emr, tall): whose model is written, "model 0", say."""
+    data: MergeData | None = None
+    """Texts on which the statistics of operators with data (fisher, regmean, ...) are measured."""
+    statistics: str | None = None
+    """Instead of data: a file that `data.save` wrote."""
     parameters: Annotated[Parameters, configs.OTHERS] = field(default_factory=dict)
     """The operator's parameters, each a key of its own beside the others: lambda, t, density, ..."""
 
@@ -179,7 +194,8 @@ class MergeRecipe:
         if not self.models:
             raise ConfigError("missing; a merge needs a list of models", key="models")
         operator = named_operator(self.operator, injected=False)
-        check_task(operator, self.task, self.roles()[: len(self.models)])
+        check_task(operator, self.task, self.models_with_tasks())
+        check_statistics(operator, self.data, self.statistics)
         if operator.base == ("required" if self.base is None else "unused"):
             raise ConfigError(
                 f"{self.operator} {'needs a' if self.base is None else 'takes no'} base", key="base"
@@ -214,7 +230,7 @@ class MergeRecipe:
         Raises:
           ConfigError: one that it does not use, that is missing or cannot have its value.
         """
-        operator, roles = named_operator(self.operator, injected=False), self.roles()[: len(self.models)]
+        operator, roles = named_operator(self.operator, injected=False), self.models_with_tasks()
         own = [given_of(model.parameters) for model in self.models]
         return used_of_recipe(
             operator,
@@ -228,6 +244,10 @@ class MergeRecipe:
     def references(self) -> list[str]:
         """The models that it names, the base last."""
         return [*(model.model for model in self.models), *([] if self.base is None else [self.base])]
+
+    def models_with_tasks(self) -> list[str]:
+        """What the models other than the base are to it."""
+        return self.roles()[: len(self.models)]
 
     def roles(self) -> list[str]:
         """What they are to it, in this order."""
@@ -307,8 +327,8 @@ def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAcc
     Raises:
       UserError: several experts, or parameters that are not the same for all tensors: only a plan has them.
     """
-    if recipe.experts or recipe.task:
-        raise UserError("several experts, and models of a task, are made by `merge`, not by a search")
+    if recipe.experts or recipe.task or recipe.data or recipe.statistics:
+        raise UserError("several experts, models of a task and statistics are for `merge`, not for a search")
     options: dict[str, Any] = {}
     for name, value in recipe.options().items():
         options[name] = [value[role] for role in ("vlm", "expert")] if isinstance(value, dict) else value

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from jaxlab.checkpoints import OpenModel
     from jaxlab.merging import InjectRecipe, MergeAccount, MergekitFile, MergekitReference, MergeRecipe
-    from jaxlab.merging.output import Prepared
+    from jaxlab.merging.preparing import Prepared
 
 # jax and what imports it are loaded when the task runs: its help needs none of it.
 

@@ -38,8 +38,9 @@ from jaxlab.merging.mergekit.file import MergekitFile, MergekitMerge, ModelRefer
 from jaxlab.merging.mergekit.plan import FilePlan, plan_file
 from jaxlab.merging.mergekit.templates import TEMPLATES
 from jaxlab.merging.mergekit.tokens import Rows, Vocabulary, vocabulary_of
-from jaxlab.merging.output import Beside, Prepared, prepared_digest, texts_beside, verify_folder, write_merge
+from jaxlab.merging.output import prepared_digest, texts_beside, verify_folder, write_merge
 from jaxlab.merging.plan import Input, dtype_of
+from jaxlab.merging.preparing import Beside, Prepared
 
 Open = Callable[[ModelReference], OpenModel]
 _OF_VOCABULARY = (

@@ -273,6 +273,12 @@ class Operator:
         return any(name in inspect.signature(stage).parameters for stage in self._signatures)
 
     @property
+    def needs_statistics(self) -> bool:
+        """Whether it cannot do without statistics of data."""
+        stages = [inspect.signature(stage).parameters for stage in self._signatures]
+        return any(s["statistics"].default is REQUIRED for s in stages if "statistics" in s)
+
+    @property
     def _signatures(self) -> list[Callable[..., Any]]:
         return [*self._stages, *(step.function for step in self.after)]
 
