@@ -17,8 +17,9 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
     from jaxlab.merging.merge_data import MergeData
-    from jaxlab.merging.mergekit.file import MergekitFile, read_mergekit_file
+    from jaxlab.merging.mergekit.file import MergekitFile
     from jaxlab.merging.mergekit.file import ModelReference as MergekitReference
+    from jaxlab.merging.mergekit.reading import read_mergekit_file
     from jaxlab.merging.mergekit.stages import prepare_file as prepare_mergekit_file
     from jaxlab.merging.mergekit.stages import write_file as write_mergekit_file
     from jaxlab.merging.needs import check_room, describe, needs_of
