@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxlab import config as configs
 from jaxlab.checkpoints import OpenModel
 from jaxlab.errors import UserError
-from jaxlab.merging.architecture import check_same_architecture
+from jaxlab.merging.architecture import check_same_architecture, check_vision
 from jaxlab.merging.merge_data import read_texts
 from jaxlab.merging.operators import operator_named
 from jaxlab.merging.plan import Input, MergePlan, open_inputs
@@ -84,6 +84,7 @@ def prepare_merge(
         tokens = same_tokens([model.tokenizer for model in models])
         _check_tokenizers(models, recipe.roles())
     inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
+    check_vision(inputs[0])
     if isinstance(recipe, InjectRecipe):
         plan = plan_injection_of(
             inputs,

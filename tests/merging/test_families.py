@@ -8,6 +8,9 @@ import pytest
 
 from jaxlab.checkpoints import families, open_model, save_model
 from jaxlab.checkpoints.tensor_folder import open_folder
+from jaxlab.errors import UserError
+from jaxlab.merging import open_inputs
+from jaxlab.merging.architecture import check_vision
 from jaxlab.tasks import main
 from tests.checkpoints import folders, test_internvl_chat
 
@@ -118,6 +121,23 @@ def test_an_expert_reaches_the_language_model_and_nothing_else(tmp_path, case, c
         changed += 1
     assert changed > 15
     assert open_model(found.path).config == open_model(tmp_path / "vlm").config
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in ("llava", "qwen3_vl") else pytest.param(c, marks=pytest.mark.slow) for c in VLMS]
+)
+def test_a_vision_tower_is_what_its_config_says(tmp_path, case):
+    """From headers alone: one that is not would load in nothing."""
+    folders.make(tmp_path / "vlm", case)
+    check_vision(open_inputs([open_model(tmp_path / "vlm")], ["vlm"])[0])
+    tensors = dict(folders.weights(case))
+    name = next(name for name in tensors if name.endswith(("fc1.weight", "up_proj.weight")) and "vis" in name)
+    tensors[name] = np.concatenate([tensors[name], tensors[name]])
+    folders.write(tmp_path / "wrong", folders.config(case), tensors)
+    with pytest.raises(
+        UserError, match=r"is \[\d+, \d+\]: \d+ where the config of the vision tower says \d+"
+    ):
+        check_vision(open_inputs([open_model(tmp_path / "wrong")], ["vlm"])[0])
 
 
 WIDTHS = {"wider": (5, -2), "narrower": (-3, 4)}
