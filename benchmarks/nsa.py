@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from kernels_pallas.nsa.mosaic_gpu.target import is_hopper
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
+from kernels_pallas.target import is_hopper
 
 Row = dict[str, Any]
 

@@ -28,9 +28,9 @@ from jaxlab.files import write_json
 from kernels_pallas.nsa.base import Positions, SelectionGrid
 from kernels_pallas.nsa.mosaic_gpu import block_selection, vjp
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
-from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
 from kernels_pallas.nsa.mosaic_gpu.tuning import COMPILED_FOR, file_of, padded
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
+from kernels_pallas.target import compiled_elsewhere
 
 Row = dict[str, Any]
 FIELDS = {"forward": "forward", "query_gradient": "query", "key_gradients": "key"}

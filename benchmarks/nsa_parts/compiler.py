@@ -18,9 +18,9 @@ from kernels_pallas.nsa import (
     selected_attention,
     window_attention,
 )
-from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
 from kernels_pallas.nsa.specs import h100
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
+from kernels_pallas.target import compiled_elsewhere
 
 BRANCHES = ("compression", "selection", "window")
 OPERANDS = {

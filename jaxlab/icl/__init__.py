@@ -15,6 +15,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.icl.analyses.diagnosis import Diagnosis
     from jaxlab.icl.analyses.faithfulness import Faithfulness
     from jaxlab.icl.analyses.flow_shares import FlowShares
+    from jaxlab.icl.analyses.heads import Heads
     from jaxlab.icl.analyses.many_shot import ManyShot
     from jaxlab.icl.analyses.picture import Picture
     from jaxlab.icl.analyses.records import ChunkStore, run_analysis
@@ -30,6 +31,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.icl.cutting import cut_logits
     from jaxlab.icl.episode_prompts import EpisodePrompts
     from jaxlab.icl.few_shot import FewShotPrompts, LabelPosition, Mode, Split
+    from jaxlab.icl.image_prompts import ImagePrompts, ImagePromptsConfig
     from jaxlab.icl.label_attention import attention_at, aucroc, label_places
     from jaxlab.icl.packed_maps import pack_maps, unpack_maps
     from jaxlab.icl.prompts import Prompts, PromptSource, token_texts

@@ -258,7 +258,7 @@ class FewShotPrompts:
           UserError: a token is of a label word and of something else, or a label word has other tokens than
             after a query.
         """
-        ids, spans, special = (x[: _end(encoded)] for x in encoded)
+        ids, spans, special = (x[: encoded.text_end] for x in encoded)
         text = self._text(pieces)
         piece_of = np.repeat(np.arange(len(pieces)), [len(piece.text) for piece in pieces])
         parts = np.full(len(ids), Part.FORMAT, np.int32)
@@ -336,10 +336,10 @@ class FewShotPrompts:
         pieces = self._pieces([], query)
         answers = [self._answer(label, 0) for label in range(len(self.label_names))]
         prompt, *whole = self._encode([pieces, *([*pieces, answer] for answer in answers)])
-        start = _end(prompt)
+        start = prompt.text_end
         found: list[list[int]] = []
         for word, one in zip(self.label_names, whole, strict=True):
-            answered = one.ids[: _end(one)].tolist()
+            answered = one.ids[: one.text_end].tolist()
             if answered[:start] != prompt.ids[:start].tolist() or len(answered) == start:
                 raise UserError(
                     f"data.template: followed by {word} the query's last token is another one, so that the "
@@ -447,11 +447,3 @@ def _label_affixes(template: str) -> tuple[str, str]:
     """What stands right before a label word, and after it."""
     before, _, after = template.partition("{label}")
     return before[len(before.rstrip(" ")) :], after
-
-
-def _end(encoded: Encoded) -> int:
-    """Where a prompt ends: what the tokenizer puts after it, the model would read as the end of all."""
-    end = len(encoded.ids)
-    while end and encoded.special[end - 1]:
-        end -= 1
-    return end

@@ -4,6 +4,7 @@ from jaxlab.checkpoints import OpenModel
 from jaxlab.data import EpisodesConfig, EpisodesSource
 from jaxlab.icl.episode_prompts import EpisodePrompts
 from jaxlab.icl.few_shot import FewShotPrompts, LabelPosition, Mode, Split
+from jaxlab.icl.image_prompts import ImagePrompts, ImagePromptsConfig, image_prompts_identity
 from jaxlab.icl.prompts import PromptSource
 from jaxlab.icl.roles import TokenClasses
 from jaxlab.icl.text_tasks import (
@@ -15,7 +16,8 @@ from jaxlab.icl.text_tasks import (
     examples_identity,
 )
 
-PromptsConfig = EpisodesConfig | ClassificationConfig | SST2Config | TRECConfig | AGNewsConfig | EmoCConfig
+TextTaskConfig = ClassificationConfig | SST2Config | TRECConfig | AGNewsConfig | EmoCConfig
+PromptsConfig = EpisodesConfig | TextTaskConfig | ImagePromptsConfig
 """The prompts that are analysed; a further source joins by `|`."""
 
 
@@ -27,6 +29,8 @@ def prompts_identity(config: PromptsConfig) -> str:
     """
     if isinstance(config, EpisodesConfig):
         return EpisodesSource(config).identity
+    if isinstance(config, ImagePromptsConfig):
+        return image_prompts_identity(config)
     return examples_identity(config)
 
 
@@ -46,6 +50,8 @@ def make_prompts(
     """
     if isinstance(config, EpisodesConfig):
         return EpisodePrompts(config, opened, split, classes)
+    if isinstance(config, ImagePromptsConfig):
+        return ImagePrompts(config, opened)
     return FewShotPrompts(
         config, opened, split=split, mode=mode, classes=classes, label_position=label_position
     )

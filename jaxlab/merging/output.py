@@ -325,10 +325,9 @@ def verify_folder(out: str | os.PathLike[str], account: MergeAccount | None = No
     """
     folder = open_folder(out)
     if account is None:
-        lines = read_json(Path(out) / ACCOUNT)["tensors"]
-        account = MergeAccount(
-            tuple(AccountLine(**{**line, "shape": tuple(line["shape"])}) for line in lines)
-        )
+        said = read_json(Path(out) / ACCOUNT)["tensors"]
+        lines = (AccountLine(**line | {k: tuple(line[k]) for k in ("shape", "models")}) for line in said)
+        account = MergeAccount(tuple(lines))
     wrong = account.wrong({name: (t.shape, t.dtype.name, _hash(folder, name)) for name, t in folder.items()})
     if wrong:
         raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")

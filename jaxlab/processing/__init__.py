@@ -15,7 +15,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.processing.idefics3 import IDEFICS3, SMOLVLM
     from jaxlab.processing.mllama import MLLAMA
     from jaxlab.processing.pixtral import PIXTRAL
-    from jaxlab.processing.processor import Processor, load_processor
+    from jaxlab.processing.processor import Placed, Processor, load_processor
     from jaxlab.processing.prompt_files import Prompt, read_json_lines, read_messages, read_prompts
     from jaxlab.processing.qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
     from jaxlab.processing.settings import ProcessorSettings

@@ -4,14 +4,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
 from jaxlab.errors import UserError
-from jaxlab.processing.base import ImageKind, ImagePart, ProcessorKind, TextPart, Token
+from jaxlab.processing.base import ImageKind, ImagePart, One, ProcessorKind, TextPart, Token
 from jaxlab.processing.image_kinds import find_image_kind
 from jaxlab.processing.pixels import read_image
 from jaxlab.processing.settings import ProcessorSettings, read_json, shown
@@ -21,6 +21,13 @@ PREPROCESSOR, PROCESSOR, CONFIG = "preprocessor_config.json", "processor_config.
 TOKENIZER = "tokenizer_config.json"
 
 ImageSource = str | os.PathLike[str] | Image.Image
+
+
+class Placed(NamedTuple):
+    """A prompt whose images are placed: what the tokenizer reads, and what the tower reads."""
+
+    text: str
+    ones: tuple[One, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,14 @@ class Processor:
           UserError: an image that cannot be read or is of an extreme shape, placeholders that do not fit the
             images, a video, or a tokenizer that lacks the family's tokens.
         """
+        return self.encode(self.place(text, images, tokenizer), tokenizer, special_tokens=special_tokens)
+
+    def place(self, text: str, images: Sequence[ImageSource], tokenizer: Tokenizer) -> Placed:
+        """The text in which what stands for images has as many tokens as they have, and the images.
+
+        Raises:
+          UserError: as for a call.
+        """
         words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
         self.refuse_videos(text, tokenizer)
         mark = self.text.plain_mark or words[self.text.mark]
@@ -100,7 +115,18 @@ class Processor:
         pieces = [first]
         for image, after in zip(expanded, rest, strict=True):
             pieces += [image, after]
-        text = self.text.join(pieces, words)
+        return Placed(self.text.join(pieces, words), tuple(ones))
+
+    def encode(
+        self, placed: Placed, tokenizer: Tokenizer, *, special_tokens: bool | None = None
+    ) -> dict[str, np.ndarray]:
+        """The batch of a prompt whose images are placed; see a call.
+
+        Raises:
+          UserError: the tokenizer splits the tokens of images.
+        """
+        text, ones = placed.text, placed.ones
+        words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
         special = self.text.special_tokens if special_tokens is None else special_tokens
         tokens = encode(text, tokenizer, special=special, where="the prompt")
         self._check_count(tokens, text.count(words["image"]), words["image"], tokenizer)

@@ -95,6 +95,14 @@ class Encoded(NamedTuple):
     special: np.ndarray
     """bool[T]: tokens that the tokenizer put around the text."""
 
+    @property
+    def text_end(self) -> int:
+        """Where the tokens of the text end, before those that the tokenizer puts after it."""
+        end = len(self.ids)
+        while end and self.special[end - 1]:
+            end -= 1
+        return end
+
 
 def encode_with_spans(
     texts: Sequence[str], tokenizer: Tokenizer, *, special: bool = True, where: str = "the texts"

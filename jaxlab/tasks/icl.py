@@ -26,6 +26,7 @@ from jaxlab.icl import (
     Diagnosis,
     Faithfulness,
     FlowShares,
+    Heads,
     LabelPosition,
     LabelWordClasses,
     ManyShot,
@@ -54,6 +55,7 @@ Name = Literal[
     "diagnosis",
     "faithfulness",
     "many_shot",
+    "heads",
 ]
 
 
@@ -71,7 +73,8 @@ class Config:
     """flows: S_wp, S_pq, S_ww by layer; blocking: of label words and of random words; figure1: the maps of
     one prompt; baselines: accuracy by number of demonstrations; attention: AUCROC_l and R_l; reweighting of
     attention to label words; compression of demonstrations to their anchors; diagnosis of confusions;
-    faithfulness of flows; many_shot: flows by number of demonstrations."""
+    faithfulness of flows; many_shot: flows by number of demonstrations; heads: label flow, function-vector
+    and induction scores of each."""
     examples: int = 128
     """Prompts for each seed, or as many as there are."""
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
@@ -109,6 +112,8 @@ class Config:
     """Flows beside what cutting their edges does."""
     many_shot: ManyShot = ManyShot()
     """Flows by number of demonstrations."""
+    heads: Heads = Heads()
+    """Heads one by one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the parameters, instead of the one that they are stored in."""
     mesh: SplitConfig = SplitConfig()
@@ -154,8 +159,7 @@ def check(config: Config) -> dict[str, Any]:
     """Everything that can be checked, and the memory of the analyses, without reading a parameter."""
     study = _study(config, describe_model(model_folder(config.model)))
     with using(model_mesh(config.mesh)):
-        for analysis in config.chosen:
-            analysis.check(study)
+        _check_analyses(config, study)
         temporary = {analysis.name: analysis.memory(study) for analysis in config.chosen}
     parameters = bytes_per_device(study.params)
     needed, held = parameters + max(temporary.values()), _device_memory()
@@ -185,10 +189,18 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     study = _study(config, opened)
     mesh = model_mesh(config.mesh)
     with using(mesh):
-        for analysis in config.chosen:
-            analysis.check(study)
+        _check_analyses(config, study)
         params = opened.read(mesh=mesh, dtype=config.dtype)
         return _analyse(config, run, opened, dataclasses.replace(study, params=params))
+
+
+def _check_analyses(config: Config, study: Study) -> None:
+    for analysis in config.chosen:
+        if analysis.needs_label_words and not study.source.label_names:
+            raise UserError(
+                f"analyses: {analysis.name} is about label words, and these prompts have none; leave it out"
+            )
+        analysis.check(study)
 
 
 def _analyse(config: Config, run: Run, opened: OpenModel, study: Study) -> dict[str, Any]:

@@ -54,10 +54,20 @@ def flow_attention(
 
     Raises:
       ValueError: heads that do not fit, or a tap over classes without them.
+      NotImplementedError: the implementation that the probe names cannot take the call.
     """
     _check(q, k, probe)
     spec = Spec(_scale(q, scale), window, softcap, together_in_window, rows)
-    return tiled_attention(spec, q, k, v, Marks(segment_ids, together), probe, sinks)
+    marks = Marks(segment_ids, together)
+    if probe.implementation == "mosaic_gpu":
+        # Imported where it is asked for: without Mosaic GPU, XLA works.
+        from kernels_pallas.flow.mosaic_gpu.attention import kernel_attention, reason_against
+
+        reason = reason_against(spec, q, v, marks, probe, sinks)
+        if reason is not None:
+            raise NotImplementedError(f"flow: implementation='mosaic_gpu': {reason}; use 'xla' or None")
+        return kernel_attention(spec, q, k, v, marks, probe)
+    return tiled_attention(spec, q, k, v, marks, probe, sinks)
 
 
 def read_weights(
@@ -133,6 +143,8 @@ def nsa_flow_attention(
     _check(q, k_slc, probe)
     if probe.factors is not None:
         raise ValueError("native sparse attention has no factors on its weights")
+    if probe.implementation == "mosaic_gpu":
+        raise NotImplementedError("flow: implementation='mosaic_gpu': NSA has none; use 'xla' or None")
     _, lse = compressed_attention(
         q, k_cmp, v_cmp, block_len=block_len, stride=stride, scale=scale, segment_ids=segment_ids
     )

@@ -10,6 +10,7 @@ from jaxtyping import Array
 Reduction = Literal["abs_of_sum", "sum_of_abs", "mean_abs"]
 Blocking = Literal["paper", "released_code"]
 NsaEdges = Literal["token", "block"]
+Implementation = Literal["xla", "mosaic_gpu"]
 
 _PER_LAYER = ("class_tap", "count_tap", "map_tap", "blocked", "factors")
 _SHARED = ("classes", "read_from", "read_at")
@@ -18,7 +19,7 @@ _SHARED = ("classes", "read_from", "read_at")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=(*_PER_LAYER, *_SHARED),
-    meta_fields=("reduction", "signed", "blocking", "nsa_edges"),
+    meta_fields=("reduction", "signed", "blocking", "nsa_edges", "implementation"),
 )
 @dataclasses.dataclass(frozen=True)
 class Probe:
@@ -61,7 +62,13 @@ class Probe:
     """An `NsaEdges`. Flow from a compressed block: in equal parts from its tokens, or whole from each of
     them."""
 
+    implementation: str | None = None
+    """An `Implementation`. None: XLA, until the kernels were checked on a GPU, not in the interpreter alone.
+    A named one is never replaced by another."""
+
     def __post_init__(self) -> None:
+        if self.implementation is not None:
+            check_word("implementation", self.implementation, get_args(Implementation))
         words = {"reduction": Reduction, "blocking": Blocking, "nsa_edges": NsaEdges}
         for name, known in words.items():
             check_word(name, getattr(self, name), get_args(known))

@@ -8,6 +8,7 @@ from kernels_pallas.nsa.api import (
     select_blocks_by_importance,
     selected_attention,
     window_attention,
+    window_attention_with_lse,
 )
 from kernels_pallas.nsa.base import NsaBranches, num_compressed
 from kernels_pallas.nsa.decode_cache import (
@@ -49,4 +50,5 @@ __all__ = [
     "selected_attention",
     "whole",
     "window_attention",
+    "window_attention_with_lse",
 ]

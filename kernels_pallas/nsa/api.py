@@ -230,13 +230,42 @@ def window_attention(
         ValueError: shapes or sizes do not fit.
         NotImplementedError: the named implementation cannot take the case.
     """
+    return window_attention_with_lse(
+        q,
+        k,
+        v,
+        window=window,
+        scale=scale,
+        segment_ids=segment_ids,
+        q_positions=q_positions,
+        implementation=implementation,
+    )[0]
+
+
+def window_attention_with_lse(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S Hkv Dk"],
+    v: Float[Array, "B S Hkv Dv"],
+    *,
+    window: int,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """`window_attention`, and the log-sum-exp of each query's scores in float32; -inf where it sees nothing.
+
+    Raises:
+        ValueError: shapes or sizes do not fit.
+        NotImplementedError: the named implementation cannot take the case.
+    """
     check_attention(q, k, v, window=window)
     operators = operators_for(Case("window_attention", q, k, v), implementation)
     positions = positions_of(q, segment_ids, q_positions, k.shape[1])
     q, k, v = without_padding(q, k, v, positions)
     interval = Interval(1, 0, window, default_scale(scale, q.shape[-1]))
-    out, _ = operators.window_attention(interval, grouped(q, k), k, v, positions, None)
-    return heads_joined(out, positions)
+    out, lse = operators.window_attention(interval, grouped(q, k), k, v, positions, None)
+    return heads_joined(out, positions), lse.reshape(q.shape[:3])
 
 
 def nsa_attention(

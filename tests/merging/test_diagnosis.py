@@ -252,9 +252,9 @@ def another_width(trio):
 PLANTED = {
     swap_tokens: ("harms", "token_ids", "give 10 tokens other ids ('w10', 'w11'"),
     another_tokenizer: ("breaks", "tokenizer", "1 of 60 tokens have the same id"),
-    wrong_theta: ("breaks", "rope", "position.theta is 10000 in vlm and 500000 in expert"),
+    wrong_theta: ("breaks", "rope", "rope.theta is 10000 in vlm and 500000 in expert"),
     wrong_eps: ("harms", "norm_eps", "norm_eps is 1e-06 in vlm and 0.01 in expert"),
-    window: ("harms", "attention", "attention is full in vlm and sliding in expert"),
+    window: ("harms", "attention", "sliding_window is None in vlm and 8 in expert"),
     another_base: (
         "breaks",
         "origin",
@@ -294,6 +294,8 @@ def test_what_is_planted_is_found_and_named(trio, plant):
     assert first is not None, found
     assert first.severity == severity
     assert said in first.said
+    if plant is wrong_theta:
+        assert "differences: {rope.theta: vlm}" in first.remedy
     allowed = {cause, *ALSO.get(plant, ())}
     assert {f.cause for f in found} <= allowed, found
 

@@ -3,42 +3,27 @@ those were made).
 """
 
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import open_folder
 from jaxlab.tasks import main
+from tests.merging.mergekit_desk import GOLDEN
+from tests.merging.mergekit_desk import case as file_of
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mergekit_files"
 WANTED = json.loads((GOLDEN / "golden.json").read_text())
 NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 EQUAL_THRESHOLDS = {"09": 0.02, "37": 0.03, "44": 0.01}
-"""Of these cases a share of the elements may be anything: several values of a task vector are as large as that
-at the threshold, since 16 bits hold few numbers, and mergekit's sort picks any of them."""
+"""Of these cases a share of the elements may be anything: 16 bits hold few numbers, so several values of a
+task vector are as large as the one at the threshold, and mergekit's sort picks any of them."""
 FAST = ("03", "04", "10", "18", "34", "35", "36", "42")
 """The others take long to compile."""
-
-
-def models_module():
-    spec = importlib.util.spec_from_file_location("mergekit_models", GOLDEN / "models.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def desk(tmp_path_factory):
-    """A folder with all models."""
-    place = tmp_path_factory.mktemp("mergekit")
-    models_module().write(place)
-    return place
 
 
 def values_of(wanted, name):
@@ -64,10 +49,6 @@ def ordered(values):
     return np.where(bits < 0, -(bits & ((1 << (8 * values.dtype.itemsize - 1)) - 1)), bits)
 
 
-def merge(case, out):
-    return main(["merge", str(GOLDEN / "cases" / f"{case}.yaml"), "--out", str(out), "--verify"])
-
-
 def merged(out, wanted):
     tensors = {name: tensor.read() for name, tensor in open_folder(out).items()}
     if "tokens" not in wanted:
@@ -77,13 +58,13 @@ def merged(out, wanted):
     return by_words(tensors, vocabulary)
 
 
+@pytest.mark.filterwarnings("ignore::jaxlab.errors.UserNote")
 @pytest.mark.parametrize(
     "case", [c if c[:2] in FAST else pytest.param(c, marks=pytest.mark.slow) for c in WANTED]
 )
-def test_gives_the_tensors_of_mergekit(desk, tmp_path, monkeypatch, case):
-    monkeypatch.chdir(desk)
+def test_gives_the_tensors_of_mergekit(at_desk, tmp_path, case):
     wanted, out = WANTED[case], tmp_path / "out"
-    assert merge(case, out) == 0
+    assert main(["merge", str(file_of(case)), "--out", str(out), "--verify"]) == 0
     found = merged(out, wanted)
     shapes = {name: list(value.shape) for name, value in found.items()}
     assert shapes == {name: shape for name, (shape, _) in wanted["tensors"].items()}
@@ -106,3 +87,33 @@ def test_gives_the_tensors_of_mergekit(desk, tmp_path, monkeypatch, case):
         wrong += np.count_nonzero(apart)
         elements += mine.size
     assert wrong <= EQUAL_THRESHOLDS.get(case[:2], 0) * elements
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::jaxlab.errors.UserNote")
+@pytest.mark.parametrize("number", ["05", "13"])
+def test_random_methods_keep_the_share_that_they_say(at_desk, tmp_path, number):
+    """mergekit's masks are not ours, but of the elements that one model alone changes as many survive."""
+    text = file_of(number).read_text()
+    tree = yaml.safe_load(text)
+    method, one = tree["merge_method"], tree["models"][1]
+    assert one["model"].endswith(("/a", "/b"))
+    density, place = one["parameters"]["density"], one["model"].rpartition("/")[0]
+    alone = {**tree, "models": [{**one, "parameters": {**one["parameters"], "weight": 1.0}}]}
+    alone = {key: value for key, value in alone.items() if key != "tokenizer"}
+    alone["parameters"] = {"rescale": False}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(alone))
+    assert main(["merge", str(tmp_path / "one.yaml"), "--out", str(tmp_path / "out")]) == 0
+    base, model, found = (open_folder(p) for p in (f"{place}/base", one["model"], tmp_path / "out"))
+    kept = elements = 0
+    for name in found:
+        origin, own, merged = (folder[name].read() for folder in (base, model, found))
+        changed = own != origin
+        same = merged == origin
+        np.testing.assert_allclose(
+            merged[~same].astype(np.float32), own[~same].astype(np.float32), atol=0.03, err_msg=name
+        )
+        kept += np.count_nonzero(~same & changed)
+        elements += np.count_nonzero(changed)
+    spread = 4 * np.sqrt(density * (1 - density) / elements)
+    assert abs(kept / elements - density) < spread, (method, kept / elements)

@@ -25,8 +25,8 @@ _WORDS = """
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     num_return_sequences exponential_decay_length_penalty remove_invalid_values use_cache
     cache_implementation cache_config return_dict return_dict_in_generate use_return_dict
-    output_attentions output_hidden_states output_past output_scores output_router_logits chunk_size_feed_forward
-    is_decoder tie_encoder_decoder cross_attention_hidden_size
+    output_attentions output_hidden_states output_past output_scores output_router_logits
+    chunk_size_feed_forward is_decoder tie_encoder_decoder cross_attention_hidden_size
 
     attention_dropout attn_pdrop dropout embd_pdrop embedding_dropout embed_dropout hidden_dropout
     hidden_dropout_prob attention_probs_dropout_prob attention_dropout_prob classifier_dropout ffn_dropout

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
 from jaxlab.icl.blocking import label_predictions
@@ -19,30 +19,39 @@ from jaxlab.models import Batch, ModelConfig, Params
 @functools.partial(jax.jit, static_argnames="config")
 def label_logits(
     params: Params, batch: Batch, positions: Array, label_tokens: Array, config: ModelConfig
-) -> tuple[Float[Array, "B C"], Float[Array, " B"]]:
-    """Logits of the label words at q, and the log of the sum over the vocabulary, which is NaN if one is."""
+) -> tuple[Float[Array, "B C"], Float[Array, " B"], Int[Array, " B"]]:
+    """Logits of the label words at q; the log of the sum over the vocabulary, which is NaN if one is; and the
+    likeliest word."""
     logits = target_logits(params, batch, config, positions).astype(np.float32)
     chosen = jax.numpy.take_along_axis(logits, label_tokens, axis=1)
-    return chosen, jax.nn.logsumexp(logits, axis=-1)
+    return chosen, jax.nn.logsumexp(logits, axis=-1), jax.numpy.argmax(logits, axis=-1)
 
 
 @dataclass(frozen=True)
 class Answers(PromptAnalysis):
-    """The answers with all demonstrations. Every run has it: others set against it what they find."""
+    """The answers with all demonstrations. Every run has it: others set against it what they find.
+
+    Without label words an answer is right where the likeliest word is its first token.
+    """
 
     name: ClassVar[str] = "answers"
+    needs_label_words: ClassVar[bool] = False
 
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
-        logits, total = label_logits(
-            study.params, chunk.batch, chunk.positions, chunk.label_tokens, study.config
-        )
-        logits, total = np.asarray(logits, np.float32), np.asarray(total, np.float32)
-        predicted = label_predictions(np.where(np.isnan(total)[:, None], np.nan, logits), _indices(chunk))
+        positions, label = (x if x.ndim == 1 else x[:, 0] for x in (chunk.positions, chunk.labels))
+        found = label_logits(study.params, chunk.batch, positions, chunk.label_tokens, study.config)
+        logits, total = np.asarray(found[0], np.float32), np.asarray(found[1], np.float32)
+        if study.source.label_names:
+            broken = np.isnan(total)[:, None]
+            predicted = label_predictions(np.where(broken, np.nan, logits), _indices(chunk))
+        else:
+            right = np.asarray(found[2]) == chunk.label_tokens[np.arange(len(label)), label]
+            predicted = np.where(np.isnan(total), -1, np.where(right, label, chunk.label_tokens.shape[1]))
         return {
             "label_logits": logits,
             "label_mass": np.exp(np.logaddexp.reduce(logits, axis=1) - total),
             "predicted": predicted.astype(np.int32),
-            "label": chunk.labels,
+            "label": label,
         }
 
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
@@ -50,20 +59,25 @@ class Answers(PromptAnalysis):
         of_seed = [accuracy(seed["predicted"], seed["label"]) for seed in records.values()]
         predicted = np.concatenate([seed["predicted"] for seed in records.values()])
         label = np.concatenate([seed["label"] for seed in records.values()])
-        confusion = np.zeros((len(names), len(names)), np.int64)
         given = predicted >= 0
-        np.add.at(confusion, (label[given], predicted[given]), 1)
         mass = np.concatenate([seed["label_mass"] for seed in records.values()])
         return {
             "accuracy": float(np.mean(of_seed)),
             "accuracy_std": deviation(np.array(of_seed)),
             "accuracy_by_seed": of_seed,
             "label_words": list(names),
-            "confusion": confusion,
+            "confusion": _confusion(label[given], predicted[given], len(names)) if names else None,
             "no_prediction": int((~given).sum()),
             "label_mass": float(np.nanmean(mass)) if np.isfinite(mass).any() else None,
             "single_class": single_class(predicted, names),
         }
+
+
+def _confusion(label: np.ndarray, predicted: np.ndarray, count: int) -> np.ndarray:
+    """How often each label, a row, was answered by each."""
+    found = np.zeros((count, count), np.int64)
+    np.add.at(found, (label, predicted), 1)
+    return found
 
 
 def accuracy(predicted: np.ndarray, label: np.ndarray) -> float:
@@ -75,7 +89,7 @@ def single_class(predicted: np.ndarray, names: tuple[str, ...]) -> str | None:
     """The one label that is ever predicted, if it is one: then accuracy, label loyalty and AUCROC say nothing
     of the model."""
     found = np.unique(predicted[predicted >= 0])
-    return names[int(found[0])] if len(found) == 1 else None
+    return names[int(found[0])] if len(found) == 1 and names else None
 
 
 def _indices(prompts: Prompts) -> np.ndarray:

@@ -46,7 +46,8 @@ class Study:
 
     @property
     def chance(self) -> float:
-        return 1.0 / len(self.source.label_names)
+        """Of guessing: among the label words, or among all words where the answers are open."""
+        return 1.0 / (len(self.source.label_names) or self.config.vocab_size)
 
 
 class Analysis[Chunk](abc.ABC):
@@ -58,6 +59,9 @@ class Analysis[Chunk](abc.ABC):
 
     name: ClassVar[str]
     """Of the analysis in `analyses`, of its group in the config, and of its part of the results."""
+
+    needs_label_words: ClassVar[bool] = True
+    """Whether it says nothing of prompts without label words, as those with images are."""
 
     def check(self, study: Study) -> None:  # noqa: B027
         """Checks what can be known before parameters are read.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxlab.errors import UserError
 from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.saliency import Loss, NsaEdges, Reduction, flow_memory, flows
@@ -20,19 +21,28 @@ class FlowShares(PromptAnalysis):
 
     reduction: Reduction = "abs_of_sum"
     """Over heads: the absolute value of the sum, or the sum of the absolute values."""
-    loss: Loss = "labels"
-    """Cross-entropy among the label words (the paper), or over the whole vocabulary."""
+    loss: Loss | None = None
+    """Cross-entropy among the label words (the paper), or over the whole vocabulary. Default: among the label
+    words where there are any."""
     nsa_edges: NsaEdges = "token"
     """Flow from a compressed block of native sparse attention: in equal parts, or whole, to its tokens."""
 
     name: ClassVar[str] = "flows"
+    needs_label_words: ClassVar[bool] = False
+
+    def check(self, study: Study) -> None:
+        if self.loss == "labels" and not study.source.label_names:
+            raise UserError("flows.loss: these prompts have no label words; set it to vocabulary")
+
+    def _loss(self, study: Study) -> Loss:
+        return self.loss or ("labels" if study.source.label_names else "vocabulary")
 
     def memory(self, study: Study) -> int:
         return flow_memory(
             study.config,
             study.batch_size,
             study.longest,
-            len(study.source.label_names),
+            max(1, len(study.source.label_names)),
             study.source.roles,
             params=study.params,
         )[1]
@@ -45,7 +55,7 @@ class FlowShares(PromptAnalysis):
             chunk.classes,
             chunk.targets,
             reduction=self.reduction,
-            loss=self.loss,
+            loss=self._loss(study),
             nsa_edges=self.nsa_edges,
             num_classes=study.source.roles.classes,
         )
@@ -62,7 +72,7 @@ class FlowShares(PromptAnalysis):
         sums = np.concatenate([seed["sums"] for seed in records.values()]).astype(np.float64)
         found: dict[str, Any] = {
             "reduction": self.reduction,
-            "loss": self.loss,
+            "loss": self._loss(study),
             "mean": {name: values.mean(0) for name, values in seeds.items()},
             "mean_std_over_prompts": {name: np.concatenate(values).std(0) for name, values in each.items()},
             "share": {name: values.mean(0) for name, values in shares.items()},

@@ -23,6 +23,7 @@ class Picture(Analysis[Prompts]):
     """Maps of the first prompt that is answered rightly, or of the very first if none is."""
 
     name: ClassVar[str] = "figure1"
+    needs_label_words: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:
         length = self.chunks(study, study.seeds[0])[0].parts.shape[1]

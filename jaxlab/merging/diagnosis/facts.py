@@ -1,6 +1,5 @@
 """What a diagnosis knows of models, and what a finding is."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxlab.checkpoints import Tensor, language_differences
+from jaxlab.checkpoints import Tensor, language_settings_apart
 from jaxlab.merging.diagnosis.measures import Measured, Side, Sums, TensorDifference
 from jaxlab.merging.diagnosis.tokens import TokenDifferences
 
@@ -81,20 +80,13 @@ class Facts:
 
 
 def config_differences(first: Side, other: Side) -> list[ConfigDifference]:
-    """The settings in which two language models are not the same function; groups field by field."""
-    one, two = first.model.described, other.model.described
-    found = []
-    for name in language_differences(one, two):
-        mine, theirs = getattr(one, name), getattr(two, name)
-        pairs = {name: (mine, theirs)}
-        if dataclasses.is_dataclass(mine) and type(mine) is type(theirs):
-            fields = [f.name for f in dataclasses.fields(mine)]
-            pairs = {f"{name}.{f}": (getattr(mine, f), getattr(theirs, f)) for f in fields}
-            pairs = {f: pair for f, pair in pairs.items() if pair[0] != pair[1]}
-        found += [
-            ConfigDifference(f, first.name, other.name, (_value(a), _value(b))) for f, (a, b) in pairs.items()
-        ]
-    return found
+    """The settings in which two language models are not the same function, as `differences:` of a recipe
+    names them."""
+    apart = language_settings_apart(first.model.described, other.model.described)
+    return [
+        ConfigDifference(name, first.name, other.name, (_value(mine), _value(theirs)))
+        for name, (mine, theirs) in apart.items()
+    ]
 
 
 def _value(value: object) -> str:

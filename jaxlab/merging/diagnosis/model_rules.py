@@ -13,17 +13,18 @@ SAME_TOKENIZER = 0.5
 
 _SIZES = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "value_head_dim", "mlp_width")
 _TURN = "queries and keys were trained to turn by other angles, so averages of them look at wrong places"
+_WINDOW = "layers see other stretches of the text"
 _MEANT = {
-    "position.theta": _TURN,
-    "position.scaling": _TURN,
-    "position.factor": _TURN,
-    "position": _TURN,
-    "attention": "layers see other stretches of the text",
-    "attention.window": "layers see other stretches of the text",
-    "attention.rope_theta": _TURN,
-    "norm_eps": "activations are normed otherwise",
-    "activation": "MLPs compute another function",
+    "rope": ("rope", _TURN),
+    "position": ("rope", _TURN),
+    "sliding_rope_theta": ("rope", _TURN),
+    "sliding_window": ("attention", _WINDOW),
+    "layer_kinds": ("attention", _WINDOW),
+    "attention": ("attention", _WINDOW),
+    "norm_eps": ("norm_eps", "activations are normed otherwise"),
+    "activation": ("activation", "MLPs compute another function"),
 }
+"""By the first word of a setting: the cause it is told as, and what it does."""
 
 
 def _configs(facts: Facts) -> Iterator[Finding]:
@@ -33,13 +34,13 @@ def _configs(facts: Facts) -> Iterator[Finding]:
             remedy = "merge models of one architecture and size"
             yield Finding("breaks", "architecture", f"{told}: the tensors do not fit", remedy, 10)
             continue
-        why = _MEANT.get(d.field, "the models compute other functions of the same weights")
-        mild = d.field.startswith(("norm_eps", "attention"))
-        remedy = f"the merged model computes with {d.first}'s value: take a model that was trained with it"
+        group = d.field.partition(".")[0]
+        cause, why = _MEANT.get(group, (group, "the models compute other functions of the same weights"))
+        remedy = f"where {d.first}'s is meant to count, say so in the recipe: differences: {{{d.field}: vlm}}"
         if d.field == "norm_eps" and _factor(d.values) <= 10:
-            yield Finding("note", "norm_eps", f"{told}: {why}, though by little", remedy)
+            yield Finding("note", cause, f"{told}: {why}, though by little", remedy)
         else:
-            cause = "rope" if why is _TURN else d.field.partition(".")[0]
+            mild = cause in ("attention", "norm_eps")
             yield Finding("harms" if mild else "breaks", cause, f"{told}: {why}", remedy, 5)
 
 

@@ -1,11 +1,13 @@
 """mergekit's merge methods: which inputs each takes, and which of its parameters are for each of them."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxlab.merging.numbers import Kind
 from jaxlab.merging.operators import Operator, operator_named
-from jaxlab.merging.operators.registry import REQUIRED
+from jaxlab.merging.operators.registry import REQUIRED, Parameter
+from jaxlab.merging.schedules import kind_of
 
 IGNORED = ("int8_mask",)
 """How mergekit stores masks: of no consequence."""
@@ -22,36 +24,39 @@ class MergeMethod:
     others: tuple[int, int | None] = (0, None)
     """Least and most besides the base."""
 
-    @property
+    @functools.cached_property
     def operator(self) -> Operator:
         return operator_named(self.name)
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """The operator's, by name; without the weights."""
+        return self.operator.parameters
 
     @property
     def of_every_input(self) -> bool:
         """Whether the base, too, has a value of a parameter that each input has."""
         return self.base == "ignored"
 
-    @property
+    @functools.cached_property
     def per_input(self) -> tuple[str, ...]:
         """Parameters that each input has its own value of."""
-        per_model = [name for name, parameter in self.operator.parameters.items() if parameter.per_model]
+        per_model = [name for name, parameter in self.parameters.items() if parameter.per_model]
         return (*(["weight"] if self.operator.takes("weights") else []), *per_model)
 
-    @property
+    @functools.cached_property
     def shared(self) -> tuple[str, ...]:
         """Parameters with one value for all inputs."""
-        return tuple(name for name in self.operator.parameters if name not in self.per_input)
+        return tuple(name for name in self.parameters if name not in self.per_input)
 
     def kind(self, parameter: str) -> Kind:
         """What the values of a parameter are."""
-        known = self.operator.parameters.get(parameter)
-        if known is None or not (known.is_switch or known.is_count):
-            return "number"
-        return "switch" if known.is_switch else "count"
+        known = self.parameters.get(parameter)
+        return "number" if known is None else kind_of(known)
 
     def required(self, parameter: str) -> bool:
         """Whether a parameter has no default."""
-        return parameter == "weight" or self.operator.parameters[parameter].default is REQUIRED
+        return parameter == "weight" or self.parameters[parameter].default is REQUIRED
 
 
 METHODS: dict[str, MergeMethod] = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxlab.checkpoints import EMBEDDING, HEAD, LeafPath, TensorKind
+from jaxlab.errors import UserError
 from jaxlab.merging.plan import Input
 
 PartName = Literal["language", "vision", "projector"]
@@ -144,7 +145,10 @@ def _laid_out(one: Input, own: TensorKind, like: Input) -> tuple[TensorKind, dic
     theirs = like.holders.get(own.path)
     if one is like or theirs is None or own.lies_as(theirs):
         return own, {}
-    other = one.laid_out_as(like.found.family)
+    try:
+        other = one.laid_out_as(like.found.family)
+    except UserError:  # it has what that family has no name for; shapes and names will tell
+        return own, {}
     kind = next(kind for kind in other.kinds if own.path in kind.paths)
     renamed = {name: f"{name} (laid out anew)" for name in kind.names}
     for name, new in renamed.items():

@@ -74,7 +74,7 @@ class Numbers:
                 )
                 found.append(value)
             if any(value is not None for value in found):
-                known = method.operator.parameters.get(parameter)
+                known = method.parameters.get(parameter)
                 default = None if known is None else known.default_in("mergekit")
                 values[parameter] = tuple(default if value is None else value for value in found)
         if not others:
@@ -116,7 +116,7 @@ class Numbers:
                 except ConfigError as error:
                     raise ConfigError(f"{error.message}, for {name}", parameter, where) from None
                 if value is not None:
-                    known = self.method.operator.parameters.get(parameter)
+                    known = self.method.parameters.get(parameter)
                     problem = None if known is None else known.problem(value)
                     if problem:
                         raise ConfigError(f"{problem}, for {name}", parameter, where)
@@ -141,7 +141,7 @@ class Numbers:
         """The numbers together: nothing is divided by weights that sum to zero."""
         dividing = [
             key
-            for key, parameter in self.method.operator.parameters.items()
+            for key, parameter in self.method.parameters.items()
             if parameter.needs_nonzero_sum and values.get(key, parameter.default_in("mergekit"))
         ]
         if weights is None or not dividing or abs(sum(weights)) >= _NEAR_ZERO:

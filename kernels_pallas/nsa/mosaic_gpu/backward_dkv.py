@@ -13,19 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.mosaic_gpu.common import (
-    LOG2_E,
-    ROWS,
-    Inverse,
-    Saved,
-    Tuning,
-    add_product,
-    along,
-    product,
-    swizzled,
-    visible_keys,
-    zeros,
-)
+from kernels_pallas.hopper import LOG2_E, ROWS, add_product, along, product, swizzled, visible_keys, zeros
+from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Saved, Tuning
 
 
 def key_gradients(

@@ -12,23 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels_pallas.hopper import LOG2_E, ROWS, add_product, along, product, swizzled, visible_keys, zeros
 from kernels_pallas.nsa.mosaic_gpu.common import (
-    LOG2_E,
-    ROWS,
     Channel,
     Lists,
     Ranges,
     Saved,
     Tuning,
-    add_product,
-    along,
     go_through,
-    product,
     route,
     serve,
-    swizzled,
-    visible_keys,
-    zeros,
 )
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.hopper import FEATURES, LOG2_E
 from kernels_pallas.nsa.base import Positions, Residuals, finite, softmax_shift
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
@@ -27,7 +28,7 @@ from kernels_pallas.nsa.mosaic_gpu.block_major_plan import (
     sort_entries,
     sum_over_slots,
 )
-from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, LOG2_E, Saved, Tuning
+from kernels_pallas.nsa.mosaic_gpu.common import Saved, Tuning
 from kernels_pallas.nsa.mosaic_gpu.forward import forward_pass
 from kernels_pallas.nsa.mosaic_gpu.plan import intervals, pack_keys, unpack_keys
 from kernels_pallas.nsa.mosaic_gpu.target import BLOCK

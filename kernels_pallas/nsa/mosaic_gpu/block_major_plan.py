@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
+from kernels_pallas.hopper import ROWS
 from kernels_pallas.nsa.base import ceil_div, pad_axis, power_of_two_at_most
-from kernels_pallas.nsa.mosaic_gpu.common import ROWS, Ranges, Visible
+from kernels_pallas.nsa.mosaic_gpu.common import Ranges, Visible
 from kernels_pallas.nsa.mosaic_gpu.plan import ranges
 from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
 from kernels_pallas.nsa.xla.query_block_pairs import Sizes, first_at_least, plan_pairs

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.hopper import FEATURES, LOG2_E, ROWS
 from kernels_pallas.nsa.base import Positions, SelectionGrid, finite
 from kernels_pallas.nsa.importance import ascending, block_importance, candidate_range, select_by_top_k
-from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, LOG2_E, ROWS, Tuning, Visible
+from kernels_pallas.nsa.mosaic_gpu.common import Tuning, Visible
 from kernels_pallas.nsa.mosaic_gpu.plan import intervals, pack_keys, plan_rows, ranges
 from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS, group_shares
 from kernels_pallas.nsa.xla.tiling import from_chunks, to_chunks

@@ -18,19 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.hopper import LOG2_E, along, product, swizzled, vector
 from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, ceil_div, num_compressed, pad_axis
 from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent
 from kernels_pallas.nsa.importance import ascending, block_importance, select_by_top_k
-from kernels_pallas.nsa.mosaic_gpu.common import (
-    FLOOR,
-    LOG2_E,
-    Channel,
-    along,
-    product,
-    serve,
-    swizzled,
-    vector,
-)
+from kernels_pallas.nsa.mosaic_gpu.common import FLOOR, Channel, serve
 
 KEYS = 64
 """In a tile: the M of wgmma."""

@@ -13,25 +13,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.nsa.mosaic_gpu.common import (
-    FLOOR,
+from kernels_pallas.hopper import (
     LOG2_E,
     ROWS,
+    add_product,
+    along,
+    product,
+    swizzled,
+    vector,
+    visible_keys,
+    zeros,
+)
+from kernels_pallas.nsa.mosaic_gpu.common import (
+    FLOOR,
     Channel,
     Lists,
     Ranges,
     Tuning,
     Visible,
-    add_product,
-    along,
     go_through,
-    product,
     route,
     serve,
-    swizzled,
-    vector,
-    visible_keys,
-    zeros,
 )
 
 # References to memory, barriers and accumulators are Any: Pallas has no types for them that fit.

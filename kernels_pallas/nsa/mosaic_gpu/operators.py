@@ -13,9 +13,10 @@ from kernels_pallas.nsa.mosaic_gpu import block_selection
 from kernels_pallas.nsa.mosaic_gpu.block_major import ByBlock, attend_by_block
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
 from kernels_pallas.nsa.mosaic_gpu.decode import decode_token
-from kernels_pallas.nsa.mosaic_gpu.target import BLOCK, current_target
+from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
 from kernels_pallas.nsa.mosaic_gpu.tuning import COMPILED_FOR, Branch, Kernel, tuned
 from kernels_pallas.nsa.mosaic_gpu.vjp import Kernels, attend
+from kernels_pallas.target import current_target
 
 Order = Literal["queries", "blocks"]
 MOST_HEADS_BY_BLOCK = 4

@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.hopper import FEATURES, ROWS
 from kernels_pallas.nsa.base import Positions, ceil_div, pad_axis, power_of_two_at_most, segment_starts
-from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, ROWS, Inverse, Lists, Ranges, Visible
+from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Lists, Ranges, Visible
 
 MAX_QUERIES = 32
 """In a tile, as each has a bit of an int32."""

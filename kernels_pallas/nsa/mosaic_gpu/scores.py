@@ -9,19 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.nsa.mosaic_gpu.common import (
-    LOG2_E,
-    ROWS,
-    Channel,
-    Ranges,
-    Tuning,
-    Visible,
-    along,
-    product,
-    serve,
-    swizzled,
-    visible_keys,
-)
+from kernels_pallas.hopper import LOG2_E, ROWS, along, product, swizzled, visible_keys
+from kernels_pallas.nsa.mosaic_gpu.common import Channel, Ranges, Tuning, Visible, serve
 
 SCORE_ROWS = 128
 """Of a warpgroup: 8 queries with 16 heads, the smallest N of wgmma."""

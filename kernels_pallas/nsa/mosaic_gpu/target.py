@@ -1,63 +1,22 @@
 """Where the Hopper kernels may run, and which calls they take. Imports no Pallas."""
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.nsa.decode_cache import PIECE, TILE, Cache, PagedCache
 from kernels_pallas.nsa.interface import Case
-
-Target = Literal["device", "interpreter", "compiler"]
+from kernels_pallas.target import (
+    NOT_CHECKED,
+    OLDEST_JAX,
+    current_target,
+    is_hopper,
+)
 
 MAX_GROUP, MAX_KEY_DIM, MAX_VALUE_DIM, BLOCK = 64, 192, 128, 64
 """Compiled for Hopper without spilled registers up to these head dims."""
-OLDEST_JAX = (0, 11, 2)
-"""Before, Pallas cannot load a part of a vector into the layout of a matrix product."""
-REASON_AGAINST_DEFAULT: str | None = "the kernels were not checked on a GPU yet; ask for them by name"
-"""Until they ran on one, not in the interpreter alone, they run where they are named only; then None."""
-
-_target: contextvars.ContextVar[Target] = contextvars.ContextVar("target", default="device")
-
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Kernels traced in here run in Pallas' GPU interpreter on this machine's CPU: slowly, for tests."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()), _traced_for("interpreter"):
-        yield
-
-
-@contextlib.contextmanager
-def compiled_elsewhere() -> Iterator[None]:
-    """Kernels may be traced in here without a GPU, to be compiled for one that is described to XLA."""
-    with _traced_for("compiler"):
-        yield
-
-
-@contextlib.contextmanager
-def _traced_for(target: Target) -> Iterator[None]:
-    token = _target.set(target)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-def current_target() -> Target:
-    """What kernels that are traced now will run on."""
-    return _target.get()
-
-
-def is_hopper() -> bool:
-    """Whether the default device runs the kernels."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+REASON_AGAINST_DEFAULT = NOT_CHECKED
 
 
 def reason_against(case: Case) -> str | None:

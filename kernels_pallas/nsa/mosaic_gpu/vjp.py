@@ -8,20 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.hopper import FEATURES, LOG2_E, ROWS
 from kernels_pallas.nsa.base import Positions, Residuals, ceil_div, finite, softmax_shift
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
-from kernels_pallas.nsa.mosaic_gpu.common import (
-    FEATURES,
-    LOG2_E,
-    ROWS,
-    Inverse,
-    Lists,
-    Ranges,
-    Saved,
-    Tuning,
-    Visible,
-)
+from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Lists, Ranges, Saved, Tuning, Visible
 from kernels_pallas.nsa.mosaic_gpu.forward import forward_pass
 from kernels_pallas.nsa.mosaic_gpu.plan import (
     Rows,

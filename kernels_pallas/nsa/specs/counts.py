@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from kernels_pallas.hopper import FEATURES, ROWS
 from kernels_pallas.nsa.base import Positions, ceil_div
-from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, ROWS, Tuning, Visible
+from kernels_pallas.nsa.mosaic_gpu.common import Tuning, Visible
 from kernels_pallas.nsa.mosaic_gpu.plan import intervals, inverse, lists, plan_rows, ranges, readers
 from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec

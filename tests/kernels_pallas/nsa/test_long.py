@@ -15,8 +15,8 @@ from kernels_pallas.nsa import (
     window_attention,
 )
 from kernels_pallas.nsa.mosaic_gpu.plan import plan_rows
-from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, compiled_elsewhere, interpreted
 from kernels_pallas.nsa.specs.arg_specs import with_tag
+from kernels_pallas.target import OLDEST_JAX, compiled_elsewhere, interpreted
 from tests.kernels_pallas.nsa import oracle
 from tests.kernels_pallas.nsa.cases import relative_error
 

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from kernels_pallas.hopper import FEATURES
 from kernels_pallas.nsa.base import ceil_div
-from kernels_pallas.nsa.mosaic_gpu.common import FEATURES, Tuning
+from kernels_pallas.nsa.mosaic_gpu.common import Tuning
 
 Kernel = Literal["forward", "query_gradient", "key_gradients", "scores"]
 Branch = Literal["compression", "selection", "window", "block_selection"]

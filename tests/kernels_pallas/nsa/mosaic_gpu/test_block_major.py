@@ -10,7 +10,7 @@ from kernels_pallas.nsa import selected_attention
 from kernels_pallas.nsa.base import Block, Positions
 from kernels_pallas.nsa.mosaic_gpu import block_major_plan, operators
 from kernels_pallas.nsa.mosaic_gpu.block_major_plan import lay_out, sort_entries
-from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
+from kernels_pallas.target import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa import oracle
 from tests.kernels_pallas.nsa.cases import random_selection, relative_error
 

@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from kernels_pallas.nsa import nsa_attention
-from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
 from kernels_pallas.nsa.specs import h100
 from kernels_pallas.nsa.specs.arg_specs import with_tag
+from kernels_pallas.target import compiled_elsewhere
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 

@@ -7,8 +7,8 @@ import pytest
 
 from kernels_pallas.nsa.base import Block, Positions
 from kernels_pallas.nsa.mosaic_gpu import operators
-from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
 from kernels_pallas.nsa.specs import h100
+from kernels_pallas.target import compiled_elsewhere
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas.nsa import Recent, cached_attention, init_cache, init_paged_cache
-from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
 from kernels_pallas.nsa.specs import h100
+from kernels_pallas.target import compiled_elsewhere
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 

@@ -15,8 +15,8 @@ from jaxlab.models.sharding import batch_shardings, on_mesh
 from jaxlab.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlab.training.state import abstract_state, state_shardings
 from jaxlab.training.step import train_step
-from kernels_pallas.nsa.mosaic_gpu.target import compiled_elsewhere
 from kernels_pallas.nsa.specs import h100
+from kernels_pallas.target import compiled_elsewhere
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 

@@ -9,7 +9,7 @@ import pytest
 
 from kernels_pallas.nsa import NewTokens, append_tokens, cached_attention, init_cache, init_paged_cache
 from kernels_pallas.nsa.decode_cache import Recent
-from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
+from kernels_pallas.target import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa.cases import relative_error
 
 pytestmark = pytest.mark.skipif(

@@ -7,7 +7,7 @@ import pytest
 from kernels_pallas.nsa import selected_attention
 from kernels_pallas.nsa.mosaic_gpu import operators
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
-from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, interpreted
+from kernels_pallas.target import OLDEST_JAX, interpreted
 from tests.kernels_pallas.nsa.operators_base import OperatorTests
 
 needs_pallas = pytest.mark.skipif(

@@ -12,8 +12,8 @@ from kernels_pallas.nsa import window_attention
 from kernels_pallas.nsa.base import Positions
 from kernels_pallas.nsa.mosaic_gpu import operators, tuning, vjp
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
-from kernels_pallas.nsa.mosaic_gpu.target import OLDEST_JAX, compiled_elsewhere, interpreted
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
+from kernels_pallas.target import OLDEST_JAX, compiled_elsewhere, interpreted
 from tests.kernels_pallas.nsa.cases import cotangents, relative_error
 
 needs_pallas = pytest.mark.skipif(

@@ -1,0 +1,157 @@
+"""Prompts with images: their token classes, and flows between them, on tiny folders of real families."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab.checkpoints import open_model
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.icl import ImagePrompts, ImagePromptsConfig, flows, make_prompts
+from jaxlab.tasks import execute
+from jaxlab.tasks import icl as task
+from tests.icl import made
+from tests.processing import test_end_to_end as tiny
+from tests.processing.folders import GOLDEN
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endif %} w9 {% endfor %}{% if add_generation_prompt %}w10 {% endif %}"
+)
+ROWS = [
+    {"image": "wide.png", "prompt": "w20 w21 w22", "answer": "w30 w31"},
+    {"image": "turned.png", "prompt": "w23 w24", "answer": "w32"},
+]
+
+
+def table(folder, rows=ROWS):
+    folder.mkdir(exist_ok=True)
+    for name in ("wide.png", "turned.png"):
+        shutil.copy(GOLDEN / name, folder / name)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs that run once are compiled in half the time without optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    tiny.make(root / "smolvlm", "smolvlm")
+    (root / "smolvlm" / "chat_template.jinja").write_text(TEMPLATE)
+    return root, table(root / "data")
+
+
+def prompts_of(place, **changes):
+    root, data = place
+    config = ImagePromptsConfig(path=str(data), file="prompts.jsonl", **changes)
+    return make_prompts(config, open_model(root / "smolvlm"))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_token_classes(place, chat):
+    source = prompts_of(place, chat=chat, **({"system": "w11 w12"} if chat else {}))
+    assert isinstance(source, ImagePrompts)
+    words = {f"w{n}": n for n in range(77)}
+    chunks = source.batches(1, 8, 4)
+    assert [chunk.rows.tolist() for chunk in chunks] == [[0], [1]]
+    for chunk in chunks:
+        tokens, classes = chunk.batch["tokens"][0], chunk.classes[0]
+        image = tokens == source.model.image_token
+        assert image.sum() > 9  # several tiles of 9 tokens
+        assert image.sum() % 9 == 0
+        np.testing.assert_array_equal(classes == 1, image)
+        row = ROWS[0] if words["w20"] in tokens else ROWS[1]
+        asked = [words[word] for word in row["prompt"].split()]
+        if not chat:  # the last position is the last word of the prompt
+            asked = asked[:-1]
+            assert tokens[-1] == words[row["prompt"].split()[-1]]
+        np.testing.assert_array_equal(tokens[classes == 2], asked)
+        assert list(np.flatnonzero(classes == 3)) == [len(tokens) - 1] == chunk.positions.tolist()
+        assert chunk.label_tokens.tolist() == [[words[row["answer"].split()[0]]]]
+        if chat:
+            assert tokens[-1] == words["w10"]
+            assert {words["w9"], words["w11"], words["w12"]} <= set(tokens[classes == 0].tolist())
+
+
+def test_several_tokens_of_an_answer(place):
+    source = prompts_of(place, answer_tokens=2)
+    (chunk,) = (c for c in source.batches(1, 8, 1) if 30 in c.label_tokens)
+    tokens = chunk.batch["tokens"][0]
+    assert tokens[-2:].tolist() == [10, 30]
+    assert chunk.positions.tolist() == [[len(tokens) - 2, len(tokens) - 1]]
+    assert chunk.label_tokens[0, chunk.labels[0]].tolist() == [30, 31]
+    assert chunk.classes[0, -2:].tolist() == [3, 3]
+    opened = open_model(place[0] / "smolvlm")
+    arguments = (opened.read(), chunk.batch, opened.config, chunk.classes, chunk.targets)
+    sums, _ = flows(*arguments, loss="vocabulary", num_classes=4)
+    assert sums.shape == (1, opened.config.num_layers, 4, 4)
+    assert (np.asarray(sums)[0, :, 3, 1] > 0).all()
+
+
+@pytest.mark.slow
+def test_from_the_command_to_results(place, tmp_path):
+    root, data = place
+    config = task.Config(
+        model=str(root / "smolvlm"),
+        data=ImagePromptsConfig(path=str(data), file="prompts.jsonl"),
+        analyses=("flows",),
+        examples=8,
+        seeds=(1,),
+        batch_size=4,
+    )
+    found = execute("icl", config, outputs=tmp_path).results
+    assert found["examples"] == 2
+    shares = np.array([found["flows"]["share"][name] for name in found["flows"]["share"]])
+    assert len(shares) == 16
+    np.testing.assert_allclose(shares.sum(0), 1.0, rtol=1e-6)
+    assert min(found["flows"]["mean"]["image_to_answer"]) > 0.0
+    assert max(found["flows"]["mean"]["answer_to_image"]) == 0.0, "the answer comes last"
+    assert found["accuracy"] in (0.0, 0.5, 1.0)
+    assert task.check(config)["prompts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"image": "none.png", "prompt": "w1", "answer": "w2"},
+            r"prompts\.jsonl line 1: no image .*none\.png",
+        ),
+        ({"image": "wide.png", "prompt": " ", "answer": "w2"}, r"line 1: the prompt is empty"),
+        ({"image": "wide.png", "prompt": "w1", "answer": ""}, r"line 1: the answer is empty"),
+        ({"image": "wide.png", "prompt": "w1"}, r"line 1: no column 'answer'"),
+        ({"image": "prompts.jsonl", "prompt": "w1", "answer": "w2"}, r"line 1: .*prompts\.jsonl"),
+        ({"image": "wide.png", "prompt": "w1 " * 3000, "answer": "w2"}, r"line 1: its prompt has \d+ tokens"),
+    ],
+)
+def test_bad_rows_are_one_line(place, tmp_path, row, message):
+    data = table(tmp_path / "data", [row])
+    with pytest.raises(UserError, match=message) as caught:
+        prompts_of((place[0], data)).batches(1, 1, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_and_analyses_that_do_not_fit_are_refused(place, tmp_path):
+    root, data = place
+    config = ImagePromptsConfig(path=str(data), file="prompts.jsonl")
+    with pytest.raises(UserError, match="without vision; data of kind images is for VLMs"):
+        make_prompts(config, made.Opened(made.byte_level()))
+    with pytest.raises(UserError, match=r"a folder; set data\.file"):
+        make_prompts(ImagePromptsConfig(path=str(data)), open_model(root / "smolvlm"))
+    tiny.make(tmp_path / "mllama", "mllama")
+    with pytest.raises(UserError, match="its images are no tokens of the text"):
+        make_prompts(config, open_model(tmp_path / "mllama"))
+    with pytest.raises(ConfigError, match="answer_tokens"):
+        ImagePromptsConfig(path="x", answer_tokens=0)
+    with pytest.raises(UserError, match="blocking is about label words, and these prompts have none"):
+        task.check(task.Config(model=str(root / "smolvlm"), data=config, analyses=("blocking",), seeds=(1,)))
