@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel
+from jaxlab.checkpoints import OpenModel, same_tokens
 from jaxlab.errors import UserError
 from jaxlab.merging.architecture import check_same_architecture, check_vision
 from jaxlab.merging.merge_data import read_texts
@@ -14,7 +14,6 @@ from jaxlab.merging.operators import operator_named
 from jaxlab.merging.plan import Input, MergePlan, open_inputs
 from jaxlab.merging.planning import plan_injection_of, plan_merge_of
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, Recipe
-from jaxlab.merging.vocabulary import same_tokens
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned

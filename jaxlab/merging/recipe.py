@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from tokenizers import Tokenizer
 
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel
+from jaxlab.checkpoints import OpenModel, SameTokens, same_tokens
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import shipped
 from jaxlab.merging.account import MergeAccount
@@ -25,7 +25,6 @@ from jaxlab.merging.parameters import (
     with_own_values,
 )
 from jaxlab.merging.schedules import Number, check_kind
-from jaxlab.merging.vocabulary import SameTokens, same_tokens
 from jaxlab.models import ModelConfig, Params
 
 if TYPE_CHECKING:
