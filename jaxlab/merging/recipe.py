@@ -18,6 +18,7 @@ from jaxlab.merging.merge_data import MergeData
 from jaxlab.merging.parameters import (
     check_statistics,
     check_task,
+    described_operator,
     given_of,
     named_operator,
     refuse_weight,
@@ -252,6 +253,13 @@ class MergeRecipe:
         """What they are to it, in this order."""
         models = [f"model {i}" for i in range(len(self.models))]
         return models if self.base is None else [*models, "base"]
+
+
+def described(recipe: "Recipe") -> str:
+    """The operator of a recipe with all its parameters, defaults too, on a line."""
+    injected = isinstance(recipe, InjectRecipe)
+    operator = named_operator(recipe.operator, injected=injected)
+    return described_operator(operator, recipe.mode, recipe.options(), injected=injected)
 
 
 def _keys(recipe: type) -> list[str]:
