@@ -48,6 +48,7 @@ with epy.lazy_api_imports(globals()):
         load_recipe,
         read_trio,
     )
+    from jaxlab.merging.recipe import described as described_recipe
     from jaxlab.merging.search.choice import Way, check_way
     from jaxlab.merging.search.entry import DETAILS, Effort, Measuring, Split, search_entry
     from jaxlab.merging.search.evaluator import Evaluator

@@ -53,6 +53,7 @@ def run(arguments: Arguments) -> None:
         MergekitFile,
         check_room,
         describe,
+        described_recipe,
         load_recipes,
         needs_of,
         note_dequantized,
@@ -86,6 +87,7 @@ def run(arguments: Arguments) -> None:
     for note in notes_of(prepared):
         warnings.warn(note, UserNote, stacklevel=2)
     check_room(out, prepared.shards)
+    print(described_recipe(recipe))
     print(prepared.plan.account().table())
     print(describe(needs_of(prepared, threads=arguments.threads or None), out))
     if arguments.check:
