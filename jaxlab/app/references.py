@@ -33,18 +33,8 @@ def open_reference(reference: str) -> "OpenModel":
     Raises:
       UserError: there is none.
     """
-    model, *adapter = reference_folders(reference)
-    return open_model(model, adapter=adapter[0] if adapter else None)
-
-
-def reference_folders(reference: str) -> list[Path]:
-    """The folder, or file, of the model that `reference` names, and that of its adapter where it names one.
-
-    Raises:
-      UserError: there is none.
-    """
     model, adapter = split_adapter(reference)
-    return [model_folder(one) for one in (model, adapter) if one is not None]
+    return open_model(model_folder(model), adapter=None if adapter is None else model_folder(adapter))
 
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxlab.app import command_line, model_folder, open_reference, reference_folders
+from jaxlab.app import command_line, model_folder, open_reference
 from jaxlab.config import POSITIONAL, REPEATED
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def run(arguments: Arguments) -> None:
         _of_mergekit(arguments, recipe, out)
         return
     references = recipe.references()
-    folders = [folder for reference in references for folder in reference_folders(reference)]
-    check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
     models = [open_reference(reference) for reference in references]
+    folders = [folder for model in models for folder in model.inputs]
+    check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
     note_dequantized(models)
     to = arguments.to
     if to == "auto":
