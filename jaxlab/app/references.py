@@ -11,7 +11,6 @@ from jaxlab.errors import UserError
 from jaxlab.files import shipped
 
 if TYPE_CHECKING:
-    from jaxlab.checkpoints import OpenModel
     from jaxlab.training import TrainConfig
 
 
@@ -27,14 +26,14 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     return resolve(shipped(reference))
 
 
-def open_reference(reference: str) -> "OpenModel":
-    """The model that `reference` names, opened; `model+adapter` with its LoRA adapter.
+def reference_folders(reference: str) -> tuple[Path, Path | None]:
+    """The model that `reference` names, and of `model+adapter` its LoRA adapter; neither is opened.
 
     Raises:
       UserError: there is none.
     """
     model, adapter = split_adapter(reference)
-    return open_model(model_folder(model), adapter=None if adapter is None else model_folder(adapter))
+    return model_folder(model), None if adapter is None else model_folder(adapter)
 
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:
