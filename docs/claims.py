@@ -14,6 +14,7 @@ from typing import Any
 from jaxlab.files import write_atomic, write_json
 from jaxlab.reporting import CLAIMS, Claim, Verdict, build_sections, read_run, read_runs
 from jaxlab.reporting.papers.nsa import rules as nsa
+from jaxlab.reporting.papers.skill_injection.study import claim_records
 
 FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "claims.md"
@@ -113,6 +114,10 @@ def page(folder: Path) -> str:
     for record in quickstart["records"]:
         setting = "quickstart: small models, minutes of training"
         found[record["claim"]].append({"setting": setting, "command": quickstart["command"], **record})
+    if (folder / "injection_study.json").exists():
+        told = json.loads((folder / "injection_study.json").read_text(encoding="utf-8"))
+        for record in claim_records(told):
+            found[record["claim"]].append(record)
     for record in real_records(real):
         found[record["claim"]].append({"setting": real["title"], "real": True, **record})
 

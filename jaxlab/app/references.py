@@ -11,6 +11,7 @@ from jaxlab.errors import UserError
 from jaxlab.files import shipped
 
 if TYPE_CHECKING:
+    from jaxlab.checkpoints import OpenModel
     from jaxlab.training import TrainConfig
 
 
@@ -34,6 +35,16 @@ def reference_folders(reference: str) -> tuple[Path, Path | None]:
     """
     model, adapter = split_adapter(reference)
     return model_folder(model), None if adapter is None else model_folder(adapter)
+
+
+def open_reference(reference: str) -> "OpenModel":
+    """The model that `reference` names, opened; `model+adapter` with its LoRA adapter.
+
+    Raises:
+      UserError: there is none.
+    """
+    model, adapter = reference_folders(reference)
+    return open_model(model, adapter=adapter)
 
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:

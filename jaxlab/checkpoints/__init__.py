@@ -15,6 +15,8 @@ with epy.lazy_api_imports(globals()):
         language_settings_apart,
         same_tokens,
     )
+    from jaxlab.checkpoints.families import head_name, layer_types
+    from jaxlab.checkpoints.families import read_config as read_hf_config
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
     from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form

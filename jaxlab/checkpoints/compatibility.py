@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # configs are compared without jax
     from jaxlab.models import Params
 
 SameTokens = np.ndarray
-"""int64[tokens, models]: for each token id of the first model the ids of the same token in all; -1: that model has none."""
+"""int64[tokens, models]: for each token id of the first model the ids of the same token in all; -1: that
+model has none."""
 
 # What does not change the function that parameters stand for.
 _FREE = ("compute_dtype", "remat", "initializer_range", "family")

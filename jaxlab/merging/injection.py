@@ -161,7 +161,7 @@ class Method:
         known = self.of_injection.parameters
         numbers: Numbers = {}
         for name, value in self._all_numbers():
-            one = (lambda x: Share.of(x, size)) if known[name].counted else jnp.float32
+            one = (lambda x: Share.of(x, size)) if known[name].counted else np.float32
             if known[name].per_model:
                 numbers[name] = [
                     one(x) for x in np.broadcast_to(np.asarray(value, float), self.models).tolist()

@@ -276,7 +276,7 @@ def load_recipe(path: str | Path) -> "Recipe | MergekitFile":
     Raises:
       UserError: a mistake in it.
     """
-    from jaxlab.merging.mergekit.file import is_mergekit_file, read_mergekit_file
+    from jaxlab.merging.mergekit.reading import is_mergekit_file, read_mergekit_file
 
     if is_mergekit_file(shipped(path)):
         return read_mergekit_file(shipped(path))

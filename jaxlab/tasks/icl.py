@@ -15,6 +15,7 @@ from jaxlab.checkpoints import OpenModel, describe_model, open_model
 from jaxlab.costs import bytes_per_device
 from jaxlab.data import EpisodesConfig
 from jaxlab.errors import ConfigError, UserError, UserNote
+from jaxlab.files import jsonable, write_atomic
 from jaxlab.icl import (
     Analysis,
     Answers,
@@ -43,6 +44,7 @@ from jaxlab.icl import (
     run_analysis,
 )
 from jaxlab.models import SplitConfig, model_mesh, using
+from jaxlab.reporting import prompt_page
 
 Name = Literal[
     "flows",
@@ -220,6 +222,10 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study) -> dict[
             stacklevel=2,
         )
     undefined = [] if answers["single_class"] is None else ["accuracy", "label_loyalty", "aucroc"]
+    if "figure1" in found:
+        page = run.path / "figure1.html"
+        write_atomic(page, prompt_page(jsonable(found), f"Information flow: {run.name}"))
+        print(f"figure1: {page}")
     return {
         "made_by": opened.made_by,
         "dequantized": opened.dequantized,

@@ -9,6 +9,7 @@ from jaxlab.reporting.page import Section, claim_list, figure, heading, note, pa
 from jaxlab.reporting.papers.label_words import analysis_parts as more
 from jaxlab.reporting.papers.label_words import analysis_plots as more_plots
 from jaxlab.reporting.papers.label_words import plots, rules
+from jaxlab.reporting.papers.label_words.prompt_widget import EXPLAINED, prompt_widget
 from jaxlab.reporting.verdicts import Verdict
 
 KEY = "icl"
@@ -72,7 +73,10 @@ def verdicts(run: RunFolder) -> list[Verdict]:
         rules.i5(run.get("attention", "aucroc_by_seed") or []),
         rules.i6(at(learned, 0, "accuracy_by_seed") or [], plain, at(learned, 0, "single_class")),
         rules.i7(
-            {row["method"]: row for row in run.get("compression", "table") or []},
+            {
+                row["method"]: {name: row[name] for name in ("label_loyalty", "word_loyalty")}
+                for row in run.get("compression", "table") or []
+            },
             run.get("compression", "speed_up", "against_the_whole_prompt"),
             "label_loyalty" not in (run.get("compression", "undefined") or []),
         ),
@@ -215,5 +219,11 @@ def _prompt(run: RunFolder, number: int) -> list[Markup]:
             "words that follow them, in deep layers label words into the end. The answer is "
             f"{run.get('figure1', 'answer')}, which the model "
             f"{'gives' if right else 'misses: it says ' + str(run.get('figure1', 'prediction'))}.",
-        )
+        ),
+        figure(
+            prompt_widget(run.results, number),
+            more.name_of("prompt-arcs", number),
+            "The same prompt, layer by layer.",
+            EXPLAINED,
+        ),
     ]
