@@ -59,6 +59,7 @@ class Picture(Analysis[Prompts]):
             "tokens": token_texts(one["tokens"], study.tokenizer),
             "labels": np.flatnonzero(one["parts"] == Part.LABEL),
             "query": int(one["query"]),
+            "parts": ["text" if part == Part.TEXT else "format" for part in one["parts"]],
             "answer": names[int(one["label"])],
             "prediction": names[predicted] if predicted >= 0 else None,
             "maps": pack_maps(one["maps"]),
