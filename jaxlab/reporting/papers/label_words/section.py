@@ -146,9 +146,10 @@ def _accuracy(run: RunFolder) -> Markup:
         if alone
         else ""
     )
+    among = f" with {run.get('labels')} labels" if run.get("labels") else ""
     rough = " Its weights are dequantised, not the original ones." if run.get("dequantized") else ""
     return paragraph(
-        f"On prompts of at most {run.get('tokens')} tokens with {run.get('labels')} labels the model answers "
+        f"On prompts of at most {run.get('tokens')} tokens{among} the model answers "
         f"{percent(run.get('accuracy'), 1)}{spread} of {run.get('examples')} questions rightly; guessing "
         f"would "
         f"give {percent(run.get('chance'))}.{told}{rough}"
@@ -158,6 +159,16 @@ def _accuracy(run: RunFolder) -> Markup:
 def _flows(run: RunFolder, number: int) -> list[Markup]:
     if not run.get("flows"):
         return [note("Flows were not analysed in this run.")]
+    if not run.get("flows", "share", "wp"):
+        return [
+            figure(
+                plots.flow_shares_figure(run.results),
+                more.name_of("shares", number),
+                "Where information flows between the parts of a prompt with an image, by layer.",
+                "Mean flows between kinds of tokens, as shares in the sum over all pairs of them. The answer "
+                "is the last position of the prompt.",
+            )
+        ]
     return [
         figure(
             plots.flow_shares_figure(run.results),
