@@ -66,5 +66,6 @@ class Picture(Analysis[Prompts]):
             "query": int(one["query"]),
             "answer": answer,
             "prediction": prediction,
+            "parts": ["text" if part == Part.TEXT else "format" for part in one["parts"]],
             "maps": pack_maps(one["maps"]),
         }

@@ -11,7 +11,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxlab.icl import unpack_maps
-from jaxlab.reporting.plots import BLUE, DASHES, FAINT, GREEN, INK, ORANGE, canvas, style
+from jaxlab.reporting.plots import BLUE, DASHES, FAINT, INK, ORANGE, canvas, style
 
 Results = Mapping[str, Any]
 
@@ -20,13 +20,6 @@ SETS = {
     "pq": ("label words → target (S_pq)", BLUE),
     "ww": ("all other flow (S_ww)", FAINT),
 }
-CROSS_MODAL = {
-    "image_to_instruction": ("image → instruction", ORANGE),
-    "instruction_to_answer": ("instruction → answer", BLUE),
-    "image_to_answer": ("image → answer", GREEN),
-    "system_to_answer": ("system → answer", FAINT),
-}
-"""Of a VLM's token classes those pairs that lead to the answer (arXiv 2411.18620)."""
 MEASURES = {"accuracy": "Accuracy", "label_loyalty": "Label loyalty", "word_loyalty": "Word loyalty"}
 FAINTEST = 0.03
 """Lines thinner than this part of the thickest are left out of the prompt picture."""
@@ -35,24 +28,22 @@ LINE = 0.176
 
 
 def flow_shares_figure(results: Results) -> Figure:
-    """Shares of S_wp, S_pq and S_ww by layer (the paper's figure 3), or of the pairs of a VLM's token classes
-    that lead to the answer; bands are one deviation over seeds."""
+    """Shares of S_wp, S_pq and S_ww by layer (the paper's figure 3); bands are one deviation over seeds."""
     flows = results["flows"]
-    sets = SETS if "wp" in flows["share"] else CROSS_MODAL
     with style():
         figure, grid = canvas(7.0, 3.4)
         axes = grid[0, 0]
         layers = np.arange(1, results["layers"] + 1)
-        for number, (name, (label, colour)) in enumerate(sets.items()):
+        for number, (name, (label, colour)) in enumerate(SETS.items()):
             share, spread = np.array(flows["share"][name]), np.array(flows["share_std"][name])
             axes.fill_between(layers, share - spread, share + spread, color=colour, alpha=0.18, linewidth=0)
             axes.plot(
-                layers, share, color=colour, marker="os^D"[number], linestyle=DASHES[number], label=label
+                layers, share, color=colour, marker="os^"[number], linestyle=DASHES[number], label=label
             )
         axes.set(xlabel="layer", ylabel="share of the mean flow", ylim=(-0.03, 1.03))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
-        figure.legend(loc="outside upper center", ncols=len(sets), columnspacing=1.2, handlelength=2.6)
+        figure.legend(loc="outside upper center", ncols=3, columnspacing=1.5, handlelength=2.6)
         return figure
 
 
