@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
+from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, SameTokens, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
@@ -32,7 +32,7 @@ from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.merging.parameters import FIXED_BY_INJECTION
 from jaxlab.merging.schedules import Place, value_at
-from jaxlab.merging.vocabulary import CommonRows, SameTokens
+from jaxlab.merging.vocabulary import CommonRows
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]
@@ -161,7 +161,7 @@ class Method:
         known = self.of_injection.parameters
         numbers: Numbers = {}
         for name, value in self._all_numbers():
-            one = (lambda x: Share.of(x, size)) if known[name].counted else jnp.float32
+            one = (lambda x: Share.of(x, size)) if known[name].counted else np.float32
             if known[name].per_model:
                 numbers[name] = [
                     one(x) for x in np.broadcast_to(np.asarray(value, float), self.models).tolist()

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxlab.config import suggestion
+from jaxlab.config import suggestion, to_plain, yaml_line
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import OPERATORS, Operator, operator_named
@@ -101,6 +101,17 @@ def _refuse(
 
 def _takes(operator: Operator, known: Mapping[str, Parameter]) -> str:
     return f"{operator.name} takes {', '.join(known) or 'no parameters'}"
+
+
+def described_operator(operator: Operator, mode: Mode, used: Mapping[str, Any], *, injected: bool) -> str:
+    """The operator with all its parameters, those that the recipe does not give too, on a line."""
+    fixed = FIXED_BY_INJECTION if injected else {}
+    said = []
+    for name, parameter in operator.parameters.items():
+        value = fixed[name] if name in fixed else used.get(name, parameter.default_in(mode))
+        origin = " (fixed)" if name in fixed else "" if name in used else " (default)"
+        said.append(f"{name} {yaml_line(to_plain(value))}{origin}")
+    return f"{operator.name}: {', '.join(said)}" if said else operator.name
 
 
 def check_task(operator: Operator, task: str | None, models: Sequence[str]) -> None:
