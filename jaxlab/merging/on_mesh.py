@@ -32,7 +32,6 @@ from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf
 from jaxlab.merging.merge import Placement, merge_models, placed, placement_of
 from jaxlab.merging.numerics import Mode, rounding_by
 from jaxlab.merging.recipe import InjectRecipe, Recipe, injection_options
-from jaxlab.merging.vocabulary import same_tokens
 from jaxlab.models import Params, param_shardings
 
 
