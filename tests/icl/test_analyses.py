@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxlab.checkpoints import open_model, save_model
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.files import jsonable
 from jaxlab.icl import (
     Blocking,
     Compression,
@@ -130,8 +132,13 @@ def test_the_page_has_every_analysis(done):
     status = {v.claim.id: v.status for v in section.verdicts}
     assert [status[f"I{n}"] for n in (1, 2, 3)] == ["not examined"] * 3
     assert "not examined" not in [status[f"I{n}"] for n in (4, 5, 6, 7)]
-    assert main(["report", str(done.path), str(done.path), "--out", str(done.path / "page.html")]) == 0
-    assert "The verdicts on each run." in (done.path / "page.html").read_text()
+    other = done.path.with_name("other-12345678")
+    shutil.copytree(done.path, other, ignore=shutil.ignore_patterns("records"))
+    assert main(["report", str(done.path), str(other), "--out", str(done.path / "page.html")]) == 0
+    text = (done.path / "page.html").read_text()
+    assert "The verdicts on each run." in text
+    assert 'id="figure-icl-compared-aucroc"' in text
+    assert 'id="figure-icl-attention-2"' in text
 
 
 def test_a_run_that_was_stopped_goes_on(config, done, tmp_path, monkeypatch):
@@ -171,9 +178,7 @@ def test_one_predicted_label_leaves_measures_undefined(config, done):
     assert found["undefined"] == ["aucroc"]
     assert found["single_class"] == "class 1"
     assert "aucroc" not in found
-    run.results["attention"] = json.loads(
-        json.dumps({**found, "aucroc_by_seed": [[None, None]] * 2}, default=list)
-    )
+    run.results["attention"] = jsonable(found)
     run.results["blocking"]["undefined"] = ["accuracy", "label_loyalty"]
     (section,) = build_sections([run])
     told = {v.claim.id: v for v in section.verdicts}

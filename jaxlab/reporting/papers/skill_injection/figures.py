@@ -133,7 +133,7 @@ def fronts(s: Scenario) -> Markup | None:
                 linewidths=0,
                 label=operator_name(name),
             )
-        axes.plot(*zip(*front, strict=True), color=plots.FAINT, linewidth=1.1, zorder=1)
+        axes.plot(*zip(*front, strict=True), color=plots.INK, linewidth=1.3, zorder=1)
         alone = s.run.get("unmerged", "vlm", "validation") or {}
         own, target = s.own(alone), at(alone, str(s.target))
         if own is not None and target is not None:
