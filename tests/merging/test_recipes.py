@@ -178,7 +178,7 @@ WITHOUT_DATA = [
     if not (operator_named(name).takes("statistics") and name != "trust_region")
     and not operator_named(name).per_task
 ]
-QUICK = ("nearswap", "layer_swap", "sce")
+QUICK = ("nearswap",)
 
 
 @pytest.mark.parametrize(
