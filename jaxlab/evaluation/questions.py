@@ -2,6 +2,7 @@
 choices and texts. For every model that the project reads, through its chat template and processor.
 """
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -144,6 +145,17 @@ class Questions:
         texts = self._generate(params, config, batch_size)
         return self._by_answers(texts)
 
+    def entropy(self, params: Params, *, batch_size: int = 8, model: ModelConfig | None = None) -> float:
+        """The mean entropy (nats) of what a model would say first, without a look at what is right."""
+        config, found = model or self.opened.config, []
+        nothing = np.zeros(1, np.int32)
+        for members in self._groups(batch_size):
+            prompts = [dataclasses.replace(self.asked[i], continuations=(nothing,)) for i in members]
+            batch, tokens, mask = _together(prompts, batch_size, config)
+            _, _, spread = continuation_log_probs(params, batch, tokens, mask, config)
+            found += np.asarray(spread, np.float64)[: len(members)].tolist()
+        return float(np.mean(found))
+
     def _generate(self, params: Params, config: ModelConfig, batch_size: int) -> list[str]:
         """An answer to each question, greedily, made in batches of like lengths."""
         answers = []
@@ -183,17 +195,17 @@ class Questions:
         )
 
     def _by_likelihood(self, params: Params, config: ModelConfig, batch_size: int) -> "Measured":
-        found: list[tuple[np.ndarray, float]] = [(np.zeros(0), 0.0)] * len(self.asked)
+        found = [np.zeros(0)] * len(self.asked)
         for members in self._groups(batch_size):
             prompts = [self.asked[i] for i in members]
             batch, continuations, mask = _together(prompts, batch_size, config)
-            log_p, _, entropy = continuation_log_probs(params, batch, continuations, mask, config)
-            sums, spread = np.asarray(log_p, np.float64).sum(2), np.asarray(entropy, np.float64)
+            log_p, _, _ = continuation_log_probs(params, batch, continuations, mask, config)
+            sums = np.asarray(log_p, np.float64).sum(2)
             for row, i in enumerate(members):
-                found[i] = sums[: len(self.asked[i].continuations), row], float(spread[row])
+                found[i] = sums[: len(self.asked[i].continuations), row]
         if self.config.measure == "perplexity":
-            return _perplexity(self.asked, [float(sums[0]) for sums, _ in found])
-        return _choices(self.asked, [sums for sums, _ in found], self.config.normalize)
+            return _perplexity(self.asked, [float(sums[0]) for sums in found])
+        return _choices(self.asked, found, self.config.normalize)
 
     def _groups(self, batch_size: int) -> list[list[int]]:
         """Questions of like lengths; those with images alone."""

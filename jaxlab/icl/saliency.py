@@ -20,7 +20,7 @@ from jaxlab.errors import UserError
 from jaxlab.icl.inputs import Targets, checked_classes, checked_targets, known, prepared
 from jaxlab.icl.roles import Roles
 from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
-from kernels_pallas.flow import NsaEdges, Reduction, check_word
+from kernels_pallas.flow import Implementation, NsaEdges, Reduction, check_word
 
 Loss = Literal["labels", "vocabulary"]
 Remat = Literal["auto", "layer", "none"]
@@ -39,6 +39,7 @@ class _Options(NamedTuple):
     per_head: bool = False
     signed: bool = False
     remat: bool = True
+    implementation: str | None = None
 
 
 def flows(
@@ -55,6 +56,7 @@ def flows(
     per_head: bool = False,
     signed: bool = False,
     remat: Remat | str = "auto",
+    implementation: Implementation | str | None = None,
 ) -> tuple[Float[Array, "B L *H K K"], Float[Array, "B L *H K K"]]:
     """Sums of the flow I_l(i, j) over the edges j < i, from the class of j (column) to the class of i (row).
 
@@ -80,6 +82,8 @@ def flows(
       remat: whether layers are recomputed in the backward pass: "layer" takes memory for the inputs of layers
         alone, linear in the tokens, and a third more time than "none"; "auto" keeps the activations of
         sequences up to KEPT_LENGTH where they take up to KEPT_BYTES.
+      implementation: of full and sliding attention with flows: "xla", or "mosaic_gpu" on a Hopper GPU, in
+        bfloat16; None: XLA.
 
     Returns:
       The sums, and the numbers of edges that the attention of the layer can see, of the same shape: sums /
@@ -90,6 +94,7 @@ def flows(
       UserError: an unknown word; targets or classes that do not fit the batch, are outside of their range or
         in padding; a token that the embedding has no row for; attention without flows; or NaN in weights or
         logits.
+      NotImplementedError: the named implementation cannot take the model's attention.
     """
     check_attention(config, "flows")
     batch = prepared(batch, config, "flows")
@@ -97,13 +102,20 @@ def flows(
     try:
         check_word("reduction", reduction, get_args(Reduction))
         check_word("nsa_edges", nsa_edges, get_args(NsaEdges))
+        if implementation is not None:
+            check_word("implementation", implementation, get_args(Implementation))
     except ValueError as error:
         raise UserError(f"flows: {error}") from None
     checked = checked_targets(targets, batch, config, "flows")
     _check_labels(checked, options.loss)
     by_token, count = checked_classes(classes, num_classes, batch, "flows")
     options = options._replace(
-        reduction=reduction, nsa_edges=nsa_edges, num_classes=count, per_head=per_head, signed=signed
+        reduction=reduction,
+        nsa_edges=nsa_edges,
+        num_classes=count,
+        per_head=per_head,
+        signed=signed,
+        implementation=implementation,
     )
     sums, counts, total = _flows(params, batch, by_token, checked, config, options)
     _check_finite(params, total, sums)
@@ -201,6 +213,7 @@ def _flows(
             reduction=options.reduction,
             signed=options.signed,
             nsa_edges=options.nsa_edges,
+            implementation=options.implementation,
         )
         return _loss(params, batch, _with_remat(config, options.remat), targets, options.loss, probe)
 
@@ -234,6 +247,7 @@ def flow_memory(
     roles: Roles,
     *,
     params: Params,
+    implementation: Implementation | None = None,
 ) -> tuple[int, int]:
     """(bytes of the parameters, bytes of XLA's temporaries) of `flows` on one device, from compiling it
     alone.
@@ -241,12 +255,15 @@ def flow_memory(
     Args:
       params: shapes, dtypes and shardings as they will be loaded; those of a mesh under
         `jaxlab.models.using(mesh)`.
+      implementation: as of `flows`.
     """
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     targets = Targets(integers(batch_size, 1), integers(batch_size, num_labels), integers(batch_size, 1))
     sequences = integers(batch_size, tokens)
     batch: Batch = {"tokens": sequences}
-    options = _checked_options("labels", "auto", config, batch)._replace(num_classes=roles.classes)
+    options = _checked_options("labels", "auto", config, batch)._replace(
+        num_classes=roles.classes, implementation=implementation
+    )
     compiled = _flows.lower(params, batch, sequences, targets, config, options).compile()
     size = bytes_per_device(params)
     memory = compiled.memory_analysis()

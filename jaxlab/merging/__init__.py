@@ -17,8 +17,9 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
     from jaxlab.merging.merge_data import MergeData
-    from jaxlab.merging.mergekit.file import MergekitFile, read_mergekit_file
+    from jaxlab.merging.mergekit.file import MergekitFile
     from jaxlab.merging.mergekit.file import ModelReference as MergekitReference
+    from jaxlab.merging.mergekit.reading import read_mergekit_file
     from jaxlab.merging.mergekit.stages import prepare_file as prepare_mergekit_file
     from jaxlab.merging.mergekit.stages import write_file as write_mergekit_file
     from jaxlab.merging.needs import check_room, describe, needs_of
@@ -48,12 +49,16 @@ with epy.lazy_api_imports(globals()):
         load_recipe,
         read_trio,
     )
+    from jaxlab.merging.recipe import described as described_recipe
     from jaxlab.merging.search.choice import Way, check_way
-    from jaxlab.merging.search.entry import Effort, Measuring, Split, search_entry
+    from jaxlab.merging.search.entry import DETAILS, Effort, Measuring, Split, search_entry
     from jaxlab.merging.search.evaluator import Evaluator
     from jaxlab.merging.search.gradient import learned_on
     from jaxlab.merging.search.journal import Journal
     from jaxlab.merging.search.measures import (
+        ANSWERS,
+        ENTROPY,
+        SCORE,
         Data,
         answered,
         own_answers,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, from_hf, leaf_at, to_hf, tree_of
+from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, SameTokens, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
@@ -32,7 +32,7 @@ from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import REQUIRED
 from jaxlab.merging.parameters import FIXED_BY_INJECTION
 from jaxlab.merging.schedules import Place, value_at
-from jaxlab.merging.vocabulary import CommonRows, SameTokens
+from jaxlab.merging.vocabulary import CommonRows
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]

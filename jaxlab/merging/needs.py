@@ -59,6 +59,9 @@ def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
     for one in whole:  # a model of ours is read at once; of others a tensor at a time
         sizes = [t.nbytes for t in one.found.tensors.values()]
         memory += sum(sizes) if one.model.form in ("orbax", "llama2c") else max(sizes, default=0)
+    if getattr(prepared.recipe, "data", None) is not None:  # the models, and float32 gradients of one
+        sizes = [sum(t.size for t in one.found.tensors.values()) for one in inputs]
+        memory += sum(t.nbytes for one in inputs for t in one.found.tensors.values()) + 8 * max(sizes)
     return Needs(read, plan.nbytes, memory, seconds)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-from jaxlab.checkpoints import LeafPath, OpenModel, leaf_at, tree_of
+from jaxlab.checkpoints import LeafPath, OpenModel, leaf_at, same_tokens, tree_of
 from jaxlab.errors import UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.architecture import check_same_architecture
@@ -32,7 +32,6 @@ from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf
 from jaxlab.merging.merge import Placement, merge_models, placed, placement_of
 from jaxlab.merging.numerics import Mode, rounding_by
 from jaxlab.merging.recipe import InjectRecipe, Recipe, injection_options
-from jaxlab.merging.vocabulary import same_tokens
 from jaxlab.models import Params, param_shardings
 
 

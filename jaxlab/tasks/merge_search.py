@@ -5,8 +5,10 @@ evaluations, unless the config says otherwise. Every point is a line of points.j
 which a search that was killed goes on.
 """
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -14,13 +16,18 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
-from jaxlab.app import Run, model_folder
+from jaxlab.app import Run, command_line, model_folder
 from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.data import DataConfig, Source, make_source
 from jaxlab.errors import ConfigError
+from jaxlab.evaluation import Questions, QuestionsConfig, prepare_questions
 from jaxlab.files import write_atomic
 from jaxlab.icl import flows
 from jaxlab.merging import (
+    ANSWERS,
+    DETAILS,
+    ENTROPY,
+    SCORE,
     Data,
     Effort,
     Evaluator,
@@ -40,6 +47,7 @@ from jaxlab.merging import (
     note_dequantized,
     own_answers,
     plan_injection,
+    prepare_merge,
     read_data,
     read_trio,
     save_merged,
@@ -47,9 +55,11 @@ from jaxlab.merging import (
     search_entry,
     text_only,
     token_measure,
+    write_merge,
 )
+from jaxlab.models import Params
 
-SPLITS = ("validation", "test")
+SPLITS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ class Config:
     equal_points: bool = True
     """Refuse entries with different numbers of evaluations: one tried more often would look better by that
     alone."""
-    evaluate: dict[str, DataConfig] = field(default_factory=dict)
-    """Data sets by name; measured is exact match of the answers."""
+    evaluate: dict[str, DataConfig | QuestionsConfig] = field(default_factory=dict)
+    """Data sets by name: of batches exact match of the answers is measured, of questions what they say."""
     choose: tuple[str, ...] = ()
     """Names of the data sets whose mean score on the validation split is the skill to be gained; none: all of
     them."""
@@ -89,13 +99,15 @@ class Config:
     batch_size: int = 64
     """Sequences in a batch."""
     batches: int = 8
-    """At most so many batches of each split."""
+    """At most so many batches of each split; of questions all."""
     chunk: int = 8
     """Points done in one call of the compiled program, one after the other."""
     in_forward: bool = False
     """Merge each layer where it runs: no merged copy of the layers exists, and every batch merges anew."""
     embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
     """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
+    differences: dict[str, Literal["vlm"]] = field(default_factory=dict)
+    """Settings that may differ between the models, as in a recipe: {rope.theta: vlm}."""
     mode: Literal["paper", "mergekit"] = "paper"
     """Operators as published, or as mergekit computes them."""
     seed: int = 0
@@ -137,6 +149,16 @@ class Config:
                     check_way(way, space)
             except ConfigError as error:
                 raise error.inside(("operators", label)) from None
+            if space.method == "gradient" and not set(self.chosen_by) & set(self.token_sets):
+                raise ConfigError(
+                    f"{label} learns on batches of tokens, and choose names questions alone", key="choose"
+                )
+            if space.layers == "flows" and not self.token_sets:
+                raise ConfigError(f"{label} needs a data set of tokens for its flows", key="evaluate")
+        for name in self.chosen_by if "neighbours" in self.choose_by else ():
+            data = self.evaluate[name]
+            if isinstance(data, QuestionsConfig) and data.measure == "perplexity":
+                raise ConfigError(f"{name} has no answers that could differ", key="choose_by")
         self._check_effort()
 
     def _check_effort(self) -> None:
@@ -167,6 +189,16 @@ class Config:
         return self.evaluations or (grids.pop() if len(grids) == 1 else 0)
 
     @property
+    def token_sets(self) -> dict[str, DataConfig]:
+        """The data sets that are batches of tokens."""
+        return {n: data for n, data in self.evaluate.items() if not isinstance(data, QuestionsConfig)}
+
+    @property
+    def question_sets(self) -> dict[str, QuestionsConfig]:
+        """The others."""
+        return {n: data for n, data in self.evaluate.items() if isinstance(data, QuestionsConfig)}
+
+    @property
     def chosen_by(self) -> tuple[str, ...]:
         """The data sets that decide."""
         return self.choose or tuple(self.evaluate)
@@ -175,16 +207,20 @@ class Config:
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     models = dict(zip(("vlm", "expert", "base"), _models(config), strict=True))
-    data = {
-        f"evaluate.{name}": make_source(data, model_folder).identity for name, data in config.evaluate.items()
+    data = {n: make_source(data, model_folder).identity for n, data in config.token_sets.items()}
+    data |= {name: data.identity for name, data in config.question_sets.items()}
+    return {role: model.identity for role, model in models.items()} | {
+        f"evaluate.{name}": identity for name, identity in data.items()
     }
-    return {role: model.identity for role, model in models.items()} | data
 
 
 def check(config: Config) -> dict[str, Any]:
     """Whether the models fit together, and what the search holds on the device; reads no parameters."""
     models = _models(config)
-    check_same_architecture(models)
+    check_same_architecture(models, config.differences)
+    for questions in config.question_sets.values():
+        for split in SPLITS:
+            prepare_questions(questions, models[0], split)
     shapes = [model.shapes for model in models]
     plan = plan_injection(*shapes, embeddings=config.embeddings, family=models[0].config.family)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -201,8 +237,8 @@ def check(config: Config) -> dict[str, Any]:
 def run(config: Config, run: Run) -> dict[str, Any]:
     models = _models(config)
     note_dequantized(models)
-    trio = read_trio(*models)
-    sources = {name: make_source(data, model_folder) for name, data in config.evaluate.items()}
+    trio = read_trio(*models, differences=config.differences)
+    sources = {name: make_source(data, model_folder) for name, data in config.token_sets.items()}
     validation, test = (read_data(sources, split, config.batch_size, config.batches) for split in SPLITS)
     plan = plan_injection(
         trio.vlm,
@@ -215,8 +251,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     evaluator = Evaluator(
         plan, trio, mode=config.mode, seed=config.seed, chunk=config.chunk, in_forward=config.in_forward
     )
-    unmerged = _unmerged(trio, validation, test)
-    measuring = _measuring(config, trio, validation, test, unmerged)
+    asked = _prepared_questions(config, models)
+    unmerged = _unmerged(config, trio, (validation, test), asked)
+    measuring = _measuring(config, trio, (validation, test), asked["vlm"], unmerged)
     spaces = config.entries
     profile = None
     if any(space.layers == "flows" for space in spaces.values()):
@@ -224,8 +261,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     learned = None
     if any(space.method == "gradient" for space in spaces.values()):
         needed = any(s.method == "gradient" and s.loss == "entropy" for s in spaces.values())
-        answers = {n: own_answers(n, validation[n])[1:] for n in config.chosen_by} if needed else {}
-        learned = learned_on(validation, config.chosen_by, answers)
+        names = [name for name in config.chosen_by if name in config.token_sets]
+        answers = {name: own_answers(name, validation[name])[1:] for name in names} if needed else {}
+        learned = learned_on(validation, names, answers)
     journal = Journal(run.path)
     found: dict[str, Any] = {}
     for label, space in spaces.items():
@@ -248,39 +286,92 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "unmerged": unmerged,
         "task_vectors": compare_task_vectors(plan, trio),
         **({} if profile is None else {"flow_profile": list(profile)}),
-        "examples": _examples(config, sources, trio, evaluator, spaces[winner], found[winner]["best"]),
+        "examples": _examples(
+            config,
+            sources,
+            asked["vlm"],
+            trio,
+            evaluator.merged(spaces[winner].operator, spaces[winner].point_of_row(found[winner]["best"])),
+        ),
     }
 
 
-def _unmerged(trio: Trio, validation: Data, test: Data) -> dict[str, dict[str, dict[str, float]]]:
+Asked = dict[str, dict[str, Questions]]
+"""By split and data set."""
+
+
+def _prepared_questions(config: Config, models: Sequence[OpenModel]) -> dict[str, Asked]:
+    """By role: the questions as each model reads them; of the language models those without images."""
+    found: dict[str, Asked] = {}
+    for role, opened in zip(("vlm", "expert", "base"), models, strict=True):
+        found[role] = {split: {} for split in SPLITS}
+        for name, data in config.question_sets.items():
+            for split in SPLITS:
+                if role == "vlm" or not found["vlm"][split][name].has_images:
+                    found[role][split][name] = prepare_questions(data, opened, split)
+    return found
+
+
+def _unmerged(
+    config: Config, trio: Trio, data: tuple[Data, Data], asked: Mapping[str, Asked]
+) -> dict[str, dict[str, dict[str, float]]]:
     """What each of the three models can do by itself: language models on texts only."""
-    return {
-        role: {
-            split: score_tokens(params, model, data if role == "vlm" else text_only(data))
-            for split, data in zip(SPLITS, (validation, test), strict=True)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for role, params, model in (
+        ("vlm", trio.vlm, trio.config),
+        ("expert", trio.expert, trio.expert_config),
+        ("base", trio.base, trio.base_config),
+    ):
+        found[role] = {}
+        for split, batches in zip(SPLITS, data, strict=True):
+            scores = score_tokens(params, model, batches if role == "vlm" else text_only(batches))
+            for name, questions in asked[role][split].items():
+                scores[name] = questions.measure(params, batch_size=config.batch_size).score
+            found[role][split] = scores
+    return found
+
+
+def _on_model(config: Config, name: str, questions: Questions) -> Callable[[Params], dict[str, Any]]:
+    """What is measured of a merged model by one set of questions."""
+
+    def measure(params: Params) -> dict[str, Any]:
+        measured = questions.measure(params, batch_size=config.batch_size)
+        found: dict[str, Any] = {
+            f"{SCORE}/{name}": measured.score,
+            f"{DETAILS}/{name}": measured.measures,
         }
-        for role, params, model in (
-            ("vlm", trio.vlm, trio.config),
-            ("expert", trio.expert, trio.expert_config),
-            ("base", trio.base, trio.base_config),
-        )
-    }
+        if name in config.chosen_by and "neighbours" in config.choose_by:
+            found[f"{ANSWERS}/{name}"] = [zlib.crc32(answer.encode()) for answer in measured.answers]
+        if name in config.chosen_by and "entropy" in config.choose_by:
+            found[f"{ENTROPY}/{name}"] = questions.entropy(params, batch_size=config.batch_size)
+        return found
+
+    return measure
 
 
 def _measuring(
-    config: Config, trio: Trio, validation: Data, test: Data, unmerged: Mapping[str, Any]
+    config: Config,
+    trio: Trio,
+    data: tuple[Data, Data],
+    asked: Asked,
+    unmerged: Mapping[str, Any],
 ) -> Measuring:
     own: tuple[tuple[str, int, int], ...] = ()
     if set(config.choose_by) != {"labels"}:
-        own = tuple(own_answers(name, validation[name]) for name in config.chosen_by)
+        names = [name for name in config.chosen_by if name in config.token_sets]
+        own = tuple(own_answers(name, data[0][name]) for name in names)
     least = None
     if config.keep_at_least:
         scores = unmerged["vlm"]["validation"]
         least = config.keep_at_least * float(np.mean([scores[name] for name in config.keep]))
+    validation, test = (
+        Split(batches, tuple(_on_model(config, name, q) for name, q in asked[split].items()))
+        for split, batches in zip(SPLITS, data, strict=True)
+    )
     return Measuring(
-        token_measure(trio.config, own),
-        Split(validation),
-        Split(test),
+        token_measure(trio.config, own) if config.token_sets else None,
+        validation,
+        test,
         config.chosen_by,
         config.keep,
         config.choose_by,
@@ -323,18 +414,27 @@ def flow_profile(trio: Trio, data: Data, name: str = "") -> tuple[float, ...]:
 
 
 def _examples(
-    config: Config,
-    sources: Mapping[str, Source],
-    trio: Trio,
-    evaluator: Evaluator,
-    space: Space,
-    best: Mapping[str, Any],
+    config: Config, sources: Mapping[str, Source], asked: Asked, trio: Trio, merged: Params
 ) -> list[dict[str, Any]]:
+    name, models = config.chosen_by[0], {"VLM alone": trio.vlm, "injected": merged}
+    if name in asked["test"]:
+        questions = asked["test"][name]
+        said = {
+            who: questions.measure(params, batch_size=config.batch_size).answers
+            for who, params in models.items()
+        }
+        return [
+            {
+                "question": one.question.asked,
+                "expected": one.question.expected,
+                "answers": {who: answers[i] for who, answers in said.items()},
+            }
+            for i, one in enumerate(questions.asked[: config.examples])
+        ]
     if trio.tokenizer is None or not config.examples:
         return []
-    batch = next(iter(sources[config.chosen_by[0]].held_out_batches(config.batch_size, 1, "test")))
-    named = {"VLM alone": trio.vlm, "injected": evaluator.merged(space.operator, space.point_of_row(best))}
-    return answered(named, batch, trio.config, trio.tokenizer, config.examples)
+    batch = next(iter(sources[name].held_out_batches(config.batch_size, 1, "test")))
+    return answered(models, batch, trio.config, trio.tokenizer, config.examples)
 
 
 def _save(
@@ -357,7 +457,30 @@ def _save(
         out.parent.mkdir(exist_ok=True)
         space = config.entries[label]
         params = evaluator.merged(space.operator, space.point_of_row(found[label]["best"]))
-        save_merged(out, recipes[label], models, params, evaluator.plan.account(), overwrite=True)
+        _write(out, recipes[label], models, params, evaluator)
+
+
+def _write(
+    out: Path, recipe: InjectRecipe, models: Sequence[OpenModel], params: Params, evaluator: Evaluator
+) -> None:
+    """A model that was measured, in the VLM's form: what `run.py merge` makes of its recipe.
+
+    Raises:
+      RuntimeError: that is another model.
+    """
+    if models[0].form not in ("huggingface", "gguf"):
+        save_merged(out, recipe, models, params, evaluator.plan.account(), overwrite=True)
+        return
+    account = write_merge(
+        prepare_merge(recipe, models),
+        out,
+        references=recipe.references(),
+        command=command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify"),
+        overwrite=True,
+    )
+    merged = {line.name for line in evaluator.plan.account().lines if line.action == "merged"}
+    if wrong := [name for name in account.differences(params) if name in merged]:
+        raise RuntimeError(f"{out}: {len(wrong)} tensors are not those that were measured: {wrong[0]}")
 
 
 def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectRecipe:
@@ -374,6 +497,7 @@ def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectR
             "lambda_e": lambda_e,
             **dict(space.point_of_row(point).parameters),
             "embeddings": config.embeddings,
+            "differences": config.differences,
             "mode": config.mode,
             "seed": config.seed,
         },

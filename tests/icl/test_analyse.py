@@ -13,8 +13,8 @@ from jaxlab.checkpoints import open_model, save_model
 from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
-from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl import Blocking, make_prompts, token_texts, unpack_maps
+from jaxlab.errors import ConfigError, UserError, UserNote
+from jaxlab.icl import Blocking, ChunkStore, FlowShares, make_prompts, token_texts, unpack_maps
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.reporting.papers.label_words import plots as icl_plots
 from jaxlab.tasks import execute, main
@@ -132,3 +132,75 @@ def test_a_model_of_other_tokens_is_refused_before_it_is_read(config, tmp_path, 
         assert re.search(message, error)
         assert error.count("\n") == 1
     assert not list(tmp_path.glob("outputs/icl/*/results.json"))
+
+
+def test_a_stopped_run_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    """Stopped in the second analysis, and again in the third; what is measured is not measured again."""
+    whole = execute("icl", config, outputs=tmp_path / "whole").results
+    measured, limit = [], 0
+
+    def watched(cls):
+        plain = cls.measure
+
+        def measure(self, study, chunk, rng):
+            if len(measured) == limit:
+                raise KeyboardInterrupt
+            measured.append(self.name)
+            return plain(self, study, chunk, rng)
+
+        monkeypatch.setattr(cls, "measure", measure)
+
+    for cls in (FlowShares, Blocking):
+        watched(cls)
+    for stop in (1, 5):
+        limit = stop
+        with pytest.raises(KeyboardInterrupt):
+            execute("icl", config, outputs=tmp_path / "stopped")
+    limit = 100
+    done = execute("icl", config, outputs=tmp_path / "stopped")
+    assert measured == ["flows"] * 4 + ["blocking"] * 4
+    for results in (whole, done.results):
+        del results["seconds"]
+    assert done.results == whole
+    assert sorted(file.name for file in (done.path / "records").iterdir()) == [
+        f"{name}.npz" for name in ("answers", "blocking", "figure1", "flows")
+    ]
+
+
+def test_a_damaged_record_is_one_line(config, tmp_path):
+    store = ChunkStore(tmp_path)
+    store.write("flows", 1, 0, {"sums": np.ones(3)})
+    (tmp_path / "flows-1-0.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(UserError, match=r"flows-1-0\.npz: damaged .*remove it"):
+        store.read("flows", 1, 0)
+
+
+def test_nan_gives_no_prediction_and_is_told(config, tmp_path):
+    opened = open_model(config.model)
+    params = opened.read()
+    params["final_norm"] = jax.tree.map(lambda x: x * np.nan, params["final_norm"])
+    save_model(tmp_path / "nan", opened.config, params, opened.tokenizer)
+    broken = dataclasses.replace(config, model=str(tmp_path / "nan"), analyses=("blocking",))
+    with pytest.warns(UserNote, match="16 prompts have no prediction: their logits hold NaN"):
+        results = execute("icl", broken, outputs=tmp_path).results
+    assert results["answers"]["no_prediction"] == 16
+    assert results["accuracy"] == 0.0
+    assert all(row["label_loyalty"] == 0.0 for row in results["blocking"]["table"])
+
+
+def test_check_counts_the_dtype_that_is_loaded(config):
+    whole, half = (
+        analyse.check(dataclasses.replace(config, dtype=dtype, analyses=("blocking",)))
+        for dtype in (None, "bfloat16")
+    )
+    assert whole["parameter_dtypes"] == ["float32"]
+    assert half["parameter_dtypes"] == ["bfloat16"]
+    assert half["parameter_bytes_per_device"] * 2 == whole["parameter_bytes_per_device"]
+    assert whole["fits"] is True
+    assert whole["device_bytes"] > 1 << 30
+
+
+def test_check_says_when_the_device_is_too_small(config, monkeypatch):
+    monkeypatch.setattr(analyse, "_device_memory", lambda: 1000)
+    with pytest.warns(UserNote, match=r"are needed on a device and it has .*; lower batch_size"):
+        assert analyse.check(config)["fits"] is False

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints import SourceFiles
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.errors import UserError
-from jaxlab.evaluation import answers, read_prompt
+from jaxlab.evaluation import answers, prompting, read_prompt
 from jaxlab.models import ViTConfig
 from jaxlab.processing import Prompt, read_messages
 from jaxlab.tasks import generate
@@ -35,7 +35,7 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     opened.config, opened.tokenizer, opened.read = config, tokenizer, dict
     opened.source_files = SourceFiles(folder, opened.config_json)
     monkeypatch.setattr(generate, "open_model", lambda path, **_: opened)
-    monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)
+    monkeypatch.setattr(prompting, "prepare_batch", lambda batch, config: batch)
     monkeypatch.setattr(answers, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))
     images = tuple(str(GOLDEN / image) for image in CASES["llava"]["images"])
     generate.run(generate.Arguments(str(folder), prompt=CASES["llava"]["text"], image=images))
@@ -47,7 +47,7 @@ def test_generate_takes_the_processor_of_the_folder(tmp_path, capsys, monkeypatc
     def misfit(batch, config):
         raise ValueError("the text has 32 placeholders, its images make 18 tokens")
 
-    monkeypatch.setattr(generate, "prepare_batch", misfit)
+    monkeypatch.setattr(prompting, "prepare_batch", misfit)
     with pytest.raises(UserError, match="its processor does not fit its model: the text has 32 placeholders"):
         generate.run(generate.Arguments(str(folder), prompt="a", image=images))
     opened.tokenizer = None
@@ -84,7 +84,7 @@ def vision_model(folder, template):
 def asked(opened, monkeypatch, **options):
     """What the model is given."""
     monkeypatch.setattr(generate, "open_model", lambda path, **_: opened)
-    monkeypatch.setattr(generate, "prepare_batch", lambda batch, config: batch)
+    monkeypatch.setattr(prompting, "prepare_batch", lambda batch, config: batch)
     monkeypatch.setattr(opened, "read", dict, raising=False)
     seen = []
     monkeypatch.setattr(answers, "stream", lambda params, batch, config, **_: seen.append(batch) or iter(()))

@@ -199,7 +199,7 @@ def test_a_retrofit_has_a_part_of_its_own(tmp_path):
 
 def test_scenarios_and_roles_of_data_sets(tmp_path):
     run = read_runs([made.search(tmp_path, "any-12345678", "french", 0.9)])[0]
-    scenario = injection.Scenario(run)
+    scenario = injection.Scenario([run])
     assert scenario.name == "french"
     assert scenario.target == "image_french"
     assert scenario.donor_set == "text_french"
@@ -218,7 +218,55 @@ def test_names_of_scenarios(tmp_path):
         "digits_expert_french",
     ):
         run.config["expert"] = reference
-        assert injection.Scenario(run).name == "french"
+        assert injection.Scenario([run]).name == "french"
+
+
+def test_runs_of_one_config_are_seeds(tmp_path):
+    """Means over them, bands around them, and one scenario on the page."""
+    paths = [made.search(tmp_path, f"any-{i}2345678", "french", peak) for i, peak in enumerate((0.9, 0.7))]
+    paths.append(made.search(tmp_path, "other-12345678", "french", 0.5))
+    runs = read_runs(paths)
+    first, other = injection.scenarios_of(runs)
+    assert (len(first.runs), len(other.runs)) == (2, 1)
+    assert first.each_reached("task_arithmetic") == pytest.approx([0.9, 0.7])
+    assert first.reached("task_arithmetic") == first.transfer().injected == pytest.approx(0.8)
+    page = injection.build(runs[:2])
+    text = "".join(str(part) for part in page.body if part)
+    assert "(70–90)" in text
+    assert "Means of 2 seeds" in text
+    assert "Lines are means of 2 seeds" in text
+
+
+def test_what_a_search_of_many_ways_shows(tmp_path):
+    """Entries that compare ways of searching are no other operators; all figures of them are drawn."""
+    run = read_runs([made.search(tmp_path, "any-12345678", "french", 0.9)])[0]
+    operators = run.results["operators"]
+    for name in ("ties", "task_arithmetic"):
+        for point in [*operators[name]["points"], operators[name]["best"]]:
+            point["kept"] = point["validation"]["image_english"]
+    best = operators["task_arithmetic"]["best"]
+    learned = {**best, "layers_e": [0.5, 1.0, 1.5], "score": 1.0, "test": {"image_french": 1.0}}
+    operators["learned"] = {
+        "operator": "task_arithmetic",
+        "method": "gradient",
+        "layers": "each",
+        "points": [learned],
+        "evaluations": 24,
+        "best": learned,
+        "chosen": {"labels": learned, "entropy": best},
+    }
+    run.results["task_vectors"] = [
+        {"layer": layer, "module": module, "norm_v": 1.0, "norm_e": 2.0, "norm_base": 4.0, "cosine": 0.1}
+        for layer in range(3)
+        for module in ("attention", "mlp")
+    ]
+    section = injection.build([run])
+    m4 = next(v for v in section.verdicts if v.claim.id == "M4")
+    assert "learned" not in m4.evidence
+    text = "".join(str(part) for part in section.body if part)
+    for figure in ("curves", "front", "layers", "vectors"):
+        assert f'id="figure-{figure}-any-12345678"' in text
+    assert "Chosen with and without labels" in text
 
 
 def test_injection_verdicts(tmp_path, undrawn):

@@ -1,6 +1,7 @@
 """What analyses measured, on disk chunk by chunk, so that a run that was stopped goes on where it was."""
 
 import io
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,5 +115,5 @@ def _read(file: Path) -> Records:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: damaged ({error}); remove it, and it is measured again") from None

@@ -49,7 +49,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__path__ = [str(where)]
 
         class Base:
-            _config_mapping: dict = {}
+            _config_mapping: dict = {}  # noqa: RUF012 (as the code that is run expects)
 
         module.BaseAlgorithm, module.auto_register_config = Base, lambda cls: cls
         return module
@@ -169,7 +169,9 @@ for rescale in (True, False):
 angle, ratio, stock = (
     function("model_stock/model_stock", name) for name in ("compute_angle", "compute_ratio", "merge_weights")
 )
-near = [{"m": base["matrix"] + vectors[0]["matrix"] + f * vectors[i]["matrix"]} for i, f in ((1, 0.5), (2, 1))]
+near = [
+    {"m": base["matrix"] + vectors[0]["matrix"] + f * vectors[i]["matrix"]} for i, f in ((1, 0.5), (2, 1))
+]
 anchor = {"m": base["matrix"]}
 tensors["stock0"], tensors["stock1"] = near[0]["m"], near[1]["m"]
 tensors["model_stock.matrix"] = stock(*near, anchor, ratio(angle(*near, anchor)))["m"]

@@ -1,12 +1,11 @@
 """The part of the page on skill injection: every merge-search run is one scenario, that is, one expert."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from jaxlab.reporting import plots
 from jaxlab.reporting.folders import RunFolder, at
-from jaxlab.reporting.formats import NONE, Number, decimal, mean, percent
+from jaxlab.reporting.formats import NONE, decimal, percent
 from jaxlab.reporting.markup import Markup, join, tag
 from jaxlab.reporting.page import (
     Section,
@@ -19,25 +18,18 @@ from jaxlab.reporting.page import (
     pixels,
     table,
 )
-from jaxlab.reporting.papers.skill_injection import rules
+from jaxlab.reporting.papers.skill_injection import figures, rules
 from jaxlab.reporting.papers.skill_injection.rules import Transfer
+from jaxlab.reporting.papers.skill_injection.scenario import (
+    KINDS,
+    SKILLS,
+    Scenario,
+    operator_name,
+    scenarios_of,
+)
 
 KEY = "injection"
 _LAMBDA_V, _LAMBDA_E = (join(["λ", tag("sub", letter)]) for letter in "ve")
-KINDS = {
-    "M1": ("format", "instruction"),
-    "M2": ("french", "spanish", "german", "language", "cross"),
-    "M3": ("arithmetic", "math"),
-}
-"""Which claim a scenario speaks about, by words in the names of its data set and its expert."""
-
-NAMES = {
-    "task_arithmetic": "task arithmetic",
-    "ties": "TIES",
-    "dare_linear": "DARE",
-    "dare_ties": "DARE + TIES",
-    "slerp": "SLERP",
-}
 
 
 def build(runs: Sequence[RunFolder]) -> Section | None:
@@ -45,7 +37,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     searches = [run for run in runs if run.task == "merge-search"]
     if not searches:
         return None
-    scenarios = [Scenario(run) for run in searches]
+    scenarios = scenarios_of(searches)
     transfers = {claim: _of_kind(scenarios, claim) for claim in KINDS}
     section = Section(KEY, f"Part two · {rules.PAPER}", "Cross-modal skill injection", _headline(scenarios))
     section.verdicts = [
@@ -70,99 +62,25 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
         claim_list(section.verdicts),
         _methods(scenarios),
         _skills(scenarios),
-        *[part for s in scenarios if (part := _heat_maps(s))],
-        *[part for s in scenarios if (part := _examples(s))],
+        *[
+            part
+            for draw in (
+                _heat_maps,
+                figures.density_maps,
+                figures.curves_over_lambda,
+                figures.fronts,
+                figures.ways,
+                figures.lambdas_by_layer,
+                figures.task_vectors,
+                _examples,
+            )
+            for s in scenarios
+            if (part := draw(s))
+        ],
     ]
     trained = [r for r in runs if r.task == "train" and r.setting("data", "kind") == "digits"]
     section.runs = [*trained, *searches]
     return section
-
-
-SKILLS = {"M1": "instruction following", "M2": "cross-lingual", "M3": "mathematical reasoning"}
-
-_EXPERTS = frozenset(word for words in KINDS.values() for word in words)
-
-
-class Scenario:
-    """One search as this part reads it: which data set is the target, which show what the sources can do.
-
-    The target is the first data set on images by which points were chosen; the donor's own skill is measured
-    on the data set of text whose name shares most words with the target's, the receiver's own on the data
-    sets on images that are no expert's.
-    """
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-        self.operators: dict[str, Any] = run.get("operators") or {}
-        measured = list(run.get("unmerged", "vlm", "test") or {})
-        texts = list(run.get("unmerged", "expert", "test") or {})
-        images = [name for name in measured if name not in texts]
-        chosen = [name for name in run.get("chosen_by") or [] if name in images]
-        self.target: str | None = next(iter(chosen or images or measured), None)
-        wanted = _words(self.target or "")
-        self.donor_set = max(texts, key=lambda name: len(wanted & _words(name)), default=None)
-        self.own_sets = [name for name in images if name != self.target and not _words(name) & _EXPERTS]
-        self.name = _scenario_name(run)
-
-    def points(self) -> list[dict[str, Any]]:
-        return [point for operator in self.operators.values() for point in operator.get("points", [])]
-
-    def tried(self) -> list[Number]:
-        """The target's accuracy on the validation split at every setting."""
-        return [v for p in self.points() if (v := at(p, "validation", str(self.target))) is not None]
-
-    @property
-    def best(self) -> tuple[str, dict[str, Any]] | None:
-        """The operator and the point with the highest score on the validation split; the first of equals."""
-        ranked = [(name, o["best"]) for name, o in self.operators.items() if o.get("best")]
-        return max(ranked, key=lambda pair: pair[1].get("score", 0.0), default=None)
-
-    def alone(self) -> Number | None:
-        return self.run.get("unmerged", "vlm", "test", str(self.target))
-
-    def donor(self) -> Number | None:
-        return self.run.get("unmerged", "expert", "test", str(self.donor_set))
-
-    def own(self, measured: Any) -> float | None:
-        """The mean over the receiver's own data sets in a dict of measures."""
-        values = [v for name in self.own_sets if (v := at(measured, name)) is not None]
-        return mean(values)
-
-    def reached(self, operator: str) -> Number | None:
-        return at(self.operators, operator, "best", "test", str(self.target))
-
-    def transfer(self) -> Transfer | None:
-        if self.best is None:
-            return None
-        tested = self.best[1].get("test")
-        values = (
-            self.alone(),
-            at(tested, str(self.target)),
-            self.donor(),
-            self.own(self.run.get("unmerged", "vlm", "test")),
-            self.own(tested),
-        )
-        return None if any(v is None for v in values) else Transfer(self.name, *values)  # type: ignore[arg-type]
-
-    def speaks_about(self, claim: str) -> bool:
-        return bool(_words(f"{self.name} {self.run.label} {self.target}") & set(KINDS[claim]))
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", name.lower())) - {""}
-
-
-def _scenario_name(run: RunFolder) -> str:
-    """The expert's label without the words that every expert shares."""
-    parts = [
-        part for part in re.split(r"[/\\]", str(run.setting("expert") or "")) if part not in ("", "model")
-    ]
-    label = re.sub(r"(-[0-9a-f]{8})$|\.ya?ml$", "", parts[-1]) if parts else run.label
-    return re.sub(r"^(digits_)?(expert_)?", "", label).replace("_", " ")
-
-
-def _operator_name(name: str) -> str:
-    return NAMES.get(name, name.replace("_", " "))
 
 
 def _of_kind(scenarios: Sequence[Scenario], claim: str) -> Transfer | None:
@@ -180,7 +98,7 @@ def _headline(scenarios: Sequence[Scenario]) -> tuple[str, str]:
 
 def _m4(scenarios: Sequence[Scenario]) -> Any:
     common = [name for name in scenarios[0].operators if all(name in s.operators for s in scenarios)]
-    reached = {name: [s.reached(name) for s in scenarios] for name in common}
+    reached = {name: [s.reached(name) for s in scenarios] for name in _one_an_operator(scenarios[0], common)}
     scores = {name: sum(values) / len(values) for name, values in reached.items() if None not in values}  # type: ignore[arg-type]
     if not scores:
         return rules.M4.unexamined("No operator was run on every scenario.")
@@ -188,33 +106,69 @@ def _m4(scenarios: Sequence[Scenario]) -> Any:
     return rules.m4(scores, tried)
 
 
+def _one_an_operator(s: Scenario, names: Sequence[str]) -> list[str]:
+    """Entries by which operators can be compared: chosen in the way that task arithmetic was, with a lambda
+    for all layers. Others compare ways of searching."""
+    kind = lambda name: tuple(
+        s.operators[name].get(key, usual) for key, usual in (("method", "grid"), ("layers", "one"))
+    )
+    usual = kind("task_arithmetic") if "task_arithmetic" in names else ("grid", "one")
+    same = [name for name in names if kind(name) == usual]
+    of = lambda name: s.operators[name].get("operator", name)
+    return [n for n in same if n == "task_arithmetic" or of(n) != "task_arithmetic"]
+
+
+_MOST_COLUMNS = 6
+_ACCURACY = "Accuracy on images of the skill that only the expert was taught."
+
+
 def _methods(scenarios: Sequence[Scenario]) -> Markup:
     names = list(dict.fromkeys(name for s in scenarios for name in s.operators))
-    rows = []
-    for s in scenarios:
-        reached = {name: s.reached(name) for name in names}
-        top = max((v for v in reached.values() if v is not None), default=None)
-        kinds = [words for claim, words in SKILLS.items() if s.speaks_about(claim)]
-        named = join([s.name, *([tag("br"), tag("small", kinds[0], class_="faint")] if kinds else [])])
-        row: list[Any] = [named, percent(s.alone())]
-        for name in names:
-            kept = s.own(at(s.operators, name, "best", "test"))
-            cell = join(
-                [percent(reached[name]), tag("br"), tag("small", f"kept {percent(kept)}", class_="faint")]
-            )
-            row.append(best_cell(cell) if reached[name] is not None and reached[name] == top else cell)
-        transfer = s.transfer()
-        row += [percent(transfer.own if transfer else None), percent(s.donor())]
-        rows.append(row)
-    head = ["scenario", "VLM alone", *map(_operator_name, names), "VLM's own skill", "expert, on text"]
-    return table(
-        head,
-        rows,
-        "Accuracy on images of the skill that only the expert was taught.",
+    seeds = max(len(s.runs) for s in scenarios)
+    look = (
         "Exact match on the test split, every operator at the setting that was best on the validation "
-        "split. Bold: the best of a row. Below each: what the model kept of the VLM's own skill on images. "
-        "The two last columns show what there was to keep and to transfer.",
+        f"split. Bold: the best of a {'row' if len(names) <= _MOST_COLUMNS else 'column'}. Below each: what "
+        "the model kept of the VLM's own skill on images."
     )
+    if seeds > 1:
+        look += f" Means of {seeds} seeds; in brackets the lowest and the highest."
+    if len(names) <= _MOST_COLUMNS:
+        rows = []
+        for s in scenarios:
+            transfer = s.transfer()
+            last = [percent(transfer.own if transfer else None), percent(s.donor())]
+            rows.append([_named(s), percent(s.alone()), *_reached_cells(s, names), *last])
+        head = ["scenario", "VLM alone", *map(operator_name, names), "VLM's own skill", "expert, on text"]
+        look += " The two last columns show what there was to keep and to transfer."
+        return table(head, rows, _ACCURACY, look)
+    columns = [_reached_cells(s, names) for s in scenarios]
+    transfers = [s.transfer() for s in scenarios]
+    rows = [
+        ["VLM alone", *(percent(s.alone()) for s in scenarios)],
+        *([operator_name(name), *(column[i] for column in columns)] for i, name in enumerate(names)),
+        ["VLM's own skill", *(percent(t.own if t else None) for t in transfers)],
+        ["expert, on text", *(percent(s.donor()) for s in scenarios)],
+    ]
+    look += " The two last rows show what there was to keep and to transfer."
+    return table(["", *map(_named, scenarios)], rows, _ACCURACY, look)
+
+
+def _named(s: Scenario) -> Markup:
+    kinds = [words for claim, words in SKILLS.items() if s.speaks_about(claim)]
+    return join([s.name, *([tag("br"), tag("small", kinds[0], class_="faint")] if kinds else [])])
+
+
+def _reached_cells(s: Scenario, names: Sequence[str]) -> list[Markup]:
+    reached = {name: s.reached(name) for name in names}
+    top = max((v for v in reached.values() if v is not None), default=None)
+    cells = []
+    for name in names:
+        each = s.each_reached(name)
+        band = f" ({100 * min(each):.0f}–{100 * max(each):.0f})" if len(each) > 1 else ""
+        kept = tag("small", f"kept {percent(s.kept(name))}", class_="faint")
+        cell = join([percent(reached[name]), band, tag("br"), kept])
+        cells.append(best_cell(cell) if reached[name] is not None and reached[name] == top else cell)
+    return cells
 
 
 def _skills(scenarios: Sequence[Scenario]) -> Markup:
@@ -225,7 +179,7 @@ def _skills(scenarios: Sequence[Scenario]) -> Markup:
             rows.append(
                 [
                     s.name if i == 0 else "",
-                    _operator_name(name),
+                    operator_name(name),
                     decimal(best.get("lambda_v"), 2),
                     decimal(best.get("lambda_e"), 2),
                     decimal(best.get("density"), 2),
@@ -245,24 +199,15 @@ def _heat_maps(s: Scenario) -> Markup | None:
     panels = []
     for name, operator in s.operators.items():
         best = operator.get("best") or {}
-        points = [p for p in operator.get("points", []) if p.get("density") == best.get("density")]
-        rows, columns = (sorted({p[key] for p in points}) for key in ("lambda_v", "lambda_e"))
-        if len(points) < 2:
+        rest = lambda p: {
+            k: v for k, v in figures.settings_of(p).items() if k not in ("lambda_v", "lambda_e")
+        }
+        points = [p for p in operator.get("points", []) if best and rest(p) == rest(best)]
+        if len(points) < 2 or operator.get("method", "grid") != "grid":
             continue
-        values: list[list[Any]] = [[None] * len(columns) for _ in rows]
-        for p in points:
-            i, j = rows.index(p["lambda_v"]), columns.index(p["lambda_e"])
-            values[i][j] = at(p, "validation", str(s.target))
         density = best.get("density")
-        panels.append(
-            {
-                "title": _operator_name(name) + (f", density {density:g}" if density is not None else ""),
-                "rows": rows,
-                "columns": columns,
-                "values": values,
-                "chosen": (rows.index(best["lambda_v"]), columns.index(best["lambda_e"])),
-            }
-        )
+        title = operator_name(name) + (f", density {density:g}" if density is not None else "")
+        panels.append(figures.panel(s, title, points, best, "lambda_v", "lambda_e"))
     if not panels:
         return None
     drawing = plots.heat_maps(
