@@ -48,7 +48,8 @@ BETTER = {
     "I2": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I3": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I4": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
-    "I5": "GPT2-XL and GPT-J on the paper's data sets: not reachable here. `configs/paper/icl` has the commands.",
+    "I5": "GPT2-XL and GPT-J on the paper's data sets: not reachable here. `configs/paper/icl` has the "
+    "commands.",
     "I6": "GPT2-XL on the paper's data sets, 1000 prompts x 5 seeds: not reachable here.",
     "I7": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I8": "GPT2-XL on all 500 questions of TREC: not reachable here.",
