@@ -1,23 +1,26 @@
-"""A merge to a folder beside mergekit 0.1.5, beside merging in memory as before, and beside the copy.
+"""A merge to a folder beside mergekit 0.1.5 and beside the copy: every method of mergekit, and TIES trimmed
+globally.
 
     python benchmarks/merge_engine.py --folder made --out merge_engine.json --mergekit-python env/bin/python
 
 Three Llamas in bf16 are made on the first run (349 million parameters each; --size 1.1b for TinyLlama's
 shapes). "copy" reads the three inputs and writes one file of the output's size, with the page cache warm.
-Every run is a process of its own, one after the other, round by round, so that all meet the same machine:
-ratios are of the same round. "seconds" is the whole command; "work" is without imports and start-up, where
-the program tells it. CPU seconds are user and system of the process. Peak memory is the resident set.
-mergekit runs in an environment of its own: `pip install mergekit==0.1.5`.
+"jaxlab" is `run.py merge` on a recipe of ours, as published; "jaxlab, mergekit's file" the same on the file
+that mergekit gets, in its arithmetic. Every run is a process of its own, one after the other, round by round,
+so that all meet the same machine: ratios are of the same round. "seconds" is the whole command; "work" is
+without imports and start-up, where the program tells it. CPU seconds are user and system of the process and
+say most on a machine that is not idle; "load" tells whether it was. Peak memory is the resident set. Methods
+that OUT already holds are kept. mergekit runs in an environment of its own: `pip install mergekit==0.1.5`.
 """
 
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -37,15 +40,49 @@ from jaxlab.files import write_json
 SIZES = {"349m": (1024, 24, 2816, 16, 16), "1.1b": (2048, 22, 5632, 32, 4), "tiny": (64, 2, 128, 4, 4)}
 """Width, layers, width of the MLP, heads, heads of keys and values."""
 VOCABULARY = 32000
-METHODS: dict[str, dict[str, Any]] = {
-    "linear": {},
-    "task_arithmetic": {"lambda": 0.7},
-    "dare_linear": {"lambda": 0.7, "density": 0.5},
-    "ties": {"lambda": 0.7, "density": 0.5},
-}
 WEIGHTS = (0.9, 0.4)
-GOALS = {"linear": 1.5, "task_arithmetic": 1.5, "dare_linear": 3.0, "ties": 4.0}
-"""Times the copy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A merge as mergekit's files have it."""
+
+    parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the whole."""
+    of_models: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of every model."""
+    base: bool = True
+    models: int = 2
+    weighted: bool = True
+    goal: float | None = None
+    """Times the copy."""
+
+
+METHODS = {
+    "linear": Method(base=False, goal=1.5),
+    "task_arithmetic": Method({"lambda": 0.7}, goal=1.5),
+    "dare_linear": Method({"lambda": 0.7}, {"density": 0.5}, goal=3.0),
+    "ties": Method({"lambda": 0.7}, {"density": 0.5}, goal=4.0),
+    "breadcrumbs": Method({"lambda": 0.7}, {"density": 0.5, "gamma": 0.01}, goal=4.0),
+    "breadcrumbs_ties": Method({"lambda": 0.7}, {"density": 0.5, "gamma": 0.01}),
+    "dare_ties": Method({"lambda": 0.7}, {"density": 0.5}),
+    "della_linear": Method({"lambda": 0.7}, {"density": 0.5, "epsilon": 0.1}),
+    "della": Method({"lambda": 0.7}, {"density": 0.5, "epsilon": 0.1}),
+    "sce": Method({"select_topk": 0.2}, weighted=False),
+    "ram": Method(weighted=False),
+    "ramplus_tl": Method(weighted=False),
+    "model_stock": Method(weighted=False),
+    "slerp": Method({"t": 0.3}, models=1, weighted=False),
+    "nuslerp": Method(base=False),
+    "multislerp": Method(),
+    "karcher": Method(base=False, weighted=False),
+    "nearswap": Method({"t": 0.001}, models=1, weighted=False),
+    "arcee_fusion": Method(models=1, weighted=False),
+    "passthrough": Method({}, {"scale": 0.5}, base=False, models=1, weighted=False),
+    "ties_global": Method({"lambda": 0.7}, {"density": 0.5}, goal=4.0),
+}
+"""All of mergekit's, and one that it does not have."""
+NOT_MERGEKITS = ("ties_global",)
 
 _COPY = """
 import os, sys, time
@@ -73,20 +110,6 @@ begin = time.perf_counter()
 write_merge(prepared, sys.argv[2], hash_inputs=sys.argv[3])
 print("work", time.perf_counter() - begin)
 """
-_MEMORY = """
-import sys, time
-from pathlib import Path
-from jaxlab.checkpoints import open_model, save_model
-from jaxlab.merging import load_recipe, merge_by_recipe
-import jax
-recipe = load_recipe(sys.argv[1])
-models = [open_model(r) for r in recipe.references()]
-begin = time.perf_counter()
-params, account = merge_by_recipe(recipe, models)
-account.with_hashes(params)
-save_model(sys.argv[2], models[0].config, params, form="huggingface", source_files=models[0].source_files)
-print("work", time.perf_counter() - begin)
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +128,6 @@ class Arguments:
     """Runs of each; ratios are of one round, their median counts."""
     mergekit_python: Path | None = None
     """The interpreter of an environment with mergekit; without it mergekit is left out."""
-    in_memory: bool = True
-    """Also merge in memory, as `merge_models` does."""
 
 
 def make(folder: Path, size: str) -> None:
@@ -154,16 +175,22 @@ def make(folder: Path, size: str) -> None:
 
 def recipes(folder: Path, method: str) -> tuple[Path, Path]:
     """The same merge for us, as published, and for mergekit."""
-    numbers = dict(METHODS[method])
-    density = {"density": numbers.pop("density")} if "density" in numbers else {}
-    base = {} if method == "linear" else {"base": str(folder / "base")}
-    models = [(str(folder / n), w) for n, w in zip(("one", "two"), WEIGHTS, strict=True)]
-    ours = {"kind": "merge", "operator": method, **base, **numbers}
-    ours["models"] = [{"model": m, "weight": w, **density} for m, w in models]
-    theirs: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16"}
-    theirs["models"] = [{"model": m, "parameters": {"weight": w, **density}} for m, w in models]
+    how = METHODS[method]
+    base = {"base": str(folder / "base")} if how.base else {}
+    names = ("one", "two")[: how.models]
+    models = [
+        (str(folder / n), ({"weight": w} if how.weighted else {}) | how.of_models)
+        for n, w in zip(names, WEIGHTS, strict=False)
+    ]
+    ours = {"kind": "merge", "operator": method, **base, **how.parameters}
+    if method == "slerp":  # its two models are symmetric
+        ours |= {"base": None, "models": [{"model": base["base"]}, {"model": models[0][0]}]}
+    else:
+        ours["models"] = [{"model": m, **numbers} for m, numbers in models]
+    theirs: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16", "parameters": how.parameters}
+    theirs["models"] = [{"model": m, "parameters": numbers} for m, numbers in models]
     if base:
-        theirs |= {"base_model": base["base"], "parameters": numbers}
+        theirs["base_model"] = base["base"]
     paths = folder / f"{method}.ours.yaml", folder / f"{method}.mergekit.yaml"
     for path, text in zip(paths, (ours, theirs), strict=True):
         path.write_text(json.dumps(text, indent=1))  # JSON is YAML
@@ -175,12 +202,11 @@ def commands(arguments: Arguments, method: str, out: Path) -> Iterator[tuple[str
     ours, theirs = recipes(folder, method)
     inputs = [folder / n / "model.safetensors" for n in ("base", "one", "two")]
     yield "copy", [python, "-c", _COPY, str(out), *map(str, inputs)]
-    command = [python, "run.py", "merge", str(ours), "--out", str(out)]
-    yield "jaxlab", command
-    yield "jaxlab, inputs hashed in full", [*command, "--hash-inputs", "full"]
+    yield "jaxlab", [python, "run.py", "merge", str(ours), "--out", str(out)]
     yield "jaxlab, work", [python, "-c", _ENGINE, str(ours), str(out), "sampled"]
-    if arguments.in_memory:
-        yield "jaxlab in memory", [python, "-c", _MEMORY, str(ours), str(out)]
+    if method in NOT_MERGEKITS:
+        return
+    yield "jaxlab, mergekit's file", [python, "run.py", "merge", str(theirs), "--out", str(out)]
     if arguments.mergekit_python is not None:
         yaml = arguments.mergekit_python.parent / "mergekit-yaml"
         yield "mergekit", [str(arguments.mergekit_python), str(yaml), str(theirs), str(out)]
@@ -191,39 +217,27 @@ def measured(command: list[str], out: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     out.unlink(missing_ok=True)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    said, _ = process.communicate()
-    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
+        _, status, used = os.wait4(process.pid, 0)  # tells of this process alone, not of the largest so far
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - begin
+        said.seek(0)
+        lines = said.read().strip().splitlines()
     if process.returncode:
-        return {"failed": (said.strip().splitlines() or ["?"])[-1]}
-    work = [float(line.split()[1]) for line in said.splitlines() if line.startswith("work ")]
+        return {"failed": (lines or ["?"])[-1]}
+    work = [float(line.split()[1]) for line in lines if line.startswith("work ")]
     return {
         "seconds": seconds,
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * 1024,
         "work": work[0] if work else None,
         "load": os.getloadavg()[0],
     }
 
 
-def peak_of(command: list[str], out: Path) -> int | None:
-    """Peak resident bytes of a command: of children the system only tells the largest of all, so that each is
-    run by a process of its own."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.unlink(missing_ok=True)
-    code = "import resource, subprocess, sys\n"
-    code += "subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)\n"
-    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False, env=environment
-    )
-    return int(done.stdout) if done.returncode == 0 else None
-
-
-def summary(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int | None]) -> dict[str, Any]:
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians, and how many times the copy of its round each run took."""
     result: dict[str, Any] = {}
     for name, found in runs.items():
@@ -232,7 +246,7 @@ def summary(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int | None])
             result[name] = {"failed": failed[0]}
             continue
         median = lambda key, found=found: statistics.median(run[key] for run in found)
-        line = {"seconds": median("seconds"), "cpu_seconds": median("cpu_seconds"), "peak_bytes": peaks[name]}
+        line = {key: median(key) for key in ("seconds", "cpu_seconds", "peak_bytes", "load")}
         if found[0]["work"] is not None:
             line["work"] = median("work")
             pairs = zip(found, runs["copy"], strict=True)
@@ -249,38 +263,57 @@ def summary(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int | None])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Seconds and CPU seconds of every run, by operator."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
-    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    """What every run took, by method: in copies, in CPU seconds and in memory."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 1.5 + 0.45 * len(results)), layout="constrained")
+    names = ["jaxlab", "jaxlab, work", "jaxlab, mergekit's file", "mergekit", "copy"]
+    places = np.arange(len(results))
     height = 0.8 / len(names)
-    for axis, (key, title) in zip(
-        axes,
-        {
-            "seconds": "seconds, the whole command",
-            "cpu_seconds": "CPU seconds",
-            "peak_bytes": "peak, GB",
-        }.items(),
-        strict=True,
-    ):
+    titles = {
+        "seconds_in_copies": "seconds / those of the copy (ticks: the goal)",
+        "cpu_seconds": "CPU seconds",
+        "peak_bytes": "peak, GB",
+    }
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for place, name in enumerate(names):
-            values = [found.get(name, {}).get(key) or 0 for found in results.values()]
-            values = [value / 1e9 if key == "peak_bytes" else value for value in values]
-            axis.barh(np.arange(len(results)) + place * height, values, height, label=name)
-        axis.set_yticks(
-            np.arange(len(results)) + 0.4, list(results) if axis is axes[0] else [""] * len(results)
-        )
+            values = []
+            for found in results.values():
+                run = found.get(name, {})
+                own = run.get("work_in_copies" if key == "seconds_in_copies" else key, run.get(key)) or 0
+                values.append(own / 1e9 if key == "peak_bytes" else own)
+            axis.barh(places + place * height, values, height, label=name)
+        axis.set_yticks(places + 0.4, list(results) if axis is axes[0] else [""] * len(results))
+        axis.invert_yaxis()
         axis.set_title(title)
         axis.set_xscale("log")
+    for place, method in enumerate(results):
+        goal = METHODS[method].goal
+        if goal is not None:
+            axes[0].plot([goal, goal], [place - 0.1, place + 0.8], color="black")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def main(arguments: Arguments) -> None:
     if not (arguments.folder / "two").exists():
         make(arguments.folder, arguments.size)
-    out, results = arguments.folder / "merged", {}
+    out = arguments.folder / "merged"
+    versions = {}
+    if arguments.mergekit_python is not None:
+        code = "import importlib.metadata as m; print(m.version('mergekit'), m.version('torch'))"
+        said = subprocess.run(
+            [str(arguments.mergekit_python), "-c", code], capture_output=True, text=True, check=True
+        )
+        versions = dict(zip(("mergekit", "torch"), said.stdout.split(), strict=True))
+    goals = {name: method.goal for name, method in METHODS.items() if method.goal is not None}
+    record: dict[str, Any] = {"size": arguments.size, "goals_in_copies": goals, "results": {}}
+    if arguments.out.exists():
+        record = json.loads(arguments.out.read_text())
+        if record["size"] != arguments.size:
+            raise SystemExit(f"{arguments.out} holds a measurement of size {record['size']}")
     for method in arguments.methods:
+        if method in record["results"]:
+            continue
         found = dict(commands(arguments, method, out))
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
         measured(found["copy"], out)  # warms the page cache
@@ -289,21 +322,13 @@ def main(arguments: Arguments) -> None:
                 for name, command in found.items():
                     runs[name].append(measured(command, out))
                     bar.update()
-        peaks = {name: peak_of(command, out) for name, command in found.items()}
-        results[method] = summary(runs, peaks)
-        for name, line in results[method].items():
+        record["results"][method] = summary(runs)
+        for name, line in record["results"][method].items():
             print(method, name, {key: round(v, 2) if isinstance(v, float) else v for key, v in line.items()})
+        record["results"] = {name: record["results"][name] for name in METHODS if name in record["results"]}
+        write_json(arguments.out, {**record, "versions": versions, "env": environment()})
+        plot(record["results"], arguments.out.with_suffix(".png"))
     shutil.rmtree(out, ignore_errors=True)
-    versions = {}
-    if arguments.mergekit_python is not None:
-        code = "import importlib.metadata as m; print(m.version('mergekit'), m.version('torch'))"
-        said = subprocess.run(
-            [str(arguments.mergekit_python), "-c", code], capture_output=True, text=True, check=True
-        )
-        versions = dict(zip(("mergekit", "torch"), said.stdout.split(), strict=True))
-    record = {"size": arguments.size, "goals_in_copies": GOALS, "results": results, "versions": versions}
-    write_json(arguments.out, {**record, "env": environment()})
-    plot(results, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab.files import write_atomic, write_json
-from jaxlab.reporting import CLAIMS, Claim, Verdict, build_sections, read_run, read_runs
+from jaxlab.reporting import (
+    CLAIMS,
+    Claim,
+    RunFolder,
+    Verdict,
+    build_sections,
+    icl_verdicts,
+    read_run,
+    read_runs,
+)
 from jaxlab.reporting.papers.nsa import rules as nsa
 from jaxlab.reporting.papers.skill_injection.study import claim_records
 
@@ -39,10 +48,11 @@ BETTER = {
     "I2": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I3": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I4": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
-    "I5": "An analysis of the attention to label words by layer: no task has it yet.",
-    "I6": "A trainer of one weight per label word and layer: no task has it yet.",
-    "I7": "A cache of label words alone: no task has it yet.",
-    "I8": "Distances of keys beside a confusion matrix: no task has it yet.",
+    "I5": "GPT2-XL and GPT-J on the paper's data sets: not reachable here. `configs/paper/icl` has the "
+    "commands.",
+    "I6": "GPT2-XL on the paper's data sets, 1000 prompts x 5 seeds: not reachable here.",
+    "I7": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
+    "I8": "GPT2-XL on all 500 questions of TREC: not reachable here.",
     "M1": "llama3-llava-next-8b and an instruction-tuned Llama on its own benchmarks: not reachable here.",
     "M2": "The paper's VLMs and language experts: not reachable here.",
     "M3": "llama3-llava-next-8b and a mathematics expert (dart-math): not reachable here.",
@@ -120,6 +130,8 @@ def page(folder: Path) -> str:
             found[record["claim"]].append(record)
     for record in real_records(real):
         found[record["claim"]].append({"setting": real["title"], "real": True, **record})
+    for record in analysis_records(folder / "icl"):
+        found[record["claim"]].append(record)
 
     lines = [
         "# What was seen of the papers' claims",
@@ -218,6 +230,32 @@ def real_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:
             + f" (two seeds); the best is {auc['best']:.2f} in layer {auc['best_layer']}.",
         },
     ]
+
+
+def analysis_records(folder: Path) -> list[dict[str, Any]]:
+    """Verdicts on the runs of `run.py icl` that docs/icl_results.py took over, by the report's own rules."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        run = RunFolder(Path(kept["label"]), kept["config"], kept["env"], kept["results"])
+        real, prompts = bool(kept["results"].get("dequantized")), kept["results"]["examples"]
+        for verdict in icl_verdicts(run):
+            if verdict.status != "not examined":
+                found.append(
+                    {
+                        "claim": verdict.claim.id,
+                        "setting": f"{run.label}, {prompts} prompts",
+                        "status": verdict.status,
+                        "rule": verdict.rule,
+                        "evidence": verdict.evidence,
+                        "seeds": kept["results"]["seeds"],
+                        "command": f"python run.py icl configs/icl/{run.label}.yaml "
+                        f"--examples {kept['config']['examples']}",
+                        "real": real,
+                        "data": kept["config"]["data"]["kind"],
+                    }
+                )
+    return found
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> str:

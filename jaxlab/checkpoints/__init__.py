@@ -8,12 +8,15 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints import families
     from jaxlab.checkpoints.compatibility import (
+        SameTokens,
         check_same_tree,
-        common_prefix,
         differences,
         language_differences,
         language_settings_apart,
+        same_tokens,
     )
+    from jaxlab.checkpoints.families import head_name, layer_types
+    from jaxlab.checkpoints.families import read_config as read_hf_config
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
     from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.errors import UserError
@@ -12,6 +13,10 @@ from jaxlab.models import ModelConfig, NSAConfig, RopeConfig, SlidingAttentionCo
 
 if TYPE_CHECKING:  # configs are compared without jax
     from jaxlab.models import Params
+
+SameTokens = np.ndarray
+"""int64[tokens, models]: for each token id of the first model the ids of the same token in all; -1: that
+model has none."""
 
 # What does not change the function that parameters stand for.
 _FREE = ("compute_dtype", "remat", "initializer_range", "family")
@@ -156,17 +161,17 @@ def _shapes(tree: "Params") -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 
 
-def common_prefix(tokenizers: Sequence[Tokenizer | None]) -> int | None:
-    """How many token ids, from 0 on, stand for the same token in all; None if all read bytes."""
+def same_tokens(tokenizers: Sequence[Tokenizer | None]) -> SameTokens | None:
+    """Which ids stand for the same token, by its text; None: all models read bytes, so that every id does.
+
+    Models of which some have a tokenizer and some have none share no token that is known.
+    """
     if all(tokenizer is None for tokenizer in tokenizers):
         return None
     if any(tokenizer is None for tokenizer in tokenizers):
-        return 0
-    tables = [
-        tokenizer.get_vocab(with_added_tokens=True) for tokenizer in tokenizers if tokenizer is not None
-    ]
-    names = [{index: token for token, index in table.items()} for table in tables]
-    rows = 0
-    while rows in names[0] and all(other.get(rows) == names[0][rows] for other in names[1:]):
-        rows += 1
-    return rows
+        return np.empty((0, len(tokenizers)), np.int64)
+    known = [t.get_vocab(with_added_tokens=True) for t in tokenizers if t is not None]
+    found = np.full((1 + max(known[0].values(), default=-1), len(known)), -1, np.int64)
+    for token, index in known[0].items():
+        found[index] = [table.get(token, -1) for table in known]
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families
-from jaxlab.checkpoints.compatibility import common_prefix, language_differences
+from jaxlab.checkpoints.compatibility import language_differences, same_tokens
 from jaxlab.checkpoints.formats.base import OpenModel, is_finite
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.tensor_folder import TensorFolder
@@ -147,17 +147,20 @@ def _policies(first: ModelReport, other: ModelReport, shared: int) -> list[str]:
     if any(tokenizer is None for tokenizer in known) and not own:
         unknown = "whether their tokens agree is unknown without tokenizers"
         return [keep, f"embeddings: merge merges {shared:,} rows; {unknown}"]
-    common = common_prefix(known)
-    common = shared if common is None else min(common, shared)
-    lines = [f"token ids: the first {common:,} are the same"]
-    lines.append(f"{keep}{' (the only choice that is safe)' if common == 0 else ''}")
-    if common:
-        lines.append(f"embeddings: merge_common_rows merges the first {common:,} rows")
-        if common == shared:
-            lines.append("embeddings: merge does the same, since all shared rows agree")
-        else:
-            lines.append(f"embeddings: merge would mix rows of different tokens from {common:,} on")
-    return lines
+    tokens = same_tokens(known)
+    if tokens is None:
+        return [keep, f"embeddings: merge_common_rows merges {shared:,} rows, all that both have"]
+    sizes = first.config.embedding_rows, other.config.embedding_rows
+    both = tokens[np.all((tokens >= 0) & (tokens < sizes), axis=1)]
+    moved = int(np.sum(both[:, 0] != both[:, 1]))
+    lines = [f"tokens: {len(both):,} are in both, {moved:,} of them under other ids"]
+    if not len(both):
+        return [*lines, f"{keep} (the only choice that is safe)"]
+    lines += [keep, f"embeddings: merge_common_rows merges {len(both):,} rows by token"]
+    same = len(both) - moved
+    if same == shared:
+        return [*lines, "embeddings: merge does the same, since all shared rows agree"]
+    return [*lines, f"embeddings: merge would mix {shared - same:,} rows of different or unknown tokens"]
 
 
 def _architecture(c: ModelConfig) -> list[tuple[str, str]]:

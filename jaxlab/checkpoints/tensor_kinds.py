@@ -31,6 +31,19 @@ class TensorKind:
         """Whether it belongs to the language model."""
         return self.path[0] not in ("vision", "projector")
 
+    def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """What a tensor's shape says of the axes of its layout that stand alone in it, by their letter."""
+        joined = self.join if len(self.paths) > 1 else None
+        groups = parse(self.layout).theirs
+        if len(groups) != len(shape):
+            return {}
+        alone = [
+            (group[0], n, i)
+            for i, (group, n) in enumerate(zip(groups, shape, strict=True))
+            if len(group) == 1
+        ]
+        return {letter: size for letter, size, axis in alone if axis != joined}
+
     def lies_as(self, other: "TensorKind") -> bool:
         """Whether both have their numbers in the same places."""
         mine, theirs = ((kind.paths, kind.join, kind.runs) for kind in (self, other))

@@ -57,12 +57,13 @@ def check_compression(config: ModelConfig, longest: int) -> None:
 def split_prompts(
     tokens: Int[np.ndarray, "B T"], starts: Int[np.ndarray, " B"], positions: Int[np.ndarray, " B"]
 ) -> Split:
-    """Prompts cut where their queries start.
+    """Prompts cut where their queries start, padded to few different lengths, so that few programs are
+    compiled.
 
     Args:
       positions: the last token of each.
     """
-    width = -(-int(starts.max()) // 16) * 16 if len(set(starts.tolist())) > 1 else int(starts.max())
+    width = -(-int(starts.max()) // 16) * 16
     room = -(-int((positions - starts + 1).max()) // 8) * 8
     context, query = (np.zeros((len(tokens), size), np.int32) for size in (width, room))
     for row, (start, last) in enumerate(zip(starts.tolist(), positions.tolist(), strict=True)):
@@ -72,11 +73,13 @@ def split_prompts(
 
 
 def chosen_places(keep: Bool[np.ndarray, "*E B D"], width: int | None = None) -> Int[np.ndarray, "*E B P"]:
-    """The tokens to be kept, in their order, -1 behind them; P: the most of a row, or `width`."""
+    """The tokens to be kept, in their order, -1 behind them; P: the most of a row, up to the next multiple of
+    8, or `width`."""
     counts = keep.sum(-1)
-    size = max(1, int(counts.max(initial=0))) if width is None else width
+    size = max(8, -(-int(counts.max(initial=0)) // 8) * 8) if width is None else width
     order = np.argsort(~keep, axis=-1, kind="stable")[..., :size]
-    return np.where(np.arange(size) < counts[..., None], order, -1).astype(np.int32)
+    pad = [(0, 0)] * (order.ndim - 1) + [(0, size - order.shape[-1])]
+    return np.where(np.arange(size) < counts[..., None], np.pad(order, pad), -1).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -56,12 +56,12 @@ def one_vs_one(scores: Float[np.ndarray, "N C"], classes: Int[np.ndarray, " N"])
     return float(np.mean(found))
 
 
-def correlation(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], ranks: bool = False) -> float:
+def correlation(x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], ranks: bool = False) -> float:
     """Pearson's correlation, or Spearman's (of mean ranks), over the places where both are numbers.
 
     NaN where fewer than three are, or one of the two is constant.
     """
-    x, y = np.asarray(x, np.float64).ravel(), np.asarray(y, np.float64).ravel()
+    x, y = (np.asarray(values, np.float64).ravel() for values in (x, y))
     there = np.isfinite(x) & np.isfinite(y)
     x, y = x[there], y[there]
     if len(x) < 3:

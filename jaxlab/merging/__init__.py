@@ -17,22 +17,25 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.injection_plan import InjectionPlan, plan_injection
     from jaxlab.merging.merge import merge_models, merge_tensors, task_vector
     from jaxlab.merging.merge_data import MergeData
-    from jaxlab.merging.mergekit.file import MergekitFile, read_mergekit_file
+    from jaxlab.merging.mergekit.file import MergekitFile
     from jaxlab.merging.mergekit.file import ModelReference as MergekitReference
+    from jaxlab.merging.mergekit.reading import read_mergekit_file
     from jaxlab.merging.mergekit.stages import prepare_file as prepare_mergekit_file
     from jaxlab.merging.mergekit.stages import write_file as write_mergekit_file
+    from jaxlab.merging.needs import check_room, describe, needs_of
     from jaxlab.merging.numbers import Rule
     from jaxlab.merging.numerics import tensor_key
+    from jaxlab.merging.on_mesh import inject_on_mesh, merge_on_mesh
     from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named
     from jaxlab.merging.operators.data import entropy, learn_coefficients
     from jaxlab.merging.operators.registry import afterwards, operator
     from jaxlab.merging.output import (
-        check_room,
-        describe,
-        needs_of,
+        Writing,
+        finished_account,
         notes_of,
         verify_folder,
         write_merge,
+        write_merges,
     )
     from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, open_inputs
     from jaxlab.merging.plan import Source as TensorSource
@@ -46,6 +49,7 @@ with epy.lazy_api_imports(globals()):
         load_recipe,
         read_trio,
     )
+    from jaxlab.merging.recipe import described as described_recipe
     from jaxlab.merging.search.choice import Way, check_way
     from jaxlab.merging.search.entry import DETAILS, Effort, Measuring, Split, search_entry
     from jaxlab.merging.search.evaluator import Evaluator
@@ -65,3 +69,4 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.merging.search.space import Interval, Point, SearchMethod, Space
     from jaxlab.merging.search.task_vectors import compare_task_vectors
+    from jaxlab.merging.sweep import load_recipes

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxlab.checkpoints import OpenModel, language_settings_apart
 from jaxlab.errors import UserError, UserNote
+from jaxlab.merging.plan import Input
 
 
 def check_same_architecture(
@@ -40,6 +41,31 @@ def check_same_architecture(
             differ = f"they differ in {', '.join(kept)}" if kept else "they differ in no setting"
             raise UserError(f"differences: the models do not differ in {name!r}; {differ}")
     return kept
+
+
+def check_vision(first: Input) -> None:
+    """Whether the tensors of a vision tower have the sizes that the model's config says; from headers.
+
+    Raises:
+      UserError: one has not.
+    """
+    vision = first.model.described.vision
+    if vision is None:
+        return
+    told = {"d": vision.width, "f": vision.mlp_width, "c": vision.channels}
+    told |= {"y": vision.patch_size, "x": vision.patch_size}
+    for kind in first.found.kinds:
+        if kind.path[0] != "vision":
+            continue
+        for name in kind.names:
+            shape = first[name].shape
+            wrong = {a: n for a, n in kind.sizes(shape).items() if told.get(a, n) != n}
+            if wrong:
+                axis, size = next(iter(wrong.items()))
+                raise UserError(
+                    f"{first.model.path}: {name} is {list(shape)}: {size} where the config of the vision "
+                    f"tower says {told[axis]}"
+                )
 
 
 def note_dequantized(models: Iterable[OpenModel]) -> None:

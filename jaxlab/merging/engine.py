@@ -1,13 +1,13 @@
-"""Carries out a plan of a merge: a stream from the inputs' files to the output's, on a few threads.
+"""Carries out plans of merges: a stream from the inputs' files to the outputs', on a few threads.
 
-Operators that work element by element get chunks and never hold a tensor; the others get one tensor at a
-time, and those on whole models see all tensors once more before. What is not merged is copied without being
-decoded. Nothing of the result depends on chunks, threads or order.
+Operators that work element by element get chunks and never hold a tensor. Those that need to know where a
+tensor is cut, or all of them, see the same stream once before. The others get one tensor at a time. What is
+not merged is copied without being decoded. Several plans share what they read. Nothing of a result depends on
+chunks, threads, order, or the plans beside it.
 """
 
 import concurrent.futures
 import contextlib
-import functools
 import math
 import os
 import threading
@@ -17,26 +17,18 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from jaxlab.checkpoints import Planned, Tensor, in_shards
+from jaxlab.checkpoints import Tensor
 from jaxlab.errors import UserError
+from jaxlab.merging.cutting import cuts_of, thresholds_of
 from jaxlab.merging.injection import Method
+from jaxlab.merging.layout import CHUNK, is_streamed, operator_of, scope_of, whole_bytes
 from jaxlab.merging.merge import gather_totals
-from jaxlab.merging.numerics import tensor_key
-from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, dtype_of
-from jaxlab.merging.programs import (
-    ZERO,
-    given_to,
-    measure,
-    merge_part,
-    merge_whole,
-    operator_of,
-    program_of,
-    scope_of,
-)
-from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast, padded
+from jaxlab.merging.numerics import Cut
+from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source, dtype_of
+from jaxlab.merging.programs import ZERO, measure, merge_part, merge_whole
+from jaxlab.merging.steps import Step
+from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast
 
-CHUNK = 1 << 18
-"""Elements that are merged at once: with their intermediate results they fit in a cache."""
 _WHOLE = 3 << 29
 """Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
 
@@ -56,6 +48,17 @@ class Destination(Protocol):
         """Notes that a tensor is complete."""
 
 
+class Merge(NamedTuple):
+    """A plan, what it reads and where it goes."""
+
+    plan: MergePlan
+    inputs: Sequence[Mapping[str, Tensor] | Input]
+    """Tensors by name, in the order of the plan's models."""
+    folder: Destination
+    statistics: Mapping[str, Any] = {}
+    """Of data, by the tensor's name, for operators that need them."""
+
+
 class Done(NamedTuple):
     """What became of one tensor."""
 
@@ -65,56 +68,21 @@ class Done(NamedTuple):
     """SHA-256 of the bytes that were read, by input and name, if they were asked for."""
 
 
-def whole_bytes(step: Merging, size: int) -> int:
-    """About what merging a tensor of `size` elements whole takes."""
-    return size * 4 * (2 * len(step.everything) + 3)
-
-
-def layout(plan: MergePlan, inputs: Sequence[Input], shard_bytes: int | None = None) -> list[list[Planned]]:
-    """The tensors of each file of the output: those of the first input's files, or cut by size.
-
-    Args:
-      shard_bytes: cut by this size, whatever the first input has.
-    """
-    planned = [Planned(t.name, dtype_of(t.dtype), t.shape, _never) for t in plan.tensors]
-    files: dict[str, list[Planned]] = {}
-    for tensor in planned:
-        try:
-            file = inputs[0][tensor.name].file
-        except KeyError:  # a plan may have names of its own
-            file = None
-        files.setdefault("" if file is None else str(file), []).append(tensor)
-    if shard_bytes is not None or "" in files:
-        return in_shards(planned) if shard_bytes is None else in_shards(planned, shard_bytes)
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in files.values()]
-
-
-def _never() -> np.ndarray:
-    raise AssertionError("an engine writes it")
-
-
 def execute(
     plan: MergePlan,
     inputs: Sequence[Mapping[str, Tensor] | Input],
     folder: Destination,
     *,
-    threads: int | None = None,
-    chunk: int = CHUNK,
-    allow_not_finite: bool = False,
-    hash_inputs: Hashed = "sampled",
     statistics: Mapping[str, Any] | None = None,
-    progress: Callable[[int], Any] = lambda count: None,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Writes every tensor of the plan that is not finished yet.
 
     Args:
       inputs: tensors by name, in the order of the plan's models.
       folder: where the tensors go to.
-      chunk: elements at once.
-      allow_not_finite: whether NaN and infinities may be written.
-      hash_inputs: which bytes of the inputs are hashed, too.
       statistics: of data, by the tensor's name, for operators that need them.
-      progress: called with the bytes of each tensor.
+      options: see `execute_together`.
 
     Returns:
       For each tensor its record: sha256, not_finite, sources.
@@ -122,30 +90,65 @@ def execute(
     Raises:
       UserError: an input is damaged, or the result is not finite though that is not allowed.
     """
+    return execute_together([Merge(plan, inputs, folder, statistics or {})], **options)[0]
+
+
+def execute_together(
+    merges: Sequence[Merge],
+    *,
+    threads: int | None = None,
+    chunk: int = CHUNK,
+    allow_not_finite: bool = False,
+    hash_inputs: Hashed = "sampled",
+    progress: Callable[[int], Any] = lambda count: None,
+) -> list[dict[str, dict[str, Any]]]:
+    """Writes every tensor of several plans that is not finished yet; those of one name are made together, and
+    what they are made from is read once for all of them.
+
+    Args:
+      threads: tensors at once.
+      chunk: elements at once, a power of two.
+      allow_not_finite: whether NaN and infinities may be written.
+      hash_inputs: which bytes of the inputs are hashed, too.
+      progress: called with the bytes of each tensor.
+
+    Returns:
+      For each plan and tensor its record: sha256, not_finite, sources.
+
+    Raises:
+      UserError: an input is damaged, or a result is not finite though that is not allowed.
+    """
     files = Files()
     threads = threads or min(4, os.cpu_count() or 1)
-    worker = _Worker(plan, inputs, files, chunk, hash_inputs, statistics or {})
     try:
-        todo = []
-        for tensor in plan.tensors:
-            record = folder.finished.get(tensor.name)
-            if record is None or record["hashed"] != hash_inputs:
-                todo.append(tensor)
-            else:
-                _check_finite(tensor, record["not_finite"], allow_not_finite)
-                progress(tensor.nbytes)
-        worker.gather(todo)
+        workers = [_Worker(merge, files, chunk, hash_inputs) for merge in merges]
+        groups: dict[str, list[tuple[_Worker, PlannedTensor]]] = {}
+        for worker in workers:
+            todo = []
+            for tensor in worker.plan.tensors:
+                record = worker.folder.finished.get(tensor.name)
+                if record is None or record["hashed"] != hash_inputs:
+                    todo.append(tensor)
+                    groups.setdefault(tensor.name, []).append((worker, tensor))
+                else:
+                    _check_finite(tensor, record["not_finite"], allow_not_finite)
+                    progress(tensor.nbytes)
+            worker.gather(todo, threads)
+        budget = _Budget(_WHOLE)
 
-        def one(tensor: PlannedTensor) -> None:
-            done = worker.do(tensor, functools.partial(folder.write, tensor.name))
-            _check_finite(tensor, done.not_finite, allow_not_finite)
-            folder.finish(tensor.name, hashed=hash_inputs, **done._asdict())
-            progress(tensor.nbytes)
+        def one(group: Sequence[tuple[_Worker, PlannedTensor]]) -> None:
+            jobs = [_Job(worker, tensor) for worker, tensor in group]
+            _do(jobs, budget)
+            for job in jobs:
+                done = job.done()
+                _check_finite(job.tensor, done.not_finite, allow_not_finite)
+                job.worker.folder.finish(job.tensor.name, hashed=hash_inputs, **done._asdict())
+                progress(job.tensor.nbytes)
 
-        _run(one, todo, threads)
+        each_on_threads(one, list(groups.values()), threads)
     finally:
         files.close()
-    return dict(folder.finished)
+    return [dict(merge.folder.finished) for merge in merges]
 
 
 def _check_finite(tensor: PlannedTensor, count: int, allowed: bool) -> None:
@@ -156,15 +159,15 @@ def _check_finite(tensor: PlannedTensor, count: int, allowed: bool) -> None:
         )
 
 
-def _run(one: Callable[[PlannedTensor], None], todo: Sequence[PlannedTensor], threads: int) -> None:
+def each_on_threads(one: Callable[[Any], None], todo: Sequence[Any], threads: int) -> None:
     """All of them, in their order as far as several threads can; the first exception ends it."""
     if threads == 1:
-        for tensor in todo:
-            one(tensor)
+        for item in todo:
+            one(item)
         return
     pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="merge")
     try:
-        for future in concurrent.futures.as_completed([pool.submit(one, tensor) for tensor in todo]):
+        for future in concurrent.futures.as_completed([pool.submit(one, item) for item in todo]):
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -192,61 +195,21 @@ class _Budget:
 
 
 class _Worker:
-    """Reads, merges and hands on the bytes of single tensors; any number of threads may use it."""
+    """A plan with what its tensors have in common; any number of threads may use it."""
 
-    def __init__(
-        self,
-        plan: MergePlan,
-        inputs: Sequence[Mapping[str, Tensor] | Input],
-        files: Files,
-        chunk: int,
-        hash_inputs: Hashed,
-        statistics: Mapping[str, Any],
-    ) -> None:
-        self.plan, self.reader = plan, Reader(inputs, files, hash_inputs)
-        largest = max((math.prod(tensor.shape) for tensor in plan.tensors), default=1)
-        self.chunk = min(chunk, 1 << max(0, largest - 1).bit_length())  # one program serves all
-        self.statistics, self.budget = statistics, _Budget(_WHOLE)
+    def __init__(self, merge: Merge, files: Files, chunk: int, hash_inputs: Hashed) -> None:
+        self.plan, self.folder, self.statistics = merge.plan, merge.folder, merge.statistics
+        self.reader = Reader(merge.inputs, files, hash_inputs)
+        largest = max((math.prod(tensor.shape) for tensor in self.plan.tensors), default=1)
+        self.chunk = min(chunk, 1 << max(0, largest - 1).bit_length())
         self.totals: dict[Any, Any] = {}
 
-    def do(self, tensor: PlannedTensor, write: Callable[[np.ndarray, int], None]) -> Done:
-        """One tensor; `write` is called with its bytes from the first to the last."""
-        out = Out(write)
-        hashes: dict[str, Any] = {}
-        if tensor.merging is None:
-            assert tensor.copy is not None
-            for part in self.reader.parts(tensor.copy, 0, None, COPY, hashes):
-                out.add(cast(part, dtype_of(tensor.dtype)))
-        else:
-            step = tensor.merging
-            merged = math.prod(step.merged_shape(tensor.shape))
-            among = None if step.rows is None else self._among_kept(tensor, step, out, hashes)
-            if scope_of(step) == "element" and tensor.name not in self.statistics:
-                self._by_chunks(tensor, step, merged, among or out, hashes)
-            else:
-                self._whole(tensor, step, among or out, hashes)
-            if among is not None:
-                among.keep_to(tensor.shape[0])
-            self.reader.rest_of_hashes(step, merged, hashes)
-        return Done(
-            out.digest.hexdigest(), out.not_finite, {name: h.hexdigest() for name, h in hashes.items()}
-        )
+    def step(self, tensor: PlannedTensor) -> Step:
+        assert tensor.merging is not None
+        totals = self.totals.get(_group(tensor.merging))
+        return Step(self.plan, tensor, self.reader, self.chunk, totals, self.statistics.get(tensor.name))
 
-    def _among_kept(
-        self, tensor: PlannedTensor, step: Merging, out: Out, hashes: dict[str, Any]
-    ) -> AmongKeptRows:
-        """Where merged rows go to when others are kept."""
-        kept = step.kept
-        assert kept is not None
-        assert step.rows is not None
-
-        def parts(start: int, stop: int) -> Iterator[np.ndarray]:
-            for part in self.reader.parts(kept, start, stop, COPY, hashes):
-                yield cast(part, dtype_of(tensor.dtype))
-
-        return AmongKeptRows(out, step.rows, math.prod(tensor.shape[1:]), parts)
-
-    def gather(self, todo: Sequence[PlannedTensor]) -> None:
+    def gather(self, todo: Sequence[PlannedTensor], threads: int) -> None:
         """What operators on whole models need to know of all tensors."""
         groups: dict[Any, list[PlannedTensor]] = {}
         for tensor in self.plan.tensors:
@@ -255,9 +218,9 @@ class _Worker:
         wanted = {_group(t.merging) for t in todo if t.merging is not None}
         for group, tensors in groups.items():
             if group in wanted:
-                self.totals[group] = self._totals(tensors)
+                self.totals[group] = self._totals(tensors, threads)
 
-    def _totals(self, tensors: Sequence[PlannedTensor]) -> Any:
+    def _totals(self, tensors: Sequence[PlannedTensor], threads: int) -> Any:
         step = tensors[0].merging
         assert step is not None
         operator = operator_of(step.operator, step.injected)
@@ -266,77 +229,192 @@ class _Worker:
             chosen = Method(step.operator, step.mode, step.parameters, len(step.sources)).chosen
         else:
             chosen = operator.resolve(dict(step.parameters), len(step.sources), step.mode)
+        if operator.gather.thresholds is not None:
+            each = lambda one, steps: each_on_threads(one, steps, threads)
+            steps = [self.step(tensor) for tensor in tensors]
+            kept = lambda size: operator.gather.thresholds.kept(chosen, size)
+            return {"threshold": thresholds_of(steps, kept, each)}
         measure = lambda totals: (self._measured(tensor, totals) for tensor in tensors)
         return gather_totals(operator.gather, measure, chosen)
 
     def _measured(self, tensor: PlannedTensor, totals: Any) -> Any:
-        step = tensor.merging
-        assert step is not None
-        shape = step.merged_shape(tensor.shape)
-        size = math.prod(shape)
-        program, numbers = program_of(tensor, step, size, self.plan.num_layers)
-        arrays = [
-            self.reader.read(source, size, {}, step.read_as).reshape(shape) for source in step.everything
-        ]
-        base = arrays.pop() if step.base is not None else None
-        key = tensor_key(self.plan.seed, step.key or tensor.name)
-        given = given_to(key, step, totals, self.statistics.get(tensor.name))
-        found = measure(program, tuple(arrays), base, numbers, given)
+        step = self.step(tensor)
+        arrays = [self.reader.read(s, step.size, None, step.merging.read_as) for s in step.merging.everything]
+        found = measure(step.program, *step.split(arrays, step.shape), step.numbers, step.given(totals))
         return jax.tree.map(lambda leaf: leaf[None], found)
-
-    def _by_chunks(
-        self,
-        tensor: PlannedTensor,
-        step: Merging,
-        size: int,
-        out: Out | AmongKeptRows,
-        hashes: dict[str, Any],
-    ) -> None:
-        """An operator that works element by element."""
-        program, numbers = program_of(tensor, step, size, self.plan.num_layers)
-        everything = step.everything
-        streams = [
-            self.reader.parts(
-                source, 0, size, self.chunk, hashes if i == everything.index(source) else {}, step.read_as
-            )
-            for i, source in enumerate(everything)
-        ]
-        key = tensor_key(self.plan.seed, step.key or tensor.name)
-        start = 0
-        for parts in zip(*streams, strict=True):
-            count = len(parts[0])
-            parts = tuple(padded(part, self.chunk) for part in parts)
-            base = parts[-1] if step.base is not None else None
-            models = parts[: len(step.sources)]
-            offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
-            merged, bad = merge_part(
-                program, models, base, numbers, given_to(key, step), offset, np.uint32(count), ZERO
-            )
-            out.add(np.asarray(merged)[:count], int(bad))
-            start += count
-
-    def _whole(
-        self, tensor: PlannedTensor, step: Merging, out: Out | AmongKeptRows, hashes: dict[str, Any]
-    ) -> None:
-        """An operator that needs a tensor whole."""
-        shape = step.merged_shape(tensor.shape)
-        size = math.prod(shape)
-        everything = step.everything
-        program, numbers = program_of(tensor, step, size, self.plan.num_layers)
-        key = tensor_key(self.plan.seed, step.key or tensor.name)
-        with self.budget.take(whole_bytes(step, size)):
-            arrays = [
-                self.reader.read(source, size, hashes if i == everything.index(source) else {}, step.read_as)
-                for i, source in enumerate(everything)
-            ]
-            arrays = [array.reshape(shape) for array in arrays]
-            base = arrays.pop() if step.base is not None else None
-            given = given_to(key, step, self.totals.get(_group(step)), self.statistics.get(tensor.name))
-            merged, bad = merge_whole(program, tuple(arrays), base, numbers, given, ZERO)
-            del arrays, base
-            out.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1), int(bad))
 
 
 def _group(step: Merging | None) -> Any:
     """Tensors that an operator on whole models sees together."""
     return None if step is None else (step.operator, step.mode, step.injected, step.parameters)
+
+
+class _Job:
+    """A tensor of a plan that is being made."""
+
+    def __init__(self, worker: _Worker, tensor: PlannedTensor) -> None:
+        self.worker, self.tensor = worker, tensor
+        self.out = Out(lambda values, start: worker.folder.write(tensor.name, values, start))
+        self.hashes: dict[str, Any] = {}
+        self.dtype = dtype_of(tensor.dtype)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Everything that is read of it."""
+        if self.tensor.merging is None:
+            assert self.tensor.copy is not None
+            return (self.tensor.copy,)
+        return self.tensor.merging.everything
+
+    @property
+    def alike(self) -> Any:
+        """Equal for jobs that one stream serves: how much of it, and what is kept between."""
+        step = self.tensor.merging
+        if step is None:
+            return "copy", math.prod(self.tensor.shape)
+        size = math.prod(step.merged_shape(self.tensor.shape))
+        kept = None if step.kept is None else self.worker.reader.place(step.kept)
+        return "stream" if is_streamed(step) else "whole", size, step.rows, kept
+
+    def done(self) -> Done:
+        digests = {name: digest.hexdigest() for name, digest in self.hashes.items()}
+        return Done(self.out.digest.hexdigest(), self.out.not_finite, digests)
+
+
+def _do(jobs: Sequence[_Job], budget: _Budget) -> None:
+    """Makes tensors of one name, each of another plan."""
+    alike: dict[Any, list[_Job]] = {}
+    for job in jobs:
+        alike.setdefault(job.alike, []).append(job)
+    for (kind, size, *_), group in alike.items():
+        shared = _Shared(group)
+        if kind == "copy":
+            _copy(group, shared, size)
+            continue
+        sinks = [shared.sink(job, first=job is group[0]) for job in group]
+        if kind == "stream":
+            _by_chunks(group, sinks, shared, size)
+        else:
+            _whole(group, sinks, shared, size, budget)
+        for job, sink in zip(group, sinks, strict=True):
+            if isinstance(sink, AmongKeptRows):
+                sink.keep_to(job.tensor.shape[0])
+        shared.hash_rest(group[0], size)
+        shared.tell(group)
+
+
+class _Shared:
+    """The streams of several jobs, each of them once."""
+
+    def __init__(self, jobs: Sequence[_Job]) -> None:
+        self.streams: dict[Any, tuple[Reader, Source, str | None]] = {}
+        self.hashes: dict[Any, dict[str, Any]] = {}
+        for job in jobs:
+            read_as = None if job.tensor.merging is None else job.tensor.merging.read_as
+            for source in job.sources:
+                key = self.key(job, source)
+                self.streams.setdefault(key, (job.worker.reader, source, read_as))
+                self.hashes.setdefault(key, {})
+
+    def key(self, job: _Job, source: Source) -> Any:
+        """The same for what has the same bytes."""
+        read_as = None if job.tensor.merging is None else job.tensor.merging.read_as
+        return job.worker.reader.place(source), read_as
+
+    def parts(self, start: int, stop: int, length: int) -> Iterator[dict[Any, np.ndarray]]:
+        """The same elements of all streams, part by part."""
+        streams = [
+            reader.parts(source, start, stop, length, self.hashes[key], read_as)
+            for key, (reader, source, read_as) in self.streams.items()
+        ]
+        for parts in zip(*streams, strict=True):
+            yield dict(zip(self.streams, parts, strict=True))
+
+    def sink(self, job: _Job, *, first: bool) -> Out | AmongKeptRows:
+        """Where merged values go to: others may be kept between them, which are hashed for the first job."""
+        step = job.tensor.merging
+        assert step is not None
+        if step.rows is None:
+            return job.out
+        kept, reader = step.kept, job.worker.reader
+        assert kept is not None
+        hashes = self.hashes.setdefault(self.key(job, kept), {}) if first else None
+
+        def parts(start: int, stop: int) -> Iterator[np.ndarray]:
+            for part in reader.parts(kept, start, stop, COPY, hashes):
+                yield cast(part, job.dtype)
+
+        return AmongKeptRows(job.out, step.rows, math.prod(job.tensor.shape[1:]), parts)
+
+    def hash_rest(self, job: _Job, merged: int) -> None:
+        """A digest is of all bytes of a tensor, also where only its first rows are merged; of one whose rows
+        are kept, all have been read."""
+        step = job.tensor.merging
+        if step is None or step.kept is None or job.worker.reader.hash_inputs == "none":
+            return
+        kept = self.key(job, step.kept)
+        for key, (reader, source, _) in self.streams.items():
+            if key != kept:
+                for _ in reader.parts(source, merged, reader.tensor(source).size, COPY, self.hashes[key]):
+                    pass
+
+    def tell(self, jobs: Sequence[_Job]) -> None:
+        """Hands each job the digests of what it reads, by its own names."""
+        for job in jobs:
+            step = job.tensor.merging
+            kept = () if step is None or step.kept is None else (step.kept,)
+            for source in (*job.sources, *kept):
+                for digest in self.hashes[self.key(job, source)].values():
+                    job.hashes[f"{source.model}:{source.name}"] = digest
+
+
+Sinks = Sequence[Out | AmongKeptRows]
+
+
+def _copy(jobs: Sequence[_Job], shared: _Shared, size: int) -> None:
+    """A tensor that is not merged."""
+    for parts in shared.parts(0, size, COPY):
+        for job in jobs:
+            job.out.add(cast(parts[shared.key(job, job.sources[0])], job.dtype))
+    shared.tell(jobs)
+
+
+def _by_chunks(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int) -> None:
+    """Operators that work element by element, once it is known where a tensor is cut."""
+    steps = [job.worker.step(job.tensor) for job in jobs]
+    found: dict[Any, tuple[Cut, ...]] = {}
+    for step in steps:
+        if step.scope == "cut" and step.prepared_by not in found:
+            found[step.prepared_by] = cuts_of(step)
+    cuts = [found.get(step.prepared_by, ()) for step in steps]
+    keys = [[shared.key(job, source) for source in job.sources] for job in jobs]
+    start = 0
+    for parts in shared.parts(0, size, min(step.chunk for step in steps)):
+        count = 0
+        for sink, step, known, own in zip(sinks, steps, cuts, keys, strict=True):
+            arrays = [parts[key] for key in own]
+            count = len(arrays[0])
+            for chunk in step.chunks(arrays, start):
+                whole = (np.uint32(size), known) if step.scope == "cut" else ()
+                merged = merge_part(step.program, *chunk.arguments, ZERO, *whole)
+                sink.add(np.asarray(merged)[: chunk.elements])
+        start += count
+
+
+def _whole(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int, budget: _Budget) -> None:
+    """Operators that need a tensor whole."""
+    steps = [job.worker.step(job.tensor) for job in jobs]
+    need = max(whole_bytes(step.merging, size) for step in steps)
+    with budget.take(need + sum(size * 4 for _ in range(len(shared.streams) - len(jobs[0].sources)))):
+        arrays = {
+            key: reader.read(source, size, shared.hashes[key], read_as)
+            for key, (reader, source, read_as) in shared.streams.items()
+        }
+        for job, sink, step in zip(jobs, sinks, steps, strict=True):
+            own = [arrays[shared.key(job, source)] for source in job.sources]
+            models = step.split(own, step.shape)
+            if len(jobs) == 1:
+                arrays, own = {}, []
+            merged = merge_whole(step.program, *models, step.numbers, step.given(step.totals), ZERO)
+            del models
+            sink.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1))

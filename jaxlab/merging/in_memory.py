@@ -1,8 +1,7 @@
-"""A plan carried out in memory: what becomes a model of ours, which is written whole."""
+"""Merges that become a model of ours, which is made in memory and written whole."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +9,15 @@ import numpy as np
 
 from jaxlab import __version__
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel, Tensor, entries, from_hf, open_model, tree_of
+from jaxlab.checkpoints import OpenModel, entries, from_hf, open_model, tree_of
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.architecture import check_same_architecture
 from jaxlab.merging.engine import execute
-from jaxlab.merging.plan import Input, MergePlan, dtype_of
+from jaxlab.merging.memory import Memory
 from jaxlab.merging.preparing import prepare_merge, prepared_statistics
 from jaxlab.merging.recipe import ACCOUNT, Recipe
 from jaxlab.models import Params
-
-
-class _Memory:
-    """In place of a folder that is written and taken up again."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        self.finished: dict[str, dict[str, Any]] = {}
-        self._planned = {tensor.name: tensor for tensor in plan.tensors}
-        self._bytes = {t.name: np.empty(t.nbytes, np.uint8) for t in plan.tensors}
-
-    def write(self, name: str, values: np.ndarray, start: int) -> None:
-        self._bytes[name][start : start + values.nbytes] = values
-
-    def finish(self, name: str, **record: Any) -> None:
-        self.finished[name] = record
-
-    def array(self, name: str) -> np.ndarray:
-        planned = self._planned[name]
-        count = math.prod(planned.shape)
-        return self._bytes[name].view(dtype_of(planned.dtype))[:count].reshape(planned.shape)
-
-
-def run_in_memory(
-    plan: MergePlan, inputs: Sequence[Mapping[str, Tensor] | Input], **options: Any
-) -> dict[str, np.ndarray]:
-    """The tensors of a plan by name; see `execute` for the options.
-
-    Raises:
-      UserError: an input is damaged, or the result is not finite though that is not allowed.
-    """
-    memory = _Memory(plan)
-    execute(plan, inputs, memory, hash_inputs="none", **options)
-    return {tensor.name: memory.array(tensor.name) for tensor in plan.tensors}
 
 
 def merge_by_recipe(
@@ -68,7 +34,7 @@ def merge_by_recipe(
     """
     prepared = prepare_merge(recipe, models, to="orbax")
     options.setdefault("statistics", prepared_statistics(prepared))
-    memory = _Memory(prepared.plan)
+    memory = Memory(prepared.plan)
     records = execute(prepared.plan, prepared.inputs, memory, hash_inputs="none", **options)
     first = models[0]
     account = prepared.plan.account(first.config.family).with_records(records)

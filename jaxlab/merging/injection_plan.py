@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxlab.checkpoints import Entry, entries, tensors_of_shapes
+from jaxlab.checkpoints import Entry, SameTokens, entries, tensors_of_shapes
 from jaxlab.merging.account import AccountLine, Action, MergeAccount
 from jaxlab.merging.plan import Input
 from jaxlab.merging.planning import plan_injection_of
-from jaxlab.merging.vocabulary import CommonRows, SameTokens
+from jaxlab.merging.vocabulary import CommonRows
 
 Embeddings = Literal["vlm", "merge_common_rows", "merge"]
 ROLES = ("vlm", "expert", "base")

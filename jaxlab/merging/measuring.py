@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, entries, from_hf, leaf_at, tree_of
 from jaxlab.errors import UserError
 from jaxlab.losses import target_mask
-from jaxlab.merging.in_memory import run_in_memory
+from jaxlab.merging.memory import run_in_memory
 from jaxlab.merging.operators.data import learn_coefficients
 from jaxlab.merging.plan import Input, MergePlan
 from jaxlab.merging.recipe import MergeRecipe, Recipe

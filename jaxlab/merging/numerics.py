@@ -2,6 +2,7 @@
 nor the number of devices.
 """
 
+import abc
 import contextlib
 import hashlib
 import itertools
@@ -21,6 +22,9 @@ Mode = Literal["paper", "mergekit"]
 """paper: as published, in float32. mergekit: as mergekit 0.1.5 computes, its rounding included."""
 
 F32 = jnp.dtype(jnp.float32)
+
+Count = int | np.uint32 | Integer[Array, ""]
+"""A number of elements."""
 
 MAX_ELEMENTS = 2**32 - 2
 """Of one tensor, as far as 32 bits can count."""
@@ -172,23 +176,23 @@ def norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 class Share(NamedTuple):
     """A share of a tensor's elements as exact traced numbers: one program then serves every share."""
 
-    value: Float[Array, ""]
-    kept: Integer[Array, ""]
+    value: Float[Array, ""] | np.float32
+    kept: Integer[Array, ""] | np.uint32
     """`kept_count` of the tensor in question."""
-    whole: Integer[Array, ""]
+    whole: Integer[Array, ""] | np.uint32
     """`floor_count` of it."""
 
     @classmethod
     def of(cls, value: float, size: int) -> "Share":
         """Of a tensor of `size` elements."""
         counts = kept_count(value, size), floor_count(value, size)
-        return cls(jnp.float32(value), *(jnp.uint32(count) for count in counts))
+        return cls(np.float32(value), *(np.uint32(count) for count in counts))
 
 
 Density = float | Float[Array, ""] | Share
 
 
-def kept_count(density: Density, size: int) -> int | Integer[Array, ""]:
+def kept_count(density: Density, size: Count) -> Count:
     """How many of `size` elements a density keeps: rounded down, but at least one unless the density is 0.
 
     Exact for a Python number. A traced density is a float32, and the count may be one off where density *
@@ -197,22 +201,30 @@ def kept_count(density: Density, size: int) -> int | Integer[Array, ""]:
     if isinstance(density, Share):
         return density.kept
     if isinstance(density, float | int):
+        size = _known(size)
         return min(max(int(density * size), 1), size) if density > 0 else 0
     count = floor_count(density, size)
-    least = jnp.uint32(min(1, size))
+    least = jnp.minimum(as_count(size), jnp.uint32(1))
     return jnp.where(density > 0, jnp.maximum(as_count(count), least), jnp.uint32(0))
 
 
-def floor_count(share: Density, size: int) -> int | Integer[Array, ""]:
+def floor_count(share: Density, size: Count) -> Count:
     """The whole number of elements in a share of `size`; exact as `kept_count` is."""
     if isinstance(share, Share):
         return share.whole
     if isinstance(share, float | int):
+        size = _known(size)
         return min(int(share * size), size)
-    return jnp.minimum(jnp.floor(share * jnp.float32(size)).astype(jnp.uint32), jnp.uint32(size))
+    return jnp.minimum(jnp.floor(share * jnp.float32(size)).astype(jnp.uint32), as_count(size))
 
 
-def as_count(value: int | Integer[Any, ""]) -> UInt32[Array, ""]:
+def _known(size: Count) -> int:
+    if not isinstance(size, int):
+        raise TypeError("a share of a tensor that is merged in chunks is a Share, or a traced number")
+    return size
+
+
+def as_count(value: Count) -> UInt32[Array, ""]:
     """A number of elements as the uint32 that they are counted in."""
     return jnp.asarray(value, None if isinstance(value, jax.Array) else jnp.uint32).astype(jnp.uint32)
 
@@ -223,26 +235,82 @@ def share_of(density: Density) -> Float[Array, ""]:
     return jnp.asarray(value, jnp.float32)
 
 
-def largest(x: Float[Array, "*shape"], count: int | Integer[Array, ""]) -> Bool[Array, "*shape"]:
+def largest(x: Float[Array, "*shape"], count: Count) -> Bool[Array, "*shape"]:
     """The `count` elements of largest magnitude, exactly so many; among equals those of lowest row-major
     index.
 
     NaN counts as larger than infinity. Exact, by counting, without a sort; under sharding each step is one
-    small all-reduce.
+    small all-reduce. Within `in_chunks` x is a chunk of a tensor, and the mask that of the whole tensor.
     """
+    chunks = getattr(_chunks, "active", None)
+    if chunks is not None:
+        return chunks.largest(x, as_count(count))
     _check_size(x.size)
     return _largest(x, as_count(count))
 
 
+class Chunks(abc.ABC):
+    """What is known of a tensor while its chunks are merged."""
+
+    size: Integer[Array, ""]
+    """Elements of the whole tensor."""
+
+    @abc.abstractmethod
+    def largest(self, x: Float[Array, "*shape"], count: UInt32[Array, ""]) -> Bool[Array, "*shape"]:
+        """Which of x, a chunk, are among the `count` largest of the whole."""
+
+
+_chunks = threading.local()
+
+
+@contextlib.contextmanager
+def in_chunks(chunks: Chunks) -> Iterator[None]:
+    """Traces operators whose elements depend on the whole tensor by `largest` alone for a chunk of it."""
+    _chunks.active = chunks
+    try:
+        yield
+    finally:
+        _chunks.active = None
+
+
+def size_of(x: Float[Array, "*shape"]) -> Count:
+    """How many elements the tensor has, also where x is a chunk of it (`in_chunks`)."""
+    chunks = getattr(_chunks, "active", None)
+    return x.size if chunks is None else chunks.size
+
+
+class Cut(NamedTuple):
+    """Where `largest` cuts a tensor: magnitudes above the threshold stay, and of those equal to it the ones
+    of an index below."""
+
+    threshold: UInt32[Array, ""] | np.uint32
+    """`magnitude_bits`"""
+    before: UInt32[Array, "2"] | UInt32[np.ndarray, "2"]
+    """An index; two words, the lower first."""
+
+    @classmethod
+    def at(cls, threshold: int, index: int) -> "Cut":
+        """Of two Python numbers."""
+        return cls(np.uint32(threshold), np.array([index & 0xFFFFFFFF, index >> 32], np.uint32))
+
+    def keeps(self, x: Float[Array, "*shape"], offset: UInt32[Array, "2"]) -> Bool[Array, "*shape"]:
+        """Which elements of a chunk stay that begins at `offset`."""
+        low = _index(x.size) + offset[0]
+        high = offset[1] + (low < offset[0]).astype(jnp.uint32)
+        first = (high < self.before[1]) | ((high == self.before[1]) & (low < self.before[0]))
+        bits = magnitude_bits(x)
+        return (bits > self.threshold) | ((bits == self.threshold) & first.reshape(x.shape))
+
+
 @jax.jit
 def _largest(x: Float[Array, "*shape"], count: UInt32[Array, ""]) -> Bool[Array, "*shape"]:
-    magnitude = lambda: magnitude_bits(x).reshape(-1)
+    magnitude = lambda: magnitude_bits(x)  # in its shape: flat, a sharded tensor would have to be gathered
     threshold, reached = _reached_by(magnitude, count, x.size, 1 << 31)
     # Of those equal to the threshold, the last ones may be too many.
     surplus = jnp.maximum(reached, count) - count
-    place = lambda: jnp.where(magnitude() == threshold, _index(x.size) + jnp.uint32(1), jnp.uint32(0))
+    place = lambda: jnp.where(magnitude() == threshold, _places(x.shape) + jnp.uint32(1), jnp.uint32(0))
     start, _ = _reached_by(place, surplus, x.size, x.size + 1)
-    return ((magnitude() >= threshold) & ~((surplus > 0) & (place() >= start))).reshape(x.shape)
+    return (magnitude() >= threshold) & ~((surplus > 0) & (place() >= start))
 
 
 def order_statistic(x: Float[Array, "*shape"], rank: int | Integer[Array, ""]) -> Float[Array, ""]:
@@ -254,11 +322,10 @@ def order_statistic(x: Float[Array, "*shape"], rank: int | Integer[Array, ""]) -
         return jnp.float32(jnp.nan)
     sign, last = jnp.uint32(1 << 31), jnp.uint32(0xFFFFFFFF)
 
-    def ordered() -> UInt32[Array, " n"]:
+    def ordered() -> UInt32[Array, "*shape"]:
         # The greater the bits of a negative number, the less it is.
         bits = _float_bits(x)
-        bits = jnp.where(jnp.isnan(x), last, jnp.where(bits >= sign, ~bits, bits | sign))
-        return bits.reshape(-1)
+        return jnp.where(jnp.isnan(x), last, jnp.where(bits >= sign, ~bits, bits | sign))
 
     count = jnp.uint32(x.size) - jnp.asarray(
         rank, None if isinstance(rank, jax.Array) else jnp.uint32
@@ -274,7 +341,7 @@ _SAMPLE = 1024
 
 
 def _reached_by(
-    values: Callable[[], UInt32[Array, " n"]], count: UInt32[Array, ""], size: int, ceiling: int
+    values: Callable[[], UInt32[Array, "*shape"]], count: UInt32[Array, ""], size: int, ceiling: int
 ) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     """A value that `count` of the `size` values reach and how many do: exactly `count`, or if equal values
     allow no such number, the greatest value that more than so many reach. All values are below the ceiling.
@@ -299,7 +366,7 @@ def _reached_by(
         found, zero = values(), jnp.uint32(0)
         tests = tuple((found >= marks[i]).astype(jnp.uint32) for i in range(_MARKS))
         add = lambda x, y: tuple(p + q for p, q in zip(x, y, strict=True))
-        counts = jnp.stack(jax.lax.reduce(tests, (zero,) * _MARKS, add, (0,)))
+        counts = jnp.stack(jax.lax.reduce(tests, (zero,) * _MARKS, add, tuple(range(found.ndim))))
         enough = jnp.sum(counts >= count, dtype=jnp.int32)
         at = jnp.maximum(enough - 1, 0)
         low, reached = jnp.where(enough > 0, marks[at], low), jnp.where(enough > 0, counts[at], reached)
@@ -310,7 +377,7 @@ def _reached_by(
     if size < 8 * _SAMPLE:
         marks = marks_between(low, top)
     else:
-        sample = jnp.sort(jax.lax.slice(values(), (0,), (size,), (size // _SAMPLE,)))
+        sample = jnp.sort(_sampled(values()))
         share = count.astype(jnp.float32) / jnp.float32(size)
         place = sample.size - jnp.floor(share * jnp.float32(sample.size)).astype(jnp.int32)
         spread = jnp.arange(-(_MARKS // 2), _MARKS // 2 + 1) * (_SAMPLE // 64)  # a standard deviation apart
@@ -319,6 +386,16 @@ def _reached_by(
     reached = jnp.where(none, jnp.uint32(0), jnp.uint32(size))
     low, reached, _, _ = jax.lax.while_loop(undecided, narrow, (low, reached, top, marks))
     return low, reached
+
+
+def _sampled(values: UInt32[Array, "*shape"]) -> UInt32[Array, " sample"]:
+    """About `_SAMPLE` of the values, evenly spaced along every axis."""
+    steps, left = [], _SAMPLE
+    for i, length in enumerate(values.shape):
+        taken = min(length, max(1, round(left ** (1 / (values.ndim - i)))))
+        steps.append(max(1, length // taken))
+        left = max(1, left // -(-length // steps[-1]))
+    return jax.lax.slice(values, [0] * values.ndim, values.shape, steps).reshape(-1)
 
 
 def magnitude_bits(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -332,6 +409,15 @@ def _float_bits(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 def _index(size: int) -> UInt32[Array, " n"]:
     return jax.lax.iota(jnp.uint32, size)
+
+
+def _places(shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
+    """The row-major index of each element."""
+    result, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        result = result + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        stride *= shape[axis]
+    return result
 
 
 def _check_size(size: int) -> None:

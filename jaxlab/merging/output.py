@@ -1,16 +1,14 @@
 """From a recipe to a Hugging Face folder: the plan, what it needs, the merge itself, its account and card."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
-import resource
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxlab import __version__
 from jaxlab import config as configs
@@ -24,14 +22,10 @@ from jaxlab.checkpoints import (
     read_json,
     resumable_folder,
 )
-from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, MergeAccount
 from jaxlab.merging.preparing import Beside, Prepared, prepared_statistics
 from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe
-
-if TYPE_CHECKING:
-    from jaxlab.checkpoints import Planned
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 _DIGESTS = {
@@ -43,76 +37,19 @@ _DIGESTS = {
     "spaces, its name.",
 }
 _READ_BLOCK = 1 << 22
-_BASE_MEMORY = 350 << 20
-"""Bytes that Python and jax take."""
-_BYTES_A_SECOND = {"element": 700e6, "row": 150e6, "tensor": 150e6, "matrix": 30e6, "model": 60e6}
-"""Read and written, by what an element depends on: about what two cores do."""
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a merge takes, estimated from headers."""
+class Writing(NamedTuple):
+    """A merge that is written."""
 
-    read_bytes: int
-    written_bytes: int
-    memory_bytes: int
-    seconds: float
-
-
-def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
-    """What carrying it out takes."""
-    from jaxlab.merging.engine import CHUNK, scope_of, whole_bytes
-
-    plan, inputs = prepared.plan, prepared.inputs
-    read, seconds, largest = 0, 0.0, 0
-    for tensor in plan.tensors:
-        step = tensor.merging
-        sources = (tensor.copy,) if step is None else step.everything
-        taken = sum(inputs[s.model][s.name].nbytes for s in sources if s is not None)
-        scope = "element" if step is None else scope_of(step)
-        read += taken
-        seconds += (taken + tensor.nbytes) / _BYTES_A_SECOND[scope]
-        if step is not None and scope != "element":
-            largest = max(largest, whole_bytes(step, math.prod(tensor.shape)))
-    threads = threads or min(4, os.cpu_count() or 1)
-    memory = _BASE_MEMORY + threads * CHUNK * 64 + largest
-    whole = [one for one in inputs if any(t.file is None for t in one.found.tensors.values())]
-    for one in whole:  # a model of ours is read at once; of others a tensor at a time
-        sizes = [t.nbytes for t in one.found.tensors.values()]
-        memory += sum(sizes) if one.model.form in ("orbax", "llama2c") else max(sizes, default=0)
-    return Needs(read, plan.nbytes, memory, seconds)
-
-
-def check_room(out: Path, shards: "Sequence[Sequence[Planned]]") -> None:
-    """Whether a folder of these files can be made, as far as that can be known before.
-
-    Raises:
-      UserError: no room on the disk, a limit on the size of files, a place that cannot be written.
-    """
-    out = Path(os.path.abspath(out))
-    sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
-    parent = out.parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
-    if not parent.is_dir():
-        raise UserError(f"{out}: cannot be made: {parent} is no folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{out}: cannot be made: {parent} is not writable")
-    longest = os.pathconf(parent, "PC_NAME_MAX") - len("..partial")
-    for part in out.parts[len(parent.parts) :]:
-        if len(os.fsencode(part)) > longest:
-            raise UserError(f"{out}: a name of more than {longest} bytes; choose a shorter one")
-    partial = out.parent / f".{out.name}.partial"
-    there = sum(f.stat().st_blocks * 512 for f in partial.glob("*.safetensors")) if partial.is_dir() else 0
-    free = shutil.disk_usage(parent).free + there
-    if sum(sizes) > free:
-        raise UserError(f"{out}: needs {_size(sum(sizes))}, the disk has {_size(free)} left")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY and max(sizes, default=0) > limit:
-        raise UserError(
-            f"{out}: a file of {_size(max(sizes))} is beyond the limit on the size of files, {_size(limit)} "
-            "(ulimit -f)"
-        )
+    prepared: Prepared
+    out: str | os.PathLike[str]
+    references: Sequence[str] = ()
+    """Of the models as the user named them, for the card."""
+    command: str = "python run.py merge recipe.yaml --out again --verify"
+    """What makes it again, beside its own recipe.yaml; for the card."""
+    statistics: Mapping[str, Any] | None = None
+    """Of data, by the tensor's name; by default what the recipe says."""
 
 
 def write_merge(
@@ -120,18 +57,15 @@ def write_merge(
     out: str | os.PathLike[str],
     *,
     references: Sequence[str] = (),
-    command: str = "python run.py merge recipe.yaml --out again --verify",
-    overwrite: bool = False,
-    allow_not_finite: bool = False,
-    hash_inputs: Literal["none", "sampled", "full"] = "sampled",
+    command: str = Writing._field_defaults["command"],
+    statistics: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> MergeAccount:
     """Carries the plan out into a new Hugging Face folder, whole or not at all; a killed one is taken up.
 
     Args:
-      references: of the models as the user named them, for the card.
-      command: what makes it again, beside its own recipe.yaml; for the card.
-      allow_not_finite, hash_inputs, options: see `jaxlab.merging.engine.execute`.
+      references, command, statistics: see `Writing`.
+      options: see `write_merges`.
 
     Returns:
       The account with digests.
@@ -140,39 +74,88 @@ def write_merge(
       UserError: `out` may not be written (see `check_output`), no room, damaged inputs, a result that is not
         finite.
     """
-    from jaxlab.merging.engine import execute
+    return write_merges([Writing(prepared, out, references, command, statistics)], **options)[0]
 
-    plan, inputs = prepared.plan, prepared.inputs
-    if "statistics" not in options:
-        options["statistics"] = prepared_statistics(prepared)
-    for one in inputs:
-        check_tied_heads(one.found)
-    beside = prepared.beside or beside_first(prepared)
-    texts = dict(beside.texts)
-    with resumable_folder(
-        out,
-        prepared.shards,
-        digest=prepared_digest(prepared),
-        texts=[*texts, ACCOUNT, CARD, RECIPE],
-        inputs=[path for one in inputs for path in one.model.inputs],
-        overwrite=overwrite,
-    ) as folder:
-        records = execute(
-            plan,
-            inputs,
-            folder,
-            allow_not_finite=allow_not_finite,
-            hash_inputs=hash_inputs,
-            **options,
-        )
-        account = plan.account().with_records(records)
-        made = _made(prepared, references, records, hash_inputs)
-        written = {**made, "tensors": account.to_json()}
-        texts[ACCOUNT] = json.dumps(jsonable(written), indent=2, allow_nan=False) + "\n"
-        texts[RECIPE] = prepared.recipe_text
-        texts[CARD] = _card(prepared, made, account, command, Path(out).name)
-        folder.complete(config=beside.config, copy_from=beside.copy_from, texts=texts, without=beside.without)
-    return account
+
+def write_merges(
+    writings: Sequence[Writing],
+    *,
+    overwrite: bool = False,
+    hash_inputs: Literal["none", "sampled", "full"] = "sampled",
+    **options: Any,
+) -> list[MergeAccount]:
+    """Carries several plans out, each into a folder of its own as `write_merge` does: what they have in
+    common is read once. Killed ones are taken up.
+
+    Args:
+      overwrite: replaces folders that this tool wrote.
+      hash_inputs, options: see `jaxlab.merging.engine.execute_together`.
+
+    Returns:
+      The accounts with digests.
+
+    Raises:
+      UserError: as for `write_merge`.
+    """
+    from jaxlab.merging.engine import Merge, execute_together
+
+    merges, folders, besides = [], [], []
+    with contextlib.ExitStack() as stack:
+        for prepared, out, _, _, statistics in writings:
+            if statistics is None:
+                statistics = prepared_statistics(prepared)
+            for one in prepared.inputs:
+                check_tied_heads(one.found)
+            beside = prepared.beside or beside_first(prepared)
+            begun = resumable_folder(
+                out,
+                prepared.shards,
+                digest=prepared_digest(prepared),
+                texts=[*beside.texts, ACCOUNT, CARD, RECIPE],
+                inputs=[path for one in prepared.inputs for path in one.model.inputs],
+                overwrite=overwrite,
+            )
+            folders.append(stack.enter_context(begun))
+            merges.append(Merge(prepared.plan, prepared.inputs, folders[-1], statistics or {}))
+            besides.append(beside)
+        results = execute_together(merges, hash_inputs=hash_inputs, **options)
+        accounts = []
+        for writing, folder, beside, records in zip(writings, folders, besides, results, strict=True):
+            prepared = writing.prepared
+            account = prepared.plan.account().with_records(records)
+            made = _made(prepared, writing.references, records, hash_inputs)
+            written = {**made, "digest": prepared_digest(prepared), "tensors": account.to_json()}
+            card = _card(prepared, made, account, writing.command, Path(writing.out).name)
+            folder.complete(
+                config=beside.config,
+                copy_from=beside.copy_from,
+                texts={
+                    **beside.texts,
+                    ACCOUNT: json.dumps(jsonable(written), indent=2, allow_nan=False) + "\n",
+                    RECIPE: prepared.recipe_text,
+                    CARD: card,
+                },
+                without=beside.without,
+            )
+            accounts.append(account)
+    return accounts
+
+
+def finished_account(prepared: Prepared, out: str | os.PathLike[str]) -> MergeAccount | None:
+    """The account of a folder that has been made of the same plan and the same files; None: there is none."""
+    path = Path(out) / ACCOUNT
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    return _account_of(found) if found.get("digest") == prepared_digest(prepared) else None
+
+
+def _account_of(found: Mapping[str, Any]) -> MergeAccount:
+    listed = ("models", "shape")
+    lines: list[dict[str, Any]] = [
+        {k: tuple(v) if k in listed else v for k, v in line.items()} for line in found["tensors"]
+    ]
+    return MergeAccount(tuple(AccountLine(**line) for line in lines))
 
 
 def beside_first(prepared: Prepared) -> Beside:
@@ -325,9 +308,7 @@ def verify_folder(out: str | os.PathLike[str], account: MergeAccount | None = No
     """
     folder = open_folder(out)
     if account is None:
-        said = read_json(Path(out) / ACCOUNT)["tensors"]
-        lines = (AccountLine(**line | {k: tuple(line[k]) for k in ("shape", "models")}) for line in said)
-        account = MergeAccount(tuple(lines))
+        account = _account_of(read_json(Path(out) / ACCOUNT))
     wrong = account.wrong({name: (t.shape, t.dtype.name, _hash(folder, name)) for name, t in folder.items()})
     if wrong:
         raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")
@@ -347,33 +328,6 @@ def _hash(folder: TensorFolder, name: str) -> str:
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()
-
-
-def describe(needs: Needs, out: Path | None = None) -> str:
-    """What is needed, for people to read."""
-    line = (
-        f"reads {_size(needs.read_bytes)}, writes {_size(needs.written_bytes)}, holds about "
-        f"{_size(needs.memory_bytes)} of memory, takes about {_time(needs.seconds)} on two cores"
-    )
-    if out is None:
-        return line
-    parent = Path(os.path.abspath(out)).parent
-    while not parent.is_dir():
-        parent = parent.parent
-    return f"{line}; {_size(shutil.disk_usage(parent).free)} of disk are free"
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit in ("bytes", "kB") else f"{value:.1f} {unit}"
-
-
-def _time(seconds: float) -> str:
-    return f"{max(1, round(seconds))} s" if seconds < 120 else f"{round(seconds / 60)} min"
 
 
 def notes_of(prepared: Prepared) -> list[str]:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxlab.config import suggestion
+from jaxlab.config import suggestion, to_plain, yaml_line
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import OPERATORS, Operator, operator_named
@@ -103,6 +103,17 @@ def _takes(operator: Operator, known: Mapping[str, Parameter]) -> str:
     return f"{operator.name} takes {', '.join(known) or 'no parameters'}"
 
 
+def described_operator(operator: Operator, mode: Mode, used: Mapping[str, Any], *, injected: bool) -> str:
+    """The operator with all its parameters, those that the recipe does not give too, on a line."""
+    fixed = FIXED_BY_INJECTION if injected else {}
+    said = []
+    for name, parameter in operator.parameters.items():
+        value = fixed[name] if name in fixed else used.get(name, parameter.default_in(mode))
+        origin = " (fixed)" if name in fixed else "" if name in used else " (default)"
+        said.append(f"{name} {yaml_line(to_plain(value))}{origin}")
+    return f"{operator.name}: {', '.join(said)}" if said else operator.name
+
+
 def check_task(operator: Operator, task: str | None, models: Sequence[str]) -> None:
     """Whether a recipe names a task where there are several, and only there.
 
@@ -115,7 +126,9 @@ def check_task(operator: Operator, task: str | None, models: Sequence[str]) -> N
         found = "missing" if task is None else f"no task {task!r}"
         listed = ", ".join(models)
         raise ConfigError(
-            f"{found}; {operator.name} makes a model for each task: one of {listed}", key="task"
+            f"{found}; {operator.name} makes a model for each task: one of {listed} (all of them: "
+            f"--sweep 'task=[{listed}]')",
+            key="task",
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxlab.checkpoints import EMBEDDING, HEAD, LeafPath, TensorKind
+from jaxlab.checkpoints import EMBEDDING, HEAD, LeafPath, SameTokens, TensorKind
 from jaxlab.errors import UserError
 from jaxlab.merging.account import AccountLine
 from jaxlab.merging.merge import check_sum
@@ -17,7 +17,7 @@ from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import operator_named
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source
 from jaxlab.merging.schedules import Place, check_rules, kind_of, value_at
-from jaxlab.merging.vocabulary import CommonRows, SameTokens, common_rows, table_of_rows
+from jaxlab.merging.vocabulary import CommonRows, common_rows, table_of_rows
 
 _TABLES: tuple[LeafPath, ...] = (EMBEDDING, HEAD, ("head", "bias"))
 """Leaves whose rows stand for tokens."""
@@ -338,7 +338,7 @@ def _merged(
     weights, values = rules.at(place, roles)
     if not rules.injected:
         known = operator_named(rules.operator)
-        check_sum(known, known.resolve(values, len(merged), rules.mode), weights or [1.0])
+        check_sum(known, known.resolve(values, len(merged), rules.mode, plain=True), weights or [1.0])
     step = Merging(
         rules.operator,
         rules.mode,

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel
+from jaxlab.checkpoints import OpenModel, same_tokens
 from jaxlab.errors import UserError
-from jaxlab.merging.architecture import check_same_architecture
+from jaxlab.merging.architecture import check_same_architecture, check_vision
 from jaxlab.merging.merge_data import read_texts
 from jaxlab.merging.operators import operator_named
 from jaxlab.merging.plan import Input, MergePlan, open_inputs
 from jaxlab.merging.planning import plan_injection_of, plan_merge_of
 from jaxlab.merging.recipe import InjectRecipe, MergeRecipe, Recipe
-from jaxlab.merging.vocabulary import same_tokens
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import Planned
@@ -74,7 +73,7 @@ def prepare_merge(
     Raises:
       UserError: models that cannot be merged as the recipe says, or whose tensors are not their family's.
     """
-    from jaxlab.merging.engine import layout
+    from jaxlab.merging.layout import layout
     from jaxlab.merging.programs import check_operators
 
     first = "vlm" if isinstance(recipe, InjectRecipe) else "first"
@@ -84,6 +83,7 @@ def prepare_merge(
         tokens = same_tokens([model.tokenizer for model in models])
         _check_tokenizers(models, recipe.roles())
     inputs = open_inputs(models, recipe.roles(), own_names=to == "orbax")
+    check_vision(inputs[0])
     if isinstance(recipe, InjectRecipe):
         plan = plan_injection_of(
             inputs,

@@ -2,17 +2,27 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, UInt8, UInt32
 
 from jaxlab.merging.injection import Given, Method, inject_tensor
+from jaxlab.merging.layout import operator_of
 from jaxlab.merging.merge import arithmetic_dtype, merge_tensors
-from jaxlab.merging.numerics import Mode, Share, difference, rounding_by
+from jaxlab.merging.numerics import (
+    Chunks,
+    Cut,
+    Mode,
+    Share,
+    difference,
+    in_chunks,
+    magnitude_bits,
+    rounding_by,
+)
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.plan import MergePlan, Merging, PlannedTensor, dtype_of
 
@@ -55,16 +65,6 @@ def program_of(tensor: PlannedTensor, step: Merging, size: int, num_layers: int)
     return program, (numbers, weights)
 
 
-def scope_of(step: Merging) -> str:
-    """What an element of the output depends on; see `Operator.scope`."""
-    return operator_of(step.operator, step.injected).scope(step.mode)
-
-
-def operator_of(name: str, injected: bool) -> Operator:
-    operator = operator_named(name)
-    return operator.for_injection if injected else operator
-
-
 def _numbers(step: Merging, size: int) -> dict[str, Any]:
     """What is traced of the parameters of a merge, for a tensor of `size` elements."""
     known = operator_named(step.operator).parameters
@@ -104,7 +104,48 @@ def check_operators(plan: MergePlan, statistics: Mapping[str, Any] | None = None
             arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for _ in step.everything]
             base = arrays.pop() if step.base is not None else None
             given = given_to(np.zeros(2, np.uint32), step, statistics=own)
-            jax.eval_shape(functools.partial(_merge, program, offset=0), tuple(arrays), base, numbers, given)
+            jax.eval_shape(
+                functools.partial(_merge, program, offset=0), tuple(arrays), base, numbers, given,
+            )  # fmt: skip
+
+
+class Scores(NamedTuple):
+    """Of a chunk, what `largest` is asked about."""
+
+    bits: tuple[UInt32[Array, " n"], ...]
+    """`magnitude_bits` of each score."""
+    sides: tuple[UInt8[Array, " n"], ...]
+    """For each request: 0 below its bracket, 1 in it, 2 above."""
+    counts: tuple[UInt32[Array, ""], ...]
+    """For each request how many elements of the whole tensor are wanted."""
+    of: tuple[UInt32[Array, ""], ...]
+    """For each request which of the scores it is about."""
+
+
+class _Seen(Chunks):
+    """Notes what `largest` is asked about."""
+
+    def __init__(self, size: Array) -> None:
+        self.size = size
+        self.scores: list[Array] = []
+        self.requests: list[tuple[int, Array]] = []
+
+    def largest(self, x: Array, count: Array) -> Array:
+        places = [i for i, score in enumerate(self.scores) if score is x]
+        if not places:
+            self.scores.append(x)
+        self.requests.append((places[0] if places else len(self.scores) - 1, count))
+        return jnp.zeros(x.shape, bool)
+
+
+class _Known(Chunks):
+    """Answers `largest` by cuts in the order in which they were asked for."""
+
+    def __init__(self, size: Array, cuts: Sequence[Cut], offset: Array) -> None:
+        self.size, self.offset, self.cuts = size, offset, iter(cuts)
+
+    def largest(self, x: Array, count: Array) -> Array:
+        return next(self.cuts).keeps(x, self.offset)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -113,16 +154,60 @@ def merge_part(
     models: tuple[Array, ...],
     base: Array | None,
     numbers: Any,
-    given: Any,
+    given: Given,
     offset: UInt32[Array, "2"],
-    count: UInt32[Array, ""],
     zero: UInt32[Array, ""],
-) -> tuple[Array, Array]:
-    """The merged part in the output's dtype, and how many of its first `count` values are not finite."""
+    size: UInt32[Array, ""] | None = None,
+    cuts: tuple[Cut, ...] = (),
+) -> Array:
+    """A chunk that begins at `offset`, merged, in the output's dtype.
+
+    Args:
+      size, cuts: of the whole tensor, for operators of scope "cut".
+    """
     with rounding_by(zero):
-        merged = _merge(program, models, base, numbers, given, offset)
-    real = jax.lax.iota(jnp.uint32, merged.size) < count
-    return merged, jnp.sum(~jnp.isfinite(merged) & real, dtype=jnp.uint32)
+        if size is None:
+            return _merge(program, models, base, numbers, given, offset)
+        with in_chunks(_Known(size, cuts, offset)):
+            return _merge(program, models, base, numbers, given, offset)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def score_part(
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    given: Given,
+    offset: UInt32[Array, "2"],
+    zero: UInt32[Array, ""],
+    size: UInt32[Array, ""],
+    brackets: UInt32[Array, "requests 2"],
+) -> Scores:
+    """What `largest` is asked about a chunk, by an operator of scope "cut" or one that gathers thresholds.
+
+    Args:
+      brackets: the least and the greatest value in the bracket of each request; more than there are.
+    """
+    seen = _Seen(size)
+    with rounding_by(zero):
+        gather = operator_of(program.operator, program.injected).gather
+        if gather is None:
+            with in_chunks(seen):
+                _merge(program, models, base, numbers, given, offset)
+        else:
+            assert gather.thresholds is not None
+            _, vectors, _ = _vectors(program, models, base, numbers)
+            named = {} if given.statistics is None else {"statistics": given.statistics}
+            for score in gather.thresholds.scores(vectors, **named):
+                seen.largest(score, size)
+    bits = [magnitude_bits(x).reshape(-1) for x in seen.scores]
+    sides: list[Array] = []
+    for i, (of, _) in enumerate(seen.requests):
+        low, high = brackets[i, 0], brackets[i, 1]
+        sides.append((bits[of] >= low).astype(jnp.uint8) + (bits[of] > high).astype(jnp.uint8))
+    counts = tuple(count for _, count in seen.requests)
+    return Scores(tuple(bits), tuple(sides), counts, tuple(jnp.uint32(of) for of, _ in seen.requests))
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -133,10 +218,10 @@ def merge_whole(
     numbers: Any,
     given: Given,
     zero: UInt32[Array, ""],
-) -> tuple[Array, Array]:
+) -> Array:
+    """A whole tensor merged, in the output's dtype."""
     with rounding_by(zero):
-        merged = _merge(program, models, base, numbers, given, 0)
-    return merged, jnp.sum(~jnp.isfinite(merged), dtype=jnp.uint32)
+        return _merge(program, models, base, numbers, given, 0)
 
 
 def _merge(
@@ -174,6 +259,16 @@ def measure(
     program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any, given: Given
 ) -> Any:
     """One round of what an operator on whole models gathers, of one tensor."""
+    operator, vectors, values = _vectors(program, models, base, numbers)
+    dtype = arithmetic_dtype(operator, program.mode, models[0].dtype)
+    supplied = {"dtype": dtype, "statistics": given.statistics, "totals": given.totals}
+    return operator.measure(vectors, values, **supplied)
+
+
+def _vectors(
+    program: Program, models: tuple[Array, ...], base: Array | None, numbers: Any
+) -> tuple[Operator, list[Array], dict[str, Any]]:
+    """The operator, the task vectors that it gathers something of, and its parameters."""
     operator = operator_of(program.operator, program.injected)
     dtype = arithmetic_dtype(operator, program.mode, models[0].dtype)
     if program.injected:
@@ -182,8 +277,5 @@ def measure(
         values = operator.resolve({**dict(program.fixed), **numbers[0]}, len(models), program.mode)
     if program.injected or not operator.of_models:
         assert base is not None
-        vectors = [difference(x, base, dtype) for x in models]
-    else:
-        vectors = [x.astype(jnp.float32) for x in models]
-    supplied = {"dtype": dtype, "statistics": given.statistics, "totals": given.totals}
-    return operator.measure(vectors, values, **supplied)
+        return operator, [difference(x, base, dtype) for x in models], values
+    return operator, [x.astype(jnp.float32) for x in models], values

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from tokenizers import Tokenizer
 
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel
+from jaxlab.checkpoints import OpenModel, SameTokens, same_tokens
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import shipped
 from jaxlab.merging.account import MergeAccount
@@ -18,6 +18,7 @@ from jaxlab.merging.merge_data import MergeData
 from jaxlab.merging.parameters import (
     check_statistics,
     check_task,
+    described_operator,
     given_of,
     named_operator,
     refuse_weight,
@@ -25,7 +26,6 @@ from jaxlab.merging.parameters import (
     with_own_values,
 )
 from jaxlab.merging.schedules import Number, check_kind
-from jaxlab.merging.vocabulary import SameTokens, same_tokens
 from jaxlab.models import ModelConfig, Params
 
 if TYPE_CHECKING:
@@ -255,6 +255,13 @@ class MergeRecipe:
         return models if self.base is None else [*models, "base"]
 
 
+def described(recipe: "Recipe") -> str:
+    """The operator of a recipe with all its parameters, defaults too, on a line."""
+    injected = isinstance(recipe, InjectRecipe)
+    operator = named_operator(recipe.operator, injected=injected)
+    return described_operator(operator, recipe.mode, recipe.options(), injected=injected)
+
+
 def _keys(recipe: type) -> list[str]:
     return [key for key, known in configs.fields_of(recipe).items() if not known.others]
 
@@ -269,7 +276,7 @@ def load_recipe(path: str | Path) -> "Recipe | MergekitFile":
     Raises:
       UserError: a mistake in it.
     """
-    from jaxlab.merging.mergekit.file import is_mergekit_file, read_mergekit_file
+    from jaxlab.merging.mergekit.reading import is_mergekit_file, read_mergekit_file
 
     if is_mergekit_file(shipped(path)):
         return read_mergekit_file(shipped(path))
@@ -321,8 +328,8 @@ def read_trio(
     )
 
 
-def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
-    """The VLM with the expert merged into it as the recipe says, and the account.
+def injection_options(recipe: InjectRecipe) -> dict[str, Any]:
+    """The operator's parameters of a recipe as `inject` takes them.
 
     Raises:
       UserError: several experts, or parameters that are not the same for all tensors: only a plan has them.
@@ -334,6 +341,16 @@ def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAcc
         options[name] = [value[role] for role in ("vlm", "expert")] if isinstance(value, dict) else value
         if any(isinstance(x, tuple) for x in (value.values() if isinstance(value, dict) else [value])):
             raise UserError(f"{name} is not the same for all tensors; only `merge` can do that, no search")
+    return options
+
+
+def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
+    """The VLM with the expert merged into it as the recipe says, and the account.
+
+    Raises:
+      UserError: several experts, or parameters that are not the same for all tensors: only a plan has them.
+    """
+    options = injection_options(recipe)
     return inject(
         trio.vlm,
         trio.expert,

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlab.checkpoints import Tensor
 from jaxlab.errors import UserError
-from jaxlab.merging.plan import Input, Merging, Source, dtype_of
+from jaxlab.merging.plan import Input, Source, dtype_of
 
 COPY = 1 << 22
 """Bytes."""
@@ -63,21 +63,32 @@ class Reader:
     def tensor(self, source: Source) -> Tensor:
         return self.inputs[source.model][source.name]
 
+    def place(self, source: Source) -> Any:
+        """Equal for tensors that are the same bytes."""
+        tensor = self.tensor(source)
+        if tensor.file is None:
+            return id(tensor)
+        return tensor.file, tensor.offset, tensor.dtype, tensor.shape
+
     def parts(
         self,
         source: Source,
         start: int,
         stop: int | None,
         length: int,
-        hashes: dict[str, Any],
+        hashes: dict[str, Any] | None,
         read_as: str | None = None,
     ) -> Iterator[np.ndarray]:
-        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter."""
+        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter.
+
+        Args:
+          hashes: digests by input and name, which the bytes are added to; None: they are not hashed.
+        """
         tensor = self.tensor(source)
         stop = tensor.size if stop is None else stop
         parts = self._of_file if tensor.file is not None else _of_rows
         digest = None
-        if self.hash_inputs != "none":
+        if self.hash_inputs != "none" and hashes is not None:
             digest = hashes.setdefault(f"{source.model}:{source.name}", hashlib.sha256())
         at = start * tensor.dtype.itemsize
         for part in parts(tensor, start, stop, length):
@@ -92,25 +103,23 @@ class Reader:
         assert tensor.file is not None
         size = tensor.dtype.itemsize
         for at in range(start, stop, length):
-            part = np.empty(min(length, stop - at), tensor.dtype)
+            part = aligned(min(length, stop - at), tensor.dtype)
             self.files.read(tensor.file, memoryview(part.view(np.uint8)), tensor.offset + at * size)
             yield part
 
-    def read(self, source: Source, size: int, hashes: dict[str, Any], read_as: str | None) -> np.ndarray:
+    def read(
+        self, source: Source, size: int, hashes: dict[str, Any] | None, read_as: str | None
+    ) -> np.ndarray:
+        """The first `size` elements, flat."""
         parts = list(self.parts(source, 0, size, max(1, size), hashes, read_as))
         return parts[0] if parts else np.empty(0, self.tensor(source).dtype)
 
-    def rest_of_hashes(self, step: Merging, merged: int, hashes: dict[str, Any]) -> None:
-        """The hash of a source is that of all its bytes, also where only its first rows were merged; of kept
-        rows, all have been read.
-        """
-        if self.hash_inputs == "none":
-            return
-        for source in dict.fromkeys(step.everything):
-            size = self.tensor(source).size
-            begun = size if (step.rows is None or source == step.kept) else merged
-            for _ in self.parts(source, begun, size, COPY, hashes):
-                pass
+    def sample(self, source: Source, size: int, runs: int, length: int, read_as: str | None) -> np.ndarray:
+        """`runs` runs of `length` elements, evenly spaced over the first `size`, one after the other."""
+        starts = [i * (size - length) // max(1, runs - 1) for i in range(runs)]
+        return np.concatenate(
+            [next(self.parts(source, start, start + length, length, None, read_as)) for start in starts]
+        )
 
 
 class Out:
@@ -121,9 +130,9 @@ class Out:
         self.not_finite = 0
         self._write, self._at = write, 0
 
-    def add(self, values: np.ndarray, not_finite: int | None = None) -> None:
-        """Flat values, in their order; `not_finite` is counted here unless it is told."""
-        self.not_finite += count_not_finite(values) if not_finite is None else not_finite
+    def add(self, values: np.ndarray) -> None:
+        """Flat values, in their order."""
+        self.not_finite += count_not_finite(values)
         raw = values.view(np.uint8)
         self.digest.update(raw)
         self._write(raw, self._at)
@@ -149,16 +158,15 @@ class AmongKeptRows:
         self._out, self._runs, self._width, self._kept = out, iter(runs), width, kept
         self._row = self._left = 0
 
-    def add(self, values: np.ndarray, not_finite: int) -> None:
+    def add(self, values: np.ndarray) -> None:
         """Merged values, flat, in the order of the runs."""
-        self._out.not_finite += not_finite
         while len(values):
             if not self._left:
                 start, count = next(self._runs)
                 self.keep_to(start)
                 self._row, self._left = start + count, count * self._width
             count = min(len(values), self._left)
-            self._out.add(values[:count], 0)
+            self._out.add(values[:count])
             values, self._left = values[count:], self._left - count
 
     def keep_to(self, row: int) -> None:
@@ -178,14 +186,28 @@ def _hashed(start: int, stop: int, what: Hashed) -> Iterator[tuple[int, int]]:
             yield max(page, start), min(page + _PAGE, stop)
 
 
+_EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
+
+
 def count_not_finite(values: np.ndarray) -> int:
     """How many NaN and infinities there are; integers have none."""
-    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(values.dtype.name)
+    exponent = _EXPONENTS.get(values.dtype.name)
     if exponent is not None:
-        return int(np.count_nonzero((values.view(np.uint16) & exponent) == exponent))
+        bits = values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint32)
+        magnitudes = np.bitwise_and(bits, (1 << 8 * bits.itemsize - 1) - 1)
+        if magnitudes.size == 0 or magnitudes.max() < exponent:  # several times faster than counting
+            return 0
+        return int(np.count_nonzero(magnitudes >= exponent))
     if values.dtype.kind != "f" and not values.dtype.name.startswith("float8"):
         return 0
     return int(values.size - np.count_nonzero(np.isfinite(values)))
+
+
+def aligned(count: int, dtype: np.dtype) -> np.ndarray:
+    """An array that a compiled program takes without copying it: 64 bytes are a unit of memory to XLA."""
+    raw = np.empty(count * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count * dtype.itemsize].view(dtype)
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -196,9 +218,10 @@ def padded(part: np.ndarray, length: int) -> np.ndarray:
     """With zeros at its end, so that one program serves all parts."""
     if len(part) == length:
         return part
-    padded = np.zeros(length, part.dtype)
-    padded[: len(part)] = part
-    return padded
+    longer = aligned(length, part.dtype)
+    longer[: len(part)] = part
+    longer[len(part) :] = 0
+    return longer
 
 
 def _of_rows(tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:

@@ -7,29 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import Tensor
+from jaxlab.checkpoints import SameTokens, Tensor
 from jaxlab.errors import UserError
-
-SameTokens = Int[np.ndarray, "tokens models"]
-"""For each token id of the first model the ids of the same token in all; -1: that model has none."""
-
-
-def same_tokens(tokenizers: Sequence[Tokenizer | None]) -> SameTokens | None:
-    """Which ids stand for the same token, by its text; None: all models read bytes, so that every id does.
-
-    Models of which some have a tokenizer and some have none share no token that is known.
-    """
-    if all(tokenizer is None for tokenizer in tokenizers):
-        return None
-    if any(tokenizer is None for tokenizer in tokenizers):
-        return np.empty((0, len(tokenizers)), np.int64)
-    known = [t.get_vocab(with_added_tokens=True) for t in tokenizers if t is not None]
-    found = np.full((1 + max(known[0].values(), default=-1), len(known)), -1, np.int64)
-    for token, index in known[0].items():
-        found[index] = [table.get(token, -1) for table in known]
-    return found
 
 
 @dataclass(frozen=True)

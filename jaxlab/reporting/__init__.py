@@ -9,4 +9,6 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.reporting.merge_diagnosis import diagnosis_page
     from jaxlab.reporting.page import Section
     from jaxlab.reporting.papers import CLAIMS
+    from jaxlab.reporting.papers.label_words.prompt_widget import prompt_page
+    from jaxlab.reporting.papers.label_words.section import verdicts as icl_verdicts
     from jaxlab.reporting.verdicts import Claim, Verdict

@@ -15,6 +15,7 @@ from jaxlab.checkpoints import OpenModel, describe_model, open_model
 from jaxlab.costs import bytes_per_device
 from jaxlab.data import EpisodesConfig
 from jaxlab.errors import ConfigError, UserError, UserNote
+from jaxlab.files import jsonable, write_atomic
 from jaxlab.icl import (
     Analysis,
     Answers,
@@ -43,6 +44,7 @@ from jaxlab.icl import (
     run_analysis,
 )
 from jaxlab.models import SplitConfig, model_mesh, using
+from jaxlab.reporting import prompt_page
 
 Name = Literal[
     "flows",
@@ -65,6 +67,8 @@ class Config:
 
     model: str = ""
     """A model folder or file, a hub id, a run folder, or the config of a finished train run."""
+    after: str = ""
+    """A second model on the same prompts in the same run: the model after skills were injected, say."""
     data: PromptsConfig = EpisodesConfig()
     """Where the prompts come from: a named set, a task of your own (classification), or made-up episodes."""
     split: Split = "test"
@@ -149,10 +153,9 @@ class Config:
 
 def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
-    return {
-        "model": open_model(model_folder(config.model)).identity,
-        "data": prompts_identity(config.data),
-    }
+    identity = lambda model: open_model(model_folder(model)).identity
+    found = {"model": identity(config.model), "data": prompts_identity(config.data)}
+    return found | ({"after": identity(config.after)} if config.after else {})
 
 
 def check(config: Config) -> dict[str, Any]:
@@ -160,6 +163,8 @@ def check(config: Config) -> dict[str, Any]:
     study = _study(config, describe_model(model_folder(config.model)))
     with using(model_mesh(config.mesh)):
         _check_analyses(config, study)
+        if config.after:
+            _check_analyses(config, _after(config, study, describe_model(model_folder(config.after))))
         temporary = {analysis.name: analysis.memory(study) for analysis in config.chosen}
     parameters = bytes_per_device(study.params)
     needed, held = parameters + max(temporary.values()), _device_memory()
@@ -190,8 +195,41 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     mesh = model_mesh(config.mesh)
     with using(mesh):
         _check_analyses(config, study)
-        params = opened.read(mesh=mesh, dtype=config.dtype)
-        return _analyse(config, run, opened, dataclasses.replace(study, params=params))
+        models = [(opened, study)]
+        if config.after:
+            changed = open_model(model_folder(config.after))
+            models.append((changed, _after(config, study, changed)))
+            _check_analyses(config, models[1][1])
+        found = []
+        for number, (one, looked_at) in enumerate(models):  # the weights of one at a time
+            params = one.read(mesh=mesh, dtype=config.dtype)
+            name = "after" if number else ""
+            found.append(_analyse(config, run, one, dataclasses.replace(looked_at, params=params), name))
+            del params
+    return found[0] if len(found) == 1 else {**found[0], "after": {"model": config.after, **found[1]}}
+
+
+def _after(config: Config, before: Study, opened: OpenModel) -> Study:
+    """The second model's study.
+
+    Raises:
+      UserError: it does not read the same prompts.
+    """
+    study = _study(config, opened)
+    for seed in study.seeds:
+        pairs = zip(
+            before.source.batches(seed, before.examples, before.batch_size),
+            study.source.batches(seed, study.examples, study.batch_size),
+            strict=True,
+        )
+        for one, other in pairs:
+            tokens = (one.batch["tokens"], other.batch["tokens"])
+            if tokens[0].shape != tokens[1].shape or (tokens[0] != tokens[1]).any():
+                raise UserError(
+                    f"after: {opened.path} reads the prompts in other tokens than the model; give one "
+                    "that was made from it"
+                )
+    return study
 
 
 def _check_analyses(config: Config, study: Study) -> None:
@@ -203,13 +241,15 @@ def _check_analyses(config: Config, study: Study) -> None:
         analysis.check(study)
 
 
-def _analyse(config: Config, run: Run, opened: OpenModel, study: Study) -> dict[str, Any]:
-    store = ChunkStore(run.path / "records")
+def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: str = "") -> dict[str, Any]:
+    store = ChunkStore(run.path / "_".join(filter(None, ("records", name))))
     found, seconds = {}, {}
     for analysis in config.chosen:
         started = time.perf_counter()
         total = sum(len(analysis.chunks(study, seed)) for seed in study.seeds)
-        with tqdm(total=total, desc=f"icl {run.name}: {analysis.name}", unit="batch") as progress:
+        with tqdm(
+            total=total, desc=f"icl {run.name}: {' '.join(filter(None, (name, analysis.name)))}", unit="batch"
+        ) as progress:
             found[analysis.name] = run_analysis(analysis, study, store, progress.update)
         seconds[analysis.name] = time.perf_counter() - started
     answers = found["answers"]
@@ -220,6 +260,10 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study) -> dict[
             stacklevel=2,
         )
     undefined = [] if answers["single_class"] is None else ["accuracy", "label_loyalty", "aucroc"]
+    if "figure1" in found:
+        page = run.path / ("_".join(filter(None, ("figure1", name))) + ".html")
+        write_atomic(page, prompt_page(jsonable(found), f"Information flow: {run.name}"))
+        print(f"figure1: {page}")
     return {
         "made_by": opened.made_by,
         "dequantized": opened.dequantized,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxlab.app import command_line, model_folder, open_reference
-from jaxlab.config import POSITIONAL
+from jaxlab.app import command_line, model_folder, open_reference, reference_folders
+from jaxlab.config import POSITIONAL, REPEATED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 class Arguments:
     """Merge models, or inject an expert into a VLM."""
 
-    recipe: Annotated[str, POSITIONAL]
-    """YAML file that begins with kind: inject or kind: merge, or a file of mergekit."""
+    recipes: Annotated[tuple[str, ...], POSITIONAL]
+    """YAML files that begin with kind: inject or kind: merge, or are mergekit's; several in one pass."""
     out: str
-    """Folder to write the model to."""
+    """Folder to write the model to; of several recipes the folder that holds theirs."""
+    sweep: Annotated[tuple[str, ...], REPEATED] = ()
+    """lambda_e=[0.2,0.4]: a model for each value, of several sweeps for each combination, in one pass."""
     to: Literal["auto", "huggingface", "orbax"] = "auto"
     """A folder of Hugging Face, or ours; auto: of Hugging Face, but for models of ours that no family there
     can describe."""
@@ -45,27 +47,33 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    from jaxlab.checkpoints import check_output, hf_family
+    from jaxlab.checkpoints import check_output, hf_family, open_model
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
         MergekitFile,
         check_room,
         describe,
-        load_recipe,
+        described_recipe,
+        load_recipes,
         needs_of,
         note_dequantized,
         notes_of,
         prepare_merge,
     )
 
-    recipe, out = load_recipe(arguments.recipe), Path(arguments.out)
+    recipes, out = load_recipes(arguments.recipes, arguments.sweep), Path(arguments.out)
+    if len(recipes) > 1 or arguments.sweep:
+        _together(arguments, recipes, out)
+        return
+    (recipe,) = recipes.values()
     if isinstance(recipe, MergekitFile):
         _of_mergekit(arguments, recipe, out)
         return
     references = recipe.references()
-    models = [open_reference(reference) for reference in references]
-    folders = [folder for model in models for folder in model.inputs]
-    check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
+    folders = [reference_folders(reference) for reference in references]
+    given = [path for pair in folders for path in pair if path is not None]
+    check_output(out, given, overwrite=arguments.overwrite)  # before anything is read
+    models = [open_model(folder, adapter=adapter) for folder, adapter in folders]
     note_dequantized(models)
     to = arguments.to
     if to == "auto":
@@ -80,6 +88,7 @@ def run(arguments: Arguments) -> None:
     for note in notes_of(prepared):
         warnings.warn(note, UserNote, stacklevel=2)
     check_room(out, prepared.shards)
+    print(described_recipe(recipe))
     print(prepared.plan.account().table())
     print(describe(needs_of(prepared, threads=arguments.threads or None), out))
     if arguments.check:
@@ -91,6 +100,62 @@ def run(arguments: Arguments) -> None:
         _to_huggingface(arguments, prepared, references, out)
 
 
+def _together(
+    arguments: Arguments, recipes: "dict[str, InjectRecipe | MergeRecipe | MergekitFile]", out: Path
+) -> None:
+    """Several recipes, each into a folder of its own below `out`."""
+    from jaxlab.checkpoints import OpenModel, check_output
+    from jaxlab.errors import UserError, UserNote
+    from jaxlab.merging import (
+        MergekitFile,
+        Writing,
+        check_room,
+        describe,
+        finished_account,
+        needs_of,
+        note_dequantized,
+        notes_of,
+        prepare_merge,
+        write_merges,
+    )
+
+    if arguments.to == "orbax":
+        raise UserError("several recipes at once make Hugging Face folders; convert those")
+    opened: dict[str, OpenModel] = {}
+    writings, size = [], 0
+    for name, recipe in recipes.items():
+        if isinstance(recipe, MergekitFile):
+            raise UserError(f"{name}: several recipes at once have a kind; mergekit's files run one by one")
+        for reference in recipe.references():
+            if reference not in opened:
+                opened[reference] = open_reference(reference)
+        models = [opened[reference] for reference in recipe.references()]
+        prepared = prepare_merge(recipe, models)
+        account = None if arguments.overwrite else finished_account(prepared, out / name)
+        if account is not None:
+            print(f"done before: {out / name}")
+            if arguments.verify:
+                _verify(out / name, account)
+            continue
+        inputs = [path for model in models for path in model.inputs]
+        check_output(out / name, inputs, overwrite=arguments.overwrite)
+        for note in notes_of(prepared):
+            warnings.warn(f"{name}: {note}", UserNote, stacklevel=2)
+        check_room(out / name, prepared.shards, beside=size)
+        size += prepared.plan.nbytes
+        print(f"{name}:")
+        print(prepared.plan.account().table())
+        print(describe(needs_of(prepared, threads=arguments.threads or None), out / name))
+        writings.append(Writing(prepared, out / name, recipe.references(), _again(out / name)))
+    note_dequantized(opened.values())
+    if arguments.check or not writings:
+        return
+    sys.stdout.flush()
+    accounts = _with_progress(arguments, out, size, lambda **options: write_merges(writings, **options))
+    for writing, account in zip(writings, accounts, strict=True):
+        _written(arguments, Path(writing.out), account)
+
+
 def _of_mergekit(arguments: Arguments, file: "MergekitFile", out: Path) -> None:
     """A file of mergekit, all of its stages."""
     from jaxlab.checkpoints import OpenModel, check_output, open_model
@@ -99,7 +164,7 @@ def _of_mergekit(arguments: Arguments, file: "MergekitFile", out: Path) -> None:
 
     if arguments.to == "orbax":
         raise UserError(
-            f"{arguments.recipe}: a file of mergekit makes a Hugging Face folder; convert that one"
+            f"{arguments.recipes[0]}: a file of mergekit makes a Hugging Face folder; convert that one"
         )
     folders = {str(one): model_folder(one.path) for one in file.references()}
     adapters = {str(one): model_folder(one.adapter) for one in file.references() if one.adapter is not None}
@@ -127,7 +192,10 @@ def _of_mergekit(arguments: Arguments, file: "MergekitFile", out: Path) -> None:
     sys.stdout.flush()
     size = sum(stage.prepared.plan.nbytes for stage in stages)
     account = _with_progress(
-        arguments, out, size, lambda **options: write_mergekit_file(file, open_reference, out, **options)
+        arguments,
+        out,
+        size,
+        lambda **options: write_mergekit_file(file, open_reference, out, command=_again(out), **options),
     )
     _written(arguments, out, account)
 
@@ -135,23 +203,25 @@ def _of_mergekit(arguments: Arguments, file: "MergekitFile", out: Path) -> None:
 def _to_huggingface(arguments: Arguments, prepared: "Prepared", references: list[str], out: Path) -> None:
     from jaxlab.merging import write_merge
 
+    command = _again(out)
     account = _with_progress(
         arguments,
         out,
         prepared.plan.nbytes,
-        lambda **options: write_merge(prepared, out, references=references, **options),
+        lambda **options: write_merge(prepared, out, references=references, command=command, **options),
     )
     _written(arguments, out, account)
 
 
-def _with_progress(
-    arguments: Arguments, out: Path, size: int, write: "Callable[..., MergeAccount]"
-) -> "MergeAccount":
+def _again(out: Path) -> str:
+    return command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify")
+
+
+def _with_progress[T](arguments: Arguments, out: Path, size: int, write: "Callable[..., T]") -> T:
     from tqdm import tqdm
 
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=out.name) as bar:
         return write(
-            command=command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify"),
             overwrite=arguments.overwrite,
             threads=arguments.threads or None,
             allow_not_finite=arguments.allow_nonfinite,
@@ -162,7 +232,6 @@ def _with_progress(
 
 def _written(arguments: Arguments, out: Path, account: "MergeAccount") -> None:
     from jaxlab.errors import UserNote
-    from jaxlab.merging import verify_folder
 
     bad = [line for line in account.lines if line.not_finite]
     if bad:
@@ -171,8 +240,13 @@ def _written(arguments: Arguments, out: Path, account: "MergeAccount") -> None:
         warnings.warn(f"{out}: NaN or infinite values in {listed}{more}", UserNote, stacklevel=2)
     print(f"written: {out}")
     if arguments.verify:
-        count = verify_folder(out, account)
-        print(f"verified: all {count} tensors of {out} are what the account says")
+        _verify(out, account)
+
+
+def _verify(out: Path, account: "MergeAccount") -> None:
+    from jaxlab.merging import verify_folder
+
+    print(f"verified: all {verify_folder(out, account)} tensors of {out} are what the account says")
 
 
 def _to_orbax(

@@ -121,10 +121,10 @@ def test_one_architecture_and_vocabularies_of_two_sizes(tmp_path):
     assert compare_for_merging(vlm, expert) == [
         "can be merged: the language models are of one architecture",
         "vocabulary: 109 and 100 rows",
-        "token ids: the first 2 are the same",
+        "tokens: 2 are in both, 0 of them under other ids",
         f"embeddings: vlm keeps those of {vlm.name}",
-        "embeddings: merge_common_rows merges the first 2 rows",
-        "embeddings: merge would mix rows of different tokens from 2 on",
+        "embeddings: merge_common_rows merges 2 rows by token",
+        "embeddings: merge would mix 98 rows of different or unknown tokens",
     ]
 
 

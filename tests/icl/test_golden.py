@@ -89,6 +89,7 @@ def test_compressed_demonstrations(model):
     assert np.flatnonzero(instead[: START[0]]).tolist() == golden["random_places"]
     keep = np.stack([np.ones(len(ANCHORS), bool), ANCHORS, instead])[:, None, : START[0]]
     keep = np.tile(keep, (1, len(TOKENS), 1))
+    keep = np.pad(keep, ((0, 0), (0, 0), (0, split.context.shape[1] - keep.shape[2])))
     cache = compression.read_context(params, split.context[:1], split.context_lengths[:1], config)
     at = compression.chosen_places(keep)
     found = compression.compressed_logits(params, cache, at, split.query, split.last, config)
@@ -110,6 +111,7 @@ def test_compressed_demonstrations(model):
     assert np.max(np.abs(other[0] - found[1])) > 1e-3
 
 
+@pytest.mark.slow
 def test_rows_of_different_demonstrations(model):
     """Rows with demonstrations of their own, cut at places of their own, are as they are alone."""
     config, params = model
@@ -125,7 +127,7 @@ def test_rows_of_different_demonstrations(model):
     together = compression.compressed_logits(params, cache, at, split.query, split.last, config)[0]
     row = compression.split_prompts(tokens[4:5], starts[4:5], LAST[4:5])
     cache = compression.read_context(params, row.context, row.context_lengths, config)
-    at = compression.chosen_places(keep[4:5, : starts[4]])[None]
+    at = compression.chosen_places(keep[4:5, : row.context.shape[1]])[None]
     alone = compression.compressed_logits(params, cache, at, row.query, row.last, config)[0]
     np.testing.assert_allclose(together[4], alone[0], **CLOSE)
 
@@ -148,6 +150,7 @@ def test_diagnosis(model):
     assert diagnosis.confusion_correlation(real, real)["spearman"] == 1.0
 
 
+@pytest.mark.slow
 def test_cut_edges(model):
     config, params = model
     words, layers = WORDS >= 0, np.array([True, True, False])
@@ -161,6 +164,7 @@ def test_cut_edges(model):
         np.testing.assert_allclose(of_labels(logits), GOLDEN["cutting"][name], **CLOSE)
 
 
+@pytest.mark.slow
 def test_flows_and_what_cutting_does(model):
     config, params = model
     golden = GOLDEN["flow"]
@@ -183,6 +187,7 @@ def test_flows_and_what_cutting_does(model):
     assert found["spearman"] > 0.5
 
 
+@pytest.mark.slow
 def test_scores_of_heads(model):
     config, params = model
     golden = GOLDEN["heads"]

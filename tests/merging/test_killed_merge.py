@@ -15,8 +15,7 @@ from jaxlab.checkpoints import open_model
 from jaxlab.checkpoints.output_folder import MARKER, write_aside
 from jaxlab.checkpoints.resume import JOURNAL, STATE
 from jaxlab.errors import UserError
-from jaxlab.merging import load_recipe, prepare_merge, write_merge
-from jaxlab.merging.engine import _Worker
+from jaxlab.merging import engine, load_recipe, prepare_merge, write_merge
 from jaxlab.tasks import main
 from tests.merging.test_engine import files_of, llama
 
@@ -61,9 +60,9 @@ def merged(desk, out, **options):
     return write_merge(prepared, desk / out, **options)
 
 
-def killed(desk, after, out="out"):
+def killed(desk, after, out="out", more=()):
     """Runs the merge until the so manyth call that changes a file, and kills it there."""
-    words = [str(after), "merge", str(desk / "recipe.yaml"), "--out", str(desk / out)]
+    words = [str(after), "merge", str(desk / "recipe.yaml"), "--out", str(desk / out), *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     found = subprocess.run(
         [sys.executable, "-c", KILLED, *words], env=environment, cwd=desk, capture_output=True, check=False
@@ -74,10 +73,13 @@ def killed(desk, after, out="out"):
 
 def count_tensors(monkeypatch):
     done = []
-    real = _Worker.do
-    monkeypatch.setattr(
-        _Worker, "do", lambda self, tensor, write: (done.append(tensor.name), real(self, tensor, write))[1]
-    )
+    real = engine._do
+
+    def counted(jobs, budget):
+        done.extend(job.tensor.name for job in jobs)
+        return real(jobs, budget)
+
+    monkeypatch.setattr(engine, "_do", counted)
     return done
 
 
@@ -106,7 +108,7 @@ def test_a_killed_merge_is_taken_up(desk, monkeypatch, kills):
 def test_what_is_taken_up_is_read_again(desk, monkeypatch):
     """A tensor whose bytes are not what the journal says, as after a power failure, is done again."""
     merged(desk, "want")
-    assert killed(desk, 14)
+    assert killed(desk, 18)
     partial = desk / ".out.partial"
     records = [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()]
     assert len(records) > 3
@@ -176,7 +178,7 @@ def test_an_interrupt_keeps_what_is_done(desk):
 
 def test_no_room_is_said_before_anything_is_read(desk, capsys, monkeypatch):
     words = ["merge", str(desk / "recipe.yaml"), "--out", str(desk / "out")]
-    monkeypatch.setattr(_Worker, "do", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(engine, "_do", lambda *_: pytest.fail("a tensor was read"))
     before = sorted(desk.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -15,7 +15,7 @@ from jaxlab.checkpoints import open_folder, open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.merging import load_recipe
 from jaxlab.merging.mergekit import stages
-from jaxlab.merging.mergekit.file import parse_mergekit_file
+from jaxlab.merging.mergekit.reading import parse_mergekit_file
 from jaxlab.merging.mergekit.templates import TEMPLATES
 from jaxlab.tasks import main
 from tests.merging.mergekit_desk import GOLDEN, case
@@ -200,7 +200,7 @@ def test_a_weight_one_level_too_high_is_refused_by_its_name(at_desk, tmp_path):
             "models: [{model: models/llama_f32/a}]\n",
             "no filter of it fits; end its list with one that has none",
         ),
-        ("merge_method: linear\nmodels: [{model: absent, parameters: {weight: 1}}]\n", "absent: no such model"),
+        (SOUP.replace("models/", "").format("absent", "other"), "absent: no such model"),
     ],
 )  # fmt: skip
 def test_models_that_do_not_fit_are_refused_in_one_line(at_desk, tmp_path, text, message):

@@ -72,7 +72,7 @@ def test_scopes_say_what_may_be_streamed():
     assert not element & {"ties", "slerp", "tsv_m", "emr", "karcher", "sce", "ties_global", "widen"}
     assert OPERATORS["dare_linear"].scope("mergekit") == "tensor"  # the L1 norm
     assert operator_named("task_arithmetic+lines").scope("paper") == "element"
-    assert operator_named("ties+lines").scope("paper") == "tensor"
+    assert operator_named("ties+lines").scope("paper") == "cut"
     assert operator_named("ties+lines+svc").scope("paper") == "matrix"
     assert operator_named("svc").name == "svc"
     assert {name: e.base for name, e in OPERATORS.items() if e.of_models} == {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import OpenModel, common_prefix, host_tensors, load_model, open_model, save_model
+from jaxlab.checkpoints import OpenModel, host_tensors, load_model, open_model, save_model
 from jaxlab.config import build, dump, load
 from jaxlab.errors import UserError
 from jaxlab.merging import (
@@ -271,16 +271,3 @@ def test_sharded_models_give_the_same_bits():
         prepared = prepare_task_vectors(plan, method, vlm, expert, base)
         results.append(weight_task_vectors(plan, method, vlm, prepared, *weights))
     same(*results)
-
-
-def test_common_prefix_of_tokenizers():
-    tokenizers = pytest.importorskip("tokenizers")
-
-    def words(*names):
-        vocabulary = {name: i for i, name in enumerate(names)}
-        return tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=names[0]))
-
-    assert common_prefix([words("a", "b", "c"), words("a", "b", "d", "c"), words("a", "b", "c", "d")]) == 2
-    assert common_prefix([words("a", "b"), words("a", "b", "c")]) == 2
-    assert common_prefix([None, None]) is None
-    assert common_prefix([None, words("a")]) == 0

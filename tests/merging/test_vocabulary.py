@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlab.checkpoints import Tensor, host_tensors, open_model
+from jaxlab.checkpoints import Tensor, host_tensors, open_model, same_tokens
 from jaxlab.checkpoints.tensor_folder import open_folder
 from jaxlab.config import build
 from jaxlab.errors import UserError
@@ -18,7 +18,7 @@ from jaxlab.merging import (
     tensor_key,
     write_merge,
 )
-from jaxlab.merging.vocabulary import common_rows, same_tokens, table_of_rows
+from jaxlab.merging.vocabulary import common_rows, table_of_rows
 from tests.merging.test_engine import llama
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -5,9 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlab.checkpoints import huggingface_form
-from jaxlab.checkpoints.families import read_config
-from jaxlab.checkpoints.families.language import layer_types
+from jaxlab.checkpoints import huggingface_form, layer_types, read_hf_config
 from jaxlab.errors import UserError
 from jaxlab.merging.mergekit.plan import FilePlan, StackedLayer
 from jaxlab.merging.plan import Input
@@ -123,7 +121,7 @@ def _described(text: Json) -> ModelConfig | str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said of the inputs already
         try:
-            return read_config(text, "config.json")
+            return read_hf_config(text, "config.json")
         except UserError as error:
             return f"the output's {error}"
 

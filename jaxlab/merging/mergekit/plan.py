@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlab.checkpoints.families import head_name
+from jaxlab.checkpoints import head_name
 from jaxlab.errors import UserError
 from jaxlab.merging.account import AccountLine
 from jaxlab.merging.mergekit.file import (

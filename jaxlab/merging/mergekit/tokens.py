@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from jaxlab.checkpoints import EMBEDDING, Tensor
 from jaxlab.errors import UserError
 from jaxlab.merging.mergekit.file import ModelReference, TokenizerRule, TokenSource
 from jaxlab.merging.plan import Input, Source, dtype_of
+from jaxlab.merging.vocabulary import table_of_rows
 
 _BLOCK = 1 << 12
 """Rows that are read at once for a mean."""
@@ -259,15 +260,17 @@ def _as_tensor(
     name: str, model: int, tensors: Mapping[int, Tensor], table: _Table, dtype: np.dtype
 ) -> Tensor:
     """The tensor that reads its rows from others."""
-    mine = tensors[model]
+    has = table.own >= 0
+    mine = table_of_rows(tensors[model], table.own[has])
+    before = np.concatenate([[0], np.cumsum(has)])
 
     def rows(start: int, stop: int) -> np.ndarray:
         result = np.zeros((stop - start, *mine.shape[1:]), dtype)
-        for first, last, row in _runs(table.own[start:stop]):
-            result[first:last] = mine.read_rows(row, row + last - first).astype(dtype)
-        for index in range(start, stop):
-            if table.own[index] < 0 and table.others.get(index):
-                result[index - start] = _mean(tensors, table.others[index], dtype)
+        found = mine.read_rows(int(before[start]), int(before[stop]))
+        result[has[start:stop]] = found.astype(dtype)
+        for index in np.flatnonzero(~has[start:stop]).tolist():
+            if of := table.others.get(start + index):
+                result[index] = _mean(tensors, of, dtype)
         return result
 
     @functools.cache
@@ -287,16 +290,6 @@ def _as_tensor(
     return dataclasses.replace(
         mine, name=name, dtype=dtype, shape=shape, read_rows=read_rows, file=None, offset=0
     )
-
-
-def _runs(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Stretches of rows that follow each other in the source: (from, to, first row of the source)."""
-    start = 0
-    for i in range(1, len(rows) + 1):
-        if i == len(rows) or rows[i] != rows[i - 1] + 1 or rows[i - 1] < 0:
-            if rows[start] >= 0:
-                yield start, i, int(rows[start])
-            start = i
 
 
 def _mean(tensors: Mapping[int, Tensor], rows: Sequence[tuple[int, int]], dtype: np.dtype) -> np.ndarray:

@@ -6,7 +6,16 @@ from typing import Annotated
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.merging.numerics import Density, Mode, as_count, floor_count, largest, multiply, rescale_l1
+from jaxlab.merging.numerics import (
+    Density,
+    Mode,
+    as_count,
+    floor_count,
+    largest,
+    multiply,
+    rescale_l1,
+    size_of,
+)
 from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.registry import (
     Bounds,
@@ -42,15 +51,16 @@ def cut_both_ends(
     shares = zip(per_model("density", density, count), per_model("gamma", gamma, count), strict=True)
     kept = []
     for x, (share, outliers) in zip(task_vectors, shares, strict=True):
-        middle = as_count(floor_count(share, x.size))
-        top = as_count(floor_count(outliers, x.size))
-        top = jnp.minimum(top, jnp.uint32(x.size) - middle)
+        size = size_of(x)
+        middle = as_count(floor_count(share, size))
+        top = as_count(floor_count(outliers, size))
+        top = jnp.minimum(top, as_count(size) - middle)
         cut = jnp.where(largest(x, middle + top) & ~largest(x, top), x, 0.0)
         kept.append(rescale_l1(cut, x, dtype) if rescale else cut)
     return kept
 
 
-@operator(BREADCRUMBS, prepare=cut_both_ends, scope="tensor")
+@operator(BREADCRUMBS, prepare=cut_both_ends, scope="cut")
 def breadcrumbs(
     kept: Vectors,
     weights: Weights,
@@ -63,7 +73,7 @@ def breadcrumbs(
     return multiply(weighted_sum(kept, weights, normalize=normalize, dtype=dtype), lambda_, dtype)
 
 
-@operator(f"{BREADCRUMBS}, with TIES' election", prepare=cut_both_ends, scope="tensor")
+@operator(f"{BREADCRUMBS}, with TIES' election", prepare=cut_both_ends, scope="cut")
 def breadcrumbs_ties(
     kept: Vectors,
     weights: Weights,

@@ -3,10 +3,11 @@
 from typing import Annotated, Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from jaxlab.merging.numerics import (
     F32,
+    Count,
     Density,
     Mode,
     as_count,
@@ -58,7 +59,7 @@ def sce(
     return divide(total(terms, dtype), jnp.where(divisor == 0, 1.0, divisor), dtype)
 
 
-def _selected(variance: Float[Array, "*shape"], share: Density, mode: Mode) -> int | Integer[Array, ""]:
+def _selected(variance: Float[Array, "*shape"], share: Density, mode: Mode) -> Count:
     """How many positions SCE selects."""
     if mode == "paper":
         return floor_count(share, variance.size)

@@ -91,10 +91,12 @@ _SUPPLIED = (
     "mode", "dtype", "key", "masks", "offset", "base", "statistics", "layer", "num_layers", "totals",
 )  # fmt: skip
 
-Scope = Literal["element", "row", "tensor", "matrix", "model"]
+Scope = Literal["element", "cut", "row", "tensor", "matrix", "model"]
 """What an element of the output depends on.
 
 element: the same element of the inputs, and its index if it is random: any chunks may be merged apart.
+cut: also on where `numerics.largest` cuts the tensor, and the tensor's size (`numerics.size_of`), but on
+nothing else: chunks may be merged apart once the cuts are known. A `rescale` to the L1 norm makes it tensor.
 row, tensor: its row or column, or the whole tensor. matrix: the whole tensor, by matrix products or singular
 values. model: what was gathered over all tensors, too.
 """
@@ -131,6 +133,19 @@ class Gather(typing.NamedTuple):
     holds what the rounds before concluded."""
     conclude: Callable[[Any, Any, Mapping[str, Any]], Any]
     """(sums as NumPy arrays of 64 bits, totals of the rounds before or None, parameters) -> totals."""
+    thresholds: "Thresholds | None" = None
+    """The totals are thresholds and nothing else; then what is left to do is element by element."""
+
+
+class Thresholds(typing.NamedTuple):
+    """What `Gather` counts, for who finds totals["threshold"] in another way: of each of several scores the
+    greatest value (uint32 bits of a float32 magnitude) that so many elements of all tensors reach; 2^32 - 1
+    where that is none."""
+
+    scores: Callable[..., Any]
+    """(task_vectors, **named) -> a list of scores."""
+    kept: Callable[[Mapping[str, Any], int], Sequence[int]]
+    """(parameters, elements of all tensors) -> how many shall reach it, for each score."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +194,11 @@ class Parameter:
                         return f"must be between {bounds.low:g} and {bounds.high:g}, is {number}"
         return None
 
-    def resolve(self, value: Any, count: int) -> Any:
+    def resolve(self, value: Any, count: int, *, plain: bool = False) -> Any:
         """A value as the function takes it: a bool, a float32 scalar, or a list with one for each model.
+
+        Args:
+          plain: a known number stays one of Python; nothing is computed.
 
         Raises:
           UserError: one out of bounds or a list of another length.
@@ -202,6 +220,10 @@ class Parameter:
             return [float(x) if isinstance(x, int) else x for x in values]
         if self.counted or self.static:
             return values[0]
+        if isinstance(values[0], float | int):
+            if plain:
+                return float(values[0])
+            return jnp.asarray(np.float32(values[0]))  # compiles nothing
         return jnp.asarray(values[0]).astype(jnp.float32)
 
 
@@ -237,6 +259,11 @@ class Operator:
         return {p.name: p for f in self._signatures for p in _parameters(f)}
 
     @property
+    def preparation_parameters(self) -> tuple[str, ...]:
+        """Those of its first stage."""
+        return () if self.preparation is None else tuple(p.name for p in _parameters(self.preparation))
+
+    @property
     def of_models(self) -> bool:
         """Merges models themselves, not task vectors."""
         return next(iter(inspect.signature(self._stages[0]).parameters)) == "models"
@@ -262,9 +289,12 @@ class Operator:
         """Needs a key."""
         return self.takes("key")
 
-    def scope(self, mode: Mode) -> Scope:
+    def scope(self, mode: Mode, parameters: Mapping[str, Any] | None = None) -> Scope:
         """What an element of the output depends on, for an engine to decide what it must hold at once."""
-        return max([self.scopes[mode], *(step.scope for step in self.after)], key=_WIDTH.index)
+        own = self.scopes[mode]
+        if own == "cut" and (parameters or {}).get("rescale"):
+            own = "tensor"
+        return max([own, *(step.scope for step in self.after)], key=_WIDTH.index)
 
     def takes(self, name: str) -> bool:
         """Whether a stage has an argument of this name."""
@@ -305,8 +335,13 @@ class Operator:
         to = jnp.dtype(jnp.float32) if self.exact_weights else dtype
         return [round_to(jnp.asarray(w).astype(jnp.float32), to) for w in weights]
 
-    def resolve(self, given: Mapping[str, Any], count: int, mode: Mode) -> dict[str, Any]:
+    def resolve(
+        self, given: Mapping[str, Any], count: int, mode: Mode, *, plain: bool = False
+    ) -> dict[str, Any]:
         """The value of every parameter, from those given and the defaults.
+
+        Args:
+          plain: known numbers stay Python's; for who only asks.
 
         Raises:
           UserError: one that is missing or out of bounds.
@@ -316,7 +351,7 @@ class Operator:
             value = given.get(name, parameter.default_in(mode))
             if value is REQUIRED:
                 raise UserError(f"{self.name} needs the parameter {name}")
-            values[name] = parameter.resolve(value, count)
+            values[name] = parameter.resolve(value, count, plain=plain)
         return values
 
     def prepare(self, tensors: Vectors, values: Mapping[str, Any], **supplied: Any) -> Any:

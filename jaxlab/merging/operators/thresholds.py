@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from jaxlab.merging.numerics import Mode, kept_count, largest, magnitude_bits, multiply
-from jaxlab.merging.operators.registry import Densities, Gather, Scalar, Vectors, Weights, operator, per_model
+from jaxlab.merging.operators.registry import (
+    Densities,
+    Gather,
+    Scalar,
+    Thresholds,
+    Vectors,
+    Weights,
+    operator,
+    per_model,
+)
 from jaxlab.merging.operators.ties import elected_sum
 
 
@@ -53,7 +62,7 @@ def threshold_gather(
         threshold = (np.asarray(before["high"]).astype(np.uint32) << 15) | found.astype(np.uint32)
         return {"threshold": np.where(nothing, np.uint32(0xFFFFFFFF), threshold).astype(np.uint32)}
 
-    return Gather(2, measure, conclude)
+    return Gather(2, measure, conclude, Thresholds(scores, kept))
 
 
 def _counts(values: UInt32[Array, " n"], length: int) -> UInt32[Array, " {length}"]:

@@ -3,7 +3,16 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.merging.numerics import Mode, divide, kept_count, largest, multiply, rescale_l1, total
+from jaxlab.merging.numerics import (
+    Mode,
+    divide,
+    kept_count,
+    largest,
+    multiply,
+    rescale_l1,
+    size_of,
+    total,
+)
 from jaxlab.merging.operators.registry import Densities, Scalar, Vectors, Weights, operator, per_model
 
 
@@ -15,7 +24,7 @@ def trim(
     """
     densities = per_model("density", density, len(task_vectors))
     trimmed = [
-        jnp.where(largest(x, kept_count(d, x.size)), x, 0.0)
+        jnp.where(largest(x, kept_count(d, size_of(x))), x, 0.0)
         for x, d in zip(task_vectors, densities, strict=True)
     ]
     if not rescale:
@@ -23,7 +32,7 @@ def trim(
     return [rescale_l1(kept, x, dtype) for kept, x in zip(trimmed, task_vectors, strict=True)]
 
 
-@operator("Yadav et al. 2023, arXiv 2306.01708", prepare=trim, scope="tensor")
+@operator("Yadav et al. 2023, arXiv 2306.01708", prepare=trim, scope="cut")
 def ties(
     trimmed: Vectors,
     weights: Weights,

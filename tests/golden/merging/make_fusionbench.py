@@ -49,7 +49,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__path__ = [str(where)]
 
         class Base:
-            _config_mapping: dict = {}
+            _config_mapping: dict = {}  # noqa: RUF012 (as the code that is run expects)
 
         module.BaseAlgorithm, module.auto_register_config = Base, lambda cls: cls
         return module

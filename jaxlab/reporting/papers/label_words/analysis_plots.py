@@ -283,3 +283,30 @@ def comparison_figure(runs: Mapping[str, Results], measure: str) -> Figure:
         axes.set_ylabel("AUCROC_l" if measure == "aucroc" else "share of the mean flow")
         figure.legend(loc="outside upper center", ncols=2, handlelength=2.8)
         return figure
+
+
+def cross_modal_figure(runs: Mapping[str, Results], most: int = 4) -> Figure:
+    """Mean flow between classes of tokens by layer, of prompts without label words: the strongest pairs of
+    different classes of the first run, of each run in a dash of its own."""
+    means = {name: results["flows"]["mean"] for name, results in runs.items()}
+    first = next(iter(means.values()))
+    apart = [pair for pair in first if len({*pair.split("_to_")}) == 2 and np.max(first[pair]) > 0.0]
+    pairs = sorted(apart, key=lambda pair: -float(np.max(first[pair])))[:most]
+    with style():
+        figure, grid = canvas(7.0, 3.4)
+        axes = grid[0, 0]
+        for number, pair in enumerate(pairs):
+            for which, (name, mean) in enumerate(means.items()):
+                values = np.array(mean[pair]) / max(float(np.max(first[pair])), np.finfo(float).tiny)
+                axes.plot(
+                    np.arange(1, len(values) + 1),
+                    values,
+                    color=SERIES[number % len(SERIES)],
+                    linestyle=DASHES[which % len(DASHES)],
+                    marker="o" if which == 0 else None,
+                    label=" ".join(filter(None, (pair.replace("_to_", " → "), name))),
+                )
+        axes.set_ylabel("mean flow / its largest")
+        _layers(axes)
+        figure.legend(loc="outside upper center", ncols=2, handlelength=2.8)
+        return figure

@@ -133,7 +133,7 @@ def fronts(s: Scenario) -> Markup | None:
                 linewidths=0,
                 label=operator_name(name),
             )
-        axes.plot(*zip(*front, strict=True), color=plots.FAINT, linewidth=1.1, zorder=1)
+        axes.plot(*zip(*front, strict=True), color=plots.INK, linewidth=1.3, zorder=1)
         alone = s.run.get("unmerged", "vlm", "validation") or {}
         own, target = s.own(alone), at(alone, str(s.target))
         if own is not None and target is not None:
@@ -210,8 +210,8 @@ def task_vectors(s: Scenario) -> Markup | None:
             drawing,
             f"vectors-{s.run.name}",
             f"What is merged: {s.name}.",
-            "Left, how far VLM and expert moved from the base, as a share of its norm. Right, the cosine of the "
-            "two moves: near zero they touch different directions, below it they pull against each other.",
+            "Left, how far VLM and expert moved from the base, as a share of its norm. Right, the cosine of "
+            "the two moves: near zero they touch different directions, below it they pull apart.",
         )
         + folded(
             "Every module",

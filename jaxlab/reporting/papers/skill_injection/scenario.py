@@ -33,7 +33,11 @@ def scenarios_of(searches: Sequence[RunFolder]) -> list["Scenario"]:
     groups: dict[tuple[str, str], list[RunFolder]] = {}
     for run in searches:
         groups.setdefault((run.label, scenario_name(run)), []).append(run)
-    return [Scenario(runs) for runs in groups.values()]
+    found = [Scenario(runs) for runs in groups.values()]
+    for one in found:  # those of one name are told apart by their configs
+        if sum(other.expert == one.expert for other in found) > 1:
+            one.name = f"{one.expert}, {one.run.label}"
+    return found
 
 
 class Scenario:
@@ -59,7 +63,7 @@ class Scenario:
         self.own_sets = run.get("kept_by") or [
             name for name in images if name != self.target and not _words(name) & _EXPERTS
         ]
-        self.name = scenario_name(run)
+        self.expert = self.name = scenario_name(run)
 
     def points(self) -> list[dict[str, Any]]:
         """Every point of every seed."""

@@ -1,6 +1,7 @@
 """The page of the injection study, its plots and its verdicts, from what docs/injection_study.py found."""
 
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ class Study:
 
     def __init__(self, told: Json) -> None:
         self.unmerged = {(r["scenario"], r["seed"]): r for r in told["unmerged"]}
-        self.seeds = sorted({seed for _, seed in self.unmerged})
+        begun = {seed for _, seed in self.unmerged}
+        self.seeds = sorted(s for s in begun if all((name, s) in self.unmerged for name in SCENARIOS))
         found: dict[str, dict[tuple[str, int], Json]] = {}
         for record in told["records"]:
             found.setdefault(record["label"], {})[record["scenario"], record["seed"]] = record
         wanted = {(scenario, seed) for scenario in SCENARIOS for seed in self.seeds}
-        self.partial = sorted(label for label, cells in found.items() if set(cells) != wanted)
+        whole = [label for label, cells in found.items() if set(cells) == wanted]
+        self.missing = [label for label in told.get("searched", found) if label not in whole]
         self.records = {label: cells for label, cells in found.items() if set(cells) == wanted}
         self.cells = [(scenario, seed) for scenario in SCENARIOS for seed in self.seeds]
         self.origins = sorted({r["origin"] for r in told["records"]})
@@ -95,6 +98,11 @@ def write(told: Json, docs: Path) -> None:
     write_atomic(docs / "injection_study.md", page(study))
 
 
+def wrapped(text: str) -> list[str]:
+    """A paragraph of the page, and an empty line."""
+    return [*textwrap.wrap(" ".join(text.split()), 110), ""]
+
+
 def figure(name: str, caption: str) -> list[str]:
     return [f"![{caption}](injection_study/{name}.svg)", "", f"*{caption}*", ""]
 
@@ -107,20 +115,22 @@ def page(study: Study) -> str:
         f"{len(labels)} operators, with {points} settings each (weights, densities and what else they have)"
     )
     lines = [
-        "# Skill injection on digits: every operator, three scenarios",
+        "# Skill injection on digits: operators, scenarios, weights",
         "",
         "<!-- Written by `python docs/injection_study.py` from docs/results/injection_study.json. -->",
         "",
-        "A small language model (4 layers, width 64) learns English questions about digits. A VLM that sees",
-        "handwritten digits, and three experts on text (answer formats, French, sums and products), are",
-        f"fine-tuned from it. Each expert is injected into the VLM by {counts},",
-        f"{seeds} times from the base on (seeds {', '.join(map(str, study.seeds))}). The setting that is best on 160",
-        "validation questions is measured on 160 others. Numbers are exact match in per cent, means over seeds;",
-        "in brackets the least and the greatest.",
-        "",
-        "It is a miniature: one kind of task, models of 0.2 million parameters. What the paper found on real",
-        "models it can neither confirm nor refute; what the claims mean here is told below.",
-        "",
+        *wrapped(
+            f"""A small language model (4 layers, width 64) learns English questions about digits. A VLM that
+            sees handwritten digits, and three experts on text (answer formats, French, sums and
+            products), are fine-tuned from it. Each expert is injected into the VLM by {counts}, {seeds}
+            times from the base on (seeds {", ".join(map(str, study.seeds))}). The setting that is best on
+            160 validation questions is measured on 160 others. Numbers are exact match in per cent, means
+            over seeds; in brackets the least and the greatest."""
+        ),
+        *wrapped(
+            """It is a miniature: one kind of task, models of 0.2 million parameters. What the paper found on
+            real models it can neither confirm nor refute; what the claims mean here is told below."""
+        ),
         *figure(
             "operators",
             "Accuracy on images of the skill that only the expert was taught; a point for each seed.",
@@ -167,11 +177,11 @@ def page(study: Study) -> str:
         "",
         f"`{COMMAND} --seeds {' '.join(map(str, study.seeds))}`. {'; '.join(study.origins)}.",
     ]
-    if study.partial:
+    if study.missing:
         lines += [
             "",
-            "Not in the tables, since they were not run with every seed: "
-            + ", ".join(f"`{label}`" for label in study.partial)
+            "In `configs/injection/`, but not run here in every scenario with every seed: "
+            + ", ".join(f"`{label}`" for label in study.missing)
             + ".",
         ]
     return "\n".join(lines) + "\n"
@@ -260,10 +270,11 @@ def validation(record: Json) -> float:
 def rescaling(study: Study) -> list[str]:
     pairs = [(f"dare_{kind}", f"dare_{kind}_unscaled") for kind in ("linear", "ties")]
     lines = [
-        "A public code for merging VLMs drops the division by the density, so the figures published with it",
-        "may be those of `rescale: false`. Tuned, the weights can make up for the missing factor, as far as the",
-        "grid goes:",
-        "",
+        *wrapped(
+            """A public code for merging VLMs drops the division by the density, so the figures published
+            with it may be those of `rescale: false`. Tuned, the weights can make up for the missing
+            factor, as far as the grid goes:"""
+        ),
         "| operator | rescaled | not rescaled | difference by cell |",
         "|---|---|---|---|",
     ]
@@ -278,15 +289,16 @@ def rescaling(study: Study) -> list[str]:
 
 def reliably(study: Study, labels: Sequence[str]) -> list[str]:
     lines = [
-        "A study of four language models, twelve checkpoints of each and sixteen benchmarks (arXiv 2511.21437)",
-        "found that of the methods that it tried only task arithmetic gains reliably. Here the *net gain* of an",
-        "injection is what images gained less what the VLM lost of its own skill, in points. An operator gains",
-        "reliably if the net gain of its chosen setting is above zero in every scenario with every seed.",
-        "*Settings above zero*: without tuning, the share of all its settings whose net gain is above zero.",
-        "*Beside task arithmetic*: the mean difference of accuracy on images over the same cells, and in how many",
-        "cells it was higher.",
-        "",
-        "| operator | net gain | worst | cells above 0 | settings above 0 | beside task arithmetic | higher in |",
+        *wrapped(
+            """A study of four language models, twelve checkpoints of each and sixteen benchmarks (arXiv
+            2511.21437) found that of the methods that it tried only task arithmetic gains reliably. Here
+            the *net gain* of an injection is what images gained less what the VLM lost of its own skill,
+            in points. An operator gains reliably if the net gain of its chosen setting is above zero in
+            every scenario with every seed. *Settings above 0*: without tuning, the share of all its
+            settings whose net gain is above zero. *Beside TA*: the mean difference of accuracy on images
+            to task arithmetic over the same cells, and in how many cells it was higher."""
+        ),
+        "| operator | net gain | worst | cells above 0 | settings above 0 | beside TA | higher in |",
         "|---|---|---|---|---|---|---|",
     ]
     base = study.values("task_arithmetic", "target")
@@ -298,7 +310,7 @@ def reliably(study: Study, labels: Sequence[str]) -> list[str]:
         if above == cells:
             reliable.append(label)
         apart = differences(study.values(label, "target"), base)
-        share = mean([v > 0 for v in settings])
+        share = sum(v > 0 for v in settings) / len(settings)
         error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
         beside = "" if label == "task_arithmetic" else f"{100 * mean(apart):+.1f} ± {100 * error:.1f}"
         higher = "" if label == "task_arithmetic" else f"{sum(v > 0 for v in apart)} of {cells}"
