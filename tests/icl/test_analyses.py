@@ -223,7 +223,9 @@ def test_mistakes(config):
     study = lambda **changes: dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match="released code blocks edges into words alone"):
         analyse.check(
-            study(mode="released_code", analyses=("blocking",), blocking=Blocking(layers=(1,), edges=("from",)))
+            study(
+                mode="released_code", analyses=("blocking",), blocking=Blocking(layers=(1,), edges=("from",))
+            )
         )
     with pytest.raises(UserError, match="2 layers, not 3"):
         analyse.check(study(analyses=("diagnosis",), diagnosis=Diagnosis(layers=(3,))))
