@@ -42,9 +42,14 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     if arguments.run:
         run(arguments.seeds, arguments.only, arguments.outputs, arguments.trained)
+    from jaxlab import config as configs
     from jaxlab.reporting.papers.skill_injection.study import write
+    from jaxlab.tasks.merge_search import Config
 
-    write(json.loads(RESULTS.read_text(encoding="utf-8")), DOCS)
+    told = json.loads(RESULTS.read_text(encoding="utf-8"))
+    told["searched"] = list(configs.load(Config, CONFIGS / f"{SCENARIOS[0]}.yaml").operators)
+    write_compact(told)
+    write(told, DOCS)
     return 0
 
 
@@ -160,6 +165,7 @@ def store(scenario: str, seed: int, unmerged: Json, records: Sequence[Json], ori
 def write_compact(known: Json) -> None:
     """JSON with one line for each record."""
     lines = ["{", f'"title": {json.dumps(known["title"])},']
+    lines.append(f'"searched": {json.dumps(known.get("searched", []))},')
     for key in ("unmerged", "records"):
         rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in known[key])
         lines.append(f'"{key}": [\n{rows}\n]' + ("," if key == "unmerged" else ""))

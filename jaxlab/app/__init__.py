@@ -5,6 +5,6 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.app.cli import run_command_line
     from jaxlab.app.provenance import code, environment
-    from jaxlab.app.references import model_folder, open_reference, train_inputs
+    from jaxlab.app.references import model_folder, open_reference, reference_folders, train_inputs
     from jaxlab.app.registry import Registry, Task
     from jaxlab.app.runs import Run, RunResult, command_line, read_metrics, read_results, run_config, run_name

@@ -27,14 +27,24 @@ def model_folder(reference: str, outputs: str | Path = "outputs") -> Path:
     return resolve(shipped(reference))
 
 
+def reference_folders(reference: str) -> tuple[Path, Path | None]:
+    """The model that `reference` names, and of `model+adapter` its LoRA adapter; neither is opened.
+
+    Raises:
+      UserError: there is none.
+    """
+    model, adapter = split_adapter(reference)
+    return model_folder(model), None if adapter is None else model_folder(adapter)
+
+
 def open_reference(reference: str) -> "OpenModel":
     """The model that `reference` names, opened; `model+adapter` with its LoRA adapter.
 
     Raises:
       UserError: there is none.
     """
-    model, adapter = split_adapter(reference)
-    return open_model(model_folder(model), adapter=None if adapter is None else model_folder(adapter))
+    model, adapter = reference_folders(reference)
+    return open_model(model, adapter=adapter)
 
 
 def train_inputs(config: "TrainConfig") -> dict[str, str]:

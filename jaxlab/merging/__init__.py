@@ -25,6 +25,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.needs import check_room, describe, needs_of
     from jaxlab.merging.numbers import Rule
     from jaxlab.merging.numerics import tensor_key
+    from jaxlab.merging.on_mesh import inject_on_mesh, merge_on_mesh
     from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named
     from jaxlab.merging.operators.data import entropy, learn_coefficients
     from jaxlab.merging.operators.registry import afterwards, operator

@@ -294,6 +294,21 @@ def prepare_task_vectors(
     Raises:
       UserError: statistics that the operator needs are missing.
     """
+    given, numbers = given_to_leaves(plan, method, vlm, expert, base, seed=seed, statistics=statistics)
+    return _prepare(plan, method.switches, vlm, expert, base, given, numbers)
+
+
+def given_to_leaves(
+    plan: InjectionPlan,
+    method: Method,
+    vlm: Params,
+    expert: Params,
+    base: Params,
+    *,
+    seed: int = 0,
+    statistics: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Given], dict[str, Numbers]]:
+    """What an operator may ask for, and its numbers, by the pattern of every leaf that is merged."""
     operator = method.of_injection
     given, numbers = {}, {}
     for leaf in plan.leaves:
@@ -310,7 +325,7 @@ def prepare_task_vectors(
         measure = functools.partial(_measure, plan, method.switches, vlm, expert, base, given, numbers)
         totals = gather_totals(operator.gather, measure, method.chosen)
         given = {pattern: own._replace(totals=totals) for pattern, own in given.items()}
-    return _prepare(plan, method.switches, vlm, expert, base, given, numbers)
+    return given, numbers
 
 
 def weight_task_vectors(
@@ -328,10 +343,10 @@ def weight_task_vectors(
 
 
 def _task_vectors(
-    plan: InjectionPlan, method: Method, vlm: Params, expert: Params, base: Params
+    leaves: Sequence[PlannedLeaf], method: Method, vlm: Params, expert: Params, base: Params
 ) -> Iterator[tuple[str, list[Array], Array, jnp.dtype]]:
     """By leaf that is merged: its pattern, stacked task vectors, the base and the dtype to compute in."""
-    for leaf in plan.leaves:
+    for leaf in leaves:
         if leaf.action == "merged":
             trees = enumerate((vlm, expert, base))
             x, y, origin = (_merged_part(params, leaf.entry, leaf.rows, i) for i, params in trees)
@@ -359,7 +374,7 @@ def _measure(
 ) -> list[Any]:
     """One round of what an operator on whole models gathers, leaf by leaf, each stacked by tensor."""
     operator, result = method.of_injection, []
-    for pattern, vectors, _, dtype in _task_vectors(plan, method, vlm, expert, base):
+    for pattern, vectors, _, dtype in _task_vectors(plan.leaves, method, vlm, expert, base):
         values = method.values(numbers[pattern])
 
         def one(own: Given, *vectors: Array, values: Any = values, dtype: Any = dtype) -> Any:
@@ -370,8 +385,7 @@ def _measure(
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "method"))
-def _prepare(
+def prepared_leaves(
     plan: InjectionPlan,
     method: Method,
     vlm: Params,
@@ -379,9 +393,13 @@ def _prepare(
     base: Params,
     given: dict[str, Given],
     numbers: dict[str, Numbers],
+    *,
+    leaves: Sequence[PlannedLeaf] | None = None,
 ) -> dict[str, Prepared]:
+    """The operator's first stage, by pattern; of some leaves, or of all."""
     operator, result = method.of_injection, {}
-    for pattern, vectors, origin, dtype in _task_vectors(plan, method, vlm, expert, base):
+    leaves = plan.leaves if leaves is None else leaves
+    for pattern, vectors, origin, dtype in _task_vectors(leaves, method, vlm, expert, base):
         values = method.values(numbers[pattern])
 
         def one(own: Given, *vectors: Array, values: Any = values, dtype: Any = dtype) -> Any:
@@ -390,6 +408,9 @@ def _prepare(
         prepared = _stacked(one, given[pattern], *vectors)
         result[pattern] = Prepared(prepared, origin, numbers[pattern], given[pattern])
     return result
+
+
+_prepare = jax.jit(prepared_leaves, static_argnames=("plan", "method"))
 
 
 def _supplied(num_layers: int, method: Method, dtype: jnp.dtype, given: Given) -> dict[str, Any]:

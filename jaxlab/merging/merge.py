@@ -8,12 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from jaxlab.checkpoints import Entry, LeafPath, entries, from_hf, to_hf, tree_of
+from jaxlab.checkpoints import Entry, LeafPath, entries, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import UserError, UserNote
 from jaxlab.merging.account import AccountLine, MergeAccount
-from jaxlab.merging.numerics import Mode, difference, key_words, tensor_key, working_dtype
+from jaxlab.merging.numerics import (
+    Mode,
+    difference,
+    key_words,
+    rounding_by,
+    tensor_key,
+    working_dtype,
+)
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.registry import Gather, per_model
 from jaxlab.models import Params
@@ -227,17 +235,74 @@ def merge_models(
         options["totals"] = _gather_models(operator, mode, parameters, known, models, base)
     leaves: dict[LeafPath, Any] = {}
     for entry in known:
-        tensors = [to_hf(model, entry) for model in models]
-        origin = None if base is None else to_hf(base, entry)
         own = {
             "key": jnp.asarray(np.stack([tensor_key(seed, name) for name in entry.names])),
             "layer": jnp.asarray([-1 if layer is None else layer for layer in entry.layers], jnp.int32),
             "statistics": statistics_of(operator, statistics, entry.names),
         }
-        merged = jax.jit(jax.vmap(functools.partial(_merge_one, method, options)))(tensors, origin, own)
-        leaves |= from_hf(merged, entry, models[0])
+        parts = [tree_of({path: leaf_at(model, path) for path in entry.paths}) for model in named.values()]
+        leaves |= merged_entry(method, options, entry, base is not None, placement_of(parts[0]), parts, own)
     lines = [AccountLine(name, e.pattern, "merged", tuple(named), method) for e in known for name in e.names]
     return tree_of(leaves), MergeAccount(tuple(lines), family)
+
+
+Placement = tuple[tuple[LeafPath, NamedSharding], ...]
+"""Where leaves lie on a mesh."""
+
+
+def placement_of(params: Params) -> Placement:
+    """Of the leaves that lie on a mesh."""
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return tuple(
+        (tuple(key.key for key in path), leaf.sharding)
+        for path, leaf in found
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding)
+    )
+
+
+def placed(leaves: Mapping[LeafPath, Any], placement: Placement) -> dict[LeafPath, Array]:
+    """Within jit: leaves that will lie where the placement says."""
+    where = dict(placement)
+    return {
+        path: jax.lax.with_sharding_constraint(leaf, where[path]) if path in where else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+def merged_entry(
+    method: str,
+    options: Mapping[str, Any],
+    entry: Entry,
+    with_base: bool,
+    placement: Placement,
+    models: Sequence[Params],
+    own: dict[str, Any],
+) -> dict[LeafPath, Array]:
+    """The leaves of one entry merged, in one compiled program, on the devices on which they lie.
+
+    Args:
+      models: of each model the leaves of the entry; with a base its last.
+      own: keys, layers and statistics of the entry's tensors, stacked.
+    """
+    merge = functools.partial(_merge_entry, method, options, entry, with_base, placement)
+    return jax.jit(merge)(list(models), own, np.uint32(0))
+
+
+def _merge_entry(
+    method: str,
+    options: Mapping[str, Any],
+    entry: Entry,
+    with_base: bool,
+    placement: Placement,
+    models: list[Params],
+    own: dict[str, Any],
+    zero: UInt32[Array, ""],
+) -> dict[LeafPath, Array]:
+    tensors = [jnp.asarray(to_hf(model, entry)) for model in models]
+    base = tensors.pop() if with_base else None
+    with rounding_by(zero):
+        merged = jax.vmap(functools.partial(_merge_one, method, dict(options)))(tensors, base, own)
+    return placed(from_hf(merged, entry, models[0]), placement)
 
 
 def _merge_one(

@@ -304,13 +304,13 @@ class Cut(NamedTuple):
 
 @jax.jit
 def _largest(x: Float[Array, "*shape"], count: UInt32[Array, ""]) -> Bool[Array, "*shape"]:
-    magnitude = lambda: magnitude_bits(x).reshape(-1)
+    magnitude = lambda: magnitude_bits(x)  # in its shape: flat, a sharded tensor would have to be gathered
     threshold, reached = _reached_by(magnitude, count, x.size, 1 << 31)
     # Of those equal to the threshold, the last ones may be too many.
     surplus = jnp.maximum(reached, count) - count
-    place = lambda: jnp.where(magnitude() == threshold, _index(x.size) + jnp.uint32(1), jnp.uint32(0))
+    place = lambda: jnp.where(magnitude() == threshold, _places(x.shape) + jnp.uint32(1), jnp.uint32(0))
     start, _ = _reached_by(place, surplus, x.size, x.size + 1)
-    return ((magnitude() >= threshold) & ~((surplus > 0) & (place() >= start))).reshape(x.shape)
+    return (magnitude() >= threshold) & ~((surplus > 0) & (place() >= start))
 
 
 def order_statistic(x: Float[Array, "*shape"], rank: int | Integer[Array, ""]) -> Float[Array, ""]:
@@ -322,11 +322,10 @@ def order_statistic(x: Float[Array, "*shape"], rank: int | Integer[Array, ""]) -
         return jnp.float32(jnp.nan)
     sign, last = jnp.uint32(1 << 31), jnp.uint32(0xFFFFFFFF)
 
-    def ordered() -> UInt32[Array, " n"]:
+    def ordered() -> UInt32[Array, "*shape"]:
         # The greater the bits of a negative number, the less it is.
         bits = _float_bits(x)
-        bits = jnp.where(jnp.isnan(x), last, jnp.where(bits >= sign, ~bits, bits | sign))
-        return bits.reshape(-1)
+        return jnp.where(jnp.isnan(x), last, jnp.where(bits >= sign, ~bits, bits | sign))
 
     count = jnp.uint32(x.size) - jnp.asarray(
         rank, None if isinstance(rank, jax.Array) else jnp.uint32
@@ -342,7 +341,7 @@ _SAMPLE = 1024
 
 
 def _reached_by(
-    values: Callable[[], UInt32[Array, " n"]], count: UInt32[Array, ""], size: int, ceiling: int
+    values: Callable[[], UInt32[Array, "*shape"]], count: UInt32[Array, ""], size: int, ceiling: int
 ) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     """A value that `count` of the `size` values reach and how many do: exactly `count`, or if equal values
     allow no such number, the greatest value that more than so many reach. All values are below the ceiling.
@@ -367,7 +366,7 @@ def _reached_by(
         found, zero = values(), jnp.uint32(0)
         tests = tuple((found >= marks[i]).astype(jnp.uint32) for i in range(_MARKS))
         add = lambda x, y: tuple(p + q for p, q in zip(x, y, strict=True))
-        counts = jnp.stack(jax.lax.reduce(tests, (zero,) * _MARKS, add, (0,)))
+        counts = jnp.stack(jax.lax.reduce(tests, (zero,) * _MARKS, add, tuple(range(found.ndim))))
         enough = jnp.sum(counts >= count, dtype=jnp.int32)
         at = jnp.maximum(enough - 1, 0)
         low, reached = jnp.where(enough > 0, marks[at], low), jnp.where(enough > 0, counts[at], reached)
@@ -378,7 +377,7 @@ def _reached_by(
     if size < 8 * _SAMPLE:
         marks = marks_between(low, top)
     else:
-        sample = jnp.sort(jax.lax.slice(values(), (0,), (size,), (size // _SAMPLE,)))
+        sample = jnp.sort(_sampled(values()))
         share = count.astype(jnp.float32) / jnp.float32(size)
         place = sample.size - jnp.floor(share * jnp.float32(sample.size)).astype(jnp.int32)
         spread = jnp.arange(-(_MARKS // 2), _MARKS // 2 + 1) * (_SAMPLE // 64)  # a standard deviation apart
@@ -387,6 +386,16 @@ def _reached_by(
     reached = jnp.where(none, jnp.uint32(0), jnp.uint32(size))
     low, reached, _, _ = jax.lax.while_loop(undecided, narrow, (low, reached, top, marks))
     return low, reached
+
+
+def _sampled(values: UInt32[Array, "*shape"]) -> UInt32[Array, " sample"]:
+    """About `_SAMPLE` of the values, evenly spaced along every axis."""
+    steps, left = [], _SAMPLE
+    for i, length in enumerate(values.shape):
+        taken = min(length, max(1, round(left ** (1 / (values.ndim - i)))))
+        steps.append(max(1, length // taken))
+        left = max(1, left // -(-length // steps[-1]))
+    return jax.lax.slice(values, [0] * values.ndim, values.shape, steps).reshape(-1)
 
 
 def magnitude_bits(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -400,6 +409,15 @@ def _float_bits(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 def _index(size: int) -> UInt32[Array, " n"]:
     return jax.lax.iota(jnp.uint32, size)
+
+
+def _places(shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
+    """The row-major index of each element."""
+    result, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        result = result + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        stride *= shape[axis]
+    return result
 
 
 def _check_size(size: int) -> None:

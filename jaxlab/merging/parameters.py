@@ -126,7 +126,9 @@ def check_task(operator: Operator, task: str | None, models: Sequence[str]) -> N
         found = "missing" if task is None else f"no task {task!r}"
         listed = ", ".join(models)
         raise ConfigError(
-            f"{found}; {operator.name} makes a model for each task: one of {listed}", key="task"
+            f"{found}; {operator.name} makes a model for each task: one of {listed} (all of them: "
+            f"--sweep 'task=[{listed}]')",
+            key="task",
         )
 
 

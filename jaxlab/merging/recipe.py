@@ -328,8 +328,8 @@ def read_trio(
     )
 
 
-def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
-    """The VLM with the expert merged into it as the recipe says, and the account.
+def injection_options(recipe: InjectRecipe) -> dict[str, Any]:
+    """The operator's parameters of a recipe as `inject` takes them.
 
     Raises:
       UserError: several experts, or parameters that are not the same for all tensors: only a plan has them.
@@ -341,6 +341,16 @@ def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAcc
         options[name] = [value[role] for role in ("vlm", "expert")] if isinstance(value, dict) else value
         if any(isinstance(x, tuple) for x in (value.values() if isinstance(value, dict) else [value])):
             raise UserError(f"{name} is not the same for all tensors; only `merge` can do that, no search")
+    return options
+
+
+def inject_by_recipe(recipe: InjectRecipe, trio: Trio) -> tuple[Params, MergeAccount]:
+    """The VLM with the expert merged into it as the recipe says, and the account.
+
+    Raises:
+      UserError: several experts, or parameters that are not the same for all tensors: only a plan has them.
+    """
+    options = injection_options(recipe)
     return inject(
         trio.vlm,
         trio.expert,

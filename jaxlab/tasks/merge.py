@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxlab.app import command_line, model_folder, open_reference
+from jaxlab.app import command_line, model_folder, open_reference, reference_folders
 from jaxlab.config import POSITIONAL, REPEATED
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    from jaxlab.checkpoints import check_output, hf_family
+    from jaxlab.checkpoints import check_output, hf_family, open_model
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
         MergekitFile,
@@ -70,9 +70,10 @@ def run(arguments: Arguments) -> None:
         _of_mergekit(arguments, recipe, out)
         return
     references = recipe.references()
-    models = [open_reference(reference) for reference in references]
-    folders = [folder for model in models for folder in model.inputs]
-    check_output(out, folders, overwrite=arguments.overwrite)  # before anything is read
+    folders = [reference_folders(reference) for reference in references]
+    given = [path for pair in folders for path in pair if path is not None]
+    check_output(out, given, overwrite=arguments.overwrite)  # before anything is read
+    models = [open_model(folder, adapter=adapter) for folder, adapter in folders]
     note_dequantized(models)
     to = arguments.to
     if to == "auto":

@@ -8,6 +8,7 @@ which a search that was killed goes on.
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
-from jaxlab.app import Run, model_folder
+from jaxlab.app import Run, command_line, model_folder
 from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.data import DataConfig, Source, make_source
 from jaxlab.errors import ConfigError
@@ -46,6 +47,7 @@ from jaxlab.merging import (
     note_dequantized,
     own_answers,
     plan_injection,
+    prepare_merge,
     read_data,
     read_trio,
     save_merged,
@@ -53,6 +55,7 @@ from jaxlab.merging import (
     search_entry,
     text_only,
     token_measure,
+    write_merge,
 )
 from jaxlab.models import Params
 
@@ -103,6 +106,8 @@ class Config:
     """Merge each layer where it runs: no merged copy of the layers exists, and every batch merges anew."""
     embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
     """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
+    differences: dict[str, Literal["vlm"]] = field(default_factory=dict)
+    """Settings that may differ between the models, as in a recipe: {rope.theta: vlm}."""
     mode: Literal["paper", "mergekit"] = "paper"
     """Operators as published, or as mergekit computes them."""
     seed: int = 0
@@ -212,7 +217,7 @@ def inputs(config: Config) -> dict[str, str]:
 def check(config: Config) -> dict[str, Any]:
     """Whether the models fit together, and what the search holds on the device; reads no parameters."""
     models = _models(config)
-    check_same_architecture(models)
+    check_same_architecture(models, config.differences)
     for questions in config.question_sets.values():
         for split in SPLITS:
             prepare_questions(questions, models[0], split)
@@ -232,7 +237,7 @@ def check(config: Config) -> dict[str, Any]:
 def run(config: Config, run: Run) -> dict[str, Any]:
     models = _models(config)
     note_dequantized(models)
-    trio = read_trio(*models)
+    trio = read_trio(*models, differences=config.differences)
     sources = {name: make_source(data, model_folder) for name, data in config.token_sets.items()}
     validation, test = (read_data(sources, split, config.batch_size, config.batches) for split in SPLITS)
     plan = plan_injection(
@@ -452,7 +457,30 @@ def _save(
         out.parent.mkdir(exist_ok=True)
         space = config.entries[label]
         params = evaluator.merged(space.operator, space.point_of_row(found[label]["best"]))
-        save_merged(out, recipes[label], models, params, evaluator.plan.account(), overwrite=True)
+        _write(out, recipes[label], models, params, evaluator)
+
+
+def _write(
+    out: Path, recipe: InjectRecipe, models: Sequence[OpenModel], params: Params, evaluator: Evaluator
+) -> None:
+    """A model that was measured, in the VLM's form: what `run.py merge` makes of its recipe.
+
+    Raises:
+      RuntimeError: that is another model.
+    """
+    if models[0].form not in ("huggingface", "gguf"):
+        save_merged(out, recipe, models, params, evaluator.plan.account(), overwrite=True)
+        return
+    account = write_merge(
+        prepare_merge(recipe, models),
+        out,
+        references=recipe.references(),
+        command=command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify"),
+        overwrite=True,
+    )
+    merged = {line.name for line in evaluator.plan.account().lines if line.action == "merged"}
+    if wrong := [name for name in account.differences(params) if name in merged]:
+        raise RuntimeError(f"{out}: {len(wrong)} tensors are not those that were measured: {wrong[0]}")
 
 
 def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectRecipe:
@@ -469,6 +497,7 @@ def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectR
             "lambda_e": lambda_e,
             **dict(space.point_of_row(point).parameters),
             "embeddings": config.embeddings,
+            "differences": config.differences,
             "mode": config.mode,
             "seed": config.seed,
         },

@@ -10,8 +10,6 @@ MASKED = -1e30
 """Stands for minus infinity, without the NaN of inf - inf in rows that see nothing."""
 RELEASED_LOGIT = -10000.0
 """The logit of a blocked edge in the released code."""
-ELEMENTS = 1 << 21
-"""Wanted size of one temporary."""
 
 
 @dataclasses.dataclass(frozen=True)

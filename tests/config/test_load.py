@@ -3,7 +3,7 @@
 import dataclasses
 import types
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -362,3 +362,31 @@ def test_classes_that_cannot_be_configs_are_refused() -> None:
 def test_errors_stay_on_one_line() -> None:
     error = ConfigError("two\nlines\u2028and \x1b[31m colour \ud800", key="a")
     assert str(error) == "a: two lines and \\x1b[31m colour \\ud800"
+
+
+@dataclasses.dataclass(frozen=True)
+class Free:
+    """A config that takes keys of which another place knows what they may be."""
+
+    name: str = "x"
+    rest: Annotated[dict[str, float | tuple[float, ...]], configs.OTHERS] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        if "wrong" in self.rest:
+            raise ConfigError("is not known there", key="wrong")
+
+
+def test_keys_that_no_field_has_may_go_to_one(file: Any) -> None:
+    config = configs.load(Free, file("a: 1\nname: y\nb: [0.5, 2]\n"))
+    assert config == Free("y", {"a": 1.0, "b": (0.5, 2.0)})
+    assert configs.to_dict(config) == {"name": "y", "a": 1.0, "b": [0.5, 2.0]}
+    assert configs.load(Free, file(configs.dump(config))) == config
+    for text, message in {
+        "name: y\na: word\n": r"x\.yaml:2: a: expected float\|\[float, \.\.\.\], found word",
+        "name: y\n\nwrong: 1\n": r"x\.yaml:3: wrong: is not known there",
+        "rest: {a: 1}\n": r"x\.yaml:1: rest: expected float",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            configs.load(Free, file(text))

@@ -98,7 +98,7 @@ def test_an_operator_without_all_seeds_is_not_in_the_tables() -> None:
     told["records"].pop()
     page = study.page(study.Study(told))
     assert "| `ties` |" not in page
-    assert "they were not run with every seed: `ties`." in page
+    assert "not run here in every scenario with every seed: `ties`." in page
 
 
 def test_a_search_is_taken_over_in_place(script: ModuleType, tmp_path: Path, monkeypatch) -> None:

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from jaxlab import config as configs
 from jaxlab.checkpoints import entries, families
 from jaxlab.merging import load_recipe
 from jaxlab.models import abstract_params
 from jaxlab.tasks import main
+from jaxlab.tasks.merge_search import Config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = json.loads((ROOT / "tests" / "golden" / "injection_configs.json").read_text())
 """By hub id, the keys that say what the model is: from public copies and papers; rows of the experts' tables
 are those of their bases where they were not at hand."""
-RECIPES = sorted((ROOT / "configs" / "paper" / "injection").glob("*.yaml"))
+FILES = sorted((ROOT / "configs" / "paper" / "injection").glob("*.yaml"))
+SEARCHES = [path for path in FILES if path.stem.startswith("search_")]
+RECIPES = [path for path in FILES if path not in SEARCHES]
 QUICK = ("reason_dart_layers", "dim3_emma_breadcrumbs")
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -52,10 +56,14 @@ def hub(tmp_path, monkeypatch):
     return tmp_path
 
 
-def check(hub, path, capsys):
-    for reference in load_recipe(path).references():
+def put(hub, references):
+    for reference in references:
         if not (hub / reference).exists():
             stand_in(hub / reference, CONFIGS[reference])
+
+
+def check(hub, path, capsys):
+    put(hub, load_recipe(path).references())
     status = main(["merge", str(path), "--out", "out", "--check"])
     captured = capsys.readouterr()
     assert status == 0, captured.err
@@ -93,3 +101,27 @@ def test_a_recipe_fits_its_models(hub, path, capsys):
     vision = [action for name, action in actions.items() if any(word in name for word in seeing)]
     assert vision
     assert set(vision) == {"copied"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p if p == SEARCHES[0] else pytest.param(p, marks=pytest.mark.slow) for p in SEARCHES],
+    ids=lambda path: path.stem,
+)
+def test_a_search_fits_its_models(hub, path, capsys):
+    config = configs.load(Config, path)
+    put(hub, (config.vlm, config.expert, config.base))
+    (hub / "data").mkdir()
+    for data in config.evaluate.values():
+        question = {"prompt": "What?", "answer": "that", "choices": ["that", "this"]}
+        if data.measure == "rules":
+            question = {"prompt": "What?", "rules": [{"kind": "lower"}]}
+        if data.measure == "multiple_choice":
+            question["answer"] = 0
+        (hub / data.path).write_text(2 * f"{json.dumps(question)}\n")
+    status = main(["merge-search", str(path), "--check"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    points = {config.evaluations_of(label) for label in config.entries}
+    assert len(points) == 1
+    assert captured.out.count(f": {points.pop()}\n") == len(config.entries)

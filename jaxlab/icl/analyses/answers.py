@@ -50,6 +50,7 @@ class Answers(PromptAnalysis):
         return {
             "label_logits": logits,
             "label_mass": np.exp(np.logaddexp.reduce(logits, axis=1) - total),
+            "likeliest": np.asarray(found[2], np.int32),
             "predicted": predicted.astype(np.int32),
             "label": label,
         }

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from jaxlab.icl.few_shot import Mode
 from jaxlab.icl.prompts import Prompts, PromptSource
+from jaxlab.icl.saliency import Loss
 from jaxlab.models import ModelConfig, Params
 
 Records = dict[str, np.ndarray]
@@ -43,6 +44,12 @@ class Study:
     @property
     def longest(self) -> int:
         return self.lengths[-1]
+
+    @property
+    def loss(self) -> Loss:
+        """What flows are of: the cross-entropy among the label words, or where there are none, over the
+        vocabulary."""
+        return "labels" if self.source.label_names else "vocabulary"
 
     @property
     def chance(self) -> float:

@@ -35,7 +35,7 @@ class FlowShares(PromptAnalysis):
             raise UserError("flows.loss: these prompts have no label words; set it to vocabulary")
 
     def _loss(self, study: Study) -> Loss:
-        return self.loss or ("labels" if study.source.label_names else "vocabulary")
+        return self.loss or study.loss
 
     def memory(self, study: Study) -> int:
         return flow_memory(

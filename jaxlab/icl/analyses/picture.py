@@ -37,30 +37,35 @@ class Picture(Analysis[Prompts]):
         return study.source.batches(seed, study.examples, study.batch_size)[:1] if first else []
 
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
-        predicted = Answers().measure(study, chunk, rng)["predicted"]
-        at = int(np.argmax(predicted == chunk.labels))  # the first right one, or 0
+        answers = Answers().measure(study, chunk, rng)
+        predicted, label = answers["predicted"], answers["label"]
+        at = int(np.argmax(predicted == label))  # the first right one, or 0
         one = chunk.select(at)
-        maps = np.asarray(saliency_maps(study.params, one.batch, study.config, one.targets), np.float32)
+        maps = saliency_maps(study.params, one.batch, study.config, one.targets, loss=study.loss)
+        names = one.label_tokens[0]
+        # Among the label words, or where there are none the likeliest of all.
+        said = names[predicted[at]] if study.source.label_names else answers["likeliest"][at]
         return {
-            "maps": maps,
+            "maps": np.asarray(maps, np.float32),
             "tokens": one.batch["tokens"],
             "parts": one.parts,
-            "query": one.positions,
-            "names": one.label_tokens,
-            "label": one.labels,
-            "predicted": predicted[at : at + 1],
+            "query": one.positions.reshape(-1)[:1],
+            "answer": names[label[at : at + 1]],
+            "prediction": np.array([said if predicted[at] >= 0 else -1], np.int32),
         }
 
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
         one = {name: values[0] for name, values in records[study.seeds[0]].items()}
-        names = token_texts(one["names"], study.tokenizer)
-        predicted = int(one["predicted"])
+        said = [one["answer"], one["prediction"]]
+        answer, prediction = (
+            token_texts(np.array([x]), study.tokenizer)[0] if x >= 0 else None for x in said
+        )
         return {
             "tokens": token_texts(one["tokens"], study.tokenizer),
             "labels": np.flatnonzero(one["parts"] == Part.LABEL),
             "query": int(one["query"]),
+            "answer": answer,
+            "prediction": prediction,
             "parts": ["text" if part == Part.TEXT else "format" for part in one["parts"]],
-            "answer": names[int(one["label"])],
-            "prediction": names[predicted] if predicted >= 0 else None,
             "maps": pack_maps(one["maps"]),
         }

@@ -18,7 +18,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.flow.base import (
-    ELEMENTS,
     MASKED,
     RELEASED_LOGIT,
     Marks,
@@ -28,6 +27,8 @@ from kernels_pallas.flow.base import (
 )
 from kernels_pallas.flow.probe import Probe
 
+ELEMENTS = 1 << 18
+"""Of a tile of all heads: a few of them stay in the cache of a core."""
 MOST_ROWS = 256
 """Of a tile."""
 

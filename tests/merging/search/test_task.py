@@ -3,19 +3,22 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import host_tensors, load_model, save_model
+from jaxlab.checkpoints import host_tensors, load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import UserError
 from jaxlab.tasks import main
 from jaxlab.tasks.merge_search import Config
+from tests.evaluation.chat_models import write_chat_model
 from tests.merging.search.trio import LM, VISION, draw
 
 ROOT = Path(__file__).parents[3]
@@ -107,6 +110,40 @@ def test_points_that_are_drawn_or_learned(place, capsys):
     }
     for name in ("each", "learned"):
         assert len(set(found[name]["best"]["layers_e"])) == LM.num_layers
+
+
+@pytest.mark.slow
+def test_questions_of_folders_of_hugging_face(tmp_path, monkeypatch, capsys):
+    """A language model in the VLM's place, asked questions; its folder is that of run.py merge, byte for
+    byte."""
+    monkeypatch.chdir(tmp_path)
+    opened = open_model(write_chat_model(tmp_path / "first"))
+    for seed, role in enumerate(("vlm", "expert", "base")):
+        params = jax.tree.map(lambda x, s=seed: x * (1 + 0.1 * s), opened.read())
+        save_model(tmp_path / role, opened.config, params, opened.tokenizer, form="huggingface")
+        shutil.copy(tmp_path / "first" / "tokenizer_config.json", tmp_path / role)
+    rows = [{"prompt": "ab", "choices": ["ab", "xy"], "answer": i % 2} for i in range(4)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(f"{role}: {tmp_path / role}\n" for role in ("vlm", "expert", "base"))
+    text += "embeddings: merge\noperators:\n  dare_ties: {lambda_e: [0.5, 1.0], density: [0.6]}\n"
+    text += "evaluate:\n  asked: {kind: questions, path: q.jsonl, measure: multiple_choice}\n"
+    text += "choose_by: [labels, entropy, neighbours]\n"
+    (tmp_path / "search.yaml").write_text(text)
+    assert main(["merge-search", "search.yaml", "--check"]) == 0
+    assert main(["merge-search", "search.yaml"]) == 0
+    run, results = results_of(tmp_path)
+    entry = results["operators"]["dare_ties"]
+    assert entry["points"][0]["details"]["asked"]["accuracy"] == 0.0
+    assert entry["points"][0]["entropy"]["asked"] > 0
+    assert set(entry["chosen"]) == {"labels", "entropy", "neighbours"}
+    assert results["unmerged"]["expert"]["test"] == {"asked": 1.0}
+    assert set(results["examples"][0]["answers"]) == {"VLM alone", "injected"}
+    assert main(["merge", str(run / "best.yaml"), "--out", "again", "--verify"]) == 0
+    written, again = (
+        (place / "model.safetensors").read_bytes() for place in (run / "model", tmp_path / "again")
+    )
+    assert written == again
+    capsys.readouterr()
 
 
 KILLER = """

@@ -187,9 +187,10 @@ def _accuracy(run: RunFolder) -> Markup:
         if alone
         else ""
     )
+    among = f" with {run.get('labels')} labels" if run.get("labels") else ""
     rough = " Its weights are dequantised, not the original ones." if run.get("dequantized") else ""
     return paragraph(
-        f"On prompts of at most {run.get('tokens')} tokens with {run.get('labels')} labels the model answers "
+        f"On prompts of at most {run.get('tokens')} tokens{among} the model answers "
         f"{percent(run.get('accuracy'), 1)}{spread} of {run.get('examples')} questions rightly; guessing "
         f"would "
         f"give {percent(run.get('chance'))}.{told}{rough}"

@@ -34,7 +34,8 @@ class Study:
         for record in told["records"]:
             found.setdefault(record["label"], {})[record["scenario"], record["seed"]] = record
         wanted = {(scenario, seed) for scenario in SCENARIOS for seed in self.seeds}
-        self.partial = sorted(label for label, cells in found.items() if set(cells) != wanted)
+        whole = [label for label, cells in found.items() if set(cells) == wanted]
+        self.missing = [label for label in told.get("searched", found) if label not in whole]
         self.records = {label: cells for label, cells in found.items() if set(cells) == wanted}
         self.cells = [(scenario, seed) for scenario in SCENARIOS for seed in self.seeds]
         self.origins = sorted({r["origin"] for r in told["records"]})
@@ -114,7 +115,7 @@ def page(study: Study) -> str:
         f"{len(labels)} operators, with {points} settings each (weights, densities and what else they have)"
     )
     lines = [
-        "# Skill injection on digits: every operator, three scenarios",
+        "# Skill injection on digits: operators, scenarios, weights",
         "",
         "<!-- Written by `python docs/injection_study.py` from docs/results/injection_study.json. -->",
         "",
@@ -176,11 +177,11 @@ def page(study: Study) -> str:
         "",
         f"`{COMMAND} --seeds {' '.join(map(str, study.seeds))}`. {'; '.join(study.origins)}.",
     ]
-    if study.partial:
+    if study.missing:
         lines += [
             "",
-            "Not in the tables, since they were not run with every seed: "
-            + ", ".join(f"`{label}`" for label in study.partial)
+            "In `configs/injection/`, but not run here in every scenario with every seed: "
+            + ", ".join(f"`{label}`" for label in study.missing)
             + ".",
         ]
     return "\n".join(lines) + "\n"
