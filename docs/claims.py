@@ -48,7 +48,8 @@ BETTER = {
     "I2": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I3": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I4": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
-    "I5": "GPT2-XL and GPT-J on the paper's data sets: not reachable here. `configs/paper/icl` has the commands.",
+    "I5": "GPT2-XL and GPT-J on the paper's data sets: not reachable here. `configs/paper/icl` has the "
+    "commands.",
     "I6": "GPT2-XL on the paper's data sets, 1000 prompts x 5 seeds: not reachable here.",
     "I7": "GPT2-XL and GPT-J on the paper's data sets: not reachable here.",
     "I8": "GPT2-XL on all 500 questions of TREC: not reachable here.",
@@ -260,11 +261,15 @@ def analysis_records(folder: Path) -> list[dict[str, Any]]:
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
     """The verdicts on one claim in a cell of a table."""
     told = [
-        f"{'**' + r['status'] + '**'} ({'SmolLM2, dequantised' if r.get('real') else seeds(r)})"
+        f"**{r['status']}** ({model(r) if r.get('real') else seeds(r)})"
         for r in records
         if r["status"] != "not examined"
     ]
     return "; ".join(told) or "not measured here"
+
+
+def model(record: Mapping[str, Any]) -> str:
+    return ", ".join(["SmolLM2, dequantised", *([record["data"]] if "data" in record else [])])
 
 
 def seeds(record: Mapping[str, Any]) -> str:

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from jaxlab.checkpoints import Planned, Tensor, in_shards
+from jaxlab.checkpoints import Tensor
 from jaxlab.errors import UserError
 from jaxlab.merging.cutting import cuts_of, thresholds_of
 from jaxlab.merging.injection import Method
+from jaxlab.merging.layout import CHUNK, is_streamed, operator_of, scope_of, whole_bytes
 from jaxlab.merging.merge import gather_totals
 from jaxlab.merging.numerics import Cut
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source, dtype_of
-from jaxlab.merging.programs import ZERO, measure, merge_part, merge_whole, operator_of, scope_of
-from jaxlab.merging.steps import CHUNK, Step
+from jaxlab.merging.programs import ZERO, measure, merge_part, merge_whole
+from jaxlab.merging.steps import Step
 from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast
 
 _WHOLE = 3 << 29
@@ -65,45 +66,6 @@ class Done(NamedTuple):
     not_finite: int
     sources: dict[str, str]
     """SHA-256 of the bytes that were read, by input and name, if they were asked for."""
-
-
-def whole_bytes(step: Merging, size: int) -> int:
-    """About what merging a tensor of `size` elements whole takes."""
-    return size * 4 * (2 * len(step.everything) + 3)
-
-
-def is_streamed(step: Merging) -> bool:
-    """Whether it is merged in chunks."""
-    scope = scope_of(step)
-    gather = operator_of(step.operator, step.injected).gather
-    return scope in ("element", "cut") or (
-        scope == "model" and gather is not None and bool(gather.thresholds)
-    )
-
-
-def layout(
-    plan: MergePlan, inputs: Sequence[Mapping[str, Tensor] | Input], shard_bytes: int | None = None
-) -> list[list[Planned]]:
-    """The tensors of each file of the output: those of the first input's files, or cut by size.
-
-    Args:
-      shard_bytes: cut by this size, whatever the first input has.
-    """
-    planned = [Planned(t.name, dtype_of(t.dtype), t.shape, _never) for t in plan.tensors]
-    files: dict[str, list[Planned]] = {}
-    for tensor in planned:
-        try:
-            file = inputs[0][tensor.name].file
-        except KeyError:  # a plan may have names of its own
-            file = None
-        files.setdefault("" if file is None else str(file), []).append(tensor)
-    if shard_bytes is not None or "" in files:
-        return in_shards(planned) if shard_bytes is None else in_shards(planned, shard_bytes)
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in files.values()]
-
-
-def _never() -> np.ndarray:
-    raise AssertionError("an engine writes it")
 
 
 def execute(

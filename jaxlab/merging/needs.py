@@ -40,9 +40,7 @@ class Needs:
 
 def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
     """What carrying it out takes."""
-    from jaxlab.merging.engine import is_streamed, whole_bytes
-    from jaxlab.merging.programs import scope_of
-    from jaxlab.merging.steps import CHUNK
+    from jaxlab.merging.layout import CHUNK, is_streamed, scope_of, whole_bytes
 
     plan, inputs = prepared.plan, prepared.inputs
     read, seconds, largest = 0, 0.0, 0

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-from jaxlab.checkpoints import LeafPath, OpenModel, leaf_at, tree_of
+from jaxlab.checkpoints import LeafPath, OpenModel, leaf_at, same_tokens, tree_of
 from jaxlab.errors import UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.architecture import check_same_architecture

@@ -338,7 +338,7 @@ def _merged(
     weights, values = rules.at(place, roles)
     if not rules.injected:
         known = operator_named(rules.operator)
-        check_sum(known, known.resolve(values, len(merged), rules.mode), weights or [1.0])
+        check_sum(known, known.resolve(values, len(merged), rules.mode, plain=True), weights or [1.0])
     step = Merging(
         rules.operator,
         rules.mode,

@@ -73,7 +73,7 @@ def prepare_merge(
     Raises:
       UserError: models that cannot be merged as the recipe says, or whose tensors are not their family's.
     """
-    from jaxlab.merging.engine import layout
+    from jaxlab.merging.layout import layout
     from jaxlab.merging.programs import check_operators
 
     first = "vlm" if isinstance(recipe, InjectRecipe) else "first"

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, UInt8, UInt32
 
 from jaxlab.merging.injection import Given, Method, inject_tensor
+from jaxlab.merging.layout import operator_of
 from jaxlab.merging.merge import arithmetic_dtype, merge_tensors
 from jaxlab.merging.numerics import (
     Chunks,
@@ -23,7 +24,6 @@ from jaxlab.merging.numerics import (
     rounding_by,
 )
 from jaxlab.merging.operators import Operator, operator_named
-from jaxlab.merging.operators.registry import Scope
 from jaxlab.merging.plan import MergePlan, Merging, PlannedTensor, dtype_of
 
 ZERO = np.uint32(0)
@@ -63,16 +63,6 @@ def program_of(tensor: PlannedTensor, step: Merging, size: int, num_layers: int)
         step.operator, step.mode, fixed, step.injected, tensor.dtype, num_layers, count, step.task
     )
     return program, (numbers, weights)
-
-
-def scope_of(step: Merging) -> Scope:
-    """What an element of the output depends on; see `Operator.scope`."""
-    return operator_of(step.operator, step.injected).scope(step.mode, dict(step.parameters))
-
-
-def operator_of(name: str, injected: bool) -> Operator:
-    operator = operator_named(name)
-    return operator.for_injection if injected else operator
 
 
 def _numbers(step: Merging, size: int) -> dict[str, Any]:

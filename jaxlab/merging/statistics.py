@@ -45,6 +45,8 @@ def text_batches(model: OpenModel, data: MergeData, path: Path) -> list[Batch]:
       UserError: texts without a target, tokens that the model does not have.
     """
     tokenizer, rows = model.tokenizer, []
+    if tokenizer is None and model.config.family != "jaxlab":
+        raise UserError(f"{model.path}: has no tokenizer to read texts with")
     for text in read_texts(path, data.batches * data.batch_size):
         ids = list(text.encode()) if tokenizer is None else tokenizer.encode(text).ids
         if len(ids) > 1:

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from jaxlab.merging.injection import Given
+from jaxlab.merging.layout import operator_of, scope_of
 from jaxlab.merging.numerics import tensor_key
+from jaxlab.merging.operators.registry import Scope
 from jaxlab.merging.plan import MergePlan, Merging, PlannedTensor
-from jaxlab.merging.programs import Scope, given_to, operator_of, program_of, scope_of
+from jaxlab.merging.programs import given_to, program_of
 from jaxlab.merging.streams import Reader, padded
 
-CHUNK = 1 << 20
-"""Elements that are merged at once."""
 _FINER = 1 << 5
 """What would fill less than a quarter of a chunk gets chunks so many times smaller: a call takes about as
 long as some ten thousand elements."""

@@ -10,8 +10,10 @@ MASKED = -1e30
 """Stands for minus infinity, without the NaN of inf - inf in rows that see nothing."""
 RELEASED_LOGIT = -10000.0
 """The logit of a blocked edge in the released code."""
-ELEMENTS = 1 << 21
-"""Wanted size of one temporary."""
+
+
+FLOW_RESIDUALS = ("flow_output", "flow_lse")
+"""Names (`checkpoint_name`) of what the backward pass needs of the forward pass besides its inputs."""
 
 
 @dataclasses.dataclass(frozen=True)

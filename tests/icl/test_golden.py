@@ -111,6 +111,7 @@ def test_compressed_demonstrations(model):
     assert np.max(np.abs(other[0] - found[1])) > 1e-3
 
 
+@pytest.mark.slow
 def test_rows_of_different_demonstrations(model):
     """Rows with demonstrations of their own, cut at places of their own, are as they are alone."""
     config, params = model
@@ -149,6 +150,7 @@ def test_diagnosis(model):
     assert diagnosis.confusion_correlation(real, real)["spearman"] == 1.0
 
 
+@pytest.mark.slow
 def test_cut_edges(model):
     config, params = model
     words, layers = WORDS >= 0, np.array([True, True, False])
@@ -162,6 +164,7 @@ def test_cut_edges(model):
         np.testing.assert_allclose(of_labels(logits), GOLDEN["cutting"][name], **CLOSE)
 
 
+@pytest.mark.slow
 def test_flows_and_what_cutting_does(model):
     config, params = model
     golden = GOLDEN["flow"]
@@ -184,6 +187,7 @@ def test_flows_and_what_cutting_does(model):
     assert found["spearman"] > 0.5
 
 
+@pytest.mark.slow
 def test_scores_of_heads(model):
     config, params = model
     golden = GOLDEN["heads"]

@@ -24,7 +24,6 @@ from jaxlab.merging import (
     Merging,
     PlannedTensor,
     TensorSource,
-    engine,
     execute,
     inject_by_recipe,
     merge_by_recipe,
@@ -36,6 +35,7 @@ from jaxlab.merging import (
     verify_folder,
     write_merge,
 )
+from jaxlab.merging.layout import layout
 from jaxlab.tasks import main
 from tests.checkpoints import folders
 
@@ -338,7 +338,7 @@ def engine_tensors(model):
 def run_plan(plan, inputs, out, overwrite=False, expect=None, **options):
     from jaxlab.checkpoints import resumable_folder
 
-    with resumable_folder(out, engine.layout(plan, inputs), digest="x", overwrite=overwrite) as folder:
+    with resumable_folder(out, layout(plan, inputs), digest="x", overwrite=overwrite) as folder:
         records = execute(plan, inputs, folder, **options)
         if expect is not None:
             assert [record["sources"] for record in records.values()] == [expect]

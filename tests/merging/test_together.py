@@ -17,6 +17,7 @@ from jaxlab.merging import (
     prepare_merge,
     write_merge,
 )
+from jaxlab.merging.layout import layout
 from jaxlab.merging.streams import Files
 from jaxlab.merging.sweep import load_recipes
 from jaxlab.tasks import main
@@ -163,7 +164,7 @@ def test_statistics_in_chunks(tmp_path):
     step = Merging("fisher", "paper", sources, TensorSource(0, "w"), weights=(0.9, 0.4))
     plan = MergePlan((PlannedTensor("w", "float32", shape, (), "", "", merging=step),))
     inputs = [open_folder(tmp_path / name).tensors for name in ("base", "one", "two")]
-    with resumable_folder(tmp_path / "out", engine.layout(plan, inputs), digest="x") as folder:
+    with resumable_folder(tmp_path / "out", layout(plan, inputs), digest="x") as folder:
         execute(plan, inputs, folder, chunk=256, statistics=statistics)
         folder.complete(config={}, copy_from=None, texts={})
     want = merge_tensors(

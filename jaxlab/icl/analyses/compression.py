@@ -152,7 +152,7 @@ class Compression(Analysis[Work]):
         """
         width = split.context.shape[1]
         inside = np.arange(width) < split.context_lengths[:, None]
-        parts, spans = (x[:, :width] for x in (prompts.parts, prompts.demonstrations))
+        parts, spans = (_of_width(x, width) for x in (prompts.parts, prompts.demonstrations))
         labels = (parts == Part.LABEL) & inside
         anchors = np.isin(parts, (Part.LABEL, Part.FORMAT, Part.FORERUNNER)) & inside
         texts = (parts == Part.TEXT) & inside
@@ -193,6 +193,11 @@ class Compression(Analysis[Work]):
                 jax.block_until_ready(call())
                 found[repeat, number] = time.perf_counter() - started
         return found[1:]
+
+
+def _of_width(x: np.ndarray, width: int) -> np.ndarray:
+    """The first columns, and -1 (no part, no demonstration) where there are not so many."""
+    return np.pad(x[:, :width], ((0, 0), (0, max(0, width - x.shape[1]))), constant_values=-1)
 
 
 def _starts(prompts: Prompts) -> np.ndarray:

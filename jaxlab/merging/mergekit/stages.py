@@ -216,7 +216,7 @@ def _opening(open_reference: Open, stages: Mapping[str, OpenModel]) -> Open:
 def _prepare(
     file: MergekitFile, merge: MergekitMerge, open_reference: Open, before: Sequence[Stage]
 ) -> Stage:
-    from jaxlab.merging.engine import layout
+    from jaxlab.merging.layout import layout
 
     references = merge.references()
     if merge.base_model is not None:  # it gives config and tokenizer

@@ -194,8 +194,11 @@ class Parameter:
                         return f"must be between {bounds.low:g} and {bounds.high:g}, is {number}"
         return None
 
-    def resolve(self, value: Any, count: int) -> Any:
+    def resolve(self, value: Any, count: int, *, plain: bool = False) -> Any:
         """A value as the function takes it: a bool, a float32 scalar, or a list with one for each model.
+
+        Args:
+          plain: a known number stays one of Python; nothing is computed.
 
         Raises:
           UserError: one out of bounds or a list of another length.
@@ -218,6 +221,8 @@ class Parameter:
         if self.counted or self.static:
             return values[0]
         if isinstance(values[0], float | int):
+            if plain:
+                return float(values[0])
             return jnp.asarray(np.float32(values[0]))  # compiles nothing
         return jnp.asarray(values[0]).astype(jnp.float32)
 
@@ -330,8 +335,13 @@ class Operator:
         to = jnp.dtype(jnp.float32) if self.exact_weights else dtype
         return [round_to(jnp.asarray(w).astype(jnp.float32), to) for w in weights]
 
-    def resolve(self, given: Mapping[str, Any], count: int, mode: Mode) -> dict[str, Any]:
+    def resolve(
+        self, given: Mapping[str, Any], count: int, mode: Mode, *, plain: bool = False
+    ) -> dict[str, Any]:
         """The value of every parameter, from those given and the defaults.
+
+        Args:
+          plain: known numbers stay Python's; for who only asks.
 
         Raises:
           UserError: one that is missing or out of bounds.
@@ -341,7 +351,7 @@ class Operator:
             value = given.get(name, parameter.default_in(mode))
             if value is REQUIRED:
                 raise UserError(f"{self.name} needs the parameter {name}")
-            values[name] = parameter.resolve(value, count)
+            values[name] = parameter.resolve(value, count, plain=plain)
         return values
 
     def prepare(self, tensors: Vectors, values: Mapping[str, Any], **supplied: Any) -> Any:

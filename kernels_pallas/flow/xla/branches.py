@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels_pallas.flow.base import ELEMENTS, MASKED, RELEASED_LOGIT
+from kernels_pallas.flow.base import MASKED, RELEASED_LOGIT
 from kernels_pallas.flow.probe import Probe
 
+ELEMENTS = 1 << 21  # wanted size of one temporary
 ROWS = 256  # most rows in a block
 GROUPS = 4  # most groups; each is compiled once
 
