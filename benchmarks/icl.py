@@ -29,7 +29,7 @@ from tqdm import tqdm
 from jaxlab.app import environment
 from jaxlab.files import write_json
 
-OURS = {"jaxlab": "auto", "jaxlab, recomputing": "layer", "jaxlab, keeping": "none"}
+OURS = {"jaxlab": "auto", "jaxlab, recomputing": "layer", "jaxlab, keeping": "elementwise"}
 PEERS = {"torch, released": "released", "torch, repaired": "repaired"}
 
 
@@ -131,7 +131,7 @@ def of_model(arguments: Arguments) -> dict[str, Any]:
         "forward": lambda: forward(params, batch, config, last),
         "flows": lambda: flows(params, batch, config, classes, targets)[0],
         "flows, recomputing": lambda: flows(params, batch, config, classes, targets, remat="layer")[0],
-        "flows, keeping": lambda: flows(params, batch, config, classes, targets, remat="none")[0],
+        "flows, keeping": lambda: flows(params, batch, config, classes, targets, remat="elementwise")[0],
         "blocking, 1 setting": lambda: blocked_logits(params, batch, last, layers[:1], words[:1], config),
         "blocking, 3 settings": lambda: blocked_logits(params, batch, last, layers, words, config),
     }

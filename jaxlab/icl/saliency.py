@@ -23,10 +23,10 @@ from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
 from kernels_pallas.flow import Implementation, NsaEdges, Reduction, check_word
 
 Loss = Literal["labels", "vocabulary"]
-Remat = Literal["auto", "layer", "none"]
+Remat = Literal["auto", "layer", "elementwise"]
 
 KEPT_BYTES = 3 << 29
-"""With `remat: auto` the activations of all layers are kept for the backward pass if they take no more."""
+"""With remat "auto" the matrix products of all layers are kept for the backward pass if they take no more."""
 KEPT_LENGTH = 512
 """And if sequences are no longer: from there on memory grows with the layers' inputs alone."""
 
@@ -38,7 +38,7 @@ class _Options(NamedTuple):
     num_classes: int = 0
     per_head: bool = False
     signed: bool = False
-    remat: bool = True
+    remat: Literal["layer", "elementwise"] = "layer"
     implementation: str | None = None
 
 
@@ -79,8 +79,8 @@ def flows(
       num_classes: K; by default one more than the largest class, which must then be known, not traced.
       per_head: each query head apart, on an axis H after L.
       signed: no absolute values.
-      remat: whether layers are recomputed in the backward pass: "layer" takes memory for the inputs of layers
-        alone, linear in the tokens, and a third more time than "none"; "auto" keeps the activations of
+      remat: what the backward pass recomputes (`ModelConfig.remat`): "layer" takes memory for the inputs of
+        layers alone, and more time than "elementwise", which keeps matrix products; "auto" keeps those of
         sequences up to KEPT_LENGTH where they take up to KEPT_BYTES.
       implementation: of full and sliding attention with flows: "xla", or "mosaic_gpu" on a Hopper GPU, in
         bfloat16; None: XLA.
@@ -215,7 +215,9 @@ def _flows(
             nsa_edges=options.nsa_edges,
             implementation=options.implementation,
         )
-        return _loss(params, batch, _with_remat(config, options.remat), targets, options.loss, probe)
+        return _loss(
+            params, batch, dataclasses.replace(config, remat=options.remat), targets, options.loss, probe
+        )
 
     zeros = (jnp.zeros((*lead, *heads, *pairs), jnp.float32), jnp.zeros((*lead, *pairs), jnp.float32))
     total, (sums, counts) = jax.value_and_grad(loss)(zeros)
@@ -231,7 +233,7 @@ def _maps(
     batch_size, tokens = batch["tokens"].shape
 
     def loss(tap: Array) -> Array:
-        frugal = _with_remat(config, options.remat)
+        frugal = dataclasses.replace(config, remat=options.remat)
         return _loss(params, batch, frugal, targets, options.loss, Probe(map_tap=tap))
 
     zeros = jnp.zeros((config.num_layers, batch_size, tokens, tokens), jnp.float32)
@@ -272,13 +274,13 @@ def flow_memory(
 
 
 def kept_bytes(config: ModelConfig, tokens: int) -> int:
-    """About what the layers keep of so many tokens for a backward pass that recomputes nothing."""
+    """About what the layers keep of so many tokens where matrix products are kept."""
     c = config
-    heads = 3 * c.num_heads * (c.key_dim + c.value_dim) + 2 * c.kv_heads * (c.key_dim + c.value_dim)
+    heads = (c.num_heads + c.kv_heads) * (c.key_dim + c.value_dim)
     hidden = c.mlp_width
     if c.moe is not None:
         hidden = max(hidden, c.moe.experts_per_token * c.moe.width + c.moe.shared_width)
-    per_layer = 6 * c.width + heads + 4 * hidden
+    per_layer = 3 * c.width + heads + (2 if c.mlp == "gated" else 1) * hidden
     return tokens * c.num_layers * per_layer * jnp.dtype(c.compute_dtype).itemsize
 
 
@@ -290,8 +292,8 @@ def _checked_options(loss: str, remat: str, config: ModelConfig, batch: Batch) -
         raise UserError(f"flows: {error}") from None
     size, length = batch["tokens"].shape
     keeps = length <= KEPT_LENGTH and kept_bytes(config, size * length) <= KEPT_BYTES
-    recomputes = {"layer": True, "none": False, "auto": not keeps}[remat]
-    return _Options(loss, remat=recomputes)
+    layer = remat == "layer" or (remat == "auto" and not keeps)
+    return _Options(loss, remat="layer" if layer else "elementwise")
 
 
 def _check_labels(targets: Targets, loss: str) -> None:
@@ -331,7 +333,3 @@ def check_attention(config: ModelConfig, who: str) -> None:
         raise UserError(
             f"{who}: NSA has flows and blocking with selector: compressed, not {config.nsa.selector}"
         )
-
-
-def _with_remat(config: ModelConfig, remat: bool) -> ModelConfig:
-    return dataclasses.replace(config, remat="layer" if remat else "none")

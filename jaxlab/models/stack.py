@@ -15,6 +15,7 @@ from jaxlab.models.config import ModelConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import Cache, LayerCache, join_cache, split_cache
 from jaxlab.models.taps import NO_TAPS, Taps
+from kernels_pallas.flow import FLOW_RESIDUALS
 
 
 class Stacked(NamedTuple):
@@ -125,7 +126,7 @@ def apply_blocks(
                 _cut(caches, layers),
                 _cut(inputs, slice(run.start, run.stop)),
             )
-            scan = _Scan(graphdef, run, context, config.remat == "layer", taps, make)
+            scan = _Scan(graphdef, run, context, config.remat, taps, make)
             (x, pool, found), ys = scan((x, pool, found), of_run)
             if start + run.start < num_additions:
                 assert additions is not None
@@ -153,7 +154,8 @@ class _Scan(NamedTuple):
     graphdef: nnx.GraphDef[Block]
     run: Run
     context: AttentionContext
-    remat: bool
+    remat: str
+    """`ModelConfig.remat`."""
     taps: Taps
     make: Callable[[Params, Any], Params] | None = None
     """See `MadeLayers`."""
@@ -176,8 +178,11 @@ class _Scan(NamedTuple):
 
     def _step(self, kind: Kind) -> Any:
         step = lambda carry, of_layer: self._layer(carry, of_layer, kind)
+        if self.remat == "none":
+            return step
         # The scan already keeps the two passes apart.
-        return jax.checkpoint(step, prevent_cse=False) if self.remat else step
+        policy = _KEEP_PRODUCTS if self.remat == "elementwise" else None
+        return jax.checkpoint(step, prevent_cse=False, policy=policy)
 
     def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: Kind) -> tuple[Carry, tuple[Any, ...]]:
         (x, pool, found), (params, per_layer, cache, inputs) = carry, of_layer
@@ -192,6 +197,12 @@ class _Scan(NamedTuple):
         of_attention = (attended.chosen_blocks, attended.weights_read, attended.selector_loss)
         results = (cache, *of_attention, done.balance_loss)
         return (done.x, pool, self.taps.store(found, per_layer, tap)), results
+
+
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(*FLOW_RESIDUALS),
+)
 
 
 def _runs(kinds: tuple[Kind, ...], alone: int, cuts: Sequence[int] = ()) -> list[Run]:

@@ -2,9 +2,11 @@
 this file is the map."""
 
 from kernels_pallas.flow.api import flow_attention, nsa_flow_attention, read_weights
+from kernels_pallas.flow.base import FLOW_RESIDUALS
 from kernels_pallas.flow.probe import Blocking, Implementation, NsaEdges, Probe, Reduction, check_word
 
 __all__ = [
+    "FLOW_RESIDUALS",
     "Blocking",
     "Implementation",
     "NsaEdges",

@@ -12,6 +12,10 @@ RELEASED_LOGIT = -10000.0
 """The logit of a blocked edge in the released code."""
 
 
+FLOW_RESIDUALS = ("flow_output", "flow_lse")
+"""Names (`checkpoint_name`) of what the backward pass needs of the forward pass besides its inputs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What is static in a call of full or sliding attention."""

@@ -151,8 +151,10 @@ def test_remat_gives_the_same_gradients():
         loss = lambda p: jnp.sum(jnp.sin(forward(p, {"tokens": tokens}, config)[0]))
         return jax.jit(jax.grad(loss))(params)
 
-    kept, again = gradients(config), gradients(make_config(remat="layer"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
+    kept = gradients(config)
+    for remat in ("layer", "elementwise"):
+        again = gradients(make_config(remat=remat))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
 
 
 def test_one_trace_serves_all_batches_of_a_shape_and_one_token_is_enough():

@@ -111,8 +111,9 @@ class ModelConfig:
     """The vision tower; none: a language model."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and matmul operands; parameters keep their own dtype."""
-    remat: Literal["none", "layer"] = "none"
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "layer", "elementwise"] = "none"
+    """What the backward pass recomputes instead of keeping it: nothing, each layer whole, or what lies
+    between its matrix products (norms, activations, rotary positions), which costs little."""
     extra_embeddings: int = 0
     """Rows of the embedding table beyond vocab_size, of tokens that are read but never made (Mllama)."""
     initializer_range: float = 0.02

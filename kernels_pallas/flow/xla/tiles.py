@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.flow.base import (
+    FLOW_RESIDUALS,
     MASKED,
     RELEASED_LOGIT,
     Marks,
@@ -215,6 +217,7 @@ def _forward(
 
     every = jnp.arange(layout.tiles, dtype=jnp.int32)
     _, (outs, lse) = lax.scan(block, None, (layout.cut(q), every))
+    outs, lse = (checkpoint_name(x, name) for x, name in zip((outs, lse), FLOW_RESIDUALS, strict=True))
     # The output is kept in float32: its product with the cotangent stands for the sums of P over the keys.
     return layout.join(outs).astype(q.dtype), (q, k, v, marks, probe, sinks, outs, lse)
 
