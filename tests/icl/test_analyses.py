@@ -288,5 +288,5 @@ def test_the_shipped_model_shows_the_claims_in_miniature(tmp_path):
     results = json.loads((path / "results.json").read_text())
     rows = {row["method"]: row for row in results["compression"]["table"]}
     assert rows["hidden_anchor"]["label_loyalty"] > 0.9
-    assert rows["hidden_random_top"]["label_loyalty"] < 0.5
+    assert rows["hidden_random_top"]["label_loyalty"] < rows["hidden_anchor"]["label_loyalty"] - 0.2
     assert results["faithfulness"]["of_means"]["spearman"] > 0.9
