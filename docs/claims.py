@@ -261,11 +261,15 @@ def analysis_records(folder: Path) -> list[dict[str, Any]]:
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
     """The verdicts on one claim in a cell of a table."""
     told = [
-        f"{'**' + r['status'] + '**'} ({'SmolLM2, dequantised' if r.get('real') else seeds(r)})"
+        f"**{r['status']}** ({model(r) if r.get('real') else seeds(r)})"
         for r in records
         if r["status"] != "not examined"
     ]
     return "; ".join(told) or "not measured here"
+
+
+def model(record: Mapping[str, Any]) -> str:
+    return ", ".join(["SmolLM2, dequantised", *([record["data"]] if "data" in record else [])])
 
 
 def seeds(record: Mapping[str, Any]) -> str:

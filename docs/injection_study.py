@@ -71,6 +71,8 @@ def run(seeds: Sequence[int], only: Sequence[str], outputs: str, trained: Path |
     origin = f"Commit {env['commit'][:10]}{', with changes' if env['dirty'] else ''}, {env['device_kind']}"
     with compiled_once():
         models = {seed: find(seed, trained) if trained else train(seed, outputs) for seed in seeds}
+        makers = {read_commit(path) for made in models.values() for path in made.values()}
+        origin += f"; models trained by commit {', '.join(sorted(makers))}"
         for group in itertools.batched(labels, AT_ONCE):
             for scenario, seed in itertools.product(SCENARIOS, seeds):
                 operators = {label: searches[scenario].operators[label] for label in group}
@@ -100,6 +102,12 @@ def train(seed: int, outputs: str) -> dict[str, str]:
         found = execute("train", config, {"seed": seed, "init_from": str(base.path)}, outputs=outputs)
         made[name] = str(found.path)
     return made
+
+
+def read_commit(run: str) -> str:
+    """Of a train run."""
+    env = json.loads((Path(run) / "env.json").read_text(encoding="utf-8"))
+    return f"{env['commit'][:10]}{' with changes' if env['dirty'] else ''}"
 
 
 def config_of(name: str) -> str:

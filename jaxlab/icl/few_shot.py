@@ -346,6 +346,12 @@ class FewShotPrompts:
                     "answer cannot be read off at it; put a space before {label}"
                 )
             found.append(answered[start:])
+            unknown = getattr(self.tokenizer.model, "unk_token", None)
+            if unknown is not None and self.tokenizer.token_to_id(unknown) in found[-1]:
+                raise UserError(
+                    f"data.label_words: {word} holds {unknown!r}, which stands for words that the model's "
+                    "tokenizer does not know; take other words, or a model of such texts"
+                )
         check_token_ids(np.concatenate(found), self.model, self.tokenizer, where="data: a label word")
         chosen = {"the first token, by which they are told apart": 0}
         if self.label_position == "last":
@@ -355,7 +361,7 @@ class FewShotPrompts:
                 for other in range(number):
                     if found[other][at] == ids[at]:
                         pair = f"{self.label_names[other]} and {self.label_names[number]}"
-                        token = f"{self.tokenizer.decode([ids[at]])!r} ({ids[at]})"
+                        token = f"{self.tokenizer.id_to_token(ids[at])!r} ({ids[at]})"
                         raise UserError(
                             f"data.label_words: {pair} have in common {what}: {token}; take other words"
                         )

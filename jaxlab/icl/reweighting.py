@@ -111,6 +111,31 @@ def learn_anchor_weights(
     return np.asarray(beta), np.stack(losses) if losses else np.zeros((0, count))
 
 
+def learning_memory(
+    params: Params, config: ModelConfig, seeds: int, prompts: int, length: int, labels: int
+) -> int:
+    """Bytes of temporaries on one device while betas are learned, from compiling alone.
+
+    Args:
+      params: arrays, or their shapes.
+      seeds: that learn at once.
+      prompts: of each to learn from.
+      length: of a prompt, padded.
+      labels: in all.
+    """
+    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    of_tokens, of_prompts = integers(seeds, prompts, length), integers(seeds, prompts)
+    shapes: Any = (of_tokens, of_prompts, of_tokens, integers(seeds, prompts, labels), of_prompts)
+    beta = jax.ShapeDtypeStruct((seeds, config.num_layers, config.num_heads, labels), jnp.float32)
+    state = jax.eval_shape(optax.adam(0.01).init, beta)
+    frugal = dataclasses.replace(config, remat="layer")
+    order = integers(prompts, seeds)
+    lowered = _epoch.lower(params, frugal, Lesson(*shapes), order, beta, state, 0.01, "labels")
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    return int(memory.temp_size_in_bytes)
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "learning_rate", "loss"), donate_argnames=("beta", "state")
 )

@@ -241,7 +241,8 @@ def merge_models(
             "statistics": statistics_of(operator, statistics, entry.names),
         }
         parts = [tree_of({path: leaf_at(model, path) for path in entry.paths}) for model in named.values()]
-        leaves |= merged_entry(method, options, entry, base is not None, placement_of(parts[0]), parts, own)
+        program = merge_entry_program(method, options, entry, base is not None, placement_of(parts[0]))
+        leaves |= program(parts, own, np.uint32(0))
     lines = [AccountLine(name, e.pattern, "merged", tuple(named), method) for e in known for name in e.names]
     return tree_of(leaves), MergeAccount(tuple(lines), family)
 
@@ -269,23 +270,16 @@ def placed(leaves: Mapping[LeafPath, Any], placement: Placement) -> dict[LeafPat
     }
 
 
-def merged_entry(
-    method: str,
-    options: Mapping[str, Any],
-    entry: Entry,
-    with_base: bool,
-    placement: Placement,
-    models: Sequence[Params],
-    own: dict[str, Any],
-) -> dict[LeafPath, Array]:
-    """The leaves of one entry merged, in one compiled program, on the devices on which they lie.
+def merge_entry_program(
+    method: str, options: Mapping[str, Any], entry: Entry, with_base: bool, placement: Placement
+) -> Callable[..., dict[LeafPath, Array]]:
+    """The compiled program that merges the leaves of one entry on the devices on which they lie.
 
-    Args:
-      models: of each model the leaves of the entry; with a base its last.
-      own: keys, layers and statistics of the entry's tensors, stacked.
+    Returns:
+      A jitted function of the leaves of each model (with a base its last), of keys, layers and statistics of
+      the entry's tensors, stacked, and of uint32 0.
     """
-    merge = functools.partial(_merge_entry, method, options, entry, with_base, placement)
-    return jax.jit(merge)(list(models), own, np.uint32(0))
+    return jax.jit(functools.partial(_merge_entry, method, options, entry, with_base, placement))
 
 
 def _merge_entry(

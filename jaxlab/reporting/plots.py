@@ -152,7 +152,7 @@ def curves(axes: Axes, series: Curves, markers: bool = False) -> None:
             steps,
             values.mean(0),
             color=colour,
-            linestyle=DASHES[index % len(DASHES)],
+            linestyle=DASHES[(index + index // len(SERIES)) % len(DASHES)],  # beyond the colours, other pairs
             marker=marker,
             label=name,
         )

@@ -25,6 +25,7 @@ from jaxlab.icl import (
     make_prompts,
 )
 from jaxlab.icl.analyses.records import ChunkStore
+from jaxlab.icl.reweighting import learning_memory
 from jaxlab.models import ModelConfig, NSAConfig, SlidingAttentionConfig, init_params
 from jaxlab.reporting import build_sections, read_runs
 from jaxlab.tasks import execute, main
@@ -223,7 +224,9 @@ def test_mistakes(config):
     study = lambda **changes: dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match="released code blocks edges into words alone"):
         analyse.check(
-            study(mode="released_code", analyses=("blocking",), blocking=Blocking(layers=(1,), edges=("from",)))
+            study(
+                mode="released_code", analyses=("blocking",), blocking=Blocking(layers=(1,), edges=("from",))
+            )
         )
     with pytest.raises(UserError, match="2 layers, not 3"):
         analyse.check(study(analyses=("diagnosis",), diagnosis=Diagnosis(layers=(3,))))
@@ -257,6 +260,17 @@ def test_the_released_code_differs(config, tmp_path, analysis):
 
 
 @pytest.mark.slow
+def test_learning_factors_takes_no_gradients_of_weights():
+    """Temporaries are less than the embedding alone, whose gradient would be among them."""
+    config = ModelConfig(
+        vocab_size=40000, width=64, num_layers=2, num_heads=2, mlp_width=64, tie_embeddings=True
+    )
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    needed = learning_memory(params, config, seeds=2, prompts=4, length=16, labels=2)
+    assert 0 < needed < 4 * 40000 * 64
+
+
+@pytest.mark.slow
 def test_the_shipped_model_shows_the_claims_in_miniature(tmp_path):
     """I4 and I7 on 32 prompts of the model that learned in context."""
     config = analyse.Config(
@@ -274,5 +288,5 @@ def test_the_shipped_model_shows_the_claims_in_miniature(tmp_path):
     results = json.loads((path / "results.json").read_text())
     rows = {row["method"]: row for row in results["compression"]["table"]}
     assert rows["hidden_anchor"]["label_loyalty"] > 0.9
-    assert rows["hidden_random_top"]["label_loyalty"] < 0.5
+    assert rows["hidden_random_top"]["label_loyalty"] < rows["hidden_anchor"]["label_loyalty"] - 0.2
     assert results["faithfulness"]["of_means"]["spearman"] > 0.9

@@ -1,15 +1,19 @@
 """Few-shot prompts: the text, the tokens, what each token is, and one line for each mistake."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.icl import (
@@ -362,6 +366,14 @@ def test_label_words_of_one_token_are_refused(folder, tokenizers, words, positio
         prompts_of(folder, tokenizers["gpt2"], label_words=words, options=options)
 
 
+def test_label_words_that_the_tokenizer_does_not_know_are_refused(folder):
+    words = {word: n for n, word in enumerate(["?", "Review:", "Sentiment:", "Positive", "a", "text"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(UserError, match=r"Negative holds '\?', which stands for words that .* does not know"):
+        prompts_of(folder, tokenizer)
+
+
 def test_label_words_that_only_share_a_later_token(folder, tokenizers):
     source = prompts_of(folder, tokenizers["gpt2"], label_words=("the best", "a best"))
     assert source.label_ids[0][-1] == source.label_ids[1][-1]
@@ -433,6 +445,7 @@ def test_a_model_with_another_tokenizer_is_refused(folder, tokenizers, opened, m
     assert "\n" not in str(caught.value)
 
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "icl_prompts"
 DATA = Path(os.environ.get("JAXLAB_DATA", "../shared/data"))
 PAPER = {"sst2": SST2Config, "trec": TRECConfig, "agnews": AGNewsConfig, "emoc": EmoCConfig}
 
@@ -459,10 +472,26 @@ def test_the_sets_of_the_paper_in_gpt2s_tokens(name):
         assert sorted(words.tolist()) == list(range(len(config.label_words)))
 
 
+@pytest.mark.skipif(not (DATA / "gpt2_bpe").is_dir(), reason="needs the real data sets; set JAXLAB_DATA")
+@pytest.mark.filterwarnings("ignore::jaxlab.errors.UserNote")
+@pytest.mark.parametrize("name", PAPER)
+def test_prompts_are_those_of_transformers(name):
+    """tests/golden/icl_prompts/make.py builds them by hand."""
+    golden = json.loads((GOLDEN / "digests.json").read_text())[name]
+    plain = ByteLevelBPETokenizer(str(DATA / "gpt2_bpe/encoder.json"), str(DATA / "gpt2_bpe/vocab.bpe"))
+    opened = made.Opened(Tokenizer.from_str(plain.to_str()), max_length=1024)
+    source = FewShotPrompts(PAPER[name](path=str(DATA / name)), opened)
+    classes = range(len(source.label_names))
+    shown = [next(e for e in source.examples.train if e.label == number) for number in classes]
+    (prompt,) = source._annotated([source.examples.test[0]], [shown])
+    ids = json.dumps(prompt.tokens.tolist())
+    assert len(prompt.tokens) == golden["tokens"]
+    assert hashlib.sha256(ids.encode()).hexdigest() == golden["sha256"]
+    assert np.flatnonzero(prompt.parts == Part.LABEL).tolist() == golden["label_words"]
+
+
 def test_named_sets_take_the_form_of_the_hub(tmp_path, tokenizers, monkeypatch):
     """Folders that `datasets` saved have other columns than the files."""
-    import sys
-    from types import SimpleNamespace
 
     class Table:
         column_names = ("idx", "sentence", "label")

@@ -142,7 +142,7 @@ def test_a_vision_tower_is_what_its_config_says(tmp_path, case):
 
 WIDTHS = {"wider": (5, -2), "narrower": (-3, 4)}
 """Rows that expert and base have more than the VLM's language model."""
-QUICK_WIDTHS = (("mllama", "wider"), ("qwen2_5_vl", "narrower"))
+QUICK_WIDTHS = (("mllama", "wider"),)
 MATRIX = [(case, width) for case in VLMS for width in WIDTHS]
 
 

@@ -104,7 +104,8 @@ def test_models_of_other_kinds(variant, changes):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_no_merged_copy_of_the_layers_exists():
+@pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_merged_copy_of_the_layers_exists(gradient):
     """By what the compiler allocates: the weights of twelve layers when merged first, of two inside."""
     layers, method = 12, Method.of("task_arithmetic")
     config = make_config(num_layers=layers, width=64, mlp_width=256, num_heads=4, head_dim=16)
@@ -126,6 +127,8 @@ def test_no_merged_copy_of_the_layers_exists():
         return compiled.memory_analysis().temp_size_in_bytes
 
     weights = sum(x.nbytes for x in jax.tree.leaves(models[0]["layers"]))
-    assert temporaries(first) > 0.9 * weights
-    assert temporaries(inside) < 0.3 * weights
-    assert temporaries(jax.grad(inside, argnums=2)) < 0.6 * weights
+    if gradient:
+        assert temporaries(jax.grad(inside, argnums=2)) < 0.6 * weights
+    else:
+        assert temporaries(first) > 0.9 * weights
+        assert temporaries(inside) < 0.3 * weights

@@ -22,7 +22,7 @@ NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dt
 EQUAL_THRESHOLDS = {"09": 0.02, "37": 0.03, "44": 0.01}
 """Of these cases a share of the elements may be anything: 16 bits hold few numbers, so several values of a
 task vector are as large as the one at the threshold, and mergekit's sort picks any of them."""
-FAST = ("03", "04", "10", "18", "34", "35", "36", "42")
+FAST = ("03", "04", "10", "18", "34", "35", "42", "51")
 """The others take long to compile."""
 
 

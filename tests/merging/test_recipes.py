@@ -149,7 +149,13 @@ def test_a_gradient_has_the_values_it_lists_and_lines_between(tmp_path):
         at([1.0, 2.0, 3.0], 2)
 
 
-@pytest.mark.parametrize("operator", ["ties+svc", "svc", "dare_linear+subspace_boosting"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "ties+svc",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("svc", "dare_linear+subspace_boosting")),
+    ],
+)
 def test_what_follows_an_operator(place, tmp_path, operator):
     first, _, after = operator.rpartition("+")
     assert after in AFTERWARDS
@@ -172,7 +178,7 @@ WITHOUT_DATA = [
     if not (operator_named(name).takes("statistics") and name != "trust_region")
     and not operator_named(name).per_task
 ]
-QUICK = ("task_arithmetic", "nearswap", "layer_swap", "sce", "ties_global")
+QUICK = ("nearswap",)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +369,7 @@ def dumped(recipe, folder):
     return folder / "dumped.yaml"
 
 
-@pytest.mark.parametrize("operator", ["tall", "emr"])
+@pytest.mark.parametrize("operator", ["tall", pytest.param("emr", marks=pytest.mark.slow)])
 def test_a_model_of_one_task(place, tmp_path, operator):
     """Of operators that make a model for each task; which one is said."""
     name = NAMES[0]

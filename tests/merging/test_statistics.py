@@ -118,7 +118,7 @@ def test_gram_matrices_are_those_of_the_inputs(place):
 
 @pytest.mark.parametrize(
     "operator",
-    ["fisher", "regmean", pytest.param("trust_region", marks=pytest.mark.slow)],
+    ["regmean", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fisher", "trust_region"))],
 )
 def test_a_recipe_with_data_is_its_operator_with_these_statistics(place, tmp_path, operator):
     recipe = injection(place, operator)
@@ -152,6 +152,7 @@ def as_plain(recipe):
     return to_dict(recipe)
 
 
+@pytest.mark.slow
 def test_regmean_plusplus_sees_the_merged_layers_before(place):
     """The first layer's inputs are RegMean's but for the merged embedding; the second's are not."""
     recipe = injection(place, "regmean_plusplus", embeddings="vlm", lambda_v=1.0, lambda_e=1.0)

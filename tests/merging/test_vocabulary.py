@@ -92,8 +92,11 @@ def test_some_rows_of_a_table():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"operator": "ties", "density": 0.5}, {"operator": "dare_linear", "density": 0.5, "seed": 3}],
-    ids=lambda options: options.get("operator", "task_arithmetic"),
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="task_arithmetic"),
+        pytest.param({"operator": "ties", "density": 0.5}, marks=pytest.mark.slow, id="ties"),
+        pytest.param({"operator": "dare_linear", "density": 0.5, "seed": 3}, id="dare_linear"),
+    ],
 )
 def test_rows_are_merged_with_those_of_the_same_token(place, tmp_path, options):
     """By chunks of any size, in memory as the search does, and by the operator on these rows alone."""

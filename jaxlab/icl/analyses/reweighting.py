@@ -17,6 +17,7 @@ from jaxlab.icl.reweighting import (
     Lesson,
     LessonLoss,
     learn_anchor_weights,
+    learning_memory,
     reweighted_logits,
 )
 
@@ -56,6 +57,12 @@ class Reweighting(Analysis[tuple[str, int, Any]]):
             self._source(study, self.shots).lessons(seed, self.train_per_class)
             for shots in self.baseline_shots:
                 self._source(study, shots)
+
+    def memory(self, study: Study) -> int:
+        """Of the prompts to learn from, as long as the longest of the run."""
+        labels = len(study.source.label_names)
+        lessons = labels * self.train_per_class
+        return learning_memory(study.params, study.config, len(study.seeds), lessons, study.longest, labels)
 
     def chunks(self, study: Study, seed: int) -> Sequence[tuple[str, int, Any]]:
         """The first seed's first chunk learns the factors of all seeds at once."""

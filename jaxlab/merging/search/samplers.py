@@ -6,13 +6,16 @@ same points again.
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxlab.errors import UserError
 from jaxlab.merging.search.space import LAMBDAS, Interval, Point, Space, Values, point_of_layers, shaped
+
+Shape = Callable[[Point], Point]
+"""Gives a point's lambdas their profile over layers."""
 
 
 @runtime_checkable
@@ -40,17 +43,20 @@ def make_sampler(
     Raises:
       UserError: optuna is not installed.
     """
+    shape: Shape = lambda point: point
     if space.layers != "flows":
-        profile = None
+        pass
     elif profile is None:
         raise ValueError("layers: flows needs a profile")
+    else:
+        shape = lambda point: shaped(point, profile, space.strength)
     if space.method == "grid":
         points = space.points()
-        return _Listed([shaped(p, profile) if profile is not None else p for p in points])
+        return _Listed([shape(point) for point in points])
     dimensions = _spread(space, num_layers)
     if space.method == "random":
-        return _Random(dimensions, seed, profile)
-    return _Optuna(dimensions, space.method, seed, budget, profile)
+        return _Random(dimensions, seed, shape)
+    return _Optuna(dimensions, space.method, seed, budget, shape)
 
 
 def _spread(space: Space, num_layers: int) -> dict[str, Values]:
@@ -64,7 +70,7 @@ def _spread(space: Space, num_layers: int) -> dict[str, Values]:
     return result
 
 
-def _gathered(values: dict[str, Any], profile: Sequence[float] | None) -> Point:
+def _gathered(values: dict[str, Any], shape: Shape) -> Point:
     lambdas: dict[str, Any] = {}
     parameters = {}
     for name, value in values.items():
@@ -75,8 +81,7 @@ def _gathered(values: dict[str, Any], profile: Sequence[float] | None) -> Point:
             lambdas[whose] = float(value)
         else:
             parameters[name] = value
-    point = point_of_layers(lambdas, parameters)
-    return point if profile is None else shaped(point, profile)
+    return shape(point_of_layers(lambdas, parameters))
 
 
 class _Listed:
@@ -91,8 +96,8 @@ class _Listed:
 
 
 class _Random:
-    def __init__(self, dimensions: dict[str, Values], seed: int, profile: Sequence[float] | None) -> None:
-        self._dimensions, self._profile = dimensions, profile
+    def __init__(self, dimensions: dict[str, Values], seed: int, shape: Shape) -> None:
+        self._dimensions, self._shape = dimensions, shape
         self._rng = np.random.default_rng(seed)
 
     def ask(self, count: int) -> list[Point]:
@@ -105,7 +110,7 @@ class _Random:
             else v[self._rng.integers(len(v))]
             for name, v in self._dimensions.items()
         }
-        return _gathered(values, self._profile)
+        return _gathered(values, self._shape)
 
     def tell(self, scores: Sequence[float]) -> None:
         pass
@@ -118,14 +123,14 @@ class _Optuna:
         method: str,
         seed: int,
         budget: int,
-        profile: Sequence[float] | None,
+        shape: Shape,
     ) -> None:
         try:
             import optuna
         except ModuleNotFoundError as error:
             raise UserError(f"method {method} comes with optuna; install the extra `search`") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._profile = profile
+        self._shape = shape
         free = {n: v for n, v in dimensions.items() if isinstance(v, Interval) or len(v) > 1}
         self._fixed = {n: v[0] for n, v in dimensions.items() if not isinstance(v, Interval) and len(v) == 1}
         distributions = optuna.distributions
@@ -148,7 +153,7 @@ class _Optuna:
 
     def ask(self, count: int) -> list[Point]:
         self._asked = [self._study.ask(self._distributions) for _ in range(count)]
-        return [_gathered({**self._fixed, **trial.params}, self._profile) for trial in self._asked]
+        return [_gathered({**self._fixed, **trial.params}, self._shape) for trial in self._asked]
 
     def tell(self, scores: Sequence[float]) -> None:
         for trial, score in zip(self._asked, scores, strict=True):

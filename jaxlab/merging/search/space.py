@@ -96,6 +96,8 @@ class Space:
     layers: Layers = "one"
     """one: a lambda for all layers. each: one for each layer, of every lambda that is an interval. flows:
     lambda_e times the layer's share in the expert's information flow."""
+    strength: float = 1.0
+    """Of layers: flows: how far lambda_e follows the shares; 0 not at all, 1 wholly, below 0 against them."""
     loss: Literal["labels", "entropy"] = "labels"
     """What method gradient goes down: the cross-entropy of right answers, or the entropy of its own."""
     learning_rate: float = 0.03
@@ -214,6 +216,8 @@ def point_of(values: Mapping[str, Any]) -> Point:
     return point_of_layers({name: float(values[name]) for name in LAMBDAS}, parameters)
 
 
-def shaped(point: Point, profile: Sequence[float]) -> Point:
-    """A point whose lambda_e follows a profile over layers of mean 1."""
-    return point._replace(layers_e=tuple(point.lambda_e * share for share in profile))
+def shaped(point: Point, profile: Sequence[float], strength: float = 1.0) -> Point:
+    """A point whose lambda_e follows a profile over layers of mean 1: lambda_e (1 + strength (share - 1))."""
+    return point._replace(
+        layers_e=tuple(point.lambda_e * (1.0 + strength * (share - 1.0)) for share in profile)
+    )

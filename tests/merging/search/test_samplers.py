@@ -94,6 +94,10 @@ def test_a_profile_shapes_the_expert_s_weight():
     for plain, point in zip(asked(space), asked(shaped, profile=profile), strict=True):
         assert point.lambda_e == plain.lambda_e
         assert point.layers_e == pytest.approx([plain.lambda_e * share for share in profile])
+    half = Space(**{**vars(shaped), "strength": 0.5})
+    assert asked(half, profile=profile)[0].layers_e == pytest.approx(
+        [0.2 * share for share in (0.75, 1, 1.25, 1)]
+    )
     assert asked(space, profile=profile) == asked(space)  # of entries of one lambda it is no matter
 
 

@@ -177,8 +177,14 @@ def i6(
     return I6.verdict(rule, evidence, own - max(others.values()) >= 0.01)
 
 
-def i7(methods: dict[str, dict[str, Number]], speed_up: Number | None, label_defined: bool) -> Verdict:
-    """methods: label and word loyalty of each method; speed_up: against reading the whole prompt."""
+def i7(
+    methods: dict[str, dict[str, Number]],
+    speed_up: Number | None,
+    label_defined: bool,
+    against_cache: Number | None = None,
+) -> Verdict:
+    """methods: label and word loyalty of each method; speed_up: against reading the whole prompt, and
+    against going on from a cache of all demonstrations."""
     rule = (
         "Seen if Hidden_anchor keeps more word loyalty, and where it is defined more label loyalty, than "
         "Text_anchor, Hidden_random and Hidden_random-top, and a query takes less wall-clock time from it "
@@ -195,8 +201,11 @@ def i7(methods: dict[str, dict[str, Number]], speed_up: Number | None, label_def
         for name, m in methods.items()
         if name != "full"
     )
+    speed = f"{speed_up:.2f} times as fast as the whole prompt"
+    if against_cache is not None:
+        speed += f", {against_cache:.2f} times as fast as from a cache of all demonstrations"
     kept = " / ".join(name.replace("_", " ") for name in measures)
-    return I7.verdict(rule, f"{kept}: {told}. {speed_up:.2f} times as fast.", best and speed_up > 1.0)
+    return I7.verdict(rule, f"{kept}: {told}. {speed}.", best and speed_up > 1.0)
 
 
 def i8(pearson: Number | None, spearman: Number | None, labels: int | None) -> Verdict:

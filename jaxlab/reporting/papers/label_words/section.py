@@ -84,6 +84,7 @@ def verdicts(run: RunFolder) -> list[Verdict]:
             },
             run.get("compression", "speed_up", "against_the_whole_prompt"),
             "label_loyalty" not in (run.get("compression", "undefined") or []),
+            run.get("compression", "speed_up", "against_a_full_cache"),
         ),
         rules.I8.unexamined(MADE_UP)
         if made_up

@@ -61,6 +61,19 @@ class Study:
         lost = differences(self.alone("kept"), self.values(label, "kept"))
         return differences(gained, lost)
 
+    def at_an_edge(self, label: str) -> int:
+        """In how many cells the chosen weights are the least or the greatest of their list: more may be
+        beyond."""
+        found = 0
+        for cell in self.cells:
+            record = self.records[label][cell]
+            for name in ("lambda_v", "lambda_e"):
+                tried = [point[record["keys"].index(name)] for point in record["points"]]
+                if record["best"][name] in (min(tried), max(tried)):
+                    found += 1
+                    break
+        return found
+
     def settings(self, label: str) -> list[float]:
         """The same of every setting that was tried (validation split; the VLM alone on the test split)."""
         found = []
@@ -295,11 +308,12 @@ def reliably(study: Study, labels: Sequence[str]) -> list[str]:
             the *net gain* of an injection is what images gained less what the VLM lost of its own skill,
             in points. An operator gains reliably if the net gain of its chosen setting is above zero in
             every scenario with every seed. *Settings above 0*: without tuning, the share of all its
-            settings whose net gain is above zero. *Beside TA*: the mean difference of accuracy on images
-            to task arithmetic over the same cells, and in how many cells it was higher."""
+            settings whose net gain is above zero. *At an edge*: cells whose chosen weights end their
+            list, so that better ones may lie beyond it. *Beside TA*: the mean difference of accuracy on
+            images to task arithmetic over the same cells, and in how many cells it was higher."""
         ),
-        "| operator | net gain | worst | cells above 0 | settings above 0 | beside TA | higher in |",
-        "|---|---|---|---|---|---|---|",
+        "| operator | net gain | worst | cells above 0 | settings above 0 | at an edge | beside TA | higher in |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     base = study.values("task_arithmetic", "target")
     cells = len(study.cells)
@@ -316,7 +330,7 @@ def reliably(study: Study, labels: Sequence[str]) -> list[str]:
         higher = "" if label == "task_arithmetic" else f"{sum(v > 0 for v in apart)} of {cells}"
         lines.append(
             f"| `{label}` | {100 * mean(net):+.1f} | {100 * min(net):+.1f} | {above} of {cells} | "
-            f"{100 * share:.0f} % | {beside} | {higher} |"
+            f"{100 * share:.0f} % | {study.at_an_edge(label)} of {cells} | {beside} | {higher} |"
         )
     others = [label for label in reliable if label != "task_arithmetic"]
     if "task_arithmetic" not in reliable:
