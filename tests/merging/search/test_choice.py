@@ -49,6 +49,7 @@ def test_the_front():
     assert pareto([{"score": s, "kept": k} for s, k in pairs]) == [3, 1, 6, 2, 0]
 
 
+@pytest.mark.slow
 def test_a_model_s_own_answers_are_those_of_generation():
     config = make_config(vocab_size=16)
     params, stop = draw_params(config), 3

@@ -307,12 +307,12 @@ def reliably(study: Study, labels: Sequence[str]) -> list[str]:
             2511.21437) found that of the methods that it tried only task arithmetic gains reliably. Here
             the *net gain* of an injection is what images gained less what the VLM lost of its own skill,
             in points. An operator gains reliably if the net gain of its chosen setting is above zero in
-            every scenario with every seed. *Settings above 0*: without tuning, the share of all its
+            every scenario with every seed. *Settings > 0*: without tuning, the share of all its
             settings whose net gain is above zero. *At an edge*: cells whose chosen weights end their
             list, so that better ones may lie beyond it. *Beside TA*: the mean difference of accuracy on
             images to task arithmetic over the same cells, and in how many cells it was higher."""
         ),
-        "| operator | net gain | worst | cells above 0 | settings above 0 | at an edge | beside TA | higher in |",
+        "| operator | net gain | worst | cells > 0 | settings > 0 | at an edge | beside TA | higher in |",
         "|---|---|---|---|---|---|---|---|",
     ]
     base = study.values("task_arithmetic", "target")
