@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl.analyses.answers import single_class
-from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation, mean
 from jaxlab.icl.blocking import (
     Setting,
     blocked_logits,
@@ -116,13 +116,13 @@ class Blocking(PromptAnalysis):
             row: dict[str, Any] = {"words": setting.words, "where": setting.where, "layers": setting.layers}
             row["edges"] = edges
             for name, seeds in measures.items():
-                row |= {name: seeds[:, at].mean(), f"{name}_std": deviation(seeds[:, at])}
+                row |= {name: mean(seeds[:, at]), f"{name}_std": deviation(seeds[:, at])}
             rows.append(row)
         return {
             "top_words": self.top_words,
             "undefined": ["accuracy", "label_loyalty"] if alone is not None else [],
             "single_class": alone,
-            "accuracy": measures["accuracy"][:, 0].mean(),
+            "accuracy": mean(measures["accuracy"][:, 0]),
             "table": rows,
         }
 
@@ -130,10 +130,11 @@ class Blocking(PromptAnalysis):
 def _measure(seed: Records, name: str) -> np.ndarray:
     """Means over the prompts of a seed, for each setting; the first blocks nothing."""
     predicted = seed["predicted"]
+    given = predicted >= 0  # what has no prediction counts nowhere
     match name:
         case "accuracy":
-            return np.mean(predicted == seed["label"][:, None], axis=0)
+            return mean(np.where(given, predicted == seed["label"][:, None], np.nan))
         case "label_loyalty":
-            return np.mean((predicted == predicted[:, :1]) & (predicted >= 0), axis=0)
+            return mean(np.where(given & given[:, :1], predicted == predicted[:, :1], np.nan))
         case _:
-            return np.asarray(np.nanmean(seed[name], axis=0))
+            return mean(seed[name])

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from jaxlab.reporting.papers.label_words.plots import SETS
+from jaxlab.reporting.papers.label_words.plots import SETS, numbers
 from jaxlab.reporting.plots import BLUE, DASHES, FAINT, GREEN, HEAT, INK, ORANGE, SERIES, canvas, style
 
 Results = Mapping[str, Any]
@@ -27,17 +27,13 @@ def _layers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
 
 
-def _numbers(values: Sequence[Any]) -> np.ndarray:
-    return np.array([np.nan if x is None else x for x in values], float)
-
-
 def attention_figure(results: Results) -> Figure:
     """AUCROC_l and R_l by layer (the paper's figure 5); the band is one deviation over seeds."""
     found = results["attention"]
     with style():
         figure, grid = canvas(7.0, 3.2)
         axes = grid[0, 0]
-        mean, spread, r = (_numbers(found[name]) for name in ("aucroc", "aucroc_std", "r"))
+        mean, spread, r = (numbers(found[name]) for name in ("aucroc", "aucroc_std", "r"))
         layers = np.arange(1, len(mean) + 1)
         axes.fill_between(layers, mean - spread, mean + spread, color=BLUE, alpha=0.18, linewidth=0)
         axes.plot(layers, mean, color=BLUE, marker="o", label="AUCROC_l")
@@ -171,7 +167,7 @@ def diagnosis_figure(results: Results) -> Figure:
         figure, grid = canvas(7.4, 3.6, columns=2)
         panels = (("predicted", "Predicted, from keys", 0.0), ("real", "Real, AUC", None))
         for axes, (name, title, least) in zip(grid[0], panels, strict=True):
-            values = np.array([_numbers(row) for row in found[name]])
+            values = np.array([numbers(row) for row in found[name]])
             low = float(np.nanmin(values)) if least is None else least
             axes.imshow(np.ma.masked_invalid(values), cmap=HEAT, vmin=low, vmax=1.0)
             for i, row in enumerate(values):
@@ -198,9 +194,7 @@ def faithfulness_figure(results: Results) -> Figure:
     """The flow between two classes of tokens in a layer beside what cutting it does to the loss."""
     found = results["faithfulness"]
     names = found["classes"]
-    flow, effect = (
-        np.array([[_numbers(r) for r in layer] for layer in found[n]]) for n in ("flow", "effect")
-    )
+    flow, effect = (np.array([[numbers(r) for r in layer] for layer in found[n]]) for n in ("flow", "effect"))
     with style():
         figure, grid = canvas(6.4, 3.8)
         axes = grid[0, 0]
@@ -277,7 +271,7 @@ def comparison_figure(runs: Mapping[str, Results], measure: str) -> Figure:
             for which, (label, values) in enumerate(curves.items()):
                 depth = (np.arange(len(values)) + 1) / len(values)
                 axes.plot(
-                    depth, _numbers(values), color=colour, linestyle=DASHES[which], label=f"{name}: {label}"
+                    depth, numbers(values), color=colour, linestyle=DASHES[which], label=f"{name}: {label}"
                 )
         axes.set_xlabel("depth (layer / layers)")
         axes.set_ylabel("AUCROC_l" if measure == "aucroc" else "share of the mean flow")
