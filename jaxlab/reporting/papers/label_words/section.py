@@ -63,6 +63,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
 def verdicts(run: RunFolder) -> list[Verdict]:
     """On claims I1 to I8, from the results of one analysis."""
     shares = {name: run.get("flows", "share", name) or [] for name in ("wp", "pq", "ww")}
+    shares = {name: [] if None in values else values for name, values in shares.items()}
     table = run.get("reweighting", "table") or []
     plain = {row["shots"]: row["accuracy_by_seed"] for row in table if not row["reweighted"]}
     learned = [row for row in table if row["reweighted"]]
