@@ -89,6 +89,8 @@ def test_mistakes(config):
         Blocking(layers=(0,))
     with pytest.raises(UserError, match="the model has 2 layers, not 3"):
         analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(1, 3))))
+    with pytest.warns(UserNote, match="the model has 2 layers, so 1 in place of 5, the default"):
+        analyse.check(dataclasses.replace(config, analyses=("blocking",), blocking=Blocking()))
     with pytest.raises(UserError, match="vocabulary"):
         analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(1,), top_words=77)))
 

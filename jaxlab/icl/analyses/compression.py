@@ -222,9 +222,9 @@ def _of_seed(seed: Records) -> dict[str, dict[str, float]]:
     given = predicted >= 0  # what has no prediction counts nowhere
     loyal = mean(np.where(given & given[:, :1], predicted == predicted[:, :1], np.nan))
     words, exact = mean(seed["word_loyalty"]), mean(np.where(given, predicted == right, np.nan))
-    of = lambda at: {"label_loyalty": loyal[at], "word_loyalty": words[at], "accuracy": exact[at]}
+    measures = {"label_loyalty": loyal, "word_loyalty": words, "accuracy": exact}
+    of = lambda at: {name: float(values[at]) for name, values in measures.items()}
     found = {name: of(at) for at, name in enumerate(METHODS[:3])}
     sets = slice(3, None)
-    each = {"label_loyalty": loyal[sets], "word_loyalty": words[sets], "accuracy": exact[sets]}
-    found["hidden_random"] = {name: float(mean(values)) for name, values in each.items()}
+    found["hidden_random"] = {name: float(mean(values[sets])) for name, values in measures.items()}
     return found | {"hidden_random_top": of(3 + int(np.argmax(np.nan_to_num(loyal[sets], nan=-1.0))))}
