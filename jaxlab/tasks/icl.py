@@ -275,6 +275,7 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: st
         "prompts": study.source.facts(),
         "accuracy": answers["accuracy"],
         "accuracy_std": answers["accuracy_std"],
+        "single_class": answers["single_class"],
         "undefined": undefined,
         "seconds": seconds,
         **found,

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxlab.reporting import build_sections, compose, render
-from jaxlab.reporting.folders import read_runs
+from jaxlab.reporting.folders import distinct_labels, read_runs
 from jaxlab.reporting.formats import change, count, duration, percent, size
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.other_runs import flat
@@ -328,6 +328,22 @@ def test_icl_of_a_damaged_model_does_not_kill_the_page(tmp_path, undrawn):
     assert {v.status for v in told.values()} == {"not examined"}
     assert "no prompt has a prediction" in told["I6"].evidence
     assert "no prompt has a prediction" in told["I7"].evidence
+
+
+def test_runs_of_one_config_are_named_by_what_differs(tmp_path, undrawn):
+    paths = [made.icl(tmp_path, f"own-{n}2345678") for n in (1, 2)]
+    runs = read_runs(paths)
+    assert distinct_labels(runs[:1]) == ["own"]
+    assert distinct_labels(runs) == ["own-12345678", "own-22345678"]
+    for run, model in zip(runs, ("models/one", "models/two"), strict=True):
+        run.config["model"] = model
+    assert distinct_labels(runs) == ["own (model one)", "own (model two)"]
+    assert any("own (model two)" in part for part in icl.build(runs).body)
+
+
+def test_the_card_says_where_one_label_alone_is_predicted(tmp_path, undrawn):
+    (run,) = read_runs([made.icl(tmp_path, "icl-12345678", answers={"single_class": "Positive"})])
+    assert icl.build([run]).headline[1].endswith("; it says Positive to every prompt")
 
 
 def test_formats():
