@@ -136,6 +136,8 @@ def _lines(path: Path, text: str, columns: Sequence[str | int], form: TableForma
     header = form.header if form.header is not None else named
     if header:
         number, names = next(records, (1, []))
+        if not names:
+            raise UserError(f"{path}: the file is empty")
         names = [name.strip() for name in names]
         places = [
             column if isinstance(column, int) else names.index(_named(column, names, f"{path} line {number}"))
@@ -151,6 +153,11 @@ def _lines(path: Path, text: str, columns: Sequence[str | int], form: TableForma
                 f"{path} line {number}: {len(fields)} column{'s' * (len(fields) != 1)} by the delimiter "
                 f"{delimiter!r}, and column {max(places)} is asked for, counted from 0; mend the line, or "
                 "set delimiter, quotes or the columns"
+            )
+        if header and any(field.strip() for field in fields[len(names) :]):
+            raise UserError(
+                f"{path} line {number}: {len(fields)} columns by the delimiter {delimiter!r}, and the header "
+                f"names {len(names)}; put a text that holds the delimiter in quotes, or set delimiter"
             )
         yield Row(f"{path} line {number}", tuple(fields[place] for place in places))
 

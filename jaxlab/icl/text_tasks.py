@@ -20,6 +20,8 @@ from jaxlab.files import shipped
 
 TooLong = Literal["refuse", "drop_demonstrations", "truncate_text"]
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
+WHOLE = re.compile(r"(?<=\d)\.0+$")
+"""What tools that hold labels as floats write after a whole number."""
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ def _examples(
         if form.lowercase:
             texts = tuple(text.lower() for text in texts)
         label = label.partition(form.label_until)[0] if form.label_until else label
-        number = number_of.get(label.strip())
+        number = number_of.get(label.strip(), number_of.get(WHOLE.sub("", label.strip())))
         if number is None:
             bad.append(f"{row.where}: unknown label {label.strip()!r}{suggestion(label, number_of)}")
         elif not any(texts):

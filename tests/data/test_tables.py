@@ -88,6 +88,8 @@ def test_other_encodings_are_read_where_they_are_named(tmp_path):
         ("a.json", b"[" * 100_000, ("text", "label"), None, r"nested too deep"),
         ("a.tsv", b"text\tlabel\n", ("text", "label"), None, r"a.tsv: holds no row"),
         ("a.tsv", b"", (0, 1), None, r"a.tsv: holds no row"),
+        ("a.csv", b"", ("text", "label"), None, r"a.csv: the file is empty"),
+        ("a.csv", b"text,label\nx,1,y\n", ("text", "label"), None, r"line 2: 3 columns .* header names 2"),
         ("a.tsv", b"x\t1\n", ("text", "label"), TableFormat(header=False), r"needs a header"),
         ("a.txt", b"x;;1\n", (0, 1), TableFormat(delimiter=";;", quotes=True), r"a delimiter of one letter"),
     ],

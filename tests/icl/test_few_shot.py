@@ -410,6 +410,14 @@ def test_bad_data_is_one_line(tmp_path, tokenizers, rows_of, changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_labels_that_a_tool_wrote_as_floats_are_read(tmp_path, tokenizers):
+    made.sentiment(tmp_path)
+    whole = prompts_of(tmp_path, tokenizers["gpt2"]).examples
+    file = tmp_path / "train.tsv"
+    file.write_text(re.sub(r"(\t\d)$", r"\1.0", file.read_text(), flags=re.MULTILINE))
+    assert prompts_of(tmp_path, tokenizers["gpt2"]).examples == whole
+
+
 def test_rows_that_are_left_out_are_told(tmp_path, tokenizers):
     both = ("shown and asked", 0)
     train = [("a", 0), ("b", 1), ("a", 0), ("", 1), ("c", 9), both]
