@@ -24,6 +24,7 @@ from jaxlab.checkpoints import (
 )
 from jaxlab.files import jsonable
 from jaxlab.merging.account import AccountLine, MergeAccount
+from jaxlab.merging.planning import reason_of_heads
 from jaxlab.merging.preparing import Beside, Prepared, prepared_statistics
 from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe
 
@@ -336,6 +337,18 @@ def notes_of(prepared: Prepared) -> list[str]:
     for name, values in prepared.differences.items():
         others = " and ".join(str(value) for value in dict.fromkeys(values["others"].values()))
         notes.append(f"{name}: {values['kept']} is kept, {others} is not")
+    heads = [line for line in prepared.plan.refused if line.reason == reason_of_heads(inputs[0].role)]
+    if heads:
+        injected = isinstance(prepared.recipe, InjectRecipe)
+        remedy = (
+            "; to merge heads, write the VLM with a head of its own (tie_word_embeddings: false)"
+            if injected
+            else "; to merge it, list a model with a head of its own first"
+        )
+        owners = " and ".join(dict.fromkeys(role for line in heads for role in line.models))
+        notes.append(
+            f"{heads[0].name} of {owners} goes nowhere, trained or not: {heads[0].reason}{remedy}"
+        )
     if isinstance(prepared.recipe, InjectRecipe):
         paths = [one.model.path.resolve() for one in inputs]
         inputs_of = [one.model.inputs for one in inputs]
