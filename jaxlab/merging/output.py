@@ -345,7 +345,9 @@ def notes_of(prepared: Prepared) -> list[str]:
             if injected
             else "; to merge it, list a model with a head of its own first"
         )
-        owners = " and ".join(dict.fromkeys(role for line in heads for role in line.models))
+        paths_of = {one.role: one.model.path for one in inputs}
+        roles = dict.fromkeys(role for line in heads for role in line.models)
+        owners = " and ".join(f"{role} ({paths_of[role]})" for role in roles)
         notes.append(
             f"{heads[0].name} of {owners} goes nowhere, trained or not: {heads[0].reason}{remedy}"
         )
