@@ -348,9 +348,7 @@ def notes_of(prepared: Prepared) -> list[str]:
         paths_of = {one.role: one.model.path for one in inputs}
         roles = dict.fromkeys(role for line in heads for role in line.models)
         owners = " and ".join(f"{role} ({paths_of[role]})" for role in roles)
-        notes.append(
-            f"{heads[0].name} of {owners} goes nowhere, trained or not: {heads[0].reason}{remedy}"
-        )
+        notes.append(f"{heads[0].name} of {owners} goes nowhere, trained or not: {heads[0].reason}{remedy}")
     if isinstance(prepared.recipe, InjectRecipe):
         paths = [one.model.path.resolve() for one in inputs]
         inputs_of = [one.model.inputs for one in inputs]
