@@ -10,6 +10,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.compatibility import (
         SameTokens,
         check_same_tree,
+        decides_tensors,
         differences,
         language_differences,
         language_settings_apart,

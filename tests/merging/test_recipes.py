@@ -15,6 +15,7 @@ from jaxlab.merging import (
     InjectRecipe,
     MergeRecipe,
     Rule,
+    check_same_architecture,
     load_recipe,
     merge_tensors,
     operator_named,
@@ -306,6 +307,10 @@ def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, ca
     error = capsys.readouterr().err
     assert "rope.theta is 1000000.0 in one, 10000.0 in the other" in error
     assert "say so with differences: {rope.theta: vlm}" in error
+    (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.thta": "vlm"}}))
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "differences: {rope.theta: vlm} (without 'rope.thta', in which they do not differ)" in error
     (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "vlm"}}))
     with pytest.warns(UserNote, match="rope.theta: 1000000.0 is kept, 10000.0 is not"):
         assert run() == 0
@@ -322,6 +327,29 @@ def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, ca
     (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "expert"}}))
     assert run("again") == 2
     assert "differences.rope.theta: expected vlm, found expert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "waived"),
+    [
+        ({"rms_norm_eps": 0.1}, True),
+        ({"sliding_window": 4, "model_type": "mistral"}, True),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, False),
+        ({"num_hidden_layers": 1, "rms_norm_eps": 0.1}, False),
+        ({"attention_bias": True}, False),
+    ],
+)
+def test_only_what_a_recipe_can_waive_is_offered(tmp_path, change, waived):
+    llama(tmp_path / "one", 0)
+    llama(tmp_path / "two", 1)
+    path = tmp_path / "two" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    models = [open_model(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(UserError, match="say so with" if waived else "merge models of one architecture") as e:
+        check_same_architecture(models)
+    if waived:
+        names = str(e.value).partition("differences: {")[2].rstrip("}").split(", ")
+        assert check_same_architecture(models, [name.partition(":")[0] for name in names])
 
 
 def test_several_experts(place, tmp_path):
