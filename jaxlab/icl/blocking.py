@@ -8,13 +8,15 @@ compiled program serves every setting.
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.icl.inputs import in_range, prepared
+from jaxlab.errors import UserError
+from jaxlab.icl.inputs import checked_places, prepared
 from jaxlab.icl.saliency import check_attention, target_logits
 from jaxlab.models import Batch, ModelConfig, Params, Probe
 from kernels_pallas.flow import Blocking
@@ -60,7 +62,7 @@ def blocked_logits(
     layers: Bool[Array | np.ndarray, "E L"],
     words: Bool[Array | np.ndarray, "E B T"],
     config: ModelConfig,
-    blocking: Blocking = "paper",
+    blocking: Blocking | str = "paper",
 ) -> Float[Array, "E B V"]:
     """Logits at `positions`, for each of E settings: nothing flows to `words` in `layers`, but from
     themselves.
@@ -69,11 +71,25 @@ def blocked_logits(
     setting without layers or words is the model as it is.
 
     Raises:
-      UserError: a batch that the model does not read, attention without blocking, or positions outside of it.
+      UserError: a batch that the model does not read, attention without blocking, positions outside of it,
+        layers or words of other shapes, or an unknown `blocking`.
     """
     check_attention(config, "blocking")
     batch = prepared(batch, config, "blocking")
-    in_range(positions, 0, batch["tokens"].shape[1], "positions", "blocking")
+    positions = checked_places(positions, batch, "positions", "blocking")
+    if blocking not in get_args(Blocking):
+        raise UserError(f"blocking: {blocking!r} is none of {', '.join(get_args(Blocking))}")
+    tokens, settings = batch["tokens"].shape, np.shape(layers)[:1]
+    if np.shape(layers) != (*settings, config.num_layers):
+        raise UserError(
+            f"blocking: layers are bool[E, {config.num_layers}], a mask over the model's layers for each "
+            f"setting, not {list(np.shape(layers))}"
+        )
+    if np.shape(words) != (*settings, *tokens):
+        raise UserError(
+            f"blocking: words are bool[E, B, T], here {[*settings, *tokens]}, not {list(np.shape(words))}"
+        )
+    layers, words = jnp.asarray(layers).astype(bool), jnp.asarray(words).astype(bool)
     return _blocked_logits(params, batch, positions, layers, words, config, blocking)
 
 
@@ -85,7 +101,7 @@ def _blocked_logits(
     layers: Array,
     words: Array,
     config: ModelConfig,
-    blocking: Blocking,
+    blocking: Any,
 ) -> Array:
     def one(setting: tuple[Array, Array]) -> Array:
         layer, word = setting

@@ -361,7 +361,7 @@ class FewShotPrompts:
                 for other in range(number):
                     if found[other][at] == ids[at]:
                         pair = f"{self.label_names[other]} and {self.label_names[number]}"
-                        token = f"{self.tokenizer.id_to_token(ids[at])!r} ({ids[at]})"
+                        token = f"{self.tokenizer.decode([ids[at]])!r} ({ids[at]})"
                         raise UserError(
                             f"data.label_words: {pair} have in common {what}: {token}; take other words"
                         )

@@ -14,6 +14,9 @@ from jaxtyping import Array
 from jaxlab.errors import UserError
 from jaxlab.models import Batch, ModelConfig, as_arrays, prepare_batch
 
+MOST_CLASSES = 64
+"""More are refused where there are more of them than tokens: memory and time grow with their square."""
+
 
 class Targets(NamedTuple):
     """Where losses are read off, and what they are of. A pytree, of shapes too, hence `Any`."""
@@ -36,11 +39,12 @@ def prepared(batch: Mapping[str, Any], config: ModelConfig, who: str) -> Batch:
     """Everything that a batch carries, prepared for the model, as arrays; lists are taken too.
 
     Raises:
-      UserError: tokens are missing, no whole numbers or not [B, T]; images for a model without vision; what
-        is no number; or the model cannot read it.
+      UserError: tokens are missing, no whole numbers or not [B, T]; images for a model without vision; a
+        key that it does not read; what is no number; or the model cannot read it.
     """
     if "tokens" not in batch:
         raise UserError(f"{who}: the batch has no tokens, only {', '.join(sorted(batch)) or 'nothing'}")
+    _check_keys(batch, config, who)
     arrays = {name: _array(value, name, who) for name, value in batch.items() if value is not None}
     tokens = arrays["tokens"]
     if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 2 or 0 in tokens.shape:
@@ -51,6 +55,29 @@ def prepared(batch: Mapping[str, Any], config: ModelConfig, who: str) -> Batch:
         return as_arrays(prepare_batch(cast(Batch, arrays), config))
     except ValueError as error:
         raise UserError(f"{who}: {error}") from None
+
+
+def _check_keys(batch: Mapping[str, Any], config: ModelConfig, who: str) -> None:
+    """Refuse what the model would not read. A vision tower reads more than `Batch` names, all of it about
+    images or pixels."""
+    names = (
+        "tokens",
+        "segment_ids",
+        "attention_mask",
+        "positions",
+        "together",
+        "loss_mask",
+        "token_type_ids",
+    )
+    others = [name for name in batch if name not in names and name != "images" and batch[name] is not None]
+    if config.has_vision and "images" in batch:
+        seen = ("image", "pixel", "video", "aspect_ratio", "batch_num_images", "cross_attention", "mm_")
+        others = [name for name in others if name not in Batch.__annotations__ and not name.startswith(seen)]
+    if others:
+        raise UserError(
+            f"{who}: the model reads no {', '.join(sorted(others))} of the batch; it reads "
+            f"{', '.join(names[:5])}{', images' if config.has_vision else ''}"
+        )
 
 
 def _array(value: Any, name: str, who: str) -> Any:
@@ -73,6 +100,8 @@ def checked_targets(targets: Mapping[str, Any], batch: Batch, config: ModelConfi
         its range, or a position in padding.
     """
     names = ("positions", "label_tokens", "labels")
+    if not isinstance(targets, Mapping):
+        raise UserError(f"{who}: targets are a dict of {', '.join(names)}, not {targets!r}")
     missing, more = [n for n in names if n not in targets], [n for n in targets if n not in names]
     if missing:
         raise UserError(f"{who}: targets lack {', '.join(sorted(missing))}")
@@ -81,6 +110,8 @@ def checked_targets(targets: Mapping[str, Any], batch: Batch, config: ModelConfi
     size, length = batch["tokens"].shape
     positions, tokens, labels = (_array(targets[name], f"targets: {name}", who) for name in names)
     for name, value in zip(names, (positions, tokens, labels), strict=True):
+        if 0 in value.shape:
+            raise UserError(f"{who}: {name} are empty")
         if not jnp.issubdtype(value.dtype, jnp.integer):
             raise UserError(f"{who}: {name} are whole numbers, not {value.dtype}")
     good = positions.ndim in (1, 2) and positions.shape == labels.shape and positions.shape[0] == size
@@ -98,6 +129,8 @@ def checked_targets(targets: Mapping[str, Any], batch: Batch, config: ModelConfi
         there = np.asarray(positions).reshape(size, -1) >= 0
         if np.any(there != (np.asarray(labels).reshape(size, -1) >= 0)):
             raise UserError(f"{who}: a position without a label or a label without a position (-1 is none)")
+        if several and not (np.asarray(positions) >= 0).any():
+            raise UserError(f"{who}: every position is -1, so there is no loss to explain")
     if known((positions, batch.get("segment_ids"))) and "segment_ids" in batch:
         places = np.asarray(positions).reshape(size, -1)
         segments = np.take_along_axis(np.asarray(batch["segment_ids"]), np.maximum(places, 0), axis=1)
@@ -108,7 +141,7 @@ def checked_targets(targets: Mapping[str, Any], batch: Batch, config: ModelConfi
     return Targets(as_int(positions).reshape(size, -1), as_int(tokens), as_int(labels).reshape(size, -1))
 
 
-def checked_classes(classes: Any, num_classes: int | None, batch: Batch, who: str) -> tuple[Array, int]:
+def checked_classes(classes: Any, num_classes: Any, batch: Batch, who: str) -> tuple[Array, int]:
     """Token classes [B, T], and how many there are.
 
     Raises:
@@ -119,18 +152,52 @@ def checked_classes(classes: Any, num_classes: int | None, batch: Batch, who: st
         raise UserError(f"{who}: classes are {array.shape}, tokens {batch['tokens'].shape}")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise UserError(f"{who}: classes are whole numbers, not {array.dtype}")
+    length = array.shape[1]
+    if num_classes is not None and (not isinstance(num_classes, int | np.integer) or num_classes is True):
+        raise UserError(f"{who}: num_classes is a whole number, not {num_classes!r}")
     if num_classes is None:
         if not known(array):
             raise UserError(f"{who}: give num_classes where the classes are traced (inside jit or vmap)")
         num_classes = int(array.max()) + 1
     if num_classes < 1:
         raise UserError(f"{who}: no token has a class; classes are 0, 1, ..., and -1 is outside of all")
+    if num_classes > MOST_CLASSES and num_classes > length:
+        raise UserError(
+            f"{who}: {num_classes} classes for {length} tokens; number the classes 0, 1, ... (ids of tokens "
+            "are no classes)"
+        )
     in_range(array, -1, num_classes, "classes", who)
     if "segment_ids" in batch and known((array, batch["segment_ids"])):
         segments = np.asarray(batch["segment_ids"])
         found = np.asarray(array)
         _none(found, (found >= 0) & (segments == 0), "classes", "is of padding, which has class -1", who)
     return jnp.asarray(array).astype(jnp.int32), num_classes
+
+
+def checked_places(places: Any, batch: Batch, name: str, who: str, least: int = 0) -> Array:
+    """Places of tokens, int[B] of `positions`, int[B, P] of others, as an array.
+
+    Raises:
+      UserError: other shapes, no whole numbers, or outside of least ... T - 1.
+    """
+    array, (size, length) = _array(places, name, who), batch["tokens"].shape
+    shape = f"[{size}]" if name == "positions" else f"[{size}, P]"
+    if array.ndim != (1 if name == "positions" else 2) or array.shape[0] != size or 0 in array.shape:
+        raise UserError(f"{who}: {name} must be {shape} for {size} sequences, are {list(array.shape)}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise UserError(f"{who}: {name} are whole numbers, not {array.dtype}")
+    in_range(array, least, length, name, who)
+    return jnp.asarray(array).astype(jnp.int32)
+
+
+def check_flag(name: str, value: Any, who: str) -> None:
+    """Refuse words and numbers where yes or no is meant.
+
+    Raises:
+      UserError: it is none.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{who}: {name} is True or False, not {value!r}")
 
 
 def in_range(values: Any, least: int, end: int, name: str, who: str) -> None:

@@ -5,13 +5,14 @@ read out of every layer; no T x T array is built for them.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlab.icl.inputs import checked_places, prepared
 from jaxlab.icl.ranking import one_vs_one, one_vs_rest
 from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
 
@@ -50,10 +51,9 @@ def label_places(
     return LabelPlaces(at.astype(np.int32), label.astype(np.int32).reshape(rows, count), share)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def attention_at(
     params: Params,
-    batch: Batch,
+    batch: Mapping[str, Any],
     config: ModelConfig,
     positions: Int[Array | np.ndarray, " B"],
     at: Int[Array | np.ndarray, "B P"],
@@ -61,9 +61,19 @@ def attention_at(
     """Logits at `positions`, and the attention weights from there to the tokens `at` (0 where that is -1).
 
     Raises:
+      UserError: a batch that the model does not read, shapes that do not fit it, or places outside of it.
       ValueError: attention that is not one softmax over all tokens (native sparse attention).
     """
-    positions, at = jnp.asarray(positions), jnp.asarray(at)
+    batch = prepared(batch, config, "attention_at")
+    positions = checked_places(positions, batch, "positions", "attention_at")
+    at = checked_places(at, batch, "at", "attention_at", least=-1)
+    return _attention_at(params, batch, config, positions, at)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _attention_at(
+    params: Params, batch: Batch, config: ModelConfig, positions: Array, at: Array
+) -> tuple[Array, Array]:
     probe = Probe(read_from=positions, read_at=at)
     output = forward(params, batch, config, probe=probe, logit_positions=positions[:, None])
     assert output.weights_read is not None

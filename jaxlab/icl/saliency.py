@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.costs import bytes_per_device
 from jaxlab.errors import UserError
-from jaxlab.icl.inputs import Targets, checked_classes, checked_targets, known, prepared
+from jaxlab.icl.inputs import Targets, check_flag, checked_classes, checked_targets, known, prepared
 from jaxlab.icl.roles import Roles
 from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
 from kernels_pallas.flow import Implementation, NsaEdges, Reduction, check_word
@@ -97,6 +97,8 @@ def flows(
       NotImplementedError: the named implementation cannot take the model's attention.
     """
     check_attention(config, "flows")
+    check_flag("per_head", per_head, "flows")
+    check_flag("signed", signed, "flows")
     batch = prepared(batch, config, "flows")
     options = _checked_options(loss, remat, config, batch)
     try:

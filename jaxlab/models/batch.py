@@ -1,5 +1,6 @@
 """What a model reads, and what it computes with."""
 
+from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
 import jax
@@ -71,3 +72,38 @@ def check_tokens(tokens: Any, config: ModelConfig) -> None:
     if beyond.size:
         token, rows = int(beyond.reshape(-1)[0]), config.embedding_rows
         raise ValueError(f"the batch holds token {token}, the embedding has {rows} rows")
+
+
+def check_positions(batch: Mapping[str, Any], config: ModelConfig) -> None:
+    """Checks that a table of learned positions has a row for every token: a gather beyond it would repeat the
+    last one.
+
+    Where segments or positions that are given are traced, they are believed.
+
+    Raises:
+      ValueError: a text is longer than the table.
+    """
+    shape = np.shape(batch["tokens"])
+    if config.position.kind != "learned" or len(shape) != 2:
+        return
+    given = batch.get("positions")
+    if given is None and shape[1] <= config.max_length:
+        return
+    read = batch.get("segment_ids") if given is None else given
+    if isinstance(read, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    if isinstance(read, jax.Array) and not read.is_fully_addressable:
+        return
+    if given is not None:
+        longest = int(np.max(np.asarray(given), initial=-1)) + 1
+    elif read is None:
+        longest = shape[1]
+    else:  # positions start again with each segment
+        segments, at = np.asarray(read), np.arange(shape[1])
+        starts = np.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+        first = np.maximum.accumulate(np.where(starts, at, 0), axis=1)
+        longest = int(np.max(np.where(segments != 0, at - first + 1, 0)))
+    if longest > config.max_length:
+        raise ValueError(
+            f"a text of {longest} tokens, and the model has positions for {config.max_length} (max_length)"
+        )

@@ -53,7 +53,8 @@ def forward(
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
-        has no row for, a probe, patches or an attention_mask together with a cache, positions that are given
+        has no row for, a text longer than a table of learned positions, a probe, patches or an
+        attention_mask together with a cache, positions that are given
         together with a cache of NSA, which counts its blocks itself, patches of what is not there,
         logit_positions together with patches of what comes after the last layer, or parameters that are not
         those of the config.

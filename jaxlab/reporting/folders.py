@@ -1,7 +1,7 @@
 """A run folder as a report sees it: four files, read once, never written."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,6 +11,9 @@ import yaml
 from jaxlab.app import read_metrics, read_results
 from jaxlab.errors import UserError
 from jaxlab.reporting.formats import Number
+
+MOST_SETTINGS = 3
+"""So many settings at most tell runs of one name apart."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,33 @@ class RunFolder:
         """Steps and values of one metric."""
         points = [(m["step"], m[key]) for m in self.metrics if m.get(key) is not None]
         return [p[0] for p in points], [p[1] for p in points]
+
+
+def distinct_labels(runs: Sequence[RunFolder]) -> list[str]:
+    """A name for each run: its label, and where others have that too, the settings in which their configs
+    differ (of paths the last part, where it tells them apart); the folder's name where none does."""
+    found = []
+    for run in runs:
+        alike = [other for other in runs if other.label == run.label]
+        if len(alike) == 1:
+            found.append(run.label)
+            continue
+        flat = [_flat(other.config) for other in alike]
+        keys = sorted({key for one in flat for key in one})
+        differing = [key for key in keys if len({one.get(key) for one in flat}) > 1]
+        told = []
+        for key in differing[:MOST_SETTINGS]:
+            ends = {value: PurePath(value).name or value for one in flat if (value := one.get(key, ""))}
+            own = _flat(run.config).get(key, "")
+            told.append(f"{key} {ends.get(own, own) if len(set(ends.values())) == len(ends) else own}")
+        found.append(f"{run.label} ({', '.join(told)})" if told else run.name)
+    return [name if found.count(name) == 1 else run.name for name, run in zip(found, runs, strict=True)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {k: v for key, x in value.items() for k, v in _flat(x, f"{prefix}.{key}").items()}
+    return {prefix.removeprefix("."): str(value)}
 
 
 def at(value: Any, *keys: str | int) -> Any:

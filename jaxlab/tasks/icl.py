@@ -202,7 +202,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             _check_analyses(config, models[1][1])
         found = []
         for number, (one, looked_at) in enumerate(models):  # the weights of one at a time
-            params = one.read(mesh=mesh, dtype=config.dtype)
+            params = one.read(mesh=mesh, dtype=config.dtype, not_finite="warn")
             name = "after" if number else ""
             found.append(_analyse(config, run, one, dataclasses.replace(looked_at, params=params), name))
             del params
@@ -244,6 +244,7 @@ def _check_analyses(config: Config, study: Study) -> None:
 def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: str = "") -> dict[str, Any]:
     store = ChunkStore(run.path / "_".join(filter(None, ("records", name))))
     found, seconds = {}, {}
+    asked = sum(study.source.count(config.examples) for _ in study.seeds)
     for analysis in config.chosen:
         started = time.perf_counter()
         total = sum(len(analysis.chunks(study, seed)) for seed in study.seeds)
@@ -252,13 +253,9 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: st
         ) as progress:
             found[analysis.name] = run_analysis(analysis, study, store, progress.update)
         seconds[analysis.name] = time.perf_counter() - started
+        if analysis.name == Answers.name:
+            _check_answers(found[Answers.name]["no_prediction"], asked, opened)
     answers = found["answers"]
-    if answers["no_prediction"]:
-        warnings.warn(
-            f"{answers['no_prediction']} prompts have no prediction: their logits hold NaN",
-            UserNote,
-            stacklevel=2,
-        )
     undefined = [] if answers["single_class"] is None else ["accuracy", "label_loyalty", "aucroc"]
     if "figure1" in found:
         page = run.path / ("_".join(filter(None, ("figure1", name))) + ".html")
@@ -271,17 +268,34 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: st
         "tokens": study.longest,
         "labels": len(study.source.label_names),
         "chance": study.chance,
-        "examples": sum(study.source.count(config.examples) for _ in config.seeds),
+        "examples": asked,
         "seeds": list(config.seeds),
         "mode": config.mode,
         "data": config.data.kind,
         "prompts": study.source.facts(),
         "accuracy": answers["accuracy"],
         "accuracy_std": answers["accuracy_std"],
+        "single_class": answers["single_class"],
         "undefined": undefined,
         "seconds": seconds,
         **found,
     }
+
+
+def _check_answers(missing: int, asked: int, opened: OpenModel) -> None:
+    """Say how many prompts have no prediction; without any there is nothing to analyse."""
+    if missing == asked:
+        raise UserError(
+            f"{opened.path}: no prompt has a prediction, the logits of all {asked} hold NaN; there is "
+            "nothing to analyse (are the weights damaged?)"
+        )
+    if missing:
+        warnings.warn(
+            f"{missing} of {asked} prompts have no prediction, as their logits hold NaN: accuracies and "
+            "loyalties are over the others",
+            UserNote,
+            stacklevel=3,
+        )
 
 
 def _source(config: Config, opened: OpenModel) -> PromptSource:

@@ -21,6 +21,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     out = Path(arguments.out)
+    if out.suffix not in (".html", ".htm"):
+        out = out.with_name(f"{out.name}.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, render(read_runs(arguments.runs)))
     print(f"report: {out}")

@@ -15,6 +15,9 @@ from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.icl import Blocking, ChunkStore, FlowShares, make_prompts, token_texts, unpack_maps
+from jaxlab.icl.analyses.answers import accuracy
+from jaxlab.icl.analyses.base import deviation, mean
+from jaxlab.icl.analyses.blocking import _measure
 from jaxlab.models import ModelConfig, init_params
 from jaxlab.reporting.papers.label_words import plots as icl_plots
 from jaxlab.tasks import execute, main
@@ -86,6 +89,8 @@ def test_mistakes(config):
         Blocking(layers=(0,))
     with pytest.raises(UserError, match="the model has 2 layers, not 3"):
         analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(1, 3))))
+    with pytest.warns(UserNote, match="the model has 2 layers, so 1 in place of 5, the default"):
+        analyse.check(dataclasses.replace(config, analyses=("blocking",), blocking=Blocking()))
     with pytest.raises(UserError, match="vocabulary"):
         analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(1,), top_words=77)))
 
@@ -175,17 +180,36 @@ def test_a_damaged_record_is_one_line(config, tmp_path):
         store.read("flows", 1, 0)
 
 
-def test_nan_gives_no_prediction_and_is_told(config, tmp_path):
+def test_a_model_without_any_prediction_is_one_line(config, tmp_path):
     opened = open_model(config.model)
     params = opened.read()
     params["final_norm"] = jax.tree.map(lambda x: x * np.nan, params["final_norm"])
     save_model(tmp_path / "nan", opened.config, params, opened.tokenizer)
     broken = dataclasses.replace(config, model=str(tmp_path / "nan"), analyses=("blocking",))
-    with pytest.warns(UserNote, match="16 prompts have no prediction: their logits hold NaN"):
-        results = execute("icl", broken, outputs=tmp_path).results
-    assert results["answers"]["no_prediction"] == 16
-    assert results["accuracy"] == 0.0
-    assert all(row["label_loyalty"] == 0.0 for row in results["blocking"]["table"])
+    with (
+        pytest.warns(UserNote, match="final_norm"),
+        pytest.raises(UserError, match="no prompt has a prediction, the logits of all 16 hold NaN"),
+    ):
+        execute("icl", broken, outputs=tmp_path)
+
+
+def test_prompts_without_a_prediction_count_nowhere():
+    """Statistics are over the other prompts and seeds; what no prompt defines is NaN, in JSON null."""
+    predicted, label = np.array([1, -1, 0]), np.array([1, 1, 1])
+    assert accuracy(predicted, label) == 0.5
+    assert np.isnan(accuracy(predicted[1:2], label[1:2]))
+    seed = {
+        "predicted": np.array([[1, 0, -1], [-1, 1, -1], [0, 0, -1]]),
+        "label": label,
+        "word_loyalty": np.array([[1.0, 0.5, np.nan], [np.nan, np.nan, np.nan], [1.0, 0.0, np.nan]]),
+    }
+    found = {name: _measure(seed, name) for name in ("accuracy", "label_loyalty", "word_loyalty")}
+    np.testing.assert_array_equal(found["accuracy"], [0.5, 1 / 3, np.nan])
+    np.testing.assert_array_equal(found["label_loyalty"], [1.0, 0.5, np.nan])
+    np.testing.assert_array_equal(found["word_loyalty"], [1.0, 0.25, np.nan])
+    by_seed = np.array([[1.0, np.nan], [3.0, np.nan], [np.nan, np.nan]])
+    np.testing.assert_array_equal(mean(by_seed), [2.0, np.nan])
+    np.testing.assert_allclose(deviation(by_seed), [np.sqrt(2.0), np.nan])
 
 
 def test_check_counts_the_dtype_that_is_loaded(config):

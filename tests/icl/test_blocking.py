@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.icl import Setting, blocked_logits, random_words
+from jaxlab.errors import UserError
+from jaxlab.icl import Setting, attention_at, blocked_logits, random_words
 from jaxlab.icl.blocking import _blocked_logits, blocking_settings, label_predictions, word_loyalty
 from jaxlab.models import ModelConfig, forward, init_params
 
@@ -60,6 +61,45 @@ def test_one_program_serves_every_setting(params):
         rng = np.random.default_rng(seed)
         blocked(params, tokens, rng.random((4, 3)) < 0.5, rng.random((4, BATCH, TOKENS)) < 0.3)
     assert _blocked_logits._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": np.zeros((1, 4), bool)}, r"bool\[E, 3\], a mask over the model's layers .* not \[1, 4\]"),
+        ({"words": np.zeros((1, BATCH, 4), bool)}, r"words are bool\[E, B, T\], here \[1, 2, 9\]"),
+        ({"blocking": "papers"}, "'papers' is none of paper, released_code"),
+        ({"positions": np.full(BATCH, TOKENS)}, r"positions\[0\] = 9 is outside of 0..8"),
+    ],
+)
+def test_mistakes(changes, message):
+    given = {
+        "batch": {"tokens": np.ones((BATCH, TOKENS), np.int32)},
+        "positions": np.full(BATCH, TOKENS - 1),
+        "layers": np.zeros((1, 3), bool),
+        "words": np.zeros((1, BATCH, TOKENS), bool),
+    }
+    with pytest.raises(UserError, match=message):
+        blocked_logits({}, config=MODEL, **(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": np.array([8, 9])}, r"positions\[1\] = 9 is outside of 0..8"),
+        ({"at": np.array([[0], [-2]])}, r"at\[1, 0\] = -2 is outside of -1..8"),
+        ({"batch": {"tokens": np.full((BATCH, TOKENS), 19)}}, "the batch holds token 19"),
+        ({"batch": {"tokens": np.ones((BATCH, TOKENS), np.int32), "pixel_values": 1}}, "no pixel_values of"),
+    ],
+)
+def test_attention_is_read_at_places_that_are_there(changes, message):
+    given = {
+        "batch": {"tokens": np.ones((BATCH, TOKENS), np.int32)},
+        "positions": np.full(BATCH, TOKENS - 1),
+        "at": np.zeros((BATCH, 1), np.int32),
+    }
+    with pytest.raises(UserError, match=f"attention_at: .*{message}"):
+        attention_at({}, config=MODEL, **(given | changes))
 
 
 def test_settings_name_their_layers():

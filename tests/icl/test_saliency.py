@@ -9,7 +9,15 @@ import pytest
 
 from jaxlab.errors import UserError
 from jaxlab.icl import Roles, flow_shares, flows, saliency_maps
-from jaxlab.models import LearnedPositions, ModelConfig, NSAConfig, SlidingAttentionConfig, init_params
+from jaxlab.icl.inputs import check_flag, checked_classes
+from jaxlab.models import (
+    LearnedPositions,
+    ModelConfig,
+    NSAConfig,
+    SlidingAttentionConfig,
+    init_params,
+    prepare_batch,
+)
 
 MODEL = ModelConfig(
     vocab_size=19,
@@ -251,6 +259,9 @@ PAD = np.array([[1] * (TOKENS - 1) + [0]] * BATCH, np.int32)
         ({"label_tokens": [5], "labels": [0, 0, 0]}, "needs two at least"),
         ({"labels": [0.0, 1.0, 1.0]}, "labels are whole numbers"),
         ({"positions": [[10], [-1], [10]], "labels": [[0], [1], [1]]}, "a position without a label"),
+        ({"label_tokens": []}, "label_tokens are empty"),
+        ({"positions": [[-1]] * 3, "labels": [[-1]] * 3}, "every position is -1"),
+        ({"num_classes": 100_000}, "100000 classes for 11 tokens"),
         ({"num_classes": 2}, r"classes\[0, 10\] = 2 is outside of -1..1"),
         ({"classes": np.full((BATCH, TOKENS), -2)}, "no token has a class"),
         ({"reduction": "abs_of_sums"}, "reduction must be one of abs_of_sum, sum_of_abs, mean_abs"),
@@ -268,6 +279,30 @@ def test_values_are_checked_before_anything_is_compiled(prompts, changes, messag
     assert "\n" not in str(error.value)
 
 
+def test_other_types_are_told_in_one_line(prompts):
+    for count in (3.5, True):
+        with pytest.raises(UserError, match=f"num_classes is a whole number, not {count}"):
+            checked_classes(prompts["classes"], count, prompts["batch"], "flows")
+    with pytest.raises(UserError, match="per_head is True or False, not 'no'"):
+        check_flag("per_head", "no", "flows")
+
+
+def test_a_table_of_positions_has_an_end(prompts):
+    """More tokens than it has rows are refused: JAX would take the last row again and again."""
+    learned = dataclasses.replace(MODEL, position=LearnedPositions(), max_length=TOKENS - 1)
+    for call in (lambda: flows({}, **wrong(prompts, config=learned)), lambda: prepare(prompts, learned)):
+        with pytest.raises((UserError, ValueError), match=r"a text of 11 tokens, and .* positions for 10"):
+            call()
+    packed = {"segment_ids": np.where(np.arange(TOKENS) < 4, 1, 2)[None].repeat(BATCH, 0)}
+    prepare(prompts, learned, **packed)  # two texts, each short enough
+    with pytest.raises(ValueError, match="a text of 12 tokens"):
+        prepare(prompts, learned, positions=np.full((BATCH, TOKENS), 11))
+
+
+def prepare(prompts, config, **more):
+    return prepare_batch({**prompts["batch"], **more}, config)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -275,6 +310,7 @@ def test_values_are_checked_before_anything_is_compiled(prompts, changes, messag
         ({"attention_mask": PAD, "segment_ids": PAD}, "attention_mask and segment_ids both say"),
         ({"attention_mask": PAD[:, None, :, None]}, "attention_mask is"),
         ({"images": np.zeros((1, 1))}, "the model has no vision"),
+        ({"attention_masks": PAD}, "the model reads no attention_masks of the batch"),
     ],
 )
 def test_padding_and_images_are_checked(prompts, more, message):

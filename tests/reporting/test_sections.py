@@ -3,7 +3,7 @@
 import pytest
 
 from jaxlab.reporting import build_sections, compose, render
-from jaxlab.reporting.folders import read_runs
+from jaxlab.reporting.folders import distinct_labels, read_runs
 from jaxlab.reporting.formats import change, count, duration, percent, size
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.other_runs import flat
@@ -12,6 +12,8 @@ from jaxlab.reporting.papers.nsa import long_input, retrofit
 from jaxlab.reporting.papers.nsa import section as nsa
 from jaxlab.reporting.papers.skill_injection import section as injection
 from tests.reporting import made
+
+MEASURES = ("accuracy", "label_loyalty", "word_loyalty")
 
 
 @pytest.fixture
@@ -292,6 +294,56 @@ def test_icl_verdicts(tmp_path, undrawn):
     for row in read[0].results["blocking"]["table"]:
         row["layers"] = 4  # of six: the first and the last overlap
     assert statuses(icl.build(read))["I4"] == "not examined"
+
+
+def test_icl_of_a_damaged_model_does_not_kill_the_page(tmp_path, undrawn):
+    """Every number that a model without predictions leaves undefined is null, and nothing is drawn of it."""
+    rows = [
+        {"method": name, **dict.fromkeys(m + s for m in MEASURES for s in ("", "_std"))}
+        for name in ("full", "hidden_anchor", "text_anchor", "hidden_random", "hidden_random_top")
+    ]
+    shots = {"shots": 1, "accuracy": None, "accuracy_std": None, "accuracy_by_seed": [None, None]}
+    clocks = dict.fromkeys(("whole_prompt", "full_cache", "anchor_cache"), 1.0)
+    speed = {"against_the_whole_prompt": 2.0, "against_a_full_cache": 1.0}
+    blank, pair = [None, None], {"pearson": None, "spearman": None}
+    damaged = {
+        "accuracy": None,
+        "accuracy_std": None,
+        "compression": {"table": rows, "seconds": clocks, "speed_up": speed, "batch": 1}
+        | {"tokens": dict.fromkeys(("demonstrations", "kept", "query"), 3.0), "times_measured": 1}
+        | {"random_sets": 1},
+        "diagnosis": {"label_words": ["a", "b"], "predicted": [blank, blank], "real": [blank, blank]}
+        | {"layer": 1, "directions": 1, "correlation": pair},
+        "reweighting": {"table": [shots | {"reweighted": x} for x in (False, True)], "loss": [None]}
+        | {"train_per_class": 1, "epochs": 1, "learning_rate": 0.1},
+        "many_shot": {"table": [shots | {"share": {"wp": [None] * 6, "pq": [None] * 6}}]},
+    }
+    runs = [made.icl(tmp_path, "icl-12345678"), made.icl(tmp_path, "nan-12345678", **damaged)]
+    read = read_runs(runs)
+    for row in read[1].results["blocking"]["table"]:
+        row.update(dict.fromkeys(m + s for m in MEASURES for s in ("", "_std")))
+    read[1].results["flows"]["share"] = {name: [None] * 6 for name in ("wp", "pq", "ww")}
+    icl.build(read)
+    told = {v.claim.id: v for v in icl.verdicts(read[1])}
+    assert {v.status for v in told.values()} == {"not examined"}
+    assert "no prompt has a prediction" in told["I6"].evidence
+    assert "no prompt has a prediction" in told["I7"].evidence
+
+
+def test_runs_of_one_config_are_named_by_what_differs(tmp_path, undrawn):
+    paths = [made.icl(tmp_path, f"own-{n}2345678") for n in (1, 2)]
+    runs = read_runs(paths)
+    assert distinct_labels(runs[:1]) == ["own"]
+    assert distinct_labels(runs) == ["own-12345678", "own-22345678"]
+    for run, model in zip(runs, ("models/one", "models/two"), strict=True):
+        run.config["model"] = model
+    assert distinct_labels(runs) == ["own (model one)", "own (model two)"]
+    assert any("own (model two)" in part for part in icl.build(runs).body)
+
+
+def test_the_card_says_where_one_label_alone_is_predicted(tmp_path, undrawn):
+    (run,) = read_runs([made.icl(tmp_path, "icl-12345678", answers={"single_class": "Positive"})])
+    assert icl.build([run]).headline[1].endswith("; it says Positive to every prompt")
 
 
 def test_formats():

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation, mean
 from jaxlab.icl.blocking import label_predictions
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.saliency import target_logits
@@ -47,9 +47,11 @@ class Answers(PromptAnalysis):
         else:
             right = np.asarray(found[2]) == chunk.label_tokens[np.arange(len(label)), label]
             predicted = np.where(np.isnan(total), -1, np.where(right, label, chunk.label_tokens.shape[1]))
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            mass = np.exp(np.logaddexp.reduce(logits, axis=1) - total)
         return {
             "label_logits": logits,
-            "label_mass": np.exp(np.logaddexp.reduce(logits, axis=1) - total),
+            "label_mass": mass,
             "likeliest": np.asarray(found[2], np.int32),
             "predicted": predicted.astype(np.int32),
             "label": label,
@@ -63,7 +65,7 @@ class Answers(PromptAnalysis):
         given = predicted >= 0
         mass = np.concatenate([seed["label_mass"] for seed in records.values()])
         return {
-            "accuracy": float(np.mean(of_seed)),
+            "accuracy": float(mean(np.array(of_seed))),
             "accuracy_std": deviation(np.array(of_seed)),
             "accuracy_by_seed": of_seed,
             "label_words": list(names),
@@ -82,8 +84,9 @@ def _confusion(label: np.ndarray, predicted: np.ndarray, count: int) -> np.ndarr
 
 
 def accuracy(predicted: np.ndarray, label: np.ndarray) -> float:
-    """The share of right answers; an answer over NaN is none, and not right."""
-    return float(np.mean(predicted == label))
+    """The share of right answers among those given: an answer over NaN is none. NaN where none is given."""
+    given = predicted >= 0
+    return float(np.mean(predicted[given] == label[given])) if given.any() else float("nan")
 
 
 def single_class(predicted: np.ndarray, names: tuple[str, ...]) -> str | None:

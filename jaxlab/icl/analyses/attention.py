@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlab.icl.analyses.answers import single_class
-from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation, mean
 from jaxlab.icl.blocking import label_predictions
 from jaxlab.icl.cutting import check_one_softmax
 from jaxlab.icl.label_attention import accumulated, attention_at, attention_by_label, aucroc, label_places
@@ -55,7 +55,7 @@ class Attention(PromptAnalysis):
             "seeds_defined": int(defined.sum()),
             "undefined": [] if defined.any() else ["aucroc"],
             "single_class": single_class(predicted, study.source.label_names),
-            "mean_attention": np.mean([seed["scores"].mean((0, 2)) for seed in records.values()], axis=0),
+            "mean_attention": mean(np.stack([_mean_scores(seed["scores"]) for seed in records.values()])),
         }
         if defined.any():
             shown = by_seed[defined]
@@ -65,3 +65,9 @@ class Attention(PromptAnalysis):
                 "r": accumulated(shown.mean(0)),
             }
         return found
+
+
+def _mean_scores(scores: np.ndarray) -> np.ndarray:
+    """[L], over the prompts without NaN and all labels."""
+    there = ~np.isnan(scores).any((1, 2))
+    return np.asarray(scores[there].mean((0, 2)) if there.any() else np.full(scores.shape[1], np.nan))

@@ -125,9 +125,24 @@ class PromptAnalysis(Analysis[Prompts]):
 
 
 def deviation(by_seed: np.ndarray) -> np.ndarray:
-    """Standard deviation of a sample along the first axis; 0 for one seed, which has none to tell."""
-    spread = by_seed.std(0, ddof=1) if len(by_seed) > 1 else np.zeros_like(by_seed[0])
-    return np.asarray(spread)
+    """Standard deviation of a sample along the first axis; 0 for one seed, which has none to tell. Seeds that
+    are NaN count nowhere; NaN where all are."""
+    count = (~np.isnan(by_seed)).sum(0)
+    if (count == len(by_seed)).all():
+        spread = by_seed.std(0, ddof=1) if len(by_seed) > 1 else np.zeros_like(by_seed[0])
+        return np.asarray(spread)
+    off = by_seed - mean(by_seed)
+    spread = np.sqrt(np.nansum(off * off, axis=0) / np.maximum(count - 1, 1))
+    return np.asarray(np.where(count > 0, spread, np.nan))
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """The mean along the first axis of what is not NaN; NaN where all is."""
+    there = ~np.isnan(values)
+    if there.all() and len(values):
+        return np.asarray(values.mean(0))
+    total, count = np.where(there, values, 0.0).sum(0), there.sum(0)
+    return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
 
 
 def over_seeds(records: Mapping[int, Records], name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlab.errors import ConfigError
 from jaxlab.icl.analyses.answers import Answers, accuracy, single_class
-from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation, mean
 from jaxlab.icl.prompts import Prompts
 
 
@@ -56,7 +56,7 @@ class Baselines(Analysis[tuple[int, Prompts]]):
             table.append(
                 {
                     "shots": shots,
-                    "accuracy": float(np.mean(by_seed)),
+                    "accuracy": float(mean(np.array(by_seed))),
                     "accuracy_std": deviation(np.array(by_seed)),
                     "accuracy_by_seed": by_seed,
                     "no_prediction": int((predicted < 0).sum()),

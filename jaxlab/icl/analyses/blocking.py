@@ -1,6 +1,7 @@
 """Blocking: label words, or as many random ones, cut off in first or last layers (Wang et al. 2023, section
 2.2 and figure 4; claim I4)."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,9 +9,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.icl.analyses.answers import single_class
-from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation, mean
 from jaxlab.icl.blocking import (
     Setting,
     blocked_logits,
@@ -23,6 +24,7 @@ from jaxlab.icl.cutting import Edges, check_one_softmax, cut_logits, cut_of_word
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.roles import Part
 
+LAYERS = (5,)
 MEASURES = ("accuracy", "label_loyalty", "word_loyalty")
 
 
@@ -30,8 +32,9 @@ MEASURES = ("accuracy", "label_loyalty", "word_loyalty")
 class Blocking(PromptAnalysis):
     """What the answers are when nothing flows to some words in some layers."""
 
-    layers: tuple[int, ...] = (5,)
-    """Blocking is done in the first, and in the last, so many layers; each number is a setting of its own."""
+    layers: tuple[int, ...] = LAYERS
+    """Blocking is done in the first, and in the last, so many layers; each number is a setting of its own.
+    Of a model that has fewer than the default, in half of them."""
     edges: tuple[Edges, ...] = ("into",)
     """into: nothing flows to the words; from: nothing flows from them; to_last: nothing from them to the
     last token."""
@@ -52,7 +55,15 @@ class Blocking(PromptAnalysis):
 
     def check(self, study: Study) -> None:
         layers, words = study.config.num_layers, study.config.vocab_size
-        if max(self.layers) > layers:
+        blocked = self._layers(study)
+        if blocked != self.layers:
+            warnings.warn(
+                f"blocking.layers: the model has {layers} layers, so {blocked[0]} in place of "
+                f"{self.layers[0]}, the default",
+                UserNote,
+                stacklevel=2,
+            )
+        if max(blocked) > layers:
             raise UserError(f"blocking.layers: the model has {layers} layers, not {max(self.layers)}")
         if self.top_words > words:
             raise UserError(f"blocking.top_words: the vocabulary has {words} words, not {self.top_words}")
@@ -63,11 +74,14 @@ class Blocking(PromptAnalysis):
                     "blocking.edges: the released code blocks edges into words alone; use mode paper"
                 )
 
-    @property
-    def settings(self) -> list[tuple[Edges, Setting]]:
+    def _layers(self, study: Study) -> tuple[int, ...]:
+        short = self.layers == LAYERS and study.config.num_layers < max(LAYERS)
+        return (max(1, study.config.num_layers // 2),) if short else self.layers
+
+    def settings(self, study: Study) -> list[tuple[Edges, Setting]]:
         """Those into words first."""
         edges = sorted(self.edges, key=lambda name: name != "into")
-        return [(name, setting) for name in edges for setting in blocking_settings(self.layers)]
+        return [(name, setting) for name in edges for setting in blocking_settings(self._layers(study))]
 
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
         label_words = chunk.parts == Part.LABEL
@@ -76,8 +90,8 @@ class Blocking(PromptAnalysis):
         words = {"label": label_words, "random": random_words(rng, label_words, others)}
         # The first setting blocks nothing: what the others are set against, from the same program.
         nothing = Setting("label", "first", 0)
-        into = [nothing, *(setting for edges, setting in self.settings if edges == "into")]
-        others_of = [(edges, setting) for edges, setting in self.settings if edges != "into"]
+        into = [nothing, *(setting for edges, setting in self.settings(study) if edges == "into")]
+        others_of = [(edges, setting) for edges, setting in self.settings(study) if edges != "into"]
         logits = self._into(study, chunk, into, words)
         if others_of:
             layers = study.config.num_layers
@@ -112,17 +126,17 @@ class Blocking(PromptAnalysis):
         plain = np.concatenate([seed["predicted"][:, 0] for seed in records.values()])
         alone = single_class(plain, study.source.label_names)
         rows = []
-        for at, (edges, setting) in enumerate(self.settings, start=1):
+        for at, (edges, setting) in enumerate(self.settings(study), start=1):
             row: dict[str, Any] = {"words": setting.words, "where": setting.where, "layers": setting.layers}
             row["edges"] = edges
             for name, seeds in measures.items():
-                row |= {name: seeds[:, at].mean(), f"{name}_std": deviation(seeds[:, at])}
+                row |= {name: mean(seeds[:, at]), f"{name}_std": deviation(seeds[:, at])}
             rows.append(row)
         return {
             "top_words": self.top_words,
             "undefined": ["accuracy", "label_loyalty"] if alone is not None else [],
             "single_class": alone,
-            "accuracy": measures["accuracy"][:, 0].mean(),
+            "accuracy": mean(measures["accuracy"][:, 0]),
             "table": rows,
         }
 
@@ -130,10 +144,11 @@ class Blocking(PromptAnalysis):
 def _measure(seed: Records, name: str) -> np.ndarray:
     """Means over the prompts of a seed, for each setting; the first blocks nothing."""
     predicted = seed["predicted"]
+    given = predicted >= 0  # what has no prediction counts nowhere
     match name:
         case "accuracy":
-            return np.mean(predicted == seed["label"][:, None], axis=0)
+            return mean(np.where(given, predicted == seed["label"][:, None], np.nan))
         case "label_loyalty":
-            return np.mean((predicted == predicted[:, :1]) & (predicted >= 0), axis=0)
+            return mean(np.where(given & given[:, :1], predicted == predicted[:, :1], np.nan))
         case _:
-            return np.asarray(np.nanmean(seed[name], axis=0))
+            return mean(seed[name])

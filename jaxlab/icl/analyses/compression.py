@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.icl.analyses.answers import single_class
-from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation, mean
 from jaxlab.icl.blocking import label_predictions, word_loyalty
 from jaxlab.icl.compression import (
     Split,
@@ -114,7 +114,7 @@ class Compression(Analysis[Work]):
             row: dict[str, Any] = {"method": name}
             for measure in ("label_loyalty", "word_loyalty", "accuracy"):
                 values = np.array([seed[name][measure] for seed in seeds])
-                row |= {measure: values.mean(), f"{measure}_std": deviation(values)}
+                row |= {measure: mean(values), f"{measure}_std": deviation(values)}
             table.append(row)
         plain = np.concatenate([seed["predicted"][:, 0] for seed in records.values()])
         alone = single_class(plain, study.source.label_names)
@@ -219,11 +219,12 @@ def _text(prompts: Prompts, split: Split) -> tuple[np.ndarray, np.ndarray]:
 def _of_seed(seed: Records) -> dict[str, dict[str, float]]:
     """The measures of each method; of Hidden_random the mean over its sets, and the best one."""
     predicted, right = seed["predicted"], seed["label"][:, None]
-    loyal = ((predicted == predicted[:, :1]) & (predicted >= 0)).mean(0)
-    words, exact = seed["word_loyalty"].mean(0), (predicted == right).mean(0)
-    of = lambda at: {"label_loyalty": loyal[at], "word_loyalty": words[at], "accuracy": exact[at]}
+    given = predicted >= 0  # what has no prediction counts nowhere
+    loyal = mean(np.where(given & given[:, :1], predicted == predicted[:, :1], np.nan))
+    words, exact = mean(seed["word_loyalty"]), mean(np.where(given, predicted == right, np.nan))
+    measures = {"label_loyalty": loyal, "word_loyalty": words, "accuracy": exact}
+    of = lambda at: {name: float(values[at]) for name, values in measures.items()}
     found = {name: of(at) for at, name in enumerate(METHODS[:3])}
     sets = slice(3, None)
-    mean = {"label_loyalty": loyal[sets], "word_loyalty": words[sets], "accuracy": exact[sets]}
-    found["hidden_random"] = {name: float(values.mean()) for name, values in mean.items()}
-    return found | {"hidden_random_top": of(3 + int(np.argmax(loyal[sets])))}
+    found["hidden_random"] = {name: float(mean(values[sets])) for name, values in measures.items()}
+    return found | {"hidden_random_top": of(3 + int(np.argmax(np.nan_to_num(loyal[sets], nan=-1.0))))}

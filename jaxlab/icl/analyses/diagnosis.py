@@ -83,17 +83,22 @@ class Diagnosis(Analysis[Prompts]):
         layers = self._layers(study)
         predicted, real = [], []
         for seed in records.values():
+            there = np.isfinite(seed["queries"]).all((1, 2)) & ~np.isnan(seed["label_logits"]).any(1)
+            if not there.any() or not np.isfinite(seed["keys"]).all():
+                raise UserError("diagnosis: queries or keys hold NaN or infinity in every prompt")
             keys = seed["keys"].sum(0) / seed["count"].sum()
             features = [
-                key_features(seed["queries"][:, at], keys[at], self.directions) for at in range(len(layers))
+                key_features(seed["queries"][there, at], keys[at], self.directions)
+                for at in range(len(layers))
             ]
             predicted.append([predicted_confusion(x) for x in features])
-            real.append(real_confusion(seed["label_logits"], seed["label"]))
+            real.append(real_confusion(seed["label_logits"][there], seed["label"][there]))
         told, found = np.array(predicted), np.array(real)
         each = [[confusion_correlation(p, r) for p in ps] for ps, r in zip(told, found, strict=True)]
         by = {name: np.array([[x[name] for x in seed] for seed in each]) for name in each[0][0]}
         at = layers.index(self._shown(study))
         pearson = by["pearson"][:, at]
+        of_means = confusion_correlation(told[:, at].mean(0), found.mean(0))
         return {
             "directions": self.directions,
             "layers": list(layers),
@@ -101,9 +106,9 @@ class Diagnosis(Analysis[Prompts]):
             "label_words": list(study.source.label_names),
             "predicted": told[:, at].mean(0),
             "real": found.mean(0),
-            "correlation": confusion_correlation(told[:, at].mean(0), found.mean(0)),
+            "correlation": of_means,
             "correlation_by_seed": pearson,
-            "correlation_std": deviation(pearson),
+            "correlation_std": np.nan if np.isnan(of_means["pearson"]) else deviation(pearson),
             "undefined": ["correlation"] if len(study.source.label_names) < 3 else [],
             "pearson_by_layer": by["pearson"].mean(0),
             "spearman_by_layer": by["spearman"].mean(0),

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlab.errors import ConfigError
 from jaxlab.icl.analyses.answers import Answers, accuracy, single_class
-from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation, mean
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.saliency import flow_shares, flows
 
@@ -80,7 +80,7 @@ class ManyShot(Analysis[tuple[int, Prompts]]):
                 {
                     "shots": shots,
                     "tokens": float(np.mean([one["tokens"].mean() for one in chosen])),
-                    "accuracy": by_seed.mean(),
+                    "accuracy": mean(by_seed),
                     "accuracy_std": deviation(by_seed),
                     "single_class": single_class(predicted, study.source.label_names),
                     "share": {name: share[:, at].mean(0) for at, name in enumerate(names)},

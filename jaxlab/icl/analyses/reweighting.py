@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlab.errors import ConfigError
 from jaxlab.icl.analyses.answers import Answers, accuracy, single_class
-from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation, mean
 from jaxlab.icl.blocking import label_predictions
 from jaxlab.icl.cutting import check_one_softmax
 from jaxlab.icl.prompts import Prompts
@@ -119,7 +119,7 @@ class Reweighting(Analysis[tuple[str, int, Any]]):
                 {
                     "shots": shots,
                     "reweighted": reweighted,
-                    "accuracy": float(np.mean(by_seed)),
+                    "accuracy": float(mean(np.array(by_seed))),
                     "accuracy_std": deviation(np.array(by_seed)),
                     "accuracy_by_seed": by_seed,
                     "single_class": single_class(

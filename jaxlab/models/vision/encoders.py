@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.models.batch import Batch, Params, check_tokens
+from jaxlab.models.batch import Batch, Params, check_positions, check_tokens
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import bind
 from jaxlab.models.kv_cache import Cache
@@ -43,11 +43,13 @@ def prepare_batch(batch: Mapping[str, Any], config: ModelConfig) -> Batch:
 
     Raises:
       ValueError: sizes of images are traced, or do not fit the placeholders in the text; the embedding has no
-        row for a token; or an attention_mask of another shape, or beside segment_ids.
+        row for a token, or the table of learned positions none for its place; or an attention_mask of
+        another shape, or beside segment_ids.
     """
     check_tokens(batch["tokens"], config)
     if "attention_mask" in batch:
         batch = _with_segments(batch)
+    check_positions(batch, config)
     if "images" not in batch or not config.has_vision:
         return cast(Batch, dict(batch))
     return cast(Batch, {**batch, **encoder_of(config).prepare(batch, config)})

@@ -76,9 +76,9 @@ def _compression(run: RunFolder, number: int) -> list[Markup]:
             plots.compression_figure(run.results),
             name_of("compression", number),
             "Demonstrations compressed to their anchors.",
-            f"Of {tokens['demonstrations']:.0f} tokens of demonstrations the cache keeps "
-            f"{tokens['kept']:.0f}; the "
-            f"query has {tokens['query']:.0f}. A query takes "
+            f"Of {decimal(tokens['demonstrations'], 0)} tokens of demonstrations the cache keeps "
+            f"{decimal(tokens['kept'], 0)}; the "
+            f"query has {decimal(tokens['query'], 0)}. A query takes "
             f"{decimal(speed['against_the_whole_prompt'], 2)} times "
             "less time than the whole prompt, and "
             f"{decimal(speed['against_a_full_cache'], 2)} times less than from a cache of all demonstrations "

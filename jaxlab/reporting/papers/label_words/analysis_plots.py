@@ -1,7 +1,7 @@
 """More pictures of the `icl` task, from its results.json alone: attention, re-weighting, compression,
 diagnosis, and what is beyond the paper."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from jaxlab.reporting.papers.label_words.plots import SETS
+from jaxlab.reporting.papers.label_words.plots import SETS, numbers
 from jaxlab.reporting.plots import BLUE, DASHES, FAINT, GREEN, HEAT, INK, ORANGE, SERIES, canvas, style
 
 Results = Mapping[str, Any]
@@ -27,23 +27,19 @@ def _layers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
 
 
-def _numbers(values: Sequence[Any]) -> np.ndarray:
-    return np.array([np.nan if x is None else x for x in values], float)
-
-
 def attention_figure(results: Results) -> Figure:
     """AUCROC_l and R_l by layer (the paper's figure 5); the band is one deviation over seeds."""
     found = results["attention"]
     with style():
         figure, grid = canvas(7.0, 3.2)
         axes = grid[0, 0]
-        mean, spread, r = (_numbers(found[name]) for name in ("aucroc", "aucroc_std", "r"))
+        mean, spread, r = (numbers(found[name]) for name in ("aucroc", "aucroc_std", "r"))
         layers = np.arange(1, len(mean) + 1)
         axes.fill_between(layers, mean - spread, mean + spread, color=BLUE, alpha=0.18, linewidth=0)
         axes.plot(layers, mean, color=BLUE, marker="o", label="AUCROC_l")
         axes.axhline(0.5, color=FAINT, linewidth=0.9, linestyle=DASHES[2], label="chance")
         axes.set_ylabel("AUCROC_l")
-        axes.set_ylim(min(0.3, float(np.nanmin(mean - spread))), 1.02)
+        axes.set_ylim(float(np.nanmin([0.3, *(mean - spread)])), 1.02)
         other = axes.twinx()
         other.plot(layers, r, color=ORANGE, linestyle=DASHES[1], label="R_l")
         other.set_ylabel("R_l")
@@ -71,7 +67,7 @@ def loyalty_by_layers_figure(results: Results) -> Figure:
                     )
                     axes.plot(
                         [row["layers"] for row in rows],
-                        [row[measure] for row in rows],
+                        numbers(row[measure] for row in rows),
                         color=colour,
                         marker="os"[number],
                         linestyle=DASHES[number],
@@ -101,15 +97,19 @@ def reweighting_figure(results: Results) -> Figure:
         colours = [ORANGE if row["reweighted"] else FAINT for row in found["table"]]
         axes.bar(
             names,
-            [row["accuracy"] for row in found["table"]],
-            yerr=[row["accuracy_std"] for row in found["table"]],
+            numbers(row["accuracy"] for row in found["table"]),
+            yerr=numbers(row["accuracy_std"] for row in found["table"]),
             color=colours,
             width=0.6,
             error_kw={"elinewidth": 0.9, "ecolor": INK},
         )
         for at, row in enumerate(found["table"]):
             axes.scatter(
-                [at] * len(row["accuracy_by_seed"]), row["accuracy_by_seed"], s=9, color=INK, zorder=3
+                [at] * len(row["accuracy_by_seed"]),
+                numbers(row["accuracy_by_seed"]),
+                s=9,
+                color=INK,
+                zorder=3,
             )
         axes.axhline(results["chance"], color=INK, linewidth=0.9, linestyle=DASHES[2])
         axes.set_title("Accuracy (points: seeds; dotted: chance)")
@@ -117,7 +117,7 @@ def reweighting_figure(results: Results) -> Figure:
         axes.set_ylim(0, 1.05)
         axes.grid(axis="x", visible=False)
         axes = grid[0, 1]
-        axes.plot(np.arange(1, len(found["loss"]) + 1), found["loss"], color=BLUE, marker="o")
+        axes.plot(np.arange(1, len(found["loss"]) + 1), numbers(found["loss"]), color=BLUE, marker="o")
         axes.set_title("Loss while learning")
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0.0)
@@ -139,10 +139,10 @@ def compression_figure(results: Results) -> Figure:
             places = np.arange(len(measures)) + (number - (len(METHODS) - 1) / 2) * size
             axes.bar(
                 places,
-                [rows[method][m] for m in measures],
+                numbers(rows[method][m] for m in measures),
                 width=0.92 * size,
                 color=(ORANGE, BLUE, FAINT, GREEN)[number],
-                yerr=[rows[method][f"{m}_std"] for m in measures],
+                yerr=numbers(rows[method][f"{m}_std"] for m in measures),
                 error_kw={"elinewidth": 0.9, "ecolor": INK},
                 label=name,
             )
@@ -171,8 +171,9 @@ def diagnosis_figure(results: Results) -> Figure:
         figure, grid = canvas(7.4, 3.6, columns=2)
         panels = (("predicted", "Predicted, from keys", 0.0), ("real", "Real, AUC", None))
         for axes, (name, title, least) in zip(grid[0], panels, strict=True):
-            values = np.array([_numbers(row) for row in found[name]])
-            low = float(np.nanmin(values)) if least is None else least
+            values = np.array([numbers(row) for row in found[name]])
+            known = values[np.isfinite(values)]
+            low = float(known.min(initial=1.0)) if least is None else least
             axes.imshow(np.ma.masked_invalid(values), cmap=HEAT, vmin=low, vmax=1.0)
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
@@ -198,9 +199,7 @@ def faithfulness_figure(results: Results) -> Figure:
     """The flow between two classes of tokens in a layer beside what cutting it does to the loss."""
     found = results["faithfulness"]
     names = found["classes"]
-    flow, effect = (
-        np.array([[_numbers(r) for r in layer] for layer in found[n]]) for n in ("flow", "effect")
-    )
+    flow, effect = (np.array([[numbers(r) for r in layer] for layer in found[n]]) for n in ("flow", "effect"))
     with style():
         figure, grid = canvas(6.4, 3.8)
         axes = grid[0, 0]
@@ -239,7 +238,7 @@ def many_shot_figure(results: Results) -> Figure:
             for number, name in enumerate(names):
                 size = max(1, len(table[0]["share"][name]) // 3)
                 cut = slice(0, size) if part == 0 else slice(-size, None)
-                values = [float(np.mean(row["share"][name][cut])) for row in table]
+                values = [float(np.mean(numbers(row["share"][name][cut]))) for row in table]
                 label, colour = SETS[name]
                 axes.plot(
                     shots, values, color=colour, marker="os^"[number], linestyle=DASHES[number], label=label
@@ -247,7 +246,11 @@ def many_shot_figure(results: Results) -> Figure:
             axes.set_title(f"Shares, {title}")
         axes = grid[0, 2]
         axes.errorbar(
-            shots, [r["accuracy"] for r in table], [r["accuracy_std"] for r in table], color=INK, marker="o"
+            shots,
+            numbers(r["accuracy"] for r in table),
+            numbers(r["accuracy_std"] for r in table),
+            color=INK,
+            marker="o",
         )
         axes.axhline(results["chance"], color=FAINT, linewidth=0.9, linestyle=DASHES[2])
         axes.set_title("Accuracy")
@@ -277,7 +280,7 @@ def comparison_figure(runs: Mapping[str, Results], measure: str) -> Figure:
             for which, (label, values) in enumerate(curves.items()):
                 depth = (np.arange(len(values)) + 1) / len(values)
                 axes.plot(
-                    depth, _numbers(values), color=colour, linestyle=DASHES[which], label=f"{name}: {label}"
+                    depth, numbers(values), color=colour, linestyle=DASHES[which], label=f"{name}: {label}"
                 )
         axes.set_xlabel("depth (layer / layers)")
         axes.set_ylabel("AUCROC_l" if measure == "aucroc" else "share of the mean flow")
@@ -288,7 +291,10 @@ def comparison_figure(runs: Mapping[str, Results], measure: str) -> Figure:
 def cross_modal_figure(runs: Mapping[str, Results], most: int = 4) -> Figure:
     """Mean flow between classes of tokens by layer, of prompts without label words: the strongest pairs of
     different classes of the first run, of each run in a dash of its own."""
-    means = {name: results["flows"]["mean"] for name, results in runs.items()}
+    means = {
+        name: {pair: numbers(values) for pair, values in results["flows"]["mean"].items()}
+        for name, results in runs.items()
+    }
     first = next(iter(means.values()))
     apart = [pair for pair in first if len({*pair.split("_to_")}) == 2 and np.max(first[pair]) > 0.0]
     pairs = sorted(apart, key=lambda pair: -float(np.max(first[pair])))[:most]

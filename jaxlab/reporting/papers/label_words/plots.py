@@ -1,6 +1,6 @@
 """Pictures of the `icl` task, from its results.json alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,11 @@ LINE = 0.176
 """Height of a line of the prompt picture, in inches."""
 
 
+def numbers(values: Iterable[Any]) -> np.ndarray:
+    """With NaN for null, which is what is undefined: it is not drawn."""
+    return np.array([np.nan if x is None else x for x in values], float)
+
+
 def flow_shares_figure(results: Results) -> Figure:
     """Shares of S_wp, S_pq and S_ww by layer (the paper's figure 3); bands are one deviation over seeds."""
     flows = results["flows"]
@@ -35,7 +40,7 @@ def flow_shares_figure(results: Results) -> Figure:
         axes = grid[0, 0]
         layers = np.arange(1, results["layers"] + 1)
         for number, (name, (label, colour)) in enumerate(SETS.items()):
-            share, spread = np.array(flows["share"][name]), np.array(flows["share_std"][name])
+            share, spread = numbers(flows["share"][name]), numbers(flows["share_std"][name])
             axes.fill_between(layers, share - spread, share + spread, color=colour, alpha=0.18, linewidth=0)
             axes.plot(
                 layers, share, color=colour, marker="os^"[number], linestyle=DASHES[number], label=label
@@ -65,10 +70,10 @@ def blocking_figure(results: Results) -> Figure:
                 chosen = [rows[words, *group] for group in groups]
                 axes.bar(
                     places + shift,
-                    [row[measure] for row in chosen],
+                    numbers(row[measure] for row in chosen),
                     width=0.34,
                     color=colour,
-                    yerr=[row[f"{measure}_std"] for row in chosen],
+                    yerr=numbers(row[f"{measure}_std"] for row in chosen),
                     error_kw={"elinewidth": 0.9, "ecolor": INK},
                     label=label,
                 )
@@ -91,9 +96,10 @@ def blocking_figure(results: Results) -> Figure:
                     color=FAINT,
                 )
         axes = grid[0, 0]
-        axes.axhline(
-            results["accuracy"], color=INK, linewidth=0.9, linestyle=DASHES[1], label="nothing blocked"
-        )
+        if results["accuracy"] is not None:
+            axes.axhline(
+                results["accuracy"], color=INK, linewidth=0.9, linestyle=DASHES[1], label="nothing blocked"
+            )
         axes.axhline(results["chance"], color=INK, linewidth=0.9, linestyle=DASHES[2], label="chance")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, 1.08)

@@ -6,7 +6,7 @@ thresholds.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxlab.reporting.formats import Number, mean, percent
 from jaxlab.reporting.verdicts import Claim, Verdict
@@ -154,7 +154,7 @@ def i5(aucroc: Sequence[Sequence[Number | None]]) -> Verdict:
 
 
 def i6(
-    reweighted: Sequence[Number], plain: dict[int, Sequence[Number]], single: str | None = None
+    reweighted: Sequence[Number | None], plain: dict[int, Sequence[Number | None]], single: str | None = None
 ) -> Verdict:
     """Accuracies by seed: with learned factors, and without them by number of demonstrations of each class.
 
@@ -167,18 +167,21 @@ def i6(
     )
     if not reweighted or not plain:
         return I6.unexamined("No re-weighting beside plain in-context learning in these runs.")
-    own = mean(reweighted) or 0.0
-    others = {shots: mean(values) or 0.0 for shots, values in plain.items()}
+    known = lambda values: [x for x in values if x is not None]
+    own, others = mean(known(reweighted)), {shots: mean(known(x)) for shots, x in plain.items()}
+    best = [x for x in others.values() if x is not None]
+    if own is None or not best:
+        return I6.unexamined("Accuracy is undefined: no prompt has a prediction.")
     told = ", ".join(f"{shots} shots {percent(x, 1)}" for shots, x in others.items())
     seeds = ", ".join(percent(x, 1) for x in reweighted)
     evidence = f"Re-weighted {percent(own, 1)} ({seeds} by seed); without: {told}."
     if single is not None:
         evidence += f" With the factors the model predicts {single} alone."
-    return I6.verdict(rule, evidence, own - max(others.values()) >= 0.01)
+    return I6.verdict(rule, evidence, own - max(best) >= 0.01)
 
 
 def i7(
-    methods: dict[str, dict[str, Number]],
+    methods: Mapping[str, Mapping[str, Number | None]],
     speed_up: Number | None,
     label_defined: bool,
     against_cache: Number | None = None,
@@ -193,12 +196,18 @@ def i7(
     if not methods or speed_up is None:
         return I7.unexamined("No compression of demonstrations in these runs.")
     measures = ("word_loyalty", "label_loyalty") if label_defined else ("word_loyalty",)
-    own = methods["hidden_anchor"]
-    others = {n: m for n, m in methods.items() if n not in ("full", "hidden_anchor")}
+    known = {
+        method: {name: x for name in measures if (x := values[name]) is not None}
+        for method, values in methods.items()
+    }
+    if any(len(values) < len(measures) for values in known.values()):
+        return I7.unexamined("The loyalty of a method is undefined: no prompt has a prediction with it.")
+    own = known["hidden_anchor"]
+    others = {n: m for n, m in known.items() if n not in ("full", "hidden_anchor")}
     best = all(own[name] > other[name] for name in measures for other in others.values())
     told = "; ".join(
         f"{name} " + " / ".join(percent(m[x]) for x in measures)
-        for name, m in methods.items()
+        for name, m in known.items()
         if name != "full"
     )
     speed = f"{speed_up:.2f} times as fast as the whole prompt"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxlab.reporting.folders import RunFolder, at
+from jaxlab.reporting.folders import RunFolder, at, distinct_labels
 from jaxlab.reporting.formats import Number, percent
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, claim_list, figure, heading, note, paragraph, table
@@ -44,9 +44,10 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     ]
     if len(analyses) > 1:
         section.body += _compared(analyses)
+    names = distinct_labels(analyses)
     for number, one in enumerate(analyses):
         if len(analyses) > 1:
-            section.body.append(heading(one.label))
+            section.body.append(heading(names[number]))
         section.body += [
             _accuracy(one),
             *_flows(one, number),
@@ -63,6 +64,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
 def verdicts(run: RunFolder) -> list[Verdict]:
     """On claims I1 to I8, from the results of one analysis."""
     shares = {name: run.get("flows", "share", name) or [] for name in ("wp", "pq", "ww")}
+    shares = {name: [] if None in values else values for name, values in shares.items()}
     table = run.get("reweighting", "table") or []
     plain = {row["shots"]: row["accuracy_by_seed"] for row in table if not row["reweighted"]}
     learned = [row for row in table if row["reweighted"]]
@@ -98,14 +100,14 @@ def verdicts(run: RunFolder) -> list[Verdict]:
 
 def _compared(analyses: Sequence[RunFolder]) -> list[Markup]:
     """The verdicts on several runs, and their curves together."""
-    judged = [verdicts(run) for run in analyses]
+    judged, names = [verdicts(run) for run in analyses], distinct_labels(analyses)
     body = [
         [f"{of[0].claim.id}: {of[0].claim.statement}", *(verdict.status for verdict in of)]
         for of in zip(*judged, strict=True)
     ]
     parts = [
         table(
-            ["claim", *(run.label for run in analyses)],
+            ["claim", *names],
             body,
             "The verdicts on each run.",
             "By the rules told above with the first.",
@@ -116,7 +118,7 @@ def _compared(analyses: Sequence[RunFolder]) -> list[Markup]:
         ("shares", ("flows", "share"), "Shares of S_wp and S_pq of all runs."),
         ("aucroc", ("attention", "aucroc"), "AUCROC of all runs."),
     ):
-        having = {run.label: run.results for run in analyses if run.get(*key)}
+        having = {name: run.results for name, run in zip(names, analyses, strict=True) if run.get(*key)}
         if len(having) > 1:
             drawing = more_plots.comparison_figure(having, measure)
             parts.append(
@@ -157,7 +159,9 @@ def _after(run: RunFolder, number: int) -> list[Markup]:
 
 def _headline(run: RunFolder) -> tuple[str, str]:
     accuracy, chance = run.get("accuracy"), run.get("chance")
-    return percent(accuracy), f"of few-shot prompts answered rightly; guessing gives {percent(chance)}"
+    alone = run.get("answers", "single_class")
+    told = f"; it says {alone} to every prompt" if alone else ""
+    return percent(accuracy), f"of few-shot prompts answered rightly; guessing gives {percent(chance)}{told}"
 
 
 def _i4(run: RunFolder) -> Verdict:
