@@ -22,7 +22,7 @@ from jaxlab.checkpoints import (
     read_json,
     resumable_folder,
 )
-from jaxlab.files import jsonable
+from jaxlab.files import jsonable, named
 from jaxlab.merging.account import AccountLine, MergeAccount
 from jaxlab.merging.preparing import Beside, Prepared, prepared_statistics
 from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe
@@ -179,7 +179,7 @@ def prepared_digest(prepared: Prepared) -> str:
     files: list[Any] = [__version__, prepared.plan.digest()]
     recipe = prepared.recipe
     if isinstance(recipe, InjectRecipe | MergeRecipe) and (recipe.data or recipe.statistics):
-        sources = [recipe.statistics] if recipe.data is None else recipe.data.files()
+        sources = [named(recipe.statistics or "")] if recipe.data is None else recipe.data.files()
         files.append([configs.to_plain(recipe.data), *([s, *_state(s)] for s in map(str, sources))])
     for one in prepared.inputs:
         found = {tensor.file for tensor in one.found.tensors.values()}
