@@ -342,6 +342,8 @@ def notes_of(prepared: Prepared) -> list[str]:
         for i, one in enumerate(inputs[1:-1], 1):
             if inputs_of[i] == inputs_of[-1] or (len(inputs_of[i]) == 1 and paths[i] == paths[-1]):
                 notes.append(f"the {one.role} is the base: its task vector is zero")
+            if inputs_of[i] == inputs_of[0]:
+                notes.append(f"the {one.role} is the VLM: both are {one.model.path}")
         if paths[0] == paths[-1]:
             notes.append("the VLM is the base: its task vector is zero")
         if not any(kind.names for kind in inputs[0].found.kinds if not kind.is_language):

@@ -17,6 +17,7 @@ from jaxlab.merging import (
     Rule,
     load_recipe,
     merge_tensors,
+    notes_of,
     operator_named,
     prepare_merge,
     tensor_key,
@@ -213,6 +214,12 @@ def test_every_operator_without_data_is_injected(place, tmp_path, operator, caps
         ({"operator": "nearswap"}, "t: nearswap needs it"),
         ({"operator": "slerp", "t": 0.5}, "t: an injection has it fixed|t: slerp does not use it"),
         ({"density": 0.5}, "density: task_arithmetic does not use it; task_arithmetic takes no parameters"),
+        ({"operator": "layer_swap", "bottom": -1}, "bottom: must be 0 or more, is -1"),
+        ({"operator": "wudi", "steps": -1}, "steps: must be 0 or more, is -1"),
+        ({"operator": "wudi", "learning_rate": -0.1}, "learning_rate: must be 0 or more, is -0.1"),
+        ({"operator": "optmerge", "momentum": 2.0}, "momentum: must be between 0 and 1, is 2"),
+        ({"operator": "karcher", "max_iter": 0}, "max_iter: must be 1 or more, is 0"),
+        ({"operator": "consensus_ta", "k": 0}, "k: must be 1 or more, is 0"),
         ({"normalize": True}, "normalize: an injection has it fixed at false; its weights are lambda_v and"),
         ({"operator": "ties", "densty": 0.5}, "densty: unknown key; did you mean density"),
         ({"lambda_x": 0.5}, "lambda_x: unknown key; did you mean lambda_[ve]"),
@@ -278,6 +285,15 @@ def test_a_recipe_is_written_as_it_is_read(place, tmp_path, capsys):
     assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 2
     line = next(i for i, text in enumerate(dump(recipe).splitlines(), 1) if text.startswith("density"))
     assert f"r.yaml:{line}: gamma: ties does not use it" in capsys.readouterr().err
+
+
+def test_a_vlm_that_is_its_own_expert_is_noted(place):
+    def notes(recipe):
+        return notes_of(prepare_merge(recipe, [open_model(one) for one in recipe.references()]))
+
+    found = notes(injection(place, expert=str(place / "one")))
+    assert f"the expert is the VLM: both are {place / 'one'}" in found
+    assert not any("both are" in note for note in notes(injection(place)))
 
 
 def test_a_pattern_that_matches_nothing(place):

@@ -84,6 +84,9 @@ class Asked:
 Densities = Annotated[Density | Sequence[Density], PerModel(), Bounds(0.0, 1.0), Counted(), Asked()]
 """The share of each task vector that is kept."""
 
+NotNegative = Bounds(0.0, float("inf"))
+AtLeastOne = Bounds(1.0, float("inf"))
+
 StaticShare = Annotated[float, Bounds(0.0, 1.0), Static()]
 
 REQUIRED: Any = inspect.Parameter.empty
@@ -191,6 +194,8 @@ class Parameter:
             if isinstance(bounds, Bounds):
                 for number in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(number, float | int) and not bounds.low <= number <= bounds.high:
+                        if bounds.high == float("inf"):
+                            return f"must be {bounds.low:g} or more, is {number}"
                         return f"must be between {bounds.low:g} and {bounds.high:g}, is {number}"
         return None
 
