@@ -212,8 +212,14 @@ def test_every_operator_without_data_is_injected(place, tmp_path, operator, caps
     [
         ({"operator": "ties"}, "density: ties needs it: one value, or one for each of vlm, expert"),
         ({"operator": "nearswap"}, "t: nearswap needs it"),
-        ({"operator": "slerp", "t": 0.5}, "t: an injection has it fixed|t: slerp does not use it"),
-        ({"density": 0.5}, "density: task_arithmetic does not use it; task_arithmetic takes no parameters"),
+        ({"operator": "slerp", "t": 0.5}, "t: an injection has it from lambda_v and lambda_e; give these: "),
+        ({"weight": 0.5}, "weight: an injection has no such key; the weights are lambda_v and lambda_e"),
+        ({"expert": "", "experts": [{"model": "a"}, {"model": "x", "weight": 0.3}]},
+         "experts.1.weight: an injection has no such key; an expert's weight is its lambda"),
+        ({"expert": "", "experts": [{"model": "x", "density": 0.3}]}, "experts.0.density: task_arithmetic d"),
+        ({"operator": "ties+ties", "density": 0.5}, "'ties' cannot follow an operator; .*svc.* can"),
+        ({"operator": "ties+", "density": 0.5}, r"ties\+: nothing follows the \+; .*svc.* can"),
+        ({"density": 0.5}, "density: task_arithmetic does not use it; .* no parameters .normalize and "),
         ({"operator": "layer_swap", "bottom": -1}, "bottom: must be 0 or more, is -1"),
         ({"operator": "wudi", "steps": -1}, "steps: must be 0 or more, is -1"),
         ({"operator": "wudi", "learning_rate": -0.1}, "learning_rate: must be 0 or more, is -0.1"),
@@ -254,7 +260,9 @@ def test_mistakes_in_an_injection(place, change, message):
         ({"operator": "linear", "base": None, "density": 1}, "density: linear does not use it; linear tak"),
         ({"operator": "ties", "k": 2}, "k: ties does not use it; ties takes density, "),
         ({"models": [{"model": "x", "lambda": 2.0}]}, "models.0.lambda: is one for all models; it be"),
-        ({"models": [{"model": "x", "wieght": 2.0}]}, "wieght: unknown key"),
+        ({"models": [{"model": "x", "wieght": 2.0}]}, "models.0.wieght: unknown key; did you mean weight"),
+        ({"operator": "linear", "base": None, "models": [{"model": "x", "density": 0.5}]},
+         "models.0.density: linear does not use it"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_merge(place, change, message):
@@ -265,10 +273,40 @@ def test_mistakes_in_a_merge(place, change, message):
 def test_mergekit_tolerates_what_it_does_not_use(place):
     with pytest.warns(UserNote, match="linear does not use density"):
         merging(place, operator="linear", base=None, mode="mergekit", density=0.5)
+    with pytest.warns(UserNote, match="linear does not use density"):
+        merging(
+            place, models=[{"model": "x", "density": 0.5}, "y"], operator="linear", base=None, mode="mergekit"
+        )
     recipe = merging(place, mode="mergekit", int8_mask=True)
     assert recipe.options() == {}
     with pytest.raises(ConfigError, match="unknown key"):
         merging(place, mode="mergekit", weigth=0.5)
+
+
+def test_a_model_may_stand_alone_in_a_list(place):
+    assert merging(place, models=["a", {"model": "b"}]) == merging(place, models=[{"model": "a"}, "b"])
+    several = injection(place, expert="", experts=["a", {"model": "b", "lambda": 0.1}])
+    assert [one.model for one in several.experts] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "kind: the file holds nothing; a recipe begins with kind: inject or kind: merge"),
+        ("# all commented out\n", "kind: the file holds nothing"),
+        ("kind:\nvlm: x\n", "kind: missing; a recipe begins with kind: inject or kind: merge"),
+        ("kind: injct\n", "kind: no such kind of recipe, 'injct'; did you mean inject"),
+    ],
+)
+def test_a_recipe_has_a_kind(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_merge_of_nothing_asks_for_a_recipe(capsys):
+    assert main(["merge"]) == 2
+    assert "RECIPES missing: name it, without a key" in capsys.readouterr().err
 
 
 def test_a_recipe_is_written_as_it_is_read(place, tmp_path, capsys):
@@ -376,7 +414,7 @@ def test_several_experts(place, tmp_path):
             planned(recipe)
     with pytest.raises(ConfigError, match="experts: expert is given too"):
         injection(place, experts=experts)
-    with pytest.raises(ConfigError, match="t: task_arithmetic does not use it"):
+    with pytest.raises(ConfigError, match=r"experts\.1\.t: task_arithmetic does not use it"):
         injection(place, expert="", experts=[experts[1], {"model": "x", "t": 0.1}])
 
 

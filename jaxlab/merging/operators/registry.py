@@ -290,6 +290,11 @@ class Operator:
         return "optional" if all(default is None for default in defaults) else "required"
 
     @property
+    def injected_formula(self) -> str | None:
+        """What a function says that takes the operator's place in an injection."""
+        return inspect.getdoc(self.injection) if inspect.isfunction(self.injection) else None
+
+    @property
     def random(self) -> bool:
         """Needs a key."""
         return self.takes("key")
@@ -507,7 +512,9 @@ def operator_named(method: str, kind: str = "merge method") -> Operator:
         return entry
     for name in following:
         if name not in AFTERWARDS:
-            raise UserError(f"{name!r} cannot follow a {kind}; {', '.join(AFTERWARDS)} can")
+            article = "an" if kind[0] in "aeiou" else "a"
+            what = f"{name!r} cannot follow {article} {kind}" if name else f"{method}: nothing follows the +"
+            raise UserError(f"{what}; {', '.join(AFTERWARDS)} can")
     if entry.of_models or entry.per_task:
         kind = "makes a model for each task" if entry.per_task else "merges models, not task vectors"
         raise UserError(f"{first} {kind}: nothing can follow it")
