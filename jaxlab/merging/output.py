@@ -23,7 +23,7 @@ from jaxlab.checkpoints import (
     resumable_folder,
 )
 from jaxlab.errors import UserError
-from jaxlab.files import jsonable
+from jaxlab.files import jsonable, named
 from jaxlab.merging.account import AccountLine, MergeAccount
 from jaxlab.merging.planning import reason_of_heads
 from jaxlab.merging.preparing import Beside, Prepared, prepared_statistics
@@ -182,7 +182,7 @@ def prepared_digest(prepared: Prepared) -> str:
     files: list[Any] = [__version__, prepared.plan.digest()]
     recipe = prepared.recipe
     if isinstance(recipe, InjectRecipe | MergeRecipe) and (recipe.data or recipe.statistics):
-        sources = [recipe.statistics] if recipe.data is None else recipe.data.files()
+        sources = [named(recipe.statistics or "")] if recipe.data is None else recipe.data.files()
         files.append([configs.to_plain(recipe.data), *([s, *_state(s)] for s in map(str, sources))])
     for one in prepared.inputs:
         found = {tensor.file for tensor in one.found.tensors.values()}
@@ -363,6 +363,8 @@ def notes_of(prepared: Prepared) -> list[str]:
         for i, one in enumerate(inputs[1:-1], 1):
             if inputs_of[i] == inputs_of[-1] or (len(inputs_of[i]) == 1 and paths[i] == paths[-1]):
                 notes.append(f"the {one.role} is the base: its task vector is zero")
+            if inputs_of[i] == inputs_of[0]:
+                notes.append(f"the {one.role} is the VLM: both are {one.model.path}")
         if paths[0] == paths[-1]:
             notes.append("the VLM is the base: its task vector is zero")
         if not any(kind.names for kind in inputs[0].found.kinds if not kind.is_language):
