@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxlab.files import write_atomic
 from jaxlab.merging import AFTERWARDS, OPERATORS, Operator
 from jaxlab.merging.operators.registry import REQUIRED, NotInjected, Parameter, operator_named
+from jaxlab.merging.parameters import FIXED_BY_INJECTION, open_parameters
 
 PAGE = Path(__file__).parent / "operators.md"
 
@@ -23,9 +24,16 @@ added to the base.
   *must be given*: there is none.
 - **An element needs**: the same `element` of the inputs, its `row` or column, the whole `tensor`, the whole
   tensor as a `matrix` (products or singular values), or the whole `model`; after a slash in mode `mergekit`.
-- **Injected**: what lambda_v and lambda_e are. *weights*; *scaled*: they scale the task vectors before
-  anything else; *two models*: base + lambda_v d_v and base + lambda_e d_e are merged, with equal weights;
-  *a pair*: the first of these stands for the base.
+- **Injected**: what lambda_v and lambda_e are, d_v and d_e being the task vectors of the VLM's language model
+  and of the expert. *weights*: of d_v and d_e; *scaled*: they scale d_v and d_e before anything else; *two
+  models*: base + lambda_v d_v and base + lambda_e d_e are merged, with equal weights; *a pair*: the first of
+  these stands for the base; *along the arc*: they say how far along it and how far out; *no*: it cannot be.
+- **In an injection**: what is not as outside of one. *fixed*: parameters that no recipe can give, since the
+  lambdas say how much; *must be given*: parameters whose default would do nothing; *from the lambdas*:
+  a parameter that these take the place of, and how; *no base*: it merges the two models without one.
+
+An injection of `linear` is one of `task_arithmetic`: without normalising both are
+base + lambda_v d_v + lambda_e d_e.
 
 Left out, since no text with their formulas could be read: FRANK (2505.16151) and IP-Merging (2510.14387).
 """
@@ -60,6 +68,24 @@ def injected(operator: Operator) -> str:
     return "two models" if operator.of_models else "scaled"
 
 
+def in_injection(operator: Operator) -> str:
+    if isinstance(operator.injection, NotInjected):
+        return operator.injection.reason
+    as_injected = operator.for_injection
+    closed = {name: value for name, value in FIXED_BY_INJECTION.items() if name in operator.parameters}
+    fixed = [f"`{name}` {number(value)}" for name, value in closed.items()]
+    opened = open_parameters(as_injected, injected=True)
+    asked = [f"`{name}`" for name, parameter in opened.items() if parameter.asked]
+    replaced = [f"`{name}`" for name in operator.parameters if name not in as_injected.parameters]
+    parts = [
+        f"fixed: {', '.join(fixed)}" if fixed else "",
+        f"must be given: {', '.join(asked)}" if asked else "",
+        f"{', '.join(replaced)} from the lambdas: {operator.injected_formula}" if replaced else "",
+        "no base" if as_injected.makes_tensor and operator.base == "optional" else "",
+    ]
+    return "; ".join(filter(None, parts)).removesuffix(".") or "as outside"
+
+
 def needs(operator: Operator) -> str:
     words = {
         "key": "random key",
@@ -84,6 +110,7 @@ def row(operator: Operator) -> str:
         " / ".join(scopes),
         needs(operator),
         injected(operator),
+        in_injection(operator),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -95,8 +122,9 @@ def formula(function: object) -> str:
 
 def page() -> str:
     head = [
-        "| operator | paper | parameters | an element needs | needs beside the models | injected |",
-        "|" + "---|" * 6,
+        "| operator | paper | parameters | an element needs | needs beside the models | injected "
+        "| in an injection |",
+        "|" + "---|" * 7,
     ]
     after = [operator_named(name) for name in AFTERWARDS]
     parts = [

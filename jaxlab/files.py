@@ -10,6 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jaxlab.errors import UserError
+
+_BESIDE = 16
+"""Bytes of a name that what is written aside, beside its place, adds to it."""
 _PACKAGE = Path(__file__).parent
 _SHIPPED = {
     "configs": (_PACKAGE / "configs", _PACKAGE.parent / "configs"),
@@ -18,13 +22,46 @@ _SHIPPED = {
 """Folders of a checkout, and where else they may be: a wheel holds the configs inside the package."""
 
 
+def named(path: str | os.PathLike[str]) -> Path:
+    """`path` with ~ and ~user for a home at its beginning, as shells have it: they leave it alone inside YAML
+    and behind an =."""
+    return Path(os.path.expanduser(path))
+
+
+def output_path(path: str | os.PathLike[str]) -> Path:
+    """`named(path)`, if something may have that name. Nothing is made.
+
+    Raises:
+      UserError: nothing can: too long, a null byte, or what leads there is no folder or closed.
+    """
+    path = named(path)
+    shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+    if "\0" in str(path):
+        raise UserError(f"{shown!r}: no name for a file or folder: it holds a null byte; choose another one")
+    try:
+        if os.path.lexists(path):
+            return path
+        os.lstat(path)
+    except FileNotFoundError:
+        there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        most = os.pathconf(there, "PC_NAME_MAX") - _BESIDE if there.exists() else 0
+        long = [part for part in path.parts if len(os.fsencode(part)) > most > 0]
+        if long:
+            raise UserError(
+                f"{shown}: a name of {len(os.fsencode(long[0]))} bytes; {most} are possible here"
+            ) from None
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be written: {error.strerror}; choose another place") from None
+    return path
+
+
 def shipped(path: str | os.PathLike[str]) -> Path:
     """`path`, or where nothing is there what is shipped under that name; the first time, stderr says so.
 
     Configs name each other, and the shipped model, by their paths in a checkout: `configs/...` and
     `jaxlab/assets/...`. So they work from any folder, and a file of the user's own goes first.
     """
-    path = Path(path)
+    path = named(path)
     if path.is_absolute() or ".." in path.parts or os.path.exists(path):
         return path
     for name, folders in _SHIPPED.items():

@@ -25,6 +25,7 @@ from jaxlab.config import (
     take_option,
 )
 from jaxlab.errors import COMMAND_LINE, ConfigError, UserError, UserNote
+from jaxlab.files import output_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +133,15 @@ def _run_config_task(task: Task, words: list[str]) -> None:
         ]
         name = Path(path).stem
         if options.sweep:
-            sweeps.run(task, name, todo, outputs=Path(options.outputs), overwrite=options.overwrite)
+            sweeps.run(task, name, todo, outputs=output_path(options.outputs), overwrite=options.overwrite)
         else:
             result = runs.run_config(
-                task, loaded[0], name, commands[0], outputs=options.outputs, overwrite=options.overwrite
+                task,
+                loaded[0],
+                name,
+                commands[0],
+                outputs=output_path(options.outputs),
+                overwrite=options.overwrite,
             )
             print(sweeps.summary(result.results))
 

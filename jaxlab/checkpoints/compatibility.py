@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlab.errors import UserError
+from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, NSAConfig, RopeConfig, SlidingAttentionConfig
 
 if TYPE_CHECKING:  # configs are compared without jax
@@ -77,6 +77,24 @@ def language_settings_apart(one: ModelConfig, other: ModelConfig) -> dict[str, t
             same = dataclasses.is_dataclass(values[0]) and type(values[0]) is type(values[1])
             found |= _fields_apart(name, *values) if same else {name: (values[0], values[1])}
     return found
+
+
+def decides_tensors(name: str, one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether a setting of `language_settings_apart` decides which tensors there are, or their shapes."""
+    import jax
+
+    from jaxlab.models import abstract_params
+
+    group = name.partition(".")[0]
+    of_attention = ("sliding_window", "layer_kinds", "sliding_rope_theta")
+    field = "position" if group == "rope" else "attention" if group in of_attention else group
+    plain = dataclasses.replace(_of_texts(one), vision=None, extra_embeddings=0)
+    try:
+        changed = dataclasses.replace(plain, **{field: getattr(_of_texts(other), field)})
+    except ConfigError:  # it fits no other setting of the first model
+        return True
+    trees = [jax.tree.map(lambda x: x.shape, abstract_params(c)) for c in (plain, changed)]
+    return bool(trees[0] != trees[1])
 
 
 def _fields_apart(group: str, one: Any, other: Any) -> dict[str, tuple[Any, Any]]:

@@ -36,6 +36,7 @@ def resolve(
     Raises:
       UserError: there is none, and the name is no hub id.
     """
+    path = os.path.expanduser(path)
     if os.path.exists(path):  # not Path.exists, which raises for names that are too long
         path = Path(path)
         is_run = (path / "model").is_dir() and not (path / CONFIG).exists()
@@ -57,7 +58,7 @@ def split_adapter(reference: str) -> tuple[str, str | None]:
     Raises:
       UserError: more than one +, or nothing beside it.
     """
-    if "+" not in reference or os.path.exists(reference):
+    if "+" not in reference or os.path.exists(os.path.expanduser(reference)):
         return reference, None
     model, _, adapter = reference.partition("+")
     if not model or not adapter or "+" in adapter:

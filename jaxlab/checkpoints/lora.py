@@ -27,6 +27,9 @@ _PLACES = (
     (r"^language_model\.", "model.language_model."),
     (r"^lm_head", "language_model.lm_head"),
 )
+_OF_LANGUAGE_MODEL = r"^(model\.)?(?=layers\.|embed_tokens\.)"
+_IN_A_VLM = ("language_model.model.", "model.language_model.", "model.text_model.")
+"""Where a VLM has what a language model by itself, and an adapter that was trained on it, call `model.`."""
 _REFUSED = (
     "use_dora",
     "lora_bias",
@@ -91,7 +94,10 @@ def merged(base: TensorFolder, adapter: str | Path, *, allow_pickle: bool = Fals
             embeddings.add(place)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise UserError(f"{adapter}: fits nothing in {base.path}: {', '.join(unknown[:3])}{more}")
+        raise UserError(
+            f"{adapter}: fits nothing in {base.path}: {', '.join(unknown[:3])}{more}"
+            + _expected(base, unknown[0])
+        )
     both = sorted(set(pairs) & set(replaced))
     if both:
         raise UserError(f"{adapter}: both changes and replaces {', '.join(both[:3])}")
@@ -152,10 +158,23 @@ def _place(base: TensorFolder, name: str) -> str | None:
     if name in base:
         return name
     candidates = {re.sub(pattern, replacement, name, count=1) for pattern, replacement in _PLACES}
+    # Layers that read images shift the numbers of the others.
+    if not (base.config.get("text_config") or {}).get("cross_attention_layers"):
+        candidates |= {re.sub(_OF_LANGUAGE_MODEL, prefix, name, count=1) for prefix in _IN_A_VLM}
     found = sorted(candidate for candidate in candidates if candidate in base)
     if len(found) > 1:
         raise UserError(f"{base.path}: the adapter's {name} may mean each of {', '.join(found)}")
     return found[0] if found else None
+
+
+def _expected(base: TensorFolder, key: str) -> str:
+    """How the base calls what an adapter's tensor may be of, for a message."""
+    module = re.sub(r"\.lora_.*", "", key).split(".")
+    ends = (f".{'.'.join(module[-n:])}.weight" for n in (2, 1))
+    like = next((name for end in ends for name in base if name.endswith(end)), None)
+    if like is None:
+        return ""
+    return f"; expected are names such as {_PREFIX}{like.removesuffix('.weight')}.lora_A.weight"
 
 
 def _patterns(config: dict[str, Any], key: str, adapter: Path) -> list[tuple[re.Pattern[str], Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxlab.errors import UserError
+from jaxlab.files import output_path
 
 MARKER = ".jaxlab-output.json"
 """In every folder written here: the names of all files that were put into it."""
@@ -25,10 +26,10 @@ def check_output(
       overwrite: whether a folder that was written here may be replaced.
 
     Raises:
-      UserError: `path` is an input, holds one or lies in one; it is a link or a file; or it is a folder that
-        exists, and `overwrite` is not set or something in it was not written here.
+      UserError: `path` is no possible name; it is an input, holds one or lies in one; it is a link or a file;
+        or it is a folder that holds something, and `overwrite` is not set or not all of it was written here.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(output_path(path)))
     if path.is_symlink():
         raise UserError(f"{path}: a link; name the folder itself")
     real = path.resolve()
@@ -44,12 +45,21 @@ def check_output(
         return path
     if not path.is_dir():
         raise UserError(f"{path}: exists already, and is no folder; choose another place")
+    if _empty(path):
+        if path.is_mount():
+            raise UserError(f"{path}: a mount point, which no folder can replace; name a folder in it")
+        return path
     if not overwrite:
         raise UserError(f"{path}: exists already; choose another place or use --overwrite")
     foreign = _foreign(path)
     if foreign is not None:
         raise UserError(f"{path}: {foreign}; --overwrite replaces only what it wrote itself")
     return path
+
+
+def _empty(folder: Path) -> bool:
+    with os.scandir(folder) as found:
+        return next(found, None) is None
 
 
 def _foreign(folder: Path) -> str | None:
@@ -165,7 +175,7 @@ def _abandoned(aside: Path) -> bool:
 
 def _swap(aside: Path, path: Path) -> None:
     """Put the folder in place; one that is there moves away first, so that a failure loses neither."""
-    if not path.exists():
+    if not path.exists() or _empty(path):  # which a folder may replace in one step
         os.rename(aside, path)
         return
     old = aside.with_name(f"{aside.name}-old")

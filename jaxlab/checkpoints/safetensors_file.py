@@ -95,7 +95,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             text, start = _header(file, size, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    entries = _entries(text, path)
+    entries, _ = _split(text, path)
     spans = {name: _span(name, entry, path) for name, entry in entries.items()}
     _check_covered({name: span[2:] for name, span in spans.items()}, size - start, path)
     return {
@@ -104,6 +104,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
         for name, (dtype, shape, begin, _) in spans.items()
     }
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What the header of a file says beside its tensors.
+
+    Raises:
+      UserError: the file is not safetensors.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            text, _ = _header(file, os.fstat(file.fileno()).st_size, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return _split(text, path)[1]
 
 
 def refuse_pointer(start: bytes, path: Path) -> None:
@@ -142,13 +157,13 @@ def _header(file: Any, size: int, path: Path) -> tuple[str, int]:
         raise UserError(f"{path}: not safetensors: its header is no UTF-8") from None
 
 
-def _entries(text: str, path: Path) -> dict[str, Any]:
-    """The header as an object from names to entries, without the metadata."""
+def _split(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The header as an object from names to entries, and its metadata."""
     header = parse_json(text, f"{path}: header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: __metadata__ of the header is not an object of strings")
-    return header
+    return header, metadata
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:

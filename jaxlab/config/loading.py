@@ -212,9 +212,12 @@ def _type_at(kind: Any, keys: Keys) -> Any:
 
 
 def _spelled_out(kind: Any, value: Any) -> Any:
-    """`value` with `{kind: word}` for each word that stands alone for a group."""
+    """`value` with `{kind: word}` for each word that stands alone for a group, or under the key that the
+    group's class names as ALONE."""
     if isinstance(value, str) and variants(kind) and str not in members(kind) and value not in choices(kind):
         return {KIND: value}
+    if isinstance(value, str) and is_config(kind) and hasattr(kind, "ALONE"):
+        return {kind.ALONE: value}
     if groups(kind) and isinstance(value, Mapping):
         return {key: _spelled_out(_type_at(kind, (key,)), item) for key, item in value.items()}
     return value
@@ -281,6 +284,8 @@ class _Builder:
             elif is_config(field.type):  # its own fields may all have defaults, and say so if not
                 values[field.name] = self.config(field.type, {}, (*keys, key), ABSENT)
             else:
+                if field.positional:
+                    raise ConfigError(f"{key.upper()} missing: name it, without a key (--help tells more)")
                 raise ConfigError(f"missing; give it as {describe(field.type)}", _dotted((*keys, key)))
         try:
             return cls(**values)

@@ -154,8 +154,9 @@ def execute_together(
 def _check_finite(tensor: PlannedTensor, count: int, allowed: bool) -> None:
     if count and not allowed:
         raise UserError(
-            f"{tensor.name}: {count} of {math.prod(tensor.shape)} values would be NaN or infinite; find them "
-            "in the inputs with `inspect --scan`, or write them with --allow-nonfinite"
+            f"{tensor.name}: {count} of {math.prod(tensor.shape)} values would be NaN or infinite; it is "
+            "the first such tensor, and ends the merge; `inspect --scan` lists all of the inputs, "
+            "--allow-nonfinite writes them"
         )
 
 

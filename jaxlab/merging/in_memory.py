@@ -10,11 +10,13 @@ import numpy as np
 from jaxlab import __version__
 from jaxlab import config as configs
 from jaxlab.checkpoints import OpenModel, entries, from_hf, open_model, tree_of
+from jaxlab.errors import UserError
 from jaxlab.files import jsonable
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.architecture import check_same_architecture
 from jaxlab.merging.engine import execute
 from jaxlab.merging.memory import Memory
+from jaxlab.merging.output import differing
 from jaxlab.merging.preparing import prepare_merge, prepared_statistics
 from jaxlab.merging.recipe import ACCOUNT, Recipe
 from jaxlab.models import Params
@@ -85,8 +87,8 @@ def verify_merged(out: Path, account: MergeAccount) -> None:
     """Checks that the model on disk is what the account says.
 
     Raises:
-      RuntimeError: it is not.
+      UserError: it is not.
     """
     wrong = account.differences(open_model(out).read())
     if wrong:
-        raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")
+        raise UserError(differing(out, wrong))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxlab.data import read_table
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.files import named
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MergeData:
 
     def files(self) -> list[Path]:
         """All of them."""
-        return [Path(name) for name in ([self.text] if isinstance(self.text, str) else self.text.values())]
+        return [named(name) for name in ([self.text] if isinstance(self.text, str) else self.text.values())]
 
     def file_of(self, role: str) -> Path:
         """The texts of one model.
@@ -45,10 +46,10 @@ class MergeData:
           ConfigError: there are none.
         """
         if isinstance(self.text, str):
-            return Path(self.text)
+            return named(self.text)
         if role not in self.text:
             raise ConfigError(f"no file for {role}", key="data.text")
-        return Path(self.text[role])
+        return named(self.text[role])
 
 
 def read_texts(path: Path, count: int) -> list[str]:

@@ -22,8 +22,10 @@ from jaxlab.checkpoints import (
     read_json,
     resumable_folder,
 )
-from jaxlab.files import jsonable
+from jaxlab.errors import UserError
+from jaxlab.files import jsonable, named
 from jaxlab.merging.account import AccountLine, MergeAccount
+from jaxlab.merging.planning import reason_of_heads
 from jaxlab.merging.preparing import Beside, Prepared, prepared_statistics
 from jaxlab.merging.recipe import ACCOUNT, InjectRecipe, MergeRecipe
 
@@ -36,6 +38,7 @@ _DIGESTS = {
     "full": "The digest is that of a list of lines sorted by name: the SHA-256 of a tensor's bytes, two "
     "spaces, its name.",
 }
+_MADE_ANEW = "it was damaged or changed since it was written; --overwrite makes it anew"
 _READ_BLOCK = 1 << 22
 
 
@@ -179,7 +182,7 @@ def prepared_digest(prepared: Prepared) -> str:
     files: list[Any] = [__version__, prepared.plan.digest()]
     recipe = prepared.recipe
     if isinstance(recipe, InjectRecipe | MergeRecipe) and (recipe.data or recipe.statistics):
-        sources = [recipe.statistics] if recipe.data is None else recipe.data.files()
+        sources = [named(recipe.statistics or "")] if recipe.data is None else recipe.data.files()
         files.append([configs.to_plain(recipe.data), *([s, *_state(s)] for s in map(str, sources))])
     for one in prepared.inputs:
         found = {tensor.file for tensor in one.found.tensors.values()}
@@ -304,15 +307,21 @@ def verify_folder(out: str | os.PathLike[str], account: MergeAccount | None = No
       How many tensors there are.
 
     Raises:
-      RuntimeError: something is not what the account says.
+      UserError: something is not what the account says, or cannot be read.
     """
     folder = open_folder(out)
     if account is None:
         account = _account_of(read_json(Path(out) / ACCOUNT))
     wrong = account.wrong({name: (t.shape, t.dtype.name, _hash(folder, name)) for name, t in folder.items()})
     if wrong:
-        raise RuntimeError(f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}")
+        raise UserError(differing(out, wrong))
     return len(folder)
+
+
+def differing(out: str | os.PathLike[str], wrong: Sequence[str]) -> str:
+    """The line about a folder whose tensors are not its account's."""
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"{out}: {len(wrong)} tensors differ from the account: {', '.join(wrong[:3])}{more}; {_MADE_ANEW}"
 
 
 def _hash(folder: TensorFolder, name: str) -> str:
@@ -324,7 +333,7 @@ def _hash(folder: TensorFolder, name: str) -> str:
         while left:
             block = file.read(min(_READ_BLOCK, left))
             if not block:
-                raise RuntimeError(f"{tensor.file}: cut off while it was read")
+                raise UserError(f"{tensor.file}: cut off while it was read; {_MADE_ANEW}")
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()
@@ -336,12 +345,26 @@ def notes_of(prepared: Prepared) -> list[str]:
     for name, values in prepared.differences.items():
         others = " and ".join(str(value) for value in dict.fromkeys(values["others"].values()))
         notes.append(f"{name}: {values['kept']} is kept, {others} is not")
+    heads = [line for line in prepared.plan.refused if line.reason == reason_of_heads(inputs[0].role)]
+    if heads:
+        injected = isinstance(prepared.recipe, InjectRecipe)
+        remedy = (
+            "; to merge heads, write the VLM with a head of its own (tie_word_embeddings: false)"
+            if injected
+            else "; to merge it, list a model with a head of its own first"
+        )
+        paths_of = {one.role: one.model.path for one in inputs}
+        roles = dict.fromkeys(role for line in heads for role in line.models)
+        owners = " and ".join(f"{role} ({paths_of[role]})" for role in roles)
+        notes.append(f"{heads[0].name} of {owners} goes nowhere, trained or not: {heads[0].reason}{remedy}")
     if isinstance(prepared.recipe, InjectRecipe):
         paths = [one.model.path.resolve() for one in inputs]
         inputs_of = [one.model.inputs for one in inputs]
         for i, one in enumerate(inputs[1:-1], 1):
             if inputs_of[i] == inputs_of[-1] or (len(inputs_of[i]) == 1 and paths[i] == paths[-1]):
                 notes.append(f"the {one.role} is the base: its task vector is zero")
+            if inputs_of[i] == inputs_of[0]:
+                notes.append(f"the {one.role} is the VLM: both are {one.model.path}")
         if paths[0] == paths[-1]:
             notes.append("the VLM is the base: its task vector is zero")
         if not any(kind.names for kind in inputs[0].found.kinds if not kind.is_language):

@@ -82,25 +82,36 @@ def _refuse(
     *,
     injected: bool,
     fields: Collection[str],
+    place: str = "",
 ) -> None:
-    if injected and name in operator.parameters:
+    key = place + name
+    if injected and name == "weight":
+        own = "an expert's weight is its lambda" if place else "the weights are lambda_v and lambda_e"
+        raise ConfigError(f"an injection has no such key; {own}", key=key)
+    if injected and name in FIXED_BY_INJECTION and name in operator.parameters:
         fixed = FIXED_BY_INJECTION[name]
         raise ConfigError(
             f"an injection has it fixed at {str(fixed).lower()}; its weights are lambda_v and lambda_e",
-            key=name,
+            key=key,
         )
+    if injected and name not in operator.parameters and name in operator_named(operator.name).parameters:
+        formula = operator.injected_formula
+        raise ConfigError(f"an injection has it from lambda_v and lambda_e; give these: {formula}", key=key)
     somewhere = name in _FOR_MERGEKIT or any(name in other.parameters for other in OPERATORS.values())
     if not somewhere and name != "weight":
         hint = suggestion(name, [*fields, *known])
-        raise ConfigError("unknown key" + (hint or f"; {_takes(operator, known)}"), key=name)
+        raise ConfigError("unknown key" + (hint or f"; {_takes(operator, known)}"), key=key)
     if mode == "paper":
-        raise ConfigError(f"{operator.name} does not use it; {_takes(operator, known)}", key=name)
+        raise ConfigError(f"{operator.name} does not use it; {_takes(operator, known)}", key=key)
     if name not in _FOR_MERGEKIT:
         warnings.warn(f"{operator.name} does not use {name}", UserNote, stacklevel=2)
 
 
 def _takes(operator: Operator, known: Mapping[str, Parameter]) -> str:
-    return f"{operator.name} takes {', '.join(known) or 'no parameters'}"
+    if known:
+        return f"{operator.name} takes {', '.join(known)}"
+    fixed = [name for name in operator.parameters if name in FIXED_BY_INJECTION]
+    return f"{operator.name} takes no parameters" + (f" ({' and '.join(fixed)} fixed)" if fixed else "")
 
 
 def described_operator(operator: Operator, mode: Mode, used: Mapping[str, Any], *, injected: bool) -> str:
@@ -174,6 +185,10 @@ def with_own_values(
     models: Sequence[str],
     place: str,
     before: int = 0,
+    *,
+    mode: Mode,
+    injected: bool,
+    fields: Collection[str] = (),
 ) -> dict[str, Any]:
     """Parameters of a recipe together with those that stand at single models, as {model: number}.
 
@@ -182,18 +197,25 @@ def with_own_values(
       models: what they are called.
       place: the key of their list, for messages.
       before: how many models stand elsewhere, before that list.
+      mode, injected, fields: see `used_of_recipe`; `fields` of what the list holds.
 
     Raises:
-      ConfigError: one that is for all models alike, or that some models lack and has no default.
+      ConfigError: one that the operator does not use or that is for all models alike, or that some models
+        lack and has no default.
     """
-    merged = dict(common)
+    known_here = open_parameters(operator, injected=injected)
+    merged, unused = dict(common), set()
     for i, values in enumerate(own):
         for name in values:
-            parameter = operator.parameters.get(name)
-            if parameter is not None and not parameter.per_model:
+            if name not in known_here:
+                at = f"{place}.{i - before}."
+                _refuse(operator, mode, name, known_here, injected=injected, fields=fields, place=at)
+                unused.add(name)
+            elif not known_here[name].per_model:
                 raise ConfigError(
                     "is one for all models; it belongs beside operator", f"{place}.{i - before}.{name}"
                 )
+    own = [{name: value for name, value in values.items() if name not in unused} for values in own]
     for name in dict.fromkeys(name for values in own for name in values):
         others = merged.get(name)
         known = operator.parameters.get(name)

@@ -384,6 +384,11 @@ def _ties(one: Input, source: Source) -> bool:
     return HEAD not in one.holders and source.name == one.holders[EMBEDDING].names[0]
 
 
+def reason_of_heads(first: str) -> str:
+    """Why the head of another model goes nowhere."""
+    return f"the {first}'s head is its embedding"
+
+
 def _refuse(
     inputs: Sequence[Input],
     rules: _Rules,
@@ -403,7 +408,7 @@ def _refuse(
                 elif kind.path in kept:
                     reason = kept[kind.path]
                 elif kind.path == HEAD and HEAD not in mine:
-                    reason = f"the {inputs[0].role}'s head is its embedding"
+                    reason = reason_of_heads(inputs[0].role)
                 else:
                     if not any(path in mine for path in kind.paths):
                         problem = f"only the {one.role} has {pattern}"

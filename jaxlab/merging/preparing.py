@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxlab import config as configs
 from jaxlab.checkpoints import OpenModel, same_tokens
 from jaxlab.errors import UserError
+from jaxlab.files import named, output_path
 from jaxlab.merging.architecture import check_same_architecture, check_vision
 from jaxlab.merging.merge_data import read_texts
 from jaxlab.merging.operators import operator_named
@@ -111,6 +112,10 @@ def prepare_merge(
         )
     if not operator_named(recipe.operator).needs_statistics:  # the others once they are measured
         check_operators(plan)
+    if recipe.statistics is not None:
+        from jaxlab.merging.statistics_file import check_statistics_file
+
+        check_statistics_file(named(recipe.statistics), recipe.operator, inputs, plan)
     if recipe.data is not None:
         for role in recipe.models_with_tasks():
             read_texts(recipe.data.file_of(role), 1)
@@ -128,15 +133,19 @@ def prepared_statistics(prepared: Prepared) -> Mapping[str, Any] | None:
         return None
     from jaxlab.merging.measuring import measure_statistics
     from jaxlab.merging.programs import check_operators
-    from jaxlab.merging.statistics import load_statistics, save_statistics
+    from jaxlab.merging.statistics_file import check_new, load_statistics, save_statistics
 
     if recipe.data is None:
         assert recipe.statistics is not None
-        found: Mapping[str, Any] = load_statistics(recipe.statistics, prepared.plan)
+        found: Mapping[str, Any] = load_statistics(
+            named(recipe.statistics), recipe.operator, prepared.inputs, prepared.plan
+        )
     else:
+        if recipe.data.save is not None:
+            check_new(output_path(recipe.data.save))
         found = measure_statistics(recipe, prepared.plan, prepared.inputs, recipe.data)
         if recipe.data.save is not None:
-            save_statistics(recipe.data.save, recipe.operator, found)
+            save_statistics(output_path(recipe.data.save), recipe.operator, prepared.inputs, found)
     check_operators(prepared.plan, found)
     return found
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -41,7 +41,9 @@ Parameters = dict[str, Number | dict[str, Number] | None]
 
 @dataclass(frozen=True)
 class Expert:
-    """One of several experts."""
+    """One of several experts; in a list also its model alone."""
+
+    ALONE: ClassVar[str] = "model"
 
     model: str
     """As `expert` of the recipe."""
@@ -114,10 +116,11 @@ class InjectRecipe:
         operator, models = named_operator(self.operator, injected=True), self.models_with_tasks()
         own = [{}, *(given_of(expert.parameters) for expert in self.experts)]
         own += [{}] * (len(models) - len(own))
+        own_keys: Any = {"mode": self.mode, "injected": True, "fields": _keys(Expert)}
         return used_of_recipe(
             operator,
             self.mode,
-            with_own_values(operator, given_of(self.parameters), own, models, "experts", 1),
+            with_own_values(operator, given_of(self.parameters), own, models, "experts", 1, **own_keys),
             models,
             injected=True,
             fields=_keys(type(self)),
@@ -148,7 +151,9 @@ class InjectRecipe:
 
 @dataclass(frozen=True)
 class WeightedModel:
-    """A model of a merge."""
+    """A model of a merge; in a list also its name alone."""
+
+    ALONE: ClassVar[str] = "model"
 
     model: str
     """A model folder, a run folder, or the config of a finished train run; model+adapter with LoRA."""
@@ -232,10 +237,11 @@ class MergeRecipe:
         """
         operator, roles = named_operator(self.operator, injected=False), self.models_with_tasks()
         own = [given_of(model.parameters) for model in self.models]
+        own_keys: Any = {"mode": self.mode, "injected": False, "fields": _keys(WeightedModel)}
         return used_of_recipe(
             operator,
             self.mode,
-            with_own_values(operator, given_of(self.parameters), own, roles, "models"),
+            with_own_values(operator, given_of(self.parameters), own, roles, "models", **own_keys),
             roles,
             injected=False,
             fields=_keys(type(self)),
@@ -281,7 +287,10 @@ def load_recipe(path: str | Path) -> "Recipe | MergekitFile":
     if is_mergekit_file(shipped(path)):
         return read_mergekit_file(shipped(path))
     source = configs.Source.of_file(path)
-    kind = str(source.tree.get("kind"))
+    if source.tree.get("kind") is None:
+        found = "missing" if source.tree else "the file holds nothing"
+        raise UserError(f"{path}: kind: {found}; a recipe begins with kind: inject or kind: merge")
+    kind = str(source.tree["kind"])
     if kind not in KINDS:
         hint = configs.suggestion(kind, KINDS) or "; there are inject and merge"
         raise UserError(f"{path}: kind: no such kind of recipe, {kind!r}{hint}")

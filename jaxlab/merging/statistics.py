@@ -1,4 +1,4 @@
-"""What operators with data need to know: measured on texts by passes of the models, or read from a file.
+"""What operators with data need to know: measured on texts by passes of the models.
 
 Everything has the name and the layout of the tensor that is merged, as the first model's checkpoint has it.
 """
@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlab.checkpoints import Entry, OpenModel, read_header, to_hf
+from jaxlab.checkpoints import Entry, OpenModel, to_hf
 from jaxlab.errors import UserError
-from jaxlab.files import write_atomic
 from jaxlab.losses import target_mask
 from jaxlab.merging.merge_data import MergeData, read_texts
 from jaxlab.merging.plan import MergePlan
@@ -188,40 +187,4 @@ def of_tensors(plan: MergePlan, each: Sequence[Mapping[str, Any]]) -> dict[str, 
             elementwise = [x is not None and x.shape[:1] == (rows.sizes[i],) for i, x in enumerate(own)]
             own = [x[rows.index(i)] if elementwise[i] else x for i, x in enumerate(own)]
         result[tensor.name] = own
-    return result
-
-
-def save_statistics(path: str | Path, operator: str, statistics: Statistics) -> None:
-    """Writes statistics into a safetensors file, whole or not at all: `model/name` for each model's.
-
-    Raises:
-      UserError: the file exists.
-    """
-    from safetensors.numpy import save
-
-    if Path(path).exists():
-        raise UserError(f"{path}: exists already; a file of statistics is never replaced")
-    tensors = {
-        f"{i}/{name}": np.ascontiguousarray(value, np.float32)
-        for name, own in statistics.items()
-        for i, value in enumerate(own)
-        if value is not None
-    }
-    write_atomic(Path(path), save(tensors, metadata={"operator": operator}))
-
-
-def load_statistics(path: str | Path, plan: MergePlan) -> dict[str, list[Any]]:
-    """The statistics that `save_statistics` wrote, for the tensors of a plan.
-
-    Raises:
-      UserError: it is no such file, or has none for these tensors.
-    """
-    stored = read_header(path)
-    result = {}
-    for tensor in plan.tensors:
-        if tensor.merging is not None:
-            own = [stored.get(f"{i}/{tensor.name}") for i in range(len(tensor.merging.sources))]
-            result[tensor.name] = [None if x is None else x.read() for x in own]
-    if all(x is None for own in result.values() for x in own):
-        raise UserError(f"{path}: has no statistics of these tensors")
     return result

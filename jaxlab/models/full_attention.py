@@ -61,12 +61,7 @@ class FullAttention(Attention):
         c, segment_ids = self.config, context.segment_ids
         cached = context.cache_slots is not None
         if c.sparsity is not None:
-            if (
-                cached
-                or (tap.probe is not None and tap.probe.streams)
-                or segment_ids is not None
-                or context.together is not None
-            ):
+            if cached or tap.probe is not None or segment_ids is not None or context.together is not None:
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
         if tap.probe is not None and tap.probe.streams:

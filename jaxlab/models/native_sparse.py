@@ -153,7 +153,7 @@ class NativeSparseAttention(Attention):
         indices, loss = self._selected(x, q, new.k_slc, context)
         if tap.wants(*BRANCH_PATTERNS, *BRANCH_OUTPUTS) or tap.patches("chosen_blocks"):
             out, chosen = self._tapped(q, new, gates, context, indices, tap)
-            return Attended(out, None, chosen, loss)
+            return Attended(out, None, chosen, selector_loss=loss)
         graphdef, weights = nnx.split((self.compress_key, self.compress_value))
 
         def core(
@@ -176,7 +176,8 @@ class NativeSparseAttention(Attention):
             unit=n.stride,
             least=n.block_len - n.stride,
         )
-        return Attended(out, None, chosen if chosen is None else tap("chosen_blocks", chosen), loss)
+        chosen = chosen if chosen is None else tap("chosen_blocks", chosen)
+        return Attended(out, None, chosen, selector_loss=loss)
 
     def _tapped(
         self,

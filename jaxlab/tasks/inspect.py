@@ -11,6 +11,7 @@ from jaxlab.app import model_folder
 from jaxlab.checkpoints import ModelReport, OpenModel, compare_for_merging, inspect_model, open_model
 from jaxlab.config import POSITIONAL
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.files import output_path
 
 if TYPE_CHECKING:
     from jaxlab.merging import Diagnosis
@@ -57,7 +58,7 @@ def run(arguments: Arguments) -> None:
     opened = {name: _open(name, arguments) for name in names}
     if arguments.merge:
         if arguments.out:
-            _check_out(Path(arguments.out), list(opened.values()))
+            _check_out(output_path(arguments.out), list(opened.values()))
         if not arguments.json:
             _describe(opened, arguments)
         _diagnose(opened, arguments)
@@ -97,7 +98,7 @@ def _diagnose(opened: dict[str, OpenModel], arguments: Arguments) -> None:
     else:
         print(diagnosis_table(found))
     if arguments.out:
-        _write(Path(arguments.out), found, quiet=arguments.json)
+        _write(output_path(arguments.out), found, quiet=arguments.json)
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxlab.app import command_line, model_folder, open_reference, reference_folders
 from jaxlab.config import POSITIONAL, REPEATED
+from jaxlab.files import output_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +62,7 @@ def run(arguments: Arguments) -> None:
         prepare_merge,
     )
 
-    recipes, out = load_recipes(arguments.recipes, arguments.sweep), Path(arguments.out)
+    recipes, out = load_recipes(arguments.recipes, arguments.sweep), output_path(arguments.out)
     if len(recipes) > 1 or arguments.sweep:
         _together(arguments, recipes, out)
         return

@@ -5,6 +5,7 @@ evaluations, unless the config says otherwise. Every point is a line of points.j
 which a search that was killed goes on.
 """
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
 from jaxlab.app import Run, command_line, model_folder
-from jaxlab.checkpoints import OpenModel, open_model
+from jaxlab.checkpoints import OpenModel, leaf_at, open_model
 from jaxlab.data import DataConfig, Source, make_source
-from jaxlab.errors import ConfigError
+from jaxlab.errors import ConfigError, UserNote
 from jaxlab.evaluation import Questions, QuestionsConfig, prepare_questions
-from jaxlab.files import write_atomic
+from jaxlab.files import write_atomic, write_json
 from jaxlab.icl import flows
 from jaxlab.merging import (
     ANSWERS,
@@ -45,6 +47,7 @@ from jaxlab.merging import (
     compare_task_vectors,
     learned_on,
     note_dequantized,
+    operator_named,
     own_answers,
     plan_injection,
     prepare_merge,
@@ -60,6 +63,10 @@ from jaxlab.merging import (
 from jaxlab.models import Params
 
 SPLITS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
+UNSAVED = "results-unsaved.json"
+"""All results, while the models are being written; results.json says that those are there too."""
+MAX_STEPS = 64
+"""Steps of the dtype by which sums in another order may move a parameter."""
 
 
 @dataclass(frozen=True)
@@ -277,8 +284,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         raise RuntimeError(f"entries were evaluated unequally often: {spent}")
     winner = max(found, key=lambda label: found[label]["best"]["score"])  # the first of equals
     recipes = {label: recipe_of(config, spaces[label], found[label]["best"]) for label in spaces}
-    _save(config, run, models, evaluator, recipes, found, winner)
-    return {
+    results = {
         "operators": found,
         "best": {"operator": winner, **found[winner]["best"]},
         "chosen_by": list(config.chosen_by),
@@ -294,6 +300,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             evaluator.merged(spaces[winner].operator, spaces[winner].point_of_row(found[winner]["best"])),
         ),
     }
+    write_json(run.path / UNSAVED, results)  # they outlive a model that cannot be written
+    _save(config, run, models, evaluator, recipes, found, winner)
+    (run.path / UNSAVED).unlink()
+    return results
 
 
 Asked = dict[str, dict[str, Questions]]
@@ -471,16 +481,40 @@ def _write(
     if models[0].form not in ("huggingface", "gguf"):
         save_merged(out, recipe, models, params, evaluator.plan.account(), overwrite=True)
         return
-    account = write_merge(
+    write_merge(
         prepare_merge(recipe, models),
         out,
         references=recipe.references(),
         command=command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify"),
         overwrite=True,
     )
-    merged = {line.name for line in evaluator.plan.account().lines if line.action == "merged"}
-    if wrong := [name for name in account.differences(params) if name in merged]:
-        raise RuntimeError(f"{out}: {len(wrong)} tensors are not those that were measured: {wrong[0]}")
+    # Leaf by leaf: names of tensors depend on the layout of the VLM's folder.
+    written = open_model(out).read()
+    scope = operator_named(recipe.operator).scope(recipe.mode, recipe.options())
+    paths = [path for entry in evaluator.plan.merged for path in entry.paths]
+    apart = {".".join(path): _apart(leaf_at(written, path), leaf_at(params, path)) for path in paths}
+    sums = scope in ("tensor", "matrix", "model")  # over tensors that are whole here and in blocks there
+    if wrong := [name for name, steps in apart.items() if steps > (MAX_STEPS if sums else 0)]:
+        raise RuntimeError(f"{out}: {len(wrong)} parameters are not those that were measured: {wrong[0]}")
+    if rounded := [name for name, steps in apart.items() if steps]:
+        warnings.warn(
+            f"{out}: {recipe.operator} sums over whole tensors, and {len(rounded)} parameters were rounded "
+            f"otherwise when they were measured: {rounded[0]}",
+            UserNote,
+            stacklevel=2,
+        )
+
+
+def _apart(one: Any, other: Any) -> float:
+    """The largest distance in steps of the dtype at the largest value; inf: another dtype or shape."""
+    a, b = np.asarray(one), np.asarray(other)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return np.inf
+    if a.tobytes() == b.tobytes():
+        return 0.0
+    step = float(jnp.finfo(a.dtype).eps) * float(np.abs(a).max().astype(np.float64))
+    distance = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
+    return float(distance / step) if distance and step else float(np.inf if distance else 1)
 
 
 def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectRecipe:

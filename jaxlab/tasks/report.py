@@ -1,11 +1,10 @@
 """Task `report`: one HTML page from the files of run folders."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 from jaxlab.config import POSITIONAL
-from jaxlab.files import write_atomic
+from jaxlab.files import output_path, write_atomic
 from jaxlab.reporting import read_runs, render
 
 
@@ -20,7 +19,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    out = Path(arguments.out)
+    out = output_path(arguments.out)
     if out.suffix not in (".html", ".htm"):
         out = out.with_name(f"{out.name}.html")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,27 @@ def test_names_in_memory_find_those_on_disk(base, tmp_path, module):
     np.testing.assert_allclose(found[place].read(), BASE[place] + 3 * update, rtol=1e-5)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model.text_model."])
+def test_an_adapter_of_a_vlm_s_language_model(tmp_path, prefix):
+    """Trained on the language model by itself; vision has layers of the same names."""
+    end = "layers.0.self_attn.q_proj.weight"
+    weights = {prefix + end: drawn(6, 4), f"vision_tower.vision_model.encoder.{end}": drawn(6, 4)}
+    planned = [Planned(name, x.dtype, x.shape, lambda x=x: x) for name, x in weights.items()]
+    tensors, update = pair("model.layers.0.self_attn.q_proj", 6, 4)
+    path = adapter(tmp_path / "a", tensors)
+    write_folder(tmp_path / "vlm", planned, config={})
+    found = merged(open_folder(tmp_path / "vlm"), path)
+    np.testing.assert_allclose(found[prefix + end].read(), weights[prefix + end] + 3 * update, rtol=1e-5)
+    (other,) = set(weights) - {prefix + end}
+    assert found[other].read().tobytes() == weights[other].tobytes()
+    # Where layers that read images shift the numbers, the name means nothing.
+    write_folder(tmp_path / "mllama", planned, config={"text_config": {"cross_attention_layers": [3]}})
+    with pytest.raises(
+        UserError, match=r"fits nothing in .*; expected are names such as base_model\.model\."
+    ):
+        merged(open_folder(tmp_path / "mllama"), path)
+
+
 def test_patterns_are_for_names_in_memory(base, tmp_path):
     module = "model.language_model.layers.0.self_attn.k_proj"
     tensors, update = pair(module, 3, 4)

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from jaxlab.checkpoints import output_folder
+from jaxlab.checkpoints import output_folder, resolve, split_adapter
 from jaxlab.checkpoints.output_folder import MARKER, check_output, write_aside
 from jaxlab.errors import UserError
+from jaxlab.files import shipped
 
 
 def write(path, text="new", **options):
@@ -159,3 +160,51 @@ def test_what_came_to_the_place_meanwhile_stays(made):
         write_while_another_does(made / "new")
     assert (made / "new" / "b").read_text() == "precious"
     assert [p.name for p in made.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a" * 300, "a name of 300 bytes|File name too long"),
+        ("a" * 250, "a name of 250 bytes"),  # what is written beside it has a longer name
+        ("missing/" + "a" * 300, "a name of 300 bytes"),
+        ("a/" * 3000, "File name too long"),
+        ("a\0b", "a null byte"),
+        ("file/inner", "Not a directory"),
+    ],
+)
+def test_what_cannot_be_a_name_is_refused_in_one_line(made, name, message):
+    before = everything(made)
+    with pytest.raises(UserError, match=message) as caught:
+        check_output(made / name)
+    assert "\n" not in str(caught.value)
+    assert everything(made) == before
+
+
+def test_a_tilde_is_the_home_as_in_a_shell(made, monkeypatch):
+    monkeypatch.setenv("HOME", str(made))
+    assert check_output("~/new") == made / "new"
+    assert resolve("~/input") == made / "input"
+    assert split_adapter("~/input") == ("~/input", None)
+    assert shipped("~/input") == made / "input"
+
+
+def test_an_empty_folder_is_filled_at_once_or_not_at_all(made, monkeypatch):
+    (made / "empty").mkdir()
+
+    def fail():
+        with write_aside(made / "empty") as folder:
+            (folder / "a").write_text("new")
+            assert not list((made / "empty").iterdir())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list((made / "empty").iterdir())
+    write(made / "empty")
+    assert (made / "empty" / "a").read_text() == "new"
+    assert {p.name for p in made.iterdir()} == {"input", "link", "other", "file", "nowhere", "ours", "empty"}
+    (made / "mount").mkdir()
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path.name == "mount")
+    with pytest.raises(UserError, match="a mount point"):
+        write(made / "mount")

@@ -222,7 +222,7 @@ def test_the_folder_is_the_first_models(place, tmp_path):
         byte = opened.read(1)
         opened.seek(tensor.offset + 3)
         opened.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(RuntimeError, match=r"1 tensors differ from the account: model\.norm\.weight"):
+    with pytest.raises(UserError, match=r"1 tensors differ from the account: model\.norm\.weight"):
         verify_folder(out, account)
 
 

@@ -15,8 +15,10 @@ from jaxlab.merging import (
     InjectRecipe,
     MergeRecipe,
     Rule,
+    check_same_architecture,
     load_recipe,
     merge_tensors,
+    notes_of,
     operator_named,
     prepare_merge,
     tensor_key,
@@ -211,8 +213,20 @@ def test_every_operator_without_data_is_injected(place, tmp_path, operator, caps
     [
         ({"operator": "ties"}, "density: ties needs it: one value, or one for each of vlm, expert"),
         ({"operator": "nearswap"}, "t: nearswap needs it"),
-        ({"operator": "slerp", "t": 0.5}, "t: an injection has it fixed|t: slerp does not use it"),
-        ({"density": 0.5}, "density: task_arithmetic does not use it; task_arithmetic takes no parameters"),
+        ({"operator": "slerp", "t": 0.5}, "t: an injection has it from lambda_v and lambda_e; give these: "),
+        ({"weight": 0.5}, "weight: an injection has no such key; the weights are lambda_v and lambda_e"),
+        ({"expert": "", "experts": [{"model": "a"}, {"model": "x", "weight": 0.3}]},
+         "experts.1.weight: an injection has no such key; an expert's weight is its lambda"),
+        ({"expert": "", "experts": [{"model": "x", "density": 0.3}]}, "experts.0.density: task_arithmetic d"),
+        ({"operator": "ties+ties", "density": 0.5}, "'ties' cannot follow an operator; .*svc.* can"),
+        ({"operator": "ties+", "density": 0.5}, r"ties\+: nothing follows the \+; .*svc.* can"),
+        ({"density": 0.5}, "density: task_arithmetic does not use it; .* no parameters .normalize and "),
+        ({"operator": "layer_swap", "bottom": -1}, "bottom: must be 0 or more, is -1"),
+        ({"operator": "wudi", "steps": -1}, "steps: must be 0 or more, is -1"),
+        ({"operator": "wudi", "learning_rate": -0.1}, "learning_rate: must be 0 or more, is -0.1"),
+        ({"operator": "optmerge", "momentum": 2.0}, "momentum: must be between 0 and 1, is 2"),
+        ({"operator": "karcher", "max_iter": 0}, "max_iter: must be 1 or more, is 0"),
+        ({"operator": "consensus_ta", "k": 0}, "k: must be 1 or more, is 0"),
         ({"normalize": True}, "normalize: an injection has it fixed at false; its weights are lambda_v and"),
         ({"operator": "ties", "densty": 0.5}, "densty: unknown key; did you mean density"),
         ({"lambda_x": 0.5}, "lambda_x: unknown key; did you mean lambda_[ve]"),
@@ -247,7 +261,9 @@ def test_mistakes_in_an_injection(place, change, message):
         ({"operator": "linear", "base": None, "density": 1}, "density: linear does not use it; linear tak"),
         ({"operator": "ties", "k": 2}, "k: ties does not use it; ties takes density, "),
         ({"models": [{"model": "x", "lambda": 2.0}]}, "models.0.lambda: is one for all models; it be"),
-        ({"models": [{"model": "x", "wieght": 2.0}]}, "wieght: unknown key"),
+        ({"models": [{"model": "x", "wieght": 2.0}]}, "models.0.wieght: unknown key; did you mean weight"),
+        ({"operator": "linear", "base": None, "models": [{"model": "x", "density": 0.5}]},
+         "models.0.density: linear does not use it"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_merge(place, change, message):
@@ -258,10 +274,40 @@ def test_mistakes_in_a_merge(place, change, message):
 def test_mergekit_tolerates_what_it_does_not_use(place):
     with pytest.warns(UserNote, match="linear does not use density"):
         merging(place, operator="linear", base=None, mode="mergekit", density=0.5)
+    with pytest.warns(UserNote, match="linear does not use density"):
+        merging(
+            place, models=[{"model": "x", "density": 0.5}, "y"], operator="linear", base=None, mode="mergekit"
+        )
     recipe = merging(place, mode="mergekit", int8_mask=True)
     assert recipe.options() == {}
     with pytest.raises(ConfigError, match="unknown key"):
         merging(place, mode="mergekit", weigth=0.5)
+
+
+def test_a_model_may_stand_alone_in_a_list(place):
+    assert merging(place, models=["a", {"model": "b"}]) == merging(place, models=[{"model": "a"}, "b"])
+    several = injection(place, expert="", experts=["a", {"model": "b", "lambda": 0.1}])
+    assert [one.model for one in several.experts] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "kind: the file holds nothing; a recipe begins with kind: inject or kind: merge"),
+        ("# all commented out\n", "kind: the file holds nothing"),
+        ("kind:\nvlm: x\n", "kind: missing; a recipe begins with kind: inject or kind: merge"),
+        ("kind: injct\n", "kind: no such kind of recipe, 'injct'; did you mean inject"),
+    ],
+)
+def test_a_recipe_has_a_kind(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_merge_of_nothing_asks_for_a_recipe(capsys):
+    assert main(["merge"]) == 2
+    assert "RECIPES missing: name it, without a key" in capsys.readouterr().err
 
 
 def test_a_recipe_is_written_as_it_is_read(place, tmp_path, capsys):
@@ -278,6 +324,15 @@ def test_a_recipe_is_written_as_it_is_read(place, tmp_path, capsys):
     assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 2
     line = next(i for i, text in enumerate(dump(recipe).splitlines(), 1) if text.startswith("density"))
     assert f"r.yaml:{line}: gamma: ties does not use it" in capsys.readouterr().err
+
+
+def test_a_vlm_that_is_its_own_expert_is_noted(place):
+    def notes(recipe):
+        return notes_of(prepare_merge(recipe, [open_model(one) for one in recipe.references()]))
+
+    found = notes(injection(place, expert=str(place / "one")))
+    assert f"the expert is the VLM: both are {place / 'one'}" in found
+    assert not any("both are" in note for note in notes(injection(place)))
 
 
 def test_a_pattern_that_matches_nothing(place):
@@ -306,6 +361,10 @@ def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, ca
     error = capsys.readouterr().err
     assert "rope.theta is 1000000.0 in one, 10000.0 in the other" in error
     assert "say so with differences: {rope.theta: vlm}" in error
+    (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.thta": "vlm"}}))
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "differences: {rope.theta: vlm} (without 'rope.thta', in which they do not differ)" in error
     (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "vlm"}}))
     with pytest.warns(UserNote, match="rope.theta: 1000000.0 is kept, 10000.0 is not"):
         assert run() == 0
@@ -322,6 +381,29 @@ def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, ca
     (tmp_path / "r.yaml").write_text(json.dumps({**lines, "differences": {"rope.theta": "expert"}}))
     assert run("again") == 2
     assert "differences.rope.theta: expected vlm, found expert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "waived"),
+    [
+        ({"rms_norm_eps": 0.1}, True),
+        ({"sliding_window": 4, "model_type": "mistral"}, True),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, False),
+        ({"num_hidden_layers": 1, "rms_norm_eps": 0.1}, False),
+        ({"attention_bias": True}, False),
+    ],
+)
+def test_only_what_a_recipe_can_waive_is_offered(tmp_path, change, waived):
+    llama(tmp_path / "one", 0)
+    llama(tmp_path / "two", 1)
+    path = tmp_path / "two" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    models = [open_model(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(UserError, match="say so with" if waived else "merge models of one architecture") as e:
+        check_same_architecture(models)
+    if waived:
+        names = str(e.value).partition("differences: {")[2].rstrip("}").split(", ")
+        assert check_same_architecture(models, [name.partition(":")[0] for name in names])
 
 
 def test_several_experts(place, tmp_path):
@@ -360,7 +442,7 @@ def test_several_experts(place, tmp_path):
             planned(recipe)
     with pytest.raises(ConfigError, match="experts: expert is given too"):
         injection(place, experts=experts)
-    with pytest.raises(ConfigError, match="t: task_arithmetic does not use it"):
+    with pytest.raises(ConfigError, match=r"experts\.1\.t: task_arithmetic does not use it"):
         injection(place, expert="", experts=[experts[1], {"model": "x", "t": 0.1}])
 
 

@@ -396,6 +396,9 @@ def test_by_depth():
     close(ours("expo", alpha=0.5, weight=WEIGHTS.tolist()), want)
     with pytest.raises(UserError, match="layer_swap depends on depth"):
         ours("layer_swap", [first, second], bottom=1)
+    for bottom, top in ((5, 0), (1, 1), (0, 2)):
+        with pytest.raises(UserError, match=f"bottom {bottom} and top {top} leave none of 2 layers"):
+            ours("layer_swap", [first, second], bottom=bottom, top=top, layer=0, num_layers=2)
 
 
 def test_adamerging_learns_what_makes_predictions_sure():

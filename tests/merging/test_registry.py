@@ -21,7 +21,7 @@ from jaxlab.merging import (
     operator,
     operator_named,
 )
-from jaxlab.merging.operators.registry import Bounds, InMergekit, PerModel, Scalar
+from jaxlab.merging.operators.registry import Bounds, InMergekit, NotInjected, PerModel, Scalar
 from jaxlab.models import ModelConfig, abstract_params
 
 DOCS = Path(__file__).parents[2] / "docs" / "merge_operators.md"
@@ -62,6 +62,13 @@ def test_the_list_of_the_docs_is_what_the_declarations_say():
         assert entry.source in line
         for parameter in entry.parameters:
             assert f"`{parameter}` " in line
+        if not isinstance(entry.injection, NotInjected):
+            cell = line.split(" | ")[-1]
+            fixed = re.search(r"fixed: ([^;|]*)", cell)
+            closed = set(entry.parameters) & {"lambda", "normalize"}
+            assert set(re.findall(r"`(\w+)`", fixed[1] if fixed else "")) == closed, name
+            for parameter in entry.for_injection.parameters.values():
+                assert (f"must be given: `{parameter.name}`" in cell) == parameter.asked, name
         formula = next(line for line in page.splitlines() if line.startswith(f"- `{name}`:"))
         assert len(formula) > 40
 
@@ -143,3 +150,20 @@ def test_an_operator_without_weights_is_injected_by_scaling(table):
     assert set(np.asarray(injected["layers"]["mlp"]["up"]).ravel().tolist()) == {1 + 0.5 + 0.5}
     with pytest.raises(UserError, match="has none"):
         Method.of("first", density=0.5)
+
+
+def test_what_the_docs_say_of_injections_is_so(table):
+    """Linear is task arithmetic; slerp's t is what its row says."""
+    config = ModelConfig(vocab_size=5, width=4, num_layers=1, num_heads=1, mlp_width=4)
+    trio = [
+        jax.tree.map(lambda x, s=s: jax.random.normal(jax.random.key(s), x.shape), abstract_params(config))
+        for s in range(3)
+    ]
+    results = {}
+    for name in ("linear", "task_arithmetic", "slerp"):
+        found, _ = inject(*trio, operator=name, lambda_v=0.25, lambda_e=0.75)
+        results[name] = found["layers"]["mlp"]["up"]
+    np.testing.assert_array_equal(results["linear"], results["task_arithmetic"])
+    vlm, expert, base = (one["layers"]["mlp"]["up"][0] for one in trio)
+    want = base + merge_tensors("slerp", [vlm - base, expert - base], t=0.75)
+    np.testing.assert_allclose(results["slerp"][0], want, rtol=1e-5, atol=1e-6)

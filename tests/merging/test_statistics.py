@@ -1,11 +1,14 @@
 """Operators with data, from a recipe: what is measured is what its definition says, and a file keeps it."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from jaxlab.checkpoints import open_model
@@ -14,7 +17,9 @@ from jaxlab.config import build
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging import InjectRecipe, MergeData, MergeRecipe, merge_tensors, prepare_merge
 from jaxlab.merging.measuring import measure_statistics
+from jaxlab.merging.preparing import prepared_statistics
 from jaxlab.merging.statistics import gradient_statistics, gram_matrices, read_texts, text_batches
+from jaxlab.merging.statistics_file import save_statistics
 from jaxlab.models import activations, forward
 from jaxlab.tasks import main
 from tests.merging.test_engine import llama
@@ -233,3 +238,72 @@ def test_data_that_do_not_fit(place, tmp_path):
     inputs = prepare_merge(recipe, [open_model(place / "vlm")])
     with pytest.raises(UserError, match="linear is not measured on data here"):
         measure_statistics(recipe, inputs.plan, inputs.inputs, MergeData(text=str(place / "all.txt")))
+
+
+def kept(place, tmp_path, operator="fisher"):
+    """A file of statistics, all ones, of the trio; and the injection that takes it, as a mapping."""
+    roles = {role: str(place / role) for role in ("vlm", "expert", "base")}
+    recipe = build(
+        InjectRecipe, {**roles, "operator": operator, "statistics": str(tmp_path / "s.safetensors")}
+    )
+    without = build(InjectRecipe, {**roles, "operator": "task_arithmetic"})
+    prepared = prepare_merge(without, [open_model(r) for r in without.references()])
+    shapes = {t.name: t.shape for t in prepared.plan.tensors if t.merging is not None}
+    found = {name: [np.ones(shape, np.float32)] * 2 for name, shape in shapes.items()}
+    save_statistics(tmp_path / "s.safetensors", operator, prepared.inputs, found)
+    return recipe
+
+
+def test_kept_statistics_are_of_one_operator_and_these_models(place, tmp_path, capsys):
+    recipe = kept(place, tmp_path)
+
+    def merge(**change):
+        lines = {"kind": "inject", **as_plain(recipe), **change}
+        (tmp_path / "r.yaml").write_text(json.dumps(lines))
+        status = main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out"), "--check"])
+        error = capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        return status, error
+
+    assert merge() == (0, "")
+    assert merge(operator="fisher+svc") == (0, "")
+    for operator in ("regmean", "adamerging", "trust_region"):
+        status, error = merge(operator=operator)
+        assert (status, error.count("\n")) == (2, 1)
+        assert f"holds statistics for fisher (of vlm {place / 'vlm'}, expert" in error
+        assert f"not for {operator}" in error
+    status, error = merge(expert=str(place / "vlm"))
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"its expert {place / 'expert'} is another model than {place / 'vlm'}" in error
+    several = [{"model": str(place / role)} for role in ("expert", "vlm")]
+    status, error = merge(expert="", experts=several)
+    assert status == 2
+    assert "here are vlm, expert 1, expert 2, base" in error
+    # A copy under another name is the same model; one of whose weights has changed is not.
+    shutil.copytree(place / "expert", tmp_path / "copy")
+    assert merge(expert=str(tmp_path / "copy")) == (0, "")
+    (file,) = (tmp_path / "copy").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert merge(expert=str(tmp_path / "copy"))[0] == 2
+
+
+def test_kept_statistics_have_the_shapes_that_their_operator_takes(place, tmp_path):
+    recipe = kept(place, tmp_path, "regmean")  # which takes [in, in]
+    with pytest.raises(UserError, match=r"regmean takes float32 \[\d+, \d+\] here"):
+        prepare_merge(recipe, [open_model(r) for r in recipe.references()])
+    plain = tmp_path / "plain.safetensors"
+    save_file({f"0/{UP}": np.ones((2, 2), np.float32)}, plain, metadata={"operator": "regmean"})
+    other = dataclasses.replace(recipe, statistics=str(plain))
+    with pytest.raises(UserError, match="does not say of which operator and models"):
+        prepare_merge(other, [open_model(r) for r in other.references()])
+
+
+def test_a_file_of_statistics_that_exists_is_refused_before_they_are_measured(place, tmp_path, monkeypatch):
+    (tmp_path / "there").write_text("mine")
+    for save in (tmp_path / "there", tmp_path / "no" / "folder"):
+        recipe = injection(place, "fisher", data={"save": str(save)})
+        prepared = prepare_merge(recipe, [open_model(r) for r in recipe.references()])
+        monkeypatch.setattr("jaxlab.merging.measuring.measure_statistics", lambda *_: pytest.fail("measured"))
+        with pytest.raises(UserError, match=r"exists already|no folder"):
+            prepared_statistics(prepared)
+    assert (tmp_path / "there").read_text() == "mine"

@@ -100,7 +100,7 @@ def test_merge_injects_writes_and_verifies(folder, tmp_path, capsys):
     assert written["recipe"]["operator"] == "ties"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     # A model that is not the account's is found.
-    with pytest.raises(RuntimeError, match=r"tensors differ from the account: model\.layers"):
+    with pytest.raises(UserError, match=r"tensors differ from the account: model\.layers"):
         verify_merged(folder / "vlm", account)
 
 

@@ -59,6 +59,13 @@ def test_a_sweep_has_the_bits_of_its_merges(desk, monkeypatch, capsys):
     assert main([*words, "--verify"]) == 0
     assert not read
     assert capsys.readouterr().out.count("done before") == 2
+    # Damaged since: told in one line.
+    path = max((desk / "all" / "slerp").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    assert main([*words, "--verify"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "slerp: 1 tensors differ from the account" in line
+    assert "--overwrite makes it anew" in line
     # Not of the same plan: refused, in one line, and nothing is begun.
     (desk / "slerp.yaml").write_text(text.replace("lambda_e: 0.5", "lambda_e: 0.1"))
     assert main(words) == 2

@@ -13,6 +13,7 @@ from jaxlab.merging import (
     MergeRecipe,
     inject_by_recipe,
     merge_tensors,
+    notes_of,
     prepare_merge,
     read_trio,
     tensor_key,
@@ -164,7 +165,9 @@ def test_tied_and_untied_heads_merge(tmp_path, first):
     llama(tmp_path / "untied", 2, dtype=np.float32)
     names = ["tied", "untied"] if first == "tied" else ["untied", "tied"]
     models = [{"model": str(tmp_path / name)} for name in names]
-    got, account = written(build(MergeRecipe, {"models": models, "operator": "linear"}), tmp_path / "out")
+    recipe = build(MergeRecipe, {"models": models, "operator": "linear"})
+    got, account = written(recipe, tmp_path / "out")
+    notes = notes_of(prepare_merge(recipe, [open_model(tmp_path / name) for name in names]))
     tied, untied = open_folder(tmp_path / "tied"), open_folder(tmp_path / "untied")
     mean = (tied[EMBED].read() + untied[EMBED].read()) / 2
     np.testing.assert_allclose(got[EMBED], mean, rtol=1e-6)
@@ -174,7 +177,11 @@ def test_tied_and_untied_heads_merge(tmp_path, first):
         assert [(line.name, line.reason) for line in refused] == [
             (HEAD, "the model 0's head is its embedding")
         ]
+        (note,) = notes
+        assert f"{HEAD} of model 1 ({tmp_path / 'untied'}) goes nowhere" in note
+        assert "list a model with a head of its own first" in note
     else:
+        assert notes == []
         np.testing.assert_allclose(got[HEAD], (tied[EMBED].read() + untied[HEAD].read()) / 2, rtol=1e-6)
 
 

@@ -219,8 +219,11 @@ def test_what_an_absent_branch_would_do_is_not_done():
 
 def test_flows_know_one_selector():
     config = make_config("nsa_min_max")
+    blocked = np.zeros((config.num_layers, 1, 4), bool)
     with pytest.raises(ValueError, match="know no selector of NSA but compressed"):
-        forward(draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config, probe=Probe())
+        forward(
+            draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config, probe=Probe(blocked=blocked)
+        )
 
 
 def test_tokens_without_a_row_are_refused_where_they_are_known():

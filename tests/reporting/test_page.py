@@ -2,6 +2,7 @@
 
 import html
 import html.parser
+import json
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from jaxlab.errors import UserError
 from jaxlab.reporting import next_steps, plots, render
 from jaxlab.reporting.folders import read_runs
 from jaxlab.reporting.markup import Markup, join, tag
+from jaxlab.reporting.papers.label_words.prompt_widget import SCRIPT
 from jaxlab.tasks import TASKS, main
 from tests.reporting import made
 
@@ -30,6 +32,7 @@ class Reader(html.parser.HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.open: list[str] = []
+        self.scripts: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, name, attributes):
@@ -44,7 +47,12 @@ class Reader(html.parser.HTMLParser):
         assert self.open.pop() == name
 
     def handle_data(self, data):
-        self.words.append(data)
+        if self.open[-1:] != ["script"]:
+            self.words.append(data)
+        elif self.tags[-1] == ("script", {"type": "application/json"}):
+            self.words.append(str(json.loads(data)))
+        else:
+            self.scripts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +79,10 @@ def whole_page(everything) -> str:
 def check_self_contained(page: str) -> Reader:
     reader = Reader(page)
     assert not reader.open
+    for script in reader.scripts:  # nothing runs but what draws figure 1
+        assert script == SCRIPT or re.fullmatch(r'flowFigure\(document.getElementById\("[\w-]+"\)\);', script)
     for name, attributes in reader.tags:
-        assert name not in ("script", "link", "iframe", "object", "embed", "base", "foreignobject"), name
+        assert name not in ("link", "iframe", "object", "embed", "base", "foreignobject"), name
         for key in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
             value = attributes.get(key)
             assert value is None or value.startswith(("#", "data:image/png;base64,")), (name, key, value[:80])

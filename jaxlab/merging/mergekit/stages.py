@@ -180,7 +180,7 @@ def stage_folder(out: Path, name: str) -> Path:
 def _write_stage(stage: Stage, folder: Path, **options: Any) -> None:
     digest, said = prepared_digest(stage.prepared), folder.with_name(f"{folder.name}.json")
     if folder.is_dir() and said.is_file():
-        with contextlib.suppress(UserError, RuntimeError, KeyError):
+        with contextlib.suppress(UserError, KeyError):
             if read_json(said)["digest"] == digest and verify_folder(folder) > 0:
                 return
     write_merge(stage.prepared, folder, references=stage.references, overwrite=True, **options)

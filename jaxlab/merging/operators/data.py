@@ -3,7 +3,7 @@ them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxlab.errors import UserError
 from jaxlab.merging.numerics import F32, divide, multiply, round_to, total
 from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.optimized import Moments, adam
-from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.registry import Bounds, NotNegative, Scalar, Vectors, Weights, operator
 
 
 def _one_for_each(name: str, statistics: Any, count: int, what: str) -> list[Any]:
@@ -28,7 +28,7 @@ def fisher(
     task_vectors: Vectors,
     weights: Weights,
     *,
-    minimum: Scalar = 1e-6,
+    minimum: Annotated[Scalar, NotNegative] = 1e-6,
     statistics: Any,
     dtype: jnp.dtype,
 ) -> Float[Array, "*shape"]:
@@ -79,8 +79,8 @@ def regmean(
     task_vectors: Vectors,
     weights: Weights,
     *,
-    reduction: Scalar = 0.9,
-    ridge: Scalar = 1e-6,
+    reduction: Annotated[Scalar, Bounds(0.0, 1.0)] = 0.9,
+    ridge: Annotated[Scalar, NotNegative] = 1e-6,
     statistics: Any,
 ) -> Float[Array, "*shape"]:
     """The linear map nearest to all models' on their own inputs: W = (sum_i W_i G_i) (sum_i G_i)^-1 with the
@@ -103,8 +103,8 @@ def regmean_plusplus(
     task_vectors: Vectors,
     weights: Weights,
     *,
-    reduction: Scalar = 0.9,
-    ridge: Scalar = 1e-6,
+    reduction: Annotated[Scalar, Bounds(0.0, 1.0)] = 0.9,
+    ridge: Annotated[Scalar, NotNegative] = 1e-6,
     statistics: Any,
 ) -> Float[Array, "*shape"]:
     """RegMean, formula and all, whose Gram matrices are of what a layer's input is after the *merged* layers

@@ -10,6 +10,7 @@ from jaxlab.merging.numerics import divide, multiply, round_to, total
 from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.registry import (
     NonzeroSum,
+    NotNegative,
     Scalar,
     Vectors,
     Weights,
@@ -23,9 +24,9 @@ def layer_swap(
     task_vectors: Vectors,
     weights: Weights,
     *,
-    bottom: int,
-    top: int = 0,
-    transition: int = 0,
+    bottom: Annotated[int, NotNegative],
+    top: Annotated[int, NotNegative] = 0,
+    transition: Annotated[int, NotNegative] = 0,
     layer: int | Int[Array, ""],
     num_layers: int,
     dtype: jnp.dtype,
@@ -35,10 +36,14 @@ def layer_swap(
     (arXiv 2410.01335, sec. 3.2). Each is base + w_i d_i.
 
     Raises:
-      UserError: not two models.
+      UserError: not two models, no layer left for the second.
     """
     if len(task_vectors) != 2:
         raise UserError(f"layer_swap takes two models, not {len(task_vectors)}")
+    if bottom + top >= num_layers:
+        raise UserError(
+            f"layer_swap: bottom {bottom} and top {top} leave none of {num_layers} layers to the second"
+        )
     layer = jnp.asarray(layer, jnp.int32)
     outer = (layer < bottom) | (layer >= num_layers - top)
     edge = ((layer < bottom + transition) & (bottom > 0)) | (

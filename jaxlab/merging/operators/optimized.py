@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.merging.numerics import F32, divide, dot, multiply, round_to, total
-from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.registry import Bounds, NotNegative, Scalar, Vectors, Weights, operator
 from jaxlab.merging.operators.spectral import mean_of_weighted, svd
 
 Moments = tuple[Array, Array]
@@ -54,8 +55,8 @@ def wudi(
     task_vectors: Vectors,
     weights: Weights,
     *,
-    steps: int = 300,
-    learning_rate: Scalar = 1e-5,
+    steps: Annotated[int, NotNegative] = 300,
+    learning_rate: Annotated[Scalar, NotNegative] = 1e-5,
     lambda_: Scalar = 1.0,
     dtype: jnp.dtype,
 ) -> Float[Array, "*shape"]:
@@ -77,9 +78,9 @@ def optmerge(
     task_vectors: Vectors,
     weights: Weights,
     *,
-    steps: int = 300,
-    learning_rate: Scalar = 1e-4,
-    momentum: Scalar = 0.9,
+    steps: Annotated[int, NotNegative] = 300,
+    learning_rate: Annotated[Scalar, NotNegative] = 1e-4,
+    momentum: Annotated[Scalar, Bounds(0.0, 1.0)] = 0.9,
     lambda_: Scalar = 1.0,
     dtype: jnp.dtype,
 ) -> Float[Array, "*shape"]:

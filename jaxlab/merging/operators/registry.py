@@ -84,6 +84,9 @@ class Asked:
 Densities = Annotated[Density | Sequence[Density], PerModel(), Bounds(0.0, 1.0), Counted(), Asked()]
 """The share of each task vector that is kept."""
 
+NotNegative = Bounds(0.0, float("inf"))
+AtLeastOne = Bounds(1.0, float("inf"))
+
 StaticShare = Annotated[float, Bounds(0.0, 1.0), Static()]
 
 REQUIRED: Any = inspect.Parameter.empty
@@ -191,6 +194,8 @@ class Parameter:
             if isinstance(bounds, Bounds):
                 for number in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(number, float | int) and not bounds.low <= number <= bounds.high:
+                        if bounds.high == float("inf"):
+                            return f"must be {bounds.low:g} or more, is {number}"
                         return f"must be between {bounds.low:g} and {bounds.high:g}, is {number}"
         return None
 
@@ -283,6 +288,11 @@ class Operator:
         if not defaults:
             return "unused"
         return "optional" if all(default is None for default in defaults) else "required"
+
+    @property
+    def injected_formula(self) -> str | None:
+        """What a function says that takes the operator's place in an injection."""
+        return inspect.getdoc(self.injection) if inspect.isfunction(self.injection) else None
 
     @property
     def random(self) -> bool:
@@ -502,7 +512,9 @@ def operator_named(method: str, kind: str = "merge method") -> Operator:
         return entry
     for name in following:
         if name not in AFTERWARDS:
-            raise UserError(f"{name!r} cannot follow a {kind}; {', '.join(AFTERWARDS)} can")
+            article = "an" if kind[0] in "aeiou" else "a"
+            what = f"{name!r} cannot follow {article} {kind}" if name else f"{method}: nothing follows the +"
+            raise UserError(f"{what}; {', '.join(AFTERWARDS)} can")
     if entry.of_models or entry.per_task:
         kind = "makes a model for each task" if entry.per_task else "merges models, not task vectors"
         raise UserError(f"{first} {kind}: nothing can follow it")

@@ -48,7 +48,7 @@ def arc_between(models: Vectors, *, base: Float[Array, "*shape"] | None = None, 
 
 
 def along_the_arc(arc: Arc, weights: Weights) -> Float[Array, "*shape"]:
-    """An injection: weights (a, b) are the fraction b / (a + b) of the arc, a + b times as far out."""
+    """t = lambda_e / (lambda_v + lambda_e), lambda_v + lambda_e times as far out."""
     reach = total(list(weights), F32)
     t = jnp.where(reach == 0, 0.0, weights[1] / jnp.where(reach == 0, 1.0, reach))
     return multiply(slerp(arc, t=round_to(t, F32)), reach, F32)

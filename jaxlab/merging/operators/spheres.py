@@ -8,7 +8,15 @@ from jaxtyping import Array, Float
 
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import F32, Mode, divide, fold_sum, multiply, round_to, total, tree_sum
-from jaxlab.merging.operators.registry import NonzeroSum, Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.registry import (
+    AtLeastOne,
+    NonzeroSum,
+    NotNegative,
+    Scalar,
+    Vectors,
+    Weights,
+    operator,
+)
 
 
 @operator(
@@ -131,7 +139,11 @@ def _weighted(vectors: Vectors, weights: Weights, dtype: jnp.dtype) -> Float[Arr
 
 @operator("Karcher 1977; for models arXiv 2603.04972", scope="tensor")
 def karcher(
-    models: Vectors, *, max_iter: int = 10, tol: Scalar = 1e-5, dtype: jnp.dtype
+    models: Vectors,
+    *,
+    max_iter: Annotated[int, AtLeastOne] = 10,
+    tol: Annotated[Scalar, NotNegative] = 1e-5,
+    dtype: jnp.dtype,
 ) -> Float[Array, "*shape"]:
     """The Karcher mean of the models' directions, times the mean of their norms: from the mean of the
     directions u at most `max_iter` steps along v = 1/n sum theta_i / sin theta_i (u_i - cos theta_i u),

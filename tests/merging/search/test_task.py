@@ -16,8 +16,9 @@ import pytest
 from jaxlab.checkpoints import host_tensors, load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import UserError
-from jaxlab.tasks import main
+from jaxlab.tasks import main, merge_search
 from jaxlab.tasks.merge_search import Config
+from tests.checkpoints import folders
 from tests.evaluation.chat_models import write_chat_model
 from tests.merging.search.trio import LM, VISION, draw
 
@@ -146,10 +147,73 @@ def test_questions_of_folders_of_hugging_face(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def search_on_folders(tmp_path, monkeypatch, case, save):
+    """A search with a VLM of Hugging Face, and language models of its shapes."""
+    monkeypatch.chdir(tmp_path)
+    folders.make(tmp_path / "vlm", case)
+    rng = np.random.default_rng(0)
+    for role, scale in (("expert", 0.1), ("base", 0.2)):
+        noise = {n: scale * rng.standard_normal(x.shape) for n, x in folders.weights(case).items()}
+        tensors = {name: (x + noise[name]).astype(np.float32) for name, x in folders.weights(case).items()}
+        folders.write(tmp_path / role, folders.config(case), tensors)
+    (tmp_path / "texts").mkdir()
+    for i in range(4):
+        (tmp_path / "texts" / f"{i}.txt").write_text("ab \n" * 50)
+    operators = "  dare: {operator: dare_linear, lambda_e: [0.4, 0.8], density: [0.5]}\n"
+    operators += "  slerp: {lambda_e: [0.4, 0.8]}\n" if case != "llava" else ""
+    return write_config(tmp_path, operators, f"embeddings: merge\nsave: {save}\n")
+
+
+@pytest.mark.parametrize(
+    ("case", "save"),
+    [
+        ("llava", "each"),
+        pytest.param("llava", "best", marks=pytest.mark.slow),
+        *(
+            pytest.param(c, "each", marks=pytest.mark.slow)
+            for c in ("qwen2_vl", "idefics3", "gemma3", "mllama")
+        ),
+    ],
+)
+def test_a_vlm_of_hugging_face_is_searched_and_written(tmp_path, monkeypatch, case, save, capsys):
+    """What cannot be written loses nothing: the same command goes on, to what run.py merge makes."""
+    config = search_on_folders(tmp_path, monkeypatch, case, save)
+
+    def full(*args, **options):
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_search, "write_merge", full)
+        assert main(["merge-search", config]) == 2
+    (run,) = (tmp_path / "outputs" / "merge-search").iterdir()
+    before = json.loads((run / merge_search.UNSAVED).read_text())
+    points = (run / "points.jsonl").read_bytes()
+    assert main(["merge-search", config]) == 0
+    assert (run / "points.jsonl").read_bytes() == points
+    assert results_of(tmp_path) == (run, before)
+    assert not (run / merge_search.UNSAVED).exists()
+    made = {"best": run / "model"} if save == "best" else {p.name: p for p in (run / "models").iterdir()}
+    assert len(made) == (1 if case == "llava" else 2)
+    for name, model in made.items():
+        recipe = run / ("best.yaml" if save == "best" else f"recipes/{name}.yaml")
+        assert main(["merge", str(recipe), "--out", f"again-{name}", "--verify"]) == 0
+        files = [(place / "model.safetensors").read_bytes() for place in (model, tmp_path / f"again-{name}")]
+        assert files[0] == files[1]
+    capsys.readouterr()
+
+
+def test_a_model_that_was_not_measured_is_told(tmp_path):
+    a = np.linspace(0, 1, 8, dtype=np.float32)
+    assert merge_search._apart(a, a) == 0
+    assert 0 < merge_search._apart(a, np.nextafter(a, np.float32(2))) < 2
+    assert merge_search._apart(a, a * 1.001) > merge_search.MAX_STEPS
+    assert merge_search._apart(a, a.astype(np.float16)) == np.inf
+
+
 KILLER = """
 import os, signal, sys
 from jaxlab.merging.search.journal import Journal
-from jaxlab.tasks import main
+from jaxlab.tasks import main, merge_search
 add, left = Journal.add, [int(sys.argv[2])]
 def killed(self, entry, kind, rows):
     found = add(self, entry, kind, rows)
