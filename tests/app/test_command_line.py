@@ -63,7 +63,7 @@ MISTAKES = [
     (["fake"], "fake takes a config first: python run.py fake CONFIG.yaml"),
     (["fake", "--steps", "3"], "fake takes a config first"),
     (["fake", "smal.yaml"], "smal.yaml: cannot be read: No such file or directory; did you mean small.yaml?"),
-    (["fake-command"], "command line: --model: missing"),
+    (["fake-command"], "command line: MODEL missing: name it"),
     (["fake-command", "a", "--loud", "--prompt"], "command line: --prompt: needs a value"),
 ]
 CONFIG_MISTAKES = [
