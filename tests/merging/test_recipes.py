@@ -226,7 +226,7 @@ def test_every_operator_without_data_is_injected(place, tmp_path, operator, caps
         ({"operator": "wudi", "learning_rate": -0.1}, "learning_rate: must be 0 or more, is -0.1"),
         ({"operator": "optmerge", "momentum": 2.0}, "momentum: must be between 0 and 1, is 2"),
         ({"operator": "karcher", "max_iter": 0}, "max_iter: must be 1 or more, is 0"),
-        ({"operator": "consensus_ta", "k": 0}, "k: must be 1 or more, is 0"),
+        ({"operator": "consensus_ta", "k": -1}, "k: must be 0 or more, is -1"),
         ({"normalize": True}, "normalize: an injection has it fixed at false; its weights are lambda_v and"),
         ({"operator": "ties", "densty": 0.5}, "densty: unknown key; did you mean density"),
         ({"lambda_x": 0.5}, "lambda_x: unknown key; did you mean lambda_[ve]"),

@@ -129,7 +129,7 @@ def _names(journal):
         (["a.yaml", "--sweep", "lambda=[1]"], "has it fixed"),
         (["a.yaml", "--sweep", "models.3.weight=[1]"], "the recipe has no models.3.weight"),
         (["a.yaml", "--sweep", "lambda_e=[0.1, x]"], "must be a number"),
-        ([], "--recipes: missing"),
+        ([], "RECIPES missing: name it"),
     ],
 )
 def test_mistakes_in_a_sweep(desk, monkeypatch, capsys, words, message):

@@ -21,10 +21,10 @@ from jaxlab.merging.numerics import (
     tree_sum,
 )
 from jaxlab.merging.operators.registry import (
-    AtLeastOne,
     Bounds,
     Counted,
     Gather,
+    NotNegative,
     PerModel,
     Scalar,
     Vectors,
@@ -76,7 +76,7 @@ def consensus_ta(
     weights: Weights,
     *,
     mask_lambda: MaskLambda = 0.4,
-    k: Annotated[int, AtLeastOne] = 2,
+    k: Annotated[int, NotNegative] = 2,
     lambda_: Scalar = 1.0,
     dtype: jnp.dtype,
 ) -> Float[Array, "*shape"]:
