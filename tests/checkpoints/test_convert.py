@@ -26,6 +26,7 @@ def gpt2(tmp_path_factory):
     (path / "generation_config.json").write_text('{"eos_token_id": [7, 112]}')
     (path / "train.py").write_text("raise SystemExit")
     (path.parent / "other").mkdir()
+    (path.parent / "other" / "thesis").write_text("precious")
     return path
 
 
