@@ -20,29 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import AxisType, Mesh
+from shapes import LLAMA_70B
 
 from jaxlab.app.provenance import environment
 from jaxlab.checkpoints import entries, leaf_at, tree_of
 from jaxlab.files import write_json
 from jaxlab.merging import tensor_key
 from jaxlab.merging.merge import merge_entry_program, placement_of
-from jaxlab.models import ModelConfig, RopeConfig, abstract_params, param_shardings
+from jaxlab.models import abstract_params, param_shardings
 from kernels_pallas.nsa.specs import h100
 
-LLAMA_70B = ModelConfig(
-    vocab_size=128256,
-    width=8192,
-    num_layers=80,
-    num_heads=64,
-    num_kv_heads=8,
-    mlp_width=28672,
-    max_length=131072,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    position=RopeConfig(theta=500000.0, scaling="llama3", factor=8.0, original_length=8192),
-    compute_dtype="bfloat16",
-    family="llama",
-)
 OPERATORS: dict[str, dict[str, Any]] = {
     "linear": {},
     "task_arithmetic": {"lambda": 0.7},
