@@ -204,8 +204,8 @@ def test_no_room_is_said_before_anything_is_read(desk, capsys, monkeypatch):
     assert "the disk has 10 bytes left" in capsys.readouterr().err
     monkeypatch.undo()
     for out, message in {
-        str(desk / ("x" * 255)): "a name of more than",
-        str(desk / "recipe.yaml" / "out"): "is no folder",
+        str(desk / ("x" * 255)): "a name of 255 bytes",
+        str(desk / "recipe.yaml" / "out"): "cannot be written: Not a directory",
         str(desk / "one"): "is an input",
     }.items():
         assert main([*words[:2], "--out", out]) == 2
