@@ -32,10 +32,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import nsa_decode
 import numpy as np
 import tyro
-from nsa_parts import report, subjects, timing
+from nsa_parts import decoding, report, subjects, timing
+from nsa_parts import layers as whole_layers
 from tqdm import tqdm
 
 from jaxlab.app.provenance import environment
@@ -200,7 +200,7 @@ def jobs(a: Arguments) -> list[Job]:
     def layers(spec: ArgSpec, left: float) -> list[Row]:
         rows = []
         for implementation in a.implementations:
-            table, data = subjects.layers(spec, implementation)
+            table, data = whole_layers.layers(spec, implementation)
             if jax.default_backend() != "gpu" and spec.length > a.dense_up_to:
                 table = table[:1]
             rows += timed(a, spec, table, data)
@@ -238,8 +238,7 @@ def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
     """Steps of one layer over a cache, NSA beside dense."""
     shape = {n: getattr(spec, n) for n in ("heads", "kv_heads", "key_dim", "value_dim", "dtype")}
     blocks = {n: spec.sizes[n] for n in ("block_len", "stride", "block_size", "num_blocks", "window")}
-    arguments = nsa_decode.Arguments(
-        a.out,
+    sizes = decoding.Sizes(
         implementations=tuple(dict.fromkeys(("xla", *a.implementations))),
         lengths=(spec.length,),
         batches=a.decode_batches,
@@ -247,7 +246,7 @@ def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
         **blocks,
     )
     rows = []
-    for row in nsa_decode.rows(arguments):
+    for row in decoding.rows(sizes):
         about = {"spec": spec.name, "length": row["length"], "batch": row["batch"], "part": "decode"}
         found = {what: value for what, value in row.items() if what in ("tokens", "bytes", "reason")}
         if "wall_s" in row:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import nsa
 import numpy as np
 import pytest
-from nsa_parts import report, subjects, timing
+from nsa_parts import layers, report, subjects, timing
 
 from kernels_pallas.nsa import nsa_attention, window_attention
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
@@ -179,11 +179,11 @@ def test_dense_peer_is_the_attention_of_a_long_window():
 
 
 def test_a_layer_of_each_kind_runs():
-    table, data = subjects.layers(TINY, "xla")
+    table, data = layers.layers(TINY, "xla")
     for subject in table:
         moving, fixed = timing.operands(subject, data)
         out, _ = jax.eval_shape(subject.function, *moving, *fixed)
-        assert out.shape == (1, TINY.length, subjects.WIDTH)
+        assert out.shape == (1, TINY.length, layers.WIDTH)
 
 
 def test_a_torch_that_is_not_there_gives_a_row_with_its_reason():

@@ -1,4 +1,4 @@
-"""Which Hopper kernels were seen to be right on a GPU: the records that the check writes, and what they allow.
+"""Which Hopper kernels were seen to be right on a GPU: records that the check writes, and what they allow.
 
 A record is a JSON file of one kind of device: for each operator, dtype, group size and head dims whether the
 check (`kernels_pallas.nsa.checking`) found the kernels right, with the versions and a hash of the kernels'
@@ -59,9 +59,14 @@ class Key(NamedTuple):
         return f"{self.operator} in {self.dtype} with {heads} a group, {dims}"
 
 
+def padded(dim: int) -> int:
+    """A head dim as the kernels see it."""
+    return ceil_div(dim, _FEATURES) * _FEATURES
+
+
 def key_of(case: Case) -> Key:
     """The key of a call."""
-    dims = [0 if x is None else ceil_div(x.shape[3], _FEATURES) * _FEATURES for x in (case.q, case.v)]
+    dims = [0 if x is None else padded(x.shape[3]) for x in (case.q, case.v)]
     if case.operator == "select_blocks":
         dims[1] = 0
     return Key(case.operator, str(case.q.dtype), case.q.shape[2] // case.k.shape[2], *dims)

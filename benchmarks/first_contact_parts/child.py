@@ -1,0 +1,116 @@
+"""One part of a step, in a process of its own: child.py MODULE PART OPTIONS EVENTS [ITEM TO LEAVE OUT ...].
+
+Appends what happens to the file EVENTS, a JSON object a line, so that nothing is lost however it ends.
+"""
+
+import importlib
+import json
+import sys
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from first_contact_parts import stand_in  # noqa: E402
+from first_contact_parts.steps import Item  # noqa: E402
+
+POISONED = 75
+"""Exit status of a process whose GPU answers no more: the rest needs a new one."""
+
+
+def line_of(error: BaseException) -> str:
+    """One line of it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def is_poison(error: BaseException) -> bool:
+    """Whether the device may be lost to this process: after an illegal address every call fails."""
+    text, kind = str(error), type(error).__name__
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return False
+    return kind in ("JaxRuntimeError", "XlaRuntimeError", "AcceleratorError") or "CUDA" in text
+
+
+class Events:
+    """The file that the parent reads."""
+
+    def __init__(self, path: str):
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  closed by the end of the process
+
+    def __call__(self, event: str, **more: Any) -> None:
+        self.file.write(json.dumps({"event": event, **more}) + "\n")
+        self.file.flush()
+
+
+def run(items: list[Item], tell: Events, threads: int, in_order: bool) -> bool:
+    """All items; False if the device was lost on the way."""
+
+    def prepare(item: Item) -> Any:
+        tell("preparing", item=item.name)
+        built = item.prepare()
+        tell("prepared", item=item.name)
+        return built
+
+    def finish(item: Item, future: "Future[Any]") -> bool:
+        tell("begin", item=item.name)
+        lost = False
+        try:
+            rows = item.run(future.result())
+        except Exception as error:
+            traceback.print_exc()
+            rows = [{"name": item.name, "failed": line_of(error)}]
+            lost = is_poison(error)
+        for row in rows:
+            tell("row", row={"item": item.name, **row})
+        tell("end", item=item.name)
+        return not lost
+
+    if threads == 1:
+        for item in items:
+            future: Future[Any] = Future()
+            try:
+                future.set_result(prepare(item))
+            except Exception as error:
+                future.set_exception(error)
+            if not finish(item, future):
+                return False
+        return True
+    pool = ThreadPoolExecutor(threads)
+    futures = {pool.submit(prepare, item): item for item in items}
+    left = set(futures)
+    if in_order:
+        wait(futures)
+    while left:
+        done = [f for f in futures if f in left and f.done()]  # in the order of the items
+        if not done:
+            wait(left, return_when=FIRST_COMPLETED)
+            continue
+        left.discard(done[0])
+        if not finish(futures[done[0]], done[0]):
+            return False
+    return True
+
+
+def main(module: str, part: str, options_text: str, events: str, *left_out: str) -> int:
+    stand_in.put_in()
+    options, tell = json.loads(options_text), Events(events)
+    items = importlib.import_module(module).items(options, part)
+    items = [item for item in items if item.name not in left_out]
+    tell("items", items=[item.name for item in items])
+    whole = run(items, tell, options["threads"], options["in_order"])
+    if whole:
+        tell("done")
+    return 0 if whole else POISONED
+
+
+if __name__ == "__main__":
+    status = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that still compile, or a device that answers no more, must not keep the process.
+    import os
+
+    os._exit(status)
