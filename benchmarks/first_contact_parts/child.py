@@ -5,6 +5,7 @@ Appends what happens to the file EVENTS, a JSON object a line, so that nothing i
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -38,11 +39,11 @@ class Events:
     """The file that the parent reads."""
 
     def __init__(self, path: str):
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  closed by the end of the process
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def __call__(self, event: str, **more: Any) -> None:
-        self.file.write(json.dumps({"event": event, **more}) + "\n")
-        self.file.flush()
+        # One system call: whole even if the next moment ends the process, or another thread writes too.
+        os.write(self.file, (json.dumps({"event": event, **more}, default=str) + "\n").encode())
 
 
 def run(items: list[Item], tell: Events, threads: int, in_order: bool) -> bool:
@@ -111,6 +112,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads that still compile, or a device that answers no more, must not keep the process.
-    import os
-
     os._exit(status)

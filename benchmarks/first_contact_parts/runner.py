@@ -18,6 +18,8 @@ from typing import Any
 from first_contact_parts.steps import Row, Step
 
 CHILD = Path(__file__).with_name("child.py")
+POISONED = 75
+"""Exit status of a child whose GPU answers no more."""
 POLL_S, KEEP_LOG = 0.05, 100_000
 RESERVE_S = 3.0
 """For the summary at the end."""
@@ -90,17 +92,17 @@ class Process:
         elif self.running and time.monotonic() - self.last > self.step.item_limit_s:
             self.kill()
             self._read()
-            self._after(f"no answer for {self.step.item_limit_s:g} s: killed", left_s)
+            self._after(f"no answer for {self.step.item_limit_s:g} s: killed", left_s, killed=True)
 
-    def _after(self, why: str, left_s: float) -> None:
-        """It is gone."""
-        poisoned = self.process.returncode == 75 and not self.running
-        blamed = [self.running] if self.running else []
-        if not poisoned and not blamed:
-            if self._preparing and self.options["threads"] > 1:
-                self.options = self.options | {"threads": 1}  # then one sees which it is
-            else:
-                blamed = sorted(self._preparing) or [""]
+    def _after(self, why: str, left_s: float, killed: bool = False) -> None:
+        """It is gone: blame what did it, and start anew without that."""
+        unsure = bool(self._preparing) or (not self.running and self.items is not None)
+        blamed = [self.running] if self.running else sorted(self._preparing) or [""]
+        if self.process.returncode == POISONED and not self.running:
+            blamed = []  # its item has ended and is told
+        elif not killed and unsure and self.options["threads"] > 1:
+            # It may have been what ran or any that was compiled: one at a time, it shows.
+            self.options, blamed = self.options | {"threads": 1}, []
         for item in blamed:
             self._fail(item or self.part or self.step.name, why, item)
         everything = self.items is None or set(self.items) <= set(self.ended)
