@@ -45,6 +45,11 @@ CHECKED = (
 )
 """Labels of `kernels_pallas.nsa.checking.CASES`, without their tokens: this process imports no jax."""
 
+TIMED = tuple(
+    f"{dims}, {length}" for length in (65536, 8192, 32768, 16384) for dims in ("192/128", "128/128")
+)
+DECODED = ("batch 1", "batch 8", "batch 64", "choice")
+
 STEPS = (
     Step("ceilings", "first_contact_parts.ceilings", 30, 15),
     Step(
@@ -63,18 +68,10 @@ STEPS = (
         40,
         parts=tuple(f"{about} | {tokens} tokens" for about in CHECKED for tokens in (4096, 4097)),
     ),
-    Step("times", "first_contact_parts.times", 120, 30, needs=("correctness",), in_order=True),
-    Step("peers", "first_contact_parts.peers", 90, 60, in_order=True),
-    Step("decode", "first_contact_parts.decode", 40, 20, needs=("correctness",), in_order=True),
-    Step(
-        "crossover",
-        "first_contact_parts.times",
-        60,
-        30,
-        parts=("crossover",),
-        needs=("correctness",),
-        in_order=True,
-    ),
+    Step("times", "first_contact_parts.times", 120, 30, TIMED[:4], ("correctness",), in_turn=True),
+    Step("peers", "first_contact_parts.peers", 90, 60, ("flash_nsa", "fla"), in_turn=True),
+    Step("decode", "first_contact_parts.decode", 40, 20, DECODED, ("correctness",), in_turn=True),
+    Step("crossover", "first_contact_parts.times", 60, 30, TIMED[4:], ("correctness",), in_turn=True),
     Step(
         "smoke",
         "first_contact_parts.smoke",

@@ -5,8 +5,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from first_contact_parts.steps import Item, Row
 
+from kernels_pallas.nsa import records
 from kernels_pallas.nsa.checking import CheckCase, Prepared, prepare, rights
 from kernels_pallas.target import interpreted
 
@@ -36,4 +38,6 @@ def rows(check: Prepared) -> list[Row]:
     right = rights(check.part, check.keys, {f.what: f.right for f in findings})
     entries = [{**key._asdict(), "right": each} for key, each in sorted(right.items())]
     found[0]["record"] = entries
+    found[0]["fact"] = {"device_kind": jax.devices()[0].device_kind, "kernels": records.kernels_hash()}
+    found[0]["fact"] |= records.versions()
     return found

@@ -3,10 +3,12 @@
 Appends what happens to the file EVENTS, a JSON object a line, so that nothing is lost however it ends.
 """
 
+import fcntl
 import importlib
 import json
 import os
 import sys
+import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -46,8 +48,31 @@ class Events:
         os.write(self.file, (json.dumps({"event": event, **more}, default=str) + "\n").encode())
 
 
-def run(items: list[Item], tell: Events, threads: int, in_order: bool) -> bool:
-    """All items; False if the device was lost on the way."""
+class Turn:
+    """Of the processes of one step, which compile at the same time and run one after the other: times are
+    taken when all have compiled, or have had `patience_s` for it."""
+
+    def __init__(self, path: str, patience_s: float):
+        self.patience_s = patience_s
+        self.compiling, self.running = (os.open(f"{path}.{n}", os.O_RDWR | os.O_CREAT) for n in ("a", "b"))
+        fcntl.flock(self.compiling, fcntl.LOCK_SH)
+
+    def wait(self) -> None:
+        """Until the others have compiled, and then until nobody runs."""
+        fcntl.flock(self.compiling, fcntl.LOCK_UN)
+        end = time.monotonic() + self.patience_s
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(self.compiling, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        fcntl.flock(self.compiling, fcntl.LOCK_UN)
+        fcntl.flock(self.running, fcntl.LOCK_EX)  # until this process ends
+
+
+def run(items: list[Item], tell: Events, threads: int, turn: Turn | None) -> bool:
+    """All items; False if the device was lost on the way. In their turn, or each when it is compiled."""
 
     def prepare(item: Item) -> Any:
         tell("preparing", item=item.name)
@@ -70,6 +95,8 @@ def run(items: list[Item], tell: Events, threads: int, in_order: bool) -> bool:
         return not lost
 
     if threads == 1:
+        if turn is not None:
+            turn.wait()
         for item in items:
             future: Future[Any] = Future()
             try:
@@ -82,8 +109,9 @@ def run(items: list[Item], tell: Events, threads: int, in_order: bool) -> bool:
     pool = ThreadPoolExecutor(threads)
     futures = {pool.submit(prepare, item): item for item in items}
     left = set(futures)
-    if in_order:
+    if turn is not None:
         wait(futures)
+        turn.wait()
     while left:
         done = [f for f in futures if f in left and f.done()]  # in the order of the items
         if not done:
@@ -101,7 +129,8 @@ def main(module: str, part: str, options_text: str, events: str, *left_out: str)
     items = importlib.import_module(module).items(options, part)
     items = [item for item in items if item.name not in left_out]
     tell("items", items=[item.name for item in items])
-    whole = run(items, tell, options["threads"], options["in_order"])
+    turn = Turn(options["turn"], options["patience_s"]) if options["turn"] else None
+    whole = run(items, tell, options["threads"], turn)
     if whole:
         tell("done")
     return 0 if whole else POISONED

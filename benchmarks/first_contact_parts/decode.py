@@ -1,5 +1,6 @@
 """One token over caches of 65,536, and the choice of blocks alone."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,46 +14,55 @@ from nsa_parts import decoding, timing
 from kernels_pallas.nsa import select_blocks
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
 
-LENGTH, BATCHES = 65536, (1, 8, 64)
+LENGTH = 65536
 
 
 def items(options: dict[str, Any], part: str) -> list[Item]:
-    rates = known_rates(options)
-    length, batches = (128, (1,)) if options["tiny"] else (LENGTH, BATCHES)
-    found = [
-        Item(f"one token, batch {n}", lambda: None, functools.partial(_decode, options, rates, length, n))
-        for n in batches
-    ]
+    if part.startswith("batch"):
+        batch = int(part.split()[1])
+        sizes, length = _sizes(options)
+        return [
+            Item(
+                f"one token, {name}, {part}",
+                functools.partial(_build, options, sizes, make, batch, length),
+                functools.partial(_decode, options, sizes, name, batch, length),
+            )
+            for name, make in decoding.peers(sizes).items()
+        ]
+    found = []
     for spec in SPECS:
-        spec = tiny(spec) if options["tiny"] else ArgSpec(LENGTH, spec.name, key_dim=spec.key_dim)
+        spec = tiny(spec) if options["tiny"] else dataclasses.replace(spec, length=LENGTH)
         run = functools.partial(_run_choice, options, spec)
         found.append(Item(f"choice alone, {spec.name}", functools.partial(_choice, options, spec), run))
     return found
 
 
-def _decode(options: dict[str, Any], rates: Row, length: int, batch: int, _: Any) -> list[Row]:
-    dims = (
-        {"heads": 16, "kv_heads": 1, "key_dim": 64, "value_dim": 64}
-        if options["tiny"]
-        else {"heads": 64, "kv_heads": 4}
-    )
-    more = {"num_blocks": 3, "window": 64, "steps": 2, "repeats": 1} if options["tiny"] else {"repeats": 5}
-    sizes = decoding.Sizes(("mosaic_gpu", "xla"), dtype="bfloat16", **dims, **more)  # type: ignore[arg-type]
+def _sizes(options: dict[str, Any]) -> tuple[decoding.Sizes, int]:
+    names = ("mosaic_gpu", "xla")
+    if options["tiny"]:
+        dims: dict[str, int] = {"heads": 16, "kv_heads": 1, "key_dim": 64, "value_dim": 64}
+        dims |= {"num_blocks": 3, "window": 64, "steps": 2, "repeats": 1}
+        return decoding.Sizes(names, dtype="bfloat16", **dims), 128  # type: ignore[arg-type]
+    return decoding.Sizes(names, dtype="bfloat16", heads=64, kv_heads=4, repeats=5), LENGTH
+
+
+def _build(options: dict[str, Any], sizes: decoding.Sizes, make: Any, batch: int, length: int) -> Any:
     with placed(options)():
-        measured = decoding.rows_at(sizes, length, batch)
-    rows: list[Row] = []
-    for row in measured:
-        name = f"one token, {row['name']}, batch {batch}, {length} tokens in the cache"
-        if "reason" in row:
-            rows.append(
-                {"name": name, "failed" if row["name"].startswith("nsa") else "reason": row["reason"]}
-            )
-            continue
-        found: Row = {"name": name, "seconds": row["wall_s"], "bytes": batch * row["bytes"]}
-        if "copy_bytes_per_s" in rates:
-            found["floor_s"] = batch * row["bytes"] / rates["copy_bytes_per_s"]
-        rows.append(found)
-    return rows
+        return decoding.build(sizes, make, batch, length)
+
+
+def _decode(
+    options: dict[str, Any], sizes: decoding.Sizes, name: str, batch: int, length: int, built: decoding.Built
+) -> list[Row]:
+    with placed(options)():
+        measured = decoding.measure(sizes, built, batch, length)
+    kind = name.partition(" ")[0]
+    read = batch * getattr(decoding.traffic_of(sizes, length), f"{kind}_bytes")
+    found: Row = {"seconds": measured["wall_s"], "bytes": read}
+    found["name"] = f"one token, {name}, batch {batch}, {length} tokens in the cache"
+    if rate := known_rates(options).get("copy_bytes_per_s"):
+        found["floor_s"] = read / rate
+    return [found]
 
 
 def _choice(options: dict[str, Any], spec: ArgSpec) -> Any:

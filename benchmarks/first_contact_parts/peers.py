@@ -21,17 +21,13 @@ PACKAGES = {"flash_nsa": "Scalable-Flash-NSA", "fla": "flash-linear-attention, n
 
 def items(options: dict[str, Any], part: str) -> list[Item]:
     add_paths(options["peers"])
-    prepare = functools.partial(_load, options)
-    makers: dict[str, Callable[..., Any]] = {"flash_nsa": _flash_nsa, "fla": _fla}
-    return [
-        Item(
-            f"{PACKAGES[package]}, {length} tokens",
-            functools.partial(prepare, package),
-            functools.partial(_run, make, f"{PACKAGES[package]}, 128/128, {length} tokens", length),
-        )
-        for length in LENGTHS
-        for package, make in makers.items()
-    ]
+    make: Callable[..., Any] = {"flash_nsa": _flash_nsa, "fla": _fla}[part]
+    found = []
+    for length in LENGTHS:
+        name = f"{PACKAGES[part]}, 128/128, {length} tokens"
+        run = functools.partial(_run, make, name, length)
+        found.append(Item(name, functools.partial(_load, options, part), run))
+    return found
 
 
 def add_paths(folder: str) -> None:

@@ -50,7 +50,9 @@ class Process:
     """One part of a step: started anew without what killed it, until nothing is left."""
 
     def __init__(self, step: Step, part: str, options: dict[str, Any], folder: Path):
-        self.step, self.part, self.options = step, part, options | {"in_order": step.in_order}
+        turn = str(folder / step.name) if step.in_turn else ""
+        self.step, self.part = step, part
+        self.options = options | {"turn": turn, "patience_s": step.limit_s / 2}
         name = re.sub(r"[^a-z0-9]+", "_", f"{step.name} {part}".lower()).strip("_")
         self.events, self.log = folder / f"{name}.events", folder / f"{name}.log"
         self.rows: list[Row] = []

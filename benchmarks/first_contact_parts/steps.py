@@ -30,10 +30,10 @@ class Step:
     item_limit_s: float
     """Without a sign of life while an item runs."""
     parts: tuple[str, ...] = ("",)
-    """A process for each, at the same time."""
+    """A process for each, at the same time; see `in_turn`."""
     needs: tuple[str, ...] = ()
     """Steps that must have been all right."""
     least_s: float = 10.0
     """With less it is not begun."""
-    in_order: bool = False
-    """Everything is compiled before anything runs, as times want it; else what is compiled runs."""
+    in_turn: bool = False
+    """Its processes compile at the same time and then run one after the other, as times want it."""

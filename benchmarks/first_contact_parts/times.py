@@ -15,25 +15,20 @@ from nsa_parts import subjects, timing
 from kernels_pallas.nsa.specs import counts
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
 
-LENGTHS = {"": (65536, 8192), "crossover": (32768, 16384)}
 OVERLAPS = (0.0, 0.8)
 PARTS = ("forward", "backward")
 SPECS = (ArgSpec(1, "192/128"), ArgSpec(1, "128/128", key_dim=128))
 
 
 def items(options: dict[str, Any], part: str) -> list[Item]:
-    found = []
-    for length in LENGTHS[part]:
-        for spec in SPECS:
-            spec = dataclasses.replace(spec, length=length)
-            if options["tiny"]:
-                spec = tiny(spec)
-            rates = known_rates(options)
-            for peer in (False, True):
-                name = f"{'cuDNN' if peer else 'nsa'}, {spec.name}, {length} tokens"
-                prepare = functools.partial(_prepare, options, spec, peer)
-                found.append(Item(name, prepare, functools.partial(_run, options, spec, rates)))
-    return found
+    name, length = part.split(", ")
+    spec = next(dataclasses.replace(s, length=int(length)) for s in SPECS if s.name == name)
+    spec = tiny(spec) if options["tiny"] else spec
+    run = functools.partial(_run, options, spec, known_rates(options))
+    return [
+        Item(f"{peer}, {part} tokens", functools.partial(_prepare, options, spec, peer == "cuDNN"), run)
+        for peer in ("nsa", "cuDNN")
+    ]
 
 
 def tiny(spec: ArgSpec) -> ArgSpec:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from kernels_pallas.nsa import (
     Implementation,
     NewTokens,
     NsaCache,
+    Traffic,
     append_tokens,
     bytes_per_decoded_token,
     cached_attention,
@@ -141,14 +142,32 @@ def peers(a: Sizes) -> dict[str, Make]:
     return found
 
 
-def measure(a: Sizes, make: Make, batch: int, length: int) -> dict[str, Any]:
-    """Seconds for one decoded token of every sequence, and the sum of the outputs."""
-    step, cache = make(a, batch, length)
-    shapes = [(a.heads, a.key_dim), (a.kv_heads, a.key_dim), (a.kv_heads, a.value_dim), (a.heads, 3)]
-    like = [jnp.zeros((batch, 1, *shape), jnp.dtype(a.dtype)) for shape in shapes]
-    inputs = draw(jax.random.key(2), like)
+class Built(NamedTuple):
+    """Compiled steps of one peer."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    loop: Callable[..., Any]
+    """(cache, inputs) -> cache, sum of the outputs, after `steps` tokens; the cache is donated."""
+    step: Step
+    """One of them."""
+    cache: Callable[[], Any]
+    """Makes it."""
+    inputs: Callable[[], list[jax.Array]]
+
+
+def build(a: Sizes, make: Make, batch: int, length: int) -> Built:
+    """Nothing is allocated yet."""
+    steps: list[Step] = []
+
+    def made() -> Any:
+        step, cache = make(a, batch, length)
+        steps.append(step)
+        return cache
+
+    shapes = [(a.heads, a.key_dim), (a.kv_heads, a.key_dim), (a.kv_heads, a.value_dim), (a.heads, 3)]
+    like = [jax.ShapeDtypeStruct((batch, 1, *shape), jnp.dtype(a.dtype)) for shape in shapes]
+    cache = jax.eval_shape(made)
+    step = steps[0]
+
     def loop(cache, inputs):
         def one(_, carry):
             cache, inputs, total = carry
@@ -160,34 +179,38 @@ def measure(a: Sizes, make: Make, batch: int, length: int) -> dict[str, Any]:
         cache, _, total = jax.lax.fori_loop(0, a.steps, one, (cache, inputs, jnp.float32(0)))
         return cache, total
 
+    compiled = jax.jit(loop, donate_argnums=0).lower(cache, like).compile()
+    one_step = jax.jit(step).lower(cache, *like).compile()
+    inputs = lambda: draw(jax.random.key(2), [jnp.zeros(x.shape, x.dtype) for x in like])
+    return Built(compiled, one_step, made, inputs)
+
+
+def measure(a: Sizes, built: Built, batch: int, length: int) -> dict[str, Any]:
+    """Seconds for one decoded token of every sequence, and the output of one step."""
+    cache, inputs = built.cache(), built.inputs()
+
     # Every call starts at `length` again: what was donated is the buffers, not the count.
     def reset(cache):
         at = jnp.full((batch,), length, jnp.int32)
         return cache._replace(length=at) if isinstance(cache, NsaCache) else (*cache[:2], at[0])
 
-    cache, total = jax.block_until_ready(loop(cache, inputs))
+    cache, total = jax.block_until_ready(built.loop(cache, inputs))
     wall, processor = [], []
     for _ in range(a.repeats):
         cache = jax.block_until_ready(reset(cache))
         start, used = time.perf_counter(), time.process_time()
-        cache, total = jax.block_until_ready(loop(cache, inputs))
+        cache, total = jax.block_until_ready(built.loop(cache, inputs))
         wall.append(time.perf_counter() - start)
         processor.append(time.process_time() - used)
     if not jnp.isfinite(total):
         raise FloatingPointError(f"the outputs at {length} tokens sum up to {total}")
     times = {"wall_s": min(wall) / a.steps, "processor_s": min(processor) / a.steps}
-    return times | {"output": np.asarray(jax.jit(step)(reset(cache), *inputs)[1], np.float32)}
+    return times | {"output": np.asarray(built.step(reset(cache), *inputs)[1], np.float32)}
 
 
-def rows(a: Sizes) -> list[dict[str, Any]]:
-    """One for every length, batch and peer."""
-    return [row for length in a.lengths for batch in a.batches for row in rows_at(a, length, batch)]
-
-
-def rows_at(a: Sizes, length: int, batch: int) -> list[dict[str, Any]]:
-    """One for every peer."""
-    found: list[dict[str, Any]] = []
-    traffic = bytes_per_decoded_token(
+def traffic_of(a: Sizes, length: int) -> Traffic:
+    """Tokens and bytes that one decoded token reads, by the paper's count."""
+    return bytes_per_decoded_token(
         length,
         kv_heads=a.kv_heads,
         key_dim=a.key_dim,
@@ -198,13 +221,24 @@ def rows_at(a: Sizes, length: int, batch: int) -> list[dict[str, Any]]:
         num_blocks=a.num_blocks,
         window=a.window,
     )
+
+
+def rows(a: Sizes) -> list[dict[str, Any]]:
+    """One for every length, batch and peer."""
+    return [row for length in a.lengths for batch in a.batches for row in rows_at(a, length, batch)]
+
+
+def rows_at(a: Sizes, length: int, batch: int) -> list[dict[str, Any]]:
+    """One for every peer."""
+    found: list[dict[str, Any]] = []
+    traffic = traffic_of(a, length)
     outputs: dict[str, np.ndarray] = {}
     for name, make in peers(a).items():
         kind = name.partition(" ")[0]
         row: dict[str, Any] = {"name": name, "length": length, "batch": batch}
         row |= {what: getattr(traffic, f"{kind}_{what}") for what in ("tokens", "bytes")}
         try:
-            row |= measure(a, make, batch, length)
+            row |= measure(a, build(a, make, batch, length), batch, length)
         except Exception as error:  # any reason why a peer does not run belongs into its row
             found.append({**row, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
             continue

@@ -52,6 +52,15 @@ def nsa(spec: ArgSpec, implementation: str) -> Subject:
     return Subject(f"nsa [{implementation}]", whole, OPERANDS, ("indices",))
 
 
+def nsa_by_itself(spec: ArgSpec, implementation: str) -> Subject:
+    """The whole attention with the blocks that it chooses."""
+
+    def whole(*operands):
+        return nsa_attention(*operands, **spec.sizes, implementation=implementation)[0], None
+
+    return Subject(f"nsa [{implementation}]", whole, OPERANDS)
+
+
 def _without_geometry(spec: ArgSpec) -> dict[str, int]:
     return {name: x for name, x in spec.selection_sizes.items() if name not in ("block_len", "stride")}
 

@@ -37,6 +37,18 @@ def items(options, part):
     def process(_):
         return _row("process", fact={f"process of {part}": os.getpid()})
 
+    if part.startswith("turn"):
+
+        def prepare():
+            time.sleep(0.3)
+            return time.monotonic()
+
+        def take(prepared):
+            begin = time.monotonic()
+            time.sleep(0.1)
+            return _row(part, prepared=prepared, begin=begin, end=time.monotonic())
+
+        return [Item(part, prepare, take)]
     if part == "import":
         raise ImportError("no module of that name")
     if part == "slow":

@@ -95,6 +95,15 @@ def test_after_what_is_not_right_nothing_is_timed_and_the_rest_runs(broken):
     assert len(list(out.iterdir())) <= 4  # no partial files
 
 
+def test_what_is_timed_compiles_together_and_runs_alone(tmp_path):
+    step = fake("in turn", "turn a", "turn b", "turn c", in_turn=True)
+    status, _, result = run(tmp_path, step, words=["--processes", "3"])
+    assert status == 0
+    taken = sorted((row["begin"], row["end"]) for row in rows(result, "in turn"))
+    assert all(end <= begin for (_, end), (begin, _) in zip(taken, taken[1:], strict=False))
+    assert max(row["prepared"] for row in rows(result, "in turn")) <= taken[0][0]
+
+
 def test_a_small_budget_drops_the_last_steps_and_says_so(tmp_path):
     steps = fake("first", "fine"), fake("slow one", "slow", limit_s=60), fake("last", "fine", least_s=5)
     start = time.monotonic()
