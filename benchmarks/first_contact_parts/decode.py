@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from first_contact_parts.checks import placed
+from first_contact_parts.child import line_of
 from first_contact_parts.steps import Item, Row
 from first_contact_parts.times import SPECS, known_rates, tiny
 from nsa_parts import decoding, timing
@@ -24,7 +25,7 @@ def items(options: dict[str, Any], part: str) -> list[Item]:
         return [
             Item(
                 f"one token, {name}, {part}",
-                functools.partial(_build, options, sizes, make, batch, length),
+                functools.partial(_build, options, sizes, name, make, batch, length),
                 functools.partial(_decode, options, sizes, name, batch, length),
             )
             for name, make in decoding.peers(sizes).items()
@@ -46,14 +47,28 @@ def _sizes(options: dict[str, Any]) -> tuple[decoding.Sizes, int]:
     return decoding.Sizes(names, dtype="bfloat16", heads=64, kv_heads=4, repeats=5), LENGTH
 
 
-def _build(options: dict[str, Any], sizes: decoding.Sizes, make: Any, batch: int, length: int) -> Any:
-    with placed(options)():
-        return decoding.build(sizes, make, batch, length)
+def _build(
+    options: dict[str, Any], sizes: decoding.Sizes, name: str, make: Any, batch: int, length: int
+) -> decoding.Built | str:
+    try:
+        with placed(options)():
+            return decoding.build(sizes, make, batch, length)
+    except Exception as error:
+        if name.startswith("nsa"):
+            raise
+        return line_of(error)  # a peer that cannot run says nothing about us
 
 
 def _decode(
-    options: dict[str, Any], sizes: decoding.Sizes, name: str, batch: int, length: int, built: decoding.Built
+    options: dict[str, Any],
+    sizes: decoding.Sizes,
+    name: str,
+    batch: int,
+    length: int,
+    built: decoding.Built | str,
 ) -> list[Row]:
+    if isinstance(built, str):
+        return [{"name": f"one token, {name}, batch {batch}", "reason": built}]
     with placed(options)():
         measured = decoding.measure(sizes, built, batch, length)
     kind = name.partition(" ")[0]

@@ -62,6 +62,8 @@ def _prepare(options: dict[str, Any], spec: ArgSpec, peer: bool) -> Any:
     with placed(options)():
         programs = timing.build([subject], like, 3)[subject.name]
     if isinstance(programs, str):
+        if peer:  # which says nothing about us
+            return programs
         raise RuntimeError(programs)
     chosen = {o: subjects.given(spec, o) for o in OVERLAPS} if subject.fixed else {None: {}}
     return subject, programs, chosen
@@ -83,7 +85,8 @@ def _run(options: dict[str, Any], spec: ArgSpec, rates: Row, built: Any) -> list
             about = "" if overlap is None else f", overlap {overlap:g}"
             name = f"{subject.name}{about}, {spec.name}, {spec.length} tokens, {row['part']}"
             if "reason" in row:
-                rows.append({"name": name, "failed": row["reason"]})
+                what = "reason" if subject.name.startswith("dense") else "failed"
+                rows.append({"name": name, what: row["reason"]})
                 continue
             flops = products(spec, row["part"], dense=subject.name.startswith("dense"))
             found = {"name": name, "seconds": row["median_s"], "samples_s": row["samples_s"], "flops": flops}

@@ -1,5 +1,6 @@
 """The first minutes on a GPU, without one: what hangs, crashes or fails stops nothing else, and is told."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -100,7 +101,7 @@ def test_what_is_timed_compiles_together_and_runs_alone(tmp_path):
     status, _, result = run(tmp_path, step, words=["--processes", "3"])
     assert status == 0
     taken = sorted((row["begin"], row["end"]) for row in rows(result, "in turn"))
-    assert all(end <= begin for (_, end), (begin, _) in zip(taken, taken[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(taken))
     assert max(row["prepared"] for row in rows(result, "in turn")) <= taken[0][0]
 
 

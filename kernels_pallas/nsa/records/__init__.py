@@ -14,6 +14,7 @@ code. It says nothing about other versions or other code. The first of these tha
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -129,9 +130,7 @@ def read(path: Path) -> Record:
 
 def versions() -> dict[str, str]:
     """Those without which a record says nothing."""
-    import jaxlib
-
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib")}
 
 
 @functools.cache
