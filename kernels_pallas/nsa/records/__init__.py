@@ -1,4 +1,4 @@
-"""Which Hopper kernels were seen to be right on a GPU: the records that the check writes, and what they allow.
+"""Which Hopper kernels were seen to be right on a GPU: records that the check writes, and what they allow.
 
 A record is a JSON file of one kind of device: for each operator, dtype, group size and head dims whether the
 check (`kernels_pallas.nsa.checking`) found the kernels right, with the versions and a hash of the kernels'
@@ -14,6 +14,7 @@ code. It says nothing about other versions or other code. The first of these tha
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -59,9 +60,14 @@ class Key(NamedTuple):
         return f"{self.operator} in {self.dtype} with {heads} a group, {dims}"
 
 
+def padded(dim: int) -> int:
+    """A head dim as the kernels see it."""
+    return ceil_div(dim, _FEATURES) * _FEATURES
+
+
 def key_of(case: Case) -> Key:
     """The key of a call."""
-    dims = [0 if x is None else ceil_div(x.shape[3], _FEATURES) * _FEATURES for x in (case.q, case.v)]
+    dims = [0 if x is None else padded(x.shape[3]) for x in (case.q, case.v)]
     if case.operator == "select_blocks":
         dims[1] = 0
     return Key(case.operator, str(case.q.dtype), case.q.shape[2] // case.k.shape[2], *dims)
@@ -124,9 +130,7 @@ def read(path: Path) -> Record:
 
 def versions() -> dict[str, str]:
     """Those without which a record says nothing."""
-    import jaxlib
-
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib")}
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Which kernels calls without a name get: by the record of what was checked on the device, and by nothing else."""
+"""Which kernels calls without a name get: by the record of what was checked on the device, and nothing
+else."""
 
 import dataclasses
 import json
@@ -65,7 +66,10 @@ def test_without_a_record_xla_runs_and_says_so_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert got(case()) == got(case(heads=4)) == XLA
     (message,) = caplog.messages
-    assert "XLA runs in place of the Hopper kernels: nobody has checked the kernels on this NVIDIA H200" in message
+    assert (
+        "XLA runs in place of the Hopper kernels: nobody has checked the kernels on this NVIDIA H200"
+        in message
+    )
     assert f"`{records.HOW}`" in message
 
 
