@@ -23,11 +23,17 @@ class Journal:
         self.path = folder / POINTS
         self._rows: list[dict[str, Any]] = []
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
             whole = text.rpartition("\n")[0]
             try:
                 self._rows = [json.loads(line) for line in whole.splitlines()]
-            except ValueError:
+                counts: dict[tuple[str, str], int] = {}
+                for row in self._rows:
+                    key = row["entry"], row["kind"]
+                    counts[key] = counts.get(key, -1) + 1
+                    if row["kind"] == "point" and (row["index"] != counts[key] or "score" not in row):
+                        raise ValueError(row)
+            except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self.path}: not the lines that a search writes; remove it or use --overwrite"
                 ) from None
