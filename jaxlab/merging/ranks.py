@@ -15,6 +15,8 @@ from jaxlab.merging.numerics import magnitude_bits
 
 _NAN = np.uint32(0x7F800001)
 """Magnitude bits of the least NaN."""
+_NORMAL = np.uint32(0x00800000)
+"""Those of the least number that XLA's sort on a CPU tells from zero."""
 _BLOCK = 1 << 16
 """Keys that a cache holds."""
 
@@ -23,7 +25,7 @@ _active = threading.local()
 
 def ranks(x: Float[Array, "*shape"], axis: int) -> Int32[Array, "*shape"]:
     """How many elements come before each along an axis: those of smaller magnitude, and of equal ones those
-    of lower index; NaN are equal and come last.
+    of lower index. NaN are equal and come last; subnormal numbers are zeros.
     """
     context = getattr(_active, "context", None)
     if isinstance(context, list):  # asked for, see `asked_ranks`
@@ -65,7 +67,9 @@ def ranks_of(bits: UInt32[np.ndarray, "*rest row"]) -> Int32[np.ndarray, "*rest 
     block = max(1, _BLOCK // max(1, width))
     places = np.tile(np.arange(width, dtype=np.int32), block)
     for row in range(0, len(flat), block):
-        keys = np.minimum(flat[row : row + block], _NAN).astype(np.uint64)
+        keys = np.minimum(flat[row : row + block], _NAN)
+        keys[keys < _NORMAL] = 0
+        keys = keys.astype(np.uint64)
         keys <<= np.uint64(32)
         keys |= np.arange(width, dtype=np.uint64)
         keys.sort(axis=-1)
