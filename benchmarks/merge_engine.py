@@ -14,6 +14,7 @@ that OUT already holds are kept; "commits" tells of which code each is. mergekit
 own: `pip install mergekit==0.1.5`.
 """
 
+import compileall
 import dataclasses
 import json
 import os
@@ -302,6 +303,8 @@ def main(arguments: Arguments) -> None:
     if not (arguments.folder / "two").exists():
         make(arguments.folder, arguments.size)
     out = arguments.folder / "merged"
+    for package in ("jaxlab", "kernels_pallas"):  # as pip does where it installs them, and mergekit
+        compileall.compile_dir(package, quiet=1)
     versions = {}
     if arguments.mergekit_python is not None:
         code = "import importlib.metadata as m; print(m.version('mergekit'), m.version('torch'))"
