@@ -266,12 +266,21 @@ def test_the_summary_names_errors_times_and_what_is_not_there():
     facts = {"device_kind": "NVIDIA H200", "copy_bytes_per_s": 4.3e12, "product_flops_per_s": 7.9e14}
     outcomes = [
         Outcome("ceilings", [{"name": "versions", "fact": facts}], 9.0),
-        Outcome("times", [{"name": "nsa, 65536 tokens, forward", "seconds": 0.03, "floor_s": 0.015}], 80.0),
+        Outcome(
+            "times",
+            [
+                {"name": "nsa, 65536 tokens, forward", "seconds": 0.03, "floor_s": 0.015},
+                {"name": "nsa, 65536 tokens, backward", "seconds": 0.06},
+                {"name": "choice alone", "seconds": 0.004},
+            ],
+            80.0,
+        ),
         Outcome("peers", [{"name": "fla", "reason": "no --peers was given"}], 1.0),
     ]
     text = report.summary(outcomes, 90.0, 540)
     assert "copy 4.30 TB/s, bf16 product 790 TFLOP/s" in text
-    assert "| nsa, 65536 tokens, forward | 30.000 | 15.000 | 50% |" in text
+    assert "| nsa, 65536 tokens | 30.000 (50%) | 60.000 |" in text
+    assert "| choice alone | 4.000 |  |" in text
     assert "- peers, fla: no --peers was given" in text
     assert text.startswith("# First contact: NVIDIA H200\n")
     assert runner.Outcome("x", []).all_right is False
