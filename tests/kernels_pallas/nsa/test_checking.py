@@ -155,6 +155,7 @@ def test_the_kernels_are_right_where_they_are_interpreted(part):
     assert names == alone if part == "decode" else len(names) == 4 and not names & alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [(), (100, 7, -9, 140)], ids=["one text", "packed"])
 def test_what_is_right_passes_whole(segments):
     """XLA beside itself: the check's own arithmetic, choice and cache."""
@@ -271,11 +272,12 @@ def test_the_command_says_where_there_is_nothing_to_check(capsys):
 def test_the_command_writes_what_it_found(monkeypatch, tmp_path, capsys):
     """With XLA in the kernels' place, and one case that raises."""
     sizes = {"heads": 4, "key_dim": 16, "value_dim": 8, "block_len": 8, "stride": 4, "block_size": 16}
-    case = dataclasses.replace(TINY, **sizes, dtype="float32", queries=())
+    case = dataclasses.replace(TINY, **sizes, dtype="float32", batches=(1,))
     broken = dataclasses.replace(case, name="broken", heads=8, num_blocks=99)
     monkeypatch.setattr(command, "is_hopper", lambda: True)
     monkeypatch.setattr(command, "CASES", (case, broken))
-    monkeypatch.setattr(command, "prepare", lambda case, part: prepare(case, part, implementation="xla"))
+    plain = {"implementation": "xla", "gradients": False}
+    monkeypatch.setattr(command, "prepare", lambda case, part: prepare(case, part, **plain))
     path = tmp_path / "deep" / "record.json"
     assert command.main(["--record", str(path)]) == 1
     said = capsys.readouterr().out
