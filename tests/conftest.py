@@ -30,6 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if flag not in os.environ.get("XLA_FLAGS", ""):
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
+    # What a test compiles, it compiles: nothing comes from a run before, nothing stays in the user's cache.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
     import jax
 
     if not wants_gpu:

@@ -16,6 +16,7 @@ kind and nothing else. A key has one type in all kinds of a union.
 
 import dataclasses
 import logging
+import math
 import os
 import types
 import typing
@@ -41,9 +42,12 @@ from jaxlab.config.schema import (
 )
 from jaxlab.config.yaml_text import Keys
 from jaxlab.errors import COMMAND_LINE, ConfigError
-from jaxlab.files import shipped
+from jaxlab.files import read_bounded, shipped
 
 _log = logging.getLogger(__name__)
+
+LONGEST = 16 << 20
+"""Bytes of a config file at most: what is longer is no config."""
 
 Origins = dict[Keys, str]
 """Where values came from, by the keys that lead to them: `file:line`, or the command line."""
@@ -128,7 +132,7 @@ class Source:
         path = shipped(path)
         where = os.fspath(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bounded(path, LONGEST).decode("utf-8")
         except UnicodeDecodeError:
             raise ConfigError("not a text file in UTF-8", where=where) from None
         except OSError as error:
@@ -314,6 +318,8 @@ class _Builder:
             if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
                 return {key: self.convert(arguments[1], item, (*keys, key)) for key, item in value.items()}
         elif type(value) is kind:
+            if kind is float and not math.isfinite(value):
+                raise ConfigError(f"must be a finite number, is {_shown(value)}", _dotted(keys))
             return value
         elif kind is float and type(value) is int and abs(value) < 1 << 1023:
             return float(value)
