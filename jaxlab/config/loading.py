@@ -300,6 +300,8 @@ class _Builder:
         """`value` as the type `kind`: lists become tuples, ints floats where needed, nothing else bends."""
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         value = _spelled_out(kind, value)
+        if float in members(kind) and type(value) is float and not math.isfinite(value):
+            raise ConfigError(f"must be a finite number, is {_shown(value)}", _dotted(keys))
         if value is None and variants(kind) and types.NoneType not in members(kind):
             value = {}
         if isinstance(value, Mapping) and variants(kind):
@@ -318,8 +320,6 @@ class _Builder:
             if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
                 return {key: self.convert(arguments[1], item, (*keys, key)) for key, item in value.items()}
         elif type(value) is kind:
-            if kind is float and not math.isfinite(value):
-                raise ConfigError(f"must be a finite number, is {_shown(value)}", _dotted(keys))
             return value
         elif kind is float and type(value) is int and abs(value) < 1 << 1023:
             return float(value)

@@ -45,7 +45,7 @@ class SpikesState(NamedTuple):
 
     history: Float[Array, "2 window"]
     """Losses and gradient norms of the last updates that were made."""
-    count: Int[Array, ""]
+    made: Int[Array, ""]
     """Updates made."""
     skipped: Int[Array, ""]
     in_a_row: Int[Array, ""]
@@ -70,17 +70,17 @@ def skip_spikes(inner: optax.GradientTransformation, config: SpikesConfig) -> op
         grads: Any, state: SpikesState, params: Any = None, *, loss: Float[Array, ""], **extra: Any
     ) -> tuple[Any, SpikesState]:
         seen = jnp.stack([loss, optax.tree.norm(grads)]).astype(jnp.float32)
-        spike = is_spike(seen, state.history, state.count, config)
+        spike = is_spike(seen, state.history, state.made, config)
         updates, inner_state = jax.lax.cond(
             spike,
             lambda: (jax.tree.map(jnp.zeros_like, grads), state.inner),
             lambda: inner.update(grads, state.inner, params, loss=loss, **extra),
         )
         one = spike.astype(jnp.int32)
-        written = state.history.at[:, state.count % config.window].set(seen)
+        written = state.history.at[:, state.made % config.window].set(seen)
         return updates, SpikesState(
             jnp.where(spike, state.history, written),
-            state.count + (1 - one),
+            state.made + (1 - one),
             state.skipped + one,
             (state.in_a_row + one) * one,
             inner_state,
