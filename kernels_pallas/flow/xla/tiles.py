@@ -29,10 +29,12 @@ from kernels_pallas.flow.base import (
 )
 from kernels_pallas.flow.probe import Probe
 
-ELEMENTS = 1 << 18
+ELEMENTS = 3 << 17
 """Of a tile of all heads: a few of them stay in the cache of a core."""
 MOST_ROWS = 256
 """Of a tile."""
+UNROLLED = 3
+"""So few tiles along the tokens are written out one by one, which XLA simplifies; more are loops."""
 
 
 class _Layout(NamedTuple):
@@ -68,9 +70,14 @@ def _layout(spec: Spec, q: Array, k: Array) -> _Layout:
     batch, tokens, heads, _ = q.shape
     fit = math.isqrt(ELEMENTS // (batch * heads)) // 16 * 16
     most = spec.rows or max(32, min(MOST_ROWS, fit))
-    tiles = max(1, math.ceil(tokens / most))
-    rows = tokens if tiles == 1 else most if spec.rows else math.ceil(tokens / tiles / 16) * 16
-    return _Layout(batch, tokens, k.shape[2], rows, max(1, math.ceil(tokens / rows)))
+    least = max(1, math.ceil(tokens / most))
+    if spec.rows or least == 1:
+        return _Layout(batch, tokens, k.shape[2], tokens if least == 1 else most, least)
+    rows_of = lambda tiles: math.ceil(tokens / tiles / 16) * 16
+    # A few tiles more, where they leave less of the last one empty.
+    tiles = min(range(least, least + 3), key=lambda tiles: tiles * rows_of(tiles))
+    rows = rows_of(tiles)
+    return _Layout(batch, tokens, k.shape[2], rows, math.ceil(tokens / rows))
 
 
 class _Cut(NamedTuple):
@@ -159,15 +166,30 @@ def _through(
     spec: Spec, layout: _Layout, marks: Marks, i: Any, step: Callable[[Any, Any], Any], carry: Any
 ) -> Any:
     """carry = step(j, carry) for each tile of keys that the queries of tile i may see."""
-    if layout.tiles == 1:
-        return step(0, carry)
     low: Any = 0
-    high = i + 1
-    if marks.together is not None:
-        high = layout.tiles
+    high = layout.tiles if marks.together is not None else i + 1
     if spec.window is not None and (marks.together is None or spec.together_in_window):
-        low = jnp.maximum(0, (i * layout.rows - spec.window + 1) // layout.rows)
-    return lax.fori_loop(low, high, step, carry)
+        first = (i * layout.rows - spec.window + 1) // layout.rows
+        low = max(0, first) if isinstance(i, int) else jnp.maximum(0, first)
+    if not isinstance(i, int):
+        return lax.fori_loop(low, high, step, carry)
+    for j in range(low, high):
+        carry = step(j, carry)
+    return carry
+
+
+def _over_blocks(
+    layout: _Layout, block: Callable[[Any, Any], tuple[Any, Any]], carry: Any, of_blocks: tuple[Array, ...]
+) -> tuple[Any, Any]:
+    """As `lax.scan` over the blocks of queries; `block` also gets the number of each, last."""
+    if layout.tiles > UNROLLED:
+        every = jnp.arange(layout.tiles, dtype=jnp.int32)
+        return lax.scan(block, carry, (*of_blocks, every))
+    results = []
+    for i in range(layout.tiles):
+        carry, result = block(carry, (*(x[i] for x in of_blocks), i))
+        results.append(result)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -189,11 +211,13 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     layout = _layout(spec, q, k)
     cut = _cut_marks(layout, marks, probe)
-    keys, values = layout.cut(k)[:, :, :, 0], layout.cut(v)[:, :, :, 0]
+    operands = (layout.cut(q), layout.cut(k)[:, :, :, 0], layout.cut(v)[:, :, :, 0])
+    *named, name_output, name_lse = (functools.partial(checkpoint_name, name=name) for name in FLOW_RESIDUALS)
+    queries, keys, values = (name(x) for name, x in zip(named, operands, strict=True))
     shape = (layout.batch, layout.kv_heads, q.shape[2] // layout.kv_heads, layout.rows)
     beside = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *shape[1:3], 1)
 
-    def block(_: None, of_block: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def block(_: None, of_block: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
         rows, i = of_block
 
         def step(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -215,11 +239,11 @@ def _forward(
         total = jnp.where(total > 0.0, total, 1.0)
         return None, (out / total[..., None], top + jnp.log(total))
 
-    every = jnp.arange(layout.tiles, dtype=jnp.int32)
-    _, (outs, lse) = lax.scan(block, None, (layout.cut(q), every))
-    outs, lse = (checkpoint_name(x, name) for x, name in zip((outs, lse), FLOW_RESIDUALS, strict=True))
+    _, (outs, lse) = _over_blocks(layout, block, None, (queries,))
+    outs, lse = name_output(outs), name_lse(lse)
     # The output is kept in float32: its product with the cotangent stands for the sums of P over the keys.
-    return layout.join(outs).astype(q.dtype), (q, k, v, marks, probe, sinks, outs, lse)
+    saved = (queries, keys, values, marks, probe, sinks, outs, lse)
+    return layout.join(outs).astype(q.dtype), saved
 
 
 class _Sums(NamedTuple):
@@ -280,16 +304,15 @@ class _Sums(NamedTuple):
 
 
 def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
-    q, k, v, marks, probe, sinks, outs, lse = saved
-    layout = _layout(spec, q, k)
+    queries, keys, values, marks, probe, sinks, outs, lse = saved
+    tiles, batch, kv_heads, size, _ = keys.shape
+    layout = _Layout(batch, d_out.shape[1], kv_heads, size, tiles)
     cut = _cut_marks(layout, marks, probe)
-    keys, values = layout.cut(k)[:, :, :, 0], layout.cut(v)[:, :, :, 0]
-    heads = q.shape[2]
     beside = None if sinks is None else sinks.astype(jnp.float32).reshape(1, layout.kv_heads, -1, 1)
     zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
     totals = (zeros(probe.class_tap), zeros(probe.count_tap), zeros(probe.factors))
 
-    def block(carry: tuple[Any, ...], of_block: tuple[Array, ...]) -> tuple[Any, tuple[Any, Any]]:
+    def block(carry: tuple[Any, ...], of_block: tuple[Any, ...]) -> tuple[Any, tuple[Any, Any]]:
         d_keys, d_values, d_sinks, totals = carry
         rows, d_rows, out, norm, i = of_block
         d_rows = d_rows.astype(jnp.float32)
@@ -322,13 +345,12 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
             d_sinks = d_sinks - jnp.sum(jnp.exp(beside - norm) * whole, axis=(0, 3))
         news = sums.by_class(None if cut.one_hot is None else _at(cut.one_hot, i))
         totals = jax.tree.map(jnp.add, totals, news)
-        return (d_keys, d_values, d_sinks, totals), (d_q.astype(q.dtype), sums.signed)
+        return (d_keys, d_values, d_sinks, totals), (d_q.astype(queries.dtype), sums.signed)
 
     d_sinks = None if beside is None else jnp.zeros(beside.shape[1:3], jnp.float32)
-    every = jnp.arange(layout.tiles, dtype=jnp.int32)
     carry = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32), d_sinks, totals)
-    of_blocks = (layout.cut(q), layout.cut(d_out), outs, lse, every)
-    (d_keys, d_values, d_sinks, totals), (d_q, signed) = lax.scan(block, carry, of_blocks)
+    of_blocks = (queries, layout.cut(d_out), outs, lse)
+    (d_keys, d_values, d_sinks, totals), (d_q, signed) = _over_blocks(layout, block, carry, of_blocks)
     d_map = None
     if signed is not None:
         d_map = signed.swapaxes(0, 1).reshape(layout.batch, -1, signed.shape[-1])
@@ -336,8 +358,8 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
     d_probe = probe.cotangent(class_tap=totals[0], count_tap=totals[1], factors=totals[2], map_tap=d_map)
     join = lambda x, like: layout.join(x[:, :, :, None]).astype(like.dtype)
     if sinks is not None and d_sinks is not None:
-        d_sinks = d_sinks.reshape(heads).astype(sinks.dtype)
-    return layout.join(d_q), join(d_keys, k), join(d_values, v), None, d_probe, d_sinks
+        d_sinks = d_sinks.reshape(-1).astype(sinks.dtype)
+    return layout.join(d_q), join(d_keys, keys), join(d_values, values), None, d_probe, d_sinks
 
 
 def _add(x: Array, index: Any, new: Array) -> Array:
