@@ -42,7 +42,7 @@ class Needs:
 
 def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
     """What carrying it out takes."""
-    from jaxlab.merging.layout import CHUNK, is_streamed, scope_of, whole_bytes
+    from jaxlab.merging.layout import CHUNK, default_threads, is_streamed, scope_of, whole_bytes
     from jaxlab.merging.matrix_work import matrix_seconds
 
     plan, inputs = prepared.plan, prepared.inputs
@@ -59,7 +59,7 @@ def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
             seconds += matrix_seconds(step.operator, dict(step.parameters), shape) / _CORES
         if step is not None and not is_streamed(step):
             largest = max(largest, whole_bytes(step, math.prod(tensor.shape)))
-    threads = threads or min(4, os.cpu_count() or 1)
+    threads = threads or default_threads()
     memory = _BASE_MEMORY + threads * CHUNK * 64 + largest
     whole = [one for one in inputs if any(t.file is None for t in one.found.tensors.values())]
     for one in whole:  # a model of ours is read at once; of others a tensor at a time

@@ -76,7 +76,8 @@ Scope = Literal["element", "cut", "row", "tensor", "matrix", "model"]
 element: the same element of the inputs, and its index if it is random: any chunks may be merged apart.
 cut: also on where `numerics.largest` cuts the tensor, and the tensor's size (`numerics.size_of`), but on
 nothing else: chunks may be merged apart once the cuts are known. A `rescale` to the L1 norm makes it tensor.
-row, tensor: its row or column, or the whole tensor. matrix: the whole tensor, by matrix products or singular
+row: on its row along the last axis, and on its index if it is random: any rows may be merged apart.
+tensor: the whole tensor. matrix: the whole tensor, by matrix products or singular
 values. model: what was gathered over all tensors, too.
 """
 

@@ -76,6 +76,8 @@ class Operator:
     """mergekit, too, computes in float32."""
     exact_weights: bool = False
     """mergekit does not round the weights to the tensors' dtype."""
+    ranked: bool = False
+    """Asks for `ranks`."""
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -239,6 +241,7 @@ def operator(
     gather: Gather | None = None,
     in_float32: bool = False,
     exact_weights: bool = False,
+    ranked: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the merge operator of its name; the function stays what it is.
 
@@ -255,6 +258,7 @@ def operator(
       gather: what it needs to know of all tensors.
       in_float32: in mode mergekit, too, intermediate results are not rounded to the tensors' dtype.
       exact_weights: nor are weights.
+      ranked: it asks for `jaxlab.merging.ranks.ranks` of the task vectors.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -273,6 +277,7 @@ def operator(
             gather,
             in_float32=in_float32,
             exact_weights=exact_weights,
+            ranked=ranked,
         )
         first = next(iter(inspect.signature(entry._stages[0]).parameters))
         if first not in ("task_vectors", "models"):

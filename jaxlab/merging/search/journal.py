@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab.errors import UserError
-from jaxlab.files import jsonable, write_atomic
+from jaxlab.files import jsonable, write_atomic, writing
 
 POINTS = "points.jsonl"
 
@@ -23,17 +23,18 @@ class Journal:
         self.path = folder / POINTS
         self._rows: list[dict[str, Any]] = []
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-            whole = text.rpartition("\n")[0]
             try:
+                text = self.path.read_text(encoding="utf-8")
+                whole = text.rpartition("\n")[0]
                 self._rows = [json.loads(line) for line in whole.splitlines()]
                 counts: dict[tuple[str, str], int] = {}
                 for row in self._rows:
                     key = row["entry"], row["kind"]
                     counts[key] = counts.get(key, -1) + 1
-                    if row["kind"] == "point" and (row["index"] != counts[key] or "score" not in row):
+                    is_point, score = row["kind"] == "point", row.get("score")
+                    if is_point and (row["index"] != counts[key] or not isinstance(score, int | float)):
                         raise ValueError(row)
-            except (ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(
                     f"{self.path}: not the lines that a search writes; remove it or use --overwrite"
                 ) from None
@@ -48,7 +49,7 @@ class Journal:
         """Appends lines, and gives them as they will be read again."""
         lines = [jsonable({"entry": operator, "kind": kind, **row}) for row in rows]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
