@@ -126,6 +126,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+            if name != "max_length" and getattr(self, name) >= 1 << 31:
+                raise ConfigError(f"must be an int32, is {getattr(self, name)}", key=name)
         if self.extra_embeddings < 0 or (self.extra_embeddings and self.tie_embeddings):
             raise ConfigError("must not be negative, and 0 where the head is tied", key="extra_embeddings")
         if self.embedding_scale <= 0:
