@@ -253,6 +253,7 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: st
         ) as progress:
             found[analysis.name] = run_analysis(analysis, study, store, progress.update)
         seconds[analysis.name] = time.perf_counter() - started
+        _tell_left_out(analysis.name, found[analysis.name].get("left_out", 0))
         if analysis.name == Answers.name:
             _check_answers(found[Answers.name]["no_prediction"], asked, opened)
     answers = found["answers"]
@@ -295,6 +296,13 @@ def _check_answers(missing: int, asked: int, opened: OpenModel) -> None:
             "loyalties are over the others",
             UserNote,
             stacklevel=3,
+        )
+
+
+def _tell_left_out(name: str, count: int) -> None:
+    if count:
+        warnings.warn(
+            f"{name}: {count} prompts are left out, their flows hold NaN or infinity", UserNote, stacklevel=3
         )
 
 
