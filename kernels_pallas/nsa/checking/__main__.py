@@ -4,11 +4,13 @@ import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from kernels_pallas.nsa import records
 from kernels_pallas.nsa.checking import CASES, CheckCase, Prepared, also, prepare, record_of
+from kernels_pallas.nsa.checking.cases import Part
 from kernels_pallas.nsa.checking.recording import rights
 from kernels_pallas.target import is_hopper
 
@@ -30,8 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     cases: list[CheckCase] = [*(() if options.only_also else CASES), *more]
     kind = jax.devices()[0].device_kind
-    work = [(case, part) for case in cases for part in ("whole", "decode")]
-    results, failures, facts = [], [], []
+    parts: tuple[Part, ...] = ("whole", "decode")
+    work = [(case, part) for case in cases for part in parts]
+    results: list[dict[records.Key, bool]] = []
+    failures: list[tuple[CheckCase, str]] = []
+    facts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(4) as pool:  # one compiles while another runs
         waiting = [pool.submit(prepare, case, part) for case, part in work]
         for (case, part), future in zip(work, waiting, strict=True):
