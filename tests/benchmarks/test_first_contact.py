@@ -261,6 +261,17 @@ def test_wrong_arguments_are_told_before_anything_runs(tmp_path, capsys, words, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_somebody_else_stays_as_it_is(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(tmp_path, fake("one", "fine"))[0] == 0
+    assert run(tmp_path, fake("one", "fine"))[0] == 0  # what an earlier run wrote is written anew
+    (out / "results.json").write_text("[1]")
+    with pytest.raises(SystemExit):
+        first_contact.main(["--out", str(out)])
+    assert "results.json there is not of this script" in capsys.readouterr().err
+    assert (out / "results.json").read_text() == "[1]"
+
+
 def test_the_summary_names_errors_times_and_what_is_not_there():
     facts = {"device_kind": "NVIDIA H200", "copy_bytes_per_s": 4.3e12, "product_flops_per_s": 7.9e14}
     outcomes = [

@@ -30,8 +30,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not is_hopper():
         print("the default device is no Hopper GPU: there is nothing to check here", file=sys.stderr)
         return 2
-    cases: list[CheckCase] = [*(() if options.only_also else CASES), *more]
     kind = jax.devices()[0].device_kind
+    path = options.record or records.cache_folder() / records.file_name(kind)
+    older = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            older = records.read(path)
+    except ValueError as error:
+        if options.record:
+            print(f"--record {error}; it stays as it is: name another file", file=sys.stderr)
+            return 2
+        print(f"{error}; it is made anew", file=sys.stderr)
+    except OSError as error:
+        print(f"--record {path}: {error.strerror}", file=sys.stderr)
+        return 2
+    cases: list[CheckCase] = [*(() if options.only_also else CASES), *more]
     parts: tuple[Part, ...] = ("whole", "decode")
     work = [(case, part) for case in cases for part in parts]
     results: list[dict[records.Key, bool]] = []
@@ -56,12 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'wrong' if wrong else 'right'}  {case.label}, {part}: largest error {worst:.1e}")
             for finding in wrong:
                 print(f"       {finding.what}: {finding.detail}")
-    path = options.record or records.cache_folder() / records.file_name(kind)
     record = record_of(kind, results, failures, {}, {"checks": facts})
-    try:
-        older = records.read(path) if path.exists() else None
-    except ValueError:
-        older = None  # what is no record is replaced by one
     record.merged(older).write(path)
     good = sum(record.right.values())
     print(f"{good} of {len(record.right)} kernels are right; recorded in {path}")
