@@ -1,8 +1,11 @@
 """Checks the Hopper kernels on this GPU and writes the record that lets calls without a name take them."""
 
 import argparse
+import collections
+import itertools
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,22 @@ from kernels_pallas.nsa.checking import CASES, CheckCase, Prepared, also, prepar
 from kernels_pallas.nsa.checking.cases import Part
 from kernels_pallas.nsa.checking.recording import rights
 from kernels_pallas.target import is_hopper
+
+AHEAD = 4
+"""Checks that compile while one runs; each holds gigabytes."""
+
+
+def prepared(
+    work: list[tuple[CheckCase, Part]], pool: ThreadPoolExecutor
+) -> Iterator[tuple[CheckCase, Part, "Future[Prepared]"]]:
+    """The checks in their order, the next few of them under way."""
+    left, waiting = iter(work), collections.deque[tuple[CheckCase, Part, "Future[Prepared]"]]()
+    while True:
+        for case, part in itertools.islice(left, AHEAD - len(waiting)):
+            waiting.append((case, part, pool.submit(prepare, case, part)))
+        if not waiting:
+            return
+        yield waiting.popleft()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,11 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[dict[records.Key, bool]] = []
     failures: list[tuple[CheckCase, str]] = []
     facts: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(4) as pool:  # one compiles while another runs
-        waiting = [pool.submit(prepare, case, part) for case, part in work]
-        for (case, part), future in zip(work, waiting, strict=True):
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for case, part, future in prepared(work, pool):
             try:
-                check: Prepared = future.result()
+                check = future.result()
                 findings = check.run()
             except Exception as error:
                 print(f"FAILED {case.label}, {part}: {type(error).__name__}: {str(error)[:300]}")
