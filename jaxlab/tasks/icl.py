@@ -60,6 +60,9 @@ Name = Literal[
     "heads",
 ]
 
+MOST_PROMPTS = 1 << 20
+"""Of a run, and of a batch: they are made before anything is measured."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -134,8 +137,8 @@ class Config:
         if not self.model:
             raise ConfigError("which model? give a folder or the config of a train run", key="model")
         for name in ("examples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+            if not 1 <= getattr(self, name) <= MOST_PROMPTS:
+                raise ConfigError(f"must be from 1 to {MOST_PROMPTS}, is {getattr(self, name)}", key=name)
         for name in ("analyses", "seeds"):
             values = getattr(self, name)
             if not values:
