@@ -17,6 +17,7 @@ from kernels_pallas.nsa.api import (
     window_attention,
 )
 from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, where_finite
+from kernels_pallas.nsa.checks import check_gates, check_selection
 from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case
@@ -54,8 +55,8 @@ def cached_attention(
             f"{count} queries and a window of {window} do not fit {recent.k.shape[1]} recent keys and a "
             f"cache with {ring} slots of the window"
         )
-    if gates.shape != (*q.shape[:3], 3):
-        raise ValueError(f"gates have shape {gates.shape}; for q {q.shape} it must be {(*q.shape[:3], 3)}")
+    check_gates(gates, q)
+    check_selection(block_size, num_blocks, num_init, num_local)
     length = cache.k_slc.shape[1]
     if isinstance(cache, PagedCache):
         length *= cache.page_table.shape[1]

@@ -20,6 +20,8 @@ from kernels_pallas.nsa.mosaic_gpu.common import (
     Saved,
     Tuning,
     go_through,
+    limits_in_tile,
+    operands,
     route,
     serve,
 )
@@ -40,13 +42,13 @@ def query_gradient(
     value_dim, dtype = v.shape[2], q.dtype
     heads = groups // saved.visible.first.shape[0]
     listed, wgs, stages = isinstance(plan, Lists), tuning.warpgroups, tuning.stages
-    shape = (ROWS, tuning.keys)
+    plan_operands, shape = operands(plan), (ROWS, tuning.keys)
 
     def nsa_query_gradient(*refs):  # type: ignore[no-untyped-def]
         q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *plan_refs = refs[
-            : 8 + len(plan)
+            : 8 + len(plan_operands)
         ]
-        dq_ref, smem, barriers = refs[8 + len(plan) :]
+        dq_ref, smem, barriers = refs[8 + len(plan_operands) :]
         q_smem, do_smem, row_smem, number_smem, k_smem, v_smem, ds_smem, dq_smem = smem
         ready, k_full, v_full, k_free, v_free = barriers
         x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
@@ -81,10 +83,11 @@ def query_gradient(
                 scores = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), shape)
                 scores = scores * (scale * LOG2_E)
                 if masked:
-                    limit = end
+                    tile, (begin, limit) = way.key_tile(step), (first, end)
                     if listed:
-                        limit = jnp.where((bits & plan_refs[2][x, p, step]) != 0, end, 0)
-                    seen = visible_keys(first, limit, way.key_tile(step), shape, 0)
+                        tails = plan_refs[5][x, p, step] if len(plan_refs) > 5 else None
+                        begin, limit = limits_in_tile(first, end, tile, bits, plan_refs[2][x, p, step], tails)
+                    seen = visible_keys(begin, limit, tile, shape, 0)
                     scores = jnp.where(seen, scores, -jnp.inf)
                 weights = jnp.exp2(scores - along(lse, shape, 0))
                 plgpu.barrier_wait(v_full.at[slot])
@@ -137,4 +140,4 @@ def query_gradient(
         grid_names=("p", "x"),
         num_threads=wgs + 1,
         thread_name="wg",
-    )(q, d_out, saved.lse, saved.shift, *saved.visible, k, v, *plan)
+    )(q, d_out, saved.lse, saved.shift, *saved.visible, k, v, *plan_operands)

@@ -5,10 +5,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import FEATURES, LOG2_E, ROWS
-from kernels_pallas.nsa.base import Positions, SelectionGrid, finite
-from kernels_pallas.nsa.importance import ascending, block_importance, candidate_range, select_by_top_k
+from kernels_pallas.nsa.base import Positions, SelectionGrid, finite, intervals
+from kernels_pallas.nsa.importance import ascending, block_importance, newest_candidates, select_by_top_k
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning, Visible
-from kernels_pallas.nsa.mosaic_gpu.plan import intervals, pack_keys, plan_rows, ranges
+from kernels_pallas.nsa.mosaic_gpu.plan import pack_keys, plan_rows, ranges
 from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS, group_shares
 from kernels_pallas.nsa.xla.tiling import from_chunks, to_chunks
 
@@ -36,11 +36,12 @@ def select_blocks(
 
     first, end = intervals(positions, grid.stride, grid.block_len - 1, None)
     end = jnp.minimum(end, k_cmp.shape[1])
-    oldest, newest = candidate_range(grid.block_size, positions)
-    parts = (to_chunks(x, chunk, fill=None) for x in (first, end, oldest, newest))
+    newest = newest_candidates(grid.block_size, positions)
+    parts = (to_chunks(x, chunk, fill=None) for x in (first, end, newest))
+    packed = positions.key_segments is not None
 
     def one_chunk(inputs: tuple[Array, ...]) -> Array:
-        q_chunk, lse_chunk, first, end, oldest, newest = inputs
+        q_chunk, lse_chunk, first, end, newest = inputs
         rows = layout.pack(q_chunk, FEATURES)
         floor = layout.pack((finite(lse_chunk) * LOG2_E)[..., None])[..., 0]
         visible = Visible(layout.spread(first, 0), layout.spread(end, 0))
@@ -60,7 +61,8 @@ def select_blocks(
         index = jnp.arange(shares.shape[-1], dtype=jnp.int32)[None, None]
         seen = (index >= first[..., None]) & (index < end[..., None])
         shares = jnp.where(seen[:, None], shares, 0.0)  # the kernel writes no more than it has to
-        selected = select_by_top_k(grid, block_importance(grid, shares), (oldest, newest))
+        importance = block_importance(grid, shares, first if packed else None)
+        selected = select_by_top_k(grid, importance, newest)
         return jnp.moveaxis(ascending(selected), 1, 2)
 
     selected = lax.map(one_chunk, (to_chunks(q, chunk), to_chunks(lse, chunk), *parts))

@@ -279,8 +279,7 @@ def decode_token(
         weights = jnp.where(seen[..., None], jnp.exp2(scores - lse[:, None]), 0.0)
         shares = jnp.sum(weights[..., :group], axis=-1).reshape(batch, kv_heads, 1, -1)
         newest = (position // grid.block_size)[:, None]
-        limits = (jnp.zeros_like(newest), newest)
-        selected = select_by_top_k(grid, block_importance(grid, shares), limits)
+        selected = select_by_top_k(grid, block_importance(grid, shares), newest)
         indices = ascending(selected)
     else:
         assert indices is not None

@@ -32,6 +32,8 @@ from kernels_pallas.nsa.mosaic_gpu.common import (
     Tuning,
     Visible,
     go_through,
+    limits_in_tile,
+    operands,
     route,
     serve,
 )
@@ -58,12 +60,13 @@ def forward_pass(
     value_dim, dtype = v.shape[2], q.dtype
     tiles, heads = rows // tuning.rows, groups // visible.first.shape[0]
     listed = isinstance(plan, Lists)
+    plan_operands = operands(plan)
     stages, shape = tuning.stages, (ROWS, tuning.keys)
 
     def nsa_forward(*refs):  # type: ignore[no-untyped-def]
-        q_ref, k_ref, v_ref, first_ref, end_ref, *plan_refs = refs[: 5 + len(plan)]
-        out_ref, lse_ref = refs[5 + len(plan) : 7 + len(plan)]
-        smem, barriers = refs[7 + len(plan) :]
+        q_ref, k_ref, v_ref, first_ref, end_ref, *plan_refs = refs[: 5 + len(plan_operands)]
+        out_ref, lse_ref = refs[5 + len(plan_operands) : 7 + len(plan_operands)]
+        smem, barriers = refs[7 + len(plan_operands) :]
         q_smem, k_smem, v_smem, p_smem, out_smem, lse_smem, first_smem, end_smem, bits_smem = smem
         ready, k_full, v_full, k_free, v_free = barriers
         x, p, wg = lax.axis_index("x"), lax.axis_index("p"), lax.axis_index("wg")
@@ -93,10 +96,11 @@ def forward_pass(
                 plgpu.barrier_arrive(k_free.at[slot])
                 scores = scores * (scale * LOG2_E)
                 if masked:
-                    limit = end
+                    tile, (begin, limit) = way.key_tile(step), (first, end)
                     if listed:
-                        limit = jnp.where((bits & plan_refs[2][x, p, step]) != 0, end, 0)
-                    seen = visible_keys(first, limit, way.key_tile(step), shape, 0)
+                        tails = plan_refs[5][x, p, step] if len(plan_refs) > 5 else None
+                        begin, limit = limits_in_tile(first, end, tile, bits, plan_refs[2][x, p, step], tails)
+                    seen = visible_keys(begin, limit, tile, shape, 0)
                     scores = jnp.where(seen, scores, -jnp.inf)
                 new_top = jnp.maximum(top, scores.max(axis=1))
                 fade = jnp.exp2(top - new_top)
@@ -160,4 +164,4 @@ def forward_pass(
         grid_names=("p", "x"),
         num_threads=wgs + 1,
         thread_name="wg",
-    )(q, k, v, *visible, *plan)
+    )(q, k, v, *visible, *plan_operands)

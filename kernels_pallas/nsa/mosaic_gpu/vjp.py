@@ -9,27 +9,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import FEATURES, LOG2_E, ROWS
-from kernels_pallas.nsa.base import Positions, Residuals, ceil_div, finite, softmax_shift
+from kernels_pallas.nsa.base import Positions, Residuals, ceil_div, finite, intervals, named, softmax_shift
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
 from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Lists, Ranges, Saved, Tuning, Visible
 from kernels_pallas.nsa.mosaic_gpu.forward import forward_pass
 from kernels_pallas.nsa.mosaic_gpu.plan import (
     Rows,
-    intervals,
     inverse,
     lists,
     pack_keys,
     plan_rows,
     ranges,
     readers,
+    tiles_of_blocks,
     unpack_keys,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Static facts of one attention; key i stands as `plan.intervals` says."""
+    """Static facts of one attention; what a query sees is `base.intervals`."""
 
     scale: float
     stride: int = 1
@@ -50,7 +50,7 @@ def attend(
     positions: Positions,
 ) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
     """Attention to the keys of each query's interval, within its selected blocks where `indices` are given
-    (blocks of `kernels.forward.keys` tokens), and the log-sum-exp in float32.
+    (blocks of ROWS tokens, as many as `kernels.forward.keys`), and the log-sum-exp in float32.
 
     bfloat16 or float16, groups of up to 64 heads. A query that sees nothing gets exactly 0 and -inf.
     """
@@ -65,6 +65,7 @@ class _Prepared(NamedTuple):
     k: Array
     v: Array
     visible: Visible
+    positions: Positions
 
 
 def _prepare(kernels: Kernels, q: Array, k: Array, v: Array, positions: Positions) -> _Prepared:
@@ -74,13 +75,15 @@ def _prepare(kernels: Kernels, q: Array, k: Array, v: Array, positions: Position
     first, end = intervals(positions, kernels.stride, kernels.offset, kernels.window)
     end = jnp.minimum(end, k.shape[1])
     visible = Visible(layout.spread(first, 0), layout.spread(end, 0))
-    return _Prepared(layout, layout.pack(q, FEATURES), pack_keys(k, tile), pack_keys(v, tile), visible)
+    keys, values = pack_keys(k, tile), pack_keys(v, tile)
+    return _Prepared(layout, layout.pack(q, FEATURES), keys, values, visible, positions)
 
 
 def _plan(ready: _Prepared, indices: Array | None, tuning: Tuning) -> Ranges | Lists:
     if indices is None:
         return ranges(ready.visible, tuning.rows, tuning.keys)
-    return lists(ready.layout, indices, ready.k.shape[1] // tuning.keys, tuning.rows, tuning.warpgroups)
+    selected = tiles_of_blocks(indices, ready.positions)
+    return lists(ready.layout, selected, ready.k.shape[1] // tuning.keys, tuning.rows, tuning.warpgroups)
 
 
 def _forward(
@@ -98,7 +101,7 @@ def _forward(
 def _forward_saving(
     kernels: Kernels, q: Array, k: Array, v: Array, indices: Array | None, positions: Positions
 ) -> tuple[tuple[Array, Array], Residuals]:
-    out, lse = _forward(kernels, q, k, v, indices, positions)
+    out, lse = named(*_forward(kernels, q, k, v, indices, positions))
     return (out, lse), Residuals(q, k, v, indices, positions, out, lse)
 
 

@@ -40,8 +40,7 @@ def decode_token(
     if indices is None:
         importance = block_importance(grid, jnp.sum(compressed_part.weights, axis=2)[:, :, None])
         newest = (position // grid.block_size)[:, None]
-        limits = (jnp.zeros_like(newest), newest)
-        indices = select_by_rounds(importance, limits, grid.num_blocks, grid.num_init, grid.num_local)
+        indices = select_by_rounds(importance, newest, grid.num_blocks, grid.num_init, grid.num_local)
 
     selected = indices[:, :, 0]
     k, v = (_blocks(grid, cache, x, selected) for x in (cache.k_slc, cache.v_slc))
