@@ -6,7 +6,8 @@
 Of GPT-2's shape in float32: flows here with and without recomputing layers, the paper's way in PyTorch as
 released and repaired (icl_torch.py). Each is a process of its own, one after the other, round by round, so
 that all meet the same machine; figures are medians over the rounds, ratios are of the same round. CPU seconds
-are what a busy machine leaves comparable. Bytes are the growth of the resident set over a process that holds
+are what a busy machine leaves comparable. What `--out` holds of the same commit stays and is not measured
+again, so that lengths can be done one by one. Bytes are the growth of the resident set over a process that holds
 weights and program. The sums of all of them are compared. With --model: flows and blocking of prompts of that
 model, in multiples of a forward pass that gives logits at the last position.
 """
@@ -144,19 +145,19 @@ def of_model(arguments: Arguments) -> dict[str, Any]:
             taken[name].append(measured(lambda call=call: jax.block_until_ready(call()), 1)[0])
     found: dict[str, Any] = {}
     for name, rows in taken.items():
-        in_forwards = [
-            row["cpu_seconds"] / base["cpu_seconds"] for row, base in zip(rows, taken["forward"], strict=True)
-        ]
         found[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        found[name]["cpu_in_forwards"] = statistics.median(in_forwards)
-    if {"blocking, 1 setting", "blocking, 3 settings"} <= set(found):
-        more = [
-            (three["cpu_seconds"] - one["cpu_seconds"]) / 2 / base["cpu_seconds"]
-            for one, three, base in zip(
-                taken["blocking, 1 setting"], taken["blocking, 3 settings"], taken["forward"], strict=True
+        for key in ("seconds", "cpu_seconds"):
+            pairs = zip(rows, taken["forward"], strict=True)
+            found[name][f"{key}_in_forwards"] = statistics.median(row[key] / base[key] for row, base in pairs)
+    few, many = taken.get("blocking, 1 setting"), taken.get("blocking, 3 settings")
+    if few is not None and many is not None:
+        found["blocking, one more setting"] = {
+            f"{key}_in_forwards": statistics.median(
+                (three[key] - one[key]) / 2 / base[key]
+                for one, three, base in zip(few, many, taken["forward"], strict=True)
             )
-        ]
-        found["one more setting in forwards"] = statistics.median(more)
+            for key in ("seconds", "cpu_seconds")
+        }
     return {"model": Path(arguments.model).name, "prompts": shape[0], "tokens": shape[1], "measured": found}
 
 
@@ -174,9 +175,11 @@ def of_shape(arguments: Arguments) -> dict[str, Any]:
     names = [name for name in (*OURS, *PEERS) if name not in arguments.skip]
     names = [name for name in names if name in OURS or arguments.torch_python]
     rows: dict[str, list[dict[str, Any]]] = {}
-    with tqdm(total=len(names) * len(arguments.lengths) * arguments.rounds, unit="process") as progress:
+    results = _measured_before(arguments.out)
+    lengths = [n for n in arguments.lengths if any(str(n) not in results.get(name, {}) for name in names)]
+    with tqdm(total=len(names) * len(lengths) * arguments.rounds, unit="process") as progress:
         for _ in range(arguments.rounds):
-            for length in arguments.lengths:
+            for length in lengths:
                 for name in names:
                     sizes = {"length": length, "repeats": arguments.repeats}
                     if name in OURS:
@@ -188,23 +191,33 @@ def of_shape(arguments: Arguments) -> dict[str, Any]:
                         command = [arguments.torch_python, script, json.dumps(sizes)]
                     rows.setdefault(f"{name}/{length}", []).append(process(command))
                     progress.update()
-    return {
-        "shape": DEFAULTS,
-        "lengths": list(arguments.lengths),
-        "results": _medians(rows, names, arguments),
-    }
+    for name, found in _medians(rows, names, lengths).items():
+        of_name = results.get(name, {}) | found
+        results[name] = dict(sorted(of_name.items(), key=lambda item: int(item[0])))
+    return {"shape": DEFAULTS, "results": results}
+
+
+def _measured_before(out: Path | None) -> dict[str, dict[str, Any]]:
+    """What the file holds of this state of the code."""
+    if out is None or not out.exists():
+        return {}
+    found, now = json.loads(out.read_text()), environment()
+    same = all(found["environment"][name] == now[name] for name in ("commit", "changes"))
+    results: dict[str, dict[str, Any]] = found["results"] if same else {}
+    return results
 
 
 def _medians(
-    rows: dict[str, list[dict[str, Any]]], names: list[str], arguments: Arguments
+    rows: dict[str, list[dict[str, Any]]], names: list[str], lengths: list[int]
 ) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for length in arguments.lengths:
+    for length in lengths:
         base = rows.get(f"torch, repaired/{length}")
         for name in names:
             mine = rows[f"{name}/{length}"]
             keys = ("seconds", "cpu_seconds", "bytes")
             one: dict[str, float] = {key: statistics.median(row[key] for row in mine) for key in keys}
+            one["rounds"] = len(mine)
             if base is not None:
                 for key in keys:
                     ratios = [row[key] / other[key] for row, other in zip(mine, base, strict=True)]

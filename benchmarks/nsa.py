@@ -32,10 +32,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import nsa_decode
 import numpy as np
 import tyro
-from nsa_parts import report, subjects, timing
+from nsa_parts import alternating, decoding, report, subjects, timing
+from nsa_parts import layers as whole_layers
 from tqdm import tqdm
 
 from jaxlab.app.provenance import environment
@@ -76,8 +76,14 @@ class Arguments:
     """Tokens of the comparison with float32; 0 leaves it out."""
     dense_up_to: int = 4096
     """Longest sequence for the dense peer without a GPU, which keeps all scores."""
+    key_dim: int | None = None
+    value_dim: int | None = None
+    """Head dims in place of the specs'."""
     torch_python: Path | None = None
-    """Python of an environment with torch, and flash-linear-attention if that is to be timed too."""
+    """Python of an environment with torch, and flash-linear-attention if that is to be timed too. Without a
+    GPU its flash attention, heads expanded, is timed in turn with ours, which then chooses its own blocks."""
+    kinds: tuple[str, ...] = ()
+    """Of jobs (attention, forward, decode, torch, layers, branches); empty: all."""
     threads: int = os.cpu_count() or 1
     """That compile."""
 
@@ -100,6 +106,7 @@ def resolve(a: Arguments) -> Arguments:
 def specs(a: Arguments, length: int) -> Iterator[ArgSpec]:
     for name in a.specs:
         changes = {"heads": a.heads, "kv_heads": a.kv_heads, "dtype": a.dtype}
+        changes |= {n: getattr(a, n) for n in ("key_dim", "value_dim") if getattr(a, n) is not None}
         yield dataclasses.replace(with_tag("benchmark")[name], length=length, batch=a.batch, **changes)
 
 
@@ -194,13 +201,15 @@ def jobs(a: Arguments) -> list[Job]:
     """By importance."""
 
     def attention(parts: tuple[str, ...], spec: ArgSpec, left: float) -> list[Row]:
+        if a.torch_python is not None and jax.default_backend() == "cpu":
+            return beside_torch(a, spec, parts)
         table = [subjects.nsa(spec, i) for i in a.implementations] + subjects.peers(spec, a.dense_up_to)
         return timed(a, spec, [s._replace(parts=parts) for s in table], subjects.draw(spec))
 
     def layers(spec: ArgSpec, left: float) -> list[Row]:
         rows = []
         for implementation in a.implementations:
-            table, data = subjects.layers(spec, implementation)
+            table, data = whole_layers.layers(spec, implementation)
             if jax.default_backend() != "gpu" and spec.length > a.dense_up_to:
                 table = table[:1]
             rows += timed(a, spec, table, data)
@@ -217,10 +226,10 @@ def jobs(a: Arguments) -> list[Job]:
     all_parts, forward = (functools.partial(attention, parts) for parts in (timing.PARTS, ("forward",)))
     torch = functools.partial(torch_rows, a)
     lengths = by_importance(a.lengths)
-    with_torch = [] if a.torch_python is None else lengths
+    with_torch = [] if a.torch_python is None or jax.default_backend() == "cpu" else lengths
     decoding = of("decode", functools.partial(decode, a), a.decode_lengths)
     first, rest = slice(0, 3), slice(3, None)
-    return [
+    found = [
         *of("attention", all_parts, lengths[first]),
         *of("forward", forward, a.forward_lengths),
         *(job for job in decoding if job.spec == a.specs[0]),
@@ -232,14 +241,14 @@ def jobs(a: Arguments) -> list[Job]:
         *of("layers", layers, lengths[1:]),
         *of("branches", branches, lengths[1:]),
     ]
+    return [job for job in found if not a.kinds or job.kind in a.kinds]
 
 
 def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
     """Steps of one layer over a cache, NSA beside dense."""
     shape = {n: getattr(spec, n) for n in ("heads", "kv_heads", "key_dim", "value_dim", "dtype")}
     blocks = {n: spec.sizes[n] for n in ("block_len", "stride", "block_size", "num_blocks", "window")}
-    arguments = nsa_decode.Arguments(
-        a.out,
+    sizes = decoding.Sizes(
         implementations=tuple(dict.fromkeys(("xla", *a.implementations))),
         lengths=(spec.length,),
         batches=a.decode_batches,
@@ -247,7 +256,7 @@ def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
         **blocks,
     )
     rows = []
-    for row in nsa_decode.rows(arguments):
+    for row in decoding.rows(sizes):
         about = {"spec": spec.name, "length": row["length"], "batch": row["batch"], "part": "decode"}
         found = {what: value for what, value in row.items() if what in ("tokens", "bytes", "reason")}
         if "wall_s" in row:
@@ -256,13 +265,46 @@ def decode(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
     return rows
 
 
-def torch_rows(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
-    """Of a process of its own with another Python: nsa_torch.py beside this file."""
+def torch_sizes(a: Arguments, spec: ArgSpec) -> Row:
+    """For nsa_torch.py."""
     sizes = {n: getattr(spec, n) for n in ("batch", "length", "heads", "kv_heads", "key_dim", "value_dim")}
     sizes |= {n: spec.sizes[n] for n in ("block_size", "num_blocks", "window")} | {"dtype": spec.dtype}
     sizes |= {"device": "cuda" if jax.default_backend() == "gpu" else "cpu"}
-    sizes |= {"samples": a.samples, "seconds": a.seconds}
-    command = [str(a.torch_python), str(Path(__file__).with_name("nsa_torch.py")), json.dumps(sizes)]
+    return sizes | {"samples": a.samples, "seconds": a.seconds}
+
+
+def beside_torch(a: Arguments, spec: ArgSpec, parts: tuple[str, ...]) -> list[Row]:
+    """Forward, and forward and backward, in turn with torch's dense attention."""
+    about = {"spec": spec.name, "length": spec.length, "overlap": None}
+    assert a.torch_python is not None
+    try:
+        peer = alternating.TorchPeer(a.torch_python, torch_sizes(a, spec))
+    except (OSError, RuntimeError) as error:
+        return [{**about, "name": "torch", "part": "forward", "reason": timing.reason(error)}]
+    data, found = subjects.draw(spec), []
+    try:
+        for implementation in a.implementations:
+            subject = subjects.nsa_by_itself(spec, implementation)
+            moving, fixed = timing.operands(subject, data)
+            forward, both = jax.jit(subject.function), jax.jit(timing.gradients(subject))
+            calls = {
+                "forward": lambda f=forward, m=moving: jax.block_until_ready(f(*m)),
+                "both": lambda f=both, m=moving, x=fixed: jax.block_until_ready(f(m, x, data["d_out"])),
+            }
+            calls = {part: call for part, call in calls.items() if part in parts}
+            first = {part: alternating.timed(call)() for part, call in calls.items()}
+            for row in alternating.rows(subject.name, calls, peer, a.samples, a.seconds):
+                own = {"first_call_s": first[row["part"]]} if row["name"] == subject.name else {}
+                found.append({**about, **row, **own})
+    finally:
+        peer.close()
+    return found
+
+
+def torch_rows(a: Arguments, spec: ArgSpec, left: float) -> list[Row]:
+    """Of a process of its own with another Python: nsa_torch.py beside this file."""
+    script = str(Path(__file__).with_name("nsa_torch.py"))
+    command = [str(a.torch_python), script, json.dumps(torch_sizes(a, spec))]
     about = {"spec": spec.name, "length": spec.length, "overlap": None}
     failed = {**about, "name": "torch", "part": "forward"}
     try:

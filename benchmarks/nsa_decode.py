@@ -9,231 +9,25 @@ times stand the tokens and bytes that one decoded token reads of the cache by th
 """
 
 import dataclasses
-import functools
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from tqdm import tqdm
+from nsa_parts import decoding
 
 from jaxlab.app.provenance import environment
 from jaxlab.files import write_json
-from kernels_pallas.nsa import (
-    Implementation,
-    NewTokens,
-    NsaCache,
-    append_tokens,
-    bytes_per_decoded_token,
-    cached_attention,
-    init_cache,
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Sizes of the measurement; the defaults are the paper's blocks with 16 heads in one group."""
+class Arguments(decoding.Sizes):
+    """Sizes of the measurement, and where it goes."""
 
-    out: Path
+    out: Path = Path("nsa_decode.json")
     """JSON file to write."""
-    implementations: tuple[Implementation, ...] = ("xla",)
-    """Of NSA."""
-    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
-    """Tokens in the cache before the first step."""
-    batches: tuple[int, ...] = (1,)
-    """Sequences decoded at once."""
-    steps: int = 16
-    """Tokens decoded by one call."""
-    heads: int = 16
-    kv_heads: int = 1
-    key_dim: int = 192
-    value_dim: int = 128
-    block_len: int = 32
-    stride: int = 16
-    block_size: int = 64
-    num_blocks: int = 16
-    window: int = 512
-    dtype: str = "float32"
-    repeats: int = 3
-    """Timed calls, after one that is not; the best counts."""
-
-
-def draw(key: jax.Array, like: Any) -> Any:
-    """Normal numbers in place of every floating leaf."""
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        jax.random.normal(k, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, drawn)
-
-
-Step = Callable[..., tuple[Any, jax.Array]]
-"""(cache, q, k, v, gates) -> cache, output"""
-
-
-def nsa(implementation: Implementation, a: Arguments, batch: int, length: int) -> tuple[Step, Any]:
-    """One step, and the cache that it carries; all sequences hold the same."""
-    blocks = {"block_len": a.block_len, "stride": a.stride}
-    cache = init_cache(
-        1,
-        length + a.steps,
-        kv_heads=a.kv_heads,
-        key_dim=a.key_dim,
-        value_dim=a.value_dim,
-        dtype=jnp.dtype(a.dtype),
-        block_size=a.block_size,
-        window=a.window,
-        **blocks,
-    )
-    cache = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), draw(jax.random.key(1), cache))
-    cache = cache._replace(length=jnp.full((batch,), length, jnp.int32))
-
-    def compress(k, v, starts):
-        return k.mean(axis=1, keepdims=True), v.mean(axis=1, keepdims=True)
-
-    def step(cache, q, k, v, gates):
-        cache, recent = append_tokens(cache, NewTokens(k, v, k, v, k, v), compress, **blocks)
-        out, _ = cached_attention(
-            cache,
-            recent,
-            q,
-            gates,
-            block_size=a.block_size,
-            num_blocks=a.num_blocks,
-            window=a.window,
-            implementation=implementation,
-            **blocks,
-        )
-        return cache, out
-
-    return step, cache
-
-
-def dense(cudnn: bool, a: Arguments, batch: int, length: int) -> tuple[Step, Any]:
-    """As many heads and the same dimensions over all tokens; for cuDNN values are padded to the keys' dim."""
-    rows = length + a.steps
-    dims = (a.key_dim, a.key_dim if cudnn else a.value_dim)
-    drawn = draw(jax.random.key(1), [jnp.zeros((1, rows, a.kv_heads, d), jnp.dtype(a.dtype)) for d in dims])
-    cache = (*(jnp.repeat(x, batch, axis=0) for x in drawn), jnp.asarray(length, jnp.int32))
-
-    def step(cache, q, k, v, gates):
-        keys, values, at = cache
-        v = jnp.pad(v, ((0, 0),) * 3 + ((0, dims[1] - v.shape[3]),))
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, at, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, at, axis=1)
-        if cudnn:
-            held = jnp.full((batch,), at + 1, jnp.int32)
-            out = jax.nn.dot_product_attention(
-                q, keys, values, key_value_seq_lengths=held, implementation="cudnn"
-            )
-            return (keys, values, at + 1), out[..., : a.value_dim]
-        q = q.reshape(batch, a.kv_heads, a.heads // a.kv_heads, a.key_dim)
-        scores = jnp.einsum("bhgd,bshd->bhgs", q, keys, preferred_element_type=jnp.float32)
-        seen = jnp.arange(rows, dtype=jnp.int32) <= at
-        weights = jax.nn.softmax(jnp.where(seen, scores * a.key_dim**-0.5, -jnp.inf), axis=-1)
-        out = jnp.einsum("bhgs,bshd->bhgd", weights.astype(values.dtype), values)
-        return (keys, values, at + 1), out.reshape(batch, 1, a.heads, a.value_dim)
-
-    return step, cache
-
-
-Make = Callable[[Arguments, int, int], tuple[Step, Any]]
-
-
-def peers(a: Arguments) -> dict[str, Make]:
-    """Name -> what makes the step and the cache."""
-    found: dict[str, Make] = {f"nsa {name}": functools.partial(nsa, name) for name in a.implementations}
-    found["dense"] = functools.partial(dense, False)
-    if jax.default_backend() == "gpu":
-        found["dense cuDNN"] = functools.partial(dense, True)
-    return found
-
-
-def measure(a: Arguments, make: Make, batch: int, length: int) -> dict[str, Any]:
-    """Seconds for one decoded token of every sequence, and the sum of the outputs."""
-    step, cache = make(a, batch, length)
-    shapes = [(a.heads, a.key_dim), (a.kv_heads, a.key_dim), (a.kv_heads, a.value_dim), (a.heads, 3)]
-    like = [jnp.zeros((batch, 1, *shape), jnp.dtype(a.dtype)) for shape in shapes]
-    inputs = draw(jax.random.key(2), like)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def loop(cache, inputs):
-        def one(_, carry):
-            cache, inputs, total = carry
-            cache, out = step(cache, *inputs)
-            # A step's query depends on the step before, as in a model.
-            q = inputs[0] + 1e-3 * jnp.mean(out).astype(inputs[0].dtype)
-            return cache, [q, *inputs[1:]], total + jnp.sum(out.astype(jnp.float32))
-
-        cache, _, total = jax.lax.fori_loop(0, a.steps, one, (cache, inputs, jnp.float32(0)))
-        return cache, total
-
-    # Every call starts at `length` again: what was donated is the buffers, not the count.
-    def reset(cache):
-        at = jnp.full((batch,), length, jnp.int32)
-        return cache._replace(length=at) if isinstance(cache, NsaCache) else (*cache[:2], at[0])
-
-    cache, total = jax.block_until_ready(loop(cache, inputs))
-    wall, processor = [], []
-    for _ in range(a.repeats):
-        cache = jax.block_until_ready(reset(cache))
-        start, used = time.perf_counter(), time.process_time()
-        cache, total = jax.block_until_ready(loop(cache, inputs))
-        wall.append(time.perf_counter() - start)
-        processor.append(time.process_time() - used)
-    if not jnp.isfinite(total):
-        raise FloatingPointError(f"the outputs at {length} tokens sum up to {total}")
-    times = {"wall_s": min(wall) / a.steps, "processor_s": min(processor) / a.steps}
-    return times | {"output": np.asarray(jax.jit(step)(reset(cache), *inputs)[1], np.float32)}
-
-
-def rows(a: Arguments) -> list[dict[str, Any]]:
-    """One for every length and batch."""
-    found: list[dict[str, Any]] = []
-    points = [(length, batch) for length in a.lengths for batch in a.batches]
-    for length, batch in (bar := tqdm(points, leave=False)):
-        bar.set_postfix_str(f"{length} tokens x {batch}")
-        traffic = bytes_per_decoded_token(
-            length,
-            kv_heads=a.kv_heads,
-            key_dim=a.key_dim,
-            value_dim=a.value_dim,
-            itemsize=jnp.dtype(a.dtype).itemsize,
-            stride=a.stride,
-            block_size=a.block_size,
-            num_blocks=a.num_blocks,
-            window=a.window,
-        )
-        outputs: dict[str, np.ndarray] = {}
-        for name, make in peers(a).items():
-            kind = name.partition(" ")[0]
-            row: dict[str, Any] = {"name": name, "length": length, "batch": batch}
-            row |= {what: getattr(traffic, f"{kind}_{what}") for what in ("tokens", "bytes")}
-            try:
-                row |= measure(a, make, batch, length)
-            except Exception as error:  # any reason why a peer does not run belongs into its row
-                found.append({**row, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
-                continue
-            output = row.pop("output")
-            # Of a step; where scores are nearly equal bfloat16 may choose another block.
-            row["differs_from_first_of_kind"] = relative_error(output, outputs.setdefault(kind, output))
-            found.append(row)
-    return found
-
-
-def relative_error(x: np.ndarray, reference: np.ndarray) -> float:
-    """RMS of the difference over RMS of the reference."""
-    return float(np.sqrt(np.mean((x - reference) ** 2) / np.mean(reference**2)))
 
 
 def main(a: Arguments) -> None:
-    found = rows(a)
+    found = decoding.rows(a)
     write_json(a.out, {"arguments": dataclasses.asdict(a), "environment": environment(), "rows": found})
     print(" tokens batch name               tokens read   MiB read  ms a step  times dense  differs")
     for r in found:

@@ -2,8 +2,9 @@
 
     torch/bin/python benchmarks/nsa_torch.py '{"length": 4096, "device": "cuda"}'
 
-Prints one line of JSON: rows as nsa.py has them; a peer that cannot run gives one with its reason. Imports
-nothing of this project.
+Prints one line of JSON: rows as nsa.py has them; a peer that cannot run gives one with its reason. With
+"serve" it says its name, and then answers each line that it reads, "forward" or "both", with the seconds of
+one call of torch's dense attention. Imports nothing of this project.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ DEFAULTS = {
     "device": "cuda",
     "samples": 20,
     "seconds": 1.0,
+    "serve": False,
 }
 L2_BYTES = 100e6
 
@@ -36,6 +38,8 @@ def dense(torch, backend, sizes):
 
     def run(q, k, v):
         v = torch.nn.functional.pad(v, (0, pad)) if pad else v
+        if sizes["device"] == "cpu":  # flash attention on a CPU knows no groups of heads
+            k, v = (x.repeat_interleave(sizes["heads"] // sizes["kv_heads"], dim=2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         within = torch.nn.attention.sdpa_kernel(backend) if backend is not None else contextlib.nullcontext()
         with within:
@@ -125,10 +129,48 @@ def rows_of(torch, name, function, sizes):
     return [*rows, {"name": name, "part": "both", **measure(torch, both, inputs, sizes)}]
 
 
+def serve(torch, sizes):
+    """One sample for each line that is read."""
+    backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    function = dense(torch, backend, sizes)
+    q, k, v, d_out = inputs_of(torch, sizes)
+
+    def forward():
+        with torch.no_grad():
+            function(q, k, v)
+
+    calls = {
+        "forward": forward,
+        "both": lambda: torch.autograd.grad(function(q, k, v), (q, k, v), d_out),
+    }
+    about = {"name": "dense, torch flash_attention", "versions": {"torch": torch.__version__}}
+    print(json.dumps(about | {"torch_threads": torch.get_num_threads()}), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        calls[line.strip()]()
+        if sizes["device"] == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def inputs_of(torch, sizes):
+    """q, k, v and the output's cotangent, random."""
+    kinds = (("heads", "key_dim"), ("kv_heads", "key_dim"), ("kv_heads", "value_dim"), ("heads", "value_dim"))
+    dtype = getattr(torch, sizes["dtype"])
+    made = []
+    for heads, dim in kinds:
+        shape = (sizes["batch"], sizes["length"], sizes[heads], sizes[dim])
+        made.append(torch.randn(shape, dtype=dtype, device=sizes["device"], requires_grad=len(made) < 3))
+    return made
+
+
 def main(argument):
     sizes = DEFAULTS | json.loads(argument)
     import torch
 
+    if sizes["serve"]:
+        serve(torch, sizes)
+        return
     padded = "" if sizes["key_dim"] == sizes["value_dim"] else f" (V padded to {sizes['key_dim']})"
     peers = {f"dense, torch sdpa{padded}": lambda: dense(torch, None, sizes)}
     if sizes["device"] == "cuda":

@@ -11,8 +11,6 @@ Target = Literal["device", "interpreter", "compiler"]
 
 OLDEST_JAX = (0, 11, 2)
 """Of the kernels: before, Pallas cannot load a part of a vector into the layout of a matrix product."""
-NOT_CHECKED: str | None = "the kernels were not checked on a GPU yet; ask for them by name"
-"""Until they ran on one, not in the interpreter alone, they run where they are named only; then None."""
 
 _target: contextvars.ContextVar[Target] = contextvars.ContextVar("target", default="device")
 

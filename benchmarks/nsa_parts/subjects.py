@@ -1,4 +1,4 @@
-"""What is timed beside each other: Native Sparse Attention, its branches, dense peers, whole layers."""
+"""What is timed beside each other: Native Sparse Attention, its branches, dense peers. Needs jax alone."""
 
 import functools
 import importlib.util
@@ -8,15 +8,6 @@ import jax
 import jax.numpy as jnp
 from nsa_parts.timing import Subject
 
-from jaxlab.models import (
-    AttentionContext,
-    Block,
-    ModelConfig,
-    NSAConfig,
-    bind,
-    init_params,
-    rope_tables,
-)
 from kernels_pallas.nsa import (
     compressed_attention,
     nsa_attention,
@@ -29,8 +20,6 @@ from kernels_pallas.nsa.specs.synthetic import overlapping_indices
 
 OPERANDS = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
 DENSE = ("q", "k_win", "v_win")
-WIDTH = 2560
-"""Of the paper's model: the input of a layer."""
 
 
 def draw(spec: ArgSpec, seed: int = 0) -> dict[str, jax.Array]:
@@ -61,6 +50,15 @@ def nsa(spec: ArgSpec, implementation: str) -> Subject:
         return out, chosen
 
     return Subject(f"nsa [{implementation}]", whole, OPERANDS, ("indices",))
+
+
+def nsa_by_itself(spec: ArgSpec, implementation: str) -> Subject:
+    """The whole attention with the blocks that it chooses."""
+
+    def whole(*operands):
+        return nsa_attention(*operands, **spec.sizes, implementation=implementation)[0], None
+
+    return Subject(f"nsa [{implementation}]", whole, OPERANDS)
 
 
 def _without_geometry(spec: ArgSpec) -> dict[str, int]:
@@ -132,47 +130,3 @@ def _tokamax(name, q, k, v):
     import tokamax
 
     return tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=name), None
-
-
-def layers(spec: ArgSpec, implementation: str) -> tuple[list[Subject], dict[str, Any]]:
-    """One attention layer with its projections: NSA's (three pairs of keys and values, compression MLPs,
-    gates) and one with full attention by cuDNN (elsewhere by what keeps all scores), and their inputs."""
-    shared: dict[str, Any] = {
-        "vocab_size": 8,
-        "width": WIDTH,
-        "num_layers": 1,
-        "num_heads": spec.heads,
-        "num_kv_heads": spec.kv_heads,
-        "head_dim": spec.key_dim,
-        "value_head_dim": spec.value_dim,
-        "mlp_width": 8,
-        "compute_dtype": spec.dtype,
-    }
-    sparse = ModelConfig(**shared, attention=NSAConfig(**spec.sizes, implementation=implementation))
-    full = ModelConfig(**shared)
-    positions = jnp.broadcast_to(jnp.arange(spec.length, dtype=jnp.int32)[None], (spec.batch, spec.length))
-    dense = cudnn if jax.default_backend() == "gpu" else kept_scores
-
-    def nsa_layer(x, params):
-        context = AttentionContext(positions, rotary=rope_tables(positions, sparse)[0])
-        return bind(params, Block, sparse).attention(x, context, kind="nsa").out, None
-
-    def full_layer(x, params):
-        attention, rotary = bind(params, Block, full).attention, rope_tables(positions, full)[0]
-        q, k, v = attention.project(x)
-        out = dense(attention.with_rope(q, rotary), attention.with_rope(k, rotary), v)
-        return attention.project_output(out), None
-
-    make = lambda config: jax.tree.map(lambda p: p[0], init_params(config, jax.random.key(0))["layers"])
-    shape, dtype = (spec.batch, spec.length, WIDTH), jnp.dtype(spec.dtype)
-    x, d_out = (jax.random.normal(jax.random.key(i), shape, dtype) for i in (1, 2))
-    data = {
-        "x": x,
-        "d_out": d_out,
-        "sparse": jax.jit(make, static_argnums=0)(sparse),
-        "full": jax.jit(make, static_argnums=0)(full),
-    }
-    return [
-        Subject(f"layer, nsa [{implementation}]", nsa_layer, ("x", "sparse")),
-        Subject("layer, full attention", full_layer, ("x", "full")),
-    ], data

@@ -189,13 +189,12 @@ def _loss(
     params: Params, batch: Batch, config: ModelConfig, targets: Targets, kind: str, probe: Probe
 ) -> Array:
     """Sum over the batch; sequences do not mix, so the gradient of each is its own."""
-    places, names = targets.positions, targets.label_tokens
-    at, right = jnp.maximum(places, 0), jnp.maximum(targets.labels, 0)
-    logits = forward(params, batch, config, probe=probe, logit_positions=at).logits
-    if kind == "labels":
-        logits = jnp.take_along_axis(logits, names[:, None], axis=2)
-    else:
-        right = jnp.take_along_axis(names, right, axis=1)
+    places, right = targets.positions, jnp.maximum(targets.labels, 0)
+    names = targets.label_tokens if kind == "labels" else None
+    if names is None:
+        right = jnp.take_along_axis(targets.label_tokens, right, axis=1)
+    at = jnp.maximum(places, 0)
+    logits = forward(params, batch, config, probe=probe, logit_positions=at, logit_tokens=names).logits
     likely = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), right[:, :, None], axis=2)[:, :, 0]
     return -jnp.sum(jnp.where(places >= 0, likely, 0.0))
 
@@ -279,6 +278,8 @@ def kept_bytes(config: ModelConfig, tokens: int) -> int:
     """About what the layers keep of so many tokens where matrix products are kept."""
     c = config
     heads = (c.num_heads + c.kv_heads) * (c.key_dim + c.value_dim)
+    if c.qk_norm != "none":  # queries and keys before their norms, too
+        heads += (c.num_heads + c.kv_heads) * c.key_dim
     hidden = c.mlp_width
     if c.moe is not None:
         hidden = max(hidden, c.moe.experts_per_token * c.moe.width + c.moe.shared_width)

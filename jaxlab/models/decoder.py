@@ -37,6 +37,7 @@ def forward(
     cache: Cache | None = None,
     made: MadeLayers | None = None,
     logit_positions: Int[Array | np.ndarray, "B P"] | None = None,
+    logit_tokens: Int[Array | np.ndarray, "B C"] | None = None,
 ) -> Output:
     """Next-token logits of a batch, and what else the model computed.
 
@@ -50,14 +51,15 @@ def forward(
       made: makes each layer's parameters where it runs (see `MadeLayers`).
       logit_positions: the tokens of each row whose logits (and hidden) come back, [B, P, ...]; None: all. The
         logits of the others are never built.
+      logit_tokens: the words of each row whose logits come back, [B, P, C]; None: the vocabulary, [B, P, V].
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
         has no row for, a text longer than a table of learned positions, a probe, patches or an
         attention_mask together with a cache, positions that are given
         together with a cache of NSA, which counts its blocks itself, patches of what is not there,
-        logit_positions together with patches of what comes after the last layer, or parameters that are not
-        those of the config.
+        logit_positions or logit_tokens together with patches of what comes after the last layer, or
+        parameters that are not those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
@@ -68,8 +70,10 @@ def forward(
     if cache is not None and "attention_mask" in batch:
         raise ValueError("with a cache padding stands at the right end; say it by segment_ids")
     after = [patch.name for patch in patches if patch.name in ("final_hidden", "logits")]
-    if logit_positions is not None and after:
-        raise ValueError(f"a patch of {after[0]} is of all tokens; leave logit_positions out")
+    if (logit_positions is not None or logit_tokens is not None) and after:
+        raise ValueError(
+            f"a patch of {after[0]} is of all tokens; leave logit_positions and logit_tokens out"
+        )
     batch = as_arrays(prepare_batch(batch, config))
     taps = NO_TAPS
     if probe is not None or patches:
@@ -85,6 +89,7 @@ def forward(
         cache=cache,
         made=made,
         logit_positions=logit_positions,
+        logit_tokens=logit_tokens,
     )
 
 
@@ -143,6 +148,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         made: MadeLayers | None = None,
         logit_positions: Int[Array | np.ndarray, "B P"] | None = None,
+        logit_tokens: Int[Array | np.ndarray, "B C"] | None = None,
     ) -> Output:
         """The output for a prepared batch, its images encoded; arguments as those of `forward`."""
         x, context, additions = self.embed(batch, images, cache)
@@ -163,10 +169,10 @@ class Decoder(nnx.Module):
         if logit_positions is not None:
             x = jnp.take_along_axis(x, jnp.asarray(logit_positions)[:, :, None], axis=1)
         hidden = tap("final_hidden", self.final_norm(x))
-        logits = tap("logits", self.logits(hidden))
+        logits = tap("logits", self.logits(hidden, logit_tokens))
         new_cache = None
         if cache is not None and done.caches is not None:
-            read = _lengths(batch)
+            read = real_tokens(batch)
             length = cache.length + read
             offset = cache.offset
             if "positions" in batch:
@@ -210,14 +216,24 @@ class Decoder(nnx.Module):
             x = x + self.position(row, x.dtype)
         return x, context, additions
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Of the next token, float32, of a normed residual stream."""
-        head = self.embedding.table[...].T if self.head is None else self.head.table
-        logits = jnp.einsum(
-            "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
-        if self.head is not None and self.head.bias is not None:
-            logits = logits + self.head.bias.astype(jnp.float32)[None, None]
+    def logits(
+        self, hidden: Float[Array, "B T D"], tokens: Int[Array | np.ndarray, "B C"] | None = None
+    ) -> Float[Array, "B T V_"]:
+        """Of the next token, float32, of a normed residual stream: of some `tokens`, or of all."""
+        bias = None if self.head is None or self.head.bias is None else self.head.bias.astype(jnp.float32)
+        if tokens is None:
+            head = self.embedding.table[...].T if self.head is None else self.head.table[...]
+            equation, bias = "btd,dv->btv", None if bias is None else bias[None, None]
+        else:
+            index = jnp.asarray(tokens)
+            if self.head is None:
+                head, equation = self.embedding.table[...][index], "btd,bvd->btv"
+            else:
+                head, equation = jnp.take(self.head.table[...], index, axis=1), "btd,dbv->btv"
+            bias = None if bias is None else bias[index][:, None]
+        logits = jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)
@@ -261,7 +277,8 @@ def _next_position(batch: Batch, context: AttentionContext, cache: Cache) -> Int
     return jnp.maximum(jnp.max(positions, axis=1) + 1, cache.length + cache.offset)
 
 
-def _lengths(batch: Batch) -> Int[Array, " B"]:
+def real_tokens(batch: Batch) -> Int[Array, " B"]:
+    """How many tokens of each row are no padding, which stands at its end."""
     tokens = batch["tokens"]
     if "segment_ids" not in batch:
         return jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlab.models.batch import Batch, Params, check_tokens
 from jaxlab.models.config import ModelConfig, RopeConfig
-from jaxlab.models.decoder import forward
+from jaxlab.models.decoder import forward, real_tokens
 from jaxlab.models.kv_cache import Cache, init_cache
 from jaxlab.models.mesh import on_several_devices
 from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
@@ -222,10 +222,10 @@ def prefill(
     Args:
       cache, logits: given away.
     """
-    new, intermediates = forward(params, batch, config, cache=cache)
-    read = intermediates["cache"].length - cache.length  # tokens of each row that are not padding
-    new = jnp.take_along_axis(new, jnp.maximum(read - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((read > 0)[:, None], new, logits), intermediates["cache"]
+    read = real_tokens(batch)
+    last = jnp.maximum(read - 1, 0)[:, None]
+    new, intermediates = forward(params, batch, config, cache=cache, logit_positions=last)
+    return jnp.where((read > 0)[:, None], new[:, 0], logits), intermediates["cache"]
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))

@@ -59,14 +59,16 @@ def _log_probs(
     config: ModelConfig,
 ) -> tuple[Array, Array, Array]:
     rows, length = batch["tokens"].shape
-    cache = init_cache(config, rows, length + continuations.shape[2])
+    after = continuations.shape[2] - 1  # nothing is asked of what follows the last token
+    cache = init_cache(config, rows, length + after)
     first, cache = prefill(params, batch, cache, jnp.zeros((rows, config.vocab_size), jnp.float32), config)
 
     def one(given: tuple[Array, Array]) -> tuple[Array, Array]:
         tokens, there = given
-        following: Batch = {"tokens": tokens, "segment_ids": there.astype(jnp.int32)}
-        logits = forward(params, following, config, cache=cache).logits
-        before = jnp.concatenate([first[:, None], logits[:, :-1]], axis=1)
+        before = first[:, None]
+        if after:
+            read: Batch = {"tokens": tokens[:, :-1], "segment_ids": there[:, :-1].astype(jnp.int32)}
+            before = jnp.concatenate([before, forward(params, read, config, cache=cache).logits], axis=1)
         log_p = jax.nn.log_softmax(before, axis=-1)
         own = jnp.take_along_axis(log_p, tokens[:, :, None], axis=-1)[..., 0]
         return jnp.where(there, own, 0.0), there & (jnp.argmax(before, axis=-1) == tokens)

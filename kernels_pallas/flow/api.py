@@ -63,10 +63,10 @@ def flow_attention(
         # Imported where it is asked for: without Mosaic GPU, XLA works.
         from kernels_pallas.flow.mosaic_gpu.attention import kernel_attention, reason_against
 
-        reason = reason_against(spec, q, v, marks, probe, sinks)
+        reason = reason_against(spec, q, v, marks, probe)
         if reason is not None:
             raise NotImplementedError(f"flow: implementation='mosaic_gpu': {reason}; use 'xla' or None")
-        return kernel_attention(spec, q, k, v, marks, probe)
+        return kernel_attention(spec, q, k, v, marks, probe, sinks)
     return tiled_attention(spec, q, k, v, marks, probe, sinks)
 
 

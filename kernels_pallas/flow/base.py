@@ -12,8 +12,9 @@ RELEASED_LOGIT = -10000.0
 """The logit of a blocked edge in the released code."""
 
 
-FLOW_RESIDUALS = ("flow_output", "flow_lse")
-"""Names (`checkpoint_name`) of what the backward pass needs of the forward pass besides its inputs."""
+FLOW_RESIDUALS = ("flow_queries", "flow_keys", "flow_values", "flow_output", "flow_lse")
+"""Names (`checkpoint_name`) of what the backward pass needs of the forward pass: its inputs as it reads them,
+and what it cannot have of them without a product."""
 
 
 @dataclasses.dataclass(frozen=True)

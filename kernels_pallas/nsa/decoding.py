@@ -22,6 +22,9 @@ from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent, compresse
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case
 
+ONE_TOKEN = "cached_attention of one token"
+"""Name of the call that an implementation may take."""
+
 
 def cached_attention(
     cache: Cache,
@@ -65,7 +68,7 @@ def cached_attention(
     if count > 1:
         branches = _chunk(grid, cache, recent, q, window, indices, implementation)
     else:
-        case = Case("cached_attention of one token", q, cache.k_slc, cache.v_slc, block_size, cache)
+        case = Case(ONE_TOKEN, q, cache.k_slc, cache.v_slc, block_size, cache)
         operators = operators_for(case, implementation)
         branches = operators.decode_token(grid, cache, recent, q, window, indices)
     out = weigh(gates, branches.compressed, branches.selected, branches.window)

@@ -4,11 +4,14 @@ A new one is a folder like `xla/` or `mosaic_gpu/` with `Operators` in it, a nam
 entry in `IMPLEMENTATIONS`. Only the one that a call gets is imported.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
+from kernels_pallas.nsa import records
 from kernels_pallas.nsa.interface import Case, Operators
 from kernels_pallas.nsa.mosaic_gpu import target
 
@@ -26,8 +29,8 @@ class Entry:
     """Imports it."""
     reason_against: Callable[[Case], str | None]
     """Why it cannot take a call; None if it can."""
-    reason_against_default: str | None = None
-    """Why calls that name no implementation do not get it; None if they do."""
+    reason_against_default: Callable[[Case], str | None] = lambda case: None
+    """Why a call that it could take does not get it unless it is named; None if it does."""
 
 
 def _mosaic_gpu() -> Operators:
@@ -42,8 +45,24 @@ def _xla() -> Operators:
     return OPERATORS
 
 
+_noted: contextvars.ContextVar[set[tuple[str, records.Key]] | None] = contextvars.ContextVar(
+    "noted", default=None
+)
+
+
+@contextlib.contextmanager
+def calls_noted() -> Iterator[set[tuple[str, records.Key]]]:
+    """What calls that are traced in here run as: names of implementations with the keys of the calls."""
+    noted: set[tuple[str, records.Key]] = set()
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
 IMPLEMENTATIONS: dict[str, Entry] = {
-    "mosaic_gpu": Entry(_mosaic_gpu, target.reason_against, target.REASON_AGAINST_DEFAULT),
+    "mosaic_gpu": Entry(_mosaic_gpu, target.reason_against, records.reason_against_default),
     "xla": Entry(_xla, lambda case: None),
 }
 """The first that takes a call is the best."""
@@ -66,12 +85,18 @@ def operators_for(case: Case, name: str | None) -> Operators:
             raise NotImplementedError(
                 f"nsa: {case.operator} with implementation={name!r}: {reason}; use {others} or None"
             )
-        return entry.load()
+        return _taken(name, case)
     refused: list[str] = []
     for other, entry in IMPLEMENTATIONS.items():
-        reason = entry.reason_against(case) or entry.reason_against_default
-        if reason is None:
+        reason = entry.reason_against(case)
+        if reason is None and (reason := entry.reason_against_default(case)) is None:
             _log.debug("%s runs as %s", case.operator, ": ".join([other, *refused]))
-            return entry.load()
+            return _taken(other, case)
         refused.append(f"{other}: {reason}")
     raise NotImplementedError(f"nsa: nothing takes {case.operator}: {'; '.join(refused)}")
+
+
+def _taken(name: str, case: Case) -> Operators:
+    if (noted := _noted.get()) is not None:
+        noted.add((name, records.key_of(case)))
+    return IMPLEMENTATIONS[name].load()

@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic and its parts at tiny sizes; what it times is tested elsewhere."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import nsa
 import numpy as np
 import pytest
-from nsa_parts import report, subjects, timing
+from nsa_parts import alternating, layers, report, subjects, timing
 
 from kernels_pallas.nsa import nsa_attention, window_attention
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
@@ -67,7 +68,10 @@ def test_the_longest_and_shortest_come_first_and_then_the_widest_gap():
     assert nsa.by_importance(()) == []
 
 
-def test_every_kind_has_a_turn_before_the_rest_of_the_lengths():
+def test_every_kind_has_a_turn_before_the_rest_of_the_lengths(monkeypatch):
+    monkeypatch.setattr(
+        nsa.jax, "default_backend", lambda: "gpu"
+    )  # elsewhere torch is in the attention's turn
     arguments = nsa.Arguments(
         Path("x.json"),
         ("xla",),
@@ -95,6 +99,8 @@ def test_every_kind_has_a_turn_before_the_rest_of_the_lengths():
     assert sorted(order[11:]) == sorted(
         [("layers", n) for n in (1024, 2048, 8192)] + [("branches", n) for n in (1024, 2048, 8192, 65536)]
     )
+    few = nsa.jobs(dataclasses.replace(arguments, kinds=("decode", "torch")))
+    assert {job.kind for job in few} == {"decode", "torch"}
 
 
 def test_what_does_not_fit_is_dropped_and_told(monkeypatch):
@@ -179,11 +185,50 @@ def test_dense_peer_is_the_attention_of_a_long_window():
 
 
 def test_a_layer_of_each_kind_runs():
-    table, data = subjects.layers(TINY, "xla")
+    table, data = layers.layers(TINY, "xla")
     for subject in table:
         moving, fixed = timing.operands(subject, data)
         out, _ = jax.eval_shape(subject.function, *moving, *fixed)
-        assert out.shape == (1, TINY.length, subjects.WIDTH)
+        assert out.shape == (1, TINY.length, layers.WIDTH)
+
+
+def test_samples_are_taken_in_turn():
+    calls = []
+
+    def sample(who, seconds):
+        def run():
+            calls.append(who)
+            return seconds
+
+        return run
+
+    own, theirs = alternating.alternate(sample("a", 1.0), sample("b", 2.0), samples=5, seconds=9.5)
+    assert (own, theirs) == ([1.0] * 3, [2.0] * 3)  # and the first of each, which warms up
+    assert calls == ["a", "b"] * 4
+    own, theirs = alternating.alternate(sample("a", 20.0), sample("b", 90.0), samples=5, seconds=1.0)
+    assert (own, theirs) == ([20.0], [90.0])  # the first ones count: minutes are not spent on warming up
+    own, theirs = alternating.alternate(sample("a", 2.0), sample("b", 20.0), samples=5, seconds=1.0)
+    assert own == [2.0]
+    assert set(theirs) == {20.0}
+
+
+def test_torch_answers_sample_by_sample(tmp_path, monkeypatch):
+    """With a script in its place that says what nsa_torch.py says."""
+    script = tmp_path / "nsa_torch.py"
+    script.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'name': 'dense, fake', 'torch_threads': 2}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    print(json.dumps({'seconds': {'forward': 2.0, 'both': 5.0}[line.strip()]}), flush=True)\n"
+    )
+    monkeypatch.setattr(alternating, "__file__", str(tmp_path / "nsa_parts" / "alternating.py"))
+    arguments = nsa.Arguments(Path("x.json"), ("xla",), torch_python=Path(sys.executable), samples=1)
+    rows = nsa.beside_torch(arguments, TINY, timing.PARTS)
+    assert [(row["name"], row["part"]) for row in rows] == [
+        (name, part) for part in ("forward", "both") for name in ("nsa [xla]", "dense, fake")
+    ]
+    assert [row["median_s"] for row in rows if row["name"] == "dense, fake"] == [2.0, 5.0]
+    assert all(row["first_call_s"] > row["median_s"] > 0 for row in rows if row["name"] == "nsa [xla]")
 
 
 def test_a_torch_that_is_not_there_gives_a_row_with_its_reason():
@@ -192,6 +237,9 @@ def test_a_torch_that_is_not_there_gives_a_row_with_its_reason():
         ("nowhere/python", "FileNotFoundError"),
     ):
         arguments = nsa.Arguments(Path("x.json"), torch_python=Path(python))
-        (row,) = nsa.torch_rows(arguments, TINY, 60.0)
-        assert reason in row["reason"]
-        assert row["name"] == "torch"
+        for (row,) in (
+            nsa.torch_rows(arguments, TINY, 60.0),
+            nsa.beside_torch(arguments, TINY, ("forward",)),
+        ):
+            assert reason in row["reason"]
+            assert row["name"] == "torch"

@@ -25,9 +25,7 @@ MOST_FEATURES = 128
 """Of a head: compiled for Hopper without spilled registers, in the shared memory that there is."""
 
 
-def reason_against(
-    spec: Spec, q: Array, v: Array, marks: Marks, probe: Probe, sinks: Array | None
-) -> str | None:
+def reason_against(spec: Spec, q: Array, v: Array, marks: Marks, probe: Probe) -> str | None:
     """Why the Hopper kernels cannot take a call; None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"wgmma takes bfloat16 and float16 (float32 would be rounded to TF32), not {q.dtype}"
@@ -36,7 +34,6 @@ def reason_against(
     has = {
         "softcaps": spec.softcap is not None,
         "tokens that see each other whatever their order": marks.together is not None,
-        "sinks": sinks is not None,
         "maps": probe.map_tap is not None,
         "blocking": probe.blocked is not None,
         "factors": probe.factors is not None,
@@ -61,8 +58,12 @@ def kernel_attention(
     v: Float[Array, "B T Hkv Dv"],
     marks: Marks,
     probe: Probe,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H Dv"]:
-    """Attention in the dtype of q whose cotangents include those of the probe's taps over classes."""
+    """Attention in the dtype of q whose cotangents include those of the probe's taps over classes.
+
+    Sinks take part afterwards: a logit more in the softmax makes the output smaller by one factor a row.
+    """
     window = q.shape[1] if spec.window is None else spec.window
     out, lse = window_attention_with_lse(
         q,
@@ -73,6 +74,10 @@ def kernel_attention(
         segment_ids=marks.segment_ids,
         implementation="mosaic_gpu",
     )
+    if sinks is not None:
+        whole = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, None])
+        out = (out.astype(jnp.float32) * jnp.exp(lse - whole)[..., None]).astype(out.dtype)
+        lse = whole
     q, k, v, lse = map(lax.stop_gradient, (q, k, v, lse))
     return _tapped(spec, out, (q, k, v, lse), marks, probe)
 

@@ -29,7 +29,7 @@ from kernels_pallas.flow.base import (
 )
 from kernels_pallas.flow.probe import Probe
 
-ELEMENTS = 1 << 18
+ELEMENTS = 3 << 17
 """Of a tile of all heads: a few of them stay in the cache of a core."""
 MOST_ROWS = 256
 """Of a tile."""
@@ -68,9 +68,14 @@ def _layout(spec: Spec, q: Array, k: Array) -> _Layout:
     batch, tokens, heads, _ = q.shape
     fit = math.isqrt(ELEMENTS // (batch * heads)) // 16 * 16
     most = spec.rows or max(32, min(MOST_ROWS, fit))
-    tiles = max(1, math.ceil(tokens / most))
-    rows = tokens if tiles == 1 else most if spec.rows else math.ceil(tokens / tiles / 16) * 16
-    return _Layout(batch, tokens, k.shape[2], rows, max(1, math.ceil(tokens / rows)))
+    least = max(1, math.ceil(tokens / most))
+    if spec.rows or least == 1:
+        return _Layout(batch, tokens, k.shape[2], tokens if least == 1 else most, least)
+    rows_of = lambda tiles: math.ceil(tokens / tiles / 16) * 16
+    # A few tiles more, where they leave less of the last one empty.
+    tiles = min(range(least, least + 3), key=lambda tiles: tiles * rows_of(tiles))
+    rows = rows_of(tiles)
+    return _Layout(batch, tokens, k.shape[2], rows, math.ceil(tokens / rows))
 
 
 class _Cut(NamedTuple):
@@ -189,7 +194,9 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     layout = _layout(spec, q, k)
     cut = _cut_marks(layout, marks, probe)
-    keys, values = layout.cut(k)[:, :, :, 0], layout.cut(v)[:, :, :, 0]
+    operands = (layout.cut(q), layout.cut(k)[:, :, :, 0], layout.cut(v)[:, :, :, 0])
+    *named, name_output, name_lse = (functools.partial(checkpoint_name, name=name) for name in FLOW_RESIDUALS)
+    queries, keys, values = (name(x) for name, x in zip(named, operands, strict=True))
     shape = (layout.batch, layout.kv_heads, q.shape[2] // layout.kv_heads, layout.rows)
     beside = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *shape[1:3], 1)
 
@@ -216,10 +223,11 @@ def _forward(
         return None, (out / total[..., None], top + jnp.log(total))
 
     every = jnp.arange(layout.tiles, dtype=jnp.int32)
-    _, (outs, lse) = lax.scan(block, None, (layout.cut(q), every))
-    outs, lse = (checkpoint_name(x, name) for x, name in zip((outs, lse), FLOW_RESIDUALS, strict=True))
+    _, (outs, lse) = lax.scan(block, None, (queries, every))
+    outs, lse = name_output(outs), name_lse(lse)
     # The output is kept in float32: its product with the cotangent stands for the sums of P over the keys.
-    return layout.join(outs).astype(q.dtype), (q, k, v, marks, probe, sinks, outs, lse)
+    saved = (queries, keys, values, marks, probe, sinks, outs, lse)
+    return layout.join(outs).astype(q.dtype), saved
 
 
 class _Sums(NamedTuple):
@@ -280,11 +288,11 @@ class _Sums(NamedTuple):
 
 
 def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
-    q, k, v, marks, probe, sinks, outs, lse = saved
-    layout = _layout(spec, q, k)
+    queries, keys, values, marks, probe, sinks, outs, lse = saved
+    tiles, batch, kv_heads, size, _ = keys.shape
+    layout = _Layout(batch, d_out.shape[1], kv_heads, size, tiles)
+    merged = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
     cut = _cut_marks(layout, marks, probe)
-    keys, values = layout.cut(k)[:, :, :, 0], layout.cut(v)[:, :, :, 0]
-    heads = q.shape[2]
     beside = None if sinks is None else sinks.astype(jnp.float32).reshape(1, layout.kv_heads, -1, 1)
     zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
     totals = (zeros(probe.class_tap), zeros(probe.count_tap), zeros(probe.factors))
@@ -308,8 +316,10 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
             if spec.softcap is not None:  # what is hidden has no score
                 d_scores = jnp.where(_of_heads(pair.seen), d_scores, 0.0)
             d_q = d_q + _product("bkgrs,bksd->bkgrd", d_scores, key)
-            d_keys = _add(d_keys, j, _product("bkgrs,bkgrd->bksd", d_scores, rows))
-            d_values = _add(d_values, j, _product("bkgrs,bkgrd->bksd", acting, d_rows))
+            # Heads of a group as more rows: of two contracted axes XLA would copy the operands first.
+            d_key = _product("bkrs,bkrd->bksd", merged(d_scores), merged(rows))
+            d_value = _product("bkrs,bkrd->bksd", merged(acting), merged(d_rows))
+            d_keys, d_values = _add(d_keys, j, d_key), _add(d_values, j, d_value)
             one_hot = None if cut.one_hot is None else _at(cut.one_hot, j)
             plain = part
             if probe.factors is not None:
@@ -322,12 +332,12 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
             d_sinks = d_sinks - jnp.sum(jnp.exp(beside - norm) * whole, axis=(0, 3))
         news = sums.by_class(None if cut.one_hot is None else _at(cut.one_hot, i))
         totals = jax.tree.map(jnp.add, totals, news)
-        return (d_keys, d_values, d_sinks, totals), (d_q.astype(q.dtype), sums.signed)
+        return (d_keys, d_values, d_sinks, totals), (d_q.astype(queries.dtype), sums.signed)
 
     d_sinks = None if beside is None else jnp.zeros(beside.shape[1:3], jnp.float32)
     every = jnp.arange(layout.tiles, dtype=jnp.int32)
     carry = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32), d_sinks, totals)
-    of_blocks = (layout.cut(q), layout.cut(d_out), outs, lse, every)
+    of_blocks = (queries, layout.cut(d_out), outs, lse, every)
     (d_keys, d_values, d_sinks, totals), (d_q, signed) = lax.scan(block, carry, of_blocks)
     d_map = None
     if signed is not None:
@@ -336,8 +346,8 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
     d_probe = probe.cotangent(class_tap=totals[0], count_tap=totals[1], factors=totals[2], map_tap=d_map)
     join = lambda x, like: layout.join(x[:, :, :, None]).astype(like.dtype)
     if sinks is not None and d_sinks is not None:
-        d_sinks = d_sinks.reshape(heads).astype(sinks.dtype)
-    return layout.join(d_q), join(d_keys, k), join(d_values, v), None, d_probe, d_sinks
+        d_sinks = d_sinks.reshape(-1).astype(sinks.dtype)
+    return layout.join(d_q), join(d_keys, keys), join(d_values, values), None, d_probe, d_sinks
 
 
 def _add(x: Array, index: Any, new: Array) -> Array:

@@ -14,7 +14,7 @@ from kernels_pallas.nsa.mosaic_gpu.block_major import ByBlock, attend_by_block
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
 from kernels_pallas.nsa.mosaic_gpu.decode import decode_token
 from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
-from kernels_pallas.nsa.mosaic_gpu.tuning import COMPILED_FOR, Branch, Kernel, tuned
+from kernels_pallas.nsa.mosaic_gpu.tuning import COMPILED_FOR, Branch, Kernel, forced_sizes, tuned
 from kernels_pallas.nsa.mosaic_gpu.vjp import Kernels, attend
 from kernels_pallas.target import current_target
 
@@ -31,9 +31,11 @@ def best_order(groups: int) -> Order:
 def kernel_tuning(kernel: Kernel, branch: Branch, k: Array, v: Array) -> Tuning:
     """Tile sizes of one kernel on what it will run on."""
     if current_target() == "interpreter":
-        return Tuning(registers=False)
-    kind = COMPILED_FOR if current_target() == "compiler" else jax.devices()[0].device_kind
-    return tuned(kind, kernel, branch, k.shape[-1], v.shape[-1])
+        best = Tuning(registers=False)
+    else:
+        kind = COMPILED_FOR if current_target() == "compiler" else jax.devices()[0].device_kind
+        best = tuned(kind, kernel, branch, k.shape[-1], v.shape[-1])
+    return dataclasses.replace(best, **forced_sizes())
 
 
 def with_tuning(kernels: Kernels, branch: Branch, k: Array, v: Array) -> Kernels:

@@ -7,16 +7,10 @@ import jax.numpy as jnp
 
 from kernels_pallas.nsa.decode_cache import PIECE, TILE, Cache, PagedCache
 from kernels_pallas.nsa.interface import Case
-from kernels_pallas.target import (
-    NOT_CHECKED,
-    OLDEST_JAX,
-    current_target,
-    is_hopper,
-)
+from kernels_pallas.target import OLDEST_JAX, current_target, is_hopper
 
 MAX_GROUP, MAX_KEY_DIM, MAX_VALUE_DIM, BLOCK = 64, 192, 128, 64
 """Compiled for Hopper without spilled registers up to these head dims."""
-REASON_AGAINST_DEFAULT = NOT_CHECKED
 
 
 def reason_against(case: Case) -> str | None:

@@ -24,19 +24,26 @@ def dump(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "kv_heads", "dim", "per_head"),
-    [(1, 65536, 32, 32, 128, False), (16, 320, 25, 25, 64, False), (1, 4096, 32, 8, 128, True)],
+    ("batch", "tokens", "heads", "kv_heads", "dim", "per_head", "window"),
+    [
+        (1, 65536, 32, 32, 128, False, None),
+        (16, 320, 25, 25, 64, False, None),
+        (1, 4096, 32, 8, 128, True, None),
+        (1, 4096, 64, 8, 64, False, 128),  # gpt-oss, with sinks
+    ],
 )
-def test_forward_and_backward(dump, batch, tokens, heads, kv_heads, dim, per_head):
+def test_forward_and_backward(dump, batch, tokens, heads, kv_heads, dim, per_head, window):
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     q, kv = of(batch, tokens, heads, dim), of(batch, tokens, kv_heads, dim)
     pair = of(batch, CLASSES, CLASSES, dtype=jnp.float32)
     tap = of(batch, heads, CLASSES, CLASSES, dtype=jnp.float32) if per_head else pair
 
+    sinks = None if window is None else jnp.zeros(heads)
+
     def step(q, k, v, cotangent, classes, tap, count):
         def attend(q, k, v, tap, count):
             probe = Probe(tap, count, classes=classes, implementation="mosaic_gpu")
-            return flow_attention(q, k, v, probe)
+            return flow_attention(q, k, v, probe, window=window, sinks=sinks)
 
         out, pull = jax.vjp(attend, q, k, v, tap, count)
         return out, pull(cotangent)

@@ -27,17 +27,19 @@ def tapped(implementation, operands, *, per_head=False, gradients=False, **more)
     """Sums and counts of edges; with `gradients` also the output and those of q, k, v."""
     q, k, v, cotangent, classes = operands
     options = {name: more.pop(name) for name in ("reduction", "signed") if name in more}
+    sinks = more.pop("sinks", None)
     pair = jnp.zeros((1, CLASSES, CLASSES), jnp.float32)
     tap = jnp.zeros((1, q.shape[2], CLASSES, CLASSES), jnp.float32) if per_head else pair
 
     @jax.jit
     def run(q, k, v):
-        def attend(q, k, v, tap, count):
+        def attend(q, k, v, sinks, tap, count):
             probe = Probe(tap, count, classes=classes, implementation=implementation, **options)
-            return flow_attention(q, k, v, probe, **more)
+            return flow_attention(q, k, v, probe, sinks=sinks, **more)
 
-        out, pull = jax.vjp(attend, q, k, v, tap, pair)
+        out, pull = jax.vjp(attend, q, k, v, sinks, tap, pair)
         *d_inputs, flow, count = pull(cotangent)
+        d_inputs = [x for x in d_inputs if x is not None]
         return flow, count, *((out, *d_inputs) if gradients else ())
 
     return run(q, k, v)
@@ -48,7 +50,7 @@ def check(operands, **more):
     with interpreted():
         found = tapped("mosaic_gpu", operands, **more)
     np.testing.assert_array_equal(found[1], expected[1])
-    for x, wanted, least in zip(found, expected, (1e-5, 0, *[1e-2] * 4), strict=False):
+    for x, wanted, least in zip(found, expected, (1e-5, 0, *[1e-2] * 5), strict=False):
         x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
         assert np.abs(x - wanted).max() <= least * np.abs(wanted).max()
 
@@ -59,7 +61,8 @@ def test_sums_are_those_of_xla(monkeypatch):
     plain = lambda *x, implementation, **more: window_attention_with_lse(*x, **more)
     monkeypatch.setattr(attention, "window_attention_with_lse", plain)
     segments = jnp.asarray([[1] * 30 + [2] * 30 + [0] * 7], jnp.int32)
-    check(draw(67, 2, 1, 24), segment_ids=segments)
+    sinks = jnp.asarray([0.5, 2.0], jnp.float32)
+    check(draw(67, 2, 1, 24), segment_ids=segments, sinks=sinks, gradients=True)
 
 
 @needs_pallas
@@ -68,6 +71,7 @@ def test_sums_are_those_of_xla(monkeypatch):
     "more",
     [
         {"gradients": True},
+        {"gradients": True, "window": 40, "sinks": jnp.asarray([-1.0, 0.0, 1.0, 3.0], jnp.float32)},
         {"per_head": True, "window": 40},
         {"reduction": "mean_abs", "window": 70},
         {"reduction": "sum_of_abs"},

@@ -47,7 +47,11 @@ def test_a_new_implementation_is_one_entry():
 
 
 @pytest.mark.parametrize(
-    "facts", [{"reason_against": lambda case: "it is Monday"}, {"reason_against_default": "it is Monday"}]
+    "facts",
+    [
+        {"reason_against": lambda case: "it is Monday"},
+        {"reason_against_default": lambda case: "it is Monday"},
+    ],
 )
 def test_none_passes_over_what_does_not_take_the_case_and_says_so(caplog, facts):
     put_first(**facts)
@@ -58,7 +62,7 @@ def test_none_passes_over_what_does_not_take_the_case_and_says_so(caplog, facts)
 
 
 def test_a_named_one_is_not_replaced():
-    operators = put_first(reason_against_default="it is Monday")
+    operators = put_first(reason_against_default=lambda case: "it is Monday")
     assert operators_for(CASE, "new") is operators
     put_first(reason_against=lambda case: "it is Monday")
     with pytest.raises(

@@ -1,9 +1,12 @@
 """Tile sizes of the Hopper kernels, by device: the data files beside this one, by benchmarks/nsa_tune.py."""
 
+import contextlib
+import contextvars
 import functools
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +19,23 @@ Branch = Literal["compression", "selection", "window", "block_selection"]
 COMPILED_FOR = "NVIDIA H100 80GB HBM3"
 """The device that kernels are compiled for where there is none."""
 FOLDER = Path(__file__).parent
+
+_forced: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("forced", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def forced(**sizes: Any) -> Iterator[None]:
+    """Kernels traced in here have these fields of `Tuning`, whatever is best for their device."""
+    token = _forced.set(sizes)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_sizes() -> dict[str, Any]:
+    return _forced.get()
+
 
 _log = logging.getLogger(__name__)
 
