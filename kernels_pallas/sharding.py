@@ -79,7 +79,7 @@ class Part(NamedTuple):
 
 
 def mesh_of_axes(axes: MeshAxes) -> AbstractMesh | None:
-    """The mesh that is set, if it has one of the axes and several devices, and we are not within its parts."""
+    """The mesh that is set, if it has one of the axes and several devices, and none of its parts is ours."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = axes.names & {*mesh.axis_names}
     if not ours or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):

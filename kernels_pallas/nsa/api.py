@@ -6,9 +6,9 @@ dim, Dv value head dim, M compressed blocks, N selection blocks, n selected bloc
 Common to all functions:
 
 * `implementation`: "xla", "mosaic_gpu" (kernels for Hopper) or None: the best that supports the case, told
-  at level DEBUG of the logger `kernels_pallas.nsa.implementations`. The kernels are the best where a record
-  says that they were right on this device (`kernels_pallas/nsa/records`). A named one runs or raises NotImplementedError with the reason; none is replaced by
-  another silently.
+  at level DEBUG of the logger `kernels_pallas.nsa.implementations`. Kernels are the best where a record says
+  that they were right on this device (`kernels_pallas/nsa/records`). A named one runs or raises
+  NotImplementedError with the reason; none is replaced by another silently.
 * Queries stand at absolute positions among the keys: `q_positions` int32 [B, T] (decoding, prefill in
   chunks), or 0..T-1 when None, and then there must be as many queries as keys. A query sees no key after its
   own position.

@@ -45,7 +45,7 @@ def compress_part(
 
     Of one stretch of split texts (`part`; the segments are of all tokens): it compresses the blocks whose
     slots lie in it, the last ones with the first tokens of the next stretch and, of packed texts, the first
-    one with the last tokens of the one before. So tokens are never gathered, only what they are compressed to.
+    one with the last tokens of the one before. So tokens are never gathered, only what becomes of them.
     """
     rows = None if segment_ids is None else block_starts(segment_ids, block_len=block_len, stride=stride)
     if part is None:
