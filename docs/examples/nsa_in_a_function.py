@@ -22,7 +22,7 @@ def attention(params: dict[str, jax.Array], x: jax.Array, positions: jax.Array) 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary positions: halves of each head turn."""
     rates = 10000.0 ** -(jnp.arange(DIM // 2) / (DIM // 2))
-    angles = positions[..., None, None] * rates[None, None, None]
+    angles = positions[..., None, None].astype(jnp.float32) * rates[None, None, None]
     a, b = jnp.split(x, 2, axis=-1)
     turned = a * jnp.cos(angles) - b * jnp.sin(angles), a * jnp.sin(angles) + b * jnp.cos(angles)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
