@@ -10,9 +10,11 @@ that mergekit gets, in its arithmetic. Every run is a process of its own, one af
 so that all meet the same machine: ratios are of the same round. "seconds" is the whole command; "work" is
 without imports and start-up, where the program tells it. CPU seconds are user and system of the process and
 say most on a machine that is not idle; "load" tells whether it was. Peak memory is the resident set. Methods
-that OUT already holds are kept. mergekit runs in an environment of its own: `pip install mergekit==0.1.5`.
+that OUT already holds are kept; "commits" tells of which code each is. mergekit runs in an environment of its
+own: `pip install mergekit==0.1.5`.
 """
 
+import compileall
 import dataclasses
 import json
 import os
@@ -126,6 +128,8 @@ class Arguments:
     """Which operators."""
     rounds: int = 3
     """Runs of each; ratios are of one round, their median counts."""
+    mergekit_rounds: int = 1
+    """In so many of them mergekit runs, too, which takes minutes."""
     mergekit_python: Path | None = None
     """The interpreter of an environment with mergekit; without it mergekit is left out."""
 
@@ -247,11 +251,12 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             continue
         median = lambda key, found=found: statistics.median(run[key] for run in found)
         line = {key: median(key) for key in ("seconds", "cpu_seconds", "peak_bytes", "load")}
+        line["rounds"] = len(found)
         if found[0]["work"] is not None:
             line["work"] = median("work")
-            pairs = zip(found, runs["copy"], strict=True)
+            pairs = zip(found, runs["copy"], strict=False)
             line["work_in_copies"] = statistics.median(run["work"] / copy["work"] for run, copy in pairs)
-        pairs = zip(found, runs["copy"], strict=True)
+        pairs = zip(found, runs["copy"], strict=False)
         line["seconds_in_copies"] = statistics.median(run["seconds"] / copy["work"] for run, copy in pairs)
         result[name] = line
     if "seconds" in result.get("mergekit", {}):
@@ -298,6 +303,8 @@ def main(arguments: Arguments) -> None:
     if not (arguments.folder / "two").exists():
         make(arguments.folder, arguments.size)
     out = arguments.folder / "merged"
+    for package in ("jaxlab", "kernels_pallas"):  # as pip does where it installs them, and mergekit
+        compileall.compile_dir(package, quiet=1)
     versions = {}
     if arguments.mergekit_python is not None:
         code = "import importlib.metadata as m; print(m.version('mergekit'), m.version('torch'))"
@@ -317,15 +324,20 @@ def main(arguments: Arguments) -> None:
         found = dict(commands(arguments, method, out))
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
         measured(found["copy"], out)  # warms the page cache
-        with tqdm(total=arguments.rounds * len(found), desc=method, unit="run") as bar:
-            for _ in range(arguments.rounds):
+        rounds = {name: arguments.rounds for name in found}
+        if "mergekit" in found:
+            rounds["mergekit"] = min(arguments.mergekit_rounds, arguments.rounds)
+        with tqdm(total=sum(rounds.values()), desc=method, unit="run") as bar:
+            for number in range(arguments.rounds):
                 for name, command in found.items():
-                    runs[name].append(measured(command, out))
-                    bar.update()
+                    if number < rounds[name]:
+                        runs[name].append(measured(command, out))
+                        bar.update()
         record["results"][method] = summary(runs)
         for name, line in record["results"][method].items():
             print(method, name, {key: round(v, 2) if isinstance(v, float) else v for key, v in line.items()})
         record["results"] = {name: record["results"][name] for name in METHODS if name in record["results"]}
+        record["commits"] = record.get("commits", {}) | {method: environment()["commit"]}
         write_json(arguments.out, {**record, "versions": versions, "env": environment()})
         plot(record["results"], arguments.out.with_suffix(".png"))
     shutil.rmtree(out, ignore_errors=True)

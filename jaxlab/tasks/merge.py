@@ -44,14 +44,15 @@ class Arguments:
     hash_inputs: Literal["none", "sampled", "full"] = "sampled"
     """What of the inputs is hashed for the card: 4 kB of every 256 kB, or all that is read."""
     threads: int = 0
-    """Tensors that are merged at once; 0: as many as there are cores, up to four."""
+    """Tensors that are merged at once; 0: one more than there are cores, up to five."""
 
 
 def run(arguments: Arguments) -> None:
     from jaxlab.checkpoints import check_output, hf_family, open_model
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
-        MergekitFile,
+        InjectRecipe,
+        MergeRecipe,
         check_room,
         describe,
         described_recipe,
@@ -67,7 +68,7 @@ def run(arguments: Arguments) -> None:
         _together(arguments, recipes, out)
         return
     (recipe,) = recipes.values()
-    if isinstance(recipe, MergekitFile):
+    if not isinstance(recipe, InjectRecipe | MergeRecipe):  # so that mergekit's are not loaded for ours
         _of_mergekit(arguments, recipe, out)
         return
     references = recipe.references()
