@@ -110,8 +110,9 @@ def attend_to_text(
     ) -> tuple[Array, Array]:
         q, k, v, *others, gates = arrays
         length = k.shape[1] if part is None else part.parts * part.length
-        compress = lambda k, v, starts: tuple(
-            compress_blocks(x, phi, starts=starts, **sizes) for x, phi in zip((k, v), weights, strict=True)
+        compress = lambda k, v, starts: (
+            compress_blocks(k, weights[0], starts=starts, **sizes),
+            compress_blocks(v, weights[1], starts=starts, **sizes),
         )
         k_cmp, v_cmp = compress_part(compress, k, v, segment_ids=segment_ids, part=part, **sizes)
         if rotate is not None:

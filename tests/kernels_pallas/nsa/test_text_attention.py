@@ -98,7 +98,7 @@ def test_forward_mode_is_refused_in_one_line():
 
 
 def test_a_policy_keeps_what_the_backward_passes_need():
-    """With the names kept no attention runs twice: as many loops as without remat."""
+    """With the names kept no attention runs twice: as many operations as without remat."""
     case = Case(40)
     args = case.arguments()
     attention = lambda a: jnp.sum(jnp.sin(nsa_attention(**a, **case.sizes)[0]))
@@ -106,12 +106,13 @@ def test_a_policy_keeps_what_the_backward_passes_need():
 
     def run(function):
         gradient = jax.grad(function)
-        text = jax.jit(gradient).lower(args).compile().as_text()
-        return text.count(" while("), jax.jit(gradient)(args)
+        compiled = jax.jit(gradient).lower(args).compile()
+        return compiled.cost_analysis()["flops"], compiled(args)
 
     plain, expected = run(attention)
     kept, found = run(jax.checkpoint(attention, policy=keep, prevent_cse=True))
     again, _ = run(jax.checkpoint(attention, prevent_cse=True))
-    assert kept == plain < again
+    assert kept < 1.03 * plain
+    assert again > 1.2 * plain
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
