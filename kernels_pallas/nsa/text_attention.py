@@ -120,11 +120,15 @@ def attend_to_text(
         positions = None
         if part is not None:
             others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
+        k_slc, v_slc, k_win, v_win = others
         out, branches = nsa_attention(
             q,
             k_cmp,
             v_cmp,
-            *others,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
             gates,
             **sizes,
             **choice,
