@@ -1,8 +1,10 @@
 """NSA in anybody's model: from tokens on, on a mesh, under vmap and remat."""
 
+import collections
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,22 +99,24 @@ def test_forward_mode_is_refused_in_one_line():
     assert "\n" not in str(error.value).strip()
 
 
+def operations(jaxpr):
+    """How often each one stands in a program, inner functions included."""
+    found = collections.Counter(equation.primitive.name for equation in jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += operations(inner)
+    return found
+
+
 def test_a_policy_keeps_what_the_backward_passes_need():
-    """With the names kept no attention runs twice: as many operations as without remat."""
+    """With the names kept no attention and no choice runs twice."""
     case = Case(40)
     args = case.arguments()
     attention = lambda a: jnp.sum(jnp.sin(nsa_attention(**a, **case.sizes)[0]))
     keep = jax.checkpoint_policies.save_only_these_names(*NSA_RESIDUALS)
-
-    def run(function):
-        gradient = jax.grad(function)
-        compiled = jax.jit(gradient).lower(args).compile()
-        return compiled.cost_analysis()["flops"], compiled(args)
-
-    plain, expected = run(attention)
-    kept, found = run(jax.checkpoint(attention, policy=keep, prevent_cse=True))
-    again, _ = run(jax.checkpoint(attention, prevent_cse=True))
-    assert kept < 1.03 * plain
-    assert again > 1.2 * plain
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+    plain, kept, again = (
+        operations(jax.make_jaxpr(jax.value_and_grad(f))(args).jaxpr)
+        for f in (attention, jax.checkpoint(attention, policy=keep), jax.checkpoint(attention))
+    )
+    for name in ("dot_general", "sort", "exp"):
+        assert kept[name] == plain[name] < again[name], name
