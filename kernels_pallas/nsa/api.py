@@ -39,12 +39,14 @@ from kernels_pallas.nsa.base import (
     accumulator,
     default_scale,
     num_compressed,
+    weigh,
 )
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.importance import candidate_range, select_by_rounds
 from kernels_pallas.nsa.interface import Case
 from kernels_pallas.nsa.support import (
     check_attention,
+    check_indices,
     check_num_compressed,
     check_selection,
     grouped,
@@ -202,9 +204,7 @@ def selected_attention(
     """
     check_attention(q, k, v, block_size=block_size)
     operators = operators_for(Case("selected_attention", q, k, v, block_size), implementation)
-    expected = (q.shape[0], k.shape[2], q.shape[1])
-    if indices.ndim != 4 or indices.shape[:3] != expected or indices.shape[3] == 0:
-        raise ValueError(f"indices have shape {indices.shape}, not {expected} and at least one slot")
+    check_indices(q, k, indices)
     positions = positions_of(q, segment_ids, q_positions, k.shape[1])
     q, k, v = without_padding(q, k, v, positions)
     block = Block(block_size, default_scale(scale, q.shape[-1]))
@@ -323,6 +323,22 @@ def nsa_attention(
         "q_positions": q_positions,
         "implementation": implementation,
     }
+    if segment_ids is None and k_cmp.shape[1]:
+        check_selection(block_size, num_blocks, num_init, num_local)
+        grid = SelectionGrid(
+            block_len,
+            stride,
+            block_size,
+            num_blocks,
+            num_init,
+            num_local,
+            length,
+            default_scale(scale, q.shape[-1]),
+        )
+        keys = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
+        found = _by_one_function(grid, window, q, q_cmp, keys, gates, indices, q_positions, implementation)
+        if found is not None:
+            return found
     compressed, lse = compressed_attention(q_cmp, k_cmp, v_cmp, **blocks, **common)
     if indices is None:
         indices = select_blocks(
@@ -343,13 +359,44 @@ def nsa_attention(
     return out, NsaBranches(compressed, selected, recent, lse, indices)
 
 
-def weigh(
-    gates: Float[Array, "B T H 3"],
-    compressed: Float[Array, "B T H Dv"],
-    selected: Float[Array, "B T H Dv"],
-    recent: Float[Array, "B T H Dv"],
-) -> Float[Array, "B T H Dv"]:
-    """Sum of the branches times their gates, in float32: a gate's gradient is a sum over the head dim."""
-    dtype = accumulator(compressed.dtype)
-    of = lambda i, x: gates[..., i, None].astype(dtype) * x.astype(dtype)
-    return (of(0, compressed) + of(1, selected) + of(2, recent)).astype(compressed.dtype)
+def _by_one_function(
+    grid: SelectionGrid,
+    window: int,
+    q: Array,
+    q_cmp: Array,
+    keys: tuple[Array, ...],
+    gates: Array,
+    indices: Array | None,
+    q_positions: Array | None,
+    implementation: Implementation | None,
+) -> tuple[Array, NsaBranches] | None:
+    """Where one implementation takes all of it and has a function for the whole."""
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = keys
+    check_attention(q_cmp, k_cmp, v_cmp, block_len=grid.block_len, stride=grid.stride)
+    check_attention(q, k_slc, v_slc, block_size=grid.block_size)
+    check_attention(q, k_win, v_win, window=window)
+    check_indices(q, k_slc, indices)
+    cases = (
+        Case("compressed_attention", q_cmp, k_cmp, v_cmp),
+        Case("select_blocks", q_cmp, k_cmp),
+        Case("selected_attention", q, k_slc, v_slc, grid.block_size),
+        Case("window_attention", q, k_win, v_win),
+    )
+    operators, *others = (operators_for(case, implementation) for case in cases)
+    if operators.gated_attention is None or any(other is not operators for other in others):
+        return None
+    positions = positions_of(q, None, q_positions, k_slc.shape[1])
+    by_query = None if indices is None else jnp.moveaxis(lax.stop_gradient(indices), 1, 2)
+    found = operators.gated_attention(
+        grid,
+        window,
+        (grouped(q, k_slc), None if q_cmp is q else grouped(q_cmp, k_cmp), *keys),
+        grouped(gates, k_slc),
+        by_query,
+        positions,
+    )
+    if found is None:
+        return None
+    out, *branches = (heads_joined(x, positions) for x in found[:4])
+    lse = found.lse.reshape(q.shape[:3])
+    return out, NsaBranches(*branches, lse, jnp.moveaxis(found.indices, 2, 1))

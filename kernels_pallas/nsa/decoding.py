@@ -13,10 +13,9 @@ from kernels_pallas.nsa.api import (
     compressed_attention,
     select_blocks,
     selected_attention,
-    weigh,
     window_attention,
 )
-from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, where_finite
+from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, weigh, where_finite
 from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case

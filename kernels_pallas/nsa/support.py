@@ -22,6 +22,13 @@ def check_attention(q: Array, k: Array, v: Array, **sizes: int) -> None:
         raise ValueError(f"q, k, v must be floating point, not {q.dtype}")
 
 
+def check_indices(q: Array, k: Array, indices: Array | None) -> None:
+    """Those of selected blocks, for q [B, T, H, Dk] and k [B, S, Hkv, Dk]."""
+    expected = (q.shape[0], k.shape[2], q.shape[1])
+    if indices is not None and (indices.ndim != 4 or indices.shape[:3] != expected or indices.shape[3] == 0):
+        raise ValueError(f"indices have shape {indices.shape}, not {expected} and at least one slot")
+
+
 def check_selection(block_size: int, num_blocks: int, num_init: int, num_local: int) -> None:
     if min(block_size, num_blocks) < 1 or min(num_init, num_local) < 0:
         raise ValueError(

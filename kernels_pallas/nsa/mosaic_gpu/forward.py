@@ -35,27 +35,32 @@ from kernels_pallas.nsa.mosaic_gpu.common import (
     route,
     serve,
 )
+from kernels_pallas.nsa.mosaic_gpu.query_rows import Place, key_shape, key_slice, packed_rows, result_of
 
 # References to memory, barriers and accumulators are Any: Pallas has no types for them that fit.
 # mypy takes the transforms, whose bases are protocols, for abstract classes.
 
 
 def forward_pass(
-    q: Float[Array, "X R Dk"],
-    k: Float[Array, "X S Dk"],
-    v: Float[Array, "X S Dv"],
+    q: Array,
+    k: Array,
+    v: Array,
     visible: Visible,
     plan: Ranges | Lists,
     *,
     scale: float,
     tuning: Tuning,
-) -> tuple[Float[Array, "X R Dv"], Float[Array, "X R"]]:
+    places: tuple[Place, Place] | None = None,
+) -> tuple[Array, Float[Array, "X R"]]:
     """Output in the dtype of q, and the log-sum-exp in base 2, -inf for a row that sees nothing.
 
-    bfloat16 or float16; R is a multiple of `tuning.rows`, S of `tuning.keys`, Dk and Dv of 64.
+    Queries and the output are where `places` say (None: packed, [X, R, D]), keys and values [X, S, D] or in
+    place. bfloat16 or float16; R is a multiple of `tuning.rows`, S of `tuning.keys`, Dk and Dv of 64.
     """
-    groups, rows, key_dim = q.shape
-    value_dim, dtype = v.shape[2], q.dtype
+    groups, _, key_dim = key_shape(k)
+    rows, value_dim, dtype = visible.first.shape[1], key_shape(v).dim, q.dtype
+    packed = packed_rows(q)
+    q_place, out_place = places or (packed, packed._replace(dim=value_dim))
     tiles, heads = rows // tuning.rows, groups // visible.first.shape[0]
     listed = isinstance(plan, Lists)
     stages, shape = tuning.stages, (ROWS, tuning.keys)
@@ -74,8 +79,9 @@ def forward_pass(
         @pl.when(wg < tuning.warpgroups)
         def compute() -> None:
             plgpu.set_max_registers(232 if tuning.warpgroups == 2 else 240, action="increase")
-            mine = pl.ds(p * tuning.rows + wg * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[x, mine], q_smem.at[wg], ready.at[wg])
+            first_row = p * tuning.rows + wg * ROWS
+            mine = pl.ds(first_row, ROWS)
+            q_place.load(q_ref, x, first_row, q_smem.at[wg], ready.at[wg])
             plgpu.copy_gmem_to_smem(first_ref.at[batch, mine], first_smem.at[wg], ready.at[wg])
             plgpu.copy_gmem_to_smem(end_ref.at[batch, mine], end_smem.at[wg], ready.at[wg])
             if listed:
@@ -117,7 +123,7 @@ def forward_pass(
             out_smem.at[wg][...] = (acc / along(whole, acc.shape, 0)).astype(dtype)
             lse_smem.at[wg][...] = jnp.where(total > 0, top + jnp.log(whole) * LOG2_E, -jnp.inf)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[x, mine])
+            out_place.store(out_smem.at[wg], out_ref, x, first_row)
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[x, mine])
             plgpu.wait_smem_to_gmem(0)
 
@@ -126,7 +132,7 @@ def forward_pass(
             plgpu.set_max_registers(40, action="decrease")
 
             tile = lambda step: pl.ds(way.key_tile(step) * tuning.keys, tuning.keys)
-            serve(way.steps, lambda step: [((x, tile(step)), ())], channels, stages)
+            serve(way.steps, lambda step: [(key_slice(k_ref, x, tile(step)), ())], channels, stages)
 
     wgs = tuning.warpgroups
     each = lambda dtype: plgpu.SMEM((wgs, ROWS), dtype)
@@ -142,7 +148,7 @@ def forward_pass(
         each(jnp.int32) if listed else None,
     )
     barriers = (
-        plgpu.Barrier(num_arrivals=4 if listed else 3, num_barriers=wgs),
+        plgpu.Barrier(num_arrivals=(3 if listed else 2) + q_place.pieces(ROWS), num_barriers=wgs),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
@@ -151,7 +157,7 @@ def forward_pass(
     return plgpu.kernel(
         nsa_forward,
         out_type=(
-            jax.ShapeDtypeStruct((groups, rows, value_dim), dtype),
+            result_of(out_place, dtype),
             jax.ShapeDtypeStruct((groups, rows), jnp.float32),
         ),
         scratch_types=(smem, barriers),
