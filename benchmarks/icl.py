@@ -6,8 +6,8 @@
 Of GPT-2's shape in float32: flows here with and without recomputing layers, the paper's way in PyTorch as
 released and repaired (icl_torch.py). Each is a process of its own, one after the other, round by round, so
 that all meet the same machine; figures are medians over the rounds, ratios are of the same round. CPU seconds
-are what a busy machine leaves comparable. What `--out` holds of the same commit stays and is not measured
-again, so that lengths can be done one by one. Bytes are the growth of the resident set over a process that holds
+are what a busy machine leaves comparable. What `--out` holds of the same code stays and is not measured anew,
+so that lengths can be done one by one. Bytes are the growth of the resident set over a process that holds
 weights and program. The sums of all of them are compared. With --model: flows and blocking of prompts of that
 model, in multiples of a forward pass that gives logits at the last position.
 """

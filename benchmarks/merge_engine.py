@@ -126,6 +126,8 @@ class Arguments:
     """Which operators."""
     rounds: int = 3
     """Runs of each; ratios are of one round, their median counts."""
+    mergekit_rounds: int = 1
+    """In so many of them mergekit runs, too, which takes minutes."""
     mergekit_python: Path | None = None
     """The interpreter of an environment with mergekit; without it mergekit is left out."""
 
@@ -247,11 +249,12 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             continue
         median = lambda key, found=found: statistics.median(run[key] for run in found)
         line = {key: median(key) for key in ("seconds", "cpu_seconds", "peak_bytes", "load")}
+        line["rounds"] = len(found)
         if found[0]["work"] is not None:
             line["work"] = median("work")
-            pairs = zip(found, runs["copy"], strict=True)
+            pairs = zip(found, runs["copy"], strict=False)
             line["work_in_copies"] = statistics.median(run["work"] / copy["work"] for run, copy in pairs)
-        pairs = zip(found, runs["copy"], strict=True)
+        pairs = zip(found, runs["copy"], strict=False)
         line["seconds_in_copies"] = statistics.median(run["seconds"] / copy["work"] for run, copy in pairs)
         result[name] = line
     if "seconds" in result.get("mergekit", {}):
@@ -317,11 +320,15 @@ def main(arguments: Arguments) -> None:
         found = dict(commands(arguments, method, out))
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
         measured(found["copy"], out)  # warms the page cache
-        with tqdm(total=arguments.rounds * len(found), desc=method, unit="run") as bar:
-            for _ in range(arguments.rounds):
+        rounds = {name: arguments.rounds for name in found}
+        if "mergekit" in found:
+            rounds["mergekit"] = min(arguments.mergekit_rounds, arguments.rounds)
+        with tqdm(total=sum(rounds.values()), desc=method, unit="run") as bar:
+            for number in range(arguments.rounds):
                 for name, command in found.items():
-                    runs[name].append(measured(command, out))
-                    bar.update()
+                    if number < rounds[name]:
+                        runs[name].append(measured(command, out))
+                        bar.update()
         record["results"][method] = summary(runs)
         for name, line in record["results"][method].items():
             print(method, name, {key: round(v, 2) if isinstance(v, float) else v for key, v in line.items()})

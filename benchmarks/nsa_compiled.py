@@ -14,7 +14,6 @@ the new ones.
 
 import dataclasses
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -161,9 +160,9 @@ def decoding(spec: ArgSpec, batch: int, dump: Path | None) -> Row:
     if dump is not None:
         report = compiler.compile_decoding(spec, batch, dump)
         row["kernels"] = [dataclasses.asdict(kernel) for kernel in report.kernels]
-        program = report.compiled.as_text()
-        program = program[program.index("ENTRY") :]
-        row["launches"] = len(re.findall(r"= .* (?:fusion|sort|copy|while|custom-call)\(", program))
+        traffic = outside(report.compiled.as_text())
+        row["launches"] = traffic.launches + traffic.kernels
+        row["bytes_outside"] = traffic.bytes
         row["temporary_bytes"] = report.temporary_bytes
     return row
 

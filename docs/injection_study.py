@@ -57,10 +57,9 @@ def run(seeds: Sequence[int], only: Sequence[str], outputs: str, trained: Path |
     """Models and searches of every seed; a few operators are searched in all scenarios with all seeds before
     the next ones, and what they found is taken over into the results as it comes."""
     from jaxlab import config as configs
-    from jaxlab.app import environment
+    from jaxlab.app import environment, use_compile_cache
     from jaxlab.tasks import execute
     from jaxlab.tasks.merge_search import Config
-    from jaxlab.tasks.quickstart import compiled_once
 
     paths = {scenario: CONFIGS / f"{scenario}.yaml" for scenario in SCENARIOS}
     searches = {scenario: configs.load(Config, path) for scenario, path in paths.items()}
@@ -69,26 +68,26 @@ def run(seeds: Sequence[int], only: Sequence[str], outputs: str, trained: Path |
         sys.exit(f"none of {', '.join(only)} is in {CONFIGS}")
     env = environment()
     origin = f"Commit {env['commit'][:10]}{', with changes' if env['dirty'] else ''}, {env['device_kind']}"
-    with compiled_once():
-        models = {seed: find(seed, trained) if trained else train(seed, outputs) for seed in seeds}
-        makers = {read_commit(path) for made in models.values() for path in made.values()}
-        origin += f"; models trained by commit {', '.join(sorted(makers))}"
-        for group in itertools.batched(labels, AT_ONCE):
-            for scenario, seed in itertools.product(SCENARIOS, seeds):
-                operators = {label: searches[scenario].operators[label] for label in group}
-                made = models[seed]
-                config = dataclasses.replace(
-                    searches[scenario],
-                    operators=operators,
-                    seed=seed,
-                    save="none",
-                    vlm=made["vlm"],
-                    expert=made[scenario],
-                    base=made["base"],
-                )
-                name = f"injection_{scenario}_{group[0]}"
-                result = execute("merge-search", config, outputs=outputs, name=name)
-                take_over(scenario, seed, result.results, origin)
+    use_compile_cache()
+    models = {seed: find(seed, trained) if trained else train(seed, outputs) for seed in seeds}
+    makers = {read_commit(path) for made in models.values() for path in made.values()}
+    origin += f"; models trained by commit {', '.join(sorted(makers))}"
+    for group in itertools.batched(labels, AT_ONCE):
+        for scenario, seed in itertools.product(SCENARIOS, seeds):
+            operators = {label: searches[scenario].operators[label] for label in group}
+            made = models[seed]
+            config = dataclasses.replace(
+                searches[scenario],
+                operators=operators,
+                seed=seed,
+                save="none",
+                vlm=made["vlm"],
+                expert=made[scenario],
+                base=made["base"],
+            )
+            name = f"injection_{scenario}_{group[0]}"
+            result = execute("merge-search", config, outputs=outputs, name=name)
+            take_over(scenario, seed, result.results, origin)
 
 
 def train(seed: int, outputs: str) -> dict[str, str]:

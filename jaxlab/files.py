@@ -1,12 +1,15 @@
 """Files appear whole or not at all: written aside, flushed to disk, then renamed. Shipped ones are found
 from any folder."""
 
+import errno
 import functools
 import json
 import math
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +82,70 @@ def _say_shipped(name: str, folder: Path) -> None:
     print(f"{name}/ is not in this folder: what is shipped is taken, from {folder}", file=sys.stderr)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says where a disk, a share of one or a file may not grow."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says in one line what keeps the block from writing `path`.
+
+    Raises:
+      UserError: no room, no permission, or something else is in the place.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        remedy = "; make room there" if error.errno in NO_ROOM else ""
+        raise UserError(f"{os.fspath(path)}: cannot be written: {what}{remedy}") from error
+
+
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes `data` to `path`; whatever happens, there is the old file or the new one, never a part."""
+    """Writes `data` to `path`; whatever happens, there is the old file or the new one, never a part.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     path = Path(path)
     raw = data.encode() if isinstance(data, str) else data
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(aside, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    with writing(path):
+        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(aside, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+
+
+def remove_torn(path: str | os.PathLike[str]) -> None:
+    """Removes what writers of `path` that were killed have left beside it; nobody else may be writing it."""
+    path = Path(path)
+    for aside in path.parent.glob(f".{path.name}.*"):
+        if len(aside.name) == len(path.name) + 10 and aside.is_file() and not aside.is_symlink():
+            with writing(aside):
+                aside.unlink()
+
+
+def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a file of any kind, a pipe too.
+
+    Raises:
+      UserError: it holds more than `most` bytes.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise UserError(f"{os.fspath(path)}: longer than {most >> 20} MiB; is it the right file?")
+    return raw
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -22,13 +22,15 @@ def pytest_configure(config: pytest.Config) -> None:
         # asked to.
         os.environ["JAX_PLATFORMS"] = "cpu"
     # Four devices; and machine code that is not optimised: most tests compile longer than they compute, and
-    # this halves the time of the suite. What XLA does above machine code, its fusions among them, stays.
-    for flag, value in (
-        ("--xla_force_host_platform_device_count", 4),
-        ("--xla_backend_optimization_level", 0),
-    ):
+    # this halves the time of the suite. What XLA does above machine code, its fusions among them, stays. On a
+    # GPU it is optimised: that is what is tested there.
+    flags = {"--xla_force_host_platform_device_count": 4, "--xla_backend_optimization_level": 0}
+    for flag, value in () if wants_gpu else flags.items():
         if flag not in os.environ.get("XLA_FLAGS", ""):
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
+
+    # What a test compiles, it compiles: nothing comes from a run before, nothing stays in the user's cache.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
     import jax
 

@@ -4,7 +4,6 @@ import json
 import types
 from pathlib import Path
 
-import jax
 import pytest
 
 from jaxlab import config as configs
@@ -107,24 +106,6 @@ def test_a_smoke_test_says_that_it_is_one(tmp_path):
     assert "A smoke test" in render(read_runs(runs))
     (runs[-1] / "config.yaml").write_text("smoke: false")
     assert "A smoke test" not in render(read_runs(runs))
-
-
-def test_stages_share_compiled_programs():
-    place = lambda: jax.config.jax_compilation_cache_dir
-    before = place()
-    jax.config.update("jax_compilation_cache_dir", None)
-    with quickstart.compiled_once():
-        folder = Path(place())
-        assert folder.is_dir()
-    assert place() is None
-    assert not folder.exists()
-    jax.config.update("jax_compilation_cache_dir", "mine")
-    try:
-        with quickstart.compiled_once():
-            assert place() == "mine"
-        assert place() == "mine"
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_memory_is_in_bytes(monkeypatch):

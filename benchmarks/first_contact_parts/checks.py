@@ -12,6 +12,8 @@ from kernels_pallas.nsa import records
 from kernels_pallas.nsa.checking import CheckCase, Prepared, prepare, rights
 from kernels_pallas.target import interpreted
 
+MOST = 1e30
+
 
 def placed(options: dict[str, Any]) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Where the kernels run."""
@@ -29,10 +31,21 @@ def item(
     return Item(name, make, rows)
 
 
+def finite(error: float) -> float:
+    """JSON knows no NaN."""
+    return error if abs(error) < MOST else MOST
+
+
 def rows(check: Prepared) -> list[Row]:
     findings = check.run()
     found: list[Row] = [
-        {"case": check.case.label, "name": f.what, "right": f.right, "error": f.error, "detail": f.detail}
+        {
+            "case": check.case.label,
+            "name": f.what,
+            "right": f.right,
+            "error": finite(f.error),
+            "detail": f.detail,
+        }
         for f in findings
     ]
     right = rights(check.part, check.keys, {f.what: f.right for f in findings})

@@ -101,22 +101,23 @@ def _largest_errors(outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
+PARTS = ("forward", "backward")
+
+
 def _times(outcomes: list[Outcome]) -> list[str]:
-    timed = [(o.step, row) for o in outcomes for row in o.rows if "seconds" in row]
-    if not timed:
+    """Milliseconds and the share of the ceiling; forward and backward of one thing in one line."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows(outcomes):
+        if "seconds" in row:
+            name, _, part = row["name"].rpartition(", ")
+            name, part = (name, part) if part in PARTS else (row["name"], PARTS[0])
+            share = f" ({row['floor_s'] / row['seconds']:.0%})" if row.get("floor_s") else ""
+            lines.setdefault(name, {})[part] = f"{1e3 * row['seconds']:.3f}{share}"
+    if not lines:
         return []
-    lines = [
-        "",
-        "## Times",
-        "",
-        "| what | ms | floor by the ceilings, ms | of the ceiling |",
-        "|---|---|---|---|",
-    ]
-    for _, row in timed:
-        floor = row.get("floor_s")
-        beside = f"{1e3 * floor:.3f} | {floor / row['seconds']:.0%}" if floor else "|"
-        lines.append(f"| {row['name']} | {1e3 * row['seconds']:.3f} | {beside} |")
-    return lines
+    found = ["", "## Times, ms (share of the ceiling: of products, for one token of bytes)", ""]
+    found += ["| what | forward, or all of it | backward |", "|---|---|---|"]
+    return found + [f"| {n} | {x.get(PARTS[0], '')} | {x.get(PARTS[1], '')} |" for n, x in lines.items()]
 
 
 def record(outcomes: list[Outcome]) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The command line, `run.py TASK ...`: exit 0 done, 2 the user's mistake in one line, 1 anything else."""
 
 import dataclasses
+import errno
 import logging
 import os
 import shlex
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlab import config as configs
-from jaxlab.app import runs, sweeps
+from jaxlab.app import interrupts, runs, sweeps
+from jaxlab.app.compile_cache import use_compile_cache
 from jaxlab.app.program import program
 from jaxlab.app.registry import Registry, Task
 from jaxlab.config import (
@@ -25,7 +27,7 @@ from jaxlab.config import (
     take_option,
 )
 from jaxlab.errors import COMMAND_LINE, ConfigError, UserError, UserNote
-from jaxlab.files import output_path
+from jaxlab.files import NO_ROOM, output_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +56,24 @@ def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
     logging.basicConfig(format="%(message)s")
     warnings.formatwarning = _format_warning
     try:
-        _main(list(sys.argv[1:] if words is None else words), tasks)
+        with interrupts.prompt():
+            status = _main(list(sys.argv[1:] if words is None else words), tasks)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; a run is taken up again by the same command", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        return interrupts.say(error)
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    except OSError as error:
+        if error.errno not in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        what = f"{error.filename}: " if error.filename else ""
+        print(f"error: {UserError(f'{what}{error.strerror}')}", file=sys.stderr)
+        return 2
+    return status
 
 
 def _format_warning(
@@ -77,12 +85,13 @@ def _format_warning(
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
-def _main(words: list[str], tasks: Registry) -> None:
+def _main(words: list[str], tasks: Registry) -> int:
+    """Does what the words say; returns the exit status where nothing is raised."""
     if words and words[0] in ("--help", "-h"):
         from jaxlab.app import help
 
         print(help.task_list(tasks))
-        return
+        return 0
     if not words or is_option(words[0]):
         raise UserError(f"which task? {', '.join(tasks.names())}; {program()} --help tells more")
     task = tasks.find(words.pop(0))
@@ -91,12 +100,14 @@ def _main(words: list[str], tasks: Registry) -> None:
 
         help.print_task(task, RunOptions)
     elif task.takes == "arguments":
+        use_compile_cache()
         task.load().run(configs.load(task.schema(), None, words))
     else:
-        _run_config_task(task, words)
+        return _run_config_task(task, words)
+    return 0
 
 
-def _run_config_task(task: Task, words: list[str]) -> None:
+def _run_config_task(task: Task, words: list[str]) -> int:
     options, words = _take_options(words)
     if not words or is_option(words[0]):
         raise UserError(
@@ -123,6 +134,7 @@ def _run_config_task(task: Task, words: list[str]) -> None:
         for command in commands:
             print(" ".join([command, *map(shlex.quote, kept)]))
     elif options.check:
+        use_compile_cache()
         for config in loaded:
             report = task.load().check(config) if hasattr(task.load(), "check") else {"config": "valid"}
             print(dump_yaml(configs.to_plain(report)), end="")
@@ -132,18 +144,15 @@ def _run_config_task(task: Task, words: list[str]) -> None:
             for point, config, command in zip(points, loaded, commands, strict=True)
         ]
         name = Path(path).stem
+        outputs = output_path(options.outputs)
+        use_compile_cache()
         if options.sweep:
-            sweeps.run(task, name, todo, outputs=output_path(options.outputs), overwrite=options.overwrite)
-        else:
-            result = runs.run_config(
-                task,
-                loaded[0],
-                name,
-                commands[0],
-                outputs=output_path(options.outputs),
-                overwrite=options.overwrite,
-            )
-            print(sweeps.summary(result.results))
+            return sweeps.run(task, name, todo, outputs=outputs, overwrite=options.overwrite)
+        result = runs.run_config(
+            task, loaded[0], name, commands[0], outputs=outputs, overwrite=options.overwrite
+        )
+        print(sweeps.summary(task.shown(result.results)))
+    return 0
 
 
 def _take_options(words: list[str]) -> tuple[RunOptions, list[str]]:

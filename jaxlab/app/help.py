@@ -40,6 +40,8 @@ def task_list(tasks: Registry) -> str:
             "",
             f"`{program()} TASK --help` shows the fields of a task. "
             "Configs are in configs/, runs in outputs/.",
+            "Compiled programs are kept in ~/.cache/jaxlab/compiled; JAX_COMPILATION_CACHE_DIR=DIR sets "
+            "another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
         ]
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxlab
+from jaxlab.app.compile_cache import folder_in_use
 
 _CODE = ("run.py", "jaxlab", "kernels_pallas")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "scikit-learn")
@@ -92,5 +93,6 @@ def environment() -> dict[str, Any]:
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
         "process_count": jax.process_count(),
+        "compile_cache": folder_in_use(),
         "system": f"{platform.system()} {platform.machine()}",
     }

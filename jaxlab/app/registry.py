@@ -1,16 +1,17 @@
 """What a task is, and a table of tasks by name. A task is a module; it is imported only when it is asked for.
 
 A config task has `Config` (a frozen dataclass) and `run(config, run) -> dict`, and may have `check(config) ->
-dict` for `--check` and `inputs(config) -> dict[str, str]`, the identities of the checkpoints it reads. A
-command task has `Arguments` (a frozen dataclass) and `run(arguments) -> None`. docs/tasks.md tells how to add
-one.
+dict` for `--check`, `inputs(config) -> dict[str, str]`, the identities of the checkpoints it reads, and
+`SHOWN`, the dotted keys of the results that the last line of a run and the table of a sweep show. A command
+task has `Arguments` (a frozen dataclass) and `run(arguments) -> None`. docs/tasks.md tells how to add one.
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from jaxlab.config import suggestion
 from jaxlab.errors import UserError
@@ -31,6 +32,18 @@ class Task:
     def schema(self) -> type:
         """The dataclass that describes what the task takes."""
         return self.load().Config if self.takes == "config" else self.load().Arguments
+
+    def shown(self, results: dict[str, Any]) -> dict[str, Any]:
+        """What people see first of the results, by dotted key; all of them where the task does not say."""
+        module = self.load()
+        if not hasattr(module, "SHOWN"):
+            return results
+        found = {key: functools.reduce(_inner, key.split("."), results) for key in module.SHOWN}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def _inner(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
 
 
 class Registry:

@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +32,11 @@ from jaxlab import config as configs
 from jaxlab.app import provenance
 from jaxlab.app.program import program
 from jaxlab.app.registry import Task
-from jaxlab.errors import UserError
-from jaxlab.files import jsonable, write_atomic, write_json
+from jaxlab.errors import UserError, UserNote
+from jaxlab.files import jsonable, remove_torn, write_atomic, write_json, writing
 
 _LOCK = ".lock"
+_CONFIG, _ENV, _METRICS, _RESULTS = "config.yaml", "env.json", "metrics.jsonl", "results.json"
 
 
 class Run:
@@ -48,31 +50,43 @@ class Run:
 
     @property
     def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / _METRICS
 
     def rewind(self, step: int) -> None:
         """Declares that the run continues at `step`: metrics of that step and later ones are dropped.
 
         A task that resumes from a checkpoint calls this before it logs; otherwise the first `log` starts a
-        new file.
+        new file. Lines that something has damaged are dropped too, and a note says so.
         """
-        kept = [record for record in read_metrics(self.path) if record["step"] < step]
+        records, damaged = _read_metrics(self.path)
+        if damaged and step:
+            warnings.warn(
+                f"{self.metrics_path}: damaged in line {damaged[0]}; {len(damaged)} lines are lost",
+                UserNote,
+                stacklevel=2,
+            )
+        kept = [record for record in records if record["step"] < step]
         write_atomic(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
         self._next_step = step
         self._continued = True
 
     def log(self, *, step: int | None = None, **metrics: Any) -> None:
-        """Appends one line to metrics.jsonl. Steps count on from the last one where none is given."""
+        """Appends one line to metrics.jsonl. Steps count on from the last one where none is given.
+
+        Raises:
+          UserError: it cannot be written.
+        """
         if not self._continued:
             self.rewind(0)
         step = self._next_step if step is None else step
         self._next_step = step + 1
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable({"step": step, **metrics}), allow_nan=False) + "\n")
+        line = json.dumps(jsonable({"step": step, **metrics}), allow_nan=False) + "\n"
+        with writing(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(line)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results.json, atomically and last: where it is, the run is done."""
-        write_json(self.path / "results.json", results)
+        write_json(self.path / _RESULTS, results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +99,38 @@ class RunResult:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a run folder's metrics.jsonl; a last line torn by a kill is left out."""
-    file = Path(path) / "metrics.jsonl"
-    if not file.exists():
-        return []
-    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    """The records of a run folder's metrics.jsonl; a last line torn by a kill is left out.
+
+    Raises:
+      UserError: another line is damaged, or the file cannot be read.
+    """
+    records, damaged = _read_metrics(path)
+    if damaged:
+        raise UserError(f"{Path(path) / _METRICS}: damaged in line {damaged[0]}")
+    return records
+
+
+def _read_metrics(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The whole records, and the numbers of the lines that are none."""
+    file = Path(path) / _METRICS
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    records: list[dict[str, Any]] = []
+    damaged = []
+    for number, line in enumerate(raw.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line.decode())
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -99,15 +139,20 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       UserError: the run is not finished or the file is damaged.
     """
-    file = Path(path) / "results.json"
+    file = Path(path) / _RESULTS
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no results.json; is this the folder of a finished run?") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError:
+        found = None
+    if not isinstance(found, dict):
         raise UserError(
             f"{file}: not the JSON that a run writes; remove the folder or use --overwrite"
         ) from None
+    return found
 
 
 def run_config(
@@ -134,6 +179,10 @@ def run_config(
     module = task.load()
     inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
     folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
+    reuse = not overwrite and not provenance.code().dirty
+    if reuse and (folder / _RESULTS).exists():  # before anything is written: the folder may be read-only
+        return _reused(folder)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,10 +190,9 @@ def run_config(
             f"{folder}: cannot be made: {error.strerror}; choose another place with --outputs"
         ) from None
     with _locked(folder):
-        if (folder / "results.json").exists():
-            if not overwrite and not provenance.code().dirty:
-                print(f"already done: {folder} (--overwrite does it anew)")
-                return RunResult(folder, read_results(folder), reused=True)
+        if (folder / _RESULTS).exists():
+            if reuse:  # another process has just come to its end
+                return _reused(folder)
             print(
                 f"done anew, {'--overwrite' if overwrite else 'the code has uncommitted changes'}: {folder}"
             )
@@ -153,17 +201,29 @@ def run_config(
             print(f"run: {folder}")
             _clear(folder)
         else:
-            print(f"{'taken up again' if (folder / 'env.json').exists() else 'run'}: {folder}")
-        command = command or command_line(task.name, str(folder / "config.yaml"))
-        return _run(task, config, Run(folder, folder.name), inputs, command)
+            print(f"{'taken up again' if (folder / _ENV).exists() else 'run'}: {folder}")
+            for file in (_CONFIG, _ENV, _METRICS, _RESULTS):
+                remove_torn(folder / file)
+        command = command or command_line(task.name, str(folder / _CONFIG))
+        try:
+            return _run(task, config, Run(folder, folder.name), inputs, command)
+        except UserError:
+            if new:
+                _remove_unused(folder)
+            raise
+
+
+def _reused(folder: Path) -> RunResult:
+    print(f"already done: {folder} (--overwrite does it anew)")
+    return RunResult(folder, read_results(folder), reused=True)
 
 
 def _run(task: Task, config: Any, run: Run, inputs: dict[str, str], command: str) -> RunResult:
-    write_atomic(run.path / "config.yaml", f"# {command}\n{configs.dump(config)}")
+    write_atomic(run.path / _CONFIG, f"# {command}\n{configs.dump(config)}")
     started = time.time()
     facts = {"task": task.name, "command": command, "inputs": inputs, **provenance.environment()}
-    facts["interrupted"] = _earlier_starts(run.path)
-    write_json(run.path / "env.json", {**facts, "started": _clock(started)})
+    facts["interrupted"], before = _earlier_starts(run.path)
+    write_json(run.path / _ENV, {**facts, "seconds_before": round(before, 3), "started": _clock(started)})
     results = jsonable(task.load().run(config, run))
     if not isinstance(results, dict):
         raise TypeError(f"{task.module}.run returned {type(results).__name__}, not a dict")
@@ -171,20 +231,36 @@ def _run(task: Task, config: Any, run: Run, inputs: dict[str, str], command: str
     times = {
         "started": _clock(started),
         "finished": _clock(finished),
-        "seconds": round(finished - started, 3),
+        "seconds": round(before + finished - started, 3),
     }
-    write_json(run.path / "env.json", {**facts, **times})
+    write_json(run.path / _ENV, {**facts, **times})
     run.finish(results)
     return RunResult(run.path, results)
 
 
-def _earlier_starts(folder: Path) -> list[str]:
-    """When the run was begun before, without coming to an end."""
-    file = folder / "env.json"
+def _earlier_starts(folder: Path) -> tuple[list[str], float]:
+    """When the run was begun before without coming to an end, and how many seconds it was seen at work."""
+    file, metrics = folder / _ENV, folder / _METRICS
     if not file.exists():
-        return []
-    before = json.loads(file.read_text(encoding="utf-8"))
-    return [*before["interrupted"], before["started"]]
+        return [], 0.0
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        began = datetime.datetime.fromisoformat(told["started"]).timestamp()
+        seen = metrics.stat().st_mtime if metrics.exists() else began
+        seconds = float(told.get("seconds_before", 0.0)) + max(seen - began, 0.0)
+        return [*map(str, told["interrupted"]), str(told["started"])], seconds
+    except OSError:  # what keeps it from being read is said when it is written
+        return [], 0.0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        text = f"{file}: damaged; it is written anew, without the times of earlier starts"
+        warnings.warn(text, UserNote, stacklevel=2)
+        return [], 0.0
+
+
+def _remove_unused(folder: Path) -> None:
+    """Removes the folder of a run that failed before it had written anything of its own."""
+    if {path.name for path in folder.iterdir()} <= {_LOCK, _CONFIG, _ENV}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def command_line(task_name: str, *words: str) -> str:
@@ -208,10 +284,21 @@ def hashed_name(name: str, identity: str) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / _LOCK, "w") as file:
+    """Holds the lock of a run folder; it goes with the process, however that ends.
+
+    Raises:
+      UserError: another process holds it, or it cannot be taken here.
+    """
+    path = folder / _LOCK
+    with writing(path):
+        file = open(path, "w")  # noqa: SIM115 (closed below)
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with writing(path):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except UserError as error:
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
             raise UserError(
                 f"{folder}: another process is at work on this run; wait for it or use --outputs"
             ) from None
@@ -219,12 +306,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
-    (folder / "results.json").unlink(missing_ok=True)  # first: half cleared must not look done
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != _LOCK:
-            path.unlink()
+    with writing(folder):
+        (folder / _RESULTS).unlink(missing_ok=True)  # first: half cleared must not look done
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
 
 
 def _clock(seconds: float) -> str:

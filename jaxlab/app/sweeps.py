@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,8 @@ from typing import Any
 from jaxlab.app import runs
 from jaxlab.app.registry import Task
 from jaxlab.config import parse_yaml, resolve, yaml_line
-from jaxlab.errors import COMMAND_LINE, ConfigError
-from jaxlab.files import write_json
+from jaxlab.errors import COMMAND_LINE, ConfigError, UserError
+from jaxlab.files import remove_torn, write_json, writing
 
 Values = dict[str, Any]
 """What one point of a sweep sets, by dotted key."""
@@ -63,38 +65,54 @@ def _listed(text: str) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def run(task: Task, name: str, todo: Sequence[Point], *, outputs: Path, overwrite: bool) -> Path:
+def run(task: Task, name: str, todo: Sequence[Point], *, outputs: Path, overwrite: bool) -> int:
     """Runs the points one after the other, each in its own run folder; finished ones are not done again.
 
-    Returns `<outputs>/sweeps/<task>-<name>-<8 hex>/sweep.json`, brought up to date after every point.
+    A point that fails is noted, and the others run. `<outputs>/sweeps/<task>-<name>-<8 hex>/sweep.json` is
+    brought up to date after every point.
+
+    Returns:
+      The exit status: 0, 2 if a point failed by a mistake of the user, 1 if by anything else.
     """
     identity = json.dumps([point.command for point in todo])
     folder = outputs / "sweeps" / runs.hashed_name(f"{task.name}-{name}", identity)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    remove_torn(folder / "sweep.json")
     rows: list[dict[str, Any]] = []
+    status = 0
     for index, point in enumerate(todo, 1):
         print(f"[{index}/{len(todo)}] {yaml_line(point.values)}")
-        result = runs.run_config(
-            task, point.config, name, point.command, outputs=outputs, overwrite=overwrite
-        )
-        rows.append(
-            {"values": point.values, "run": str(result.path.relative_to(outputs)), "results": result.results}
-        )
+        row: dict[str, Any] = {"values": point.values}
+        try:
+            result = runs.run_config(
+                task, point.config, name, point.command, outputs=outputs, overwrite=overwrite
+            )
+            row |= {"run": str(result.path.relative_to(outputs)), "results": result.results}
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            row["error"], status = str(error), status or 2
+        except Exception as error:  # the other points are told apart from it by the status
+            traceback.print_exc()
+            row["error"], status = f"{type(error).__name__}: {error}", 1
+        rows.append(row)
         write_json(folder / "sweep.json", {"task": task.name, "runs": rows, "points": len(todo)})
-    print(table(rows))
-    print(f"sweep: {folder / 'sweep.json'}")
-    return folder / "sweep.json"
+    print(table([{**row, "results": task.shown(row.get("results", {}))} for row in rows]))
+    failed = sum("error" in row for row in rows)
+    print(f"sweep: {folder / 'sweep.json'}{f'; {failed} of {len(rows)} points failed' if failed else ''}")
+    return status
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of a sweep in columns: what was set, the first scalar results, the run folder."""
-    scalars = [key for key, value in rows[0]["results"].items() if isinstance(value, int | float | str)][:6]
+    """The rows of a sweep in columns: what was set, the first scalar results, the run folder or what went
+    wrong."""
+    scalars = list(dict.fromkeys(key for row in rows for key in _scalars(row["results"])))[:6]
     head = [*rows[0]["values"], *scalars, "run"]
     body = [
         [
             *map(_cell, row["values"].values()),
-            *(_cell(row["results"].get(key)) for key in scalars),
-            row["run"],
+            *(_cell(row["results"][key]) if key in row["results"] else "" for key in scalars),
+            row["run"] if "run" in row else f"failed: {' '.join(row['error'].split())}"[:80],
         ]
         for row in rows
     ]
@@ -108,9 +126,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """The scalar results in one line."""
-    return ", ".join(
-        f"{key} {_cell(value)}" for key, value in results.items() if isinstance(value, int | float | str)
-    )
+    return ", ".join(f"{key} {_cell(value)}" for key, value in _scalars(results).items())
+
+
+def _scalars(results: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in results.items() if isinstance(value, int | float | str)}
 
 
 def _cell(value: Any) -> str:

@@ -16,6 +16,7 @@ with epy.lazy_api_imports(globals()):
         language_settings_apart,
         same_tokens,
     )
+    from jaxlab.checkpoints.digests import find_damage
     from jaxlab.checkpoints.families import head_name, layer_types
     from jaxlab.checkpoints.families import read_config as read_hf_config
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
@@ -32,6 +33,7 @@ with epy.lazy_api_imports(globals()):
         tensors_of_shapes,
     )
     from jaxlab.checkpoints.open import describe_model, load_model, open_model
+    from jaxlab.checkpoints.orbax_tree import restore_tree, save_tree
     from jaxlab.checkpoints.output_folder import check_output, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, resumable_folder
     from jaxlab.checkpoints.safetensors_file import Tensor, read_header, read_metadata

@@ -6,6 +6,7 @@ filled. A journal lists the tensors that are complete, each with its digest: a l
 reads them again, keeps those that are what the journal says, and does the others.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -36,6 +37,8 @@ from jaxlab.errors import UserError
 
 STATE, JOURNAL = ".jaxlab-partial.json", ".jaxlab-finished.jsonl"
 _BLOCK = 1 << 22
+_SYNC = 1 << 26
+"""So many bytes are written until the disk is asked to take them."""
 
 
 class ResumableFolder:
@@ -50,6 +53,9 @@ class ResumableFolder:
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
         self._journal: Any = None
+        self._sync: concurrent.futures.ThreadPoolExecutor | None = None
+        self._syncing: concurrent.futures.Future[None] | None = None
+        self._unsynced = 0
 
     def _open(self) -> None:
         starts = [begin_file(self.aside / n, s) for n, s in zip(self._names, self._shards, strict=True)]
@@ -69,6 +75,8 @@ class ResumableFolder:
         self._journal.flush()
 
     def _close(self) -> None:
+        if self._sync is not None:
+            self._sync.shutdown()
         for descriptor in self._descriptors:
             os.close(descriptor)
         if self._journal is not None:
@@ -96,6 +104,29 @@ class ResumableFolder:
         while len(view):
             count = os.pwrite(descriptor, view, offset + start)
             view, start = view[count:], start + count
+            self._sync_early(count)
+
+    def _sync_early(self, count: int) -> None:
+        """Lets the disk write what is there while more is computed: the folder is flushed before it takes its
+        place, and would wait for all of it then.
+
+        Raises:
+          OSError: the disk failed. The system tells that once, here or when the folder is flushed.
+        """
+        with self._lock:
+            self._unsynced += count
+            if self._unsynced < _SYNC or not (self._syncing is None or self._syncing.done()):
+                return
+            before, self._unsynced = self._syncing, 0
+            if self._sync is None:
+                self._sync = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sync")
+            self._syncing = self._sync.submit(self._sync_all)
+        if before is not None:
+            before.result()
+
+    def _sync_all(self) -> None:
+        for descriptor in self._descriptors:
+            os.fdatasync(descriptor)
 
     def finish(self, name: str, **record: Any) -> None:
         """Notes that a tensor is complete; `sha256` of its bytes is in the record."""
@@ -124,6 +155,8 @@ class ResumableFolder:
         missing = self._places.keys() - self._finished.keys()
         if missing:
             raise ValueError(f"not written: {sorted(missing)[:3]}")
+        if self._syncing is not None:
+            self._syncing.result()
         if len(self._names) > 1:
             (self.aside / INDEX).write_text(shard_index(self._shards, self._names), encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -16,6 +16,7 @@ kind and nothing else. A key has one type in all kinds of a union.
 
 import dataclasses
 import logging
+import math
 import os
 import types
 import typing
@@ -41,9 +42,12 @@ from jaxlab.config.schema import (
 )
 from jaxlab.config.yaml_text import Keys
 from jaxlab.errors import COMMAND_LINE, ConfigError
-from jaxlab.files import shipped
+from jaxlab.files import read_bounded, shipped
 
 _log = logging.getLogger(__name__)
+
+LONGEST = 16 << 20
+"""Bytes of a config file at most: what is longer is no config."""
 
 Origins = dict[Keys, str]
 """Where values came from, by the keys that lead to them: `file:line`, or the command line."""
@@ -128,7 +132,7 @@ class Source:
         path = shipped(path)
         where = os.fspath(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bounded(path, LONGEST).decode("utf-8")
         except UnicodeDecodeError:
             raise ConfigError("not a text file in UTF-8", where=where) from None
         except OSError as error:
@@ -296,6 +300,8 @@ class _Builder:
         """`value` as the type `kind`: lists become tuples, ints floats where needed, nothing else bends."""
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         value = _spelled_out(kind, value)
+        if float in members(kind) and type(value) is float and not math.isfinite(value):
+            raise ConfigError(f"must be a finite number, is {_shown(value)}", _dotted(keys))
         if value is None and variants(kind) and types.NoneType not in members(kind):
             value = {}
         if isinstance(value, Mapping) and variants(kind):

@@ -179,5 +179,5 @@ def _scalar(kind: str, text: str) -> Any:
         return int(text)
     value = float(text.replace(".inf", "inf").replace(".nan", "nan"))
     if math.isinf(value) and "inf" not in text:
-        raise ValueError(f"{text} is too large for a float; write .inf if infinity is meant")
+        raise ValueError(f"{text} is too large for a float")
     return value

@@ -11,6 +11,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.data.source import (
         DataConfig,
         Source,
+        batch_shapes,
         check_all_tokens,
         check_fits,
         check_same_words,

@@ -245,6 +245,9 @@ class DigitsSource:
         for _, batch in zip(range(count), evaluation_batches(self.config, split, batch_size), strict=False):
             yield batch
 
+    def held_out_rows(self, batch_size: int, split: str) -> int:
+        return min(batch_size, HELD_OUT)
+
     def tokenizer(self) -> Tokenizer:
         return tokenizer(self.config)
 

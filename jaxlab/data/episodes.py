@@ -260,6 +260,9 @@ class EpisodesSource:
             batch = make_batch(self.config, 0, step, batch_size, split)
             yield {"tokens": batch["tokens"], "loss_mask": batch["loss_mask"]}
 
+    def held_out_rows(self, batch_size: int, split: str) -> int:
+        return batch_size
+
     def tokenizer(self) -> Tokenizer:
         return episode_tokenizer()
 

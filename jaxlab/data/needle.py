@@ -197,6 +197,9 @@ class NeedleSource:
         for step in range(count):
             yield make_batch(self.config, 0, step, batch_size, split)
 
+    def held_out_rows(self, batch_size: int, split: str) -> int:
+        return batch_size
+
     def tokenizer(self) -> Tokenizer:
         return needle_tokenizer()
 

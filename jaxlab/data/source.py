@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -36,6 +37,10 @@ class Source(Protocol):
         """At most `count` full batches of a held-out split, always the same ones."""
         ...
 
+    def held_out_rows(self, batch_size: int, split: str) -> int:
+        """The rows of the first held-out batch of a split, 0 if there is none; nothing is built."""
+        ...
+
     def tokenizer(self) -> Tokenizer | None:
         """None: tokens are bytes."""
         ...
@@ -63,6 +68,22 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
             return NeedleSource(config)
 
 
+def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a training batch, or of the first held-out one of a split; one row at most is built.
+
+    Raises:
+      UserError: the split is too small for a batch.
+    """
+    if split == "train":
+        rows, one = batch_size, source.batch(0, 0, 1)
+    else:
+        rows = source.held_out_rows(batch_size, split)
+        if not rows:
+            raise _too_small(batch_size, split)
+        one = next(iter(source.held_out_batches(1, 1, split)))
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
+
+
 def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
     """The first batch of a held-out split.
 
@@ -71,14 +92,18 @@ def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.
     """
     for batch in source.held_out_batches(batch_size, 1, split):
         return batch
-    raise UserError(
+    raise _too_small(batch_size, split)
+
+
+def _too_small(batch_size: int, split: str) -> UserError:
+    return UserError(
         f"the {split} split of the data holds no full batch of {batch_size}; lower batch_size or give "
         "more data"
     )
 
 
-def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
-    """Checks that `batch` is for `model`: a gather past the end of a table would say nothing.
+def check_fits(batch: Mapping[str, jax.ShapeDtypeStruct], model: ModelConfig) -> None:
+    """Checks that a batch of such shapes is for `model`.
 
     Raises:
       UserError: it is not.
@@ -89,7 +114,6 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
             f"sequences of {tokens.shape[1]} tokens exceed the model's max_length {model.max_length}; "
             "raise model.max_length or shorten the data"
         )
-    _check_token(int(tokens.max()), model)
     if "images" in batch:
         vision = model.vision
         if not isinstance(vision, PlainVisionConfig):
@@ -106,15 +130,13 @@ def check_fits(batch: Mapping[str, np.ndarray], model: ModelConfig) -> None:
 
 
 def check_all_tokens(source: Source, model: ModelConfig) -> None:
-    """Checks that no batch of a source can hold a token that `model` has no row for; one batch tells little.
+    """Checks that no batch of a source can hold a token that `model` has no row for: a gather past the end of
+    a table would say nothing, and one batch tells little.
 
     Raises:
       UserError: one can.
     """
-    _check_token(source.largest_token, model, source.tokenizer())
-
-
-def _check_token(largest: int, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    largest, tokenizer = source.largest_token, source.tokenizer()
     if largest >= model.vocab_size:  # they are targets too, and none beyond it is ever made
         word = None if tokenizer is None else tokenizer.id_to_token(largest)
         raise UserError(

@@ -79,6 +79,9 @@ class TextSource:
         for i in range(min(count, (len(tokens) // length) // batch_size)):
             yield self._crops(tokens, (i * batch_size + np.arange(batch_size)) * length)
 
+    def held_out_rows(self, batch_size: int, split: str) -> int:
+        return batch_size if len(self.held_out[split]) // self.config.sequence_length >= batch_size else 0
+
     def tokenizer(self) -> Tokenizer | None:
         return self._tokenizer
 
@@ -119,6 +122,9 @@ def read_text(config: TextConfig, tokenizer: Tokenizer | None = None) -> tuple[n
         training, held_out, digest = _read(stamped, config.holdout_every, words)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}; set data.path") from error
+    if files and not any(f.stat().st_size for f in files):
+        what = f"all {len(files)} files that match {config.pattern} are" if len(files) > 1 else "the file is"
+        raise UserError(f"{root}: {what} empty; set data.path")
     if not len(training) or not len(held_out):
         raise UserError(
             f"{root}: {len(files)} files match {config.pattern}; at least {config.holdout_every} of text are "

@@ -1,15 +1,15 @@
 """Carries out plans of merges: a stream from the inputs' files to the outputs', on a few threads.
 
-Operators that work element by element get chunks and never hold a tensor. Those that need to know where a
-tensor is cut, or all of them, see the same stream once before. The others get one tensor at a time. What is
-not merged is copied without being decoded. Several plans share what they read. Nothing of a result depends on
-chunks, threads, order, or the plans beside it.
+Operators that work element by element, or row by row, get chunks and never hold a tensor. Those that need to
+know where a tensor is cut, or all of them, see the same stream once before. The others get one tensor at a
+time. What is not merged is copied without being decoded. Several plans share what they read. Nothing of a
+result depends on chunks, threads, order, or the plans beside it.
 """
 
 import concurrent.futures
 import contextlib
+import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,13 +21,14 @@ from jaxlab.checkpoints import Tensor
 from jaxlab.errors import UserError
 from jaxlab.merging.cutting import cuts_of, thresholds_of
 from jaxlab.merging.injection import Method
-from jaxlab.merging.layout import CHUNK, is_streamed, operator_of, scope_of, whole_bytes
+from jaxlab.merging.layout import CHUNK, default_threads, is_streamed, operator_of, scope_of, whole_bytes
 from jaxlab.merging.merge import gather_totals
 from jaxlab.merging.numerics import Cut
 from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source, dtype_of
-from jaxlab.merging.programs import ZERO, measure, merge_part, merge_whole
-from jaxlab.merging.steps import Step
-from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast
+from jaxlab.merging.programs import ZERO, measure, merge_part, merge_whole, rank_bits
+from jaxlab.merging.ranks import ranks_of
+from jaxlab.merging.steps import Step, offset_words
+from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast, padded
 
 _WHOLE = 3 << 29
 """Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
@@ -119,7 +120,7 @@ def execute_together(
       UserError: an input is damaged, or a result is not finite though that is not allowed.
     """
     files = Files()
-    threads = threads or min(4, os.cpu_count() or 1)
+    threads = threads or default_threads()
     try:
         workers = [_Worker(merge, files, chunk, hash_inputs) for merge in merges]
         groups: dict[str, list[tuple[_Worker, PlannedTensor]]] = {}
@@ -273,9 +274,10 @@ class _Job:
         step = self.tensor.merging
         if step is None:
             return "copy", math.prod(self.tensor.shape)
-        size = math.prod(step.merged_shape(self.tensor.shape))
+        shape = step.merged_shape(self.tensor.shape)
+        size, by_row = math.prod(shape), shape[-1:] if scope_of(step) == "row" else None
         kept = None if step.kept is None else self.worker.reader.place(step.kept)
-        return "stream" if is_streamed(step) else "whole", size, step.rows, kept
+        return "stream" if is_streamed(step) else "whole", size, by_row, step.rows, kept
 
     def done(self) -> Done:
         digests = {name: digest.hexdigest() for name, digest in self.hashes.items()}
@@ -287,13 +289,15 @@ def _do(jobs: Sequence[_Job], budget: _Budget) -> None:
     alike: dict[Any, list[_Job]] = {}
     for job in jobs:
         alike.setdefault(job.alike, []).append(job)
-    for (kind, size, *_), group in alike.items():
+    for (kind, size, *rest), group in alike.items():
         shared = _Shared(group)
         if kind == "copy":
             _copy(group, shared, size)
             continue
         sinks = [shared.sink(job, first=job is group[0]) for job in group]
-        if kind == "stream":
+        if kind == "stream" and rest[0] is not None:
+            _by_rows(group, sinks, shared, size, *rest[0])
+        elif kind == "stream":
             _by_chunks(group, sinks, shared, size)
         else:
             _whole(group, sinks, shared, size, budget)
@@ -402,6 +406,27 @@ def _by_chunks(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int) -
         start += count
 
 
+def _by_rows(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int, width: int = 1) -> None:
+    """Operators that work row by row."""
+    steps = [job.worker.step(job.tensor) for job in jobs]
+    rows = max(1, min(step.chunk for step in steps) // max(1, width))
+    for start, parts in zip(itertools.count(0, rows * width), shared.parts(0, size, rows * width)):
+        for job, sink, step in zip(jobs, sinks, steps, strict=True):
+            arrays = [parts[shared.key(job, source)] for source in job.sources]
+            count = len(arrays[0])
+            models = step.split([padded(array, rows * width) for array in arrays], (rows, width))
+            arguments = step.program, *models, step.numbers, step.given(step.totals)
+            merged = merge_part(*arguments, offset_words(start), ZERO, found=_ranks(step, arguments))
+            sink.add(np.asarray(merged).reshape(-1)[:count])
+
+
+def _ranks(step: Step, arguments: Any) -> tuple[np.ndarray, ...] | None:
+    """What `ranks` will tell the operator, if it asks."""
+    if not operator_of(step.merging.operator, step.merging.injected).ranked:
+        return None
+    return tuple(ranks_of(np.asarray(bits)) for bits in rank_bits(*arguments, ZERO))
+
+
 def _whole(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int, budget: _Budget) -> None:
     """Operators that need a tensor whole."""
     steps = [job.worker.step(job.tensor) for job in jobs]
@@ -416,6 +441,7 @@ def _whole(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int, budge
             models = step.split(own, step.shape)
             if len(jobs) == 1:
                 arrays, own = {}, []
-            merged = merge_whole(step.program, *models, step.numbers, step.given(step.totals), ZERO)
-            del models
+            arguments = step.program, *models, step.numbers, step.given(step.totals)
+            merged = merge_whole(*arguments, ZERO, _ranks(step, arguments))
+            del models, arguments
             sink.add(np.ascontiguousarray(np.asarray(merged)).reshape(-1))

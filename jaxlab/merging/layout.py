@@ -1,5 +1,6 @@
 """How a plan is carried out, told from the plan alone: in which files, in chunks or whole."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,11 @@ from jaxlab.merging.plan import Input, MergePlan, Merging, dtype_of
 
 CHUNK = 1 << 20
 """Elements that are merged at once."""
+
+
+def default_threads() -> int:
+    """One more than there are cores, up to five: one of them waits for a file while the others compute."""
+    return min(5, 1 + (os.cpu_count() or 1))
 
 
 def operator_of(name: str, injected: bool) -> Operator:
@@ -29,10 +35,10 @@ def whole_bytes(step: Merging, size: int) -> int:
 
 
 def is_streamed(step: Merging) -> bool:
-    """Whether it is merged in chunks."""
+    """Whether it is merged in chunks, be they of whole rows."""
     scope = scope_of(step)
     gather = operator_of(step.operator, step.injected).gather
-    return scope in ("element", "cut") or (
+    return scope in ("element", "cut", "row") or (
         scope == "model" and gather is not None and bool(gather.thresholds)
     )
 

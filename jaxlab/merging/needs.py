@@ -40,7 +40,7 @@ class Needs:
 
 def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
     """What carrying it out takes."""
-    from jaxlab.merging.layout import CHUNK, is_streamed, scope_of, whole_bytes
+    from jaxlab.merging.layout import CHUNK, default_threads, is_streamed, scope_of, whole_bytes
 
     plan, inputs = prepared.plan, prepared.inputs
     read, seconds, largest = 0, 0.0, 0
@@ -53,7 +53,7 @@ def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
         seconds += (taken + tensor.nbytes) / _BYTES_A_SECOND[scope]
         if step is not None and not is_streamed(step):
             largest = max(largest, whole_bytes(step, math.prod(tensor.shape)))
-    threads = threads or min(4, os.cpu_count() or 1)
+    threads = threads or default_threads()
     memory = _BASE_MEMORY + threads * CHUNK * 64 + largest
     whole = [one for one in inputs if any(t.file is None for t in one.found.tensors.values())]
     for one in whole:  # a model of ours is read at once; of others a tensor at a time

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8, UInt32
+from jaxtyping import Array, Int32, UInt8, UInt32
 
 from jaxlab.merging.injection import Given, Method, inject_tensor
 from jaxlab.merging.layout import operator_of
@@ -25,6 +25,7 @@ from jaxlab.merging.numerics import (
 )
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.plan import MergePlan, Merging, PlannedTensor, dtype_of
+from jaxlab.merging.ranks import asked_ranks, known_ranks
 
 ZERO = np.uint32(0)
 """What `rounding_by` takes."""
@@ -159,13 +160,15 @@ def merge_part(
     zero: UInt32[Array, ""],
     size: UInt32[Array, ""] | None = None,
     cuts: tuple[Cut, ...] = (),
+    found: tuple[Int32[Array, "rows width"], ...] | None = None,
 ) -> Array:
     """A chunk that begins at `offset`, merged, in the output's dtype.
 
     Args:
       size, cuts: of the whole tensor, for operators of scope "cut".
+      found: what `ranks` tells operators of scope "row".
     """
-    with rounding_by(zero):
+    with rounding_by(zero), known_ranks(found):
         if size is None:
             return _merge(program, models, base, numbers, given, offset)
         with in_chunks(_Known(size, cuts, offset)):
@@ -218,10 +221,30 @@ def merge_whole(
     numbers: Any,
     given: Given,
     zero: UInt32[Array, ""],
+    found: tuple[Int32[Array, "*shape"], ...] | None = None,
 ) -> Array:
-    """A whole tensor merged, in the output's dtype."""
-    with rounding_by(zero):
+    """A whole tensor merged, in the output's dtype.
+
+    Args:
+      found: what `ranks` tells operators that ask for it.
+    """
+    with rounding_by(zero), known_ranks(found):
         return _merge(program, models, base, numbers, given, 0)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def rank_bits(
+    program: Program,
+    models: tuple[Array, ...],
+    base: Array | None,
+    numbers: Any,
+    given: Given,
+    zero: UInt32[Array, ""],
+) -> tuple[UInt32[Array, "*rest row"], ...]:
+    """What an operator asks `ranks` about, of a tensor or some of its rows."""
+    with rounding_by(zero), asked_ranks() as asked:
+        _merge(program, models, base, numbers, given, 0)
+        return tuple(asked)
 
 
 def _merge(

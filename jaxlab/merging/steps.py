@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import UInt32
 
 from jaxlab.merging.injection import Given
 from jaxlab.merging.layout import operator_of, scope_of
@@ -29,6 +30,11 @@ class Chunk(NamedTuple):
     """Models, base, numbers, given, offset."""
     elements: int
     """So many of them are elements; what follows is zeros."""
+
+
+def offset_words(index: int) -> UInt32[np.ndarray, "2"]:
+    """Where a chunk begins, as programs take it: the lower word first."""
+    return np.array([index & 0xFFFFFFFF, index >> 32], np.uint32)
 
 
 class Step:
@@ -97,11 +103,10 @@ class Step:
             count = min(left, length)
             first = start + at
             models, base = self.split([padded(array[at : at + count], length) for array in arrays])
-            offset = np.array([first & 0xFFFFFFFF, first >> 32], np.uint32)
             own = given
             if self.statistics is not None:
                 own = given._replace(statistics=self._statistics(first, count, length))
-            yield Chunk((models, base, self.numbers, own, offset), count)
+            yield Chunk((models, base, self.numbers, own, offset_words(first)), count)
             at += count
 
     def _statistics(self, first: int, count: int, length: int) -> Any:

@@ -79,7 +79,8 @@ class Reader:
         hashes: dict[str, Any] | None,
         read_as: str | None = None,
     ) -> Iterator[np.ndarray]:
-        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter.
+        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter. A part
+        is valid until the next one is asked for.
 
         Args:
           hashes: digests by input and name, which the bytes are added to; None: they are not hashed.
@@ -102,8 +103,9 @@ class Reader:
     def _of_file(self, tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:
         assert tensor.file is not None
         size = tensor.dtype.itemsize
+        buffer = aligned(min(length, max(0, stop - start)), tensor.dtype)
         for at in range(start, stop, length):
-            part = aligned(min(length, stop - at), tensor.dtype)
+            part = buffer[: stop - at]
             self.files.read(tensor.file, memoryview(part.view(np.uint8)), tensor.offset + at * size)
             yield part
 
@@ -193,11 +195,14 @@ def count_not_finite(values: np.ndarray) -> int:
     """How many NaN and infinities there are; integers have none."""
     exponent = _EXPONENTS.get(values.dtype.name)
     if exponent is not None:
-        bits = values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint32)
-        magnitudes = np.bitwise_and(bits, (1 << 8 * bits.itemsize - 1) - 1)
-        if magnitudes.size == 0 or magnitudes.max() < exponent:  # several times faster than counting
+        if values.size == 0:
             return 0
-        return int(np.count_nonzero(magnitudes >= exponent))
+        unsigned, signed = ("u2", "i2") if values.dtype.itemsize == 2 else ("u4", "i4")
+        bits, sign = values.view(unsigned), 1 << (8 * values.dtype.itemsize - 1)
+        # Largest positive and largest negative bits: no array in between, much faster than counting.
+        if values.view(signed).max() < exponent and bits.max() < exponent | sign:
+            return 0
+        return int(np.count_nonzero((bits & (sign - 1)) >= exponent))
     if values.dtype.kind != "f" and not values.dtype.name.startswith("float8"):
         return 0
     return int(values.size - np.count_nonzero(np.isfinite(values)))

@@ -40,7 +40,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.interpretability import activations
     from jaxlab.models.kv_cache import Cache, init_cache
     from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens
-    from jaxlab.models.native_sparse import mean_compressor
+    from jaxlab.models.native_sparse import linear_mean_compressor, mean_compressor
     from jaxlab.models.output import Output
     from jaxlab.models.parameters import (
         abstract_params,

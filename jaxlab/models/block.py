@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -14,7 +15,7 @@ from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.latent_attention import LatentAttention
 from jaxlab.models.layers import MLP, Norm, layer_norm
-from jaxlab.models.mesh import split_tokens
+from jaxlab.models.mesh import on_several_devices, split_tokens
 from jaxlab.models.moe import MixtureOfExperts
 from jaxlab.models.native_sparse import NativeSparseAttention
 from jaxlab.models.taps import NO_TAP, Tap
@@ -25,6 +26,8 @@ ATTENTION: dict[str, type[Attention]] = {
     "nsa": NativeSparseAttention,
 }
 """The class of each kind of attention."""
+MLP_BYTES = 1 << 28
+"""Of the MLP's hidden numbers at once, where flows are streamed."""
 
 
 class BlockOutput(NamedTuple):
@@ -96,11 +99,27 @@ class Block(nnx.Module):
         if self.moe is not None:
             mlp_out, balance_loss = self.moe(normed)
         else:
-            assert self.mlp is not None
-            mlp_out = self.mlp(normed, tap)
+            mlp_out = self._mlp_output(normed, tap)
         mlp_out = tap("mlp_output", self._added(mlp_out, self.mlp_post_norm, self.mlp_gain))
         x = tap("residual_post", x + (attention_out + mlp_out if self.parallel else mlp_out))
         return BlockOutput(x, attended, balance_loss)
+
+    def _mlp_output(self, x: Float[Array, "B T D"], tap: Tap) -> Float[Array, "B T D"]:
+        """The MLP of all tokens; where flows are streamed, of a long text stretch by stretch: what it holds
+        of the whole would be most of the memory."""
+        assert self.mlp is not None
+        batch, tokens, width = x.shape
+        parts = 1
+        flows = tap.probe is not None and tap.probe.streams
+        if flows and not tap.wants("mlp_hidden") and not on_several_devices():
+            hidden = batch * tokens * self.mlp.up.shape[-1] * x.dtype.itemsize
+            least = -(-hidden // MLP_BYTES)
+            parts = next((n for n in range(least, 4 * least + 1) if tokens % n == 0), 1)
+        if parts == 1:
+            return self.mlp(x, tap)
+        stretches = x.reshape(batch, parts, -1, width).swapaxes(0, 1)
+        done = jax.lax.map(jax.checkpoint(self.mlp, prevent_cse=False), stretches)
+        return done.swapaxes(0, 1).reshape(x.shape)
 
     def attention_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What attention reads of the residual stream."""

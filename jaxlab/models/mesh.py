@@ -45,10 +45,23 @@ class Part(NamedTuple):
         """[B, T, ...] -> this stretch [B, length, ...]."""
         return jax.lax.dynamic_slice_in_dim(x, self._start(), self.length, axis=1)
 
-    def with_next(self, x: Array, rows: int) -> Array:
-        """This stretch and the first `rows` tokens of the next one; zeros after the last."""
-        ring = [(i + 1, i) for i in range(self.parts - 1)]
-        return jnp.concatenate([x, jax.lax.ppermute(x[:, :rows], CONTEXT, ring)], axis=1)
+    def with_neighbours(self, x: Array, before: int, after: int) -> Array:
+        """The last `before` tokens of the stretch before, this stretch, and the first `after` tokens of the
+        next one; zeros before the first and after the last."""
+        forward = [(i, i + 1) for i in range(self.parts - 1)]
+        backward = [(i + 1, i) for i in range(self.parts - 1)]
+        parts = [jax.lax.ppermute(x[:, x.shape[1] - before :], CONTEXT, forward)] if before else []
+        parts += [x, *([jax.lax.ppermute(x[:, :after], CONTEXT, backward)] if after else [])]
+        return jnp.concatenate(parts, axis=1)
+
+    def own_rows(self, rows: Int[Array, "B M"], stride: int, before: int) -> Int[Array, "B slots"]:
+        """Of rows of the whole sequence, one for each `stride` tokens (-1: none), those of this stretch, as
+        `with_neighbours` numbers them."""
+        slots = self.length // stride
+        missing = self.parts * slots - rows.shape[1]
+        rows = jnp.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
+        own = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(CONTEXT) * slots, slots, axis=1)
+        return jnp.where(own < 0, -1, own - self._start() + before)
 
     def positions(self, batch: int) -> Int[Array, "B T"]:
         """Row of each token in the whole sequence."""

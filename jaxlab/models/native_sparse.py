@@ -21,27 +21,52 @@ from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.mesh import Part, in_parts, on_several_devices
 from jaxlab.models.rotary import rotary_table
-from jaxlab.models.selectors import AuxiliarySelector, auxiliary_loss, block_bounds, bound_scores
+from jaxlab.models.selectors import (
+    AuxiliarySelector,
+    auxiliary_loss,
+    block_bounds,
+    bound_scores,
+    packed_bound_scores,
+)
 from jaxlab.models.taps import BRANCH_OUTPUTS, BRANCH_PATTERNS, Tap
 from kernels_pallas import nsa
 from kernels_pallas.flow import Probe, nsa_flow_attention
-from kernels_pallas.nsa import PagedCache, compress_blocks, nsa_attention, select_blocks_by_importance
+from kernels_pallas.nsa import (
+    PagedCache,
+    block_starts,
+    compress_blocks,
+    nsa_attention,
+    select_blocks_by_importance,
+)
 
 
 class Compressor(nnx.Module):
-    """phi: an MLP over a block's keys or values with an intra-block position embedding (sec. 3.3.1)."""
+    """phi (sec. 3.3.1): an MLP over a block's keys or values with an intra-block position embedding, one
+    linear map of them, or their mean, which has no parameters."""
 
     def __init__(self, config: ModelConfig, dim: int, init: Initializer):
         """
         Args:
           dim: of a head's keys, or of its values.
         """
-        length, width = config.nsa.block_len, config.nsa.compress_width
-        self.block_len, self.stride = length, config.nsa.stride
+        n = config.nsa
+        length, width, as_mean = n.block_len, n.compress_width, n.compress_init == "mean"
+        self.block_len, self.stride, self.kind = length, n.stride, n.compress_kind
+        if self.kind == "mean":
+            return
         position = config.initializer_range * init.numbers((length, dim))
+        if self.kind == "linear":
+            weight = (length * dim) ** -0.5 * init.numbers((length, dim, dim))
+            if as_mean:
+                mean = linear_mean_compressor(length, dim, jnp.float32)
+                position, weight = mean["position"], mean["weight"]
+            self.position = nnx.Param(position, axes=("block", "head_dim"))
+            self.weight = nnx.Param(weight, axes=("block", "head_dim", "compress"))
+            self.bias = init.zeros((dim,), ("head_dim",))
+            return
         hidden = (length * dim) ** -0.5 * init.numbers((length, dim, width))
         output = width**-0.5 * init.numbers((width, dim))
-        if config.nsa.compress_init == "mean":
+        if as_mean:
             mean = mean_compressor(length, dim, jnp.float32)
             position = mean["position"]
             hidden = jnp.concatenate([mean["hidden"], hidden[..., 2 * dim :]], axis=-1)
@@ -52,15 +77,34 @@ class Compressor(nnx.Module):
         self.output = nnx.Param(output, axes=("compress", "head_dim"))
         self.output_bias = init.zeros((dim,), ("head_dim",))
 
-    def __call__(self, x: Float[Array, "B T Hkv K"]) -> Float[Array, "B M Hkv K"]:
-        """One key or value for each block of `block_len` tokens, a block every `stride` tokens."""
-        names = ("position", "hidden", "hidden_bias", "output", "output_bias")
-        params = {name: getattr(self, name).astype(x.dtype) for name in names}
-        return compress_blocks(x, params, block_len=self.block_len, stride=self.stride)
+    def __call__(
+        self, x: Float[Array, "B T Hkv K"], starts: Int[Array, "B M"] | None = None
+    ) -> Float[Array, "B M Hkv K"]:
+        """One key or value for each block of `block_len` tokens: one every `stride` tokens, or where `starts`
+        says (-1: none)."""
+        params = {name: getattr(self, name).astype(x.dtype) for name in _COMPRESSOR_PARAMS[self.kind]}
+        return compress_blocks(x, params, block_len=self.block_len, stride=self.stride, starts=starts)
+
+
+_COMPRESSOR_PARAMS: dict[str, tuple[str, ...]] = {
+    "mlp": ("position", "hidden", "hidden_bias", "output", "output_bias"),
+    "linear": ("position", "weight", "bias"),
+    "mean": (),
+}
+
+
+def linear_mean_compressor(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
+    """Parameters of a linear `Compressor` with which it gives the mean of each block."""
+    unit = jnp.eye(dim, dtype=dtype) / jnp.asarray(block_len, dtype)
+    return {
+        "position": jnp.zeros((block_len, dim), dtype),
+        "weight": jnp.broadcast_to(unit[None], (block_len, dim, dim)),
+        "bias": jnp.zeros((dim,), dtype),
+    }
 
 
 def mean_compressor(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
-    """Parameters of a `Compressor`, of width 2 * dim, with which it gives the mean of each block, as
+    """Parameters of an MLP's `Compressor`, of width 2 * dim, with which it gives the mean of each block, as
     silu(x) - silu(-x) = x."""
     unit = jnp.eye(dim, dtype=dtype)
     hidden = jnp.concatenate([unit, -unit], axis=1) / jnp.asarray(block_len, dtype)
@@ -149,7 +193,7 @@ class NativeSparseAttention(Attention):
         self, x: Array, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, tap: Tap
     ) -> Attended:
         """Of whole texts."""
-        n, starts = self.config.nsa, self._block_starts(context)
+        n, starts = self.config.nsa, self._block_positions(context)
         indices, loss = self._selected(x, q, new.k_slc, context)
         if tap.wants(*BRANCH_PATTERNS, *BRANCH_OUTPUTS) or tap.patches("chosen_blocks"):
             out, chosen = self._tapped(q, new, gates, context, indices, tap)
@@ -194,7 +238,12 @@ class NativeSparseAttention(Attention):
         n = self.config.nsa
         compressors = self.compress_key, self.compress_value
         k_cmp, v_cmp = self._compress(
-            compressors, new.k_cmp, new.v_cmp, self._block_starts(context), rotary=context.rotary is not None
+            compressors,
+            new.k_cmp,
+            new.v_cmp,
+            self._block_positions(context),
+            context.segment_ids,
+            rotary=context.rotary is not None,
         )
         attend = functools.partial(
             nsa_attention,
@@ -274,12 +323,13 @@ class NativeSparseAttention(Attention):
     ) -> tuple[Array, Array | None]:
         """Output and choice of all queries, or of those of one stretch of the sequence.
 
-        A stretch compresses the blocks that begin in it, the last ones with the first tokens of the next, so
-        that their tokens are never gathered, only the compressed keys and values of all stretches.
+        A stretch compresses the blocks whose slots lie in it, the last ones with the first tokens of the next
+        and, of packed texts, the first one with the last tokens of the one before, so that their tokens are
+        never gathered, only the compressed keys and values of all stretches.
         """
         (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
         n, positions = self.config.nsa, None
-        k_cmp, v_cmp = self._compress(compressors, k, v, starts, part, rotary=rotary)
+        k_cmp, v_cmp = self._compress(compressors, k, v, starts, segment_ids, part, rotary=rotary)
         if part is not None:
             others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
         k_slc, v_slc, k_win, v_win = others
@@ -352,7 +402,12 @@ class NativeSparseAttention(Attention):
             raise ValueError("flows and blocking know no selector of NSA but compressed")
         compressors = self.compress_key, self.compress_value
         compressed = self._compress(
-            compressors, new.k_cmp, new.v_cmp, self._block_starts(context), rotary=context.rotary is not None
+            compressors,
+            new.k_cmp,
+            new.v_cmp,
+            self._block_positions(context),
+            context.segment_ids,
+            rotary=context.rotary is not None,
         )
         operands = (q, *compressed, new.k_slc, new.v_slc, new.k_win, new.v_win, gates)
         return nsa_flow_attention(*operands, probe, segment_ids=context.segment_ids, **self._sizes)
@@ -366,7 +421,7 @@ class NativeSparseAttention(Attention):
         if n.selector == "compressed" or "selection" not in n.branches:
             return None, None
         if n.selector == "min_max":
-            importance = self._bounds(q, k_slc)
+            importance = self._bounds(q, k_slc, context.segment_ids)
         else:
             if context.segment_ids is not None:
                 raise ValueError("the auxiliary selector reads one whole text a row: no segments")
@@ -379,34 +434,46 @@ class NativeSparseAttention(Attention):
         compressors: Compressors,
         k: Array,
         v: Array,
-        starts: Int[Array, "B M *axes"],
+        positions: Int[Array, "B M *axes"],
+        segment_ids: Int[Array, "B S"] | None = None,
         part: Part | None = None,
         *,
         rotary: bool,
     ) -> tuple[Array, Array]:
         """Compressed keys are built from keys without rotary positions and take that of their block's first
         token, in layers with rotary positions; all of them, where k and v are one stretch of the tokens."""
-        c = self.config
+        c, rows = self.config, None
+        if segment_ids is not None:
+            rows = block_starts(segment_ids, block_len=c.nsa.block_len, stride=c.nsa.stride)
         if part is not None:
-            beyond = c.nsa.block_len - c.nsa.stride
-            k, v = part.with_next(k, beyond), part.with_next(v, beyond)
-        k_cmp, v_cmp = (compressor(y) for compressor, y in zip(compressors, (k, v), strict=True))
+            after = c.nsa.block_len - c.nsa.stride
+            before = 0 if rows is None else c.nsa.stride - 1
+            k, v = (part.with_neighbours(y, before, after) for y in (k, v))
+            rows = None if rows is None else part.own_rows(rows, c.nsa.stride, before)
+        k_cmp, v_cmp = (compressor(y, rows) for compressor, y in zip(compressors, (k, v), strict=True))
         if part is not None:  # blocks that run past the end are no blocks
-            k_cmp, v_cmp = part.whole(k_cmp)[:, : starts.shape[1]], part.whole(v_cmp)[:, : starts.shape[1]]
+            k_cmp, v_cmp = (part.whole(y)[:, : positions.shape[1]] for y in (k_cmp, v_cmp))
         if rotary:
-            k_cmp = self.with_rope(k_cmp, rotary_table(starts, c.rope, c.rotary_dim))
+            k_cmp = self.with_rope(k_cmp, rotary_table(positions, c.rope, c.rotary_dim))
         return k_cmp, v_cmp
 
-    def _block_starts(self, context: AttentionContext) -> Int[Array, "B M *axes"]:
+    def _block_positions(self, context: AttentionContext) -> Int[Array, "B M *axes"]:
         """The position of each compression block: that of its first token."""
-        n, length = self.config.nsa, context.positions.shape[1]
-        return context.positions[:, : max(0, length - n.block_len + 1) : n.stride]
+        n, positions = self.config.nsa, context.positions
+        if context.segment_ids is None:
+            return positions[:, : max(0, positions.shape[1] - n.block_len + 1) : n.stride]
+        rows = block_starts(context.segment_ids, block_len=n.block_len, stride=n.stride)
+        return jax.vmap(lambda x, at: x[jnp.maximum(at, 0)])(positions, rows)
 
     def _grouped(self, q: Float[Array, "B T H Dk"]) -> Float[Array, "B T Hkv G Dk"]:
         return q.reshape(*q.shape[:2], self.config.kv_heads, -1, self.config.key_dim)
 
-    def _bounds(self, q: Array, k: Array) -> Float[Array, "B Hkv T N"]:
-        """Quest's bound of the scores in each block, summed over the heads of a group."""
+    def _bounds(
+        self, q: Array, k: Array, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B Hkv T N"]:
+        """Quest's bound of the scores in each block of a query's text, summed over the heads of a group."""
+        if segment_ids is not None:
+            return packed_bound_scores(self._grouped(q), k, segment_ids, self.config.nsa.block_size)
         bounds = block_bounds(k, self.config.nsa.block_size)
         return jnp.sum(bound_scores(self._grouped(q), bounds), axis=2)
 

@@ -1,8 +1,8 @@
 """What selection blocks are worth to a query: bounds of scores, true attention, and a scorer trained beside.
 
 The choice from these numbers is `kernels_pallas.nsa.select_blocks_by_importance`. Block j holds tokens
-[j * size, (j + 1) * size); the last one may be shorter. Scores of queries and tokens exist for a chunk of
-queries at a time.
+[j * size, (j + 1) * size) of a text; the last one may be shorter. Scores of queries and tokens exist for a
+chunk of queries at a time.
 """
 
 from collections.abc import Callable
@@ -40,6 +40,46 @@ def bound_scores(q: Float[Array, "B T Hkv G Dk"], bounds: Bounds) -> Float[Array
     """
     dot = lambda x, y: jnp.einsum("bthgd,bnhd->bhgtn", x, y, preferred_element_type=jnp.float32)
     return dot(jnp.maximum(q, 0), bounds.high) + dot(jnp.minimum(q, 0), bounds.low)
+
+
+def packed_bound_scores(
+    q: Float[Array, "B T Hkv G Dk"], k: Float[Array, "B T Hkv Dk"], segment_ids: Int[Array, "B T"], size: int
+) -> Float[Array, "B Hkv T N"]:
+    """`bound_scores` of packed texts, summed over a group: of the blocks of each query's own text, counted
+    from its start. No gradient reaches q and k.
+
+    Blocks begin anywhere and there is no small bound for their number, so those that there are go by in
+    tiles, and each query keeps the ones of its text.
+    """
+    q, k = jax.lax.stop_gradient((q, k))
+    batch, length = segment_ids.shape
+    row = jnp.arange(length, dtype=jnp.int32)[None]
+    new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    text = jax.lax.cummax(jnp.where(new, row, 0), axis=1)
+    begins = (row - text) % size == 0
+    number = jnp.cumsum(begins.astype(jnp.int32), axis=1) - 1
+    starts = jnp.sort(jnp.where(begins, row, length), axis=1)  # of block 0, 1, ... of the whole row
+    first = jnp.take_along_axis(number, text, axis=1)
+    blocks, tile_size = -(-length // size), 64
+    starts = jnp.pad(starts, ((0, 0), (0, -length % tile_size)), constant_values=length)
+    inside = jnp.arange(size, dtype=jnp.int32)[None, None]
+
+    def add_tile(tile: Array, scores: Array) -> Array:
+        at = jax.lax.dynamic_slice_in_dim(starts, tile * tile_size, tile_size, axis=1)
+        token = jnp.minimum(at[..., None] + inside, length - 1)
+        origin = jnp.minimum(at, length - 1)
+        same = jax.vmap(lambda x, i, j: x[i] == x[j][:, None])(text, token, origin)
+        token = jnp.where(same, token, origin[..., None])  # a token twice does not move a bound
+        keys = jax.vmap(lambda x, i: x[i])(k, token)
+        bounds = Bounds(jnp.min(keys, axis=2), jnp.max(keys, axis=2))
+        found = jnp.sum(bound_scores(q, bounds), axis=2)  # [B, Hkv, T, tile]
+        wanted = first[:, :, None] + jnp.arange(blocks, dtype=jnp.int32)[None, None] - tile * tile_size
+        here = jnp.take_along_axis(found, jnp.clip(wanted, 0, tile_size - 1)[:, None], axis=3)
+        return jnp.where(((wanted >= 0) & (wanted < tile_size))[:, None], here, scores)
+
+    tiles = -(-(jnp.max(number) + 1) // tile_size)
+    shape = (batch, k.shape[2], length, blocks)
+    return jax.lax.fori_loop(jnp.zeros_like(tiles), tiles, add_tile, jnp.zeros(shape, jnp.float32))
 
 
 def causal_scores(

@@ -16,6 +16,7 @@ from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import Cache, LayerCache, join_cache, split_cache
 from jaxlab.models.taps import NO_TAPS, Taps
 from kernels_pallas.flow import FLOW_RESIDUALS
+from kernels_pallas.nsa import NSA_RESIDUALS
 
 
 class Stacked(NamedTuple):
@@ -181,7 +182,7 @@ class _Scan(NamedTuple):
         if self.remat == "none":
             return step
         # The scan already keeps the two passes apart.
-        policy = _KEEP_PRODUCTS if self.remat == "elementwise" else None
+        policy = _POLICIES[self.remat]
         return jax.checkpoint(step, prevent_cse=False, policy=policy)
 
     def _layer(self, carry: Carry, of_layer: tuple[Any, ...], kind: Kind) -> tuple[Carry, tuple[Any, ...]]:
@@ -201,8 +202,14 @@ class _Scan(NamedTuple):
 
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(*FLOW_RESIDUALS),
+    jax.checkpoint_policies.save_only_these_names(*FLOW_RESIDUALS, *NSA_RESIDUALS),
 )
+_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "layer": None,
+    "elementwise": _KEEP_PRODUCTS,
+    "all_but_attention": jax.checkpoint_policies.save_only_these_names(*FLOW_RESIDUALS, *NSA_RESIDUALS),
+}
+"""What `jax.checkpoint` keeps, by `ModelConfig.remat`."""
 
 
 def _runs(kinds: tuple[Kind, ...], alone: int, cuts: Sequence[int] = ()) -> list[Run]:

@@ -3,8 +3,8 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.reporting.assemble import build_sections, compose, render
-    from jaxlab.reporting.folders import RunFolder, read_run, read_runs
+    from jaxlab.reporting.assemble import build_sections, compose, render, split_by_form
+    from jaxlab.reporting.folders import RunFolder, read_finished, read_run, read_runs
     from jaxlab.reporting.formats import duration
     from jaxlab.reporting.merge_diagnosis import diagnosis_page
     from jaxlab.reporting.page import Section

@@ -21,9 +21,23 @@ _PARTS = (
 )
 
 
-def render(runs: Sequence[RunFolder]) -> str:
-    """The page of these runs."""
-    return compose(runs, build_sections(runs))
+def render(runs: Sequence[RunFolder], left_out: Sequence[str] = ()) -> str:
+    """The page of these runs; it names what is wrong with those that are `left_out`."""
+    return compose(runs, build_sections(runs), left_out)
+
+
+def split_by_form(runs: Sequence[RunFolder]) -> tuple[list[RunFolder], list[str]]:
+    """The runs that a page can be made of, and of the others what is wrong: their results are JSON, and not
+    what their task writes."""
+    whole, left_out = [], []
+    for run in runs:
+        try:
+            build_sections([run])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            left_out.append(f"{run.path}: its results are not those of the task {run.task} ({error!r})")
+        else:
+            whole.append(run)
+    return whole, left_out
 
 
 def build_sections(runs: Sequence[RunFolder]) -> list[Section]:
@@ -38,8 +52,9 @@ def build_sections(runs: Sequence[RunFolder]) -> list[Section]:
     return sections + ([more] if more else [])
 
 
-def compose(runs: Sequence[RunFolder], sections: Sequence[Section]) -> str:
-    """The page of sections that `build_sections` made of these runs."""
+def compose(runs: Sequence[RunFolder], sections: Sequence[Section], left_out: Sequence[str] = ()) -> str:
+    """The page of sections that `build_sections` made of these runs; it names what is wrong with those that
+    are `left_out`."""
     whole = next((r for r in runs if r.task == "quickstart"), None)
     rest = [r for r in runs if r is not whole]
     keys = {section.key for section in sections}
@@ -54,6 +69,7 @@ def compose(runs: Sequence[RunFolder], sections: Sequence[Section]) -> str:
             for m, words, needs in _PARTS
             if words and m.KEY not in keys
         ]
+    notes += [f"Not on this page, {problem}." for problem in left_out]
     shown = [*sections, next_steps.build()] if parts or whole else sections
     return page(_title(parts, sections), _lede(parts), _header(whole, rest), shown, notes)
 

@@ -117,23 +117,44 @@ def read_run(path: Path) -> RunFolder:
         env = json.loads(_read(path / "env.json") or "{}")
         config = yaml.safe_load(_read(path / "config.yaml") or "{}") or {}
         metrics = read_metrics(path)
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: a file of the run is damaged ({error})") from error
+    for name, told in (("env.json", env), ("config.yaml", config)):
+        if not isinstance(told, dict):
+            raise UserError(f"{path}: a file of the run is damaged ({name} holds no mapping)")
     return RunFolder(path, config, env, results, metrics)
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
-    """Reads run folders in order, each once; the folder of a quickstart stands for itself and its stages."""
+    """Reads run folders in order, each once; the folder of a quickstart stands for itself and its stages.
+
+    Raises:
+      UserError: one is not finished, or damaged.
+    """
+    runs, left_out = read_finished(paths)
+    if left_out:
+        raise UserError(left_out[0])
+    return runs
+
+
+def read_finished(paths: Iterable[str | Path]) -> tuple[list[RunFolder], list[str]]:
+    """As `read_runs`, those that are whole, and what is wrong with each of the others."""
     found: dict[Path, RunFolder] = {}
-    for path in map(Path, paths):
-        if path.resolve() in found:
+    left_out: dict[Path, str] = {}
+    todo = list(map(Path, paths))
+    while todo:
+        path = todo.pop(0)
+        if path.resolve() in found or path.resolve() in left_out:
             continue
-        run = found[path.resolve()] = read_run(path)
-        for stage in run.get("stages") or []:
-            folder = path / stage["folder"]
-            if folder.resolve() not in found:
-                found[folder.resolve()] = read_run(folder)
-    return list(found.values())
+        try:
+            run = found[path.resolve()] = read_run(path)
+        except UserError as error:
+            left_out[path.resolve()] = str(error)
+            continue
+        stages = run.get("stages")
+        folders = [stage.get("folder") for stage in stages or [] if isinstance(stage, dict)]
+        todo[:0] = [path / folder for folder in folders if isinstance(folder, str)]
+    return list(found.values()), list(left_out.values())
 
 
 def _read(path: Path) -> str:

@@ -23,6 +23,7 @@ from jaxlab.models import (
     ViTConfig,
     abstract_params,
     language_model,
+    linear_mean_compressor,
     mean_compressor,
 )
 
@@ -41,7 +42,7 @@ def retrofit(
     """The parameters and the config of the NSA model that begins as the dense one.
 
     Keys, values and their biases are copied into the three branches; everything else stays as it is, and
-    what is new takes the dtype of the keys. The MLPs that compress give the mean of their block: silu(x) -
+    what is new takes the dtype of the keys. What compresses gives the mean of its block; in an MLP silu(x) -
     silu(-x) = x, so two units for each dimension pass on the sum of x / block_len; the other units are drawn
     from `key` (None: key(0)) and do not reach the output before training. Gates do not depend on their
     input: `gate` for compression and window, 1 - 2 * gate for selection. They sum to one, so that an output
@@ -93,7 +94,7 @@ def retrofitted(config: ModelConfig, nsa: NSAConfig) -> ModelConfig:
     if isinstance(config.vision, ViTConfig) and config.vision.together != "none":
         raise ConfigError("NSA is causal: no tokens see each other both ways", key="vision.together")
     dim = max(config.key_dim, config.value_dim)
-    if nsa.compress_width < 2 * dim:
+    if nsa.compress_kind == "mlp" and nsa.compress_width < 2 * dim:
         raise ConfigError(
             f"{nsa.compress_width} units cannot pass on the mean of a block: that takes 2 for each of the "
             f"{dim} dimensions of a head; set at least {2 * dim}",
@@ -111,20 +112,24 @@ def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: fl
     for name in ("key", "value", "key_bias", "value_bias"):
         if name in params:
             new[name] = jnp.repeat(params[name][:, None], len(BRANCHES), axis=1)
-    new["compress_key"] = _compressor(layers, config.key_dim, config.nsa, of_key, dtype)
-    new["compress_value"] = _compressor(layers, config.value_dim, config.nsa, of_value, dtype)
+    if config.nsa.compress_kind != "mean":  # which has no parameters
+        new["compress_key"] = _compressor(layers, config.key_dim, config.nsa, of_key, dtype)
+        new["compress_value"] = _compressor(layers, config.value_dim, config.nsa, of_value, dtype)
     new["gate"] = _gate(layers, config, of_gate, gate, dtype)
     return new
 
 
 def _compressor(layers: int, dim: int, nsa: NSAConfig, key: Key[Array, ""], dtype: Any) -> Params:
-    """`mean_compressor` for each layer, with units beside it that can learn but say nothing yet."""
-    spare = nsa.compress_width - 2 * dim
-    drawn = _drawn(key, (layers, nsa.block_len, dim, spare), (nsa.block_len * dim) ** -0.5, dtype)
+    """The mean for each layer, in an MLP with units beside it that can learn but say nothing yet."""
+    linear = nsa.compress_kind == "linear"
     mean = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf[None], (layers, *leaf.shape)),
-        mean_compressor(nsa.block_len, dim, dtype),
+        (linear_mean_compressor if linear else mean_compressor)(nsa.block_len, dim, dtype),
     )
+    if linear:
+        return mean
+    spare = nsa.compress_width - 2 * dim
+    drawn = _drawn(key, (layers, nsa.block_len, dim, spare), (nsa.block_len * dim) ** -0.5, dtype)
     return mean | {
         "hidden": jnp.concatenate([mean["hidden"], drawn], axis=-1),
         "hidden_bias": jnp.pad(mean["hidden_bias"], ((0, 0), (0, spare))),

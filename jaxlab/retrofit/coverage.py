@@ -25,7 +25,7 @@ from jaxlab.models import (
     rotary_table,
 )
 from jaxlab.retrofit.convert import retrofitted
-from kernels_pallas.nsa import compress_blocks, compressed_attention, select_blocks
+from kernels_pallas.nsa import block_starts, compress_blocks, compressed_attention, select_blocks
 
 SCORES = 1 << 24
 """Attention weights, over all rows and heads, that exist at once."""
@@ -105,12 +105,16 @@ def _coverage(
     q, k, _ = attention.project(block.attention_input(x))
     batch, length, heads, dim = q.shape
     sizes: dict[str, Any] = {"block_len": nsa.block_len, "stride": nsa.stride}
-    k_cmp = compress_blocks(k, mean_compressor(nsa.block_len, dim, k.dtype), **sizes)
+    segments = context.segment_ids
+    if segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
+    starts = block_starts(segments, **sizes)
+    k_cmp = compress_blocks(k, mean_compressor(nsa.block_len, dim, k.dtype), starts=starts, **sizes)
     if context.rotary is not None:
-        starts = context.positions[:, : k_cmp.shape[1] * nsa.stride : nsa.stride]
-        k_cmp = attention.with_rope(k_cmp, rotary_table(starts, config.rope, config.rotary_dim))
+        positions = jax.vmap(lambda x, at: x[jnp.maximum(at, 0)])(context.positions, starts)
+        k_cmp = attention.with_rope(k_cmp, rotary_table(positions, config.rope, config.rotary_dim))
         q, k = (attention.with_rope(y, context.rotary) for y in (q, k))
-    scale, segments = config.score_scale, context.segment_ids
+    scale = config.score_scale
     _, lse = compressed_attention(q, k_cmp, k_cmp, scale=scale, segment_ids=segments, **sizes)
     chosen = select_blocks(
         q,
@@ -124,14 +128,15 @@ def _coverage(
         segment_ids=segments,
         **sizes,
     )
-    if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-
     size = query_chunk or min(length, max(1, SCORES // (batch * heads * length)))
     rows = jnp.arange(length, dtype=jnp.int32)
+    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    texts = lax.cummax(jnp.where(new, rows[None], 0), axis=1)
     chunks = lambda y, axis: _chunks(y, axis, size)
     # A row that fills the last chunk up is of segment 0: padding.
-    of_queries = _Queries(chunks(rows, 0), chunks(q, 1), chunks(chosen, 2), chunks(segments, 1))
+    of_queries = _Queries(
+        chunks(rows, 0), chunks(q, 1), chunks(chosen, 2), chunks(segments, 1), chunks(texts, 1)
+    )
     sums = lax.map(lambda part: _sums(part, k, segments, scale, nsa), of_queries)
     totals, free, queries = (jnp.sum(y, axis=0) for y in sums)
     queries = jnp.maximum(queries, 1.0)
@@ -148,12 +153,14 @@ def _chunks(x: Array, axis: int, size: int) -> Array:
 
 
 class _Queries(NamedTuple):
-    """Some queries, or chunks of them on a new first axis: rows, vectors, chosen blocks, segments."""
+    """Some queries, or chunks of them on a new first axis: rows, vectors, chosen blocks, segments, first rows
+    of their texts."""
 
     rows: Int[Array, "*chunks c"]
     q: Float[Array, "*chunks B c H Dk"]
     chosen: Int[Array, "*chunks B Hkv c n"]
     segments: Int[Array, "*chunks B c"]
+    texts: Int[Array, "*chunks B c"]
 
 
 def _sums(
@@ -164,19 +171,23 @@ def _sums(
     nsa: NSAConfig,
 ) -> tuple[Float[Array, "4 Hkv"], Float[Array, ""], Float[Array, ""]]:
     """Over some queries: the four shares, how many have a choice, and how many there are."""
-    rows, q, chosen, query_segments = queries
+    rows, q, chosen, query_segments, texts = queries
     age = (rows[:, None] - jnp.arange(k.shape[1], dtype=jnp.int32)[None])[None, None]  # [1, 1, c, S]
     seen = (age >= 0) & ((query_segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None])[
         :, None
     ]
     mass = _mass(q, k, seen, scale)
+    # From here on tokens are counted from the start of each query's text, as blocks are.
+    token = texts[..., None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, None]  # [B, c, S]
+    own_text = lambda x: jnp.take_along_axis(x, token[:, None], axis=3, mode="fill", fill_value=0)
+    mass, seen = own_text(mass), own_text(seen)
+    age = (rows[None, :, None] - token)[:, None]
 
     by_block = _by_block(mass, nsa.block_size)
     visible = _by_block(seen.astype(jnp.int32), nsa.block_size) > 0  # [B, 1, c, N]
     index = jnp.arange(visible.shape[-1], dtype=jnp.int32)[None, None, None]
-    first = jnp.argmax(visible, axis=-1, keepdims=True)
-    own = (rows // nsa.block_size)[None, None, :, None]
-    forced = visible & ((index < first + nsa.num_init) | (index > own - nsa.num_local))
+    own = ((rows[None] - texts) // nsa.block_size)[:, None, :, None]
+    forced = visible & ((index < nsa.num_init) | (index > own - nsa.num_local))
     count = lambda blocks: jnp.sum(blocks, axis=-1, dtype=jnp.float32)
     slots, candidates = nsa.num_blocks - count(forced), count(visible & ~forced)
     lot = jnp.minimum(slots / jnp.maximum(candidates, 1.0), 1.0)

@@ -18,10 +18,10 @@ from jaxlab.data import (
     DataConfig,
     Source,
     TextConfig,
+    batch_shapes,
     check_all_tokens,
     check_fits,
     check_same_words,
-    first_held_out,
     make_source,
 )
 from jaxlab.errors import ConfigError, UserError
@@ -101,9 +101,8 @@ def check(config: Config) -> dict[str, Any]:
     mesh = model_mesh(config.mesh)
     params = opened.placed(mesh)
     check_same_tree(params, abstract_params(model), opened.path)
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     with using(mesh):
-        memory = compiled_memory(_measure, params, jax.tree.map(shape, batch), model)
+        memory = compiled_memory(_measure, params, batch, model)
     return {
         "parameters": count_params(params),
         "bytes_per_device": {"parameters": bytes_per_device(params), **memory},
@@ -200,13 +199,13 @@ def by_position(
     return ranges
 
 
-def _prepare(config: Config) -> tuple[OpenModel, ModelConfig, Source, dict[str, np.ndarray]]:
-    """The model, its config, the data and its first batch; UserError if they do not fit together."""
+def _prepare(config: Config) -> tuple[OpenModel, ModelConfig, Source, dict[str, jax.ShapeDtypeStruct]]:
+    """The model, its config, the data and the shapes of a batch; UserError if they do not fit together."""
     assert not isinstance(config.data, QuestionsConfig)
     opened = open_model(model_folder(config.model))
     model, source = opened.config, make_source(config.data, model_folder)
     model = dataclasses.replace(model, sparsity=config.sparsity)
-    batch = first_held_out(source, config.batch_size, config.split)
+    batch = batch_shapes(source, config.batch_size, config.split)
     if config.sparsity is not None and "segment_ids" in batch:
         raise UserError(
             f"{config.sparsity.kind} reads one whole text a row and the data has segments; set data.kind "

@@ -44,7 +44,7 @@ class Arguments:
     hash_inputs: Literal["none", "sampled", "full"] = "sampled"
     """What of the inputs is hashed for the card: 4 kB of every 256 kB, or all that is read."""
     threads: int = 0
-    """Tensors that are merged at once; 0: as many as there are cores, up to four."""
+    """Tensors that are merged at once; 0: one more than there are cores, up to five."""
 
 
 def run(arguments: Arguments) -> None:

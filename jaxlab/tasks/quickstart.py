@@ -3,10 +3,7 @@
 import dataclasses
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +81,7 @@ def run(arguments: Arguments) -> None:
     lines: list[dict[str, Any]] = []
     folder = Path(arguments.outputs) / "quickstart"
     layout = "{desc} {bar} {n_fmt} of {total_fmt} stages, {elapsed}"
-    with compiled_once(), tqdm(total=len(STAGES), desc="quickstart", bar_format=layout) as bar:
+    with tqdm(total=len(STAGES), desc="quickstart", bar_format=layout) as bar:
         for stage in STAGES:
             began = time.perf_counter()
             made[stage.config] = result = execute(
@@ -146,22 +143,6 @@ def overrides(stage: Stage, made: dict[str, RunResult], arguments: Arguments) ->
         return {}
     folders = {key: str(made[name].path) for key, name in stage.reads.items()}
     return {**folders, **(SMOKE[stage.task] if arguments.smoke else {})}
-
-
-@contextmanager
-def compiled_once() -> Iterator[None]:
-    """Programs that stages have in common, such as the experts' updates, are compiled once."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is not None:  # the user has a place for them
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
 
 
 def peak_memory() -> int:

@@ -8,14 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.app import Run, model_folder, read_metrics, train_inputs
+from jaxlab.app import Run, model_folder, read_metrics, save_first, train_inputs
 from jaxlab.checkpoints import open_model, save_model
 from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, peak_flops, train_flops_per_token
-from jaxlab.data import Source, check_all_tokens, check_fits, first_held_out, make_source
+from jaxlab.data import (
+    Source,
+    batch_shapes,
+    check_all_tokens,
+    check_fits,
+    first_held_out,
+    make_source,
+)
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
 from jaxlab.models import (
@@ -30,7 +36,10 @@ from jaxlab.models import (
 )
 from jaxlab.retrofit import describe_retrofit, mean_loss, measure_retrofit
 from jaxlab.training import (
+    MOST,
+    Checkpoints,
     Initial,
+    Rollbacks,
     State,
     Stopwatch,
     TrainConfig,
@@ -40,11 +49,25 @@ from jaxlab.training import (
     make_optimizer,
     make_schedule,
     read_initial,
+    skip_spikes,
+    skipped,
     state_shardings,
     train_step,
 )
 
 Config = TrainConfig
+
+SHOWN = (
+    "loss",
+    "validation.eval_loss",
+    "test.eval_loss",
+    "test.eval_exact_match",
+    "steps",
+    "parameters",
+    "tokens_per_second",
+    "mfu",
+)
+"""What the last line of a run shows."""
 
 
 def inputs(config: Config) -> dict[str, str]:
@@ -75,89 +98,87 @@ def check(config: Config) -> dict[str, Any]:
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     setup = prepare(config)
-    source, model = setup.source, config.model
+    model = config.model
     schedule = make_schedule(config.optimizer, config.steps)
-
-    # State: made or read where it will live, or the newest checkpoint of this run.
-    checkpoints = ocp.CheckpointManager(
-        (run.path / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    )
-    start = checkpoints.latest_step() or 0
-    # Metrics are numbered by the steps done: those of step `start` stay.
-    run.rewind(start + 1 if start else 0)
-    dense = setup.initial.dense
+    rollbacks = Rollbacks(run.path / "rollbacks.json")
+    checkpoints = Checkpoints(run.path / "checkpoints")
+    start, state = _newest_state(setup, config, checkpoints, run)
     if start:
-        target = jax.tree.map(_place, abstract_state(model, setup.optimizer), setup.shardings)
-        state = checkpoints.restore(start, args=ocp.args.StandardRestore(target))
         print(f"resuming at step {start} of {config.steps}")
-    else:
-        loaded = read_initial(setup.initial, model, setup.mesh)
-        state = init_state(
-            model,
-            setup.optimizer,
-            config.seed,
-            setup.shardings,
-            loaded,
-            dense=dense,
-            gate=config.retrofit_gate,
-        )
-        if dense is not None:
-            dense_params = {**state.params, **loaded}
-            measure = on_mesh(measure_retrofit, setup.mesh)
-            found = measure(dense_params, dense, state.params, model, _held_out(setup))
-            run.log(step=0, retrofit=found)
-            print(f"retrofit of the dense model {setup.initial.folder}: {describe_retrofit(found)}")
-            del dense_params
-        del loaded
 
     batch_size, length = setup.batch["tokens"].shape
     tokens = batch_size * length
     flops = train_flops_per_token(model, length) * tokens
     peak, peak_source = peak_flops(list(setup.mesh.devices.flat))
     watch = Stopwatch()
-    with tqdm(total=config.steps, initial=start, desc=f"train {run.name}", unit="step") as bar:
-        for done in range(start + 1, config.steps + 1):
-            batch = place_batch(source.batch(config.seed, done - 1, config.batch_size), setup.mesh)
+    held_out: dict[str, dict[str, float]] = {}
+    done = start
+    with (
+        tqdm(total=config.steps, initial=start, desc=f"train {run.name}", unit="step") as bar,
+        save_first() as stop,
+    ):
+        while done < config.steps:
+            number = rollbacks.batch_of(done)
+            batch = place_batch(setup.source.batch(config.seed, number, config.batch_size), setup.mesh)
             state, metrics = setup.update(state, batch)
-            bar.update()
+            done += 1
+            bar.update(done - bar.n)
             watch.step()
-            if done == start + 1:  # the first step compiles: it is not part of any speed
+            if not stop.armed:  # the first step compiles: no signal waits for it, no speed has it in
                 jax.block_until_ready(state)
                 watch.restart()
-            if done % config.log_every == 0 or done == config.steps:
+                stop.armed = True
+            last = done == config.steps
+            logs = last or done % config.log_every == 0
+            saves = last or done % config.checkpoint_every == 0 or stop.asked is not None
+            if logs or saves:
                 values = {name: float(value) for name, value in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    raise UserError(
-                        f"the loss is {values['loss']} at step {done}; lower optimizer.learning_rate"
-                    )
+                if _must_go_back(config, state, values["loss"], done, rollbacks, checkpoints):
+                    seen_at = done
+                    done, state = _newest_state(setup, config, checkpoints, run)
+                    rollbacks.add(done, seen_at)
+                    run.log(step=done, rollback_from=seen_at)
+                    bar.write(f"a spike before step {seen_at}: back to step {done}, on with other batches")
+                    watch.restart()
+                    continue
+            if logs:
                 values["learning_rate"] = float(schedule(done - 1))
+                if config.spikes.action == "skip":
+                    values["skipped_updates"] = skipped(state.optimizer)[0]
                 seconds = watch.read()
                 if seconds is not None:
                     values |= {"tokens_per_second": tokens / seconds, "mfu": flops / seconds / peak}
                 run.log(step=done, **values)
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
-            if done < config.steps and done % config.eval_every == 0:
-                run.log(step=done, **_evaluate(setup, state.params, config, "validation"))
+            if last or done % config.eval_every == 0:
+                held_out["validation"] = _evaluate(setup, state.params, config, "validation")
+                run.log(step=done, **held_out["validation"])
                 watch.restart()
-            if done < config.steps and done % config.checkpoint_every == 0:
-                checkpoints.save(done, args=ocp.args.StandardSave(state))
+            if saves:
+                checkpoints.save(done, state)
                 watch.restart()
-    checkpoints.close()
+            if stop.asked is not None:
+                stop.end(f"step {done} of {config.steps} is saved")
 
-    held_out = {split: _evaluate(setup, state.params, config, split) for split in ("validation", "test")}
-    run.log(step=config.steps, **held_out["validation"])
-    save_model(run.path / "model", model, state.params, source.tokenizer(), overwrite=True)
-    median = float(np.median(watch.stretches)) if watch.stretches else None
+    for split in ("validation", "test"):
+        if split not in held_out:
+            held_out[split] = _evaluate(setup, state.params, config, split)
+    save_model(run.path / "model", model, state.params, setup.source.tokenizer(), overwrite=True)
+    rates = [r["tokens_per_second"] for r in read_metrics(run.path) if r.get("tokens_per_second")]
+    rate = float(np.median(rates)) if rates else None
     return {
         "model": "model",
         "parameters": count_params(state.params),
         "steps": config.steps,
         "tokens_per_step": tokens,
+        "loss": _last_loss(run),
         **held_out,
-        **({} if dense is None else {"retrofit": _retrofit(setup, state.params, run)}),
-        "seconds_per_step": median,
-        "tokens_per_second": None if median is None else tokens / median,
-        "mfu": None if median is None else flops / median / peak,
+        **({} if setup.initial.dense is None else {"retrofit": _retrofit(setup, state.params, run)}),
+        **({} if config.spikes.action == "stop" else {"skipped_updates": skipped(state.optimizer)[0]}),
+        **({"rollbacks": len(rollbacks.made)} if config.spikes.action == "rollback" else {}),
+        "seconds_per_step": None if rate is None else tokens / rate,
+        "tokens_per_second": rate,
+        "mfu": None if rate is None else flops * rate / tokens / peak,
         "mfu_of": peak_source,
         "attended_tokens": attended_tokens(model, length),
     }
@@ -168,8 +189,8 @@ class Setup(NamedTuple):
 
     mesh: Mesh
     source: Source
-    batch: dict[str, np.ndarray]
-    """The first one, for its shapes."""
+    batch: dict[str, jax.ShapeDtypeStruct]
+    """Its shapes."""
     initial: Initial
     optimizer: optax.GradientTransformation
     shardings: State
@@ -188,19 +209,26 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(config.mesh)
     source = make_source(config.data, model_folder)
     check_all_tokens(source, config.model)
-    batch = source.batch(config.seed, 0, config.batch_size)
+    batch = batch_shapes(source, config.batch_size)
     for seen in (
         batch,
-        *(first_held_out(source, config.batch_size, split) for split in ("validation", "test")),
+        *(batch_shapes(source, config.batch_size, split) for split in ("validation", "test")),
     ):
+        rows, length = seen["tokens"].shape
+        if rows * length > MOST:
+            raise UserError(
+                f"{rows} sequences of {length} tokens are more than an int32 counts; lower batch_size"
+            )
         check_fits(seen, config.model)
-        check_batch(len(seen["tokens"]) // config.accumulation, seen["tokens"].shape[1], config.model, mesh)
+        check_batch(rows // config.accumulation, length, config.model, mesh)
     initial = (
         Initial()
         if config.init_from is None
         else find_initial(open_model(model_folder(config.init_from)), config.model, source)
     )
     optimizer = make_optimizer(config.optimizer, config.model, config.steps)
+    if config.spikes.action != "stop":
+        optimizer = skip_spikes(optimizer, config.spikes)
     shardings = state_shardings(config.model, optimizer, mesh)
     step = functools.partial(
         train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
@@ -214,9 +242,71 @@ def _place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def _newest_state(setup: Setup, config: Config, checkpoints: Checkpoints, run: Run) -> tuple[int, State]:
+    """(steps done, state) of the newest whole checkpoint, or of the beginning, made or read where it will
+    live. Metrics of later steps are dropped."""
+    target = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
+    found = checkpoints.restore(target)
+    # Metrics are numbered by the steps done: those of that step stay.
+    run.rewind(found[0] + 1 if found else 0)
+    return found or (0, _first_state(setup, config, run))
+
+
+def _first_state(setup: Setup, config: Config, run: Run) -> State:
+    """The state before the first step; what a retrofit does to the model is measured."""
+    loaded = read_initial(setup.initial, config.model, setup.mesh)
+    dense = setup.initial.dense
+    state = init_state(
+        config.model,
+        setup.optimizer,
+        config.seed,
+        setup.shardings,
+        loaded,
+        dense=dense,
+        gate=config.retrofit_gate,
+    )
+    if dense is not None:
+        measure = on_mesh(measure_retrofit, setup.mesh)
+        found = measure({**state.params, **loaded}, dense, state.params, config.model, _held_out(setup))
+        run.log(step=0, retrofit=found)
+        print(f"retrofit of the dense model {setup.initial.folder}: {describe_retrofit(found)}")
+    return state
+
+
+def _must_go_back(
+    config: Config, state: State, loss: float, done: int, rollbacks: Rollbacks, checkpoints: Checkpoints
+) -> bool:
+    """Whether the run goes back to a checkpoint because of a spike.
+
+    Raises:
+      UserError: the loss is not finite and nothing was asked to be done then, or it does not help.
+    """
+    spikes = config.spikes
+    remedy = f"lower optimizer.learning_rate; {checkpoints.describe_newest()}"
+    if spikes.action == "stop":
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {done}; set spikes.action to skip or rollback, or {remedy}"
+            )
+        return False
+    total, in_a_row = skipped(state.optimizer)
+    if in_a_row >= spikes.most:
+        raise UserError(f"the last {in_a_row} updates up to step {done} were spikes and left out; {remedy}")
+    if spikes.action == "skip" or not total:
+        return False
+    if len(rollbacks.made) >= spikes.most:
+        raise UserError(f"a spike before step {done}, after {spikes.most} rollbacks; {remedy}")
+    return True
+
+
+def _last_loss(run: Run) -> float | None:
+    """The training loss that was logged last."""
+    return next((r["loss"] for r in reversed(read_metrics(run.path)) if "loss" in r), None)
+
+
 def _held_out(setup: Setup) -> Batch:
     """The first validation batch, on the devices."""
-    batch = first_held_out(setup.source, len(setup.batch["tokens"]), "validation")
+    batch = first_held_out(setup.source, setup.batch["tokens"].shape[0], "validation")
     return place_batch(batch, setup.mesh)
 
 

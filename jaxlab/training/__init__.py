@@ -3,9 +3,11 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.training.config import TrainConfig
+    from jaxlab.training.checkpoints import Checkpoints
+    from jaxlab.training.config import MOST, TrainConfig
     from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
     from jaxlab.training.speed import Stopwatch
+    from jaxlab.training.spikes import Rollbacks, skip_spikes, skipped
     from jaxlab.training.state import (
         Initial,
         abstract_state,

@@ -7,6 +7,10 @@ from jaxlab.errors import ConfigError
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
 from jaxlab.training.optimizer import OptimizerConfig
+from jaxlab.training.spikes import SpikesConfig
+
+MOST = (1 << 31) - 1
+"""The largest int32: of steps, and of the tokens in a batch."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class TrainConfig:
     """What it reads."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How it learns."""
+    spikes: SpikesConfig = SpikesConfig()
+    """What happens to updates that are far off."""
     mesh: MeshConfig = MeshConfig()
     """How devices are arranged."""
     init_from: str | None = None
@@ -47,8 +53,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
         for name in (*counts, "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ConfigError(f"must be from 1 to {MOST}, is {getattr(self, name)}", key=name)
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
@@ -60,8 +66,8 @@ class TrainConfig:
             raise ConfigError(f"must lie between 0 and 0.5, is {self.retrofit_gate}", key="retrofit_gate")
         if self.model.sparsity is not None:
             raise ConfigError("is for inference; give it to evaluate", key="model.sparsity")
-        if self.seed < 0:
-            raise ConfigError(f"must not be negative, is {self.seed}", key="seed")
+        if not 0 <= self.seed <= MOST:
+            raise ConfigError(f"must be from 0 to {MOST}, is {self.seed}", key="seed")
         if self.optimizer.language_scale != 1 and not self.model.has_vision:
             raise ConfigError(
                 "is for a model with vision; set optimizer.learning_rate", key="optimizer.language_scale"

@@ -7,7 +7,6 @@ class Stopwatch:
     """Seconds per step over stretches of steps in which nothing else happens."""
 
     def __init__(self) -> None:
-        self.stretches: list[float] = []
         self.restart()
 
     def restart(self) -> None:
@@ -21,6 +20,6 @@ class Stopwatch:
         """Seconds per step of the stretch that ends here, None if it is empty; begins the next one."""
         if not self._steps:
             return None
-        self.stretches.append((time.perf_counter() - self._since) / self._steps)
+        seconds = (time.perf_counter() - self._since) / self._steps
         self.restart()
-        return self.stretches[-1]
+        return seconds

@@ -50,7 +50,9 @@ def train_step(
 
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
+    loss = total / count
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer steps
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, optimizer_state = update(grads, state.optimizer, state.params, loss=loss)
     new = State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
-    return new, {"loss": total / count, "gradient_norm": optax.tree.norm(grads)}
+    return new, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}

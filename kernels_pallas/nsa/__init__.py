@@ -10,7 +10,8 @@ from kernels_pallas.nsa.api import (
     window_attention,
     window_attention_with_lse,
 )
-from kernels_pallas.nsa.base import NsaBranches, num_compressed
+from kernels_pallas.nsa.base import NSA_RESIDUALS, NsaBranches, block_starts, num_compressed
+from kernels_pallas.nsa.checks import debug_checks
 from kernels_pallas.nsa.decode_cache import (
     NewTokens,
     NsaCache,
@@ -28,6 +29,7 @@ from kernels_pallas.nsa.specs.traffic import Traffic, bytes_per_decoded_token
 from kernels_pallas.nsa.xla.compression import compress_blocks
 
 __all__ = [
+    "NSA_RESIDUALS",
     "Implementation",
     "NewTokens",
     "NsaBranches",
@@ -36,10 +38,12 @@ __all__ = [
     "Recent",
     "Traffic",
     "append_tokens",
+    "block_starts",
     "bytes_per_decoded_token",
     "cached_attention",
     "compress_blocks",
     "compressed_attention",
+    "debug_checks",
     "init_cache",
     "init_paged_cache",
     "nsa_attention",

@@ -6,20 +6,21 @@ dim, Dv value head dim, M compressed blocks, N selection blocks, n selected bloc
 Common to all functions:
 
 * `implementation`: "xla", "mosaic_gpu" (kernels for Hopper) or None: the best that supports the case, told
-  at level DEBUG of the logger `kernels_pallas.nsa.implementations`. The kernels are the best where a record
-  says that they were right on this device (`kernels_pallas/nsa/records`). A named one runs or raises NotImplementedError with the reason; none is replaced by
-  another silently.
+  at level DEBUG of the logger `kernels_pallas.nsa.implementations`. Kernels are the best where a record says
+  that they were right on this device (`kernels_pallas/nsa/records`). A named one runs or raises
+  NotImplementedError with the reason; none is replaced by another silently.
 * Queries stand at absolute positions among the keys: `q_positions` int32 [B, T] (decoding, prefill in
   chunks), or 0..T-1 when None, and then there must be as many queries as keys. A query sees no key after its
   own position.
-* `segment_ids` int32 [B, S] belong to the keys; a query has the segment of its position. The tokens of a
-  segment follow each other. Tokens see their own segment only; segment 0 is padding, which sees nothing, is
-  seen by nothing, gives exactly 0, and whose contents (NaN included) reach neither outputs nor gradients.
-  Blocks lie at multiples of the stride and the
-  block size of the whole row, not of the segment: a compressed block is visible only to a segment that holds
-  it completely; a selection block can be selected by every segment that has a token in it, and only tokens of
-  the query's segment are attended to. So a packed sequence gives what it gives alone when it starts at a
-  multiple of both.
+* `segment_ids` int32 [B, S] belong to the keys; a query has the segment of its position. A text is a stretch
+  of tokens of one segment. Tokens see their own text only; segment 0 is padding, which sees nothing, is seen
+  by nothing, gives exactly 0, and whose contents (NaN included) reach neither outputs nor gradients.
+  **Packed equals alone**: compressed and selection blocks are counted from each text's own start, wherever it
+  lies. Indices of selection blocks are those of the query's own text, 0 is its first. A text that begins at
+  row s has its i-th compressed block in slot ceil(s / stride) + i of k_cmp and v_cmp, which have
+  num_compressed(S, block_len, stride, packed=True) slots; `compress_blocks` with the same segment_ids lays
+  them so, and `block_starts` tells where each begins.
+* What a query does not see, NaN in its future included, does not reach its output.
 * A query that sees nothing in a branch gets exactly 0 from it (log-sum-exp -inf), with zero gradients.
 * Inputs are float32, bfloat16 or float16, all of one dtype; softmax and sums run in float32. Reverse-mode
   differentiation of first order only.
@@ -29,34 +30,41 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.base import (
+    NSA_RESIDUALS,
     Block,
     Interval,
     NsaBranches,
     SelectionGrid,
     accumulator,
     default_scale,
-    num_compressed,
     weigh,
 )
+from kernels_pallas.nsa.checks import (
+    check_attention,
+    check_gates,
+    check_indices,
+    check_indices_shape,
+    check_num_compressed,
+    check_queries,
+    check_selection,
+    check_sizes,
+)
 from kernels_pallas.nsa.implementations import Implementation, operators_for
-from kernels_pallas.nsa.importance import candidate_range, select_by_rounds
+from kernels_pallas.nsa.importance import newest_candidates, select_by_rounds
 from kernels_pallas.nsa.interface import Case
 from kernels_pallas.nsa.support import (
-    check_attention,
-    check_indices,
-    check_num_compressed,
-    check_selection,
     grouped,
     heads_joined,
     positions_of,
     queries_without_padding,
+    seen_or_nothing,
+    without_empty_slots,
     without_padding,
-    zero_padding,
 )
-from kernels_pallas.nsa.xla.compression import block_segments
 
 
 def compressed_attention(
@@ -71,8 +79,8 @@ def compressed_attention(
     q_positions: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """Attention to compressed keys; block i covers tokens [i * stride, i * stride + block_len) and is visible
-    to a query at t only if i * stride + block_len - 1 <= t.
+    """Attention to compressed keys; block i covers tokens [i * stride, i * stride + block_len) of a text and
+    is visible to its token t only if i * stride + block_len - 1 <= t.
 
     Returns the output in the dtype of q and the log-sum-exp of the scaled scores in float32, -inf where no
     block is visible. `scale` is 1 / sqrt(Dk) when None.
@@ -81,21 +89,21 @@ def compressed_attention(
         ValueError: shapes or sizes do not fit.
         NotImplementedError: the named implementation cannot take the case.
     """
-    check_attention(q, k_cmp, v_cmp, block_len=block_len, stride=stride)
+    check_attention(q, (("k_cmp", k_cmp), ("v_cmp", v_cmp)), block_len=block_len, stride=stride)
     blocks = k_cmp.shape[1]
     operators = operators_for(Case("compressed_attention", q, k_cmp, v_cmp), implementation)
     positions = positions_of(q, segment_ids, q_positions, None)
-    check_num_compressed(blocks, segment_ids, q, q_positions, block_len, stride)
+    tokens = q.shape[1] if q_positions is None else None
+    check_num_compressed(blocks, segment_ids, tokens, block_len, stride)
     if blocks == 0:
         empty = jnp.zeros((*q.shape[:3], v_cmp.shape[-1]), q.dtype)
         return empty, jnp.full(q.shape[:3], -jnp.inf, accumulator(q.dtype))
-    segments = None
     if segment_ids is not None:
-        segments = block_segments(segment_ids, block_len, stride, blocks)
-        k_cmp, v_cmp = zero_padding(segments, k_cmp), zero_padding(segments, v_cmp)
+        k_cmp, v_cmp = (without_empty_slots(segment_ids, x, block_len, stride) for x in (k_cmp, v_cmp))
+    k_cmp, v_cmp = seen_or_nothing(k_cmp, v_cmp)
     interval = Interval(stride, block_len - 1, None, default_scale(scale, q.shape[-1]))
     rows = grouped(queries_without_padding(q, positions), k_cmp)
-    out, lse = operators.compressed_attention(interval, rows, k_cmp, v_cmp, positions, segments)
+    out, lse = operators.compressed_attention(interval, rows, k_cmp, v_cmp, positions)
     return heads_joined(out, positions), lse.reshape(q.shape[:3])
 
 
@@ -120,8 +128,8 @@ def select_blocks(
 
     `lse` is what `compressed_attention` returned for the same q and k_cmp. A block's importance is the sum of
     softmax(q . k_cmp) over the heads of the group and over the compressed blocks, weighted by the tokens they
-    share with it (Eq. 9 in overlap form, Eq. 10). The first `num_init` blocks (of the query's segment) and
-    the newest `num_local` ones, the query's own included, are always selected and count within `num_blocks`;
+    share with it (Eq. 9 in overlap form, Eq. 10). The first `num_init` blocks of the query's text and the
+    newest `num_local` ones, the query's own included, are always selected and count within `num_blocks`;
     among equals the lower index wins. Candidates hold at least one token that the query may see. `kv_len` is
     S; None takes it from segment_ids or, without q_positions, from q. No gradient flows through it.
 
@@ -129,7 +137,7 @@ def select_blocks(
         ValueError: shapes or sizes do not fit.
         NotImplementedError: the named implementation cannot take the case.
     """
-    check_attention(q, k_cmp, k_cmp, block_len=block_len, stride=stride)
+    check_attention(q, (("k_cmp", k_cmp), ("k_cmp", k_cmp)), block_len=block_len, stride=stride)
     operators = operators_for(Case("select_blocks", q, k_cmp), implementation)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse has shape {lse.shape}; for q {q.shape} it must be {q.shape[:3]}")
@@ -138,17 +146,16 @@ def select_blocks(
         if segment_ids is None and q_positions is not None:
             raise ValueError("select_blocks with q_positions needs kv_len, the number of keys")
         kv_len = q.shape[1] if segment_ids is None else segment_ids.shape[1]
-    positions = positions_of(q, segment_ids, q_positions, kv_len)
-    check_num_compressed(k_cmp.shape[1], segment_ids, q, q_positions, block_len, stride)
-    segments = None
+    positions = positions_of(q, segment_ids, q_positions, None)
+    check_num_compressed(k_cmp.shape[1], segment_ids, kv_len, block_len, stride)
     if segment_ids is not None:
-        segments = block_segments(segment_ids, block_len, stride, k_cmp.shape[1])
-        k_cmp = zero_padding(segments, k_cmp)
+        k_cmp = without_empty_slots(segment_ids, k_cmp, block_len, stride)
     scale = default_scale(scale, q.shape[-1])
     grid = SelectionGrid(block_len, stride, block_size, num_blocks, num_init, num_local, kv_len, scale)
     q, k_cmp, lse = lax.stop_gradient((queries_without_padding(q, positions), k_cmp, lse))
     q = grouped(q, k_cmp)
-    return operators.select_blocks(grid, q, k_cmp, lse.reshape(q.shape[:-1]), positions, segments)
+    indices = operators.select_blocks(grid, q, k_cmp, lse.reshape(q.shape[:-1]), positions)
+    return checkpoint_name(indices, NSA_RESIDUALS[2])
 
 
 def select_blocks_by_importance(
@@ -161,7 +168,8 @@ def select_blocks_by_importance(
     segment_ids: Int[Array, "B S"] | None = None,
     q_positions: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B Hkv T n"]:
-    """`select_blocks` by another importance of the N selection blocks than that of compressed keys.
+    """`select_blocks` by another importance of the N selection blocks of each query's text than that of
+    compressed keys.
 
     importance: float32, larger is better, of any sign; that of candidates is read, except of the first and
     local blocks, which are always selected. Candidates, ties and order are those of `select_blocks`. No
@@ -177,8 +185,9 @@ def select_blocks_by_importance(
     if q_positions is None and blocks * block_size < length:
         raise ValueError(f"{blocks} blocks of {block_size} do not cover {length} tokens")
     queries = jnp.zeros((batch, length, 1, 1), importance.dtype)
-    limits = candidate_range(block_size, positions_of(queries, segment_ids, q_positions, None))
-    return select_by_rounds(lax.stop_gradient(importance), limits, num_blocks, num_init, num_local)
+    newest = newest_candidates(block_size, positions_of(queries, segment_ids, q_positions, None))
+    indices = select_by_rounds(lax.stop_gradient(importance), newest, num_blocks, num_init, num_local)
+    return checkpoint_name(indices, NSA_RESIDUALS[2])
 
 
 def selected_attention(
@@ -195,18 +204,21 @@ def selected_attention(
 ) -> Float[Array, "B T H Dv"]:
     """Attention to the tokens of the selected blocks that are not in the query's future.
 
-    Block j holds tokens [j * block_size, (j + 1) * block_size). A query's indices must differ from each
-    other; those outside 0..N-1 (-1 above all) are missing slots and never read. Their order does not matter.
+    Block j holds tokens [j * block_size, (j + 1) * block_size) of the query's text. A query's indices must
+    differ from each other; those below 0 or after the query's own block are missing slots and never read.
+    Their order does not matter.
 
     Raises:
         ValueError: shapes or sizes do not fit.
         NotImplementedError: the named implementation cannot take the case.
     """
-    check_attention(q, k, v, block_size=block_size)
+    check_attention(q, (("k", k), ("v", v)), block_size=block_size)
     operators = operators_for(Case("selected_attention", q, k, v, block_size), implementation)
-    check_indices(q, k, indices)
-    positions = positions_of(q, segment_ids, q_positions, k.shape[1])
+    check_indices_shape(indices, q, k)
+    positions = positions_of(q, segment_ids, q_positions, k)
+    check_indices(indices, newest_candidates(block_size, positions))
     q, k, v = without_padding(q, k, v, positions)
+    k, v = seen_or_nothing(k, v)
     block = Block(block_size, default_scale(scale, q.shape[-1]))
     indices = jnp.moveaxis(lax.stop_gradient(indices), 1, 2)
     out = operators.selected_attention(block, grouped(q, k), k, v, indices, positions)
@@ -259,12 +271,13 @@ def window_attention_with_lse(
         ValueError: shapes or sizes do not fit.
         NotImplementedError: the named implementation cannot take the case.
     """
-    check_attention(q, k, v, window=window)
+    check_attention(q, (("k", k), ("v", v)), window=window)
     operators = operators_for(Case("window_attention", q, k, v), implementation)
-    positions = positions_of(q, segment_ids, q_positions, k.shape[1])
+    positions = positions_of(q, segment_ids, q_positions, k)
     q, k, v = without_padding(q, k, v, positions)
+    k, v = seen_or_nothing(k, v)
     interval = Interval(1, 0, window, default_scale(scale, q.shape[-1]))
-    out, lse = operators.window_attention(interval, grouped(q, k), k, v, positions, None)
+    out, lse = operators.window_attention(interval, grouped(q, k), k, v, positions)
     return heads_joined(out, positions), lse.reshape(q.shape[:3])
 
 
@@ -295,7 +308,7 @@ def nsa_attention(
     """All three branches, each with its own keys and values, weighted by `gates` (compression, selection,
     window).
 
-    `k_cmp` and `v_cmp` come from `compress_blocks`; they must be the M complete blocks of the S tokens.
+    `k_cmp` and `v_cmp` come from `compress_blocks` with the same segment_ids.
     `q_cmp` replaces q in compression and selection of blocks (queries without RoPE, say). `indices` replaces
     the latter. Defaults are the paper's. Returns the weighted sum and the branches; what is not used of them
     costs nothing under jit.
@@ -304,16 +317,20 @@ def nsa_attention(
         ValueError: shapes or sizes do not fit.
         NotImplementedError: the named implementation cannot take the case.
     """
-    if gates.shape != (*q.shape[:3], 3):
-        raise ValueError(f"gates have shape {gates.shape}; for q {q.shape} it must be {(*q.shape[:3], 3)}")
+    check_gates(gates, q)
+    check_attention(
+        q,
+        (("k_slc", k_slc), ("v_slc", v_slc)),
+        (("k_win", k_win), ("v_win", v_win)),
+        (("k_cmp", k_cmp), ("v_cmp", v_cmp)),
+    )
     length = k_slc.shape[1]
     if k_win.shape[1] != length:
-        raise ValueError(f"selection has {length} keys and the window {k_win.shape[1]}")
-    if k_cmp.shape[1] != num_compressed(length, block_len, stride):
-        raise ValueError(
-            f"{length} keys have {num_compressed(length, block_len, stride)} complete blocks of {block_len} "
-            f"every {stride}, but k_cmp has {k_cmp.shape[1]}"
-        )
+        raise ValueError(f"k_win has {k_win.shape[1]} entries, k_slc {length}")
+    check_queries(q, q_positions, segment_ids, k_slc)
+    if q_cmp is not None and q_cmp.shape != q.shape:
+        raise ValueError(f"q_cmp has shape {q_cmp.shape}, q {q.shape}")
+    check_num_compressed(k_cmp.shape[1], segment_ids, length, block_len, stride)
     q_cmp = q if q_cmp is None else q_cmp
     blocks: dict[str, Any] = {"block_len": block_len, "stride": stride}
     # Positions, segments and scale are the same for each branch.
@@ -323,7 +340,7 @@ def nsa_attention(
         "q_positions": q_positions,
         "implementation": implementation,
     }
-    if segment_ids is None and k_cmp.shape[1]:
+    if k_cmp.shape[1]:
         check_selection(block_size, num_blocks, num_init, num_local)
         grid = SelectionGrid(
             block_len,
@@ -336,7 +353,8 @@ def nsa_attention(
             default_scale(scale, q.shape[-1]),
         )
         keys = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
-        found = _by_one_function(grid, window, q, q_cmp, keys, gates, indices, q_positions, implementation)
+        placed = segment_ids, q_positions
+        found = _by_one_function(grid, window, q, q_cmp, keys, gates, indices, placed, implementation)
         if found is not None:
             return found
     compressed, lse = compressed_attention(q_cmp, k_cmp, v_cmp, **blocks, **common)
@@ -367,15 +385,15 @@ def _by_one_function(
     keys: tuple[Array, ...],
     gates: Array,
     indices: Array | None,
-    q_positions: Array | None,
+    placed: tuple[Array | None, Array | None],
     implementation: Implementation | None,
 ) -> tuple[Array, NsaBranches] | None:
-    """Where one implementation takes all of it and has a function for the whole."""
+    """Where one implementation takes all of it and has a function for the whole; `placed` are segments and
+    positions."""
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = keys
-    check_attention(q_cmp, k_cmp, v_cmp, block_len=grid.block_len, stride=grid.stride)
-    check_attention(q, k_slc, v_slc, block_size=grid.block_size)
-    check_attention(q, k_win, v_win, window=window)
-    check_indices(q, k_slc, indices)
+    check_sizes(block_len=grid.block_len, stride=grid.stride, block_size=grid.block_size, window=window)
+    if indices is not None:
+        check_indices_shape(indices, q, k_slc)
     cases = (
         Case("compressed_attention", q_cmp, k_cmp, v_cmp),
         Case("select_blocks", q_cmp, k_cmp),
@@ -385,15 +403,25 @@ def _by_one_function(
     operators, *others = (operators_for(case, implementation) for case in cases)
     if operators.gated_attention is None or any(other is not operators for other in others):
         return None
-    positions = positions_of(q, None, q_positions, k_slc.shape[1])
-    by_query = None if indices is None else jnp.moveaxis(lax.stop_gradient(indices), 1, 2)
+    whole = Case("gated_attention", q, k_slc, v_slc, grid.block_size)
+    if operators_for(whole, implementation) is not operators:
+        return None
+    segment_ids, q_positions = placed
+    positions = positions_of(q, segment_ids, q_positions, k_slc)
+    if indices is not None:
+        check_indices(indices, newest_candidates(grid.block_size, positions))
+        indices = jnp.moveaxis(lax.stop_gradient(indices), 1, 2)
+    own_q_cmp = None if q_cmp is q else grouped(queries_without_padding(q_cmp, positions), k_cmp)
+    if segment_ids is not None:
+        sizes = grid.block_len, grid.stride
+        k_cmp, v_cmp = (without_empty_slots(segment_ids, x, *sizes) for x in (k_cmp, v_cmp))
+    q, k_slc, v_slc = without_padding(q, k_slc, v_slc, positions)
+    _, k_win, v_win = without_padding(q, k_win, v_win, positions)
+    pairs = ((k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win))
+    keys = tuple(x for pair in pairs for x in seen_or_nothing(*pair))
+    q_groups, gate_groups = grouped(q, k_slc), grouped(gates, k_slc)
     found = operators.gated_attention(
-        grid,
-        window,
-        (grouped(q, k_slc), None if q_cmp is q else grouped(q_cmp, k_cmp), *keys),
-        grouped(gates, k_slc),
-        by_query,
-        positions,
+        grid, window, (q_groups, own_q_cmp, *keys), gate_groups, indices, positions
     )
     if found is None:
         return None

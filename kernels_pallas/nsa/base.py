@@ -9,8 +9,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+NSA_RESIDUALS = ("nsa_output", "nsa_lse", "nsa_indices")
+"""Names (`jax.ad_checkpoint.checkpoint_name`) of what the backward passes need of the forward passes besides
+their inputs: outputs and log-sum-exps of the branches, and chosen blocks. With a policy that saves them no
+attention is computed twice."""
 NOWHERE = np.iinfo(np.int32).max
 """Index of an entry that is neither written nor read."""
 
@@ -92,6 +97,11 @@ class Residuals(NamedTuple):
     lse: Array
 
 
+def named(out: Array, lse: Array) -> tuple[Array, Array]:
+    """An output and its log-sum-exp under their names in `NSA_RESIDUALS`."""
+    return checkpoint_name(out, NSA_RESIDUALS[0]), checkpoint_name(lse, NSA_RESIDUALS[1])
+
+
 def softmax_shift(saved: Residuals, d_out: Array, d_lse: Array) -> Array:
     """By what a softmax's gradient lessens the gradient of each weight: the sum of d_out * out over the head
     dim, less the gradient of the log-sum-exp, which is none for a query that saw nothing."""
@@ -100,9 +110,12 @@ def softmax_shift(saved: Residuals, d_out: Array, d_lse: Array) -> Array:
     return jnp.sum(d_out.astype(dtype) * saved.out.astype(dtype), axis=-1) - d_lse
 
 
-def num_compressed(length: int, block_len: int, stride: int) -> int:
-    """Number of complete blocks in `length` tokens."""
-    return max(0, (length - block_len) // stride + 1)
+def num_compressed(length: int, block_len: int, stride: int, *, packed: bool = False) -> int:
+    """Number of complete blocks in a text of `length` tokens; `packed`: of the slots of a row of so many,
+    however it is divided into texts (see `block_starts`), which is at most one more."""
+    if length < block_len:
+        return 0
+    return (ceil_div(length - block_len, stride) if packed else (length - block_len) // stride) + 1
 
 
 def overlap(start: int, length: int, other_start: int, other_length: int) -> int:
@@ -154,10 +167,76 @@ def heads_first(x: Array) -> Array:
 
 
 def segment_starts(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Position of the first token of the segment that each token belongs to."""
+    """Row of the first token of the segment that each token belongs to."""
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
     changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return lax.cummax(jnp.where(changed, index, jnp.zeros_like(index)), axis=1)
+
+
+def text_starts(positions: Positions) -> Int[Array, "B T"]:
+    """Row of the first token of each query's text."""
+    if positions.key_segments is None:
+        return jnp.zeros_like(positions.q_positions)
+    return jnp.take_along_axis(segment_starts(positions.key_segments), positions.q_positions, axis=1)
+
+
+def is_padding(positions: Positions) -> Bool[Array, "B T"]:
+    """Queries of segment 0."""
+    if positions.q_segments is None:
+        return jnp.zeros(positions.q_positions.shape, bool)
+    return positions.q_segments == 0
+
+
+def block_starts(segment_ids: Int[Array, "B S"], *, block_len: int, stride: int) -> Int[Array, "B M"]:
+    """The row at which the compressed block in each slot of a packed row begins, -1 where there is none.
+
+    A text that begins at row s has its i-th block in slot ceil(s / stride) + i. That slot's row of the grid,
+    slot * stride, is a token of the block, so it says whose block it is; and as block_len >= stride, no two
+    texts want the same slot. M = num_compressed(S, block_len, stride, packed=True).
+
+    Raises:
+        ValueError: the stride leaves tokens out.
+    """
+    if stride > block_len:
+        raise ValueError(f"stride {stride} exceeds block_len {block_len}: packed texts would share blocks")
+    length = segment_ids.shape[1]
+    slots = num_compressed(length, block_len, stride, packed=True)
+    row = jnp.arange(slots, dtype=jnp.int32) * stride
+    starts = segment_starts(segment_ids)
+    begin = row[None] - (-starts[:, row]) % stride
+    last = jnp.minimum(begin + block_len, length) - 1
+    whole = (begin + block_len <= length) & (jnp.take_along_axis(starts, last, axis=1) == starts[:, row])
+    return jnp.where(whole & (segment_ids[:, row] != 0), begin, -1)
+
+
+def intervals(
+    positions: Positions, stride: int, offset: int, window: int | None
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """First key and end of the keys that each query sees; end <= first where it sees none.
+
+    Key ceil(s / stride) + i stands for the tokens s + i * stride ... s + i * stride + offset of the text that
+    begins at row s; none of them may be in the query's future. `window` bounds the age of a key's last token;
+    keys are then tokens.
+    """
+    start, newest = text_starts(positions), positions.q_positions
+    count = jnp.maximum((newest - start - offset) // stride + 1, 0)
+    first = ceil_div(start, stride)
+    end = jnp.where(is_padding(positions), 0, first + count)
+    if window is not None:
+        assert (stride, offset) == (1, 0)
+        first = jnp.maximum(first, newest - window + 1)
+    return first, end
+
+
+def selected_rows(
+    indices: Int[Array, "B T Hkv n"], positions: Positions, size: int
+) -> Int[Array, "B T Hkv n"]:
+    """The row at which each selected block of the query's text begins; -1 for missing slots, for blocks in
+    the query's future, and for all of padding."""
+    start = text_starts(positions)
+    own = jnp.where(is_padding(positions), -1, (positions.q_positions - start) // size)
+    there = (indices >= 0) & (indices <= own[:, :, None, None])
+    return jnp.where(there, start[:, :, None, None] + indices * size, -1)
 
 
 def weigh(

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.base import NOWHERE, SelectionGrid, ceil_div, num_compressed
+from kernels_pallas.nsa.checks import check_sizes
 
 TILE = 64
 """Keys that the decode kernel reads at once."""
@@ -25,7 +26,8 @@ PIECE = 8
 
 
 class NsaCache(NamedTuple):
-    """One layer; S is a multiple of the selection block and M is num_compressed(S) rounded up to tiles."""
+    """One layer; S is a multiple of the selection block and M is num_compressed(S, packed=True) rounded up to
+    tiles."""
 
     k_slc: Float[Array, "*layers B S Hkv Dk"]
     v_slc: Float[Array, "*layers B S Hkv Dv"]
@@ -111,12 +113,12 @@ def init_cache(
     Raises:
         ValueError: a size is below 1, or the stride leaves tokens out.
     """
-    _check_sizes(batch=batch, length=length, block_size=block_size, window=window, stride=stride)
+    check_sizes(batch=batch, length=length, block_size=block_size, window=window, stride=stride)
     _check_stride(block_len, stride)
     length = ceil_div(length, block_size) * block_size
     sizes = {
         "slc": (batch, length),
-        "cmp": (batch, max(1, ceil_div(num_compressed(length, block_len, stride), TILE)) * TILE),
+        "cmp": (batch, max(1, ceil_div(num_compressed(length, block_len, stride, packed=True), TILE)) * TILE),
         "win": (batch, window),
         "wait": (batch, block_len - 1),
     }
@@ -143,7 +145,7 @@ def init_paged_cache(
     Raises:
         ValueError: sizes do not fit.
     """
-    _check_sizes(num_pages=num_pages, block_size=block_size, window=window, stride=stride)
+    check_sizes(num_pages=num_pages, block_size=block_size, window=window, stride=stride)
     _check_stride(block_len, stride)
     if page_size < 1 or page_size % block_size or page_size % stride:
         raise ValueError(
@@ -241,8 +243,9 @@ def whole(cache: Cache, kept: Float[Array, "A C Hkv D"]) -> Float[Array, "B R Hk
 def compressed_keys(
     cache: Cache, grid: SelectionGrid
 ) -> tuple[Float[Array, "B M Hkv Dk"], Float[Array, "B M Hkv Dv"]]:
-    """Compressed keys and values of each sequence in order, complete ones or not."""
-    blocks = num_compressed(grid.kv_len, grid.block_len, grid.stride)
+    """Compressed keys and values of each sequence in order, complete ones or not: as many as packed rows
+    have slots."""
+    blocks = num_compressed(grid.kv_len, grid.block_len, grid.stride, packed=True)
     return whole(cache, cache.k_cmp)[:, :blocks], whole(cache, cache.v_cmp)[:, :blocks]
 
 
@@ -325,12 +328,6 @@ def _arrays(
         for name, size in sizes.items()
         for x, dim in (("k", key_dim), ("v", value_dim))
     }
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be positive, not {size}")
 
 
 def _check_stride(block_len: int, stride: int) -> None:

@@ -16,6 +16,7 @@ from kernels_pallas.nsa.api import (
     window_attention,
 )
 from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, weigh, where_finite
+from kernels_pallas.nsa.checks import check_gates, check_selection
 from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case
@@ -56,19 +57,18 @@ def cached_attention(
             f"{count} queries and a window of {window} do not fit {recent.k.shape[1]} recent keys and a "
             f"cache with {ring} slots of the window"
         )
-    if gates.shape != (*q.shape[:3], 3):
-        raise ValueError(f"gates have shape {gates.shape}; for q {q.shape} it must be {(*q.shape[:3], 3)}")
+    check_gates(gates, q)
+    check_selection(block_size, num_blocks, num_init, num_local)
     length = cache.k_slc.shape[1]
     if isinstance(cache, PagedCache):
         length *= cache.page_table.shape[1]
     scale = default_scale(scale, q.shape[-1])
     grid = SelectionGrid(block_len, stride, block_size, num_blocks, num_init, num_local, length, scale)
-    if count > 1:
-        branches = _chunk(grid, cache, recent, q, window, indices, implementation)
-    else:
+    if count == 1:
         case = Case(ONE_TOKEN, q, cache.k_slc, cache.v_slc, block_size, cache)
         operators = operators_for(case, implementation)
-        branches = operators.decode_token(grid, cache, recent, q, window, indices)
+        return operators.decode_token(grid, cache, recent, q, gates, window, indices)
+    branches = _chunk(grid, cache, recent, q, window, indices, implementation)
     out = weigh(gates, branches.compressed, branches.selected, branches.window)
     padding = jnp.arange(count, dtype=jnp.int32)[None] >= recent.num_new[:, None]
     return where_finite(~padding[:, :, None, None], out), branches

@@ -1,8 +1,8 @@
 """What selection blocks are worth to a query (Eq. 9 and 10), which may be selected, and the best of them.
 
 Attention to compressed keys, summed over the heads of a group (Eq. 10), is spread over the selection blocks
-that they overlap (Eq. 9). Both implementations and decoding select from here. `limits` are each query's
-first and newest candidate block.
+that they overlap (Eq. 9). Both implementations and decoding select from here. Blocks are counted from the
+start of the query's text; `newest` is the one of the query itself, -1 for a query that selects nothing.
 """
 
 import jax.numpy as jnp
@@ -10,7 +10,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.base import NOWHERE, Positions, SelectionGrid, ceil_div, overlap, segment_starts
+from kernels_pallas.nsa.base import (
+    NOWHERE,
+    Positions,
+    SelectionGrid,
+    ceil_div,
+    is_padding,
+    overlap,
+    text_starts,
+)
 
 
 def overlap_weights(grid: SelectionGrid, tile_keys: int) -> np.ndarray:
@@ -27,9 +35,15 @@ def overlap_weights(grid: SelectionGrid, tile_keys: int) -> np.ndarray:
     return np.asarray(shared)
 
 
-def block_importance(grid: SelectionGrid, shares: Float[Array, "B Hkv T M"]) -> Float[Array, "B Hkv T N"]:
+def block_importance(
+    grid: SelectionGrid, shares: Float[Array, "B Hkv T M"], first: Int[Array, "B T"] | None = None
+) -> Float[Array, "B Hkv T N"]:
     """Eq. 9 for all compressed blocks at once: a block's importance is the shares of those that overlap it,
-    each times the tokens in common, counted in strides. A few taps, added in full float32."""
+    each times the tokens in common, counted in strides. A few taps, added in full float32.
+
+    `first` is the slot of the first compressed block of each query's text (None: 0); shares are 0 in the
+    slots of other texts.
+    """
     blocks = np.arange(grid.candidates)
     lowest = np.maximum(0, -(-(blocks * grid.block_size - grid.block_len + 1) // grid.stride))
     taps = (grid.block_size + grid.block_len - 2) // grid.stride + 1
@@ -42,46 +56,44 @@ def block_importance(grid: SelectionGrid, shares: Float[Array, "B Hkv T M"]) -> 
         ]
         inside = index < shares.shape[-1]
         weight = np.where(inside, shared, 0.0).astype(np.float32)
-        taken = shares[..., np.where(inside, index, 0)]
+        if first is None:
+            taken = shares[..., np.where(inside, index, 0)]
+        else:
+            slot = first[:, None, :, None] + jnp.asarray(index, jnp.int32)[None, None, None]
+            taken = jnp.take_along_axis(shares, slot, axis=3, mode="fill", fill_value=0)
         total = total + taken * jnp.asarray(weight)[None, None, None]
     return total
 
 
-def candidate_range(block_size: int, positions: Positions) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """First and newest candidate block of each query: those of its segment's first token and of its own
-    position."""
-    newest = positions.q_positions // block_size
-    if positions.q_segments is None or positions.key_segments is None:
-        return jnp.zeros_like(newest), newest
-    starts = segment_starts(positions.key_segments)
-    first = jnp.take_along_axis(starts, positions.q_positions, axis=1) // block_size
-    # A padding query selects nothing.
-    return first, jnp.where(positions.q_segments == 0, first - 1, newest)
+def newest_candidates(block_size: int, positions: Positions) -> Int[Array, "B T"]:
+    """The block of each query's own position, counted from the start of its text; -1 for padding."""
+    own = (positions.q_positions - text_starts(positions)) // block_size
+    return jnp.where(is_padding(positions), -1, own)
 
 
 def with_forced_blocks(
     importance: Float[Array, "B Hkv T blocks"],
-    limits: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    newest: Int[Array, "B T"],
     num_init: int,
     num_local: int,
 ) -> Float[Array, "B Hkv T blocks"]:
     """Importance with inf for blocks that are always selected, -inf for those that are no candidates."""
-    first, newest = (x[:, None, :, None] for x in limits)
+    newest = newest[:, None, :, None]
     index = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None, :]
-    forced = (index < first + num_init) | (index > newest - num_local)
+    forced = (index < num_init) | (index > newest - num_local)
     importance = jnp.where(forced, jnp.inf, importance)
-    return jnp.where((index >= first) & (index <= newest), importance, -jnp.inf)
+    return jnp.where(index <= newest, importance, -jnp.inf)
 
 
 def select_by_rounds(
     importance: Float[Array, "B Hkv T blocks"],
-    limits: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    newest: Int[Array, "B T"],
     num_blocks: int,
     num_init: int,
     num_local: int,
 ) -> Int[Array, "B Hkv T n"]:
     """The best blocks by finite importance, in ascending order, then -1."""
-    importance = with_forced_blocks(importance, limits, num_init, num_local)
+    importance = with_forced_blocks(importance, newest, num_init, num_local)
     index = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None, :]
 
     # Rounds of taking the best, the lowest index among equals. Unlike top_k, which is a call that cannot be
@@ -104,10 +116,10 @@ def select_by_rounds(
 def select_by_top_k(
     grid: SelectionGrid,
     importance: Float[Array, "B Hkv T N"],
-    limits: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    newest: Int[Array, "B T"],
 ) -> Int[Array, "B Hkv T n"]:
     """As `select_by_rounds`, in one call of top_k; the best one first. An accelerator does it sooner."""
-    importance = with_forced_blocks(importance, limits, grid.num_init, grid.num_local)
+    importance = with_forced_blocks(importance, newest, grid.num_init, grid.num_local)
     if importance.shape[-1] < grid.num_blocks:
         missing = grid.num_blocks - importance.shape[-1]
         importance = jnp.pad(importance, ((0, 0),) * 3 + ((0, missing),), constant_values=-np.inf)

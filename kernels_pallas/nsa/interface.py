@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
 
 IntervalAttention = Callable[
-    [Interval, Array, Array, Array, Positions, Array | None],
+    [Interval, Array, Array, Array, Positions],
     tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]],
 ]
 
@@ -32,26 +32,28 @@ IntervalAttention = Callable[
 class Operators(NamedTuple):
     """One implementation. Queries are grouped, [B, T, Hkv, G, Dk]; shapes were checked, padding holds zeros.
 
-    `positions` have the segments of the tokens. A query that sees nothing gets exactly 0, log-sum-exp -inf
-    and zero gradients. The attentions are differentiable in reverse mode, of first order.
+    `positions` have the segments of the tokens; blocks are counted from the start of each text. A query that
+    sees nothing gets exactly 0, log-sum-exp -inf and zero gradients. The attentions are differentiable in
+    reverse mode, of first order.
     """
 
     compressed_attention: IntervalAttention
-    """(interval, q, k_cmp, v_cmp, positions, block_segments int32 [B, M] or None) -> output in the dtype of q
-    and the log-sum-exp in float32. M > 0."""
-    select_blocks: Callable[
-        [SelectionGrid, Array, Array, Array, Positions, Array | None], Int[Array, "B Hkv T n"]
-    ]
-    """(grid, q, k_cmp, lse [B, T, Hkv, G], positions, block_segments) -> indices in ascending order, then
-    -1."""
+    """(interval, q, k_cmp, v_cmp, positions) -> output in the dtype of q and the log-sum-exp in float32.
+    M > 0. What a query sees is `base.intervals`."""
+    select_blocks: Callable[[SelectionGrid, Array, Array, Array, Positions], Int[Array, "B Hkv T n"]]
+    """(grid, q, k_cmp, lse [B, T, Hkv, G], positions) -> indices in ascending order, then -1."""
     selected_attention: Callable[[Block, Array, Array, Array, Array, Positions], Float[Array, "B T Hkv G Dv"]]
-    """(block, q, k, v, indices int32 [B, T, Hkv, n], positions) -> output."""
+    """(block, q, k, v, indices int32 [B, T, Hkv, n], positions) -> output. Where blocks begin is
+    `base.selected_rows`."""
     window_attention: IntervalAttention
-    """As `compressed_attention`, a key being a token; block_segments is None."""
-    decode_token: Callable[[SelectionGrid, Cache, Recent, Array, int, Array | None], NsaBranches]
-    """(grid, cache, recent, q [B, 1, H, Dk], window, indices int32 [B, Hkv, 1, n] or None) -> the branches of
-    the newest token of each sequence, which the cache holds already."""
+    """As `compressed_attention`, a key being a token."""
+    decode_token: Callable[
+        [SelectionGrid, Cache, Recent, Array, Array, int, Array | None], tuple[Array, NsaBranches]
+    ]
+    """(grid, cache, recent, q [B, 1, H, Dk], gates [B, 1, H, 3], window, indices int32 [B, Hkv, 1, n] or
+    None) -> the weighted sum, 0 for a sequence without a new token, and the branches of the newest token of
+    each sequence, which the cache holds already."""
     gated_attention: Callable[..., GatedBranches | None] | None = None
     """(grid, window, (q, q_cmp or None, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates [B, T, Hkv, G, 3],
-    indices [B, T, Hkv, n] or None, positions without segments) -> everything at once, differentiable; None:
+    indices [B, T, Hkv, n] or None, positions) -> everything at once, differentiable; None:
     not this case, it goes branch by branch. M > 0. No function: nothing is gained by it."""

@@ -228,3 +228,45 @@ def test_what_is_logged_for_the_user_is_a_plain_line() -> None:
     assert re.fullmatch(
         r"configs/quickstart/nsa_sparse\.yaml:\d+: model\.attention: left out.*\n", process.stderr
     )
+
+
+def test_a_failed_point_of_a_sweep_is_noted_and_the_others_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "fake",
+        "small.yaml",
+        "--sweep",
+        "stop=['',user,'']",
+        "rate=[0.5,0.25,0.1]",
+        "--sweep-mode",
+        "zip",
+    ]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: the rate is wrong; lower it\n"
+    assert "failed: the rate is wrong; lower it" in said.out
+    assert "1 of 3 points failed" in said.out
+    (table,) = Path("outputs/sweeps").glob("fake-small-*/sweep.json")
+    rows = json.loads(table.read_text())["runs"]
+    assert [row.get("error") for row in rows] == [None, "the rate is wrong; lower it", None]
+    assert rows[2]["results"]["loss"] == pytest.approx(0.1**3)
+
+
+def test_a_bug_in_a_point_of_a_sweep_is_status_1_and_the_others_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["fake", "small.yaml", "--sweep", "stop=[bug,user,'']"]
+    assert main(words) == 1
+    assert "ValueError: a bug" in capsys.readouterr().err  # with its traceback
+    assert [config.stop for config in fake_task.calls] == ["bug", "user", ""]
+
+
+def test_what_a_task_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    results = {"test": {"loss": 0.5, "exact": None}, "parameters": 3, "model": "model"}
+    monkeypatch.setattr(fake_task, "run", lambda config, run: results)
+    monkeypatch.setattr(
+        fake_task, "SHOWN", ("test.loss", "test.exact", "parameters", "gone.x"), raising=False
+    )
+    assert main(["fake", "small.yaml"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "test.loss 0.5, parameters 3"
+    assert main(["fake", "small.yaml", "--sweep", "rate=[1,2]"]) == 0
+    assert "rate  test.loss  parameters  run" in capsys.readouterr().out

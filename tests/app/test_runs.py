@@ -78,6 +78,7 @@ def test_overwrite_begins_from_nothing() -> None:
 @pytest.mark.multiprocess
 def test_two_processes_do_not_write_one_folder() -> None:
     folder = execute("fake", "small.yaml").path
+    (folder / "results.json").unlink()
     code = f"import fcntl, time; f = open({str(folder / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
     code += "print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -89,7 +90,7 @@ def test_two_processes_do_not_write_one_folder() -> None:
     finally:
         holder.kill()
         holder.wait()
-    assert execute("fake", "small.yaml").reused  # the lock went with the process
+    assert not execute("fake", "small.yaml").reused  # the lock went with the process
 
 
 def test_steps_count_on_or_are_given(tmp_path: Path) -> None:

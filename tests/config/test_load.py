@@ -67,7 +67,6 @@ def test_a_union_takes_the_member_that_fits(file: Any, text: str, expected: Any)
         ("1e-3", 0.001),
         ("-1E+3", -1000.0),
         (".5", 0.5),
-        ("-.inf", -float("inf")),
         ("1_000", 1000),
         ("007", 7),
         ("0x10", "0x10"),
@@ -169,10 +168,9 @@ MISTAKES = [
     ("steps: !!python/name:os.system x", "{file}:1: steps: the tag python/name:os.system is not used here"),
     ("1: 2", "{file}:1: a key must be a word, found 1; put it in quotes if it is one"),
     ("steps: 1\n---\nsteps: 2", "{file}:2: not YAML: but found another document"),
-    (
-        "steps: 1\nlambda: 1e999",
-        "{file}:2: lambda: 1e999 is too large for a float; write .inf if infinity is meant",
-    ),
+    ("steps: 1\nlambda: 1e999", "{file}:2: lambda: 1e999 is too large for a float"),
+    ("steps: 1\nlambda: .nan", "{file}:2: lambda: must be a finite number, is .nan"),
+    ("steps: 1\nlambda: -.inf", "{file}:2: lambda: must be a finite number, is -.inf"),
 ]
 
 

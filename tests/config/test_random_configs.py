@@ -33,7 +33,7 @@ MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     int: st.integers(),
-    float: st.floats(allow_nan=False),
+    float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text()
     | st.sampled_from(["null", "None", "~", "true", "no", "1", "1e-3", ".inf", "[1]", "--x", "#", ": "]),
     types.NoneType: st.none(),

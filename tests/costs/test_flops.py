@@ -60,7 +60,6 @@ def test_stopwatch_measures_whole_stretches_only(monkeypatch):
     now[0] += 100.0  # an evaluation
     watch.restart()
     assert watch.read() is None
-    assert watch.stretches == [0.5]
 
 
 @pytest.mark.parametrize("method", [ExactTokens, ExactBlocks, Quest, InfLLM, H2O])

@@ -2,12 +2,14 @@
 
 import typing
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
 from jaxlab.data.source import (
     DataConfig,
+    batch_shapes,
     check_all_tokens,
     check_fits,
     check_same_words,
@@ -18,13 +20,14 @@ from jaxlab.errors import UserError
 from tests.models.tiny import make_config
 
 
-def batch(length=4, token=3, images=None):
-    tokens = {"tokens": np.full((2, length), token, np.int32)}
-    return tokens if images is None else {**tokens, "images": np.zeros((2, 1, *images), np.float32)}
+def batch(length=4, images=None):
+    tokens = {"tokens": jax.ShapeDtypeStruct((2, length), np.int32)}
+    shape = None if images is None else jax.ShapeDtypeStruct((2, 1, *images), np.float32)
+    return tokens if shape is None else {**tokens, "images": shape}
 
 
 def test_what_fits():
-    check_fits(batch(24, 12), make_config())
+    check_fits(batch(24), make_config())
     check_fits(batch(images=(4, 4, 2)), make_config("vision"))
 
 
@@ -32,7 +35,6 @@ def test_what_fits():
     ("data", "variant", "message"),
     [
         (batch(25), "rotary", "sequences of 25 tokens exceed the model's max_length 24"),
-        (batch(token=13), "rotary", "the data holds token 13, the model's vocab_size is 13"),
         (batch(images=(4, 4, 2)), "rotary", "the model has no vision"),
         (batch(images=(8, 8, 1)), "vision", r"images of \(8, 8, 1\), the model takes \(4, 4, 2\)"),
     ],
@@ -70,6 +72,10 @@ def test_every_kind_makes_batches_of_one_form(config):
         assert found["loss_mask"].shape == found["tokens"].shape
         assert found["loss_mask"].any(axis=1).all()
         assert not found["loss_mask"][:, 0].any()
+    shapes = lambda found: {name: (x.shape, x.dtype) for name, x in found.items()}
+    for split, found in (("train", training), ("test", held_out)):
+        assert shapes(batch_shapes(source, 4, split)) == shapes(found)
+    assert batch_shapes(source, 10**9)["tokens"].shape[0] == 10**9
     check_all_tokens(source, make_config(vocab_size=source.largest_token + 1))
     with pytest.raises(UserError, match=f"holds token {source.largest_token}.* vocab_size is"):
         check_all_tokens(source, make_config(vocab_size=source.largest_token))

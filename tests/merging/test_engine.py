@@ -157,6 +157,8 @@ MERGES = [
     pytest.param("task_arithmetic", {"lambda": 0.7}, marks=SLOW),
     pytest.param("dare_linear", {"density": 0.3}, marks=SLOW),
     pytest.param("dare_ties", {"density": 0.3, "mode": "mergekit"}, marks=SLOW),
+    pytest.param("della", {"density": 0.5}, marks=SLOW),
+    pytest.param("della_linear", {"density": 0.5, "mode": "mergekit"}, marks=SLOW),
 ]
 
 
@@ -177,9 +179,10 @@ def test_a_merge_has_the_bits_of_merge_models(place, tmp_path, operator, options
     assert account.differences(held) == []
 
 
-def test_chunks_threads_and_order_do_not_matter(place, tmp_path):
-    """Also for masks, whose elements are counted, and for the digests of what is read."""
-    recipe = merge(place, "dare_ties", density=0.5)
+@pytest.mark.parametrize("operator", ["dare_ties", "della"])
+def test_chunks_threads_and_order_do_not_matter(place, tmp_path, operator):
+    """Also for masks, whose elements are counted, for whole rows, and for the digests of what is read."""
+    recipe = merge(place, operator, density=0.5)
     models, results = [open_model(r) for r in recipe.references()], []
     for threads, chunk, hashed in ((1, 1 << 18, "full"), (3, 32, "full"), (2, 7, "full"), (2, 7, "sampled")):
         prepared = prepare_merge(recipe, models)

@@ -1,5 +1,6 @@
 """A merge that is killed, refused or runs out of room: taken up again, or nothing is left of it."""
 
+import errno
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlab.checkpoints import open_model
+from jaxlab.checkpoints import open_model, resume
 from jaxlab.checkpoints.output_folder import MARKER, write_aside
 from jaxlab.checkpoints.resume import JOURNAL, STATE
 from jaxlab.errors import UserError
@@ -239,3 +240,15 @@ def test_orphans_of_other_writers_are_removed(tmp_path):
         (tmp_path / "out").rmdir()
     assert (tmp_path / "out" / "a").read_text() == "x"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out-mine", ".out-notes", "out"]
+
+
+def test_a_disk_that_fails_while_more_is_computed_ends_the_merge(desk, monkeypatch):
+    def fails(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(resume, "_SYNC", 1)
+    monkeypatch.setattr(os, "fdatasync", fails)
+    with pytest.raises(UserError, match="out: cannot be written: Input/output error"):
+        merged(desk, "out")
+    assert not (desk / "out").exists()
+    assert not (desk / ".out.partial").exists()

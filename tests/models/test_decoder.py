@@ -78,24 +78,24 @@ def test_rotary_by_hand():
 def test_packed_sequences_are_the_same_alone_and_padding_does_not_matter(variant):
     config = make_config(variant)
     params = draw_params(config)
-    # NSA's blocks lie in the row: a sequence that starts at a multiple of them is the same as alone.
-    first, second = (np.asarray(draw_tokens(config, 1, n, seed=n)[0]).tolist() for n in (8, 7))
+    # NSA's blocks are counted from the start of each text: the second begins at no multiple of anything.
+    first, second = (np.asarray(draw_tokens(config, 1, n, seed=n)[0]).tolist() for n in (3, 13))
     rows = [
-        (first + second + [0] * 3, [1] * 8 + [2] * 7 + [0] * 3),
-        (first + second + [5] * 3, [4] * 8 + [9] * 7 + [0] * 3),
-        (first + [7] * 10, [1] * 8 + [0] * 10),
-        (second + [7] * 11, [1] * 7 + [0] * 11),
+        (first + second + [0] * 2, [1] * 3 + [2] * 13 + [0] * 2),
+        (first + second + [5] * 2, [4] * 3 + [9] * 13 + [0] * 2),
+        (first + [7] * 15, [1] * 3 + [0] * 15),
+        (second + [7] * 5, [1] * 13 + [0] * 5),
     ]
     batch = {
         "tokens": jnp.asarray([tokens for tokens, _ in rows], jnp.int32),
         "segment_ids": jnp.asarray([segments for _, segments in rows], jnp.int32),
     }
     packed, other_padding, first_alone, second_alone = logits(params, batch, config)
-    np.testing.assert_allclose(packed[:8], first_alone[:8], atol=2e-5)
-    np.testing.assert_allclose(packed[8:15], second_alone[:7], atol=2e-5)
-    np.testing.assert_array_equal(packed[:15], other_padding[:15])
+    np.testing.assert_allclose(packed[:3], first_alone[:3], atol=2e-5)
+    np.testing.assert_allclose(packed[3:16], second_alone[:13], atol=2e-5)
+    np.testing.assert_array_equal(packed[:16], other_padding[:16])
     without_segments = logits(params, {"tokens": batch["tokens"]}, config)
-    np.testing.assert_allclose(without_segments[2, :8], first_alone[:8], atol=2e-5)
+    np.testing.assert_allclose(without_segments[3, :13], second_alone[:13], atol=2e-5)
 
 
 @pytest.mark.parametrize(

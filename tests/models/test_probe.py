@@ -1,5 +1,7 @@
 """Probes of whole models: weights read from one token, factors on them, logits of some positions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,11 @@ from jaxlab.models import (
     Probe,
     SlidingAttentionConfig,
     activations,
+    block,
     forward,
+    init_cache,
     init_params,
+    prefill,
 )
 
 MODEL = ModelConfig(
@@ -84,6 +89,42 @@ def test_logits_of_some_positions(params, batch):
         np.testing.assert_allclose(getattr(some, name), expected, rtol=1e-5, atol=1e-5)
     run = jax.jit(forward, static_argnums=2).lower(params, batch, MODEL, logit_positions=positions)
     assert f"f32[{BATCH},{TOKENS},{MODEL.vocab_size}]" not in run.compile().as_text()
+
+
+@pytest.mark.parametrize("more", [{}, {"tie_embeddings": False, "head_bias": True, "logit_softcap": 3.0}])
+def test_logits_of_some_words(batch, more):
+    """Those of the vocabulary; no array of its size is computed, nor has it a gradient."""
+    config = dataclasses.replace(MODEL, **more)
+    params = init_params(config, jax.random.key(3))
+    if "head" in params:
+        params["head"]["bias"] = jnp.arange(19.0)
+    at, words = np.array([[3, 11], [9, 0]], np.int32), np.array([[4, 18, 4], [0, 1, 7]], np.int32)
+    run = lambda **more: forward(params, batch, config, logit_positions=at, **more).logits
+    expected = np.take_along_axis(np.asarray(run()), words[:, None], 2)
+    np.testing.assert_allclose(run(logit_tokens=words), expected, rtol=1e-5, atol=1e-5)
+    text = jax.jit(lambda p: forward(p, batch, config, logit_positions=at, logit_tokens=words).logits)
+    assert f"f32[{BATCH},2,19]" not in text.lower(params).compile().as_text()
+
+
+def test_reading_prompts_builds_one_row_of_logits(params):
+    batch = {"tokens": jnp.zeros((BATCH, TOKENS), jnp.int32), "segment_ids": jnp.ones((BATCH, TOKENS), int)}
+    cache, first = init_cache(MODEL, BATCH, TOKENS), jnp.zeros((BATCH, 19))
+    text = prefill.lower(params, batch, cache, first, MODEL).compile().as_text()
+    assert f"[{BATCH},{TOKENS},19]" not in text
+    assert f"[{BATCH * TOKENS},19]" not in text
+
+
+def test_flows_go_through_the_mlp_stretch_by_stretch(params, batch, monkeypatch):
+    tap = jnp.zeros((3, BATCH, 2, 2), jnp.float32)
+    classes = np.arange(TOKENS)[None] % 2 + np.zeros((BATCH, 1), int)
+    config = dataclasses.replace(MODEL, remat="layer")
+    loss = lambda tap: jnp.sum(forward(params, batch, config, probe=Probe(tap, classes=classes)).logits ** 2)
+    whole = jax.jit(jax.grad(loss))(tap)
+    assert f"f32[{BATCH},{TOKENS},24]" in str(jax.make_jaxpr(jax.grad(loss))(tap))
+    monkeypatch.setattr(block, "MLP_BYTES", BATCH * 4 * 24 * 4)
+    jax.clear_caches()
+    assert f"f32[{BATCH},{TOKENS},24]" not in str(jax.make_jaxpr(jax.grad(loss))(tap))
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(tap), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_mistakes_are_told_in_one_line(params, batch):

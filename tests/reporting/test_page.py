@@ -246,3 +246,26 @@ def test_damaged_and_unfinished_folders(tmp_path):
 def test_a_folder_given_twice_is_read_once(tmp_path):
     run = made.train(tmp_path, "a-12345678")
     assert len(read_runs([run, str(run), run / ".." / run.name])) == 1
+
+
+def test_unfinished_and_damaged_runs_are_named_and_the_others_shown(tmp_path, capsys):
+    whole = made.train(tmp_path, "whole-12345678")
+    bad = {
+        name: made.train(tmp_path, f"{name}-12345678", "nsa")
+        for name in ("unfinished", "cut", "list", "env", "metrics")
+    }
+    (bad["unfinished"] / "results.json").unlink()
+    (bad["cut"] / "results.json").write_text('{"a": ')
+    (bad["list"] / "results.json").write_text('{"validation": 3, "test": [], "parameters": "many"}')
+    (bad["env"] / "env.json").write_text("[1]")
+    (bad["metrics"] / "metrics.jsonl").write_bytes(b"\xff\n")
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, [*bad.values(), whole]), "--out", str(out)]) == 0
+    page, said = out.read_text(), capsys.readouterr().err
+    assert "whole-12345678" in page
+    for name, folder in bad.items():
+        assert f"left out: {folder}" in said, name
+        assert str(folder) in page
+    assert main(["report", *map(str, bad.values()), "--out", str(out)]) in (0, 2)
+    assert main(["report", str(bad["unfinished"]), "--out", str(out)]) == 2
+    assert "no results.json" in capsys.readouterr().err

@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[2]
         pytest.param("nsa", CONTEXT, True, marks=pytest.mark.slow),
         pytest.param("nsa", MeshConfig(data=1, model=2), False, marks=pytest.mark.slow),
         pytest.param("nsa_wide", CONTEXT, False, marks=pytest.mark.slow),
+        pytest.param("nsa_wide", CONTEXT, True, marks=pytest.mark.slow),
         pytest.param("nsa_min_max", BOTH, True, marks=pytest.mark.slow),
         pytest.param("nsa_auxiliary", BOTH, False, marks=pytest.mark.slow),
         pytest.param("nsa_shared", BOTH, True, marks=pytest.mark.slow),
@@ -57,7 +58,8 @@ def test_a_stretch_of_a_sequence():
     def core(tokens, rows, weights, blocks, part: Part):
         assert (part.parts, part.length) == (4, 3)
         assert part.whole(tokens).shape == (2, 12, 1)
-        after = part.with_next(tokens, 2)[:, 3:]
+        around = part.with_neighbours(tokens, 1, 2)
+        after = around[:, 4:] + 100 * jnp.pad(around[:, :1], ((0, 0), (0, 1), (0, 0)))
         check = jnp.sum(jnp.abs(part.whole(tokens) - rows)) + jnp.sum(jnp.abs(part.own(rows) - tokens))
         return jnp.pad(after, ((0, 0), (0, 1), (0, 0))) + check, part.positions(2)[:, None]
 
@@ -65,6 +67,8 @@ def test_a_stretch_of_a_sequence():
     expected = np.zeros((2, 12))
     for start in (0, 3, 6):
         expected[:, start : start + 2] = x[:, start + 3 : start + 5, 0]
+    for start in (3, 6, 9):
+        expected[:, start] += 100 * x[:, start - 1, 0]
     np.testing.assert_array_equal(after[..., 0], expected)
     np.testing.assert_array_equal(positions, np.broadcast_to(np.arange(12), (2, 1, 12)))
 

@@ -175,6 +175,12 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, messag
         ({"accumulation": 3}, "accumulation"),
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**31}, "seed"),
+        ({"steps": 2**31}, "steps"),
+        ({"spikes": {"sigmas": 0}}, "spikes.sigmas"),
+        ({"spikes": {"window": 1}}, "spikes.window"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate"),
+        ({"optimizer": {"weight_decay": float("inf")}}, "optimizer.weight_decay"),
         ({"model": MODEL | {"max_length": 7}}, "model.max_length"),
         ({"model": MODEL | {"sparsity": {"kind": "h2o"}}}, "model.sparsity"),
         ({"optimizer": {"language_scale": 0.5}}, "optimizer.language_scale"),
@@ -189,5 +195,14 @@ def test_impossible_configs_name_the_key(text, changes, key):
 
 def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
     config = dataclasses.replace(make(text, optimizer={"learning_rate": 1e30, "clip_norm": 0.0}), steps=6)
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; lower optimizer.learning_rate"):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; .*lower optimizer.learning_rate"):
         train.run(config, Run(tmp_path, "diverging"))
+
+
+def test_check_of_a_batch_that_no_memory_holds_builds_none(text):
+    config = make(text, data={"kind": "needle"}, model=MODEL | {"vocab_size": 512, "max_length": 4096})
+    config = dataclasses.replace(config, batch_size=1 << 18)
+    report = train.check(config)
+    assert report["bytes_per_device"]["total"] > 1 << 40
+    with pytest.raises(UserError, match="more than an int32 counts; lower batch_size"):
+        train.check(dataclasses.replace(config, batch_size=1 << 24))

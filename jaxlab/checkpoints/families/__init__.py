@@ -18,6 +18,7 @@ from jaxlab.checkpoints.families import jaxlab as own
 from jaxlab.checkpoints.families.base import Family, Json, interleaved, renamed
 from jaxlab.checkpoints.families.language import layer_types
 from jaxlab.checkpoints.families.settings import IGNORED_KEYS, reading
+from jaxlab.checkpoints.families.table import MODULES
 from jaxlab.checkpoints.tensor_table import HEAD, Rows
 from jaxlab.errors import UserError, UserNote
 from jaxlab.models import ModelConfig
@@ -29,6 +30,7 @@ __all__ = [
     "IGNORED_KEYS",
     "Family",
     "all_families",
+    "declared",
     "find",
     "find_by_model_type",
     "head_name",
@@ -51,12 +53,21 @@ _COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 @functools.cache
 def all_families() -> dict[str, Family]:
     """Every family, by name: each module of this package that has a FAMILY or FAMILIES; common ones first."""
-    found: dict[str, Family] = {}
-    for module in pkgutil.iter_modules(__path__):
-        loaded = importlib.import_module(f"{__name__}.{module.name}")
-        for family in getattr(loaded, "FAMILIES", ()) or filter(None, [getattr(loaded, "FAMILY", None)]):
-            found[family.name] = family
+    found = {
+        name: f for module in pkgutil.iter_modules(__path__) for name, f in declared(module.name).items()
+    }
     return {name: found[name] for name in (*_COMMON, *found)}
+
+
+def declared(module: str) -> dict[str, Family]:
+    """The families of a module of this package, by name."""
+    loaded = importlib.import_module(f"{__name__}.{module}")
+    families = getattr(loaded, "FAMILIES", ()) or filter(None, [getattr(loaded, "FAMILY", None)])
+    return {family.name: family for family in families}
+
+
+_MODULE_OF = {name: module for module, families in MODULES.items() for name in families}
+_NAME_OF = {kind: name for families in MODULES.values() for name, kinds in families.items() for kind in kinds}
 
 
 def find(name: str) -> Family:
@@ -66,6 +77,8 @@ def find(name: str) -> Family:
       UserError: there is none.
     """
     first = name.partition("/")[0].partition("+")[0]
+    if first in _MODULE_OF:
+        return declared(_MODULE_OF[first])[first]
     if first not in all_families():
         raise UserError(f"no family of checkpoints {first!r}; there are {', '.join(sorted(all_families()))}")
     return all_families()[first]
@@ -77,6 +90,8 @@ def find_by_model_type(model_type: str) -> Family:
     Raises:
       UserError: there is none; the line lists what is supported.
     """
+    if model_type in _NAME_OF:
+        return find(_NAME_OF[model_type])
     by_type = {kind: family for family in all_families().values() for kind in family.model_types}
     if model_type not in by_type:
         raise UserError(

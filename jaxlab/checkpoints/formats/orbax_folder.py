@@ -8,8 +8,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,16 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints.compatibility import check_same_tree
+from jaxlab.checkpoints.digests import DIGESTS, find_damage
 from jaxlab.checkpoints.formats.base import NotFinite, OpenModel, report_all_not_finite
 from jaxlab.checkpoints.locate import OWN_CONFIG, OWN_PARAMS
+from jaxlab.checkpoints.orbax_tree import restore_tree, save_tree, unreadable
 from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.source_files import SOURCE, SourceFiles, read_source_files
 from jaxlab.checkpoints.tokenizer_files import TOKENIZER, load_tokenizer_file
 from jaxlab.config import Source, dump
 from jaxlab.errors import ConfigError, UserError
+from jaxlab.files import writing
 from jaxlab.models import ModelConfig, Params, abstract_params, from_flat, is_flat
 
 MADE_BY = "made_by.json"
@@ -55,7 +57,7 @@ class OrbaxFolder(OpenModel):
     def _stored(self) -> Params:
         self._check_links()
         path = self.path.absolute() / OWN_PARAMS
-        with _damage(path), ocp.StandardCheckpointer() as checkpointer:
+        with unreadable(path), ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
             if metadata is None:
                 raise FileNotFoundError("it holds no metadata")
@@ -93,8 +95,10 @@ class OrbaxFolder(OpenModel):
             shardings = jax.tree.map(lambda _: here, expected)
         place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         path = self.path.absolute() / OWN_PARAMS
-        with _damage(path), ocp.StandardCheckpointer() as checkpointer:
-            params: Params = checkpointer.restore(path, jax.tree.map(place, self.shapes_in(dtype), shardings))
+        # Of several processes each reads its own part; folders of before have no digests.
+        if jax.process_count() == 1 and (path / DIGESTS).exists() and (damage := find_damage(path)):
+            raise UserError(f"{path}: damaged: {damage}")
+        params: Params = restore_tree(path, jax.tree.map(place, self.shapes_in(dtype), shardings))
         report_all_not_finite(params, self.path, not_finite)
         return params
 
@@ -134,9 +138,9 @@ def save(
       inputs: what the model was made from, which is never replaced (see `write_aside`).
 
     Raises:
-      UserError: `path` may not be written.
+      UserError: `path` may not be written, or the disk is full.
     """
-    with write_aside(path, inputs, overwrite=overwrite) as folder:
+    with writing(path), write_aside(path, inputs, overwrite=overwrite) as folder:
         (folder / OWN_CONFIG).write_text(dump(config))
         if source_files is not None:
             source_files.copy_to(folder)
@@ -146,14 +150,4 @@ def save(
             tokenizer.save(str(folder / TOKENIZER))
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / OWN_PARAMS, params)
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """What Orbax raises on files that are missing, cut off or changed, as one line for the user."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the parameters cannot be read: {error}"[:400]) from error
+        save_tree(folder / OWN_PARAMS, params)

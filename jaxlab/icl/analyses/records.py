@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.files import write_atomic
+from jaxlab.files import write_atomic, writing
 from jaxlab.icl.analyses.base import Analysis, PromptAnalysis, Records, Study
 from jaxlab.icl.prompts import Prompts
 
@@ -19,7 +19,10 @@ class ChunkStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            for torn in folder.glob(".*.npz.????????"):  # of a writer that was killed
+                torn.unlink()
 
     def _file(self, analysis: str, seed: int, chunk: int) -> Path:
         return self.folder / f"{analysis}-{seed}-{chunk}.npz"

@@ -21,6 +21,7 @@ from jaxlab.merging.operators.registry import (
     per_model,
 )
 from jaxlab.merging.operators.ties import elected_sum
+from jaxlab.merging.ranks import ranks
 
 DELLA = "Deep et al. 2024, arXiv 2406.11617"
 Epsilons = Annotated[Scalar | Sequence[Scalar], PerModel(), Bounds(0.0, 1.0)]
@@ -35,6 +36,7 @@ def keep_by_rank(
     mode: Mode,
     dtype: jnp.dtype,
     key: UInt32[Array, "2"] | None = None,
+    offset: int | UInt32[Array, "2"] = 0,
     masks: Sequence[Bool[Array, "..."]] | None = None,
 ) -> list[Float[Array, "*shape"]]:
     """Each element of d_i stays with a probability p that grows with its rank by magnitude in its row, and
@@ -64,7 +66,7 @@ def keep_by_rank(
             mask = masks[i]
         else:
             assert key is not None
-            mask = keep_mask(key, x.shape, chance, stream=i)
+            mask = keep_mask(key, x.shape, chance, stream=i, offset=offset)
         stays = jnp.where(mask, x, 0.0)
         if not rescale:
             kept.append(stays)
@@ -86,14 +88,7 @@ def _chance(
     size = x.shape[axis]
     if size == 1:
         return jnp.full(x.shape, density)
-    order = jnp.argsort(jnp.abs(x), axis=axis, stable=True)
-    ascending = jnp.put_along_axis(
-        jnp.zeros(x.shape, jnp.int32),
-        order,
-        jnp.broadcast_to(jnp.expand_dims(jnp.arange(size), [a for a in range(x.ndim) if a != axis]), x.shape),
-        axis=axis,
-        inplace=False,
-    ).astype(jnp.float32)
+    ascending = ranks(x, axis).astype(jnp.float32)
     if mode == "mergekit":
         step = divide(2.0 * epsilon, jnp.float32(size - 1), F32)
         chance = (density - epsilon) + multiply(ascending, step, F32)
@@ -103,7 +98,7 @@ def _chance(
     return jnp.clip(round_to(chance, F32), 0.0, 1.0)
 
 
-@operator(DELLA, prepare=keep_by_rank, scope={"paper": "row", "mergekit": "tensor"})
+@operator(DELLA, prepare=keep_by_rank, scope={"paper": "row", "mergekit": "tensor"}, ranked=True)
 def della_linear(
     kept: Vectors,
     weights: Weights,
@@ -116,7 +111,7 @@ def della_linear(
     return multiply(weighted_sum(kept, weights, normalize=normalize, dtype=dtype), lambda_, dtype)
 
 
-@operator(DELLA, prepare=keep_by_rank, scope={"paper": "row", "mergekit": "tensor"})
+@operator(DELLA, prepare=keep_by_rank, scope={"paper": "row", "mergekit": "tensor"}, ranked=True)
 def della(
     kept: Vectors,
     weights: Weights,

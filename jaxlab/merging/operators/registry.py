@@ -100,7 +100,8 @@ Scope = Literal["element", "cut", "row", "tensor", "matrix", "model"]
 element: the same element of the inputs, and its index if it is random: any chunks may be merged apart.
 cut: also on where `numerics.largest` cuts the tensor, and the tensor's size (`numerics.size_of`), but on
 nothing else: chunks may be merged apart once the cuts are known. A `rescale` to the L1 norm makes it tensor.
-row, tensor: its row or column, or the whole tensor. matrix: the whole tensor, by matrix products or singular
+row: on its row along the last axis, and on its index if it is random: any rows may be merged apart.
+tensor: the whole tensor. matrix: the whole tensor, by matrix products or singular
 values. model: what was gathered over all tensors, too.
 """
 
@@ -257,6 +258,8 @@ class Operator:
     """mergekit, too, computes in float32."""
     exact_weights: bool = False
     """mergekit does not round the weights to the tensors' dtype."""
+    ranked: bool = False
+    """Asks for `ranks`."""
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -420,6 +423,7 @@ def operator(
     gather: Gather | None = None,
     in_float32: bool = False,
     exact_weights: bool = False,
+    ranked: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the merge operator of its name; the function stays what it is.
 
@@ -436,6 +440,7 @@ def operator(
       gather: what it needs to know of all tensors.
       in_float32: in mode mergekit, too, intermediate results are not rounded to the tensors' dtype.
       exact_weights: nor are weights.
+      ranked: it asks for `jaxlab.merging.ranks.ranks` of the task vectors.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -454,6 +459,7 @@ def operator(
             gather,
             in_float32=in_float32,
             exact_weights=exact_weights,
+            ranked=ranked,
         )
         first = next(iter(inspect.signature(entry._stages[0]).parameters))
         if first not in ("task_vectors", "models"):

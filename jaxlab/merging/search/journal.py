@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab.errors import UserError
-from jaxlab.files import jsonable, write_atomic
+from jaxlab.files import jsonable, write_atomic, writing
 
 POINTS = "points.jsonl"
 
@@ -23,11 +23,13 @@ class Journal:
         self.path = folder / POINTS
         self._rows: list[dict[str, Any]] = []
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
-            whole = text.rpartition("\n")[0]
             try:
+                text = self.path.read_text(encoding="utf-8")
+                whole = text.rpartition("\n")[0]
                 self._rows = [json.loads(line) for line in whole.splitlines()]
-            except ValueError:
+                if not all(isinstance(row, dict) and {"entry", "kind"} <= row.keys() for row in self._rows):
+                    raise ValueError
+            except (OSError, ValueError):
                 raise UserError(
                     f"{self.path}: not the lines that a search writes; remove it or use --overwrite"
                 ) from None
@@ -42,7 +44,7 @@ class Journal:
         """Appends lines, and gives them as they will be read again."""
         lines = [jsonable({"entry": operator, "kind": kind, **row}) for row in rows]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -66,11 +66,15 @@ class NSAConfig:
     """Blocks ending at the query's own that are always read."""
     window: int = 512
     """Tokens of the sliding window (w), the query's own included."""
+    compress_kind: Literal["mlp", "linear", "mean"] = "mlp"
+    """What makes a key of a block's keys, and another one a value of its values. mlp: the paper's; linear:
+    one matrix for each token of the block; mean: no parameters (in published ablations as good for keys)."""
     compress_width: int = 256
-    """Hidden width of the MLP that compresses a block's keys (another one its values)."""
+    """Hidden width of the MLP."""
     compress_init: Literal["random", "mean"] = "random"
-    """How these MLPs start. mean: as the exact mean of the block, so that the choice of blocks means
-    something from the first step; takes 2 hidden units for each dimension of a head, others start silent."""
+    """How MLPs and matrices start. mean: as the exact mean of the block, so that the choice of blocks means
+    something from the first step; takes an MLP 2 hidden units for each dimension of a head, others start
+    silent."""
     gate_width: int = 0
     """Hidden width of the gate MLP; 0 makes it one linear layer."""
     selector: Literal["compressed", "min_max", "auxiliary"] = "compressed"

@@ -111,9 +111,10 @@ class ModelConfig:
     """The vision tower; none: a language model."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and matmul operands; parameters keep their own dtype."""
-    remat: Literal["none", "layer", "elementwise"] = "none"
-    """What the backward pass recomputes instead of keeping it: nothing, each layer whole, or what lies
-    between its matrix products (norms, activations, rotary positions), which costs little."""
+    remat: Literal["none", "layer", "all_but_attention", "elementwise"] = "none"
+    """What the backward pass recomputes instead of keeping it: nothing, each layer whole, each layer without
+    the attention itself (NSA's three outputs, log-sum-exps and chosen blocks are kept), or what lies between
+    its matrix products (norms, activations, rotary positions), which costs little."""
     extra_embeddings: int = 0
     """Rows of the embedding table beyond vocab_size, of tokens that are read but never made (Mllama)."""
     initializer_range: float = 0.02
@@ -213,7 +214,8 @@ class ModelConfig:
             if softcap:
                 raise ConfigError("NSA's branches have no softcap", key="attention_softcap")
             least = 2 * max(self.key_dim, self.value_dim)
-            if attention.compress_init == "mean" and attention.compress_width < least:
+            by_mlp = attention.compress_kind == "mlp"
+            if by_mlp and attention.compress_init == "mean" and attention.compress_width < least:
                 raise ConfigError(
                     "mean takes 2 hidden units for each dimension of a head; "
                     f"set attention.compress_width to {least}",

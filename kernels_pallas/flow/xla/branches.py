@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from kernels_pallas.flow.base import MASKED, RELEASED_LOGIT
 from kernels_pallas.flow.probe import Probe
+from kernels_pallas.nsa import block_starts
 
 ELEMENTS = 1 << 21  # wanted size of one temporary
 ROWS = 256  # most rows in a block
@@ -31,14 +32,16 @@ Rows = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """Which keys one softmax sees. Key number m stands for the tokens [m * stride, m * stride + length)."""
+    """Which keys one softmax sees. Key number m stands for `length` tokens from m * stride on, or fewer than
+    `stride` rows before where texts are packed: from where `Places.starts` says (-1: for none)."""
 
     length: int = 1
     stride: int = 1
     window: int | None = None
     """Only keys that begin less than so many tokens ago."""
     chosen_block: int | None = None
-    """Only tokens of the blocks (of this size) that `chosen` lists for the row and key/value head."""
+    """Only tokens of the blocks (of this size, counted from the start of a text) that `chosen` lists for the
+    row and key/value head."""
     whole: bool = False
     """The flow of a key that stands for many tokens goes whole to each of them, instead of in equal parts."""
 
@@ -50,16 +53,17 @@ class Branch:
         """The range of key numbers, of `count`, that stand for tokens in [low, high)."""
         if self.by_token:
             return low, high
-        return 0, min(count, max(0, (high - self.length) // self.stride + 1))
+        return 0, min(count, max(0, -((self.length - high) // self.stride) + 1))
 
-    def to_tokens(self, x: Array, at: Range, low: int, high: int, *, divide: bool) -> Array:
-        """[..., keys in the range `at`] -> [..., tokens low..high]."""
+    def to_tokens(self, x: Array, starts: Array, low: int, high: int, *, divide: bool) -> Array:
+        """[B, ..., keys that begin at starts [B_, keys]] -> [B, ..., tokens low..high]."""
         if self.by_token:
             return x
-        start = jnp.arange(at[0], at[1], dtype=jnp.int32)[:, None] * self.stride
-        token = jnp.arange(low, high, dtype=jnp.int32)[None, :]
-        spread = ((start <= token) & (token < start + self.length)).astype(jnp.float32)
-        return x @ (spread / self.length if divide else spread)
+        start = starts[:, :, None]
+        token = jnp.arange(low, high, dtype=jnp.int32)[None, None, :]
+        spread = ((start >= 0) & (start <= token) & (token < start + self.length)).astype(jnp.float32)
+        spread = jnp.broadcast_to(spread, (x.shape[0], *spread.shape[1:]))
+        return jnp.einsum("b...m,bms->b...s", x, spread / self.length if divide else spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,29 +137,60 @@ class _Stream:
             yield slice(first, last), low, high, at, ks, vs
 
 
+class Places(NamedTuple):
+    """Where keys and texts begin."""
+
+    starts: tuple[Array, ...]
+    """int32[B or 1, M] of each branch: the first token of each key, -1 for none."""
+    texts: Array
+    """int32[B or 1, T]: the first token of each token's text."""
+
+    def within(self, at: list[Range]) -> "Places":
+        """Of the keys in a range of each branch."""
+        return self._replace(starts=tuple(x[:, slice(*r)] for x, r in zip(self.starts, at, strict=True)))
+
+
+def _places(spec: BranchSpec, counts: list[int], tokens: int, segment_ids: Array | None) -> Places:
+    def of_branch(branch: Branch, count: int) -> Array:
+        if segment_ids is None or branch.by_token:
+            return jnp.arange(count, dtype=jnp.int32)[None] * branch.stride
+        return block_starts(segment_ids, block_len=branch.length, stride=branch.stride)
+
+    starts = tuple(of_branch(b, count) for b, count in zip(spec.branches, counts, strict=True))
+    if segment_ids is None:
+        return Places(starts, jnp.zeros((1, tokens), jnp.int32))
+    new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    row = jnp.arange(tokens, dtype=jnp.int32)[None]
+    return Places(starts, jax.lax.cummax(jnp.where(new, row, 0), axis=1))
+
+
 def _by_head(xs: tuple[Array, ...]) -> list[Array]:
     """[B, S, Hkv, D] -> float32 [Hkv, B, S, D]."""
     return [x.astype(jnp.float32).transpose(2, 0, 1, 3) for x in xs]
 
 
-def _visible(branch: Branch, at: Range, rows: Rows, chosen: Array | None, segment_ids: Array | None) -> Array:
-    """bool[B or 1, rows, S]: which keys of a range each row sees."""
-    start = jnp.arange(at[0], at[1], dtype=jnp.int32) * branch.stride
-    end = start + (branch.length - 1)
-    row = rows["row"][:, None]
-    seen = end[None, :] <= row
+def _visible(
+    branch: Branch, start: Array, texts: Array, rows: Rows, chosen: Array | None, segment_ids: Array | None
+) -> Array:
+    """bool[B or 1, rows, S]: which of the keys that begin at start [B or 1, S] each row sees."""
+    row = rows["row"][None, :, None]
+    seen = (start[:, None] >= 0) & (start[:, None] + (branch.length - 1) <= row)
     if branch.window is not None:
-        seen &= row - start[None, :] < branch.window
-    seen = seen[None]
+        seen &= row - start[:, None] < branch.window
     if segment_ids is not None:
+        # A key that stands for tokens of one text only needs no look at its last one.
         mine = rows["segment"][:, :, None]
-        seen = seen & (mine != 0)
-        seen &= (segment_ids[:, start][:, None] == mine) & (segment_ids[:, end][:, None] == mine)
+        at = jnp.broadcast_to(jnp.maximum(start, 0), (segment_ids.shape[0], start.shape[1]))
+        seen = seen & (mine != 0) & (jnp.take_along_axis(segment_ids, at, axis=1)[:, None] == mine)
     if branch.chosen_block is not None:
         assert chosen is not None
-        blocks = jnp.arange(-(-at[1] // branch.chosen_block), dtype=jnp.int32)
+        blocks = jnp.arange(-(-texts.shape[1] // branch.chosen_block), dtype=jnp.int32)
         listed = jnp.any(chosen[..., None] == blocks[None, None, None], axis=-2)
-        seen = seen & jnp.take(listed, start // branch.chosen_block, axis=-1)
+        own = start - jnp.take_along_axis(
+            texts, jnp.broadcast_to(start, (texts.shape[0], start.shape[1])), axis=1
+        )
+        own = jnp.broadcast_to(own // branch.chosen_block, (listed.shape[0], own.shape[1]))
+        seen = seen & jnp.take_along_axis(listed, own[:, None], axis=2)
     return seen
 
 
@@ -163,7 +198,8 @@ def _logits(
     spec: BranchSpec,
     blocking: str,
     branch: Branch,
-    at: Range,
+    start: Array,
+    texts: Array,
     rows: Rows,
     q: Array,
     k: Array,
@@ -171,12 +207,11 @@ def _logits(
     segment_ids: Array | None,
 ) -> tuple[Array, Array, Array | None]:
     """(logits [B, H / Hkv, rows, S], seen, allowed: False on the edges that blocking cuts, or None)."""
-    seen = _visible(branch, at, rows, chosen, segment_ids)
+    seen = _visible(branch, start, texts, rows, chosen, segment_ids)
     scores = jnp.einsum("bgrd,bsd->bgrs", q, k) * spec.scale
     allowed = None
     if rows["blocked"] is not None:
-        start = jnp.arange(at[0], at[1], dtype=jnp.int32) * branch.stride
-        allowed = ~(rows["blocked"][:, :, None] & (start[None, :] < rows["row"][:, None])[None])
+        allowed = ~(rows["blocked"][:, :, None] & (start[:, None] < rows["row"][None, :, None]))
         if blocking == "released_code":
             scores = jnp.where(allowed[:, None], scores, RELEASED_LOGIT)
     return jnp.where(seen[:, None], scores, MASKED), seen, allowed
@@ -214,17 +249,18 @@ def _forward(
     probe: Probe,
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     stream = _Stream(spec, q, keys)
+    places = _places(spec, stream.counts, stream.tokens, segment_ids)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     parts = []
     for blocks, _, _, at, ks, vs in stream.groups(_by_head(keys), _by_head(values)):
+        here = places.within(at)
 
-        def block(_: None, rows: Rows, at: Any = at, ks: Any = ks, vs: Any = vs) -> Any:
+        def block(_: None, rows: Rows, here: Places = here, ks: Any = ks, vs: Any = vs) -> Any:
             def head(_: None, one: Rows) -> Any:
                 outs, norms = [], []
-                for branch, where, k, v in zip(spec.branches, at, one["k"], one["v"], strict=True):
-                    scores, seen, allowed = _logits(
-                        spec, probe.blocking, branch, where, rows, one["q"], k, one["chosen"], segment_ids
-                    )
+                for branch, start, k, v in zip(spec.branches, here.starts, one["k"], one["v"], strict=True):
+                    of_row = (rows, one["q"], k, one["chosen"], segment_ids)
+                    scores, seen, allowed = _logits(spec, probe.blocking, branch, start, here.texts, *of_row)
                     top = jnp.max(scores, axis=-1, initial=MASKED)
                     weights = jnp.where(seen[:, None], jnp.exp(scores - top[..., None]), 0.0)
                     total = jnp.sum(weights, axis=-1)
@@ -246,7 +282,7 @@ def _forward(
 def _head_gradients(
     spec: BranchSpec,
     blocking: str,
-    at: list[Range],
+    here: Places,
     low: int,
     high: int,
     rows: Rows,
@@ -258,10 +294,10 @@ def _head_gradients(
     d_values)."""
     flow = jnp.zeros((*one["q"].shape[:3], high - low), jnp.float32)
     d_q, d_ks, d_vs = jnp.zeros_like(one["q"]), [], []
-    each = zip(spec.branches, at, one["k"], one["v"], one["norm"], one["d_out"], strict=True)
-    for branch, where, k, v, norm, d_out in each:
+    each = zip(spec.branches, here.starts, one["k"], one["v"], one["norm"], one["d_out"], strict=True)
+    for branch, start, k, v, norm, d_out in each:
         scores, seen, allowed = _logits(
-            spec, blocking, branch, where, rows, one["q"], k, one["chosen"], segment_ids
+            spec, blocking, branch, start, here.texts, rows, one["q"], k, one["chosen"], segment_ids
         )
         softmax = jnp.where(seen[:, None], jnp.exp(scores - norm[..., None]), 0.0)
         acting = _acting(blocking, softmax, allowed)
@@ -270,16 +306,17 @@ def _head_gradients(
         d_q += jnp.einsum("bgrs,bsd->bgrd", d_scores, k)
         d_ks.append(jnp.einsum("bgrs,bgrd->bsd", d_scores, one["q"]))
         d_vs.append(jnp.einsum("bgrs,bgrd->bsd", acting, d_out))
-        flow += branch.to_tokens(part, where, low, high, divide=not branch.whole)
+        flow += branch.to_tokens(part, start, low, high, divide=not branch.whole)
         if edges is not None:
             real = (seen if allowed is None else seen & allowed).astype(jnp.float32)
-            edges |= branch.to_tokens(real, where, low, high, divide=False) > 0.0
+            edges |= branch.to_tokens(real, start, low, high, divide=False) > 0.0
     return flow, edges, d_q, d_ks, d_vs
 
 
 def _backward(spec: BranchSpec, saved: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
     q, keys, values, chosen, segment_ids, probe, norms = saved
     stream = _Stream(spec, q, keys)
+    places = _places(spec, stream.counts, stream.tokens, segment_ids)
     inputs = stream.rows_of(q, chosen, segment_ids, probe)
     inputs |= {"norm": norms, "d_out": [stream.cut_heads(c) for c in cotangents]}
     taps = {"flow": probe.class_tap, "count": probe.count_tap}
@@ -304,12 +341,13 @@ def _backward(spec: BranchSpec, saved: tuple[Any, ...], cotangents: tuple[Array,
             vs: Any = vs,
         ) -> Any:
             before = jnp.arange(low, high, dtype=jnp.int32)[None, :] < rows["row"][:, None]
+            places_here = places.within(at)
             here = lambda what: jnp.where(before, what.astype(jnp.float32), 0.0)
 
             def head(carry: Any, one: Rows) -> Any:
                 signed, absolute, edges = carry
                 flow, edges, *gradients = _head_gradients(
-                    spec, probe.blocking, at, low, high, rows, one, segment_ids, edges
+                    spec, probe.blocking, places_here, low, high, rows, one, segment_ids, edges
                 )
                 signed += jnp.sum(flow, axis=1)
                 if absolute is not None:

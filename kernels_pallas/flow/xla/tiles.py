@@ -33,6 +33,8 @@ ELEMENTS = 3 << 17
 """Of a tile of all heads: a few of them stay in the cache of a core."""
 MOST_ROWS = 256
 """Of a tile."""
+UNROLLED = 3
+"""So few tiles along the tokens are written out one by one, which XLA simplifies; more are loops."""
 
 
 class _Layout(NamedTuple):
@@ -164,15 +166,30 @@ def _through(
     spec: Spec, layout: _Layout, marks: Marks, i: Any, step: Callable[[Any, Any], Any], carry: Any
 ) -> Any:
     """carry = step(j, carry) for each tile of keys that the queries of tile i may see."""
-    if layout.tiles == 1:
-        return step(0, carry)
     low: Any = 0
-    high = i + 1
-    if marks.together is not None:
-        high = layout.tiles
+    high = layout.tiles if marks.together is not None else i + 1
     if spec.window is not None and (marks.together is None or spec.together_in_window):
-        low = jnp.maximum(0, (i * layout.rows - spec.window + 1) // layout.rows)
-    return lax.fori_loop(low, high, step, carry)
+        first = (i * layout.rows - spec.window + 1) // layout.rows
+        low = max(0, first) if isinstance(i, int) else jnp.maximum(0, first)
+    if not isinstance(i, int):
+        return lax.fori_loop(low, high, step, carry)
+    for j in range(low, high):
+        carry = step(j, carry)
+    return carry
+
+
+def _over_blocks(
+    layout: _Layout, block: Callable[[Any, Any], tuple[Any, Any]], carry: Any, of_blocks: tuple[Array, ...]
+) -> tuple[Any, Any]:
+    """As `lax.scan` over the blocks of queries; `block` also gets the number of each, last."""
+    if layout.tiles > UNROLLED:
+        every = jnp.arange(layout.tiles, dtype=jnp.int32)
+        return lax.scan(block, carry, (*of_blocks, every))
+    results = []
+    for i in range(layout.tiles):
+        carry, result = block(carry, (*(x[i] for x in of_blocks), i))
+        results.append(result)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -200,7 +217,7 @@ def _forward(
     shape = (layout.batch, layout.kv_heads, q.shape[2] // layout.kv_heads, layout.rows)
     beside = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *shape[1:3], 1)
 
-    def block(_: None, of_block: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def block(_: None, of_block: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
         rows, i = of_block
 
         def step(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -222,8 +239,7 @@ def _forward(
         total = jnp.where(total > 0.0, total, 1.0)
         return None, (out / total[..., None], top + jnp.log(total))
 
-    every = jnp.arange(layout.tiles, dtype=jnp.int32)
-    _, (outs, lse) = lax.scan(block, None, (queries, every))
+    _, (outs, lse) = _over_blocks(layout, block, None, (queries,))
     outs, lse = name_output(outs), name_lse(lse)
     # The output is kept in float32: its product with the cotangent stands for the sums of P over the keys.
     saved = (queries, keys, values, marks, probe, sinks, outs, lse)
@@ -291,13 +307,12 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
     queries, keys, values, marks, probe, sinks, outs, lse = saved
     tiles, batch, kv_heads, size, _ = keys.shape
     layout = _Layout(batch, d_out.shape[1], kv_heads, size, tiles)
-    merged = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
     cut = _cut_marks(layout, marks, probe)
     beside = None if sinks is None else sinks.astype(jnp.float32).reshape(1, layout.kv_heads, -1, 1)
     zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
     totals = (zeros(probe.class_tap), zeros(probe.count_tap), zeros(probe.factors))
 
-    def block(carry: tuple[Any, ...], of_block: tuple[Array, ...]) -> tuple[Any, tuple[Any, Any]]:
+    def block(carry: tuple[Any, ...], of_block: tuple[Any, ...]) -> tuple[Any, tuple[Any, Any]]:
         d_keys, d_values, d_sinks, totals = carry
         rows, d_rows, out, norm, i = of_block
         d_rows = d_rows.astype(jnp.float32)
@@ -316,10 +331,8 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
             if spec.softcap is not None:  # what is hidden has no score
                 d_scores = jnp.where(_of_heads(pair.seen), d_scores, 0.0)
             d_q = d_q + _product("bkgrs,bksd->bkgrd", d_scores, key)
-            # Heads of a group as more rows: of two contracted axes XLA would copy the operands first.
-            d_key = _product("bkrs,bkrd->bksd", merged(d_scores), merged(rows))
-            d_value = _product("bkrs,bkrd->bksd", merged(acting), merged(d_rows))
-            d_keys, d_values = _add(d_keys, j, d_key), _add(d_values, j, d_value)
+            d_keys = _add(d_keys, j, _product("bkgrs,bkgrd->bksd", d_scores, rows))
+            d_values = _add(d_values, j, _product("bkgrs,bkgrd->bksd", acting, d_rows))
             one_hot = None if cut.one_hot is None else _at(cut.one_hot, j)
             plain = part
             if probe.factors is not None:
@@ -335,10 +348,9 @@ def _backward(spec: Spec, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ..
         return (d_keys, d_values, d_sinks, totals), (d_q.astype(queries.dtype), sums.signed)
 
     d_sinks = None if beside is None else jnp.zeros(beside.shape[1:3], jnp.float32)
-    every = jnp.arange(layout.tiles, dtype=jnp.int32)
     carry = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32), d_sinks, totals)
-    of_blocks = (queries, layout.cut(d_out), outs, lse, every)
-    (d_keys, d_values, d_sinks, totals), (d_q, signed) = lax.scan(block, carry, of_blocks)
+    of_blocks = (queries, layout.cut(d_out), outs, lse)
+    (d_keys, d_values, d_sinks, totals), (d_q, signed) = _over_blocks(layout, block, carry, of_blocks)
     d_map = None
     if signed is not None:
         d_map = signed.swapaxes(0, 1).reshape(layout.batch, -1, signed.shape[-1])

@@ -26,14 +26,16 @@ def operator_of(what: str) -> str | None:
 
 def rights(part: str, keys: Iterable[Key], findings: Mapping[str, bool]) -> dict[Key, bool]:
     """Which kernels a check found right: findings by their names, and whether each is right. An operator is
-    right if all is that may be about it; with no finding at all nothing is."""
+    right if all is that may be about it: everything, for one that no finding names. With no finding at all
+    nothing is right."""
+    named = set(_OF.values()) if part == "whole" else set()
+
+    def concerns(what: str, key: Key) -> bool:
+        return key.operator not in named or operator_of(what) in (None, key.operator)
+
     found = {}
     for key in keys:
-        about = [
-            right
-            for what, right in findings.items()
-            if part != "whole" or operator_of(what) in (None, key.operator)
-        ]
+        about = [right for what, right in findings.items() if concerns(what, key)]
         found[key] = bool(about) and all(about)
     return found
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from kernels_pallas.hopper import LOG2_E, ROWS, add_product, along, product, swizzled, visible_keys, zeros
-from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Saved, Tuning
+from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Saved, Tuning, limits_in_tile, operands
 from kernels_pallas.nsa.mosaic_gpu.query_rows import key_shape, key_slice, places_of
 
 
@@ -42,7 +42,7 @@ def key_gradients(
     gated = saved.gate is not None
     listed, stages = isinstance(plan, Inverse), tuning.stages
     shape = (ROWS, ROWS)
-    plan_operands = (*plan, row_bits) if isinstance(plan, Inverse) else (plan,)
+    plan_operands = [*operands(plan), row_bits] if isinstance(plan, Inverse) else [plan]
 
     def nsa_key_gradients(*refs):  # type: ignore[no-untyped-def]
         q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *refs = refs
@@ -69,7 +69,7 @@ def key_gradients(
             plgpu.set_max_registers(232, action="increase")
             plgpu.copy_gmem_to_smem(k_ref.at[key_slice(k_ref, x, here)], k_smem, k_ready)
             if listed:
-                plgpu.copy_gmem_to_smem(plan_refs[3], bits_smem, k_ready)
+                plgpu.copy_gmem_to_smem(plan_refs[-1], bits_smem, k_ready)
             plgpu.barrier_wait(k_ready)
             bits = load(bits_smem) if listed else None
 
@@ -79,7 +79,8 @@ def key_gradients(
                 scores = product(k_smem, q_smem.at[slot].transpose((1, 0)), shape) * (scale * LOG2_E)
                 first, end = load(number_smem.at[slot, 0]), load(number_smem.at[slot, 1])
                 if listed:
-                    end = jnp.where((bits & plan_refs[2][x, start + step]) != 0, end, 0)
+                    tails = plan_refs[3][x, start + step] if len(plan_refs) > 4 else None
+                    first, end = limits_in_tile(first, end, j, bits, plan_refs[2][x, start + step], tails)
                 seen = visible_keys(first, end, j, shape, 1)
                 scores = jnp.where(seen, scores, -jnp.inf)
                 weights = jnp.exp2(scores - along(load(row_smem.at[slot, 0]), shape, 1))

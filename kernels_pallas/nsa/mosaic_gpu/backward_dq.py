@@ -19,6 +19,8 @@ from kernels_pallas.nsa.mosaic_gpu.common import (
     Saved,
     Tuning,
     go_through,
+    limits_in_tile,
+    operands,
     route,
     serve,
 )
@@ -44,11 +46,11 @@ def query_gradient(
     heads = groups // saved.visible.first.shape[0]
     gated = saved.gate is not None
     listed, wgs, stages = isinstance(plan, Lists), tuning.warpgroups, tuning.stages
-    shape = (ROWS, tuning.keys)
+    plan_operands, shape = operands(plan), (ROWS, tuning.keys)
 
     def nsa_query_gradient(*refs):  # type: ignore[no-untyped-def]
         q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *refs = refs
-        plan_refs, refs = refs[: len(plan)], refs[len(plan) :]
+        plan_refs, refs = refs[: len(plan_operands)], refs[len(plan_operands) :]
         gate_ref, *refs = refs if gated else (None, *refs)
         before_ref, *refs = refs if before is not None else (None, *refs)
         dq_ref, smem, barriers = refs
@@ -92,10 +94,11 @@ def query_gradient(
                 scores = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), shape)
                 scores = scores * (scale * LOG2_E)
                 if masked:
-                    limit = end
+                    tile, (begin, limit) = way.key_tile(step), (first, end)
                     if listed:
-                        limit = jnp.where((bits & plan_refs[2][x, p, step]) != 0, end, 0)
-                    seen = visible_keys(first, limit, way.key_tile(step), shape, 0)
+                        tails = plan_refs[5][x, p, step] if len(plan_refs) > 5 else None
+                        begin, limit = limits_in_tile(first, end, tile, bits, plan_refs[2][x, p, step], tails)
+                    seen = visible_keys(begin, limit, tile, shape, 0)
                     scores = jnp.where(seen, scores, -jnp.inf)
                 weights = jnp.exp2(scores - along(lse, shape, 0))
                 if gated:
@@ -161,6 +164,6 @@ def query_gradient(
         *saved.visible,
         k,
         v,
-        *plan,
+        *plan_operands,
         *(x for x in (saved.gate, before) if x is not None),
     )

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import FEATURES, LOG2_E
-from kernels_pallas.nsa.base import Positions, Residuals, finite, softmax_shift
+from kernels_pallas.nsa.base import Positions, Residuals, finite, named, selected_rows, softmax_shift
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
 from kernels_pallas.nsa.mosaic_gpu.block_major_plan import (
@@ -30,11 +30,11 @@ from kernels_pallas.nsa.mosaic_gpu.block_major_plan import (
 )
 from kernels_pallas.nsa.mosaic_gpu.common import Saved, Tuning
 from kernels_pallas.nsa.mosaic_gpu.forward import forward_pass
-from kernels_pallas.nsa.mosaic_gpu.plan import intervals, pack_keys, unpack_keys
+from kernels_pallas.nsa.mosaic_gpu.plan import pack_keys, tiles_of_blocks, unpack_keys
 from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
 
 _Choice = tuple[Array, Array, Array]
-"""Indices of the queries, first key and end of the keys that they see."""
+"""Tiles of keys of each query's slots, first key and end of the keys that it sees there."""
 _Four = tuple[Array, Array, Array, Array]
 
 
@@ -71,12 +71,13 @@ class _Prepared(NamedTuple):
 
 def _prepare(op: ByBlock, q: Array, k: Array, v: Array, indices: Array, positions: Positions) -> _Prepared:
     k_rows, v_rows = pack_keys(k, BLOCK), pack_keys(v, BLOCK)
-    layout = lay_out(indices.shape, q.shape[3], k_rows.shape[1] // BLOCK, op.tuning.rows)
-    first, end = intervals(positions, 1, 0, None)
-    end = jnp.minimum(end, k.shape[1])
-    of_heads = lambda x: layout.cut(jnp.broadcast_to(x[..., None], indices.shape[:3]))
+    rows = selected_rows(indices, positions, BLOCK)
+    end = jnp.minimum(rows + BLOCK, jnp.minimum(positions.q_positions + 1, k.shape[1])[:, :, None, None])
+    slots = [x for x in tiles_of_blocks(indices, positions) if x is not None]
+    tiles, rows, end = (jnp.concatenate(x, axis=3) for x in (slots, [rows] * len(slots), [end] * len(slots)))
+    layout = lay_out(tiles.shape, q.shape[3], k_rows.shape[1] // BLOCK, op.tuning.rows)
     slabs = lambda x: x.reshape(-1, layout.heads, *x.shape[1:])
-    choice = layout.cut(indices, -1), of_heads(first), of_heads(end)
+    choice = layout.cut(tiles, -1), layout.cut(rows), layout.cut(end)
     return _Prepared(layout, layout.cut_rows(q, FEATURES), slabs(k_rows), slabs(v_rows), choice)
 
 
@@ -119,7 +120,7 @@ def _join(layout: Layout, entries: Sorted, parts: Array, part_lse: Array) -> tup
 def _forward_saving(
     op: ByBlock, q: Array, k: Array, v: Array, indices: Array, positions: Positions
 ) -> tuple[tuple[Array, Array], Residuals]:
-    out, lse = _forward(op, q, k, v, indices, positions)
+    out, lse = named(*_forward(op, q, k, v, indices, positions))
     return (out, lse), Residuals(q, k, v, indices, positions, out, lse)
 
 

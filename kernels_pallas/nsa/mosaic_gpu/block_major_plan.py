@@ -1,6 +1,7 @@
 """Rows of the Hopper kernels in the order of their blocks: how the work is cut, and what each tile reads.
 
-An entry is one query with one of its blocks, and has a row for each head of the group. Entries are sorted by
+An entry is one query with one of its blocks (of a packed text, where a block may lie in two tiles of keys,
+with its part in one tile), and has a row for each head of the group. Entries are sorted by
 block, and those of one block fill tiles of rows of their own: a tile reads a single tile of keys, and a tile
 of keys is read by consecutive tiles of rows. Axis letters besides those of api.py and common.py:
 L slabs of heads, K chunks of queries, X the heads of one slab, C the queries of one chunk, E places of
@@ -100,28 +101,33 @@ class Sorted(NamedTuple):
 
 
 def sort_entries(
-    layout: Layout, indices: Int[Array, "X C n"], first: Int[Array, "X C"], end: Int[Array, "X C"]
+    layout: Layout,
+    tiles: Int[Array, "X C n"],
+    first: Int[Array, "X C n"],
+    end: Int[Array, "X C n"],
 ) -> Sorted:
-    """A query sees the keys first <= key < end. Slots without one of them are missing, as are those outside
-    0..blocks-1."""
-    begin = indices * BLOCK
-    seen = jnp.maximum(begin, first[..., None]) < jnp.minimum(begin + BLOCK, end[..., None])
-    pairs = plan_pairs(layout.sizes, jnp.where(seen, indices, -1)[None], layout.blocks)
-    block, valid = pairs.tile_block[0], pairs.tile_valid[0]
-    query = pairs.tile_query[0].reshape(block.shape[0], -1)
+    """Of the tile of keys in each of its slots a query sees the keys first <= key < end. Slots without one of
+    them are missing, as are tiles outside 0..blocks-1."""
+    begin = tiles * BLOCK
+    seen = jnp.maximum(begin, first) < jnp.minimum(begin + BLOCK, end)
+    names = jnp.where(seen, tiles, -1)[None]
+    distinct = min(layout.blocks, layout.queries * layout.slots)
+    pairs = plan_pairs(layout.sizes, names, layout.blocks, distinct)
+    block, valid, pair = pairs.tile_block[0], pairs.tile_valid[0], pairs.tile_pair[0]
 
     def rows(limit: Array) -> Array:
-        return jnp.repeat(limit.reshape(query.shape), layout.padded_groups, axis=1)
+        return jnp.repeat(limit.reshape(limit.shape[0], -1), layout.padded_groups, axis=1)
 
-    of_query = lambda x: take_rows(x[None], query[None])[0].reshape(valid.shape)
+    of_pair = lambda x: take_rows(x.reshape(1, x.shape[0], -1), pair[None])[0]
     block_start = block[..., None] * BLOCK
-    stop = jnp.where(valid, jnp.minimum(of_query(end), block_start + BLOCK), 0)
-    visible = Visible(rows(jnp.maximum(of_query(first), block_start)), rows(stop))
+    stop = jnp.where(valid, jnp.minimum(of_pair(end), block_start + BLOCK), 0)
+    visible = Visible(rows(jnp.maximum(of_pair(first), block_start)), rows(stop))
     used_by = jnp.where(valid[..., 0], block, layout.blocks)
     start = first_at_least(used_by[None], jnp.arange(layout.blocks + 1, dtype=jnp.int32))[0]
     start = start * (layout.tile_rows // ROWS)
     readers = jnp.stack([start[:, :-1], start[:, 1:]], axis=2)
     plan = ranges(visible, layout.tile_rows, BLOCK)
+    query = (pair // layout.slots).reshape(pair.shape[0], -1)
     return Sorted(query, visible, plan, readers, pairs.pair_place[0], pairs.pair_valid[0])
 
 

@@ -1,4 +1,4 @@
-"""Selection of blocks with the Hopper kernel in scores.py: one chunk of queries at a time."""
+"""Selection of blocks: in one kernel (choice.py), or with that in scores.py, a chunk of queries at a time."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import FEATURES, LOG2_E, ROWS
-from kernels_pallas.nsa.base import Positions, SelectionGrid, ceil_div, finite
-from kernels_pallas.nsa.importance import ascending, block_importance, candidate_range, select_by_top_k
+from kernels_pallas.nsa.base import Positions, SelectionGrid, ceil_div, finite, intervals
+from kernels_pallas.nsa.importance import ascending, block_importance, newest_candidates, select_by_top_k
 from kernels_pallas.nsa.mosaic_gpu.choice import Spread, capacity, spread_of
 from kernels_pallas.nsa.mosaic_gpu.choice_plan import Texts, select_on_chip
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning, Visible
-from kernels_pallas.nsa.mosaic_gpu.plan import intervals, pack_keys, plan_rows, ranges
+from kernels_pallas.nsa.mosaic_gpu.plan import pack_keys, plan_rows, ranges
 from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS, group_shares
 from kernels_pallas.nsa.xla.tiling import from_chunks, to_chunks
 
@@ -24,13 +24,14 @@ def _on_chip(
     grid: SelectionGrid, q: Array, positions: Positions, tuning: Tuning
 ) -> tuple[Spread, Tuning] | None:
     spread = spread_of(grid)
-    if spread is None or positions.key_segments is not None:
+    if spread is None:
         return None
+    phases = 1 if positions.key_segments is None else spread.ratio
     groups, dim = plan_rows(1, q.shape[3], ROWS).padded_groups, ceil_div(q.shape[4], FEATURES) * FEATURES
     best = None
     for warpgroups in (tuning.warpgroups, 1):
         tried = dataclasses.replace(tuning, warpgroups=warpgroups)
-        tiles = capacity(spread, dim, groups, tried, 1)
+        tiles = capacity(spread, dim, groups, tried, phases)
         if (best is None and tiles > 0) or tiles >= FEWEST_TILES:
             best = tried
         if tiles >= FEWEST_TILES:
@@ -52,14 +53,15 @@ def select_blocks(
 ) -> Int[Array, "B Hkv T n"]:
     """As the one in XLA, for at least one compressed key, bfloat16 or float16, groups of up to 64 heads.
 
-    In one kernel (choice.py) where its blocks fit: they are a power of two of strides, up to 64, and no
-    sequences are packed. Else scores by a kernel and the choice by XLA.
+    In one kernel (choice.py) where its blocks fit: they are a power of two of strides. Else
+    scores by a kernel and the choice by XLA.
     """
     if (on_chip := _on_chip(grid, q, positions, tuning)) is not None:
         spread, tuning = on_chip
         first, end = intervals(positions, grid.stride, grid.block_len - 1, None)
-        _, newest = candidate_range(grid.block_size, positions)
-        texts = Texts(first, jnp.minimum(end, k_cmp.shape[1]), None, newest)
+        origin = None if positions.key_segments is None else first
+        newest = newest_candidates(grid.block_size, positions)
+        texts = Texts(first, jnp.minimum(end, k_cmp.shape[1]), origin, newest)
         return select_on_chip(grid, spread, q, k_cmp, lse, texts, tuning)
     batch, length, kv_heads, groups, _ = q.shape
     keys = pack_keys(k_cmp, ROWS)
@@ -72,11 +74,12 @@ def select_blocks(
 
     first, end = intervals(positions, grid.stride, grid.block_len - 1, None)
     end = jnp.minimum(end, k_cmp.shape[1])
-    oldest, newest = candidate_range(grid.block_size, positions)
-    parts = (to_chunks(x, chunk, fill=None) for x in (first, end, oldest, newest))
+    newest = newest_candidates(grid.block_size, positions)
+    parts = (to_chunks(x, chunk, fill=None) for x in (first, end, newest))
+    packed = positions.key_segments is not None
 
     def one_chunk(inputs: tuple[Array, ...]) -> Array:
-        q_chunk, lse_chunk, first, end, oldest, newest = inputs
+        q_chunk, lse_chunk, first, end, newest = inputs
         rows = layout.pack(q_chunk, FEATURES)
         floor = layout.pack((finite(lse_chunk) * LOG2_E)[..., None])[..., 0]
         visible = Visible(layout.spread(first, 0), layout.spread(end, 0))
@@ -96,7 +99,8 @@ def select_blocks(
         index = jnp.arange(shares.shape[-1], dtype=jnp.int32)[None, None]
         seen = (index >= first[..., None]) & (index < end[..., None])
         shares = jnp.where(seen[:, None], shares, 0.0)  # the kernel writes no more than it has to
-        selected = select_by_top_k(grid, block_importance(grid, shares), (oldest, newest))
+        importance = block_importance(grid, shares, first if packed else None)
+        selected = select_by_top_k(grid, importance, newest)
         return jnp.moveaxis(ascending(selected), 1, 2)
 
     selected = lax.map(one_chunk, (to_chunks(q, chunk), to_chunks(lse, chunk), *parts))

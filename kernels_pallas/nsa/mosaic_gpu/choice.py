@@ -5,7 +5,8 @@ tile of 64 compressed keys it makes their softmax weights, adds up the heads (a 
 and spreads the sums over the selection blocks that they overlap (a product with the overlaps), whose
 importance is kept in shared memory for as many tiles as fit. Then n rounds take the best each: the largest
 importance below the last one's, the lowest index among equals. What was taken goes on into the next tiles,
-so shared memory does not limit the length. Axis letters as in common.py; C columns, N rows of importance.
+so shared memory does not limit the length. Axis letters as in common.py; W warpgroups of all programs,
+C columns.
 
 Numbers enter the two small products as two of bfloat16 each, together exact to 2^-16.
 """
@@ -282,6 +283,7 @@ def choose(
                 tiles = lax.div(final + (ROWS - 1), ROWS)
                 written = (jnp.maximum(start, base) - base) * spread.step
                 unwritten = (jnp.minimum(stop, base + tiles_at_once) - 1 - base) * spread.step + ROWS
+                unwritten = jnp.where(stop > start, unwritten, 0)
                 row = plgpu.broadcasted_iota(jnp.int32, small, 0, layout=wide)
 
                 def index_of(tile):  # type: ignore[no-untyped-def]
@@ -309,9 +311,8 @@ def choose(
 
                     def largest(tile, found):  # type: ignore[no-untyped-def]
                         value = read(importance.at[wg, pl.ds(tile * ROWS, ROWS)])
-                        return jnp.maximum(
-                            found, jnp.where(after(value, index_of(tile)), value, NO_CANDIDATE)
-                        )
+                        value = jnp.where(after(value, index_of(tile)), value, NO_CANDIDATE)
+                        return jnp.maximum(found, value)
 
                     found = jnp.where(after(old_value, old_index), old_value, NO_CANDIDATE)
                     new_top = best(lax.fori_loop(0, tiles, largest, found), lowest=False)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -58,7 +59,12 @@ class Ranges(NamedTuple):
 
 class Lists(NamedTuple):
     """Tile p reads so many `steps` tiles of keys, `blocks` in ascending order; only the rows whose bit is in
-    `members` see them."""
+    `members` or `tails` see them.
+
+    Where texts are packed, a block may begin within a tile of keys and end in the next one. Then a row of
+    `members` sees the part from where a block of its text begins, and one of `tails` the part before: a copy
+    from anywhere else than a multiple of 8 rows is none that TMA could make into a swizzled tile.
+    """
 
     steps: Int[Array, "X P"]
     blocks: Int[Array, "X P U"]
@@ -67,6 +73,8 @@ class Lists(NamedTuple):
     """Bit of each row of a tile: that of its query."""
     warpgroup_bits: Int[Array, " warpgroups"]
     """Bits of the rows of each warpgroup, which skips the tiles that none of them sees."""
+    tails: Int[Array, "X P U"] | None = None
+    """None: every block is a tile."""
 
 
 class Inverse(NamedTuple):
@@ -75,6 +83,7 @@ class Inverse(NamedTuple):
     start: Int[Array, "X blocks+1"]
     tiles: Int[Array, "X E"]
     members: Int[Array, "X E"]
+    tails: Int[Array, "X E"] | None = None
 
 
 class Saved(NamedTuple):
@@ -148,6 +157,26 @@ def route(listed: bool, plan: Sequence[Any], x: Array, batch: Array, p: Array) -
     return Route(steps, lambda step: start + step, phases)
 
 
+def operands(plan: Sequence[Any]) -> list[Any]:
+    """Arrays of a plan, for a kernel."""
+    return [x for x in plan if x is not None]
+
+
+def limits_in_tile(
+    first: Array, end: Array, tile: Array, bits: Array, members: Array, tails: Array | None
+) -> tuple[Array, Array]:
+    """First key and end of what rows with `bits` see of a tile that lists share (see `Lists`); `first` and
+    `end` bound what they see at all, and `first` is where their text begins."""
+    heads = (bits & members) != 0
+    if tails is None:
+        return first, jnp.where(heads, end, 0)
+    before = (bits & tails) != 0
+    begins = tile * ROWS + (first & (ROWS - 1))
+    first = jnp.where(before, first, jnp.maximum(first, begins))
+    end = jnp.where(heads, end, jnp.where(before, jnp.minimum(end, begins), 0))
+    return first, end
+
+
 def go_through(
     way: Route,
     plan: Sequence[Any] | None,
@@ -175,7 +204,10 @@ def go_through(
                 plgpu.barrier_arrive(channel.free.at[slot])
             return carry
 
-        concerned = (plan[2][x, p, step] & plan[4][wg]) != 0
+        members = plan[2][x, p, step]
+        if len(plan) > 5:
+            members = members | plan[5][x, p, step]
+        concerned = (members & plan[4][wg]) != 0
         return lax.cond(concerned, lambda c: work(slot, step, c, masked), pass_over, carry)
 
     for begin, end, masked in way.phases:

@@ -2,7 +2,8 @@
 
 The kernels of the backward pass read the gradient of the weighted sum where it is and multiply by the gates
 themselves, so no gated copy of it is written; and each adds its gradient of the queries to that of the branch
-before. What XLA does between the kernels is then the weighted sum, and the gates' gradients.
+before. The window's forward kernel adds the branches up. What XLA does between the kernels is then one pass
+over the outputs, for the gates' gradients.
 """
 
 from functools import partial
@@ -10,13 +11,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.base import GatedBranches, Positions, Residuals, SelectionGrid, softmax_shift, weigh
+from kernels_pallas.nsa.base import (
+    NSA_RESIDUALS,
+    GatedBranches,
+    Positions,
+    Residuals,
+    SelectionGrid,
+    named,
+    softmax_shift,
+)
 from kernels_pallas.nsa.mosaic_gpu.block_selection import select_blocks
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
-from kernels_pallas.nsa.mosaic_gpu.vjp import Kernels, forward, gradients
+from kernels_pallas.nsa.mosaic_gpu.vjp import Kernels, forward, forward_and_sum, gradients
 
 BRANCHES = ("compression", "selection", "window")
 
@@ -77,13 +87,16 @@ def _forward(
     op: Gated, operands: Operands, gates: Array, indices: Array | None, positions: Positions
 ) -> tuple[GatedBranches, _Saved]:
     q, k, v = operands.of("compression")
-    compressed, lse = forward(op.compression, q, k, v, None, positions)
+    compressed, lse = named(*forward(op.compression, q, k, v, None, positions))
     if indices is None:
         indices = jnp.moveaxis(select_blocks(op.grid, q, k, lse, positions, op.scores), 1, 2)
-    selected, lse_slc = forward(op.selection, *operands.of("selection"), indices, positions)
-    recent, lse_win = forward(op.window, *operands.of("window"), None, positions)
+        indices = checkpoint_name(indices, NSA_RESIDUALS[2])
+    selected, lse_slc = named(*forward(op.selection, *operands.of("selection"), indices, positions))
+    window = operands.of("window")
+    recent, lse_win, out = forward_and_sum(op.window, *window, positions, (compressed, selected), gates)
+    recent, lse_win = named(recent, lse_win)
+    out = checkpoint_name(out, NSA_RESIDUALS[0])  # or it would take the window's kernel once more
     outs = compressed, selected, recent
-    out = weigh(gates, *outs)
     saved = _Saved(operands, gates, indices, positions, outs, (lse, lse_slc, lse_win))
     return GatedBranches(out, *outs, lse, indices), saved
 

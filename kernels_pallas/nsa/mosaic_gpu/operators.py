@@ -53,9 +53,8 @@ def interval_attention(
     k: Float[Array, "B S Hkv Dk"],
     v: Float[Array, "B S Hkv Dv"],
     positions: Positions,
-    block_segments: Int[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
-    """Compressed and window attention. The kernels work out from the tokens' segments what a query sees."""
+    """Compressed and window attention."""
     branch: Branch = "compression" if interval.window is None else "window"
     kernels = Kernels(interval.scale, interval.stride, interval.offset, interval.window)
     return attend(with_tuning(kernels, branch, k, v), q, k, v, None, positions)
@@ -100,9 +99,8 @@ def select_blocks(
     k_cmp: Float[Array, "B M Hkv Dk"],
     lse: Float[Array, "B T Hkv G"],
     positions: Positions,
-    block_segments: Int[Array, "B M"] | None = None,
 ) -> Int[Array, "B Hkv T n"]:
-    """The selection of blocks; as to segments, see `interval_attention`."""
+    """The selection of blocks."""
     tuning = kernel_tuning("scores", "block_selection", k_cmp, k_cmp)
     return block_selection.select_blocks(grid, q, k_cmp, lse, positions, tuning)
 

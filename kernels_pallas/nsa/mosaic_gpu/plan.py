@@ -3,7 +3,8 @@
 A row is one query of one head. The heads of a group are padded to a power of two and the queries to whole
 tiles, so a tile of rows is some queries with all of their heads, and every branch is attention to an interval
 of keys: for selection, to the interval's part in the selected blocks. Neighbouring queries share the union of
-their blocks; each row's bit says which of them are its own.
+their blocks; each row's bit says which of them are its own. Blocks of packed texts begin anywhere, and the
+tiles of keys stay where they are: such a block is the end of one tile and the beginning of the next.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import FEATURES, ROWS
-from kernels_pallas.nsa.base import Positions, ceil_div, pad_axis, power_of_two_at_most, segment_starts
+from kernels_pallas.nsa.base import Positions, ceil_div, pad_axis, power_of_two_at_most, selected_rows
 from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Lists, Ranges, Visible
 
 MAX_QUERIES = 32
@@ -77,24 +78,23 @@ def unpack_keys(
     return jnp.moveaxis(x, 1, 2)[:, :length, :, :dim].astype(like.dtype)
 
 
-def intervals(
-    positions: Positions, stride: int, offset: int, window: int | None
-) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """First key and end of the keys that each query sees.
+class TilesOfBlocks(NamedTuple):
+    """The tile of ROWS keys in which each selected block begins, and the next one where the block goes on
+    there; -1 for none."""
 
-    Key i stands for the tokens i * stride ... i * stride + offset, all of which must lie in the query's
-    segment and not in its future; `window` bounds the age of the last of them.
-    """
-    newest = positions.q_positions
-    oldest = jnp.zeros_like(newest)
-    if positions.q_segments is not None and positions.key_segments is not None:
-        oldest = jnp.take_along_axis(segment_starts(positions.key_segments), newest, axis=1)
-        newest = jnp.where(positions.q_segments == 0, -1, newest)
-    if window is not None:
-        oldest = jnp.maximum(oldest, newest - offset - window + 1)
-    first = -(-oldest // stride)
-    end = jnp.maximum((newest - offset) // stride + 1, 0)
-    return first, end
+    heads: Int[Array, "B T Hkv n"]
+    tails: Int[Array, "B T Hkv n"] | None
+    """None: every block is a tile."""
+
+
+def tiles_of_blocks(indices: Int[Array, "B T Hkv n"], positions: Positions) -> TilesOfBlocks:
+    """For blocks of ROWS tokens."""
+    rows = selected_rows(indices, positions, ROWS)
+    heads = jnp.where(rows < 0, -1, rows // ROWS)
+    if positions.key_segments is None:
+        return TilesOfBlocks(heads, None)
+    reaches = (heads + 1) * ROWS <= positions.q_positions[:, :, None, None]
+    return TilesOfBlocks(heads, jnp.where((rows >= 0) & (rows % ROWS != 0) & reaches, heads + 1, -1))
 
 
 def ranges(visible: Visible, rows: int, keys: int) -> Ranges:
@@ -127,31 +127,37 @@ def readers(plan: Ranges, tiles: int) -> Int[Array, "B tiles 2"]:
     return jnp.stack([jnp.minimum(first, end), end], axis=2).astype(jnp.int32)
 
 
-def lists(layout: Rows, indices: Int[Array, "B T Hkv n"], blocks: int, rows: int, warpgroups: int) -> Lists:
-    """Union of the blocks that the queries of each tile chose."""
+def lists(layout: Rows, selected: TilesOfBlocks, blocks: int, rows: int, warpgroups: int) -> Lists:
+    """Union of the tiles of keys that hold the blocks which the queries of each tile selected."""
     queries = layout.queries(rows)
-    indices = pad_axis(indices, 1, layout.padded_length, fill=-1)
-    batch, length, kv_heads, selected = indices.shape
-    tiles = length // queries
-    block = jnp.moveaxis(indices, 2, 1).reshape(batch * kv_heads, tiles, queries * selected)
-    block = jnp.where((block >= 0) & (block < blocks), block, blocks)
     of_query = jnp.asarray((np.uint32(1) << np.arange(queries, dtype=np.uint32)).view(np.int32))
-    bit = jnp.broadcast_to(jnp.repeat(of_query, selected)[None, None], block.shape)
-    # Not stable, which would cost a third operand: the order among equal blocks does not matter.
-    block, bit = lax.sort((block, bit), dimension=2, num_keys=1, is_stable=False)
+    parts = [x for x in selected if x is not None]
+    names, bits = [], []
+    for i, part in enumerate(parts):
+        part = pad_axis(part, 1, layout.padded_length, fill=-1)
+        batch, length, kv_heads, slots = part.shape
+        tiles = length // queries
+        block = jnp.moveaxis(part, 2, 1).reshape(batch * kv_heads, tiles, queries * slots)
+        names.append(jnp.where((block >= 0) & (block < blocks), block, blocks))
+        bit = jnp.broadcast_to(jnp.repeat(of_query, slots)[None, None], block.shape)
+        bits.append([bit if j == i else jnp.zeros_like(bit) for j in range(len(parts))])
+    block = jnp.concatenate(names, axis=2)
+    both = [jnp.concatenate(x, axis=2) for x in zip(*bits, strict=True)]
+    # Not stable, which would cost one more operand: the order among equal blocks does not matter.
+    block, *both = lax.sort((block, *both), dimension=2, num_keys=1, is_stable=False)
     new = jnp.pad(block[..., 1:] != block[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=True)
     slot = jnp.cumsum(new.astype(jnp.int32), axis=2) - 1
     count = jnp.sum((new & (block < blocks)).astype(jnp.int32), axis=2)
 
-    def join(slots: Array, numbers: Array, bits: Array) -> tuple[Array, Array]:
+    def join(slots: Array, numbers: Array, bits: list[Array]) -> tuple[Array, list[Array]]:
         # The bits of one block's queries differ, so their sum is their union; integers add in any order.
-        members = jnp.zeros_like(bits).at[slots].add(bits, mode="promise_in_bounds")
-        return jnp.full_like(numbers, blocks).at[slots].min(numbers, mode="promise_in_bounds"), members
+        union = [jnp.zeros_like(x).at[slots].add(x, mode="promise_in_bounds") for x in bits]
+        return jnp.full_like(numbers, blocks).at[slots].min(numbers, mode="promise_in_bounds"), union
 
-    union, members = jax.vmap(jax.vmap(join))(slot, block, bit)
+    union, members = jax.vmap(jax.vmap(join))(slot, block, both)
     row_bits = jnp.repeat(of_query, layout.padded_groups)
     of_warpgroups = jnp.sum(of_query.reshape(warpgroups, -1), axis=1)
-    return Lists(count, union, members, row_bits, of_warpgroups)
+    return Lists(count, union, members[0], row_bits, of_warpgroups, *members[1:])
 
 
 def inverse(plan: Lists, blocks: int) -> Inverse:
@@ -163,12 +169,13 @@ def inverse(plan: Lists, blocks: int) -> Inverse:
     used = jnp.arange(slots, dtype=jnp.int32)[None, None] < plan.steps[..., None]
     block = jnp.where(used, plan.blocks, blocks).reshape(groups, tiles * slots)
     tile = jnp.repeat(jnp.arange(tiles, dtype=jnp.int32), slots)[None]
-    tile, members = jnp.broadcast_to(tile, block.shape), plan.members.reshape(block.shape)
+    tile = jnp.broadcast_to(tile, block.shape)
+    members = [x.reshape(block.shape) for x in (plan.members, plan.tails) if x is not None]
     number = jnp.arange(blocks + 1, dtype=jnp.int32)
     if (blocks + 1) * tiles <= LARGEST:
-        key, members = lax.sort((block * tiles + tile, members), dimension=1, num_keys=1, is_stable=False)
+        key, *members = lax.sort((block * tiles + tile, *members), dimension=1, num_keys=1, is_stable=False)
         block, tile = key // tiles, key % tiles
     else:
-        block, tile, members = lax.sort((block, tile, members), dimension=1, num_keys=2, is_stable=False)
+        block, tile, *members = lax.sort((block, tile, *members), dimension=1, num_keys=2, is_stable=False)
     start = jax.vmap(lambda row: jnp.searchsorted(row, number))(block)
-    return Inverse(start.astype(jnp.int32), tile, members)
+    return Inverse(start.astype(jnp.int32), tile, *members)

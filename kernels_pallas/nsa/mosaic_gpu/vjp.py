@@ -9,26 +9,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import LOG2_E, ROWS
-from kernels_pallas.nsa.base import Positions, Residuals, ceil_div, finite, softmax_shift
+from kernels_pallas.nsa.base import Positions, Residuals, ceil_div, finite, intervals, named, softmax_shift
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
 from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Lists, Ranges, Saved, Tuning, Visible
-from kernels_pallas.nsa.mosaic_gpu.forward import forward_pass
+from kernels_pallas.nsa.mosaic_gpu.forward import Others, forward_pass
 from kernels_pallas.nsa.mosaic_gpu.plan import (
     Rows,
-    intervals,
     inverse,
     lists,
     plan_rows,
     ranges,
     readers,
+    tiles_of_blocks,
 )
 from kernels_pallas.nsa.mosaic_gpu.query_rows import Place, give_keys, key_shape, place_of, take_keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Static facts of one attention; key i stands as `plan.intervals` says."""
+    """Static facts of one attention; what a query sees is `base.intervals`."""
 
     scale: float
     stride: int = 1
@@ -49,7 +49,7 @@ def attend(
     positions: Positions,
 ) -> tuple[Float[Array, "B T Hkv G Dv"], Float[Array, "B T Hkv G"]]:
     """Attention to the keys of each query's interval, within its selected blocks where `indices` are given
-    (blocks of `kernels.forward.keys` tokens), and the log-sum-exp in float32.
+    (blocks of ROWS tokens, as many as `kernels.forward.keys`), and the log-sum-exp in float32.
 
     bfloat16 or float16, groups of up to 64 heads. A query that sees nothing gets exactly 0 and -inf.
     """
@@ -64,6 +64,7 @@ class _Prepared(NamedTuple):
     k: Array
     v: Array
     visible: Visible
+    positions: Positions
     places: tuple[Place, Place]
     """Of queries and outputs."""
 
@@ -78,14 +79,15 @@ def _prepare(kernels: Kernels, q: Array, k: Array, v: Array, positions: Position
     q_place = place_of(layout, q)
     out_place = place_of(layout, jax.ShapeDtypeStruct((*q.shape[:4], v.shape[3]), q.dtype))
     k_rows, v_rows = give_keys(k, v, tile)
-    return _Prepared(layout, q_place.give(q), k_rows, v_rows, visible, (q_place, out_place))
+    return _Prepared(layout, q_place.give(q), k_rows, v_rows, visible, positions, (q_place, out_place))
 
 
 def _plan(ready: _Prepared, indices: Array | None, tuning: Tuning) -> Ranges | Lists:
     if indices is None:
         return ranges(ready.visible, tuning.rows, tuning.keys)
+    selected = tiles_of_blocks(indices, ready.positions)
     return lists(
-        ready.layout, indices, key_shape(ready.k).length // tuning.keys, tuning.rows, tuning.warpgroups
+        ready.layout, selected, key_shape(ready.k).length // tuning.keys, tuning.rows, tuning.warpgroups
     )
 
 
@@ -93,9 +95,38 @@ def forward(
     kernels: Kernels, q: Array, k: Array, v: Array, indices: Array | None, positions: Positions
 ) -> tuple[Array, Array]:
     """`attend` without its derivative."""
+    return _forward(kernels, q, k, v, indices, positions, None)[:2]
+
+
+def forward_and_sum(
+    kernels: Kernels,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Positions,
+    others: tuple[Array, Array],
+    gates: Float[Array, "B T Hkv G 3"],
+) -> tuple[Array, Array, Array]:
+    """`forward` of an interval, and the sum of the two other outputs and this one, each times its gate."""
+    return _forward(kernels, q, k, v, None, positions, (*others, gates))
+
+
+def _forward(
+    kernels: Kernels,
+    q: Array,
+    k: Array,
+    v: Array,
+    indices: Array | None,
+    positions: Positions,
+    added: tuple[Array, Array, Array] | None,
+) -> tuple[Array, ...]:
     ready = _prepare(kernels, q, k, v, positions)
     plan = _plan(ready, indices, kernels.forward)
-    out, lse = forward_pass(
+    others = None
+    if added is not None:
+        give, gates = ready.places[1].give, ready.layout.pack(added[2].astype(jnp.float32))
+        others = Others(give(added[0]), give(added[1]), jnp.moveaxis(gates, 2, 0))
+    out, lse, *sums = forward_pass(
         ready.q,
         ready.k,
         ready.v,
@@ -104,15 +135,17 @@ def forward(
         scale=kernels.scale,
         tuning=kernels.forward,
         places=ready.places,
+        others=others,
     )
+    sums = [ready.places[1].take(x, v.shape[3]) for x in sums]
     out = ready.places[1].take(out, v.shape[3])
-    return out, ready.layout.unpack(lse[..., None], k.shape[2], 1)[..., 0] / LOG2_E
+    return out, ready.layout.unpack(lse[..., None], k.shape[2], 1)[..., 0] / LOG2_E, *sums
 
 
 def _forward_saving(
     kernels: Kernels, q: Array, k: Array, v: Array, indices: Array | None, positions: Positions
 ) -> tuple[tuple[Array, Array], Residuals]:
-    out, lse = forward(kernels, q, k, v, indices, positions)
+    out, lse = named(*forward(kernels, q, k, v, indices, positions))
     return (out, lse), Residuals(q, k, v, indices, positions, out, lse)
 
 

@@ -51,8 +51,8 @@ class ArgSpec:
 
     @property
     def blocks(self) -> int:
-        """M, complete compressed blocks."""
-        return num_compressed(self.length, self.block_len, self.stride)
+        """M, complete compressed blocks, or slots for those of packed texts."""
+        return num_compressed(self.length, self.block_len, self.stride, packed=bool(self.segments))
 
     @property
     def groups(self) -> int:

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from kernels_pallas.hopper import FEATURES, ROWS
-from kernels_pallas.nsa.base import Positions, ceil_div
+from kernels_pallas.nsa.base import Positions, ceil_div, intervals
 from kernels_pallas.nsa.mosaic_gpu.choice import columns_of, rows_of
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning, Visible
-from kernels_pallas.nsa.mosaic_gpu.plan import intervals, inverse, lists, plan_rows, ranges, readers
+from kernels_pallas.nsa.mosaic_gpu.plan import TilesOfBlocks, inverse, lists, plan_rows, ranges, readers
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
 
 Branch = Literal["compression", "selection", "window"]
@@ -200,7 +200,7 @@ def _steps(spec: ArgSpec, branch: Branch, indices: np.ndarray | None, tuning: Tu
     if branch == "selection":
         if indices is None:
             raise ValueError("counts of selection depend on the selected blocks; give indices")
-        selected = jnp.moveaxis(jnp.asarray(indices), 1, 2)
+        selected = TilesOfBlocks(jnp.moveaxis(jnp.asarray(indices), 1, 2), None)
         blocks = padded_keys // tuning.keys
         plan = _lists(layout, selected, blocks, tuning.rows, tuning.warpgroups)
         used = np.arange(plan.blocks.shape[2]) < np.asarray(plan.steps)[..., None]

@@ -1,10 +1,10 @@
 """Attention over keys at regularly spaced positions, in tiles, skipping the tiles that no query of a chunk
 sees.
 
-One piece of code serves two branches of Native Sparse Attention: compressed keys (a key per block, standing
-at the position of the block's last token, no lower end) and the sliding window (a key per token, the last w
-of them). Forward and backward keep one tile of scores at a time, so memory is linear in the number of queries
-and of keys.
+One piece of code serves two branches of Native Sparse Attention: compressed keys (those of the blocks of the
+query's text that are complete) and the sliding window (the last w tokens). Either way a query sees keys that
+lie beside each other. Forward and backward keep one tile of scores at a time, so memory is linear in the
+number of queries and of keys.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.base import (
     Interval,
@@ -23,11 +23,12 @@ from kernels_pallas.nsa.base import (
     ceil_div,
     finite,
     heads_first,
+    intervals,
+    named,
     pad_axis,
     softmax_shift,
 )
 from kernels_pallas.nsa.xla.tiling import (
-    chunk_positions,
     for_each_head,
     from_chunks,
     merge,
@@ -56,42 +57,37 @@ def _tiles(q: Array, num_keys: int) -> Tiles:
     )
 
 
-def _tile_range(interval: Interval, tiles: Tiles, positions: Array) -> tuple[Array, Array]:
+class Seen(NamedTuple):
+    """The keys first <= i < end that each query sees."""
+
+    first: Int[Array, "B T"]
+    end: Int[Array, "B T"]
+
+
+def _chunks(interval: Interval, tiles: Tiles, positions: Positions) -> Seen:
+    """What queries see, [chunks, B, queries]; those that fill the last chunk up see nothing."""
+    first, end = intervals(positions, interval.stride, interval.offset, interval.window)
+    end = jnp.minimum(end, tiles.num_keys)
+    return Seen(to_chunks(first, tiles.queries), to_chunks(end, tiles.queries))
+
+
+def _tile_range(tiles: Tiles, seen: Seen) -> tuple[Array, Array]:
     """First tile and one past the last tile that hold a key which some query of the chunk sees."""
-    last = (jnp.max(positions) - interval.offset) // interval.stride
-    end = jnp.clip(last + 1, 0, tiles.num_keys)
-    if interval.window is None:
-        start = jnp.zeros_like(end)
-    else:
-        oldest = jnp.min(positions) - interval.window + 1
-        start = jnp.clip(-((interval.offset - oldest) // interval.stride), 0, tiles.num_keys)
+    some = seen.first < seen.end
+    end = jnp.max(jnp.where(some, seen.end, 0))
+    start = jnp.min(jnp.where(some, seen.first, end))
     return start // tiles.keys, -((-end) // tiles.keys)
 
 
-def _visible(
-    interval: Interval, tiles: Tiles, rows: Positions, key_segments: Array | None, tile: Array
-) -> Array:
+def _visible(tiles: Tiles, rows: Seen, tile: Array) -> Array:
     """Mask [B, 1, rows, keys] of one chunk's rows against one tile of keys."""
-    index = tile * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)
-    age = rows.q_positions[:, :, None] - (index * interval.stride + interval.offset)[None, None, :]
-    mask = (age >= 0) & (index < tiles.num_keys)[None, None, :]
-    if interval.window is not None:
-        mask &= age < interval.window
-    if rows.q_segments is not None and key_segments is not None:
-        segments = lax.dynamic_slice_in_dim(key_segments, tile * tiles.keys, tiles.keys, axis=1)
-        mask &= (rows.q_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    return mask[:, None]
+    index = tile * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)[None, None, :]
+    return ((index >= rows.first[..., None]) & (index < rows.end[..., None]))[:, None]
 
 
 def _rows(x: Array) -> Array:
     """[B, T, Hkv, G, ...] -> [B, Hkv, T * G, ...]."""
     return merge(heads_first(x), 2)
-
-
-def _row_positions(here: Positions, groups: int) -> Positions:
-    """The query side for each row."""
-    segments = None if here.q_segments is None else for_each_head(here.q_segments, groups)
-    return Positions(for_each_head(here.q_positions, groups), segments)
 
 
 def _queries(x: Array, groups: int) -> Array:
@@ -122,17 +118,17 @@ def attend_to_intervals(
 def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
     length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
     tiles = _tiles(q, k.shape[1])
-    keys, values, key_segments = _padded(tiles, k, v, positions)
+    keys, values = _padded(tiles, k), _padded(tiles, v)
 
-    def one_chunk(chunk: tuple[Array, Positions]) -> tuple[Array, Array]:
+    def one_chunk(chunk: tuple[Array, Seen]) -> tuple[Array, Array]:
         q_chunk, here = _rows(chunk[0]), chunk[1]
-        rows = _row_positions(here, groups)
+        rows = Seen(*(for_each_head(x, groups) for x in here))
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = state
             k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
             scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
-            mask = _visible(interval, tiles, rows, key_segments, tile)
+            mask = _visible(tiles, rows, tile)
             scores = jnp.where(mask, scores * interval.scale, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - finite(new_top)[..., None])
@@ -148,7 +144,7 @@ def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positi
             jnp.zeros(shape, dtype),
             jnp.zeros((*shape, v.shape[-1]), dtype),
         )
-        start, end = _tile_range(interval, tiles, here.q_positions)
+        start, end = _tile_range(tiles, here)
         top, total, out = lax.fori_loop(start, end, one_tile, state)
         seen = total > 0
         total = jnp.where(seen, total, jnp.ones_like(total))
@@ -156,23 +152,18 @@ def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positi
         out = (out / total[..., None]).astype(q.dtype)
         return _queries(out, groups), _queries(lse, groups)
 
-    out, lse = lax.map(one_chunk, (to_chunks(q, tiles.queries), chunk_positions(positions, tiles.queries)))
+    out, lse = lax.map(one_chunk, (to_chunks(q, tiles.queries), _chunks(interval, tiles, positions)))
     return from_chunks(out, length), from_chunks(lse, length)
 
 
-def _padded(tiles: Tiles, k: Array, v: Array, positions: Positions) -> tuple[Array, Array, Array | None]:
-    segments = positions.key_segments
-    return (
-        pad_axis(heads_first(k), 2, tiles.keys),
-        pad_axis(heads_first(v), 2, tiles.keys),
-        None if segments is None else pad_axis(segments, 1, tiles.keys),
-    )
+def _padded(tiles: Tiles, x: Array) -> Float[Array, "B Hkv S D"]:
+    return pad_axis(heads_first(x), 2, tiles.keys)
 
 
 def _forward_saving(
     interval: Interval, q: Array, k: Array, v: Array, positions: Positions
 ) -> tuple[tuple[Array, Array], Residuals]:
-    out, lse = _forward(interval, q, k, v, positions)
+    out, lse = named(*_forward(interval, q, k, v, positions))
     return (out, lse), Residuals(q, k, v, None, positions, out, lse)
 
 
@@ -183,23 +174,23 @@ def _backward(
     d_out, d_lse = cotangents
     length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
     tiles = _tiles(q, k.shape[1])
-    keys, values, key_segments = _padded(tiles, k, v, positions)
+    keys, values = _padded(tiles, k), _padded(tiles, v)
     # d softmax: the mean of d_out . v under the softmax is d_out . out; a cotangent of the log-sum-exp adds
     # to it.
     shift = softmax_shift(saved, d_out, d_lse)
 
     def one_chunk(
-        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Positions]
+        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Seen]
     ) -> tuple[tuple[Array, Array], Array]:
         q_chunk, d_chunk, lse_chunk, shift_chunk = map(_rows, chunk[0])
-        here, rows = chunk[1], _row_positions(chunk[1], groups)
+        here, rows = chunk[1], Seen(*(for_each_head(x, groups) for x in chunk[1]))
         floor = finite(lse_chunk)[..., None]
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
             k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
             scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
-            mask = _visible(interval, tiles, rows, key_segments, tile)
+            mask = _visible(tiles, rows, tile)
             weights = jnp.exp(jnp.where(mask, scores * interval.scale, -jnp.inf) - floor)
             d_weights = jnp.einsum("bhrd,bhsd->bhrs", d_chunk, v_tile, preferred_element_type=dtype)
             d_scores = (weights * (d_weights - shift_chunk[..., None]) * interval.scale).astype(q.dtype)
@@ -210,14 +201,14 @@ def _backward(
             )
             return dq, _add_tile(dk, dk_tile, tile), _add_tile(dv, dv_tile, tile)
 
-        start, end = _tile_range(interval, tiles, here.q_positions)
+        start, end = _tile_range(tiles, here)
         dq, dk, dv = lax.fori_loop(start, end, one_tile, (jnp.zeros(q_chunk.shape, dtype), *sums))
         return (dk, dv), _queries(dq.astype(q.dtype), groups)
 
     # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the far larger scores.
     sums = (_transposed_zeros(keys, dtype), _transposed_zeros(values, dtype))
     chunks = tuple(to_chunks(x, tiles.queries) for x in (q, d_out, lse, shift))
-    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, chunk_positions(positions, tiles.queries)))
+    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, _chunks(interval, tiles, positions)))
     return from_chunks(dq, length), _tokens_first(dk, k), _tokens_first(dv, v), None
 
 

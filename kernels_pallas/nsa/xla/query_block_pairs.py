@@ -25,48 +25,61 @@ class Sizes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Where the pairs of one chunk went: X tiles of P pairs each."""
+    """Where the pairs of one chunk went: X tiles of P pairs each. Pair t * n + i is query t with slot i."""
 
     steps: Int[Array, ""]
     tile_block: Int[Array, "B Hkv X"]
-    tile_query: Int[Array, "B Hkv X P"]
+    tile_used: Bool[Array, "B Hkv X"]
+    tile_pair: Int[Array, "B Hkv X P"]
     tile_valid: Bool[Array, "B Hkv X P"]
     pair_place: Int[Array, "B Hkv T n"]
     pair_valid: Bool[Array, "B Hkv T n"]
 
 
-def plan_pairs(sizes: Sizes, indices: Int[Array, "B Hkv T n"], blocks: int) -> Plan:
-    """Sort the pairs by block, then by query, and lay each block's pairs into tiles of their own."""
-    *rows, queries, selected = indices.shape
+def plan_pairs(sizes: Sizes, names: Int[Array, "B Hkv T n"], end: int, distinct: int) -> Plan:
+    """Sort the pairs by block, then by query, and lay each block's pairs into tiles of their own.
+
+    A block is named by a number below `end`, whatever it means; others are missing slots. At most `distinct`
+    different ones are among `names`.
+    """
+    *rows, queries, selected = names.shape
     pairs = queries * selected
-    valid = (indices >= 0) & (indices < blocks)
-    block = jnp.where(valid, indices, blocks).reshape(*rows, pairs)
+    valid = (names >= 0) & (names < end)
+    block = jnp.where(valid, names, end).reshape(*rows, pairs)
     number = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32)[None, None], block.shape)
-    if (blocks + 1) * pairs <= np.iinfo(np.int32).max:  # one integer for block and pair is sorted sooner
+    if (end + 1) * pairs <= np.iinfo(np.int32).max:  # one integer for block and pair is sorted sooner
         packed = lax.sort(block * pairs + number, dimension=2, is_stable=False)
         sorted_block, order = packed // pairs, packed % pairs
     else:
         sorted_block, order = lax.sort((block, number), dimension=2, num_keys=1)
-    start = first_at_least(sorted_block, jnp.arange(blocks + 1, dtype=jnp.int32))
+    # Blocks by their rank among those that are there, so that no table is as long as there are names.
+    new = jnp.pad(sorted_block[..., 1:] != sorted_block[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    new = (new | (number == 0)) & (sorted_block < end)
+    rank = jnp.cumsum(new.astype(jnp.int32), axis=2) - 1
+    rank = jnp.where(sorted_block < end, rank, distinct)
+    start = first_at_least(rank, jnp.arange(distinct + 1, dtype=jnp.int32))
     start, count = start[..., :-1], start[..., 1:] - start[..., :-1]
-    block_tiles = ceil_div(count, sizes.pairs)
-    tiles_end = jnp.cumsum(block_tiles, axis=2, dtype=jnp.int32)
-    tiles_start = tiles_end - block_tiles
+    rank_tiles = ceil_div(count, sizes.pairs)
+    tiles_end = jnp.cumsum(rank_tiles, axis=2, dtype=jnp.int32)
+    tiles_start = tiles_end - rank_tiles
 
     tile = jnp.arange(sizes.tiles, dtype=jnp.int32)
-    tile_block = first_at_least(tiles_end, tile + 1)
-    used = tile_block < blocks
-    tile_block = jnp.minimum(tile_block, blocks - 1)
-    before = (tile[None, None] - take_rows(tiles_start, tile_block)) * sizes.pairs
+    tile_rank = first_at_least(tiles_end, tile + 1)
+    used = tile_rank < distinct
+    tile_rank = jnp.minimum(tile_rank, distinct - 1)
+    before = (tile[None, None] - take_rows(tiles_start, tile_rank)) * sizes.pairs
     lane = before[..., None] + jnp.arange(sizes.pairs, dtype=jnp.int32)[None, None, None]
-    tile_valid = (lane < take_rows(count, tile_block)[..., None]) & used[..., None]
-    source = jnp.where(tile_valid, lane + take_rows(start, tile_block)[..., None], 0)
+    tile_valid = (lane < take_rows(count, tile_rank)[..., None]) & used[..., None]
+    source = jnp.where(tile_valid, lane + take_rows(start, tile_rank)[..., None], 0)
+    tile_block = take_rows(sorted_block, jnp.minimum(take_rows(start, tile_rank), pairs - 1))
+    tile_block = jnp.where(used, tile_block, end - 1)  # ascending to the last
 
     # Place p of the sorted list is moved on by the lanes that pad the tiles of the blocks before.
-    place = _inverse(order) + take_rows(tiles_start * sizes.pairs - start, jnp.minimum(block, blocks - 1))
-    place = jnp.where(valid, place.reshape(indices.shape), 0)
+    place = _inverse(order)
+    moved = take_rows(tiles_start * sizes.pairs - start, jnp.minimum(take_rows(rank, place), distinct - 1))
+    place = jnp.where(valid, (place + moved).reshape(names.shape), 0)
     steps = ceil_div(jnp.max(tiles_end[..., -1]), sizes.step)
-    return Plan(steps, tile_block, take_rows(order, source) // selected, tile_valid, place, valid)
+    return Plan(steps, tile_block, used, take_rows(order, source), tile_valid, place, valid)
 
 
 def _inverse(order: Int[Array, "B Hkv E"]) -> Int[Array, "B Hkv E"]:

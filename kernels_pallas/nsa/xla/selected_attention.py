@@ -1,10 +1,11 @@
 """Attention of each query over the blocks that were selected for its GQA group.
 
 Pairs (query, block) of one chunk of queries are sorted by block and cut into tiles of pairs that share their
-block (query_block_pairs.py). A tile is one small matrix product: the block's keys are read once for all
-pairs of the tile instead of once for every pair, and the gradients of keys and values are summed within a
-tile before they are added to the block. Memory per chunk is (queries x n) partial results; chunks shrink as
-heads and n grow.
+block (query_block_pairs.py). Block j is named by j, or in packed rows, where the blocks of a text begin
+anywhere, by the row at which it begins. A tile is one small matrix product: the block's keys are read once
+for all pairs of the tile instead of once for every pair, and the gradients of keys and values are summed
+within a tile before they are added to the block. Memory per chunk is (queries x n) partial results; chunks
+shrink as heads and n grow.
 """
 
 from functools import partial
@@ -24,12 +25,12 @@ from kernels_pallas.nsa.base import (
     ceil_div,
     finite,
     heads_first,
-    pad_axis,
+    named,
     power_of_two_at_most,
+    selected_rows,
 )
 from kernels_pallas.nsa.xla.query_block_pairs import Plan, Sizes, plan_pairs
 from kernels_pallas.nsa.xla.tiling import (
-    chunk_positions,
     for_each_head,
     from_chunks,
     merge,
@@ -44,18 +45,63 @@ from kernels_pallas.nsa.xla.tiling import (
 PARTIAL_ELEMENTS = 1 << 23
 
 
-def _sizes(q: Array, v: Array, block: Block, blocks: int, selected: int) -> Sizes:
+class _Names(NamedTuple):
+    """How blocks are named, static."""
+
+    unit: int
+    """Block n begins at row n * unit."""
+    end: int
+    """Names are below this."""
+
+
+def _names(block: Block, k: Array, positions: Positions) -> _Names:
+    if positions.key_segments is None:
+        return _Names(block.size, ceil_div(k.shape[1], block.size))
+    return _Names(1, k.shape[1])
+
+
+class _Sizes(NamedTuple):
+    """Static sizes: those of the pairs, and how many blocks one chunk of queries can select at most."""
+
+    plan: Sizes
+    blocks: int
+
+
+def _sizes(q: Array, v: Array, block: Block, names: _Names, selected: int) -> _Sizes:
     batch, length, kv_heads, groups, dim = q.shape
     rows = batch * kv_heads
     width = max(dim, v.shape[-1])
     queries = query_chunk(length, rows * selected * groups * width, budget=PARTIAL_ELEMENTS)
-    queries = min(queries, max(1, np.iinfo(np.int32).max // ((blocks + 1) * selected)))
+    blocks = ceil_div(names.end * names.unit, block.size)
+    if names.unit == 1:
+        # Each text has at most one block more than its length asks for, and queries are of as many texts as
+        # there are queries.
+        blocks += queries
+    else:
+        queries = min(queries, max(1, np.iinfo(np.int32).max // ((blocks + 1) * selected)))
     per_block = ceil_div(queries * selected, blocks)
     pairs = power_of_two_at_most(min(max(per_block // 2, 128 // groups, 1), max(1, 512 // groups)))
     pairs = min(pairs, power_of_two_at_most(queries))
-    tiles = queries * selected // pairs + min(blocks, queries * selected)
+    blocks = min(blocks, queries * selected)
+    tiles = queries * selected // pairs + blocks
     step = min(max(1, tile_elements() // (rows * pairs * groups * block.size)), tiles)
-    return Sizes(queries, pairs, step, ceil_div(tiles, step) * step)
+    return _Sizes(Sizes(queries, pairs, step, ceil_div(tiles, step) * step), blocks)
+
+
+class _Chunk(NamedTuple):
+    """The query side of one chunk."""
+
+    names: Int[Array, "B Hkv C n"]
+    """Of the selected blocks, -1 for missing slots."""
+    newest: Int[Array, "B C"]
+    """The last token that a query sees."""
+
+
+def _chunks(block: Block, names: _Names, size: int, indices: Array, positions: Positions) -> _Chunk:
+    rows = selected_rows(indices, positions, block.size)
+    named = jnp.where(rows < 0, -1, rows // names.unit)
+    chunks = jnp.moveaxis(to_chunks(named, size, fill=-1), 3, 2)
+    return _Chunk(chunks, to_chunks(positions.q_positions, size))
 
 
 class _Step(NamedTuple):
@@ -64,7 +110,8 @@ class _Step(NamedTuple):
     A pair has a row for each of the group's G heads.
     """
 
-    block: Int[Array, "B Hkv X"]
+    start: Int[Array, "B Hkv X"]
+    """Row at which the block begins."""
     query: Int[Array, "B Hkv X P"]
     keys: Float[Array, "B Hkv X size Dk"]
     values: Float[Array, "B Hkv X size Dv"]
@@ -73,32 +120,43 @@ class _Step(NamedTuple):
 
 
 def _step(
-    block: Block, sizes: Sizes, plan: Plan, data: "_Data", q_chunk: Array, here: Positions, step: Array
+    block: Block,
+    unit: int,
+    sizes: Sizes,
+    plan: Plan,
+    data: "_Data",
+    q_chunk: Array,
+    here: _Chunk,
+    step: Array,
 ) -> _Step:
     """Gather the tiles of one step and compute their masked scores."""
 
     def cut(x: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, step * sizes.step, sizes.step, axis=2)
 
-    tile_block, query, valid = cut(plan.tile_block), cut(plan.tile_query), cut(plan.tile_valid)
-    keys, values = take_rows(data.keys, tile_block), take_rows(data.values, tile_block)
+    start, pair, valid = cut(plan.tile_block) * unit, cut(plan.tile_pair), cut(plan.tile_valid)
+    query = pair // here.names.shape[3]
+    keys, values = _take_windows(data.keys, start, block.size), _take_windows(data.values, start, block.size)
     queries = _rows_of(q_chunk, query)
     scores = jnp.einsum(
         "bhxrd,bhxsd->bhxrs", queries, keys, preferred_element_type=accumulator(queries.dtype)
     )
-    token = tile_block[..., None] * block.size + jnp.arange(block.size, dtype=jnp.int32)[None, None, None]
-    groups = q_chunk.shape[3]
-    # A lane without a pair stands before all tokens.
-    position = jnp.where(valid, _of_query(here.q_positions, query), -1)
-    position = for_each_head(position, groups)
-    mask = (token[..., None, :] <= position[..., None]) & (token < data.num_keys)[..., None, :]
-    if here.q_segments is not None and data.segments is not None:
-        token_segment = take_rows(_per_head(data.segments, query), tile_block)
-        segment = for_each_head(_of_query(here.q_segments, query), groups)
-        mask &= token_segment[..., None, :] == segment[..., None]
-        mask &= (token_segment != 0)[..., None, :]
+    token = start[..., None] + jnp.arange(block.size, dtype=jnp.int32)[None, None, None]
+    # A lane without a pair stands before all tokens. What follows the query's text is in its future.
+    newest = take_rows(jnp.broadcast_to(here.newest[:, None], here.names.shape[:3]), query)
+    newest = for_each_head(jnp.where(valid, newest, -1), q_chunk.shape[3])
+    mask = token[..., None, :] <= newest[..., None]
     scores = jnp.where(mask, scores * block.scale, -jnp.inf)
-    return _Step(tile_block, query, keys, values, queries, scores)
+    return _Step(start, query, keys, values, queries, scores)
+
+
+def _take_windows(
+    x: Float[Array, "B Hkv S D"], starts: Int[Array, "B Hkv X"], size: int
+) -> Float[Array, "B Hkv X size D"]:
+    """`size` rows from each start on."""
+    return jax.vmap(jax.vmap(jax.vmap(lambda y, at: lax.dynamic_slice_in_dim(y, at, size), (None, 0))))(
+        x, starts
+    )
 
 
 def _rows_of(x: Array, query: Int[Array, "B Hkv X P"]) -> Array:
@@ -106,31 +164,17 @@ def _rows_of(x: Array, query: Int[Array, "B Hkv X P"]) -> Array:
     return merge(take_rows(x, query), 3)
 
 
-def _per_head(x: Array, like: Array) -> Array:
-    """[B, ...] -> [B, Hkv, ...]."""
-    return jnp.broadcast_to(x[:, None], (x.shape[0], like.shape[1], *x.shape[1:]))
-
-
-def _of_query(x: Int[Array, "B T"], query: Int[Array, "B Hkv X P"]) -> Int[Array, "B Hkv X P"]:
-    return take_rows(_per_head(x, query), query)
-
-
 class _Data(NamedTuple):
-    """Keys and values cut into blocks."""
+    """Keys and values, so long that every block is within."""
 
-    keys: Float[Array, "B Hkv N size Dk"]
-    values: Float[Array, "B Hkv N size Dv"]
-    segments: Int[Array, "B N size"] | None
-    num_keys: int
+    keys: Float[Array, "B Hkv S Dk"]
+    values: Float[Array, "B Hkv S Dv"]
 
 
-def _blocks(block: Block, k: Array, v: Array, positions: Positions) -> _Data:
-    def cut(x: Array) -> Array:
-        x = pad_axis(x, 1, block.size)
-        return x.reshape(x.shape[0], x.shape[1] // block.size, block.size, *x.shape[2:])
-
-    segments = None if positions.key_segments is None else cut(positions.key_segments)
-    return _Data(jnp.moveaxis(cut(k), 3, 1), jnp.moveaxis(cut(v), 3, 1), segments, k.shape[1])
+def _data(block: Block, names: _Names, k: Array, v: Array) -> _Data:
+    beyond = ceil_div(k.shape[1], names.unit) * names.unit + block.size - names.unit - k.shape[1]
+    pad = lambda x: jnp.pad(heads_first(x), ((0, 0), (0, 0), (0, beyond), (0, 0)))
+    return _Data(pad(k), pad(v))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,16 +197,16 @@ def _forward(
     block: Block, q: Array, k: Array, v: Array, indices: Array, positions: Positions
 ) -> tuple[Array, Float[Array, "B T Hkv G"]]:
     length, selected, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
-    data = _blocks(block, k, v, positions)
-    blocks = data.keys.shape[2]
-    sizes = _sizes(q, v, block, blocks, selected)
+    names = _names(block, k, positions)
+    data = _data(block, names, k, v)
+    sizes, blocks = _sizes(q, v, block, names, selected)
 
-    def one_chunk(chunk: tuple[Array, Array, Positions]) -> tuple[Array, Array]:
-        q_chunk, here = heads_first(chunk[0]), chunk[2]
-        plan = plan_pairs(sizes, heads_first(chunk[1]), blocks)
+    def one_chunk(chunk: tuple[Array, _Chunk]) -> tuple[Array, Array]:
+        q_chunk, here = heads_first(chunk[0]), chunk[1]
+        plan = plan_pairs(sizes, here.names, names.end, blocks)
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            tiles = _step(block, sizes, plan, data, q_chunk, here, step)
+            tiles = _step(block, names.unit, sizes, plan, data, q_chunk, here, step)
             top = jnp.max(tiles.scores, axis=-1)
             weights = jnp.exp(tiles.scores - finite(top)[..., None])
             out = jnp.einsum(
@@ -187,8 +231,7 @@ def _forward(
         out, lse = _combine(plan, top, total, part, q.dtype)
         return heads_first(out), heads_first(lse)
 
-    selected_chunks = to_chunks(indices, sizes.queries, fill=-1)
-    chunks = (to_chunks(q, sizes.queries), selected_chunks, chunk_positions(positions, sizes.queries))
+    chunks = (to_chunks(q, sizes.queries), _chunks(block, names, sizes.queries, indices, positions))
     out, lse = lax.map(one_chunk, chunks)
     return from_chunks(out, length), from_chunks(lse, length)
 
@@ -225,7 +268,7 @@ def _combine(plan: Plan, top: Array, total: Array, part: Array, dtype: jnp.dtype
 def _forward_saving(
     block: Block, q: Array, k: Array, v: Array, indices: Array, positions: Positions
 ) -> tuple[Array, Residuals]:
-    out, lse = _forward(block, q, k, v, indices, positions)
+    out, lse = named(*_forward(block, q, k, v, indices, positions))
     return out, Residuals(q, k, v, indices, positions, out, lse)
 
 
@@ -233,21 +276,21 @@ def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Arra
     q, k, v, indices, positions, out, lse = saved
     assert indices is not None
     length, selected, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
-    data = _blocks(block, k, v, positions)
-    blocks = data.keys.shape[2]
-    sizes = _sizes(q, v, block, blocks, selected)
+    names = _names(block, k, positions)
+    data = _data(block, names, k, v)
+    sizes, blocks = _sizes(q, v, block, names, selected)
     shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
 
     def one_chunk(
-        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], Array, Positions]
+        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], _Chunk]
     ) -> tuple[tuple[Array, Array], Array]:
         q_chunk, d_chunk, floor, shift_chunk = map(heads_first, chunk[0])
-        selected_chunk, here = heads_first(chunk[1]), chunk[2]
-        plan = plan_pairs(sizes, selected_chunk, blocks)
+        here = chunk[1]
+        plan = plan_pairs(sizes, here.names, names.end, blocks)
 
         def one_step(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
-            tiles = _step(block, sizes, plan, data, q_chunk, here, step)
+            tiles = _step(block, names.unit, sizes, plan, data, q_chunk, here, step)
             d_tiles = _rows_of(d_chunk, tiles.query)
             weights = jnp.exp(tiles.scores - _rows_of(floor, tiles.query)[..., None])
             d_weights = jnp.einsum("bhxrd,bhxsd->bhxrs", d_tiles, tiles.values, preferred_element_type=dtype)
@@ -260,8 +303,8 @@ def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Arra
             )
             return (
                 _store(dq, dq_tiles, step * sizes.step),
-                _add_rows(dk, tiles.block, dk_tiles),
-                _add_rows(dv, tiles.block, dv_tiles),
+                _add_windows(dk, tiles.start, dk_tiles),
+                _add_windows(dv, tiles.start, dv_tiles),
             )
 
         groups, dim = q_chunk.shape[3:]
@@ -271,12 +314,10 @@ def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Arra
         return (dk, dv), heads_first(_gather_sum(plan, _pairs(dq, groups)).astype(q.dtype))
 
     chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, finite(lse), shift))
-    selected_chunks = to_chunks(indices, sizes.queries, fill=-1)
-    # Summed as [.., D, size]: a CPU then transposes the queries for the product, not the larger scores.
+    # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the larger scores.
     sums = (_transposed_zeros(data.keys, dtype), _transposed_zeros(data.values, dtype))
-    (dk, dv), dq = lax.scan(
-        one_chunk, sums, (chunks, selected_chunks, chunk_positions(positions, sizes.queries))
-    )
+    here = _chunks(block, names, sizes.queries, indices, positions)
+    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, here))
     return from_chunks(dq, length), _join(dk, k), _join(dv, v), None, None
 
 
@@ -292,25 +333,35 @@ def _gather_sum(plan: Plan, dq: Array) -> Array:
     return lax.fori_loop(0, plan.pair_place.shape[3], add, total)
 
 
-def _add_rows(sums: Array, rows: Int[Array, "B Hkv X"], new: Array) -> Array:
-    """sums[b, h, rows[b, h, x]] += new[b, h, x]; rows are ascending."""
+def _add_windows(
+    sums: Float[Array, "B Hkv D S"], starts: Int[Array, "B Hkv X"], new: Float[Array, "B Hkv X D size"]
+) -> Array:
+    """sums[b, h, :, start:start + size] += new[b, h, x] for each start; starts are ascending."""
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
+    )
 
     def add(total: Array, index: Array, part: Array) -> Array:
-        return total.at[index].add(part, indices_are_sorted=True, mode="promise_in_bounds")
+        return lax.scatter_add(
+            total,
+            index[:, None],
+            part,
+            numbers,
+            indices_are_sorted=True,
+            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
 
-    return jax.vmap(jax.vmap(add))(sums, rows, new)
+    return jax.vmap(jax.vmap(add))(sums, starts, new)
 
 
-def _transposed_zeros(blocks: Array, dtype: jnp.dtype) -> Array:
-    *rows, size, dim = blocks.shape
-    return jnp.zeros((*rows, dim, size), dtype)
+def _transposed_zeros(x: Float[Array, "B Hkv S D"], dtype: jnp.dtype) -> Array:
+    batch, kv_heads, length, dim = x.shape
+    return jnp.zeros((batch, kv_heads, dim, length), dtype)
 
 
-def _join(blocks: Float[Array, "B Hkv N D size"], like: Array) -> Array:
-    """Blocks -> [B, S, Hkv, D], in the dtype of `like`."""
-    batch, kv_heads, number, dim, size = blocks.shape
-    tokens = jnp.transpose(blocks, (0, 2, 4, 1, 3)).reshape(batch, number * size, kv_heads, dim)
-    return tokens[:, : like.shape[1]].astype(like.dtype)
+def _join(sums: Float[Array, "B Hkv D S"], like: Array) -> Array:
+    """[B, S, Hkv, D] without padding, in the dtype of `like`."""
+    return jnp.transpose(sums[..., : like.shape[1]], (0, 3, 1, 2)).astype(like.dtype)
 
 
 attend_to_blocks.defvjp(_forward_saving, _backward)

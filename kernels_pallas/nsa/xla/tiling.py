@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kernels_pallas.nsa.base import Positions, pad_axis, power_of_two_at_most
+from kernels_pallas.nsa.base import pad_axis, power_of_two_at_most
 
 # Elements of one tile of scores over all rows of the batch. On a CPU a tile should stay in the cache of a
 # core; on a GPU every step of a loop costs launches, so there the tiles are larger.
@@ -34,12 +34,6 @@ def from_chunks(x: Array, length: int) -> Array:
     """[chunks, B, size, ...] -> [B, length, ...]: the inverse of `to_chunks`, padding cut off."""
     chunks, batch, size = x.shape[:3]
     return jnp.moveaxis(x, 0, 1).reshape(batch, chunks * size, *x.shape[3:])[:, :length]
-
-
-def chunk_positions(positions: Positions, size: int) -> Positions:
-    """Query side of the positions in chunks; padded queries repeat the last one and are cut off later."""
-    segments = None if positions.q_segments is None else to_chunks(positions.q_segments, size, fill=None)
-    return Positions(to_chunks(positions.q_positions, size, fill=None), segments)
 
 
 def merge(x: Array, axis: int) -> Array:

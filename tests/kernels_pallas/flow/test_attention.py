@@ -10,7 +10,8 @@ from jax.test_util import check_grads
 
 from jaxlab.models.full_attention import softmax_attention
 from kernels_pallas.flow import Probe, flow_attention, nsa_flow_attention
-from kernels_pallas.nsa import compressed_attention, select_blocks
+from kernels_pallas.nsa import compressed_attention, num_compressed, select_blocks
+from tests.kernels_pallas.nsa import oracle as nsa_oracle
 
 CLASSES = 4
 
@@ -232,9 +233,9 @@ def both(function, cotangent):
     return value_and_pulled
 
 
-def nsa_inputs(tokens, sizes, *, batch=2, heads=4, kv_heads=2, dim=8, value_dim=6, seed=1):
+def nsa_inputs(tokens, sizes, *, packed=False, batch=2, heads=4, kv_heads=2, dim=8, value_dim=6, seed=1):
     rng = np.random.default_rng(seed)
-    blocks = max(0, (tokens - sizes["block_len"]) // sizes["stride"] + 1)
+    blocks = num_compressed(tokens, sizes["block_len"], sizes["stride"], packed=packed)
     normal = lambda s, h, d: jnp.asarray(rng.normal(size=(batch, s, h, d)), jnp.float32)
     pairs = [normal(s, kv_heads, d) for s in (blocks, tokens, tokens) for d in (dim, value_dim)]
     q, cotangent = normal(tokens, heads, dim), normal(tokens, heads, value_dim)
@@ -265,21 +266,20 @@ def dense_branch(q, k, v, mask, weight, ones):
 )
 def test_flows_through_native_sparse_attention(tokens, packed, nsa_edges):
     sizes = {"block_len": 4, "stride": 2, "block_size": 6, "num_blocks": 3, "window": 5}
-    q, pairs, gates, cotangent, classes = nsa_inputs(tokens, sizes)
+    q, pairs, gates, cotangent, classes = nsa_inputs(tokens, sizes, packed=packed)
     segment_ids = segments(2, tokens) if packed else None
     heads, blocks = q.shape[2], pairs[0].shape[1]
 
     base = np.broadcast_to(mask_of(tokens, None, segment_ids), (2, tokens, tokens))[:, None]
     base = np.broadcast_to(base, (2, heads, tokens, tokens))
     recent = base & (np.arange(tokens)[:, None] - np.arange(tokens) < sizes["window"])
-    spans = np.zeros((blocks, tokens), bool)
-    for m in range(blocks):
-        spans[m, m * sizes["stride"] : m * sizes["stride"] + sizes["block_len"]] = True
-    covered = (
-        np.stack([np.all(base | ~span, axis=-1) for span in spans], axis=-1)
-        if blocks
-        else np.zeros((2, heads, tokens, 0), bool)
-    )
+    spans, own_block = np.zeros((2, blocks, tokens), bool), np.zeros((2, tokens), int)
+    for row in range(2):
+        ids = None if segment_ids is None else segment_ids[row]
+        own_block[row] = (np.arange(tokens) - nsa_oracle.text_of(tokens, ids)) // sizes["block_size"]
+        for slot, start in nsa_oracle.compressed_slots(tokens, 4, 2, ids).items():
+            spans[row, slot, start : start + sizes["block_len"]] = True
+    covered = np.all(base[:, :, :, None] | ~spans[:, None, None], axis=-1) & spans.any(-1)[:, None, None]
     _, lse = compressed_attention(q, *pairs[:2], block_len=4, stride=2, segment_ids=segment_ids)
     indices = select_blocks(
         q,
@@ -292,7 +292,7 @@ def test_flows_through_native_sparse_attention(tokens, packed, nsa_edges):
         segment_ids=segment_ids,
         kv_len=tokens,
     )
-    listed = (np.asarray(indices)[..., None] == np.arange(tokens) // sizes["block_size"]).any(-2)
+    listed = (np.asarray(indices)[..., None] == own_block[:, None, None, None]).any(-2)
     chosen = base & np.repeat(listed, heads // 2, axis=1)
     masks = [covered, chosen, recent]
 
@@ -305,8 +305,8 @@ def test_flows_through_native_sparse_attention(tokens, packed, nsa_edges):
     want_out, (*want_inputs, maps) = jax.jit(both(dense_nsa, cotangent))(q, *pairs, gates, multipliers)
     compressed, selected, window = (np.asarray(x) for x in maps)
     spread = spans / sizes["block_len"] if nsa_edges == "token" else spans
-    signed = (compressed @ spread.astype(np.float32) + selected + window).sum(1)
-    edges = ((covered @ spans) | chosen | recent).any(1)
+    signed = (compressed @ spread[:, None].astype(np.float32) + selected + window).sum(1)
+    edges = ((covered @ spans[:, None]) | chosen | recent).any(1)
 
     def run(*inputs):
         *tensors, gates, tap = inputs

@@ -6,6 +6,27 @@ Written from the definitions, without a line of the package under test. Everythi
 import numpy as np
 
 
+def texts(length, segments=None):
+    """[(first row, end)] of the texts of a row: stretches of one segment that is not 0."""
+    if segments is None:
+        return [(0, length)]
+    segments, found, start = np.asarray(segments), [], 0
+    for row in range(1, length + 1):
+        if row == length or segments[row] != segments[start]:
+            if segments[start] != 0:
+                found.append((start, row))
+            start = row
+    return found
+
+
+def text_of(length, segments=None):
+    """int [S]: first row of each row's text; -1 for padding."""
+    start = np.full(length, -1)
+    for begin, end in texts(length, segments):
+        start[begin:end] = begin
+    return start
+
+
 def visible_tokens(length, segments=None, positions=None):
     """bool [T, S]: token s may be seen from query t."""
     queries = np.arange(length) if positions is None else np.asarray(positions)
@@ -16,11 +37,31 @@ def visible_tokens(length, segments=None, positions=None):
     return mask
 
 
-def visible_blocks(tokens, block_len, stride):
-    """bool [T, M] from `visible_tokens`: every token of the block may be seen."""
-    starts = range(0, tokens.shape[1] - block_len + 1, stride)
-    columns = [tokens[:, start : start + block_len].all(axis=1) for start in starts]
-    return np.stack(columns, axis=1) if columns else np.zeros((len(tokens), 0), bool)
+def compressed_slots(length, block_len, stride, segments=None):
+    """{slot: first row of its block}: of a text from row s on, block i lies in slot ceil(s / stride) + i."""
+    slots = {}
+    for begin, end in texts(length, segments):
+        for i, start in enumerate(range(begin, end - block_len + 1, stride)):
+            slot = -(-begin // stride) + i
+            assert slot not in slots
+            slots[slot] = start
+    return slots
+
+
+def number_of_slots(length, block_len, stride, segments=None):
+    """Of an unpacked row so many as blocks; of a packed one enough for any texts."""
+    if length < block_len:
+        return 0
+    return 1 + (length - block_len + (stride - 1 if segments is not None else 0)) // stride
+
+
+def visible_blocks(tokens, block_len, stride, segments=None):
+    """bool [T, M] from `visible_tokens`: every token of the slot's block may be seen."""
+    length = tokens.shape[1]
+    mask = np.zeros((len(tokens), number_of_slots(length, block_len, stride, segments)), bool)
+    for slot, start in compressed_slots(length, block_len, stride, segments).items():
+        mask[:, slot] = tokens[:, start : start + block_len].all(axis=1)
+    return mask
 
 
 def compress(x, params, block_len, stride):
@@ -51,27 +92,29 @@ def attend(q, k, v, mask, scale, d_out):
     return weights @ v, d_scores @ k, d_scores.T @ q, weights.T @ d_out
 
 
-def importance(weights, length, block_len, stride, block_size):
-    """[T, M] -> [T, N]: a compressed block gives a selection block its weight times the tokens they share."""
-    weights = np.asarray(weights, np.float64)
+def importance(weights, length, block_len, stride, block_size, segments=None):
+    """[T, M] -> [T, N]: a compressed block gives a selection block of its text its weight times the tokens
+    they share. Of slots of other texts the weight must be 0."""
+    weights, start_of = np.asarray(weights, np.float64), text_of(length, segments)
     scores = np.zeros((weights.shape[0], -(-length // block_size)))
-    for i in range(weights.shape[1]):
-        for token in range(i * stride, i * stride + block_len):
-            scores[:, token // block_size] += weights[:, i]
+    for slot, start in compressed_slots(length, block_len, stride, segments).items():
+        for token in range(start, start + block_len):
+            scores[:, (token - start_of[start]) // block_size] += weights[:, slot]
     return scores / stride
 
 
 def choose(scores, tokens, positions, block_size, num_blocks, num_init, num_local):
-    """By brute force: the forced blocks, then one at a time the best, the lowest among equals."""
+    """By brute force: the forced blocks, then one at a time the best, the lowest among equals. Blocks are
+    counted from the first token that a query sees."""
     chosen = []
     for t in range(scores.shape[0]):
-        candidates = sorted({int(s) // block_size for s in np.flatnonzero(tokens[t])})
-        if not candidates:
+        seen = np.flatnonzero(tokens[t])
+        if not seen.size:
             chosen.append([])
             continue
-        first, newest = candidates[0], int(positions[t]) // block_size
-        forced = [j for j in candidates if j < first + num_init or j > newest - num_local]
-        rest = [j for j in candidates if j not in forced]
+        newest = (int(positions[t]) - int(seen[0])) // block_size
+        forced = [j for j in range(newest + 1) if j < num_init or j > newest - num_local]
+        rest = [j for j in range(newest + 1) if j not in forced]
         rest.sort(key=lambda j, t=t: (-scores[t, j], j))
         chosen.append(sorted((forced + rest)[:num_blocks]))
     return chosen
@@ -84,16 +127,26 @@ def brute_force_choice(q, k_cmp, length, sizes, segments=None, positions=None):
     groups = q.shape[1] // kv_heads
     places = np.arange(length) if positions is None else np.asarray(positions)
     tokens = visible_tokens(length, segments, positions)
-    mask = visible_blocks(tokens, sizes["block_len"], sizes["stride"])
+    mask = visible_blocks(tokens, sizes["block_len"], sizes["stride"], segments)
     geometry = [sizes[name] for name in ("block_len", "stride", "block_size")]
     rule = [sizes[name] for name in ("block_size", "num_blocks", "num_init", "num_local")]
     chosen, all_scores = [], []
     for group in range(kv_heads):
         heads = range(group * groups, (group + 1) * groups)
         weights = sum(softmax(q[:, head], k_cmp[:, group], mask, scale) for head in heads)
-        all_scores.append(importance(weights, length, *geometry))
+        all_scores.append(importance(weights, length, *geometry, segments))
         chosen.append(choose(all_scores[-1], tokens, places, *rule))
     return chosen, all_scores
+
+
+def selected_tokens(tokens, rows, positions, block_size, segments=None):
+    """bool [T, S]: tokens of the blocks `rows` [T, n] of each query's text."""
+    start_of, found = text_of(tokens.shape[1], segments), np.zeros_like(tokens)
+    for t, row in enumerate(np.asarray(rows)):
+        for j in row[row >= 0]:
+            begin = max(start_of[positions[t]], 0) + j * block_size
+            found[t, begin : begin + block_size] = True
+    return tokens & found
 
 
 def nsa(a, indices, sizes, d_outputs, segments=None, positions=None):
@@ -106,17 +159,14 @@ def nsa(a, indices, sizes, d_outputs, segments=None, positions=None):
     heads, scale = a["q"].shape[1], a["q"].shape[-1] ** -0.5
     places = np.arange(length) if positions is None else np.asarray(positions)
     tokens = visible_tokens(length, segments, positions)
-    blocks = visible_blocks(tokens, sizes["block_len"], sizes["stride"])
+    blocks = visible_blocks(tokens, sizes["block_len"], sizes["stride"], segments)
     age = places[:, None] - np.arange(length)[None, :]
     gradients = {name: np.zeros_like(x) for name, x in a.items()}
     outputs = [np.zeros_like(d) for d in d_outputs]
     for head in range(heads):
         group = head // (heads // kv_heads)
-        chosen = np.zeros_like(tokens)
-        for t, row in enumerate(indices[group]):
-            for j in row[row >= 0]:
-                chosen[t, j * sizes["block_size"] : (j + 1) * sizes["block_size"]] = True
-        masks = {"cmp": blocks, "slc": tokens & chosen, "win": tokens & (age < sizes["window"])}
+        chosen = selected_tokens(tokens, indices[group], places, sizes["block_size"], segments)
+        masks = {"cmp": blocks, "slc": chosen, "win": tokens & (age < sizes["window"])}
         for c, (name, mask) in enumerate(masks.items()):
             k, v = a[f"k_{name}"][:, group], a[f"v_{name}"][:, group]
             gate = a["gates"][:, head, c, None]

@@ -130,11 +130,11 @@ def test_any_importance_can_choose():
     assert chosen[5] == [0, 1, 2, -1]
     assert chosen[9] == [0, 1, 3, 4]
     assert chosen[11] == [0, 1, 3, 5]  # of equals the first
-    # A segment's first block is that of its first token, and padding chooses nothing.
+    # Blocks are counted from the start of the query's text, and padding chooses nothing.
     segments = jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2])
     packed = np.asarray(jax.jit(best)(importance, segment_ids=segments))[0, 0].tolist()
     assert packed[3] == [0, 1, -1, -1]
-    assert packed[9] == [2, 3, 4, -1]
+    assert packed[9] == [0, 1, 2, -1]
     assert packed[11] == [-1] * 4
     # One query at position 9 chooses as it does among all.
     at = jnp.asarray([[9]], jnp.int32)

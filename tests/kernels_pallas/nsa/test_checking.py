@@ -14,7 +14,7 @@ from kernels_pallas.nsa.checking import __main__ as command
 from kernels_pallas.nsa.checking.choice import wrong_choices
 from kernels_pallas.nsa.checking.comparison import LEAST_LEFT_OUT, compare
 from kernels_pallas.nsa.checking.recording import record_of, rights
-from kernels_pallas.nsa.mosaic_gpu import block_selection, tuning, vjp
+from kernels_pallas.nsa.mosaic_gpu import operators, tuning, vjp
 from kernels_pallas.nsa.records import Key
 from kernels_pallas.target import OLDEST_JAX, interpreted, is_hopper
 
@@ -131,15 +131,21 @@ def test_a_planted_fault_of_the_backward_pass_is_caught(monkeypatch, fault):
     assert {"d_q", "d_k_slc", "d_v_slc"} & set(found)
 
 
+CHOICE_FAULTS = {
+    "other group": lambda indices: jnp.roll(indices, 1, axis=1),
+    "next block": lambda indices: jnp.where(indices == 0, 1, indices),
+    "next query": lambda indices: jnp.roll(indices, 1, axis=2),
+}
+
+
 @needs_pallas
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", [0, 2], ids=["other group", "next key"])
-def test_a_planted_fault_of_the_choice_is_caught(monkeypatch, axis):
+@pytest.mark.parametrize("name", CHOICE_FAULTS)
+def test_a_planted_fault_of_the_choice_is_caught(monkeypatch, name):
+    right, fault = operators.OPERATORS, CHOICE_FAULTS[name]
     assert wrong(TINY, "select_blocks") == {}
-    right = block_selection.group_shares
-    far = 1 if axis == 0 else 4
-    moved = lambda *args, **more: jnp.roll(right(*args, **more), far, axis=axis)
-    monkeypatch.setattr(block_selection, "group_shares", moved)
+    broken = right._replace(select_blocks=lambda *args: fault(right.select_blocks(*args)))
+    monkeypatch.setattr(operators, "OPERATORS", broken)
     assert list(wrong(TINY, "select_blocks")) == ["choice"]
 
 
@@ -155,6 +161,7 @@ def test_the_kernels_are_right_where_they_are_interpreted(part):
     assert names == alone if part == "decode" else len(names) == 4 and not names & alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [(), (100, 7, -9, 140)], ids=["one text", "packed"])
 def test_what_is_right_passes_whole(segments):
     """XLA beside itself: the check's own arithmetic, choice and cache."""
@@ -271,11 +278,12 @@ def test_the_command_says_where_there_is_nothing_to_check(capsys):
 def test_the_command_writes_what_it_found(monkeypatch, tmp_path, capsys):
     """With XLA in the kernels' place, and one case that raises."""
     sizes = {"heads": 4, "key_dim": 16, "value_dim": 8, "block_len": 8, "stride": 4, "block_size": 16}
-    case = dataclasses.replace(TINY, **sizes, dtype="float32", queries=())
+    case = dataclasses.replace(TINY, **sizes, dtype="float32", batches=(1,))
     broken = dataclasses.replace(case, name="broken", heads=8, num_blocks=99)
     monkeypatch.setattr(command, "is_hopper", lambda: True)
     monkeypatch.setattr(command, "CASES", (case, broken))
-    monkeypatch.setattr(command, "prepare", lambda case, part: prepare(case, part, implementation="xla"))
+    plain = {"implementation": "xla", "gradients": False}
+    monkeypatch.setattr(command, "prepare", lambda case, part: prepare(case, part, **plain))
     path = tmp_path / "deep" / "record.json"
     assert command.main(["--record", str(path)]) == 1
     said = capsys.readouterr().out

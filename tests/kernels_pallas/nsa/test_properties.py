@@ -84,8 +84,28 @@ def test_compression_against_the_oracle(block_len, stride, length):
         np.testing.assert_allclose((got[i] * direction).sum(), expected_slope, rtol=2e-4, atol=1e-4)
 
 
-PACKED = Case(72, kv_heads=4, segments=(-3, 29, -8, 25, -7))
-"""A head a group; the second text starts at a multiple of the stride and of the block size."""
+@pytest.mark.parametrize(("block_len", "stride"), [(8, 4), (7, 3)])
+def test_a_linear_map_and_the_mean_against_loops(block_len, stride):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((1, 30, 2, 5))
+    params = {"position": (block_len, 5), "weight": (block_len, 5, 5), "bias": (5,)}
+    params = {name: random.standard_normal(shape) for name, shape in params.items()}
+    blocks = [x[0, start : start + block_len] for start in range(0, 30 - block_len + 1, stride)]
+    linear = lambda b: (
+        np.einsum("jhd,jdf->hf", b + params["position"][:, None], params["weight"]) + params["bias"]
+    )
+    for phi, expected in ((params, linear), ({}, lambda b: b.mean(axis=0))):
+        phi = {name: jnp.asarray(p, jnp.float32) for name, p in phi.items()}
+        for ids in (None, jnp.ones((1, 30), jnp.int32)):
+            found = compress_blocks(
+                jnp.asarray(x, jnp.float32), phi, block_len=block_len, stride=stride, segment_ids=ids
+            )
+            wanted = np.stack([expected(b) for b in blocks])
+            np.testing.assert_allclose(found[0, : len(blocks)], wanted, rtol=1e-4, atol=1e-5)
+
+
+PACKED = Case(72, kv_heads=4, segments=(-3, 30, -8, 25, -6))
+"""A head a group; texts begin at no multiple of anything."""
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +144,6 @@ def test_padding_full_of_nan_reaches_nothing(packed):
     assert all(
         (np.asarray(clean[1][name])[:, padding] == 0).all() for name in TOKEN_ARRAYS if name != "gates"
     )
-
-
-def test_packed_sequences_give_what_they_give_alone(packed):
-    args, alone, here = layer_arguments(PACKED), Case(25, kv_heads=4), slice(40, 65)
-    out, _ = packed(args, cotangents(PACKED)[0])
-    second = {name: x[:, here] if name in TOKEN_ARRAYS else x for name, x in args.items()}
-    expected = jax.jit(functools.partial(layer, alone))(second)
-    assert relative_error(out[:, here], expected) < 1e-6
 
 
 @pytest.mark.slow  # test_decoding.py compares chunks as well, and operators_base.py with the oracle

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.nsa.mosaic_gpu.common import Visible
-from kernels_pallas.nsa.mosaic_gpu.plan import inverse, lists, plan_rows, ranges, readers
+from kernels_pallas.nsa.mosaic_gpu.plan import TilesOfBlocks, inverse, lists, plan_rows, ranges, readers
 
 
 @pytest.mark.parametrize("largest", [np.iinfo(np.int32).max, 8])
@@ -23,7 +23,7 @@ def test_unions_and_their_inverse_hold_every_choice(monkeypatch, largest):
         random.permuted(np.tile(np.arange(blocks), (2, length, 2, 1)), axis=3)[..., :chosen], axis=3
     )
     indices[random.random(indices.shape) < 0.2] = -1
-    plan = lists(layout, jnp.asarray(indices, jnp.int32), blocks, rows, 1)
+    plan = lists(layout, TilesOfBlocks(jnp.asarray(indices, jnp.int32), None), blocks, rows, 1)
     turned = inverse(plan, blocks)
     steps, union, members = map(np.asarray, plan[:3])
     found = {}
@@ -38,7 +38,7 @@ def test_unions_and_their_inverse_hold_every_choice(monkeypatch, largest):
                     owners = {t for t in range(queries) if members[x, tile, slot] >> t & 1}
                     assert owners == {t for t, row in enumerate(mine.tolist()) if block in row}
                     found.setdefault((x, block), []).append((tile, int(members[x, tile, slot])))
-    start, tiles, bits = map(np.asarray, turned)
+    start, tiles, bits = map(np.asarray, turned[:3])
     for x in range(4):
         for block in range(blocks):
             here = slice(start[x, block], start[x, block + 1])
@@ -82,7 +82,7 @@ def test_forced_blocks_are_read_once_per_tile_of_queries():
     layout = plan_rows(length, groups, 128)
     queries = layout.queries(128)
     plan = jax.jit(lists, static_argnums=(0, 2, 3, 4))(
-        layout, jnp.asarray(indices)[None, :, None], blocks, 128, 2
+        layout, TilesOfBlocks(jnp.asarray(indices)[None, :, None], None), blocks, 128, 2
     )
     steps, union, members = (np.asarray(x)[0] for x in plan[:3])
     everyone = (1 << queries) - 1

@@ -1,0 +1,120 @@
+"""Checkpoints of a run: damaged ones are passed by, what is not finite is not saved, nothing is left over."""
+
+import os
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.errors import UserError
+from jaxlab.training import Checkpoints, State
+
+
+def state_of(step, value=1.5):
+    params = {"a": {"b": jnp.arange(4096, dtype=jnp.float32) * value}, "c": jnp.ones((3,), jnp.bfloat16)}
+    return State(jnp.asarray(step, jnp.int32), params, (jnp.zeros((2,)), jnp.asarray(step, jnp.int32)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = Checkpoints(tmp_path_factory.mktemp("saved") / "checkpoints")
+    for step in (2, 4, 6):
+        made.save(step, state_of(step))
+    return made.folder
+
+
+@pytest.fixture
+def checkpoints(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    return Checkpoints(tmp_path / "checkpoints")
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path, count=64, seed=0):
+    raw = bytearray(path.read_bytes())
+    for place in np.random.default_rng(seed).integers(0, len(raw), count):
+        raw[place] ^= 0x55
+    path.write_bytes(raw)
+
+
+DAMAGE = {
+    "flipped bytes": lambda folder: flip(largest_file(folder)),
+    "one flipped bit": lambda folder: flip(largest_file(folder), 1),
+    "cut off": lambda folder: os.truncate(largest_file(folder), largest_file(folder).stat().st_size - 7),
+    "emptied": lambda folder: largest_file(folder).write_bytes(b""),
+    "a file gone": lambda folder: largest_file(folder).unlink(),
+    "no metadata": lambda folder: (folder / "state" / "_METADATA").unlink(),
+    "no digests": lambda folder: (folder / "state" / "digests.json").unlink(),
+    "digests that are no JSON": lambda folder: (folder / "state" / "digests.json").write_bytes(b"\xff{"),
+    "digests of another form": lambda folder: (folder / "state" / "digests.json").write_text(
+        '{"sha256": [1]}'
+    ),
+    "no state": lambda folder: shutil.rmtree(folder / "state"),
+    "an empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_passed_by_and_named(checkpoints, damage):
+    DAMAGE[damage](checkpoints.folder / "6")
+    with pytest.warns(UserWarning, match=r"checkpoints/6: damaged, and passed by: its? ") as notes:
+        step, state = checkpoints.restore(state_of(0))
+    assert len(notes) == 1
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
+
+
+def test_a_damaged_one_is_replaced(checkpoints):
+    flip(largest_file(checkpoints.folder / "6"))
+    checkpoints.save(6, state_of(6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoints.restore(state_of(0))[0] == 6
+
+
+def test_none_is_whole(checkpoints):
+    for step in checkpoints.steps():
+        flip(largest_file(checkpoints.folder / str(step)))
+    with pytest.warns(UserWarning, match="damaged") as notes:
+        assert checkpoints.restore(state_of(0)) is None
+    assert len(notes) == 2
+
+
+def test_the_newest_two_stay_and_leftovers_of_a_kill_go(checkpoints):
+    assert checkpoints.steps() == [6, 4]
+    (checkpoints.folder / ".8.partial" / "state").mkdir(parents=True)
+    (checkpoints.folder / ".2.old.partial").mkdir()
+    (checkpoints.folder / "notes").mkdir()  # not ours
+    again = Checkpoints(checkpoints.folder)
+    assert sorted(path.name for path in again.folder.iterdir()) == ["4", "6", "notes"]
+
+
+def test_a_newer_damaged_one_does_not_push_out_whole_ones(checkpoints):
+    flip(largest_file(checkpoints.folder / "6"))
+    checkpoints.save(5, state_of(5))
+    assert checkpoints.steps() == [6, 5, 4]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_not_saved(checkpoints, value):
+    with pytest.raises(UserError, match=r"params\.a\.b is not finite after step 8.*checkpoint is of step 6"):
+        checkpoints.save(8, state_of(8, value))
+    assert checkpoints.steps() == [6, 4]
+
+
+def test_what_stands_in_the_way_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints: cannot be written: File exists"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_whole_checkpoint_of_another_state_is_one_line(checkpoints):
+    other = state_of(0)._replace(params={"a": jnp.zeros((3,))})
+    with pytest.raises(UserError, match="checkpoints/6/state: the parameters cannot be read"):
+        checkpoints.restore(other)
