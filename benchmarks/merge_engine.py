@@ -10,9 +10,11 @@ that mergekit gets, in its arithmetic. Every run is a process of its own, one af
 so that all meet the same machine: ratios are of the same round. "seconds" is the whole command; "work" is
 without imports and start-up, where the program tells it. CPU seconds are user and system of the process and
 say most on a machine that is not idle; "load" tells whether it was. Peak memory is the resident set. Methods
-that OUT already holds are kept. mergekit runs in an environment of its own: `pip install mergekit==0.1.5`.
+that OUT already holds are kept; "commits" tells of which code each is. mergekit runs in an environment of its
+own: `pip install mergekit==0.1.5`.
 """
 
+import compileall
 import dataclasses
 import json
 import os
@@ -301,6 +303,8 @@ def main(arguments: Arguments) -> None:
     if not (arguments.folder / "two").exists():
         make(arguments.folder, arguments.size)
     out = arguments.folder / "merged"
+    for package in ("jaxlab", "kernels_pallas"):  # as pip does where it installs them, and mergekit
+        compileall.compile_dir(package, quiet=1)
     versions = {}
     if arguments.mergekit_python is not None:
         code = "import importlib.metadata as m; print(m.version('mergekit'), m.version('torch'))"
@@ -333,6 +337,7 @@ def main(arguments: Arguments) -> None:
         for name, line in record["results"][method].items():
             print(method, name, {key: round(v, 2) if isinstance(v, float) else v for key, v in line.items()})
         record["results"] = {name: record["results"][name] for name in METHODS if name in record["results"]}
+        record["commits"] = record.get("commits", {}) | {method: environment()["commit"]}
         write_json(arguments.out, {**record, "versions": versions, "env": environment()})
         plot(record["results"], arguments.out.with_suffix(".png"))
     shutil.rmtree(out, ignore_errors=True)

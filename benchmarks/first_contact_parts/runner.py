@@ -42,6 +42,12 @@ class Outcome:
         return [r for r in self.rows if r.get("right") is False or "failed" in r or "cut" in r]
 
     @property
+    def broken(self) -> bool:
+        """Whether something is known to be wrong, or nothing is known; what was cut off is not known."""
+        known = [row.get("right", "failed" not in row) for row in self.rows if "cut" not in row]
+        return not known or not all(known)
+
+    @property
     def all_right(self) -> bool:
         return not self.dropped and not self.wrong and bool(self.rows)
 
@@ -228,9 +234,9 @@ def run(
     outcomes: list[Outcome] = []
     for step in steps:
         left = budget_s - (time.monotonic() - started) - RESERVE_S
-        broken = [o.step for o in outcomes if o.step in step.needs and not o.all_right]
+        broken = [o.step for o in outcomes if o.step in step.needs and o.broken]
         if broken and heed_needs:
-            outcome = Outcome(step.name, [], dropped=f"{', '.join(broken)} was not all right")
+            outcome = Outcome(step.name, [], dropped=f"{', '.join(broken)} found something wrong, or nothing")
         elif left < step.least_s:
             outcome = Outcome(step.name, [], dropped=f"{max(0.0, left):.0f} s of {budget_s:g} s were left")
         else:

@@ -50,7 +50,7 @@ class ResumableFolder:
         self._names = names
         self._places: dict[str, tuple[int, int, int]] = {}
         self._finished: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._descriptors: list[int] = []
         self._journal: Any = None
         self._sync: concurrent.futures.ThreadPoolExecutor | None = None
@@ -102,7 +102,8 @@ class ResumableFolder:
         if start + len(view) > size:
             raise ValueError(f"{name}: {start + len(view)} bytes are more than the {size} that are planned")
         while len(view):
-            count = os.pwrite(descriptor, view, offset + start)
+            with self._writing:  # a file takes one writer at a time, for whom others would wait in the kernel
+                count = os.pwrite(descriptor, view, offset + start)
             view, start = view[count:], start + count
             self._sync_early(count)
 

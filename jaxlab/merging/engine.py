@@ -409,7 +409,7 @@ def _by_chunks(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int) -
 def _by_rows(jobs: Sequence[_Job], sinks: Sinks, shared: _Shared, size: int, width: int = 1) -> None:
     """Operators that work row by row."""
     steps = [job.worker.step(job.tensor) for job in jobs]
-    rows = max(1, min(step.chunk for step in steps) // max(1, width))
+    rows = max(1, min(size, *(step.chunk for step in steps)) // max(1, width))
     for start, parts in zip(itertools.count(0, rows * width), shared.parts(0, size, rows * width)):
         for job, sink, step in zip(jobs, sinks, steps, strict=True):
             arrays = [parts[shared.key(job, source)] for source in job.sources]

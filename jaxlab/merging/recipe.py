@@ -282,9 +282,11 @@ def load_recipe(path: str | Path) -> "Recipe | MergekitFile":
     Raises:
       UserError: a mistake in it.
     """
-    from jaxlab.merging.mergekit.reading import is_mergekit_file, read_mergekit_file
+    from jaxlab.merging.mergekit.documents import is_mergekit_file
 
     if is_mergekit_file(shipped(path)):
+        from jaxlab.merging.mergekit.reading import read_mergekit_file
+
         return read_mergekit_file(shipped(path))
     source = configs.Source.of_file(path)
     if source.tree.get("kind") is None:

@@ -59,6 +59,7 @@ class Reader:
         self, inputs: Sequence[Mapping[str, Tensor] | Input], files: Files, hash_inputs: Hashed
     ) -> None:
         self.inputs, self.files, self.hash_inputs = inputs, files, hash_inputs
+        self._free = threading.local()
 
     def tensor(self, source: Source) -> Tensor:
         return self.inputs[source.model][source.name]
@@ -79,8 +80,8 @@ class Reader:
         hashes: dict[str, Any] | None,
         read_as: str | None = None,
     ) -> Iterator[np.ndarray]:
-        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter. A part
-        is valid until the next one is asked for.
+        """The elements start..stop of a source, flat, in parts of `length`, the last of them shorter. Of
+        several parts each is valid until the next one is asked for.
 
         Args:
           hashes: digests by input and name, which the bytes are added to; None: they are not hashed.
@@ -102,12 +103,26 @@ class Reader:
 
     def _of_file(self, tensor: Tensor, start: int, stop: int, length: int) -> Iterator[np.ndarray]:
         assert tensor.file is not None
-        size = tensor.dtype.itemsize
-        buffer = aligned(min(length, max(0, stop - start)), tensor.dtype)
-        for at in range(start, stop, length):
-            part = buffer[: stop - at]
-            self.files.read(tensor.file, memoryview(part.view(np.uint8)), tensor.offset + at * size)
-            yield part
+        size, several = tensor.dtype.itemsize, stop - start > length
+        nbytes = min(length, max(0, stop - start)) * size
+        raw = self._take(nbytes) if several else aligned(nbytes)
+        try:
+            buffer = raw[:nbytes].view(tensor.dtype)
+            for at in range(start, stop, length):
+                part = buffer[: stop - at]
+                self.files.read(tensor.file, memoryview(part.view(np.uint8)), tensor.offset + at * size)
+                yield part
+        finally:
+            if several:
+                self._buffers().append(raw)
+
+    def _buffers(self) -> list[np.ndarray]:
+        """Those that this thread has used before: new pages take as long to get as to fill."""
+        return vars(self._free).setdefault("buffers", [])
+
+    def _take(self, nbytes: int) -> np.ndarray:
+        raw = self._buffers().pop() if self._buffers() else None
+        return aligned(nbytes) if raw is None or len(raw) < nbytes else raw
 
     def read(
         self, source: Source, size: int, hashes: dict[str, Any] | None, read_as: str | None
@@ -208,11 +223,11 @@ def count_not_finite(values: np.ndarray) -> int:
     return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
-def aligned(count: int, dtype: np.dtype) -> np.ndarray:
-    """An array that a compiled program takes without copying it: 64 bytes are a unit of memory to XLA."""
-    raw = np.empty(count * dtype.itemsize + 64, np.uint8)
+def aligned(nbytes: int) -> np.ndarray:
+    """Bytes that a compiled program takes without copying them: 64 of them are a unit of memory to XLA."""
+    raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + count * dtype.itemsize].view(dtype)
+    return raw[start : start + nbytes]
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -223,7 +238,7 @@ def padded(part: np.ndarray, length: int) -> np.ndarray:
     """With zeros at its end, so that one program serves all parts."""
     if len(part) == length:
         return part
-    longer = aligned(length, part.dtype)
+    longer = aligned(length * part.dtype.itemsize).view(part.dtype)
     longer[: len(part)] = part
     longer[len(part) :] = 0
     return longer

@@ -37,7 +37,7 @@ def load_recipes(
                 f"two recipes are called {twice}, and folders are called as recipes; rename a file"
             )
         return {name: load_recipe(path) for name, path in zip(names, paths, strict=True)}
-    from jaxlab.merging.mergekit.reading import is_mergekit_file
+    from jaxlab.merging.mergekit.documents import is_mergekit_file
 
     if is_mergekit_file(shipped(paths[0])):
         raise UserError(

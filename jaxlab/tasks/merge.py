@@ -51,7 +51,8 @@ def run(arguments: Arguments) -> None:
     from jaxlab.checkpoints import check_output, hf_family, open_model
     from jaxlab.errors import UserError, UserNote
     from jaxlab.merging import (
-        MergekitFile,
+        InjectRecipe,
+        MergeRecipe,
         check_room,
         describe,
         described_recipe,
@@ -67,7 +68,7 @@ def run(arguments: Arguments) -> None:
         _together(arguments, recipes, out)
         return
     (recipe,) = recipes.values()
-    if isinstance(recipe, MergekitFile):
+    if not isinstance(recipe, InjectRecipe | MergeRecipe):  # so that mergekit's are not loaded for ours
         _of_mergekit(arguments, recipe, out)
         return
     references = recipe.references()

@@ -83,13 +83,13 @@ def test_after_what_is_not_right_nothing_is_timed_and_the_rest_runs(broken):
     status, out, result = broken
     assert status == 1
     timed, last = result["steps"][1:]
-    assert timed["dropped"] == "breaks was not all right"
+    assert timed["dropped"] == "breaks found something wrong, or nothing"
     assert last["all_right"]
     summary = (out / "summary.md").read_text()
     for told in (
         "- breaks, hang: FAILED: no answer for 1.5 s: killed",
         "- breaks, wrong: error 5.00e-01; first at [3]: 1, float32 gives 2",
-        "- timed: breaks was not all right",
+        "- timed: breaks found something wrong, or nothing",
     ):
         assert told in summary
     assert "no such layout" in (out / "log.txt").read_text()
@@ -282,7 +282,20 @@ def test_the_summary_names_errors_times_and_what_is_not_there():
     assert "| choice alone | 4.000 |  |" in text
     assert "- peers, fla: no --peers was given" in text
     assert text.startswith("# First contact: NVIDIA H200\n")
-    assert runner.Outcome("x", []).all_right is False
+
+
+def test_what_was_cut_off_is_neither_right_nor_known_to_be_wrong():
+    right, cut = {"name": "a", "right": True}, {"name": "b", "cut": "no time"}
+    outcome = Outcome("x", [right, cut])
+    assert (outcome.all_right, outcome.broken) == (False, False)
+    for rows in (
+        [],
+        [cut],
+        [right, {"name": "c", "failed": "killed"}],
+        [right, {"name": "c", "right": False}],
+    ):
+        outcome = Outcome("x", rows)
+        assert (outcome.all_right, outcome.broken) == (False, True)
 
 
 @pytest.mark.slow

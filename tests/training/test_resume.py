@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlab.app.interrupts import Terminated
 from jaxlab.app.runs import Run
 from jaxlab.checkpoints import load_model
 from jaxlab.config import dump, load
+from jaxlab.data.text import TextSource
 from jaxlab.tasks import train
 
 STEPS, KILLED_AT = 7, 5
@@ -87,3 +90,22 @@ checkpoint_every: 2
     assert [step for step, loss, _ in found if loss is not None] == list(range(1, STEPS + 1))
     assert [step for step, _, held_out in found if held_out is not None] == [2, 4, 6, 7]
     assert found[: len(logged)] == logged
+
+    # After SIGTERM the step under way is saved, one that no checkpoint was due at, and the run goes on there.
+    batch = TextSource.batch
+
+    def terminated(self, seed, step, size):
+        if step == KILLED_AT - 1 and size > 1:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, seed, step, size)
+
+    (tmp_path / "stopped").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextSource, "batch", terminated)
+        with pytest.raises(Terminated, match=f"step {KILLED_AT} of {STEPS} is saved"):
+            train.run(config, Run(tmp_path / "stopped", "stopped"))
+    train.run(config, Run(tmp_path / "stopped", "stopped"))
+    assert f"resuming at step {KILLED_AT} of {STEPS}" in capsys.readouterr().out
+    _, stopped_params, _ = load_model(tmp_path / "stopped" / "model")
+    jax.tree.map(np.testing.assert_array_equal, stopped_params, whole_params)
+    assert steps_and_losses(tmp_path / "stopped") == steps_and_losses(tmp_path / "whole")

@@ -5,6 +5,8 @@ Nothing in a file is run or made into an object, and a file that grows when its 
 refused.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -114,3 +116,17 @@ class _Reader:
             self.lines[(*keys, key)] = line
             result[key] = self.value(value_node, (*keys, key))
         return inherited | result
+
+
+def is_mergekit_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of mergekit's: YAML, of which no document says what kind of recipe it is."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return False
+    try:
+        documents = read_documents(text, os.fspath(path))
+    except ConfigError:
+        return "merge_method" in text
+    values = [document.value for document in documents]
+    return bool(values) and all(isinstance(value, dict) and "kind" not in value for value in values)

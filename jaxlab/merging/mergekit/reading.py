@@ -58,20 +58,6 @@ _TOP = (
 _SEED = (1 << 32) - 1
 
 
-def is_mergekit_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is one of mergekit's: YAML, of which no document says what kind of recipe it is."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return False
-    try:
-        documents = read_documents(text, os.fspath(path))
-    except ConfigError:
-        return "merge_method" in text
-    values = [document.value for document in documents]
-    return bool(values) and all(isinstance(value, dict) and "kind" not in value for value in values)
-
-
 def read_mergekit_file(path: str | os.PathLike[str]) -> MergekitFile:
     """What a file says.
 
