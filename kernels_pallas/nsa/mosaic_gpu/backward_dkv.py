@@ -22,7 +22,7 @@ def key_gradients(
     saved: Saved,
     k: Array,
     v: Array,
-    plan: Int[Array, "B S/64 2"] | Inverse,
+    plan: Int[Array, "B tiles 2"] | Inverse,
     *,
     row_bits: Int[Array, " rows"] | None = None,
     scale: float,
