@@ -25,9 +25,6 @@ MAX_QUERIES = 32
 
 LARGEST = np.iinfo(np.int32).max
 
-UNROLLED = "scan_unrolled"
-"""Method of jnp.searchsorted: a few launches instead of a loop with many."""
-
 
 class Rows(NamedTuple):
     """How queries become rows: static."""
@@ -122,8 +119,8 @@ def readers(plan: Ranges, tiles: int) -> Int[Array, "B tiles 2"]:
     def of_row(start: Array, stop: Array) -> tuple[Array, Array]:
         # The first that stops behind the tile, and the last that starts no later: by maxima from the front
         # and minima from the back, which are in order.
-        first = jnp.searchsorted(lax.cummax(stop), key_tile, side="right", method=UNROLLED)
-        end = jnp.searchsorted(lax.cummin(start, reverse=True), key_tile, side="right", method=UNROLLED)
+        first = jnp.searchsorted(lax.cummax(stop), key_tile, side="right")
+        end = jnp.searchsorted(lax.cummin(start, reverse=True), key_tile, side="right")
         return first, end
 
     first, end = jax.vmap(of_row)(start, stop)
@@ -180,5 +177,5 @@ def inverse(plan: Lists, blocks: int) -> Inverse:
         block, tile = key // tiles, key % tiles
     else:
         block, tile, *members = lax.sort((block, tile, *members), dimension=1, num_keys=2, is_stable=False)
-    start = jax.vmap(lambda row: jnp.searchsorted(row, number, method=UNROLLED))(block)
+    start = jax.vmap(lambda row: jnp.searchsorted(row, number))(block)
     return Inverse(start.astype(jnp.int32), tile, *members)
