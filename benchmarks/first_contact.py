@@ -117,7 +117,22 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
         parsed.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {parsed.out}: {error.strerror}")
+    if foreign := foreign_file(parsed.out):
+        parser.error(f"--out {parsed.out}: {foreign} there is not of this script; name another folder")
     return parsed
+
+
+FILES = ("results.json", "summary.md", "log.txt", "record.json")
+
+
+def foreign_file(folder: Path) -> str | None:
+    """A file that would be written over though an earlier run did not make it."""
+    there = [name for name in FILES if (folder / name).exists()]
+    try:
+        own = "budget_s" in json.loads((folder / FILES[0]).read_text())
+    except (OSError, ValueError, TypeError):
+        own = False
+    return None if own or not there else there[0]
 
 
 def environment(a: argparse.Namespace, folder: Path) -> dict[str, str]:

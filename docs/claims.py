@@ -249,8 +249,7 @@ def analysis_records(folder: Path) -> list[dict[str, Any]]:
                         "rule": verdict.rule,
                         "evidence": verdict.evidence,
                         "seeds": kept["results"]["seeds"],
-                        "command": f"python run.py icl configs/icl/{run.label}.yaml "
-                        f"--examples {kept['config']['examples']}",
+                        "command": kept["command"],
                         "real": real,
                         "data": kept["config"]["data"]["kind"],
                     }

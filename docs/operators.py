@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jaxlab.files import write_atomic
 from jaxlab.merging import AFTERWARDS, OPERATORS, Operator
-from jaxlab.merging.operators.registry import REQUIRED, NotInjected, Parameter, operator_named
+from jaxlab.merging.operators.declarations import REQUIRED, NotInjected, Parameter
+from jaxlab.merging.operators.registry import operator_named
 from jaxlab.merging.parameters import FIXED_BY_INJECTION, open_parameters
 
 PAGE = Path(__file__).parent / "operators.md"

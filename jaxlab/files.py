@@ -15,6 +15,8 @@ from typing import Any
 
 from jaxlab.errors import UserError
 
+LONGEST_CONFIG = 16 << 20
+"""Bytes of a file that people write at most: configs and recipes."""
 _BESIDE = 16
 """Bytes of a name that what is written aside, beside its place, adds to it."""
 _PACKAGE = Path(__file__).parent

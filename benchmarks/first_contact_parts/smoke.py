@@ -25,9 +25,12 @@ KERNELS = {
     "model.attention.stride": 16,
     "model.attention.block_size": 64,
     "model.attention.window": 128,
+    "model.attention.compress_width": 128,
     "model.attention.implementation": "mosaic_gpu",
 }
 """With which nsa_sparse takes the Hopper kernels."""
+SMALL = {"data.sequence_length": 128}
+"""Of a dry run."""
 SHORT = {"steps": 2, "eval_batches": 1}
 
 
@@ -35,7 +38,7 @@ def items(options: dict[str, Any], part: str) -> list[Item]:
     os.chdir(ROOT)
     folder = Path(tempfile.mkdtemp(prefix="first_contact_smoke_"))
     kernels = {} if options["tiny"] else KERNELS
-    length = {"data.text.sequence_length": 128} if options["tiny"] else {}
+    length = SMALL if options["tiny"] else {}
     works: dict[str, dict[str, Callable[[], None]]] = {
         "train": {
             "train, NSA by kernels" if kernels else "train, NSA": functools.partial(

@@ -171,9 +171,18 @@ def _expected(base: TensorFolder, key: str) -> str:
     """How the base calls what an adapter's tensor may be of, for a message."""
     module = re.sub(r"\.lora_.*", "", key).split(".")
     ends = (f".{'.'.join(module[-n:])}.weight" for n in (2, 1))
-    like = next((name for end in ends for name in base if name.endswith(end)), None)
+    language = [name for name in base if "vision" not in name]
+    like = next((name for end in ends for name in [*language, *base] if name.endswith(end)), None)
     if like is None:
         return ""
+    shifted = (base.config.get("text_config") or {}).get("cross_attention_layers")
+    if shifted and "language_model." not in key and ".layers." in like:
+        listed = ", ".join(map(str, shifted[:4])) + (", ..." if len(shifted) > 4 else "")
+        return (
+            f"; layers {listed} of this model read images and shift the numbers of the others, so that a "
+            "number from a language model may mean two layers: rename the adapter's tensors to "
+            f"{_PREFIX}{like[: like.index('layers.')]}layers.N..., N counting all layers"
+        )
     return f"; expected are names such as {_PREFIX}{like.removesuffix('.weight')}.lora_A.weight"
 
 

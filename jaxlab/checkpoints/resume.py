@@ -256,6 +256,20 @@ def _take(aside: Path, digest: str, names: Sequence[str]) -> int:
     return descriptor
 
 
+def remove_partial(path: str | os.PathLike[str]) -> None:
+    """Removes what a killed writer of `path` has left beside it, if there is something.
+
+    Raises:
+      UserError: it is not ours, or a writer is still at it.
+    """
+    path = Path(path)
+    aside = path.parent / f".{path.name}.partial"
+    if not os.path.lexists(aside):
+        return
+    os.close(_take(aside, "", ()))  # empties it
+    shutil.rmtree(aside)
+
+
 def _state(aside: Path) -> dict[str, Any]:
     """What the writer noted; nothing if it was killed before."""
     try:

@@ -42,12 +42,9 @@ from jaxlab.config.schema import (
 )
 from jaxlab.config.yaml_text import Keys
 from jaxlab.errors import COMMAND_LINE, ConfigError
-from jaxlab.files import read_bounded, shipped
+from jaxlab.files import LONGEST_CONFIG, read_bounded, shipped
 
 _log = logging.getLogger(__name__)
-
-LONGEST = 16 << 20
-"""Bytes of a config file at most: what is longer is no config."""
 
 Origins = dict[Keys, str]
 """Where values came from, by the keys that lead to them: `file:line`, or the command line."""
@@ -132,7 +129,7 @@ class Source:
         path = shipped(path)
         where = os.fspath(path)
         try:
-            text = read_bounded(path, LONGEST).decode("utf-8")
+            text = read_bounded(path, LONGEST_CONFIG).decode("utf-8")
         except UnicodeDecodeError:
             raise ConfigError("not a text file in UTF-8", where=where) from None
         except OSError as error:

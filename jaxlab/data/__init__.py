@@ -3,8 +3,8 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.data.digits import DigitsConfig, DigitsSource
-    from jaxlab.data.digits_words import digits_tokenizer
+    from jaxlab.data.digits import DigitsConfig, DigitsSource, evaluation_batches, naming_places
+    from jaxlab.data.digits_words import PAD_ID, digits_tokenizer
     from jaxlab.data.episodes import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer
     from jaxlab.data.episodes import make_batch as make_episodes
     from jaxlab.data.needle import NeedleConfig, NeedleSource

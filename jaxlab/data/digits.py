@@ -20,6 +20,7 @@ from jaxlab.data.digits_words import (
     CONTEXT,
     CONTEXT_IDS,
     IMAGE,
+    IMAGE_ID,
     PAD_ID,
     PLACES,
     SKILLS,
@@ -147,6 +148,18 @@ def describe(batch: dict[str, np.ndarray], likeliest: np.ndarray) -> list[Exampl
         prompt = decode(tokens[:start], skip_special_tokens=False)
         examples.append(Example(_shown(prompt), decode(expected), decode(answer, skip_special_tokens=False)))
     return examples
+
+
+def naming_places(tokens: np.ndarray) -> np.ndarray:
+    """Where the digit is first told: int[B], of each row int32[B, T] the first place of its answer whose word
+    depends on the digit."""
+    table = rows()
+    asked = tokens.copy()
+    asked[:, CONTEXT] = IMAGE_ID  # what stands there says which digit, not which question
+    same = (table.tokens[None] == asked[:, None, None]).all(-1)
+    question = same.any(2).argmax(1)
+    depends = (table.tokens != table.tokens[:, :1]).any(1) & table.targets.any(1)
+    return np.asarray(depends[question].argmax(1))
 
 
 def tokenizer(config: DigitsConfig) -> Tokenizer:

@@ -34,6 +34,9 @@ from jaxlab.errors import ConfigError, UserError
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
 """Items whose topic words have these sums of numbers, modulo 5, belong to the split."""
 
+LONGEST = 1 << 24
+"""Tokens in a sequence at most: one is built before anything else, to see whether it fits."""
+
 
 class TokenClass(enum.IntEnum):
     """Token classes of held-out prompts: w, p and q of the paper."""
@@ -87,6 +90,10 @@ class EpisodesConfig:
                 raise ConfigError(f"must be in [0, 1], is {getattr(self, name)}", key=name)
         if list(self.longer_from) != sorted(self.longer_from):
             raise ConfigError(f"steps must not decrease: {self.longer_from}", key="longer_from")
+        for name in ("sequence_length", "prompt_length"):
+            if getattr(self, name) > LONGEST:
+                key = "shots" if name == "prompt_length" else name
+                raise ConfigError(f"{getattr(self, name)} tokens, {LONGEST} are the most", key=key)
         if self.sequence_length < 2 * (self.item_length + 2):
             raise ConfigError(
                 f"{self.sequence_length} tokens do not hold two demonstrations of {self.item_length + 2}",

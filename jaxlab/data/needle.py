@@ -32,6 +32,8 @@ from jaxlab.errors import ConfigError, UserError
 
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
 """Keys whose numbers of colour and thing have these sums, modulo 5, belong to the split."""
+LONGEST = 1 << 24
+"""Tokens in a sequence at most: one is built before anything else, to see whether it fits."""
 FACT, QUESTION = 5, 4
 """Tokens of a fact and of a question, the answer included."""
 
@@ -75,6 +77,8 @@ class NeedleConfig:
             raise ConfigError(f"must be at least 1, is {self.depths}", key="depths")
         if not 0 <= self.filler_targets <= 1:
             raise ConfigError(f"must be in [0, 1], is {self.filler_targets}", key="filler_targets")
+        if self.sequence_length > LONGEST:
+            raise ConfigError(f"must be at most {LONGEST}, is {self.sequence_length}", key="sequence_length")
         first, last = _places(self, self.questions)
         if last - first < self.needles:
             raise ConfigError(

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -114,6 +114,8 @@ class Asked:
     """The prompt, one row."""
     continuations: tuple[np.ndarray, ...] = ()
     """Token ids of the choices, or of the text."""
+    right: np.ndarray | None = None
+    """Token ids of the right answer; None: rules alone say what is right."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,40 @@ class Questions:
             _, _, spread = continuation_log_probs(params, batch, tokens, mask, config)
             found += np.asarray(spread, np.float64)[: len(members)].tolist()
         return float(np.mean(found))
+
+    def batches(self, batch_size: int = 8) -> list[Batch]:
+        """The questions with their right answers, which `loss_mask` marks, for losses and flows: tokens,
+        segment_ids and loss_mask [B, T], of like lengths; those with an image alone. The first answer of
+        several; its end belongs to it. Without those that rules alone judge, that are too long, or whose
+        processor numbers the positions.
+        """
+        end, most, found = sorted(self.ends)[:1], self.opened.config.max_length, []
+        for members in self._groups(batch_size):
+            rows = []
+            for one in (self.asked[i] for i in members):
+                asked = one.batch["tokens"][0]
+                if one.right is None or "positions" in one.batch:
+                    continue
+                answer = np.concatenate([one.right, np.asarray(end, np.int32)])
+                if len(asked) + len(answer) <= most:
+                    rows.append((one, asked, answer))
+            if not rows:
+                continue
+            width = max(len(asked) + len(answer) for _, asked, answer in rows)
+            width = min(-(-width // _WHOLE) * _WHOLE, most)
+            tokens, segments = (np.zeros((len(rows), width), np.int32) for _ in range(2))
+            mask = np.zeros(tokens.shape, bool)
+            for row, (_, asked, answer) in enumerate(rows):
+                text = np.concatenate([asked, answer])
+                tokens[row, : len(text)], segments[row, : len(text)] = text, 1
+                mask[row, len(asked) : len(text)] = True
+            beside: dict[str, Any] = {n: x for n, x in rows[0][0].batch.items() if n != "tokens"}
+            if "together" in beside:  # tokens of images, which the answer has none of
+                more = width - beside["together"].shape[1]
+                beside["together"] = np.pad(beside["together"], ((0, 0), (0, more)))
+            whole = {**beside, "tokens": tokens, "segment_ids": segments, "loss_mask": mask}
+            found.append(cast(Batch, whole))
+        return found
 
     def _generate(self, params: Params, config: ModelConfig, batch_size: int) -> list[str]:
         """An answer to each question, greedily, made in batches of like lengths."""
@@ -231,9 +267,11 @@ class Measured:
     @property
     def score(self) -> float:
         """The measure that decides, more is better: of perplexity the mean probability of a token, 1 over
-        it."""
+        it, and 0 where a model's numbers are none."""
         value = self.measures[self.name]
-        return 1.0 / value if self.name == "perplexity" else value
+        if self.name != "perplexity":
+            return value
+        return 1.0 / value if math.isfinite(value) else 0.0
 
 
 def prepare_questions(
@@ -276,6 +314,7 @@ def _ask(question: Question, prompt: Any, opened: OpenModel, config: QuestionsCo
             raise UserError(f"{question.where}: perplexity needs a text of at least two tokens")
         batch: Batch = {"tokens": ids[None, :1]}
         continuations: tuple[np.ndarray, ...] = (ids[1:],)
+        right = None
     else:
         batch = read_prompt(prompt, opened, chat=chat)
         given = question.choices if config.measure == "multiple_choice" else question.answers
@@ -284,6 +323,9 @@ def _ask(question: Question, prompt: Any, opened: OpenModel, config: QuestionsCo
         gap = "" if chat or not text or text[-1].isspace() else " "
         needed = config.measure in ("multiple_choice", "perplexity")
         continuations = tuple(encoded(gap + one) for one in given) if needed else ()
+        right = None
+        if not needed and question.answers:
+            right = encoded(gap + question.answers[0])
         if any(not len(ids) for ids in continuations):
             raise UserError(f"{question.where}: an empty choice or answer")
     for ids in continuations:
@@ -294,7 +336,9 @@ def _ask(question: Question, prompt: Any, opened: OpenModel, config: QuestionsCo
         raise UserError(
             f"{question.where}: {length} tokens and {needs} of an answer; the model takes 1 to {most}"
         )
-    return Asked(question, batch, continuations)
+    if continuations:
+        right = continuations[question.right if config.measure == "multiple_choice" else 0]
+    return Asked(question, batch, continuations, right)
 
 
 def _together(asked: Sequence[Asked], rows: int, config: ModelConfig) -> tuple[Batch, np.ndarray, np.ndarray]:
@@ -328,12 +372,20 @@ def _perplexity(asked: Sequence[Asked], sums: Sequence[float]) -> Measured:
     size = sum(len(one.question.answers[0].encode()) for one in asked)
     mean = -sum(sums) / sum(counts)
     measures = {
-        "perplexity": math.exp(mean),
+        "perplexity": _exp(mean),
         "loss": mean,
         "bits_per_byte": -sum(sums) / math.log(2) / size,
     }
     each = [math.exp(total / count) for total, count in zip(sums, counts, strict=True)]
     return Measured("perplexity", measures, [""] * len(asked), each)
+
+
+def _exp(x: float) -> float:
+    """Infinity where it is beyond a float."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def _choices(asked: Sequence[Asked], sums: Sequence[np.ndarray], normalize: bool) -> Measured:

@@ -98,6 +98,16 @@ def label_loss(
     return np.logaddexp.reduce(chosen, axis=-1) - right[..., 0]
 
 
+def vocabulary_loss(
+    logits: Float[np.ndarray, "*E B V"], label_tokens: Int[np.ndarray, "B C"], labels: Int[np.ndarray, " B"]
+) -> Float[np.ndarray, "*E B"]:
+    """Cross-entropy over the vocabulary, of the label token that is right."""
+    logits = np.asarray(logits, np.float64)
+    names = label_tokens[np.arange(len(labels)), labels]
+    right = np.take_along_axis(logits, np.broadcast_to(names[:, None], (*logits.shape[:-1], 1)), axis=-1)
+    return np.logaddexp.reduce(logits, axis=-1) - right[..., 0]
+
+
 def faithfulness(flow: Float[np.ndarray, "*E"], effect: Float[np.ndarray, "*E"]) -> dict[str, float]:
     """How well flows tell what cutting their edges does: correlations over layers and pairs of classes of the
     flow with the size of the change of the loss."""

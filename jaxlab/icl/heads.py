@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlab.icl.compression import read_context
 from jaxlab.models import Batch, ModelConfig, Params, Patch, activations, forward
+
+HEADS_AT_ONCE = 8
+"""Heads whose tokens go through the model together; each has a copy of a layer's cache meanwhile."""
 
 
 def repeated_tokens(
@@ -49,22 +53,26 @@ def head_outputs(
 @functools.partial(jax.jit, static_argnames="config")
 def patched_logits(
     params: Params,
-    batch: Batch,
+    tokens: Int[Array | np.ndarray, "B T"],
     config: ModelConfig,
     positions: Int[Array | np.ndarray, " B"],
     means: Float[Array | np.ndarray, "L H D"],
     chosen: Int[Array | np.ndarray, "E 2"],
 ) -> Float[Array, "E B V"]:
-    """Logits at `positions` where one head's output there is its mean: for each of E (layer, head)."""
-    at = jnp.asarray(positions)[:, None]
+    """Logits at `positions` where one head's output there is its mean: for each of E (layer, head).
+
+    What comes before a token does not change with it: it is read once, and for each head the one token.
+    """
+    last = jnp.take_along_axis(jnp.asarray(tokens), jnp.asarray(positions)[:, None], axis=1)
+    cache = read_context(params, tokens, positions, config)
 
     def one(which: Array) -> Array:
         layer, head = which[0], which[1]
         value = means[layer, head][None, None, None]
-        patch = Patch("head_output", layers=layer, value=value, positions=at, heads=head)
-        return forward(params, batch, config, patches=(patch,), logit_positions=at).logits[:, 0]
+        patch = Patch("head_output", layers=layer, value=value, heads=head)
+        return forward(params, {"tokens": last}, config, patches=(patch,), cache=cache).logits[:, 0]
 
-    return jax.lax.map(one, jnp.asarray(chosen))
+    return jax.lax.map(one, jnp.asarray(chosen), batch_size=HEADS_AT_ONCE)
 
 
 def shuffled_labels(
@@ -94,8 +102,13 @@ def indirect_effects(
     patched: Float[Array | np.ndarray, "E B V"],
     targets: Int[np.ndarray, " B"],
 ) -> Float[np.ndarray, " E"]:
-    """The mean rise of the right token's probability over the vocabulary (equation 4 of 2310.15213)."""
+    """The mean rise of the right token's probability over the vocabulary (equation 4 of 2310.15213), over the
+    prompts whose logits are finite; NaN where none is."""
     probability = lambda x: np.exp(x - np.logaddexp.reduce(x, axis=-1, keepdims=True))
+    there = np.isfinite(plain).all(-1) & np.isfinite(patched).all((0, 2))
+    if not there.any():
+        return np.full(len(patched), np.nan)
+    plain, patched, targets = plain[there], patched[:, there], targets[there]
     before = np.take_along_axis(probability(plain), targets[:, None], axis=1)[:, 0]
     index = np.broadcast_to(targets[None, :, None], (*patched.shape[:2], 1))
     return (np.take_along_axis(probability(patched), index, axis=2)[..., 0] - before).mean(1)

@@ -6,6 +6,7 @@ Language Models" (arXiv 2411.18620) looks at: from the image to the question, fr
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxlab.checkpoints import OpenModel
 from jaxlab.data import Row, read_table
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import shipped
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.roles import Part, Roles
@@ -82,7 +83,15 @@ def read_image_prompts(config: ImagePromptsConfig) -> list[ImagePrompt]:
     if path.is_dir():
         raise UserError(f"{path}: a folder; set data.file to the table in it")
     rows = read_table(path, (config.image, config.prompt, config.answer))
-    return [_row(row, path.parent) for row in rows]
+    found = [_row(row, path.parent) for row in rows]
+    if bare := [row for row in found if not row.images]:
+        warnings.warn(
+            f"{len(bare)} of {len(found)} rows name no image and are asked without one; the first: "
+            f"{bare[0].where}",
+            UserNote,
+            stacklevel=2,
+        )
+    return found
 
 
 def _row(row: Row, folder: Path) -> ImagePrompt:

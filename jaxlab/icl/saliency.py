@@ -24,6 +24,7 @@ from kernels_pallas.flow import Implementation, NsaEdges, Reduction, check_word
 
 Loss = Literal["labels", "vocabulary"]
 Remat = Literal["auto", "layer", "elementwise"]
+NotFinite = Literal["refuse", "mark"]
 
 KEPT_BYTES = 3 << 29
 """With remat "auto" the matrix products of all layers are kept for the backward pass if they take no more."""
@@ -57,6 +58,7 @@ def flows(
     signed: bool = False,
     remat: Remat | str = "auto",
     implementation: Implementation | str | None = None,
+    not_finite: NotFinite | str = "refuse",
 ) -> tuple[Float[Array, "B L *H K K"], Float[Array, "B L *H K K"]]:
     """Sums of the flow I_l(i, j) over the edges j < i, from the class of j (column) to the class of i (row).
 
@@ -84,6 +86,8 @@ def flows(
         sequences up to KEPT_LENGTH where they take up to KEPT_BYTES.
       implementation: of full and sliding attention with flows: "xla", or "mosaic_gpu" on a Hopper GPU, in
         bfloat16; None: XLA.
+      not_finite: what is done about a sequence whose loss or flows hold NaN or infinity: "refuse" all, or
+        "mark" it, whose sums are then NaN throughout; the others are as they are without it.
 
     Returns:
       The sums, and the numbers of edges that the attention of the layer can see, of the same shape: sums /
@@ -104,6 +108,7 @@ def flows(
     try:
         check_word("reduction", reduction, get_args(Reduction))
         check_word("nsa_edges", nsa_edges, get_args(NsaEdges))
+        check_word("not_finite", not_finite, get_args(NotFinite))
         if implementation is not None:
             check_word("implementation", implementation, get_args(Implementation))
     except ValueError as error:
@@ -119,8 +124,11 @@ def flows(
         signed=signed,
         implementation=implementation,
     )
-    sums, counts, total = _flows(params, batch, by_token, checked, config, options)
-    _check_finite(params, total, sums)
+    sums, counts, losses = _flows(params, batch, by_token, checked, config, options)
+    if not_finite == "mark":
+        good = jnp.isfinite(losses) & jnp.isfinite(sums).all(range(1, sums.ndim))
+        return jnp.where(jnp.expand_dims(good, range(1, sums.ndim)), sums, jnp.nan), counts
+    _check_finite(params, losses, sums)
     return sums, counts
 
 
@@ -151,8 +159,8 @@ def saliency_maps(
     options = _checked_options(loss, "layer", config, batch)
     checked = checked_targets(targets, batch, config, "saliency_maps")
     _check_labels(checked, options.loss)
-    maps, total = _maps(params, batch, checked, config, options)
-    _check_finite(params, total, maps)
+    maps, losses = _maps(params, batch, checked, config, options)
+    _check_finite(params, losses, maps)
     return maps if signed else jnp.abs(maps)
 
 
@@ -187,8 +195,9 @@ def target_logits(
 
 def _loss(
     params: Params, batch: Batch, config: ModelConfig, targets: Targets, kind: str, probe: Probe
-) -> Array:
-    """Sum over the batch; sequences do not mix, so the gradient of each is its own."""
+) -> tuple[Array, Array]:
+    """The sum over the batch, and the loss of each [B]; sequences do not mix, so the gradient of each is its
+    own."""
     places, right = targets.positions, jnp.maximum(targets.labels, 0)
     names = targets.label_tokens if kind == "labels" else None
     if names is None:
@@ -196,7 +205,8 @@ def _loss(
     at = jnp.maximum(places, 0)
     logits = forward(params, batch, config, probe=probe, logit_positions=at, logit_tokens=names).logits
     likely = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), right[:, :, None], axis=2)[:, :, 0]
-    return -jnp.sum(jnp.where(places >= 0, likely, 0.0))
+    read = jnp.where(places >= 0, likely, 0.0)
+    return -jnp.sum(read), -jnp.sum(read, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
@@ -207,7 +217,7 @@ def _flows(
     pairs = (options.num_classes, options.num_classes)
     heads = (config.num_heads,) if options.per_head else ()
 
-    def loss(taps: tuple[Array, Array]) -> Array:
+    def loss(taps: tuple[Array, Array]) -> tuple[Array, Array]:
         probe = Probe(
             *taps,
             classes=classes,
@@ -221,10 +231,10 @@ def _flows(
         )
 
     zeros = (jnp.zeros((*lead, *heads, *pairs), jnp.float32), jnp.zeros((*lead, *pairs), jnp.float32))
-    total, (sums, counts) = jax.value_and_grad(loss)(zeros)
+    (_, losses), (sums, counts) = jax.value_and_grad(loss, has_aux=True)(zeros)
     if options.per_head:
         counts = jnp.broadcast_to(counts[:, :, None], sums.shape)
-    return sums.swapaxes(0, 1), counts.swapaxes(0, 1), total
+    return sums.swapaxes(0, 1), counts.swapaxes(0, 1), losses
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
@@ -233,13 +243,13 @@ def _maps(
 ) -> tuple[Array, Array]:
     batch_size, tokens = batch["tokens"].shape
 
-    def loss(tap: Array) -> Array:
+    def loss(tap: Array) -> tuple[Array, Array]:
         frugal = dataclasses.replace(config, remat=options.remat)
         return _loss(params, batch, frugal, targets, options.loss, Probe(map_tap=tap))
 
     zeros = jnp.zeros((config.num_layers, batch_size, tokens, tokens), jnp.float32)
-    total, signed = jax.value_and_grad(loss)(zeros)
-    return signed.swapaxes(0, 1), total
+    (_, losses), signed = jax.value_and_grad(loss, has_aux=True)(zeros)
+    return signed.swapaxes(0, 1), losses
 
 
 def flow_memory(
@@ -312,16 +322,19 @@ def _check_labels(targets: Targets, loss: str) -> None:
                 raise UserError(f"flows: two labels of sequence {row} are the same token {twice}")
 
 
-def _check_finite(params: Params, loss: Array, found: Array) -> None:
+def _check_finite(params: Params, losses: Array, found: Array) -> None:
     """Say where numbers went wrong, if they did and are known."""
-    if not known((loss, found)) or (np.isfinite(np.asarray(loss)) and bool(jnp.all(jnp.isfinite(found)))):
+    if not known((losses, found)):
+        return
+    finite = bool(jnp.all(jnp.isfinite(losses)))
+    if finite and bool(jnp.all(jnp.isfinite(found))):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
             name = ".".join(str(getattr(key, "key", key)) for key in path)
             raise UserError(f"flows: the weights {name} hold NaN or infinity")
-    where = "logits" if not np.isfinite(np.asarray(loss)) else "gradients"
-    raise UserError(f"flows: the {where} are not finite in {loss.dtype}; the weights are")
+    where = "gradients" if finite else "logits"
+    raise UserError(f"flows: the {where} are not finite in {losses.dtype}; the weights are")
 
 
 def check_attention(config: ModelConfig, who: str) -> None:

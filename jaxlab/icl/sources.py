@@ -1,7 +1,8 @@
 """From the config of prompts to the prompts, in the tokens of a model."""
 
 from jaxlab.checkpoints import OpenModel
-from jaxlab.data import EpisodesConfig, EpisodesSource
+from jaxlab.data import DigitsConfig, DigitsSource, EpisodesConfig, EpisodesSource
+from jaxlab.icl.digit_prompts import DigitPrompts
 from jaxlab.icl.episode_prompts import EpisodePrompts
 from jaxlab.icl.few_shot import FewShotPrompts, LabelPosition, Mode, Split
 from jaxlab.icl.image_prompts import ImagePrompts, ImagePromptsConfig, image_prompts_identity
@@ -17,7 +18,7 @@ from jaxlab.icl.text_tasks import (
 )
 
 TextTaskConfig = ClassificationConfig | SST2Config | TRECConfig | AGNewsConfig | EmoCConfig
-PromptsConfig = EpisodesConfig | TextTaskConfig | ImagePromptsConfig
+PromptsConfig = EpisodesConfig | DigitsConfig | TextTaskConfig | ImagePromptsConfig
 """The prompts that are analysed; a further source joins by `|`."""
 
 
@@ -29,6 +30,8 @@ def prompts_identity(config: PromptsConfig) -> str:
     """
     if isinstance(config, EpisodesConfig):
         return EpisodesSource(config).identity
+    if isinstance(config, DigitsConfig):
+        return DigitsSource(config).identity
     if isinstance(config, ImagePromptsConfig):
         return image_prompts_identity(config)
     return examples_identity(config)
@@ -50,6 +53,8 @@ def make_prompts(
     """
     if isinstance(config, EpisodesConfig):
         return EpisodePrompts(config, opened, split, classes)
+    if isinstance(config, DigitsConfig):
+        return DigitPrompts(config, opened, split)
     if isinstance(config, ImagePromptsConfig):
         return ImagePrompts(config, opened)
     return FewShotPrompts(

@@ -64,6 +64,7 @@ with epy.lazy_api_imports(globals()):
         own_answers,
         read_data,
         score_tokens,
+        stack_batches,
         text_only,
         token_measure,
     )

@@ -11,8 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlab.checkpoints import host_tensors
+from jaxlab.errors import UserError
 
 Action = Literal["merged", "copied", "refused"]
+
+_LISTED = 8
+"""Tensors in a line; the others are counted together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,27 @@ class MergeAccount:
             for line in self.lines
         )
         return MergeAccount(tuple(lines), self.family)
+
+    def not_finite(self) -> str:
+        """How many NaN and infinities each tensor has; empty: none has any."""
+        bad = [line for line in self.lines if line.not_finite]
+        listed = ", ".join(f"{line.name} ({line.not_finite:,})" for line in bad[:_LISTED])
+        if len(bad) > _LISTED:
+            rest = sum(line.not_finite for line in bad[_LISTED:])
+            listed += f" and {len(bad) - _LISTED:,} more tensors ({rest:,})"
+        return listed
+
+    def check_finite(self) -> None:
+        """Refuses a result with NaN or infinities.
+
+        Raises:
+          UserError: it has some; how many of each tensor.
+        """
+        if bad := self.not_finite():
+            raise UserError(
+                f"NaN or infinite values would be in {bad}; `inspect --scan` tells which input has them, "
+                "--allow-nonfinite writes them"
+            )
 
     def wrong(self, found: Mapping[str, tuple[tuple[int, ...], str, str]]) -> list[str]:
         """Names of tensors whose shape, dtype and digest is not the account's; missing ones and unknown ones

@@ -28,7 +28,17 @@ from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, Source
 from jaxlab.merging.programs import ZERO, measure, merge_part, merge_whole, rank_bits
 from jaxlab.merging.ranks import ranks_of
 from jaxlab.merging.steps import Step, offset_words
-from jaxlab.merging.streams import COPY, AmongKeptRows, Files, Hashed, Out, Reader, cast, padded
+from jaxlab.merging.streams import (
+    COPY,
+    AmongKeptRows,
+    Files,
+    Hashed,
+    Out,
+    Reader,
+    cast,
+    keep_freed_pages,
+    padded,
+)
 
 _WHOLE = 3 << 29
 """Bytes that operators on whole tensors may hold at once, unless one tensor needs more."""
@@ -119,6 +129,7 @@ def execute_together(
     Raises:
       UserError: an input is damaged, or a result is not finite though that is not allowed.
     """
+    keep_freed_pages()
     files = Files()
     threads = threads or default_threads()
     try:

@@ -23,12 +23,13 @@ from jaxlab.models import Params
 
 
 def merge_by_recipe(
-    recipe: Recipe, models: Sequence[OpenModel], **options: Any
+    recipe: Recipe, models: Sequence[OpenModel], *, allow_not_finite: bool = False, **options: Any
 ) -> tuple[Params, MergeAccount]:
     """What a recipe makes of its models, opened in the order of `recipe.references()`, on the host, and the
     account; the bits of `write_merge`.
 
     Args:
+      allow_not_finite: whether there may be NaN and infinities; else they are counted and refused.
       options: see `jaxlab.merging.engine.execute`.
 
     Raises:
@@ -37,9 +38,12 @@ def merge_by_recipe(
     prepared = prepare_merge(recipe, models, to="orbax")
     options.setdefault("statistics", prepared_statistics(prepared))
     memory = Memory(prepared.plan)
-    records = execute(prepared.plan, prepared.inputs, memory, hash_inputs="none", **options)
+    options |= {"hash_inputs": "none", "allow_not_finite": True}
+    records = execute(prepared.plan, prepared.inputs, memory, **options)
     first = models[0]
     account = prepared.plan.account(first.config.family).with_records(records)
+    if not allow_not_finite:
+        account.check_finite()
     leaves: dict[Any, Any] = {}
     for entry in entries(first.shapes, first.config.family):
         stacked = np.stack([memory.array(name) for name in entry.names])

@@ -11,7 +11,6 @@ It runs in two jitted stages that a search and a single merge share: prepare the
 them. Numbers, keys and lambdas are traced.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,24 +21,19 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from jaxlab.checkpoints import EMBEDDING, HEAD, Entry, SameTokens, from_hf, leaf_at, to_hf, tree_of
-from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.account import MergeAccount
 from jaxlab.merging.injection_plan import Embeddings, InjectionPlan, PlannedLeaf, plan_injection
-from jaxlab.merging.merge import add_to_base, arithmetic_dtype, gather_totals, statistics_of
+from jaxlab.merging.merge import add_to_base, arithmetic_dtype, each_tensor, gather_totals, statistics_of
+from jaxlab.merging.method import Method as Method
+from jaxlab.merging.method import Numbers
 from jaxlab.merging.numbers import Rule, Scalar, Setting
-from jaxlab.merging.numerics import Mode, Share, difference, tensor_key
-from jaxlab.merging.operators import Operator, operator_named
-from jaxlab.merging.operators.registry import REQUIRED
-from jaxlab.merging.parameters import FIXED_BY_INJECTION
+from jaxlab.merging.numerics import Mode, difference, tensor_key
 from jaxlab.merging.schedules import Place, value_at
 from jaxlab.merging.vocabulary import CommonRows
 from jaxlab.models import Params
 
 TensorWeights = dict[str, Float[Array, " tensors"]]
 """By pattern: a lambda for each tensor."""
-
-Numbers = dict[str, Any]
-"""Parameters of an operator that are traced: a scalar, or a `Share` for each of the two task vectors."""
 
 TASKS = ("vlm", "expert")
 """What the models are called that an operator makes for each task."""
@@ -69,119 +63,6 @@ class Prepared(NamedTuple):
 
 Lambda = Scalar | Float[Array, ""] | Sequence[Scalar] | Sequence[Rule | Mapping[str, Any]]
 """A number; a gradient over layers; or a list of patterns, of which the first that matches decides."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """An operator with its parameters, all but the lambdas; hashable. Made by `Method.of`."""
-
-    operator: str
-    mode: Mode
-    parameters: tuple[tuple[str, Any], ...]
-    models: int = 2
-    """How many task vectors there are: the VLM's and the experts'."""
-
-    @classmethod
-    def of(cls, operator: str, mode: Mode = "paper", **parameters: Any) -> "Method":
-        """Parameters by name; None is as good as absent, a list has one value for each task vector.
-
-        Raises:
-          ConfigError: no such operator; a parameter that it does not have, or must be told, or of a value
-            that it cannot have.
-        """
-        try:
-            known = operator_named(operator, "operator").for_injection.parameters
-        except UserError as error:
-            raise ConfigError(str(error), key="operator") from None
-        given = {name: value for name, value in parameters.items() if value is not None}
-        for name in given:
-            if name not in known or name in FIXED_BY_INJECTION:
-                raise ConfigError(f"{operator} has none", key=name)
-        for name, parameter in known.items():
-            if parameter.asked and name not in given:
-                raise ConfigError(
-                    f"{operator} needs it: one value, or one for the VLM and one for the expert", key=name
-                )
-            value = given.get(name)
-            if isinstance(value, list | tuple):
-                given[name] = value = tuple(value)
-                if len(value) not in (1, 2):
-                    raise ConfigError(
-                        f"one value, or one for the VLM and one for the expert, not {len(value)}", key=name
-                    )
-            if name in given and (problem := parameter.problem(value)):
-                raise ConfigError(problem, key=name)
-            if (
-                name not in given
-                and name not in FIXED_BY_INJECTION
-                and parameter.default_in(mode) is REQUIRED
-            ):
-                raise ConfigError(f"{operator} needs it", key=name)
-        return cls(operator, mode, tuple(sorted(given.items())))
-
-    def replace(self, **parameters: Any) -> "Method":
-        """The same with other values of parameters; None leaves one as it is."""
-        given = {name: value for name, value in parameters.items() if value is not None}
-        return Method.of(self.operator, self.mode, **{**dict(self.parameters), **given})
-
-    def check_one_model(self) -> None:
-        """Refuses operators that make a model for each task.
-
-        Raises:
-          ConfigError: this is one.
-        """
-        if self.of_injection.per_task:
-            raise ConfigError(f"{self.operator} makes a model for each task, not one", key="operator")
-
-    @property
-    def switches(self) -> "Method":
-        """What a compiled program depends on: the method without its numbers, which are traced."""
-        known = self.of_injection.parameters
-        kept = tuple((name, value) for name, value in self.parameters if known[name].static)
-        return dataclasses.replace(self, parameters=kept)
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Every parameter, as Python numbers; of each model where they have their own."""
-        return self.of_injection.resolve({**dict(self.parameters), **self._fixed}, self.models, self.mode)
-
-    @property
-    def _fixed(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in FIXED_BY_INJECTION.items() if name in self.of_injection.parameters
-        }
-
-    @property
-    def of_injection(self) -> Operator:
-        """The operator as an injection calls it."""
-        return operator_named(self.operator).for_injection
-
-    def numbers(self, size: int) -> Numbers:
-        """The rest, for tensors of `size` elements."""
-        known = self.of_injection.parameters
-        numbers: Numbers = {}
-        for name, value in self._all_numbers():
-            one = (lambda x: Share.of(x, size)) if known[name].counted else np.float32
-            if known[name].per_model:
-                numbers[name] = [
-                    one(x) for x in np.broadcast_to(np.asarray(value, float), self.models).tolist()
-                ]
-            else:
-                numbers[name] = one(float(value))
-        return numbers
-
-    def _all_numbers(self) -> list[tuple[str, Any]]:
-        """Those given, and the defaults of shares, which are counted too."""
-        known, given = self.of_injection.parameters, dict(self.parameters)
-        for name, parameter in known.items():
-            if parameter.counted and name not in given:
-                given[name] = parameter.default_in(self.mode)
-        return [(name, value) for name, value in sorted(given.items()) if not known[name].static]
-
-    def values(self, numbers: Numbers) -> dict[str, Any]:
-        """Every parameter of the operator, with its traced numbers."""
-        given = {**dict(self.parameters), **numbers, **self._fixed}
-        return self.of_injection.resolve(given, self.models, self.mode)
 
 
 def inject(
@@ -354,11 +235,13 @@ def _task_vectors(
             yield leaf.entry.pattern, [difference(m, origin, dtype) for m in (x, y)], origin, dtype
 
 
-def _stacked(function: Callable[..., Any], given: Given, *arrays: Any) -> Any:
+def _stacked(method: Method, function: Callable[..., Any], given: Given, *arrays: Any) -> Any:
     """The function for each tensor of a leaf, given what belongs to it."""
     totals = given.totals  # one for all
     stacked = jax.tree.map(jnp.asarray, given._replace(totals=None))
-    return jax.vmap(lambda own, *rest: function(own._replace(totals=totals), *rest))(stacked, *arrays)
+    one = lambda own, *rest: function(own._replace(totals=totals), *rest)
+    apply = each_tensor(method.of_injection, method.mode, dict(method.parameters))
+    return apply(one, stacked, *arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "method"))
@@ -381,7 +264,7 @@ def _measure(
             supplied = {"dtype": dtype, "statistics": own.statistics, "totals": totals}
             return operator.measure(list(vectors), values, **supplied)
 
-        result.append(_stacked(one, given[pattern], *vectors))
+        result.append(_stacked(method, one, given[pattern], *vectors))
     return result
 
 
@@ -405,7 +288,7 @@ def prepared_leaves(
         def one(own: Given, *vectors: Array, values: Any = values, dtype: Any = dtype) -> Any:
             return operator.prepare(list(vectors), values, **_supplied(plan.num_layers, method, dtype, own))
 
-        prepared = _stacked(one, given[pattern], *vectors)
+        prepared = _stacked(method, one, given[pattern], *vectors)
         result[pattern] = Prepared(prepared, origin, numbers[pattern], given[pattern])
     return result
 
@@ -460,7 +343,7 @@ def weighted_leaf(
     vectors, base, numbers, given = prepared[entry.pattern]
     dtype = arithmetic_dtype(operator, method.mode, stored)
     one = functools.partial(_weight_one, plan, method, method.values(numbers), dtype)
-    merged = _stacked(one, given, vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
+    merged = _stacked(method, one, given, vectors, base, lambda_v[entry.pattern], lambda_e[entry.pattern])
     result = []
     for tensors in merged if operator.per_task else [merged]:
         tensors = tensors.astype(stored)

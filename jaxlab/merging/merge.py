@@ -23,7 +23,7 @@ from jaxlab.merging.numerics import (
     working_dtype,
 )
 from jaxlab.merging.operators import Operator, operator_named
-from jaxlab.merging.operators.registry import Gather, per_model
+from jaxlab.merging.operators.declarations import Gather, per_model
 from jaxlab.models import Params
 
 Tensor = Float[Array, "..."] | Float[np.ndarray, "..."]
@@ -295,8 +295,21 @@ def _merge_entry(
     tensors = [jnp.asarray(to_hf(model, entry)) for model in models]
     base = tensors.pop() if with_base else None
     with rounding_by(zero):
-        merged = jax.vmap(functools.partial(_merge_one, method, dict(options)))(tensors, base, own)
+        merged = each_tensor(operator_named(method), options["mode"], options)(
+            functools.partial(_merge_one, method, dict(options)), tensors, base, own
+        )
     return placed(from_hf(merged, entry, models[0]), placement)
+
+
+def each_tensor(operator: Operator, mode: Mode, parameters: Mapping[str, Any]) -> Callable[..., Any]:
+    """What applies a function to stacked tensors: (function, *stacked) -> stacked.
+
+    What looks at whole tensors sees one after the other, in the shapes that it has by itself: XLA divides a
+    number by a number, but multiplies stacked numbers by a reciprocal, and the bits would be others.
+    """
+    if operator.scope(mode, parameters) in ("element", "cut"):
+        return lambda function, *stacked: jax.vmap(function)(*stacked)
+    return lambda function, *stacked: jax.lax.map(lambda each: function(*each), stacked)
 
 
 def _merge_one(
@@ -324,7 +337,8 @@ def _gather_models(
             return operator.measure(vectors, values, dtype=dtype, totals=totals)
 
         tensors = lambda model, entry: jnp.asarray(to_hf(model, entry))
-        return [jax.vmap(one)([tensors(m, entry) for m in models], tensors(base, entry)) for entry in known]
+        apply = each_tensor(operator, mode, parameters)
+        return [apply(one, [tensors(m, entry) for m in models], tensors(base, entry)) for entry in known]
 
     assert operator.gather is not None
     return gather_totals(operator.gather, measure, values)

@@ -22,10 +22,12 @@ _BYTES_A_SECOND = {
     "cut": 800e6,
     "row": 150e6,
     "tensor": 150e6,
-    "matrix": 30e6,
+    "matrix": 600e6,
     "model": 600e6,
 }
-"""Read and written, by what an element depends on: about what two cores do."""
+"""Read and written, by what an element depends on: about what two cores do. What matrices take besides is
+told by `matrix_work`."""
+_CORES = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Needs:
 def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
     """What carrying it out takes."""
     from jaxlab.merging.layout import CHUNK, default_threads, is_streamed, scope_of, whole_bytes
+    from jaxlab.merging.matrix_work import matrix_seconds
 
     plan, inputs = prepared.plan, prepared.inputs
     read, seconds, largest = 0, 0.0, 0
@@ -51,6 +54,9 @@ def needs_of(prepared: Prepared, *, threads: int | None = None) -> Needs:
         scope = "element" if step is None else scope_of(step)
         read += taken
         seconds += (taken + tensor.nbytes) / _BYTES_A_SECOND[scope]
+        if step is not None and scope == "matrix":
+            shape = step.merged_shape(tensor.shape)
+            seconds += matrix_seconds(step.operator, dict(step.parameters), shape) / _CORES
         if step is not None and not is_streamed(step):
             largest = max(largest, whole_bytes(step, math.prod(tensor.shape)))
     threads = threads or default_threads()

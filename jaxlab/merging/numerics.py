@@ -46,7 +46,7 @@ def round_to(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shap
         return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
     stored = x.astype(dtype)
     bits = jax.lax.bitcast_convert_type(stored, jnp.uint16 if stored.dtype.itemsize == 2 else jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits ^ zero.astype(bits.dtype), stored.dtype).astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(bits | zero.astype(bits.dtype), stored.dtype).astype(jnp.float32)
 
 
 _rounding = threading.local()
@@ -55,8 +55,8 @@ _rounding = threading.local()
 @contextlib.contextmanager
 def rounding_by(zero: UInt32[Array, ""]) -> Iterator[None]:
     """Traces `round_to` so that all steps can be one loop over the elements, several times faster on a CPU
-    than the arrays between barriers: each result passes through an exclusive or with `zero`, which the
-    compiler cannot know to be zero.
+    than the arrays between barriers: each result passes through an or with `zero`, which the compiler cannot
+    know to be zero. (An exclusive or would cancel out where one result is rounded twice.)
 
     Args:
       zero: 0, an argument of the program that is traced.
@@ -106,7 +106,7 @@ def rescale_l1(
     kept: Float[Array, "*shape"], whole: Float[Array, "*shape"], dtype: jnp.dtype
 ) -> Float[Array, "*shape"]:
     """`kept` scaled to the L1 norm of `whole`, as it is where nothing was kept."""
-    before, after = (round_to(jnp.sum(jnp.abs(x)), dtype) for x in (whole, kept))
+    before, after = (round_to(tree_sum(x, of=jnp.abs), dtype) for x in (whole, kept))
     scale = divide(before, jnp.where(after == 0, 1.0, after), dtype)
     return multiply(kept, jnp.where(after == 0, 1.0, scale), dtype)
 

@@ -85,6 +85,7 @@ def write_merges(
     *,
     overwrite: bool = False,
     hash_inputs: Literal["none", "sampled", "full"] = "sampled",
+    allow_not_finite: bool = False,
     **options: Any,
 ) -> list[MergeAccount]:
     """Carries several plans out, each into a folder of its own as `write_merge` does: what they have in
@@ -92,6 +93,7 @@ def write_merges(
 
     Args:
       overwrite: replaces folders that this tool wrote.
+      allow_not_finite: whether NaN and infinities may be written; else they are counted, and nothing is.
       hash_inputs, options: see `jaxlab.merging.engine.execute_together`.
 
     Returns:
@@ -121,11 +123,18 @@ def write_merges(
             folders.append(stack.enter_context(begun))
             merges.append(Merge(prepared.plan, prepared.inputs, folders[-1], statistics or {}))
             besides.append(beside)
-        results = execute_together(merges, hash_inputs=hash_inputs, **options)
-        accounts = []
-        for writing, folder, beside, records in zip(writings, folders, besides, results, strict=True):
+        # Counted to the end: a line that names one of many tensors is of little use.
+        results = execute_together(merges, hash_inputs=hash_inputs, allow_not_finite=True, **options)
+        accounts = [
+            writing.prepared.plan.account().with_records(records)
+            for writing, records in zip(writings, results, strict=True)
+        ]
+        for account in () if allow_not_finite else accounts:
+            account.check_finite()
+        for writing, folder, beside, records, account in zip(
+            writings, folders, besides, results, accounts, strict=True
+        ):
             prepared = writing.prepared
-            account = prepared.plan.account().with_records(records)
             made = _made(prepared, writing.references, records, hash_inputs)
             written = {**made, "digest": prepared_digest(prepared), "tensors": account.to_json()}
             card = _card(prepared, made, account, writing.command, Path(writing.out).name)
@@ -140,7 +149,6 @@ def write_merges(
                 },
                 without=beside.without,
             )
-            accounts.append(account)
     return accounts
 
 

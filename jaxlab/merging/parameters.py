@@ -8,7 +8,7 @@ from jaxlab.config import suggestion, to_plain, yaml_line
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.merging.numerics import Mode
 from jaxlab.merging.operators import OPERATORS, Operator, operator_named
-from jaxlab.merging.operators.registry import REQUIRED, Parameter
+from jaxlab.merging.operators.declarations import REQUIRED, Parameter
 from jaxlab.merging.schedules import check_kind, kind_of, scalars_of
 
 FIXED_BY_INJECTION = {"lambda": 1.0, "normalize": False}

@@ -145,7 +145,8 @@ def prepared_statistics(prepared: Prepared) -> Mapping[str, Any] | None:
             check_new(output_path(recipe.data.save))
         found = measure_statistics(recipe, prepared.plan, prepared.inputs, recipe.data)
         if recipe.data.save is not None:
-            save_statistics(output_path(recipe.data.save), recipe.operator, prepared.inputs, found)
+            path = output_path(recipe.data.save)
+            save_statistics(path, recipe.operator, prepared.inputs, prepared.plan, found)
     check_operators(prepared.plan, found)
     return found
 

@@ -177,9 +177,10 @@ class MergeRecipe:
     """Its name in docs/operators.md; name+svc, say, does something to its result."""
     weight: Number | None = None
     """Of every model that names none."""
-    embeddings: Literal["all", "first", "merge_common_rows", "merge"] = "all"
+    embeddings: Literal["all", "first", "merge_common_rows", "merge", "union"] = "all"
     """Embedding and head: merged as all else, if all have equally many rows; the first model's; merged where
-    the tokenizers agree; merged as far as all have rows, the others the first model's."""
+    the tokenizers agree; merged as far as all have rows, the others the first model's. union is refused: only
+    a file of mergekit makes a vocabulary of all tokens (tokenizer_source: union)."""
     differences: dict[str, Literal["first"]] = field(default_factory=dict)
     """Settings without an average, such as rope.theta, in which the models may differ: whose counts."""
     mode: Literal["paper", "mergekit"] = "paper"
@@ -198,6 +199,12 @@ class MergeRecipe:
     def __post_init__(self) -> None:
         if not self.models:
             raise ConfigError("missing; a merge needs a list of models", key="models")
+        if self.embeddings == "union":
+            raise ConfigError(
+                "union makes a vocabulary of its own, which kind: merge does not: write a file of "
+                "mergekit (merge_method, tokenizer_source: union), or use merge_common_rows",
+                key="embeddings",
+            )
         operator = named_operator(self.operator, injected=False)
         check_task(operator, self.task, self.models_with_tasks())
         check_statistics(operator, self.data, self.statistics)

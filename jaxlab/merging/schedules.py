@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.merging.numbers import Kind, Rule, Scalar, Setting
-from jaxlab.merging.operators.registry import Parameter
+from jaxlab.merging.operators.declarations import Parameter
 
 Number = Scalar | tuple[Scalar, ...] | tuple[Rule, ...]
 """A scalar; a gradient over layers; or rules, of which the first that fits a tensor's name decides."""

@@ -17,14 +17,19 @@ from jaxlab.merging.statistics import Statistics
 _SAMPLE = 4096
 """Elements of a row that a fingerprint reads."""
 _AGAIN = "measure them again with data:, or name the file of these"
+_OF_MERGED = ("adamerging", "regmean_plusplus")
+"""Operators whose statistics are measured in what their own merge makes."""
 
 
-def save_statistics(path: str | Path, operator: str, inputs: Sequence[Input], statistics: Statistics) -> None:
+def save_statistics(
+    path: str | Path, operator: str, inputs: Sequence[Input], plan: MergePlan, statistics: Statistics
+) -> None:
     """Writes statistics into a safetensors file, whole or not at all: `model/name` for each model's; with the
-    operator and the models that they are of.
+    operator and the models that they are of, and the numbers of the merge where they were measured in it.
 
     Args:
       inputs: the models of the merge, the base last.
+      plan: the merge that they were measured for.
 
     Raises:
       UserError: the file exists or cannot be written.
@@ -40,6 +45,8 @@ def save_statistics(path: str | Path, operator: str, inputs: Sequence[Input], st
     }
     models = [[one.role, str(one.model.path), fingerprint(one)] for one in inputs]
     metadata = {"operator": _measured(operator), "models": json.dumps(models)}
+    if _measured(operator) in _OF_MERGED:
+        metadata["numbers"] = json.dumps(_numbers(_measured(operator), plan))
     write_atomic(Path(path), save(tensors, metadata=metadata))
 
 
@@ -88,6 +95,8 @@ def check_statistics_file(
                 f"{path}: holds statistics for {made_for} of {listed}; its {role} {name} is another model "
                 f"than {one.model.path}; {_AGAIN}"
             )
+    if made_for in _OF_MERGED:
+        _check_numbers(path, made_for, metadata.get("numbers"), plan)
     for tensor in plan.tensors:
         if tensor.merging is None:
             continue
@@ -133,6 +142,49 @@ def fingerprint(one: Input) -> str:
         for row in dict.fromkeys((0, count // 2, count - 1)):
             digest.update(np.ascontiguousarray(tensor.read_rows(row, row + 1).ravel()[:_SAMPLE]).tobytes())
     return digest.hexdigest()
+
+
+def _numbers(operator: str, plan: MergePlan) -> dict[str, str]:
+    """Of statistics that were measured in the merged model: what that is made with besides the models. A
+    digest, and lines for people."""
+    steps = [(tensor.name, tensor.merging) for tensor in plan.tensors if tensor.merging is not None]
+    made: list[Any] = [(name, step.weights, step.rows) for name, step in steps]
+    told = {"weights": {step.weights for _, step in steps}}
+    if operator != "adamerging":  # its coefficients are learned on sums of task vectors
+        made = [
+            (*own, step.operator, step.mode, step.parameters)
+            for own, (_, step) in zip(made, steps, strict=True)
+        ]
+        told["parameters"] = {tuple(f"{k} {v}" for k, v in step.parameters) for _, step in steps}
+    listed = lambda values: ", ".join(map(str, values)) or "none"
+    lines = {
+        name: listed(next(iter(values)) or ()) if len(values) == 1 else "that differ from tensor to tensor"
+        for name, values in told.items()
+    }
+    return {"digest": hashlib.sha256(repr(sorted(made)).encode()).hexdigest(), **lines}
+
+
+def _check_numbers(path: str | Path, operator: str, stored: str | None, plan: MergePlan) -> None:
+    """Whether statistics that were measured in the merged model are of a merge with these numbers.
+
+    Raises:
+      UserError: they are of other numbers, or it is not known of which.
+    """
+    here = _numbers(operator, plan)
+    try:
+        made = json.loads(stored or "")
+        digest, told = made["digest"], {name: str(made[name]) for name in here if name != "digest"}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path}: does not say of which weights it holds statistics, and those of {operator} depend on "
+            f"them; {_AGAIN}"
+        ) from None
+    if digest != here["digest"]:
+        each = [f"{name} {told[name]} (here {here[name]})" for name in told if told[name] != here[name]]
+        of = "; ".join(each) or "tensors or rows that are merged otherwise here"
+        raise UserError(
+            f"{path}: {operator} measures in the merged model, and this holds statistics of {of}; {_AGAIN}"
+        )
 
 
 def _measured(operator: str) -> str:

@@ -1,7 +1,9 @@
 """Bytes on their way through a merge: elements of the inputs' tensors in, those of the output out, hashed."""
 
+import ctypes
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -228,6 +230,21 @@ def aligned(nbytes: int) -> np.ndarray:
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + nbytes]
+
+
+def keep_freed_pages() -> None:
+    """Has the C library keep up to 128 MB of what was freed. By default glibc hands the pages of every chunk
+    back to the system and gets them anew for the next one, which takes a third of a merge's CPU time.
+    Elsewhere nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, 1 << 27)
+        mallopt(_MMAP_THRESHOLD, 1 << 25)  # the largest that it takes
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h."""
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -46,7 +46,8 @@ def forward(
     Args:
       params: a plain nested dict, as `init_params` makes it.
       probe: streams flows out of attention, reads or changes its weights (kernels_pallas/flow).
-      patches: changes of named activations (see taps.py).
+      patches: changes of named activations (see taps.py); with a cache of head_output alone, whose
+        positions then count from the cache's end on.
       cache: what the tokens continue (segment_ids then mark padding at the right end only).
       made: makes each layer's parameters where it runs (see `MadeLayers`).
       logit_positions: the tokens of each row whose logits (and hidden) come back, [B, P, ...]; None: all. The
@@ -55,16 +56,16 @@ def forward(
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
-        has no row for, a text longer than a table of learned positions, a probe, patches or an
-        attention_mask together with a cache, positions that are given
+        has no row for, a text longer than a table of learned positions, a probe, other patches than of
+        head_output or an attention_mask together with a cache, positions that are given
         together with a cache of NSA, which counts its blocks itself, patches of what is not there,
         logit_positions or logit_tokens together with patches of what comes after the last layer, or
         parameters that are not those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
-    if (probe is not None or patches) and cache is not None:
-        raise ValueError("probes and patches are for whole sequences; they cannot be used with a cache")
+    if cache is not None and (probe is not None or any(patch.name != "head_output" for patch in patches)):
+        raise ValueError("probes and patches other than of head_output cannot be used with a cache")
     if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
     if cache is not None and "attention_mask" in batch:

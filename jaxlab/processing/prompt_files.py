@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab.errors import UserError
+from jaxlab.files import read_bounded
 from jaxlab.processing.chat import Message, check_messages
 
 MOST_BYTES = 1 << 30
@@ -151,7 +152,7 @@ def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: too large for a file of prompts")
-        return path.read_text(encoding="utf-8-sig")
+        return read_bounded(path, MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid UTF-8 (at its byte {error.start + 1})") from None
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxlab.reporting import plots
-from jaxlab.reporting.folders import RunFolder
+from jaxlab.reporting.folders import RunFolder, distinct_labels
 from jaxlab.reporting.formats import duration
 from jaxlab.reporting.markup import Markup, join, tag
 from jaxlab.reporting.style import CSS
@@ -136,12 +136,12 @@ def run_list(runs: Sequence[RunFolder]) -> Markup:
     rows = [
         tag(
             "div",
-            tag("b", run.label),
+            tag("b", name),
             f" · {run.task} · {duration(run.seconds)} · ",
             tag("code", run.name),
             tag("code", run.command, class_="command") if run.command else None,
         )
-        for run in runs
+        for run, name in zip(runs, distinct_labels(runs), strict=True)
     ]
     return tag("div", *rows, class_="runs")
 

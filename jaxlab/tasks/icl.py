@@ -60,6 +60,9 @@ Name = Literal[
     "heads",
 ]
 
+MOST_PROMPTS = 1 << 20
+"""Of a run, and of a batch: they are made before anything is measured."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -134,8 +137,8 @@ class Config:
         if not self.model:
             raise ConfigError("which model? give a folder or the config of a train run", key="model")
         for name in ("examples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+            if not 1 <= getattr(self, name) <= MOST_PROMPTS:
+                raise ConfigError(f"must be from 1 to {MOST_PROMPTS}, is {getattr(self, name)}", key=name)
         for name in ("analyses", "seeds"):
             values = getattr(self, name)
             if not values:
@@ -253,6 +256,7 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: st
         ) as progress:
             found[analysis.name] = run_analysis(analysis, study, store, progress.update)
         seconds[analysis.name] = time.perf_counter() - started
+        _tell_left_out(analysis.name, found[analysis.name].get("left_out", 0))
         if analysis.name == Answers.name:
             _check_answers(found[Answers.name]["no_prediction"], asked, opened)
     answers = found["answers"]
@@ -295,6 +299,13 @@ def _check_answers(missing: int, asked: int, opened: OpenModel) -> None:
             "loyalties are over the others",
             UserNote,
             stacklevel=3,
+        )
+
+
+def _tell_left_out(name: str, count: int) -> None:
+    if count:
+        warnings.warn(
+            f"{name}: {count} prompts are left out, their flows hold NaN or infinity", UserNote, stacklevel=3
         )
 
 

@@ -235,11 +235,8 @@ def _with_progress[T](arguments: Arguments, out: Path, size: int, write: "Callab
 def _written(arguments: Arguments, out: Path, account: "MergeAccount") -> None:
     from jaxlab.errors import UserNote
 
-    bad = [line for line in account.lines if line.not_finite]
-    if bad:
-        listed = ", ".join(f"{line.name} ({line.not_finite})" for line in bad[:3])
-        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
-        warnings.warn(f"{out}: NaN or infinite values in {listed}{more}", UserNote, stacklevel=2)
+    if bad := account.not_finite():
+        warnings.warn(f"{out}: NaN or infinite values in {bad}", UserNote, stacklevel=2)
     print(f"written: {out}")
     if arguments.verify:
         _verify(out, account)

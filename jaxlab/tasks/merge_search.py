@@ -5,24 +5,21 @@ evaluations, unless the config says otherwise. Every point is a line of points.j
 which a search that was killed goes on.
 """
 
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jaxlab import config as configs
 from jaxlab.app import Run, command_line, model_folder
-from jaxlab.checkpoints import OpenModel, leaf_at, open_model
-from jaxlab.data import DataConfig, Source, make_source
-from jaxlab.errors import ConfigError, UserNote
-from jaxlab.evaluation import Questions, QuestionsConfig, prepare_questions
+from jaxlab.checkpoints import OpenModel, open_model
+from jaxlab.data import Source, make_source
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.evaluation import Questions, prepare_questions
 from jaxlab.files import write_atomic, write_json
 from jaxlab.icl import flows
 from jaxlab.merging import (
@@ -36,18 +33,14 @@ from jaxlab.merging import (
     InjectRecipe,
     Journal,
     Measuring,
-    SearchMethod,
     Space,
     Split,
     Trio,
-    Way,
     answered,
     check_same_architecture,
-    check_way,
     compare_task_vectors,
     learned_on,
     note_dequantized,
-    operator_named,
     own_answers,
     plan_injection,
     prepare_merge,
@@ -56,159 +49,17 @@ from jaxlab.merging import (
     save_merged,
     score_tokens,
     search_entry,
+    stack_batches,
     text_only,
     token_measure,
     write_merge,
 )
 from jaxlab.models import Params
+from jaxlab.tasks.merge_search_config import Config as Config
 
 SPLITS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 UNSAVED = "results-unsaved.json"
 """All results, while the models are being written; results.json says that those are there too."""
-MAX_STEPS = 64
-"""Steps of the dtype by which sums in another order may move a parameter."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Search for the weights, parameters and operators with which an expert's skill shows in a VLM."""
-
-    vlm: str = ""
-    """A model folder, a run folder, or the config of a finished train run."""
-    expert: str = ""
-    """A language model fine-tuned from the base."""
-    base: str = ""
-    """The language model that both come from."""
-    method: SearchMethod = "grid"
-    """How points are chosen where an entry of operators does not say it."""
-    operators: dict[str, Space] = field(default_factory=lambda: {"task_arithmetic": Space()})
-    """What is tried: by a name, which is the operator's unless the entry names one."""
-    evaluations: int = 0
-    """Of every entry that is no grid; 0: as many as the grids have points."""
-    equal_points: bool = True
-    """Refuse entries with different numbers of evaluations: one tried more often would look better by that
-    alone."""
-    evaluate: dict[str, DataConfig | QuestionsConfig] = field(default_factory=dict)
-    """Data sets by name: of batches exact match of the answers is measured, of questions what they say."""
-    choose: tuple[str, ...] = ()
-    """Names of the data sets whose mean score on the validation split is the skill to be gained; none: all of
-    them."""
-    choose_by: tuple[Way, ...] = ("labels",)
-    """How a point is chosen: by labels; without any by the entropy of its own answers, or by how little they
-    change to the neighbours on the grid. All are reported, the first one decides."""
-    keep: tuple[str, ...] = ()
-    """Names of the data sets whose mean score is the skill to be kept: a front of gained and kept."""
-    keep_at_least: float = 0.0
-    """Choose by labels among the points that keep this share of what the VLM has of `keep`."""
-    profile_on: str = ""
-    """The data set of the expert's skill that its information flow is measured on, for `layers: flows`; by
-    default the first one without images."""
-    batch_size: int = 64
-    """Sequences in a batch."""
-    batches: int = 8
-    """At most so many batches of each split; of questions all."""
-    chunk: int = 8
-    """Points done in one call of the compiled program, one after the other."""
-    in_forward: bool = False
-    """Merge each layer where it runs: no merged copy of the layers exists, and every batch merges anew."""
-    embeddings: Literal["vlm", "merge_common_rows", "merge"] = "vlm"
-    """Embedding and head: the VLM's; merged where the tokenizers agree; merged as far as all have rows."""
-    differences: dict[str, Literal["vlm"]] = field(default_factory=dict)
-    """Settings that may differ between the models, as in a recipe: {rope.theta: vlm}."""
-    mode: Literal["paper", "mergekit"] = "paper"
-    """Operators as published, or as mergekit computes them."""
-    seed: int = 0
-    """Of random masks, and of points that are drawn."""
-    save: Literal["best", "each", "none"] = "best"
-    """Which models are written: the best one as model/, or that of each entry below models/. The recipe of
-    each is written in any case."""
-    examples: int = 6
-    """Questions, of the first data set that decides, which the VLM and the best model answer for people to
-    read."""
-
-    def __post_init__(self) -> None:
-        for name in ("vlm", "expert", "base", "operators", "evaluate"):
-            if not getattr(self, name):
-                raise ConfigError(
-                    "missing; a search needs the three models, operators and evaluate", key=name
-                )
-        for name in ("batch_size", "batches", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
-        for name in ("examples", "evaluations"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"must not be negative, is {getattr(self, name)}", key=name)
-        for key in ("choose", "keep", "profile_on"):
-            given = getattr(self, key)
-            for name in (given,) if isinstance(given, str) else given:
-                if name and name not in self.evaluate:
-                    raise ConfigError(f"no data set {name!r}; there are {', '.join(self.evaluate)}", key=key)
-        if not self.choose_by:
-            raise ConfigError("missing; labels, entropy or neighbours", key="choose_by")
-        if not 0 <= self.keep_at_least <= 1:
-            raise ConfigError(f"is a share, from 0 to 1, not {self.keep_at_least}", key="keep_at_least")
-        if self.keep_at_least and not self.keep:
-            raise ConfigError("which skill is to be kept? name its data sets", key="keep")
-        for label, space in self.entries.items():
-            try:
-                space.check(self.mode)
-                for way in self.choose_by:
-                    check_way(way, space)
-            except ConfigError as error:
-                raise error.inside(("operators", label)) from None
-            if space.method == "gradient" and not set(self.chosen_by) & set(self.token_sets):
-                raise ConfigError(
-                    f"{label} learns on batches of tokens, and choose names questions alone", key="choose"
-                )
-            if space.layers == "flows" and not self.token_sets:
-                raise ConfigError(f"{label} needs a data set of tokens for its flows", key="evaluate")
-        for name in self.chosen_by if "neighbours" in self.choose_by else ():
-            data = self.evaluate[name]
-            if isinstance(data, QuestionsConfig) and data.measure == "perplexity":
-                raise ConfigError(f"{name} has no answers that could differ", key="choose_by")
-        self._check_effort()
-
-    def _check_effort(self) -> None:
-        sizes = {label: self.evaluations_of(label) for label in self.entries}
-        for label, size in sizes.items():
-            if not size:
-                raise ConfigError(
-                    f"missing: how many points does {label} try? no grid tells it", key="evaluations"
-                )
-        if self.equal_points and len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ConfigError(
-                f"different numbers of evaluations ({listed}); make them equal, or set equal_points to false",
-                key="operators",
-            )
-
-    @property
-    def entries(self) -> dict[str, Space]:
-        """What is tried, by name, each with operator and method."""
-        return {label: space.named(label, self.method) for label, space in self.operators.items()}
-
-    def evaluations_of(self, label: str) -> int:
-        """How many evaluations an entry has; 0: nothing tells it."""
-        space = self.entries[label]
-        if space.method == "grid":
-            return len(space.points())
-        grids = {len(s.points()) for s in self.entries.values() if s.method == "grid"}
-        return self.evaluations or (grids.pop() if len(grids) == 1 else 0)
-
-    @property
-    def token_sets(self) -> dict[str, DataConfig]:
-        """The data sets that are batches of tokens."""
-        return {n: data for n, data in self.evaluate.items() if not isinstance(data, QuestionsConfig)}
-
-    @property
-    def question_sets(self) -> dict[str, QuestionsConfig]:
-        """The others."""
-        return {n: data for n, data in self.evaluate.items() if isinstance(data, QuestionsConfig)}
-
-    @property
-    def chosen_by(self) -> tuple[str, ...]:
-        """The data sets that decide."""
-        return self.choose or tuple(self.evaluate)
 
 
 def inputs(config: Config) -> dict[str, str]:
@@ -242,6 +93,7 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
+    journal = Journal(run.path)
     models = _models(config)
     note_dequantized(models)
     trio = read_trio(*models, differences=config.differences)
@@ -264,14 +116,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     spaces = config.entries
     profile = None
     if any(space.layers == "flows" for space in spaces.values()):
-        profile = flow_profile(trio, validation, config.profile_on)
+        profile = flow_profile(trio, with_questions(validation, asked["expert"], config), config.profile_on)
     learned = None
     if any(space.method == "gradient" for space in spaces.values()):
         needed = any(s.method == "gradient" and s.loss == "entropy" for s in spaces.values())
-        names = [name for name in config.chosen_by if name in config.token_sets]
-        answers = {name: own_answers(name, validation[name])[1:] for name in names} if needed else {}
-        learned = learned_on(validation, names, answers)
-    journal = Journal(run.path)
+        learnable = with_questions(validation, asked["vlm"], config)
+        names = [name for name in config.chosen_by if name in learnable]
+        if not names:
+            raise UserError("method gradient: no question of choose has a right answer that it can learn on")
+        answers = {name: own_answers(name, learnable[name])[1:] for name in names} if needed else {}
+        learned = learned_on(learnable, names, answers)
     found: dict[str, Any] = {}
     for label, space in spaces.items():
         effort = Effort(config.evaluations_of(label), config.seed, profile, learned)
@@ -320,6 +174,14 @@ def _prepared_questions(config: Config, models: Sequence[OpenModel]) -> dict[str
                 if role == "vlm" or not found["vlm"][split][name].has_images:
                     found[role][split][name] = prepare_questions(data, opened, split)
     return found
+
+
+def with_questions(data: Data, asked: Asked, config: Config) -> Data:
+    """Validation data with the questions that have right answers, as batches of tokens."""
+    batches = {
+        name: q.batches(config.batch_size)[: config.batches] for name, q in asked["validation"].items()
+    }
+    return data | {name: stack_batches(own) for name, own in batches.items() if own}
 
 
 def _unmerged(
@@ -488,33 +350,28 @@ def _write(
         command=command_line("merge", "recipe.yaml", "--out", f"{out.name}-again", "--verify"),
         overwrite=True,
     )
-    # Leaf by leaf: names of tensors depend on the layout of the VLM's folder.
-    written = open_model(out).read()
-    scope = operator_named(recipe.operator).scope(recipe.mode, recipe.options())
-    paths = [path for entry in evaluator.plan.merged for path in entry.paths]
-    apart = {".".join(path): _apart(leaf_at(written, path), leaf_at(params, path)) for path in paths}
-    sums = scope in ("tensor", "matrix", "model")  # over tensors that are whole here and in blocks there
-    if wrong := [name for name, steps in apart.items() if steps > (MAX_STEPS if sums else 0)]:
+    check_written(out, params)
+
+
+def check_written(out: Path, params: Params) -> None:
+    """Whether a model on disk is the one in memory, bit for bit: leaf by leaf, since names of tensors depend
+    on the layout of its folder.
+
+    Raises:
+      RuntimeError: it is another one.
+    """
+    leaves_of = jax.tree_util.tree_leaves_with_path
+    flat = lambda tree: {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves_of(tree)}
+    measured, written = flat(params), flat(open_model(out).read())
+    wrong = [name for name in sorted(measured | written) if not _same(measured.get(name), written.get(name))]
+    if wrong:
         raise RuntimeError(f"{out}: {len(wrong)} parameters are not those that were measured: {wrong[0]}")
-    if rounded := [name for name, steps in apart.items() if steps]:
-        warnings.warn(
-            f"{out}: {recipe.operator} sums over whole tensors, and {len(rounded)} parameters were rounded "
-            f"otherwise when they were measured: {rounded[0]}",
-            UserNote,
-            stacklevel=2,
-        )
 
 
-def _apart(one: Any, other: Any) -> float:
-    """The largest distance in steps of the dtype at the largest value; inf: another dtype or shape."""
-    a, b = np.asarray(one), np.asarray(other)
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return np.inf
-    if a.tobytes() == b.tobytes():
-        return 0.0
-    step = float(jnp.finfo(a.dtype).eps) * float(np.abs(a).max().astype(np.float64))
-    distance = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
-    return float(distance / step) if distance and step else float(np.inf if distance else 1)
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return one.tobytes() == other.tobytes()
 
 
 def recipe_of(config: Config, space: Space, point: Mapping[str, Any]) -> InjectRecipe:

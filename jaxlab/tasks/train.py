@@ -2,7 +2,7 @@
 bottom."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
 from jaxlab.models import (
     Batch,
+    ModelConfig,
     Params,
     batch_shardings,
     check_batch,
@@ -57,6 +58,8 @@ from jaxlab.training import (
 
 Config = TrainConfig
 
+MOST_BYTES = 1 << 50
+"""Of what is refused at once as a mistake: a pebibyte."""
 SHOWN = (
     "loss",
     "validation.eval_loss",
@@ -229,6 +232,7 @@ def prepare(config: Config) -> Setup:
     optimizer = make_optimizer(config.optimizer, config.model, config.steps)
     if config.spikes.action != "stop":
         optimizer = skip_spikes(optimizer, config.spikes)
+    _check_size(abstract_state(config.model, optimizer), batch, config.model)
     shardings = state_shardings(config.model, optimizer, mesh)
     step = functools.partial(
         train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
@@ -236,6 +240,23 @@ def prepare(config: Config) -> Setup:
     update = jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
     evaluate = jax.jit(on_mesh(functools.partial(evaluate_step, config=config.model), mesh))
     return Setup(mesh, source, batch, initial, optimizer, shardings, update, evaluate)
+
+
+def _check_size(state: State, batch: Mapping[str, jax.ShapeDtypeStruct], model: ModelConfig) -> None:
+    """Refuses what no machine holds, before a compiler's own sizes overflow.
+
+    Raises:
+      UserError: the state or the activations of one layer, or the logits, are larger than that.
+    """
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    rows, length = batch["tokens"].shape
+    widest = 4 * rows * length * max(model.width, model.mlp_width, model.vocab_size)
+    for what, size, keys in (
+        ("parameters and optimizer", state_bytes, "the model's sizes"),
+        ("the widest activation of a batch", widest, "batch_size or the model's sizes"),
+    ):
+        if size > MOST_BYTES:
+            raise UserError(f"{what} would take {size:.3g} bytes, more than any machine has; lower {keys}")
 
 
 def _place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

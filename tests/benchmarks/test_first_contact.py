@@ -10,10 +10,13 @@ from pathlib import Path
 
 import first_contact
 import pytest
-from first_contact_parts import report, runner
+from first_contact_parts import report, runner, smoke
 from first_contact_parts.runner import Outcome
 from first_contact_parts.steps import Step
 
+from jaxlab import config as configs
+from jaxlab.config.command_line import from_mapping
+from jaxlab.tasks import TASKS
 from kernels_pallas.nsa import records
 from kernels_pallas.nsa.checking import CASES
 
@@ -259,6 +262,32 @@ def test_wrong_arguments_are_told_before_anything_runs(tmp_path, capsys, words, 
     assert left.value.code == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        ("nsa_sparse", smoke.KERNELS | smoke.SHORT),
+        ("nsa_sparse", smoke.SMALL | smoke.SHORT),
+        ("nsa_full", smoke.SMALL | smoke.SHORT),
+        ("digits_base", smoke.SHORT),
+    ],
+)
+def test_what_the_smoke_changes_in_a_config_is_valid(monkeypatch, config, more):
+    monkeypatch.chdir(ROOT)
+    schema = TASKS.find("train").schema()
+    configs.load(schema, f"{smoke.QUICKSTART}/{config}.yaml", from_mapping(schema, more))
+
+
+def test_a_folder_of_somebody_else_stays_as_it_is(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(tmp_path, fake("one", "fine"))[0] == 0
+    assert run(tmp_path, fake("one", "fine"))[0] == 0  # what an earlier run wrote is written anew
+    (out / "results.json").write_text("[1]")
+    with pytest.raises(SystemExit):
+        first_contact.main(["--out", str(out)])
+    assert "results.json there is not of this script" in capsys.readouterr().err
+    assert (out / "results.json").read_text() == "[1]"
 
 
 def test_the_summary_names_errors_times_and_what_is_not_there():

@@ -22,9 +22,9 @@ def test_the_page_follows_from_the_results(tmp_path):
     assert len(runs) >= 2
     assert module.page(runs) == (DOCS / "icl_results.md").read_text(encoding="utf-8")
     for run in runs:
-        for name in module.DRAWN:
-            drawn = run.get(name) and (name != "attention" or run.get("attention", "aucroc"))
-            assert bool(drawn) == (DOCS / "icl" / f"{run.label}_{name}.svg").exists()
+        drawn = {*module.pictures(run), *(["figure1"] if run.get("figure1") else [])}
+        shown = {*module.DRAWN, *module.AFTER, "figure1"}
+        assert {n for n in shown if (DOCS / "icl" / f"{run.label}_{n}.svg").exists()} == drawn
     # Other figures, another page: nothing is written by hand.
     kept = json.loads((DOCS / "results" / "icl" / "smollm2_trec.json").read_text())
     kept["results"]["flows"]["share"]["wp"] = [0.1] * len(kept["results"]["flows"]["share"]["wp"])

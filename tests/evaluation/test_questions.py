@@ -122,6 +122,36 @@ def test_continuations_are_as_likely_as_in_one_text(variant):
         np.testing.assert_allclose(entropy[row], -(np.exp(before) * before).sum(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("measure", "more", "right"),
+    [
+        ("exact_match", {"answer": ["cd", "x"]}, ["cd", "cd", "cd"]),
+        ("multiple_choice", {"choices": ["xyz", "cd"], "answer": 1}, ["cd", "cd", "cd"]),
+        ("rules", {"rules": [{"kind": "lower"}]}, []),
+    ],
+)
+def test_right_answers_as_batches_of_tokens(opened, tmp_path, measure, more, right):
+    """For losses: what is marked is the answer and its end, and a model that knows it has no loss."""
+    rows = [{"prompt": prompt, **more} for prompt in ("b", "ab", "hello")]
+    config = QuestionsConfig(
+        path=write(tmp_path / "q.jsonl", rows), validation_share=0.0, measure=measure, chat=False
+    )
+    questions = prepare_questions(config, opened, "test")
+    batches = questions.batches(2)
+    assert [batch["tokens"].shape for batch in batches] == ([(2, 32), (1, 32)] if right else [])
+    found = []
+    for batch in batches:
+        for tokens, segments, mask in zip(
+            batch["tokens"], batch["segment_ids"], batch["loss_mask"], strict=True
+        ):
+            (places,) = np.nonzero(mask)
+            assert places.tolist() == list(range(places[0], int(segments.sum())))
+            *answer, end = tokens[places].tolist()
+            assert end in questions.ends
+            found.append(opened.tokenizer.decode(answer).strip())
+    assert found == right
+
+
 def test_words_and_f1():
     assert exactly("The  Cat.", "a cat", True)
     assert not exactly("The cat", "a cat", False)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -14,7 +15,16 @@ from jaxlab.checkpoints.formats.orbax_folder import OrbaxFolder
 from jaxlab.config import dump
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError, UserNote
-from jaxlab.icl import Blocking, ChunkStore, FlowShares, make_prompts, token_texts, unpack_maps
+from jaxlab.icl import (
+    Blocking,
+    ChunkStore,
+    Faithfulness,
+    FlowShares,
+    ManyShot,
+    make_prompts,
+    token_texts,
+    unpack_maps,
+)
 from jaxlab.icl.analyses.answers import accuracy
 from jaxlab.icl.analyses.base import deviation, mean
 from jaxlab.icl.analyses.blocking import _measure
@@ -89,6 +99,8 @@ def test_mistakes(config):
         Blocking(layers=(0,))
     with pytest.raises(UserError, match="the model has 2 layers, not 3"):
         analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(1, 3))))
+    with pytest.raises(UserError, match="the model has 2 layers, not 5"):  # asked for, it is not replaced
+        analyse.check(dataclasses.replace(config, blocking=Blocking(layers=(5,))))
     with pytest.warns(UserNote, match="the model has 2 layers, so 1 in place of 5, the default"):
         analyse.check(dataclasses.replace(config, analyses=("blocking",), blocking=Blocking()))
     with pytest.raises(UserError, match="vocabulary"):
@@ -191,6 +203,56 @@ def test_a_model_without_any_prediction_is_one_line(config, tmp_path):
         pytest.raises(UserError, match="no prompt has a prediction, the logits of all 16 hold NaN"),
     ):
         execute("icl", broken, outputs=tmp_path)
+
+
+@pytest.fixture
+def quick():
+    """Programs that run once are compiled in half the time without optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_one_prompt_with_nan_is_left_out(config, tmp_path, quick):
+    """A token whose row of the embedding is NaN stands in one prompt: all others are as without it."""
+    opened = open_model(config.model)
+    model = dataclasses.replace(opened.config, tie_embeddings=False)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(3))
+    (chunk,) = make_prompts(config.data, opened).batches(1, 8, 8)
+    once = [t for t in np.unique(chunk.batch["tokens"]) if (chunk.batch["tokens"] == t).any(1).sum() == 1]
+    at = int(np.flatnonzero((chunk.batch["tokens"] == once[0]).any(1))[0])
+    found = {}
+    for name in ("sound", "broken"):
+        if name == "broken":
+            table = params["embedding"]["table"].at[once[0]].set(np.nan)
+            params = {**params, "embedding": {"table": table}}
+        save_model(tmp_path / name, model, params, opened.tokenizer)
+        asked = dataclasses.replace(
+            config,
+            model=str(tmp_path / name),
+            analyses=("flows", "faithfulness", "heads", "many_shot", "figure1"),
+            many_shot=ManyShot(shots=(2,)),
+            faithfulness=Faithfulness(layers=(1,)),
+            batch_size=8,
+            seeds=(1,),
+        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserNote)
+            found[name] = execute("icl", asked, outputs=tmp_path)
+    notes = [str(note.message) for note in told]
+    for name in ("flows", "faithfulness", "heads", "many_shot"):
+        assert f"{name}: 1 prompts are left out, their flows hold NaN or infinity" in notes
+        assert [found[one].results[name]["left_out"] for one in found] == [0, 1]
+    assert found["broken"].results["heads"]["prompts"] == 7
+    assert np.isfinite(found["broken"].results["heads"]["scores"]["function_vector"]).all()
+    assert np.isfinite(found["broken"].results["faithfulness"]["of_means"]["spearman"])
+    sums = {}
+    for name, run in found.items():
+        with np.load(run.path / "records" / "flows.npz") as file:
+            sums[name] = file["sums_1"]
+    assert np.isnan(sums["broken"][at]).all()
+    others = np.arange(8) != at
+    np.testing.assert_array_equal(sums["broken"][others], sums["sound"][others])
 
 
 def test_prompts_without_a_prediction_count_nowhere():

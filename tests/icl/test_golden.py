@@ -196,7 +196,7 @@ def test_scores_of_heads(model):
     means = np.asarray(heads.head_outputs(params, BATCH, config, LAST)).mean(0)
     other = {"tokens": np.array(golden["shuffled"], np.int32)}
     chosen = np.array([(layer, head) for layer in range(3) for head in range(3)], np.int32)
-    patched = heads.patched_logits(params, other, config, LAST, means, chosen)
+    patched = heads.patched_logits(params, other["tokens"], config, LAST, means, chosen)
     plain, _ = attention_at(params, other, config, LAST, np.zeros((len(LAST), 1), np.int32))
     effects = heads.indirect_effects(np.asarray(plain), np.asarray(patched), NAMES[0][LABELS])
     np.testing.assert_allclose(effects.reshape(3, 3), golden["indirect_effects"], rtol=2e-3, atol=1e-7)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import open_model
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.icl import ImagePrompts, ImagePromptsConfig, flows, make_prompts
 from jaxlab.tasks import execute
 from jaxlab.tasks import icl as task
@@ -139,6 +139,13 @@ def test_bad_rows_are_one_line(place, tmp_path, row, message):
     with pytest.raises(UserError, match=message) as caught:
         prompts_of((place[0], data)).batches(1, 1, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_without_an_image_are_told(place, tmp_path):
+    data = table(tmp_path / "data", [*ROWS, {"image": "", "prompt": "w1", "answer": "w2"}])
+    with pytest.warns(UserNote, match=r"1 of 3 rows name no image .*the first: .*prompts\.jsonl line 3"):
+        prompts = prompts_of((place[0], data))
+    assert [len(row.images) for row in prompts.rows] == [1, 1, 0]
 
 
 def test_models_and_analyses_that_do_not_fit_are_refused(place, tmp_path):

@@ -249,6 +249,15 @@ def another_width(trio):
             trio.expert[name] = np.pad(x, more)
 
 
+def with_biases(trio):
+    """A setting that no list of sizes has."""
+    trio.text["attention_bias"] = True
+    for i in range(LAYERS):
+        for part in "qkvo":
+            name = f"model.layers.{i}.self_attn.{part}_proj"
+            trio.expert[f"{name}.bias"] = np.zeros(len(trio.expert[f"{name}.weight"]), np.float32)
+
+
 PLANTED = {
     swap_tokens: ("harms", "token_ids", "give 10 tokens other ids ('w10', 'w11'"),
     another_tokenizer: ("breaks", "tokenizer", "1 of 60 tokens have the same id"),
@@ -282,6 +291,7 @@ PLANTED = {
     no_tokenizer: ("note", "tokenizer_unknown", "expert has no tokenizer"),
     dtypes: ("note", "dtype", "expert is float16"),
     another_width: ("breaks", "architecture", "mlp_width"),
+    with_biases: ("breaks", "architecture", "attention_bias is False in vlm and True in expert: the tensors"),
 }
 
 
@@ -300,7 +310,7 @@ def test_what_is_planted_is_found_and_named(trio, plant):
     assert {f.cause for f in found} <= allowed, found
 
 
-ALSO = {another_width: ("tensors",), scaled: ("lopsided",)}
+ALSO = {another_width: ("tensors",), with_biases: ("tensors",), scaled: ("lopsided",)}
 """What else may be said, since it is true too."""
 
 

@@ -36,6 +36,8 @@ from jaxlab.merging import (
     write_merge,
 )
 from jaxlab.merging.layout import layout
+from jaxlab.merging.matrix_work import matrix_seconds
+from jaxlab.merging.operators import AFTERWARDS, OPERATORS, operator_named
 from jaxlab.tasks import main
 from tests.checkpoints import folders
 
@@ -356,7 +358,7 @@ def test_not_finite_values_are_counted_and_refused(place, tmp_path, capsys):
 
     llama(tmp_path / "bad", 2, change=spoil)
     recipe = injection(place, expert=str(tmp_path / "bad"))
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight: 2 of 96 values would be NaN"):
+    with pytest.raises(UserError, match=r"be in model\.layers\.1\.mlp\.up_proj\.weight \(2\); `inspect"):
         write(recipe, tmp_path / "out")
     assert list(tmp_path.glob("out")) == list(tmp_path.glob(".out*")) == []
     account = write(recipe, tmp_path / "out", allow_not_finite=True)
@@ -364,8 +366,11 @@ def test_not_finite_values_are_counted_and_refused(place, tmp_path, capsys):
     assert counts == {"model.layers.1.mlp.up_proj.weight": 2}  # the head stays the VLM's
     # A copied tensor is looked at, too.
     recipe = injection(place, vlm=str(tmp_path / "bad"), expert=str(place / "two"))
-    with pytest.raises(UserError, match=r"lm_head\.weight: 1 of 192 values"):
-        write(recipe, tmp_path / "out2", threads=1)
+    both = r"(lm_head\.weight \(1\)|, |model\.layers\.1\.mlp\.up_proj\.weight \(2\)){3};"
+    for many in (1, 2):
+        with pytest.raises(UserError, match=both):
+            write(recipe, tmp_path / "out2", threads=many)
+    assert list(tmp_path.glob("out2")) == list(tmp_path.glob(".out2*")) == []
 
 
 @pytest.mark.parametrize(
@@ -451,6 +456,20 @@ def test_needs_count_every_tensor(place):
     needs, size = needs_of(prepared), sum(t.nbytes for t in open_folder(place / "one").values())
     assert needs.written_bytes == size
     assert needs.read_bytes == 3 * size
+
+
+def test_what_matrices_take_grows_with_their_arithmetic():
+    """Every operator that decomposes or multiplies them has a figure."""
+    named = [*OPERATORS, *(f"ties+{name}" for name in AFTERWARDS)]
+    of_matrices = [name for name in named if operator_named(name).scope("paper") == "matrix"]
+    assert len(of_matrices) >= 9
+    for name in of_matrices:
+        small, large = (matrix_seconds(name, {}, (n, n)) for n in (512, 1024))
+        assert large == pytest.approx(8 * small), name
+        assert small > 0.01, name
+        assert matrix_seconds(name, {}, (512,)) == 0.0
+    few, many = (matrix_seconds("wudi", {"steps": n}, (64, 64)) for n in (30, 300))
+    assert many == pytest.approx(10 * few)
 
 
 def test_a_gguf_file_gives_its_dequantised_tensors(tmp_path, capsys):

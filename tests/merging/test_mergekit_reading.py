@@ -18,6 +18,7 @@ from jaxlab.merging.mergekit import stages
 from jaxlab.merging.mergekit.reading import parse_mergekit_file
 from jaxlab.merging.mergekit.templates import TEMPLATES
 from jaxlab.tasks import main
+from tests.checkpoints import folders
 from tests.merging.mergekit_desk import GOLDEN, case
 
 LINEAR = """
@@ -269,6 +270,23 @@ def test_a_head_stays_tied_where_it_is_made_as_the_embedding(at_desk, tmp_path):
         assert "lm_head.weight" not in open_folder(out)
 
 
+def test_a_head_and_an_embedding_that_is_one_are_noted(at_desk, tmp_path):
+    other = at_desk / "models/tied_bf16/b"
+    tensors = {name: tensor.read() for name, tensor in open_folder(other).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    config = json.loads((other / "config.json").read_text())
+    folders.write(tmp_path / "own", {**config, "tie_word_embeddings": False}, tensors)
+    (tmp_path / "m.yaml").write_text(
+        "{merge_method: linear, parameters: {weight: 0.5}, "
+        f"models: [{{model: models/tied_bf16/a}}, {{model: {tmp_path / 'own'}}}]}}\n"
+    )
+    told = "is made from heads and, of models/tied_bf16/a, from the embedding.* a head of its own"
+    with pytest.warns(UserNote, match=told):
+        assert run(tmp_path / "m.yaml", "--out", tmp_path / "out")[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in open_folder(tmp_path / "out")
+
+
 STAGES = """name: core
 merge_method: linear
 parameters: {weight: 0.5}
@@ -327,7 +345,15 @@ def test_after_an_error_no_stage_is_left_but_what_is_foreign(at_desk, tmp_path, 
     out = tmp_path / "out"
     foreign = tmp_path / ".out.stages"
     foreign.mkdir()
-    (foreign / "notes.txt").write_text("mine")
+    # What a killed run of the file as it was before has left, complete or not, goes too.
+    (foreign / "3-old.json").write_text('{"digest": "0"}')
+    (foreign / ".4-some.partial").mkdir()
+    (foreign / ".4-some.partial" / ".jaxlab-partial.json").write_text('{"digest": "1", "files": ["x"]}')
+    (foreign / ".4-some.partial" / "x").write_text("half")
+    mine = ("notes.txt", "5-mine.json", ".4-mine.partial/x")
+    (foreign / ".4-mine.partial").mkdir()
+    for name in mine:
+        (foreign / name).write_text('{"mine": 1}')
     write = stages.write_merge
 
     def no_room(prepared, folder, **options):
@@ -338,7 +364,8 @@ def test_after_an_error_no_stage_is_left_but_what_is_foreign(at_desk, tmp_path, 
     monkeypatch.setattr(stages, "write_merge", no_room)
     (tmp_path / "m.yaml").write_text(STAGES)
     assert run(tmp_path / "m.yaml", "--out", out)[0] == 2
-    assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
+    left = {str(path.relative_to(foreign)) for path in foreign.rglob("*") if path.is_file()}
+    assert left == set(mine)
 
 
 def places(tree, keys=()):

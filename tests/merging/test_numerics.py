@@ -10,6 +10,7 @@ import pytest
 from jaxlab.errors import UserError
 from jaxlab.merging import OPERATORS, merge_tensors
 from jaxlab.merging.numerics import (
+    F32,
     Share,
     fold_sum,
     keep_mask,
@@ -17,6 +18,8 @@ from jaxlab.merging.numerics import (
     key_words,
     largest,
     random_bits,
+    round_to,
+    rounding_by,
     tensor_key,
     tree_sum,
 )
@@ -24,6 +27,28 @@ from jaxlab.merging.numerics import (
 
 def bits(name="model.norm.weight", size=4096, seed=0, **options):
     return np.asarray(random_bits(jnp.asarray(tensor_key(seed, name)), size, **options))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_product_and_a_sum_are_rounded_apart(times):
+    """However often in a row one of them is rounded, and in both ways of rounding."""
+    a, b, c = np.random.default_rng(0).normal(size=(3, 4096)).astype(np.float32)
+    want = a * b + c  # NumPy rounds twice
+    assert (want != (a.astype(np.float64) * b + c).astype(np.float32)).any()
+
+    def add(x, y, z):
+        product = x * y
+        for _ in range(times):
+            product = round_to(product, F32)
+        return round_to(product + z, F32)
+
+    @jax.jit
+    def by_zero(zero, *arrays):
+        with rounding_by(zero):
+            return add(*arrays)
+
+    np.testing.assert_array_equal(jax.jit(add)(a, b, c), want)
+    np.testing.assert_array_equal(by_zero(np.uint32(0), a, b, c), want)
 
 
 def test_key_is_the_digest_of_seed_and_name():

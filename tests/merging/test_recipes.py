@@ -258,6 +258,7 @@ def test_mistakes_in_an_injection(place, change, message):
         ({"operator": "slerp", "base": None}, "t: slerp needs it"),
         ({"operator": "slerp", "base": None, "t": 0.5, "weight": 0.3}, "weight: slerp has no weights"),
         ({"operator": "linear"}, "base: linear takes no base"),
+        ({"embeddings": "union"}, "embeddings: union makes a vocabulary of its own"),
         ({"operator": "linear", "base": None, "density": 1}, "density: linear does not use it; linear tak"),
         ({"operator": "ties", "k": 2}, "k: ties does not use it; ties takes density, "),
         ({"models": [{"model": "x", "lambda": 2.0}]}, "models.0.lambda: is one for all models; it be"),

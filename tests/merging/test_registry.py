@@ -21,7 +21,7 @@ from jaxlab.merging import (
     operator,
     operator_named,
 )
-from jaxlab.merging.operators.registry import Bounds, InMergekit, NotInjected, PerModel, Scalar
+from jaxlab.merging.operators.declarations import Bounds, InMergekit, NotInjected, PerModel, Scalar
 from jaxlab.models import ModelConfig, abstract_params
 
 DOCS = Path(__file__).parents[2] / "docs" / "merge_operators.md"

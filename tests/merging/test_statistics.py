@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from jaxlab.checkpoints import open_model
@@ -249,8 +250,9 @@ def kept(place, tmp_path, operator="fisher"):
     without = build(InjectRecipe, {**roles, "operator": "task_arithmetic"})
     prepared = prepare_merge(without, [open_model(r) for r in without.references()])
     shapes = {t.name: t.shape for t in prepared.plan.tensors if t.merging is not None}
-    found = {name: [np.ones(shape, np.float32)] * 2 for name, shape in shapes.items()}
-    save_statistics(tmp_path / "s.safetensors", operator, prepared.inputs, found)
+    alone = operator == "adamerging"  # one number for each model
+    found = {name: [np.ones(() if alone else shape, np.float32)] * 2 for name, shape in shapes.items()}
+    save_statistics(tmp_path / "s.safetensors", operator, prepared.inputs, prepared.plan, found)
     return recipe
 
 
@@ -285,6 +287,24 @@ def test_kept_statistics_are_of_one_operator_and_these_models(place, tmp_path, c
     (file,) = (tmp_path / "copy").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     assert merge(expert=str(tmp_path / "copy"))[0] == 2
+
+
+def test_coefficients_belong_to_the_weights_that_they_were_learned_with(place, tmp_path):
+    recipe = kept(place, tmp_path, "adamerging")
+    opened = [open_model(r) for r in recipe.references()]
+    prepare_merge(recipe, opened)
+    for change in ({"lambda_e": 0.5}, {"lambda_e": (0.5, 1.0)}):
+        with pytest.raises(UserError, match=r"statistics of weights 1\.0, 1\.0 \(here (1\.0, 0\.5|that)"):
+            prepare_merge(dataclasses.replace(recipe, **change), opened)
+    with pytest.raises(UserError, match=r"tensors or rows that are merged otherwise"):
+        prepare_merge(dataclasses.replace(recipe, embeddings="merge"), opened)
+    prepare_merge(dataclasses.replace(recipe, operator="adamerging+svc"), opened)
+    path = tmp_path / "s.safetensors"
+    with safe_open(path, "np") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k != "numbers"}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(UserError, match="does not say of which weights"):
+        prepare_merge(recipe, opened)
 
 
 def test_kept_statistics_have_the_shapes_that_their_operator_takes(place, tmp_path):

@@ -540,6 +540,24 @@ def test_what_is_not_there_is_refused_in_one_line(message, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_a_head_is_patched_behind_a_cache():
+    """As in the whole sequence, where nothing before the last token changes with it."""
+    config = MODELS["full"]
+    batch = {"tokens": make_batch(config)["tokens"]}
+    params = draw_params(config)
+    patch = lambda **more: Patch("head_output", layers=1, heads=0, value=0.5, **more)
+    at = np.full((len(batch["tokens"]), 1), LENGTH - 1)
+    whole = forward(params, batch, config, patches=[patch(positions=at)], logit_positions=at).logits
+    size = (len(batch["tokens"]), LENGTH)
+    before = {"tokens": batch["tokens"][:, :-1]}
+    cache = forward(params, before, config, cache=init_cache(config, *size)).cache
+    last = {"tokens": batch["tokens"][:, -1:]}
+    continued = forward(params, last, config, patches=[patch()], cache=cache).logits
+    np.testing.assert_allclose(continued, whole, rtol=1e-4, atol=1e-5)
+    plain = forward(params, last, config, cache=cache).logits
+    assert np.abs(plain - whole).max() > 1e-3
+
+
 def test_what_does_not_go_together_is_refused():
     config, nsa = MODELS["full"], MODELS["nsa"]
     batch = make_batch(config)

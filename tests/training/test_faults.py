@@ -107,7 +107,7 @@ def assert_same(place, outputs):
         assert names[0] == names[1]
 
 
-def wait_for(condition, process, seconds=300):
+def wait_for(condition, process, seconds=900):
     """False if the process ended first."""
     end = time.monotonic() + seconds
     while not condition():
@@ -193,7 +193,7 @@ def test_a_signal_saves_and_says_so(place, number, capsys):
     process = begin(place, outputs)
     assert wait_for(lambda: list((place / outputs).glob("train/*/checkpoints/4")), process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 128 + number, said
     last = said.replace("\r", "\n").strip().splitlines()[-1]
     word = "terminated" if number == signal.SIGTERM else "interrupted"
@@ -202,7 +202,7 @@ def test_a_signal_saves_and_says_so(place, number, capsys):
     assert "Traceback" not in said
     step = last.split()[2]
     process = begin(place, outputs)
-    out, said = process.communicate(timeout=300)
+    out, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
     assert f"resuming at step {step} of 40" in out
     quiet = [line for line in said.replace("\r", "\n").splitlines() if not line.startswith("train ")]

@@ -162,6 +162,11 @@ def test_an_initial_model_of_other_words_is_refused(text, tmp_path):
         ({"model": MODEL | {"vocab_size": 100}}, "raise model.vocab_size"),
         ({"batch_size": 64}, "the validation split of the data holds no full batch of 64"),
         ({"init_from": "nowhere"}, "nowhere: no such model"),
+        ({"model": MODEL | {"width": 10**9}}, r"optimizer would take .*e\+.. bytes, more than any machine"),
+        (
+            {"model": MODEL | {"mlp_width": 2 * 10**9, "num_layers": 10**4}},
+            "more than any machine has; lower the model's sizes",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, message):
@@ -176,6 +181,10 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, messag
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**31}, "seed"),
+        ({"model": MODEL | {"vocab_size": 10**10}}, "model.vocab_size"),
+        ({"model": MODEL | {"num_layers": 10**8}}, "model.num_layers"),
+        ({"data": {"kind": "needle", "sequence_length": 10**9}}, "data.sequence_length"),
+        ({"data": {"kind": "episodes", "shots": 10**9}}, "data.shots"),
         ({"steps": 2**31}, "steps"),
         ({"spikes": {"sigmas": 0}}, "spikes.sigmas"),
         ({"spikes": {"window": 1}}, "spikes.window"),

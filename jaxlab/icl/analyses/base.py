@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxlab.errors import UserError
 from jaxlab.icl.few_shot import Mode
 from jaxlab.icl.prompts import Prompts, PromptSource
 from jaxlab.icl.saliency import Loss
@@ -143,6 +144,25 @@ def mean(values: np.ndarray) -> np.ndarray:
         return np.asarray(values.mean(0))
     total, count = np.where(there, values, 0.0).sum(0), there.sum(0)
     return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+
+
+def finite_prompts(records: Mapping[int, Records], *names: str) -> tuple[dict[int, Records], int]:
+    """The records without the prompts that have NaN or infinity in one of `names`, and how many those are.
+    Every record has a row for each prompt.
+
+    Raises:
+      UserError: a seed has no prompt without.
+    """
+    found, left_out = {}, 0
+    for seed, one in records.items():
+        there = np.ones(len(one[names[0]]), bool)
+        for name in names:
+            there &= np.isfinite(one[name]).reshape(len(there), -1).all(1)
+        if not there.any():
+            raise UserError(f"the flows of all {len(there)} prompts of seed {seed} hold NaN or infinity")
+        found[seed] = {name: x[there] for name, x in one.items()}
+        left_out += int((~there).sum())
+    return found, left_out
 
 
 def over_seeds(records: Mapping[int, Records], name: str) -> np.ndarray:

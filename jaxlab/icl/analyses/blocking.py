@@ -32,9 +32,9 @@ MEASURES = ("accuracy", "label_loyalty", "word_loyalty")
 class Blocking(PromptAnalysis):
     """What the answers are when nothing flows to some words in some layers."""
 
-    layers: tuple[int, ...] = LAYERS
+    layers: tuple[int, ...] | None = None
     """Blocking is done in the first, and in the last, so many layers; each number is a setting of its own.
-    Of a model that has fewer than the default, in half of them."""
+    Default: 5, as in the paper; of a model that has fewer layers, half of them."""
     edges: tuple[Edges, ...] = ("into",)
     """into: nothing flows to the words; from: nothing flows from them; to_last: nothing from them to the
     last token."""
@@ -44,10 +44,10 @@ class Blocking(PromptAnalysis):
     name: ClassVar[str] = "blocking"
 
     def __post_init__(self) -> None:
-        if not self.layers:
+        if self.layers is not None and not self.layers:
             raise ConfigError("give the numbers of layers to block", key="layers")
-        if any(n < 1 for n in self.layers):
-            raise ConfigError(f"must be at least 1, are {list(self.layers)}", key="layers")
+        if any(n < 1 for n in self.layers or ()):
+            raise ConfigError(f"must be at least 1, are {list(self.layers or ())}", key="layers")
         if not self.edges or len(set(self.edges)) < len(self.edges):
             raise ConfigError(f"name at least one, and each once: {list(self.edges)}", key="edges")
         if self.top_words < 1:
@@ -56,15 +56,15 @@ class Blocking(PromptAnalysis):
     def check(self, study: Study) -> None:
         layers, words = study.config.num_layers, study.config.vocab_size
         blocked = self._layers(study)
-        if blocked != self.layers:
+        if self.layers is None and blocked != LAYERS:
             warnings.warn(
                 f"blocking.layers: the model has {layers} layers, so {blocked[0]} in place of "
-                f"{self.layers[0]}, the default",
+                f"{LAYERS[0]}, the default",
                 UserNote,
                 stacklevel=2,
             )
         if max(blocked) > layers:
-            raise UserError(f"blocking.layers: the model has {layers} layers, not {max(self.layers)}")
+            raise UserError(f"blocking.layers: the model has {layers} layers, not {max(blocked)}")
         if self.top_words > words:
             raise UserError(f"blocking.top_words: the vocabulary has {words} words, not {self.top_words}")
         if set(self.edges) != {"into"}:
@@ -75,8 +75,10 @@ class Blocking(PromptAnalysis):
                 )
 
     def _layers(self, study: Study) -> tuple[int, ...]:
-        short = self.layers == LAYERS and study.config.num_layers < max(LAYERS)
-        return (max(1, study.config.num_layers // 2),) if short else self.layers
+        if self.layers is not None:
+            return self.layers
+        short = study.config.num_layers < max(LAYERS)
+        return (max(1, study.config.num_layers // 2),) if short else LAYERS
 
     def settings(self, study: Study) -> list[tuple[Edges, Setting]]:
         """Those into words first."""

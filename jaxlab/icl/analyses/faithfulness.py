@@ -8,8 +8,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
-from jaxlab.icl.cutting import check_one_softmax, cut_logits, faithfulness, label_loss, single_cuts
+from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation, finite_prompts
+from jaxlab.icl.analyses.flow_shares import FlowShares
+from jaxlab.icl.cutting import (
+    check_one_softmax,
+    cut_logits,
+    faithfulness,
+    label_loss,
+    single_cuts,
+    vocabulary_loss,
+)
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.ranking import correlation
 from jaxlab.icl.saliency import flows
@@ -18,7 +26,8 @@ from jaxlab.icl.saliency import flows
 @dataclass(frozen=True)
 class Faithfulness(PromptAnalysis):
     """Correlation of the flow between two classes of tokens in a layer with what cutting it does to the loss:
-    a forward pass for each layer and pair of classes."""
+    a forward pass for each layer and pair of classes. The loss is that of the flows: among the label words,
+    or of prompts without them over the vocabulary."""
 
     batches: int = 1
     """Batches of each seed that are looked at."""
@@ -26,6 +35,7 @@ class Faithfulness(PromptAnalysis):
     """Layers whose edges are cut, counted from 1; by default all."""
 
     name: ClassVar[str] = "faithfulness"
+    needs_label_words: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.batches < 1:
@@ -38,6 +48,12 @@ class Faithfulness(PromptAnalysis):
         layers = study.config.num_layers
         if any(n > layers for n in self.layers):
             raise UserError(f"faithfulness.layers: the model has {layers} layers, not {max(self.layers)}")
+        if any(chunk.positions.ndim > 1 for seed in study.seeds for chunk in self.chunks(study, seed)):
+            raise UserError("faithfulness: of answers of one token; set data.answer_tokens to 1")
+
+    def memory(self, study: Study) -> int:
+        """That of the flows; cuts and patches are forward passes."""
+        return FlowShares().memory(study)
 
     def chunks(self, study: Study, seed: int) -> Sequence[Prompts]:
         return study.source.batches(seed, study.examples, study.batch_size)[: self.batches]
@@ -45,7 +61,14 @@ class Faithfulness(PromptAnalysis):
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
         count = study.source.roles.classes
         sums, edges = flows(
-            study.params, chunk.batch, study.config, chunk.classes, chunk.targets, num_classes=count
+            study.params,
+            chunk.batch,
+            study.config,
+            chunk.classes,
+            chunk.targets,
+            loss=study.loss,
+            num_classes=count,
+            not_finite="mark",
         )
         visible = np.asarray(edges)[chunk.real].sum(0) > 0
         if self.layers:
@@ -53,20 +76,23 @@ class Faithfulness(PromptAnalysis):
         cut = np.concatenate([np.zeros((1, *visible.shape), bool), single_cuts(visible)])
         classes = np.broadcast_to(chunk.classes, (len(cut), *chunk.classes.shape))
         logits = cut_logits(study.params, chunk.batch, chunk.positions, classes, cut, study.config)
-        loss = label_loss(np.asarray(logits), chunk.label_tokens, chunk.labels)
+        of_loss = label_loss if study.loss == "labels" else vocabulary_loss
+        loss = of_loss(np.asarray(logits), chunk.label_tokens, chunk.labels)
         effects = np.full((len(chunk.labels), *visible.shape), np.nan)
         effects[:, visible] = (loss[1:] - loss[0]).T
         return {"flow": np.asarray(sums, np.float64), "effect": effects, "edges": np.asarray(edges)}
 
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
+        records, left_out = finite_prompts(records, "flow")
         found = [_of_prompts(seed["flow"], seed["effect"]) for seed in records.values()]
         flow, effect = (
             np.concatenate([seed[name] for seed in records.values()]) for name in ("flow", "effect")
         )
-        mean = {"flow": flow.mean(0), "effect": np.abs(effect).mean(0)}
+        mean = {"flow": flow.mean(0), "effect": np.abs(effect).mean(0)}  # NaN: not cut
         by_layer = [correlation(f, e, ranks=True) for f, e in zip(mean["flow"], mean["effect"], strict=True)]
         return {
             "prompts": len(flow),
+            "left_out": left_out,
             "classes": list(study.source.roles.names),
             "of_means": faithfulness(mean["flow"], mean["effect"]),
             "of_prompts": {name: float(np.nanmean([x[name] for x in found])) for name in found[0]},

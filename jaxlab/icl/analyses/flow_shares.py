@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlab.errors import UserError
-from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation
+from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation, finite_prompts
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.saliency import Loss, NsaEdges, Reduction, flow_memory, flows
 
@@ -58,6 +58,7 @@ class FlowShares(PromptAnalysis):
             loss=self._loss(study),
             nsa_edges=self.nsa_edges,
             num_classes=study.source.roles.classes,
+            not_finite="mark",
         )
         return {"sums": np.asarray(sums, np.float32), "counts": np.asarray(counts, np.float32)}
 
@@ -65,6 +66,7 @@ class FlowShares(PromptAnalysis):
         """Means over all prompts, deviations over the means of the seeds."""
         roles = study.source.roles
         sets = roles.edge_sets()
+        records, left_out = finite_prompts(records, "sums")
         each = {name: [_means(seed, edges) for seed in records.values()] for name, edges in sets.items()}
         seeds = {name: np.stack([values.mean(0) for values in each[name]]) for name in sets}
         shares = _shares(seeds, roles.shared)
@@ -79,6 +81,7 @@ class FlowShares(PromptAnalysis):
             "share_std": {name: deviation(values) for name, values in shares.items()},
             "edges_per_prompt": {name: counts[..., edges].sum(-1).mean(0) for name, edges in sets.items()},
             "classes": list(roles.names),
+            "left_out": left_out,
         }
         for other, replaced in (("ww_without_first", "ww"), ("ww_with_first", "ww")):
             if other in seeds:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.icl.analyses.base import Analysis, Records, Study
+from jaxlab.icl.analyses.base import Analysis, Records, Study, finite_prompts, mean
+from jaxlab.icl.analyses.flow_shares import FlowShares
 from jaxlab.icl.compression import last_logits
 from jaxlab.icl.cutting import check_one_softmax
 from jaxlab.icl.heads import (
@@ -40,7 +41,7 @@ class Heads(Analysis[Work]):
     shuffled labels, and its attention to what followed before."""
 
     batches: int = 1
-    """Batches of each seed that are looked at; function vectors take a forward pass for each head."""
+    """Batches of each seed that are looked at; function vectors take one token for each head."""
     top: int = 10
     """Heads that are listed."""
 
@@ -55,6 +56,10 @@ class Heads(Analysis[Work]):
         check_one_softmax(study.config, "heads: weights are read")
         if not study.source.roles.labels:
             raise UserError("heads: prompts without label words have no label flow")
+
+    def memory(self, study: Study) -> int:
+        """That of the flows; cuts and patches are forward passes."""
+        return FlowShares().memory(study)
 
     def chunks(self, study: Study, seed: int) -> Sequence[Work]:
         batches = study.source.batches(seed, study.examples, study.batch_size)[: self.batches]
@@ -76,6 +81,7 @@ class Heads(Analysis[Work]):
             prompts.targets,
             num_classes=roles.classes,
             per_head=True,
+            not_finite="mark",
         )
         sets, real = roles.edge_sets(), prompts.real
         of = {name: np.asarray(sums, np.float64)[..., sets[name]].sum(-1)[real] for name in ("wp", "pq")}
@@ -99,15 +105,15 @@ class Heads(Analysis[Work]):
         if not chunk.layers:
             return self.measure(study, chunk, rng)
         prompts, config, real = chunk.prompts, study.config, chunk.prompts.real
-        means = np.concatenate([part["output"] for part in earlier[seed]]).mean(0)
+        outputs = np.concatenate([part["output"] for part in earlier[seed]])
+        means = mean(np.where(np.isfinite(outputs).all((1, 2, 3), keepdims=True), outputs, np.nan))
         shuffle = np.random.default_rng((seed, 4))  # the same for every group of layers
         words = np.where(prompts.parts == Part.LABEL, prompts.label_words, -1)
         tokens = shuffled_labels(shuffle, prompts.batch["tokens"], words, prompts.label_tokens)
         heads = range(config.num_heads)
         chosen = np.array([(layer, head) for layer in chunk.layers for head in heads], np.int32)
-        batch = {**prompts.batch, "tokens": tokens}
         plain = np.asarray(last_logits(study.params, tokens, prompts.positions, config))
-        patched = patched_logits(study.params, batch, config, prompts.positions, means, chosen)
+        patched = patched_logits(study.params, tokens, config, prompts.positions, means, chosen)
         right = prompts.label_tokens[np.arange(len(prompts.labels)), prompts.labels]
         effects = indirect_effects(plain[real], np.asarray(patched)[:, real], right[real])
         return {**self._nothing(study), "effect": effects, "of_head": chosen}
@@ -115,34 +121,37 @@ class Heads(Analysis[Work]):
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
         shape = (study.config.num_layers, study.config.num_heads)
         scores: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
-        for seed in records.values():
+        of_flows = {s: {name: one[name] for name in ("wp", "pq")} for s, one in records.items()}
+        finite, left_out = finite_prompts(of_flows, "wp", "pq")
+        for number, seed in records.items():
             effects, counts = np.zeros(shape), np.zeros(shape)
             np.add.at(effects, tuple(seed["of_head"].T), seed["effect"])
             np.add.at(counts, tuple(seed["of_head"].T), 1.0)
             scores["function_vector"].append(effects / counts)
             scores["induction"].append(seed["induction"].mean(0))
             for name in ("wp", "pq"):
-                total = seed[name].mean(0)
+                total = finite[number][name].mean(0)
                 scores[name].append(total / max(total.sum(), np.finfo(np.float64).tiny))
-        mean = {name: np.mean(values, axis=0) for name, values in scores.items()}
-        order = np.argsort(-mean["pq"], axis=None)[: self.top]
+        means = {name: np.mean(values, axis=0) for name, values in scores.items()}
+        order = np.argsort(-means["pq"], axis=None)[: self.top]
         top = [
             {
                 "layer": int(layer) + 1,
                 "head": int(head) + 1,
-                "pq_share": mean["pq"][layer, head],
-                "wp_share": mean["wp"][layer, head],
-                "function_vector": mean["function_vector"][layer, head],
-                "induction": mean["induction"][layer, head],
+                "pq_share": means["pq"][layer, head],
+                "wp_share": means["wp"][layer, head],
+                "function_vector": means["function_vector"][layer, head],
+                "induction": means["induction"][layer, head],
             }
             for layer, head in zip(*np.unravel_index(order, shape), strict=True)
         ]
         pairs = [(a, b) for a in ("pq", "wp") for b in ("function_vector", "induction")]
         pairs += [("function_vector", "induction")]
         return {
-            "prompts": sum(len(seed["pq"]) for seed in records.values()),
-            "scores": mean,
-            "correlation": {f"{a}_{b}": correlation(mean[a], mean[b], ranks=True) for a, b in pairs},
+            "prompts": sum(len(seed["pq"]) for seed in finite.values()),
+            "left_out": left_out,
+            "scores": means,
+            "correlation": {f"{a}_{b}": correlation(means[a], means[b], ranks=True) for a, b in pairs},
             "top": top,
         }
 

@@ -1,5 +1,6 @@
 """Many-shot curves: flows and accuracy by the number of demonstrations, on the same queries."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,7 +9,8 @@ import numpy as np
 
 from jaxlab.errors import ConfigError
 from jaxlab.icl.analyses.answers import Answers, accuracy, single_class
-from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation, mean
+from jaxlab.icl.analyses.base import Analysis, Records, Study, deviation, finite_prompts, mean
+from jaxlab.icl.analyses.flow_shares import FlowShares
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.saliency import flow_shares, flows
 
@@ -43,6 +45,11 @@ class ManyShot(Analysis[tuple[int, Prompts]]):
             for chunk in source.batches(seed, min(study.examples, count), study.batch_size)
         ]
 
+    def memory(self, study: Study) -> int:
+        """That of the flows of the longest prompts."""
+        largest = study.source.with_shots(max(self.shots))
+        return FlowShares().memory(dataclasses.replace(study, source=largest))
+
     def measure(self, study: Study, chunk: tuple[int, Prompts], rng: np.random.Generator) -> Records:
         shots, prompts = chunk
         roles, real = study.source.with_shots(shots).roles, prompts.real
@@ -53,6 +60,7 @@ class ManyShot(Analysis[tuple[int, Prompts]]):
             prompts.classes,
             prompts.targets,
             num_classes=roles.classes,
+            not_finite="mark",
         )
         means, _ = flow_shares(np.asarray(sums), np.asarray(counts), roles)
         answers = Answers().measure(study, prompts, rng)
@@ -66,10 +74,11 @@ class ManyShot(Analysis[tuple[int, Prompts]]):
 
     def summarize(self, study: Study, records: Mapping[int, Records]) -> dict[str, Any]:
         table = []
+        finite, left_out = finite_prompts(records, "means")
         for shots in self.shots:
             chosen = [
                 {name: values[seed["shots"] == shots] for name, values in seed.items()}
-                for seed in records.values()
+                for seed in finite.values()
             ]
             means = np.stack([one["means"].mean(0) for one in chosen])
             share = means / np.maximum(means.sum(1, keepdims=True), np.finfo(np.float64).tiny)
@@ -87,4 +96,4 @@ class ManyShot(Analysis[tuple[int, Prompts]]):
                     "mean": {name: means[:, at].mean(0) for at, name in enumerate(names)},
                 }
             )
-        return {"table": table, "prompts": len(predicted)}
+        return {"table": table, "prompts": len(predicted), "left_out": left_out}

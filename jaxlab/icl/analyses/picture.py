@@ -20,7 +20,7 @@ PICTURE_TOKENS = 512
 
 @dataclass(frozen=True)
 class Picture(Analysis[Prompts]):
-    """Maps of the first prompt that is answered rightly, or of the very first if none is."""
+    """Maps of the first prompt that is answered rightly, or if none is of the first that has an answer."""
 
     name: ClassVar[str] = "figure1"
     needs_label_words: ClassVar[bool] = False
@@ -39,7 +39,8 @@ class Picture(Analysis[Prompts]):
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
         answers = Answers().measure(study, chunk, rng)
         predicted, label = answers["predicted"], answers["label"]
-        at = int(np.argmax(predicted == label))  # the first right one, or 0
+        right = predicted == label
+        at = int(np.argmax(right if right.any() else predicted >= 0))
         one = chunk.select(at)
         maps = saliency_maps(study.params, one.batch, study.config, one.targets, loss=study.loss)
         names = one.label_tokens[0]

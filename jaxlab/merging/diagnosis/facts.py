@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxlab.checkpoints import Tensor, language_settings_apart
+from jaxlab.checkpoints import Tensor, decides_tensors, language_settings_apart
 from jaxlab.merging.diagnosis.measures import Measured, Side, Sums, TensorDifference
 from jaxlab.merging.diagnosis.tokens import TokenDifferences
 
@@ -43,6 +43,8 @@ class ConfigDifference:
     first: str
     other: str
     values: tuple[str, str]
+    decides_tensors: bool
+    """It decides which tensors there are, or their shapes: nothing can waive it."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,12 @@ class Facts:
 def config_differences(first: Side, other: Side) -> list[ConfigDifference]:
     """The settings in which two language models are not the same function, as `differences:` of a recipe
     names them."""
-    apart = language_settings_apart(first.model.described, other.model.described)
+    pair = first.model.described, other.model.described
     return [
-        ConfigDifference(name, first.name, other.name, (_value(mine), _value(theirs)))
-        for name, (mine, theirs) in apart.items()
+        ConfigDifference(
+            name, first.name, other.name, (_value(mine), _value(theirs)), decides_tensors(name, *pair)
+        )
+        for name, (mine, theirs) in language_settings_apart(*pair).items()
     ]
 
 

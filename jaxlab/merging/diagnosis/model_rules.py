@@ -11,7 +11,6 @@ from jaxlab.merging.diagnosis.tokens import listed
 SAME_TOKENIZER = 0.5
 """Fewer tokens of one id than this share: tokenizers of two models."""
 
-_SIZES = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "value_head_dim", "mlp_width")
 _TURN = "queries and keys were trained to turn by other angles, so averages of them look at wrong places"
 _WINDOW = "layers see other stretches of the text"
 _MEANT = {
@@ -30,7 +29,7 @@ _MEANT = {
 def _configs(facts: Facts) -> Iterator[Finding]:
     for d in facts.configs:
         told = f"{d.field} is {d.values[0]} in {d.first} and {d.values[1]} in {d.other}"
-        if d.field in _SIZES:
+        if d.decides_tensors:
             remedy = "merge models of one architecture and size"
             yield Finding("breaks", "architecture", f"{told}: the tensors do not fit", remedy, 10)
             continue

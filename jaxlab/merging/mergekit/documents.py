@@ -6,12 +6,12 @@ refused.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jaxlab.errors import ConfigError
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.files import LONGEST_CONFIG, read_bounded
 
 Keys = tuple[str | int, ...]
 _MAX_DEPTH, _MAX_NODES = 40, 200_000
@@ -121,8 +121,8 @@ class _Reader:
 def is_mergekit_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file is one of mergekit's: YAML, of which no document says what kind of recipe it is."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
+        text = read_bounded(path, LONGEST_CONFIG).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, UserError):  # whoever reads it as a recipe says so
         return False
     try:
         documents = read_documents(text, os.fspath(path))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxlab.merging.numbers import Kind
 from jaxlab.merging.operators import Operator, operator_named
-from jaxlab.merging.operators.registry import REQUIRED, Parameter
+from jaxlab.merging.operators.declarations import REQUIRED, Parameter
 from jaxlab.merging.schedules import kind_of
 
 IGNORED = ("int8_mask",)

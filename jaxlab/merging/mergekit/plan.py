@@ -188,6 +188,12 @@ class _Planner:
             named.append(found)
         self.tensor(name, named, place, depth=0.0, layer=None)
         if key == HEADS:
+            tied = dict.fromkeys(str(s.model) for s, n in zip(place.sources, named, strict=True) if n.tied)
+            if tied and not all(one.tied for one in named):
+                self.notes.append(
+                    f"{self.merge.where}: {name} is made from heads and, of {', '.join(tied)}, from the "
+                    "embedding, which is its head; the output has a head of its own"
+                )
             self.decide_tie(name, all(one.tied for one in named))
 
     def name_of(self, key: Key) -> str:

@@ -6,11 +6,11 @@ is noted; what it would stumble over later is refused here, with its line.
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from jaxlab.config import suggestion
 from jaxlab.errors import ConfigError
+from jaxlab.files import LONGEST_CONFIG, read_bounded
 from jaxlab.merging.mergekit.documents import Document, Keys, read_documents
 from jaxlab.merging.mergekit.file import (
     MergekitFile,
@@ -66,7 +66,7 @@ def read_mergekit_file(path: str | os.PathLike[str]) -> MergekitFile:
     """
     where = os.fspath(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_bounded(path, LONGEST_CONFIG).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError("not a text file in UTF-8", where=where) from None
     except OSError as error:

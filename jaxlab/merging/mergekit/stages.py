@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from jaxlab.checkpoints import (
     language_differences,
     model_tensors,
     read_json,
+    remove_partial,
 )
 from jaxlab.errors import UserError
 from jaxlab.merging.mergekit.config import output_config
@@ -52,6 +54,8 @@ _OF_VOCABULARY = (
     "vocab.json",
 )
 """Files that say again what is in tokenizer.json, and would be wrong beside another one."""
+_STAGE = re.compile(r"\.?(\d+-[\w.-]+?)(?:\.partial|\.json)?")
+"""What there is of a stage: a folder, one that is not complete, what the folder was made from."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +192,23 @@ def _write_stage(stage: Stage, folder: Path, **options: Any) -> None:
 
 
 def _remove_stages(file: MergekitFile, out: Path) -> None:
-    """What this file's stages have left; nothing else."""
-    for merge in file.stages[:-1]:
-        folder = stage_folder(out, merge.name or "")
-        with contextlib.suppress(UserError):
-            check_output(folder, overwrite=True)
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else lies there, or it was never made
-            folder.parent.rmdir()
+    """What stages have left, those of the file as it was before a kill too; nothing else."""
+    folders = {stage_folder(out, merge.name or "") for merge in file.stages[:-1]}
+    for place in {folder.parent for folder in folders}:
+        with contextlib.suppress(OSError):  # it was never made
+            names = (_STAGE.fullmatch(entry.name) for entry in place.iterdir())
+            folders |= {place / name[1] for name in names if name}
+        for folder in folders:
+            with contextlib.suppress(UserError):
+                remove_partial(folder)
+            with contextlib.suppress(UserError):
+                check_output(folder, overwrite=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                said = folder.with_name(f"{folder.name}.json")
+                if said.is_file() and read_json(said).keys() == {"digest"}:
+                    said.unlink()
+        with contextlib.suppress(OSError):  # something else lies there, too
+            place.rmdir()
 
 
 def _opening(open_reference: Open, stages: Mapping[str, OpenModel]) -> Open:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.merging.numerics import divide, multiply, total
-from jaxlab.merging.operators.registry import NonzeroSum, Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.declarations import NonzeroSum, Scalar, Vectors, Weights
+from jaxlab.merging.operators.registry import operator
 
 
 @operator("Wortsman et al. 2022, arXiv 2203.05482", in_float32=True)

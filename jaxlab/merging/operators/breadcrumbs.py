@@ -17,7 +17,7 @@ from jaxlab.merging.numerics import (
     size_of,
 )
 from jaxlab.merging.operators.averaging import weighted_sum
-from jaxlab.merging.operators.registry import (
+from jaxlab.merging.operators.declarations import (
     Bounds,
     Counted,
     Densities,
@@ -26,9 +26,9 @@ from jaxlab.merging.operators.registry import (
     Scalar,
     Vectors,
     Weights,
-    operator,
     per_model,
 )
+from jaxlab.merging.operators.registry import operator
 from jaxlab.merging.operators.ties import elected_sum
 
 Shares = Annotated[Density | Sequence[Density], PerModel(), Bounds(0.0, 1.0), Counted()]

@@ -20,7 +20,8 @@ from jaxlab.merging.numerics import (
     total,
     tree_sum,
 )
-from jaxlab.merging.operators.registry import Bounds, Counted, Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.declarations import Bounds, Counted, Scalar, Vectors, Weights
+from jaxlab.merging.operators.registry import operator
 
 RAM = "Yuan et al. 2026, arXiv 2601.13572"
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import F32, divide, multiply, round_to, total
 from jaxlab.merging.operators.averaging import weighted_sum
+from jaxlab.merging.operators.declarations import Bounds, NotNegative, Scalar, Vectors, Weights
 from jaxlab.merging.operators.optimized import Moments, adam
-from jaxlab.merging.operators.registry import Bounds, NotNegative, Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.registry import operator
 
 
 def _one_for_each(name: str, statistics: Any, count: int, what: str) -> list[Any]:

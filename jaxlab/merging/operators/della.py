@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import F32, Mode, divide, keep_mask, multiply, rescale_l1, round_to, share_of
 from jaxlab.merging.operators.averaging import weighted_sum
-from jaxlab.merging.operators.registry import (
+from jaxlab.merging.operators.declarations import (
     Bounds,
     Densities,
     NonzeroSum,
@@ -17,9 +17,9 @@ from jaxlab.merging.operators.registry import (
     Scalar,
     Vectors,
     Weights,
-    operator,
     per_model,
 )
+from jaxlab.merging.operators.registry import operator
 from jaxlab.merging.operators.ties import elected_sum
 from jaxlab.merging.ranks import ranks
 

@@ -8,15 +8,8 @@ from jaxtyping import Array, Float, Int
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import divide, multiply, round_to, total
 from jaxlab.merging.operators.averaging import weighted_sum
-from jaxlab.merging.operators.registry import (
-    NonzeroSum,
-    NotNegative,
-    Scalar,
-    Vectors,
-    Weights,
-    afterwards,
-    operator,
-)
+from jaxlab.merging.operators.declarations import NonzeroSum, NotNegative, Scalar, Vectors, Weights
+from jaxlab.merging.operators.registry import afterwards, operator
 
 
 @operator("Bandarkar et al. 2024, arXiv 2410.01335")

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.merging.numerics import F32, divide, dot, multiply, round_to, total
-from jaxlab.merging.operators.registry import Bounds, NotNegative, Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.declarations import Bounds, NotNegative, Scalar, Vectors, Weights
+from jaxlab.merging.operators.registry import operator
 from jaxlab.merging.operators.spectral import mean_of_weighted, svd
 
 Moments = tuple[Array, Array]

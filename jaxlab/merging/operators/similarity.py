@@ -18,7 +18,8 @@ from jaxlab.merging.numerics import (
     total,
     tree_sum,
 )
-from jaxlab.merging.operators.registry import NotInjected, PerModel, Scalar, Vectors, operator
+from jaxlab.merging.operators.declarations import NotInjected, PerModel, Scalar, Vectors
+from jaxlab.merging.operators.registry import operator
 
 
 @operator("Jang et al. 2024, arXiv 2403.19522", scope="tensor")

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.errors import UserError
-from jaxlab.merging.numerics import F32, Mode, divide, multiply, round_to, total
-from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
+from jaxlab.merging.numerics import F32, Mode, divide, dot, multiply, norm, round_to, total
+from jaxlab.merging.operators.declarations import Scalar, Vectors, Weights
+from jaxlab.merging.operators.registry import operator
 
 
 class Arc(NamedTuple):
@@ -37,13 +38,13 @@ def arc_between(models: Vectors, *, base: Float[Array, "*shape"] | None = None, 
             f"slerp merges two tensors, or a base and one; found {len(models)}, the base included"
         )
     a, b = models
-    norm_a, norm_b = _norm(a), _norm(b)
+    norm_a, norm_b = norm(a), norm(b)
     if mode == "mergekit":
         unit_a, unit_b = (divide(x, jnp.where(n > 1e-8, n, 1.0), F32) for x, n in ((a, norm_a), (b, norm_b)))
-        cosine = jnp.clip(round_to(jnp.sum(round_to(unit_a * unit_b, F32)), F32), -1.0, 1.0)
+        cosine = jnp.clip(round_to(dot(unit_a, unit_b), F32), -1.0, 1.0)
         return Arc(a, b, round_to(jnp.arccos(cosine), F32), jnp.abs(cosine) > 0.9995)
     unit_a, unit_b = (divide(x, jnp.where(n == 0, 1.0, n), F32) for x, n in ((a, norm_a), (b, norm_b)))
-    radians = round_to(2.0 * jnp.arctan2(_norm(unit_a - unit_b), _norm(unit_a + unit_b)), F32)
+    radians = round_to(2.0 * jnp.arctan2(norm(unit_a - unit_b), norm(unit_a + unit_b)), F32)
     return Arc(a, b, radians, (norm_a == 0) | (norm_b == 0) | (jnp.sin(radians) < 1e-6))
 
 
@@ -65,7 +66,3 @@ def slerp(arc: Arc, *, t: Scalar) -> Float[Array, "*shape"]:
     curves = [divide(jnp.sin(multiply(arc.radians, part, F32)), sine, F32) for part in (rest, t)]
     weights = [jnp.where(arc.straight, line, curve) for line, curve in zip((rest, t), curves, strict=True)]
     return total([multiply(arc.start, weights[0], F32), multiply(arc.end, weights[1], F32)], F32)
-
-
-def _norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return round_to(jnp.sqrt(round_to(jnp.sum(round_to(x * x, F32)), F32)), F32)

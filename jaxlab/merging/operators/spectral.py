@@ -6,11 +6,13 @@ authors' code.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.merging.numerics import F32, divide, multiply, total
-from jaxlab.merging.operators.registry import Scalar, StaticShare, Vectors, Weights, afterwards, operator
+from jaxlab.merging.numerics import F32, divide, fold_sum, multiply, round_to, total
+from jaxlab.merging.operators.declarations import Scalar, StaticShare, Vectors, Weights
+from jaxlab.merging.operators.registry import afterwards, operator
 
 ISO = "Marczak et al. 2025, arXiv 2502.04959"
 
@@ -25,6 +27,10 @@ def svd(x: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, " r"]
     """U, the singular values in descending order, V^T."""
     u, s, vh = jnp.linalg.svd(x, full_matrices=False)
     return u, s, vh
+
+
+def _mean(s: Float[Array, " n"]) -> Float[Array, ""]:
+    return fold_sum(s, 0) / s.size
 
 
 def _orthogonal(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
@@ -71,7 +77,7 @@ def iso_c(
         return multiply(mean_of_weighted(task_vectors, weights, dtype), lambda_, dtype)
     summed = total([multiply(d, w, dtype) for d, w in zip(task_vectors, weights, strict=True)], dtype)
     u, s, vh = svd(summed)
-    return multiply((u * jnp.mean(s)) @ vh, lambda_, dtype)
+    return multiply((u * _mean(s)) @ vh, lambda_, dtype)
 
 
 @operator(ISO, scope="matrix")
@@ -101,7 +107,7 @@ def iso_cts(
     parts = [svd(d - u @ (u.T @ d)) for d in vectors]
     left = jnp.concatenate([*(p[0][:, :each] for p in parts), u], axis=1)
     right = jnp.concatenate([*(p[2][:each] for p in parts), vh], axis=0)
-    strength = jnp.mean(jnp.concatenate([*(p[1][:each] for p in parts), s]))
+    strength = _mean(jnp.concatenate([*(p[1][:each] for p in parts), s]))
     return multiply((_orthogonal(left) * strength) @ _orthogonal(right), lambda_, dtype)
 
 
@@ -124,8 +130,8 @@ def svc(
     own = s[:, None] * vh
     repeats = []
     for a in responses:
-        power = jnp.sum(a * a, axis=1)
-        share = jnp.sum(own * a, axis=1) / jnp.where(power > 1e-12, power, 1.0)
+        power = fold_sum(round_to(a * a, F32), 1)
+        share = fold_sum(round_to(own * a, F32), 1) / jnp.where(power > 1e-12, power, 1.0)
         repeats.append(jnp.where(power > 1e-12, jnp.maximum(share, calibration), calibration))
     factor = len(responses) / sum(repeats)
     return (u * (s * factor)[None]) @ vh
@@ -145,6 +151,7 @@ def subspace_boosting(
     if merged.ndim != 2 or merged.size == 0:
         return merged
     u, s, vh = svd(merged)
-    reached = jnp.cumsum(s) >= beta * jnp.sum(s)
+    sums = jax.lax.associative_scan(jnp.add, s)
+    reached = sums >= beta * sums[-1]
     floor = s[jnp.where(jnp.any(reached), jnp.argmax(reached), s.size - 1)]
     return (u * jnp.maximum(s, floor)[None]) @ vh

@@ -8,15 +8,15 @@ from jaxtyping import Array, Float
 
 from jaxlab.errors import UserError
 from jaxlab.merging.numerics import F32, Mode, divide, fold_sum, multiply, round_to, total, tree_sum
-from jaxlab.merging.operators.registry import (
+from jaxlab.merging.operators.declarations import (
     AtLeastOne,
     NonzeroSum,
     NotNegative,
     Scalar,
     Vectors,
     Weights,
-    operator,
 )
+from jaxlab.merging.operators.registry import operator
 
 
 @operator(

@@ -20,7 +20,7 @@ from jaxlab.merging.numerics import (
     total,
     tree_sum,
 )
-from jaxlab.merging.operators.registry import (
+from jaxlab.merging.operators.declarations import (
     Bounds,
     Counted,
     Gather,
@@ -29,8 +29,8 @@ from jaxlab.merging.operators.registry import (
     Scalar,
     Vectors,
     Weights,
-    operator,
 )
+from jaxlab.merging.operators.registry import operator
 from jaxlab.merging.operators.thresholds import threshold_gather
 
 TALL = "Wang et al. 2024, arXiv 2405.07813"

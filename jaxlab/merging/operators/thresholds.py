@@ -10,16 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from jaxlab.merging.numerics import Mode, kept_count, largest, magnitude_bits, multiply
-from jaxlab.merging.operators.registry import (
+from jaxlab.merging.operators.declarations import (
     Densities,
     Gather,
     Scalar,
     Thresholds,
     Vectors,
     Weights,
-    operator,
     per_model,
 )
+from jaxlab.merging.operators.registry import operator
 from jaxlab.merging.operators.ties import elected_sum
 
 

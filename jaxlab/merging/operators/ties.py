@@ -13,7 +13,8 @@ from jaxlab.merging.numerics import (
     size_of,
     total,
 )
-from jaxlab.merging.operators.registry import Densities, Scalar, Vectors, Weights, operator, per_model
+from jaxlab.merging.operators.declarations import Densities, Scalar, Vectors, Weights, per_model
+from jaxlab.merging.operators.registry import operator
 
 
 def trim(

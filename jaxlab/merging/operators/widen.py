@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.merging.numerics import F32, divide, fold_sum, multiply, round_to, total, tree_sum
-from jaxlab.merging.operators.registry import Scalar, Vectors, Weights, operator
+from jaxlab.merging.operators.declarations import Scalar, Vectors, Weights
+from jaxlab.merging.operators.registry import operator
 
 
 @operator("Yu et al. 2024, arXiv 2408.03092", scope="tensor", inject="models")

@@ -96,8 +96,8 @@ def pareto(rows: Sequence[Row]) -> list[int]:
 
 
 def mean_of(row: Row, what: str, names: Sequence[str]) -> float:
-    """The mean of something measured over data sets."""
-    return float(np.mean([row[what][name] for name in names]))
+    """The mean of something measured over data sets; NaN where one has no value."""
+    return float(np.mean([np.nan if row[what][name] is None else row[what][name] for name in names]))
 
 
 def _best(scores: Sequence[float]) -> int:

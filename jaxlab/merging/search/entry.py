@@ -117,7 +117,7 @@ def _by_sampler(
     at_once = evaluator.chunk if space.method in ("grid", "random") else 1
     while len(rows) < effort.evaluations:
         points = sampler.ask(min(at_once, effort.evaluations - len(rows)))
-        done = [_known_row(journal, known, len(rows) + i, point) for i, point in enumerate(points)]
+        done = [_known_row(journal, known, len(rows) + i, point, measuring) for i, point in enumerate(points)]
         fresh = [point for point, row in zip(points, done, strict=True) if row is None]
         progress(len(points) - len(fresh))
         if fresh:
@@ -147,17 +147,23 @@ def _by_gradient(
 ) -> list[dict[str, Any]]:
     batches = effort.batches
     if batches is None:
-        raise UserError("method gradient learns on batches of tokens; choose has none among its data sets")
+        raise UserError("method gradient learns on right answers; choose names no data set that has any")
     passes = gradient.PASSES[space.loss]
     schedule = gradient.Schedule.of(effort.evaluations, passes, len(batches.batches))
     assert schedule.measured + schedule.steps * passes / len(batches.batches) <= effort.evaluations
-    state = gradient.start(space, evaluator.plan.num_layers)
+    layers = evaluator.plan.num_layers
+    state = gradient.start(space, layers)
     known, rows, done = journal.rows(label, "point"), list[dict[str, Any]](), 0
     for number in range(schedule.measured):
         until = schedule.until(number)
         if number < len(known):
-            state = gradient.State(*(np.asarray(x, np.float32) for x in known[number]["state"]))
-            row = _known_row(journal, known, number, gradient.point_at(space, state))
+            try:
+                state = gradient.State(*(np.asarray(x, np.float32) for x in known[number]["state"]))
+                if any(x.shape != y.shape for x, y in zip(state, gradient.start(space, layers), strict=True)):
+                    raise ValueError("of other layers")
+            except (KeyError, TypeError, ValueError):
+                raise _other_points(journal) from None
+            row = _known_row(journal, known, number, gradient.point_at(space, state), measuring)
             assert row is not None
             rows.append(row)
         else:
@@ -193,7 +199,7 @@ def _by_gradient(
 
 
 def _known_row(
-    journal: Journal, known: Sequence[dict[str, Any]], index: int, point: Point
+    journal: Journal, known: Sequence[dict[str, Any]], index: int, point: Point, measuring: Measuring
 ) -> dict[str, Any] | None:
     """What the journal holds of a point.
 
@@ -203,9 +209,15 @@ def _known_row(
     if index >= len(known):
         return None
     row = known[index]
-    if any(row.get(name) != value for name, value in point.as_row().items()):
-        raise UserError(f"{journal.path}: holds other points than this search asks for; use --overwrite")
+    measured = row.get("validation")
+    whole = isinstance(measured, dict) and {*measuring.choose, *measuring.keep} <= measured.keys()
+    if not whole or any(row.get(name) != value for name, value in point.as_row().items()):
+        raise _other_points(journal)
     return row
+
+
+def _other_points(journal: Journal) -> UserError:
+    return UserError(f"{journal.path}: holds other points than this search asks for; use --overwrite")
 
 
 def _row(point: Point, measured: Measured, measuring: Measuring) -> dict[str, Any]:

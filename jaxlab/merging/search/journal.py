@@ -27,9 +27,14 @@ class Journal:
                 text = self.path.read_text(encoding="utf-8")
                 whole = text.rpartition("\n")[0]
                 self._rows = [json.loads(line) for line in whole.splitlines()]
-                if not all(isinstance(row, dict) and {"entry", "kind"} <= row.keys() for row in self._rows):
-                    raise ValueError
-            except (OSError, ValueError):
+                counts: dict[tuple[str, str], int] = {}
+                for row in self._rows:
+                    key = row["entry"], row["kind"]
+                    counts[key] = counts.get(key, -1) + 1
+                    is_point, score = row["kind"] == "point", row.get("score")
+                    if is_point and (row["index"] != counts[key] or not isinstance(score, int | float)):
+                        raise ValueError(row)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(
                     f"{self.path}: not the lines that a search writes; remove it or use --overwrite"
                 ) from None

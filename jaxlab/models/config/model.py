@@ -17,6 +17,10 @@ from jaxlab.models.config.position import PositionConfig, RopeConfig
 from jaxlab.models.config.sparsity import SparsityConfig
 from jaxlab.models.config.vision import QwenVisionConfig, VisionConfig
 
+_INT32 = (1 << 31) - 1
+_MOST = {"num_layers": 1 << 16, "max_length": 1 << 62}
+"""Of sizes that are not bound by int32; what is known of each layer is a list."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -126,6 +130,9 @@ class ModelConfig:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
+            if getattr(self, name) > _MOST.get(name, _INT32):
+                most = _MOST.get(name, _INT32)
+                raise ConfigError(f"must be at most {most}, is {getattr(self, name)}", key=name)
         if self.extra_embeddings < 0 or (self.extra_embeddings and self.tie_embeddings):
             raise ConfigError("must not be negative, and 0 where the head is tied", key="extra_embeddings")
         if self.embedding_scale <= 0:

@@ -1,8 +1,9 @@
 """Full and sliding attention with its flows, by square tiles of queries and keys, all heads at once.
 
-Tiles that the causal order or the window hides are skipped; temporaries are [B, H, rows, rows]. The backward
-pass recomputes a tile's attention A, forms P = A * dA in float32, which the softmax's own backward needs
-anyway, adds it over the heads and reduces it to sums over pairs of token classes at once.
+Tiles that the causal order or the window hides are skipped; temporaries are [B, H, rows, rows]. The tiles of
+short texts are written out, those of others are loops. The backward pass recomputes a tile's attention A,
+forms P = A * dA in float32, which the softmax's own backward needs anyway, adds it over the heads and reduces
+it to sums over pairs of token classes at once.
 
 Axis letters besides those of api.py: N tiles along the tokens, G = H / Hkv query heads of a key/value head.
 """

@@ -236,10 +236,9 @@ def _prepare(
         reference = None
         if part != "select_blocks":
             reference = jax.jit(step("xla")).lower(wide, d_wide, like).compile()
+        chooser: Any = None
         if part in ("whole", "select_blocks") and case.segments:
             chooser = jax.jit(lambda x: _function(case, "whole", "xla")(x, None)[1])
-        else:
-            chooser = None
 
     def run() -> list[Finding]:
         with running():

@@ -275,6 +275,16 @@ def test_the_command_says_where_there_is_nothing_to_check(capsys):
     assert "--also: 'x' is not of the form" in capsys.readouterr().err
 
 
+def test_the_command_replaces_nothing_that_is_no_record(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "is_hopper", lambda: True)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    assert command.main(["--record", str(notes)]) == 2
+    assert "it stays as it is: name another file" in capsys.readouterr().err
+    assert notes.read_text() == "mine"
+    assert command.main(["--record", str(notes / "record.json")]) == 2
+
+
 def test_the_command_writes_what_it_found(monkeypatch, tmp_path, capsys):
     """With XLA in the kernels' place, and one case that raises."""
     sizes = {"heads": 4, "key_dim": 16, "value_dim": 8, "block_len": 8, "stride": 4, "block_size": 16}

@@ -1,13 +1,19 @@
 """Points of a search measured on the device: the bits of the injection, and one program for all of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.merging import Evaluator, Method, Point, Space, inject, plan_injection
+from jaxlab.merging import OPERATORS, Evaluator, Method, Point, Space, inject, operator_named, plan_injection
+from jaxlab.merging.in_forward import tensor_weights
+from jaxlab.merging.injection import given_to_leaves, merged_tensors
+from jaxlab.merging.operators.declarations import NotInjected
+from jaxlab.merging.programs import ZERO, Program, merge_whole
 from jaxlab.merging.search.measures import stack_batches
-from tests.merging.search.trio import few, hand_trio
+from tests.merging.search.trio import LM, few, hand_trio
 
 
 def digest(params, data):
@@ -20,31 +26,44 @@ def digest(params, data):
 METHODS = [
     Method.of("task_arithmetic"),
     Method.of("ties", density=0.5),
-    Method.of("dare_ties", density=0.5, mode="mergekit"),
+    Method.of("dare_ties", density=0.5, mode="mergekit"),  # sums over the tensor
     Method.of("slerp"),
     Method.of("nuslerp"),  # sums over the tensor after the lambdas are known
-    *(
-        pytest.param(method, marks=pytest.mark.slow)
-        for method in (
-            Method.of("sce"),
-            Method.of("karcher"),
-            Method.of("model_stock"),
-            Method.of("iso_c"),  # singular values after the lambdas are known
-            Method.of("task_arithmetic+svc"),
-            Method.of("ties_global", density=0.5),
-            Method.of("closed_form_lambda"),
-        )
-    ),
 ]
+GIVEN = {"density": 0.5, "gamma": 0.1, "t": 0.1, "k": 1}
+"""What operators must be told."""
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.operator)
-def test_a_point_has_the_bits_of_the_injection(method):
-    trio = hand_trio(few)
+def every_method():
+    """All operators that an injection can have without data, in both modes."""
+    for name in [*OPERATORS, "ties+svc", "task_arithmetic+subspace_boosting"]:
+        declared = OPERATORS.get(name)
+        if declared and (isinstance(declared.injection, NotInjected) or declared.per_task):
+            continue
+        operator = operator_named(name).for_injection
+        if operator.needs_statistics:
+            continue
+        asked = {n: GIVEN[n] for n, p in operator.parameters.items() if n in GIVEN and (p.asked or n == "t")}
+        if name == "layer_swap":
+            asked = {"bottom": 1}
+        for mode in ("paper", "mergekit"):
+            yield Method.of(name, mode, **asked)
+            if "rescale" in operator.parameters:
+                yield Method.of(name, mode, rescale=True, **asked)
+
+
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in every_method() if method not in METHODS]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *SLOW], ids=lambda m: f"{m.operator}-{m.mode}-{m.parameters}")
+def test_a_point_has_the_bits_of_its_merge(method):
+    """Measured, saved, injected in memory, and each tensor by itself as run.py merge makes it."""
+    trio = hand_trio(few, dataclasses.replace(LM, width=20, mlp_width=36, num_layers=3))
     plan = plan_injection(trio.vlm, trio.expert, trio.base)
-    thin = [(("density", d),) for d in (0.3, 0.5)] if "density" in dict(method.parameters) else [()]
-    points = [Point(v, e, own) for own in thin for v, e in ((0.9, 0.4), (0.123, 0.77), (0.0, 0.0))]
-    points.append(Point(0.9, 0.5, thin[0], None, (0.1, 0.9)))
+    own = tuple((name, value) for name, value in method.parameters if name != "density")
+    thin = [(("density", d), *own) for d in (0.3, 0.5)] if "density" in dict(method.parameters) else [own]
+    points = [Point(v, e, more) for more in thin for v, e in ((0.9, 0.4), (0.123, 0.77), (0.0, 0.0))]
+    points.append(Point(0.9, 0.5, thin[0], None, (0.1, 0.4, 0.9)))
     evaluator = Evaluator(plan, trio, mode=method.mode, seed=5, chunk=2)
     data = jnp.uint32(2654435761)
     measured = evaluator(method.operator, points, digest, data)
@@ -63,8 +82,41 @@ def test_a_point_has_the_bits_of_the_injection(method):
         )
         want = {name: float(value) for name, value in digest(params, data).items()}
         assert got == want, point
-        saved = {name: float(v) for name, v in digest(evaluator.merged(method.operator, point), data).items()}
+        merged = evaluator.merged(method.operator, point)
+        saved = {name: float(v) for name, v in digest(merged, data).items()}
         assert saved == want, point
+        for name, tensor in alone(evaluator, method.operator, point).items():
+            assert tensor.tobytes() == tensors_of(merged, plan)[name].tobytes(), (name, point)
+
+
+def tensors_of(params, plan):
+    """What is merged, by name."""
+    return {
+        name: np.asarray(tensor)
+        for leaf in plan.leaves
+        if leaf.action == "merged"
+        for name, tensor in zip(leaf.entry.names, merged_tensors(params, leaf, 0), strict=True)
+    }
+
+
+def alone(evaluator, operator, point):
+    """Each tensor of a point by the program of run.py merge."""
+    plan, trio, method = evaluator.plan, evaluator.trio, evaluator.method(operator, point)
+    models = [tensors_of(params, plan) for params in (trio.vlm, trio.expert, trio.base)]
+    given, numbers = given_to_leaves(plan, method, trio.vlm, trio.expert, trio.base, seed=evaluator.seed)
+    lambdas = [tensor_weights(plan, jnp.asarray(x)) for x in evaluator.lambdas(point)]
+    found = {}
+    for entry in plan.merged:
+        fixed = method.switches.parameters
+        program = Program(operator, method.mode, fixed, True, "float32", plan.num_layers, 2)
+        known = given[entry.pattern]
+        for i, name in enumerate(entry.names):
+            weights = [np.float32(own[entry.pattern][i]) for own in lambdas]
+            *pair, base = (model[name] for model in models)
+            own = known._replace(key=known.key[i], layer=known.layer[i])
+            arguments = tuple(pair), base, (numbers[entry.pattern], weights), own, ZERO
+            found[name] = np.asarray(merge_whole(program, *arguments))
+    return found
 
 
 def test_progress_counts_every_point_and_one_program_serves_them_all():

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlab.checkpoints import host_tensors, load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import UserError
+from jaxlab.merging import write_merge
 from jaxlab.tasks import main, merge_search
 from jaxlab.tasks.merge_search import Config
 from tests.checkpoints import folders
@@ -144,6 +146,23 @@ def test_questions_of_folders_of_hugging_face(tmp_path, monkeypatch, capsys):
         (place / "model.safetensors").read_bytes() for place in (run / "model", tmp_path / "again")
     )
     assert written == again
+    # What learns, and what follows flows, takes the questions' right answers.
+    start, end = text.index("operators:"), text.index("evaluate:")
+    entries = "operators:\n"
+    for name, loss in (("learned", "labels"), ("surest", "entropy")):
+        more = f"method: gradient, loss: {loss}, lambda_e: {{low: 0, high: 2}}"
+        entries += f"  {name}: {{operator: task_arithmetic, {more}}}\n"
+    entries += "  by_flows: {operator: task_arithmetic, layers: flows, lambda_e: [0.5, 1.0]}\n"
+    text = text[:start] + entries + text[end:].replace("[labels, entropy, neighbours]", "[labels]")
+    (tmp_path / "learn.yaml").write_text(f"{text}evaluations: 8\nequal_points: false\n")
+    assert main(["merge-search", "learn.yaml"]) == 0
+    (run,) = (tmp_path / "outputs" / "merge-search").glob("learn-*")
+    results = json.loads((run / "results.json").read_text())
+    for name in ("learned", "surest"):
+        points = results["operators"][name]["points"]
+        assert points[-1]["steps"] > 0
+        assert points[-1]["lambda_e"] != 1.0  # where it began
+    assert len(results["flow_profile"]) == opened.config.num_layers
     capsys.readouterr()
 
 
@@ -182,9 +201,20 @@ def test_a_vlm_of_hugging_face_is_searched_and_written(tmp_path, monkeypatch, ca
     def full(*args, **options):
         raise UserError("no room")
 
+    def damaged(prepared, out, **options):
+        write_merge(prepared, out, **options)
+        file = out / "model.safetensors"
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+
     with monkeypatch.context() as patch:
         patch.setattr(merge_search, "write_merge", full)
         assert main(["merge-search", config]) == 2
+        if save == "best":  # one is enough
+            patch.setattr(merge_search, "write_merge", damaged)
+            with pytest.raises(RuntimeError, match="1 parameters are not those that were measured"):
+                main(["merge-search", config])
     (run,) = (tmp_path / "outputs" / "merge-search").iterdir()
     before = json.loads((run / merge_search.UNSAVED).read_text())
     points = (run / "points.jsonl").read_bytes()
@@ -203,11 +233,22 @@ def test_a_vlm_of_hugging_face_is_searched_and_written(tmp_path, monkeypatch, ca
 
 
 def test_a_model_that_was_not_measured_is_told(tmp_path):
-    a = np.linspace(0, 1, 8, dtype=np.float32)
-    assert merge_search._apart(a, a) == 0
-    assert 0 < merge_search._apart(a, np.nextafter(a, np.float32(2))) < 2
-    assert merge_search._apart(a, a * 1.001) > merge_search.MAX_STEPS
-    assert merge_search._apart(a, a.astype(np.float16)) == np.inf
+    params = draw(LM, 0)
+    save_model(tmp_path / "model", LM, params)
+    merge_search.check_written(tmp_path / "model", params)
+    up = params["layers"]["mlp"]["up"]
+    spoiled = {
+        "one bit": up.at[1, 2, 3].set(jnp.nextafter(up[1, 2, 3], jnp.inf)),
+        "a zero's sign": up.at[0].multiply(-1.0),
+        "dtype": up.astype(jnp.bfloat16),
+        "shape": up[:, :-1],
+    }
+    for value in spoiled.values():
+        other = {**params, "layers": {**params["layers"], "mlp": {**params["layers"]["mlp"], "up": value}}}
+        with pytest.raises(RuntimeError, match=r"1 parameters are not .*\['layers'\]\['mlp'\]\['up'\]"):
+            merge_search.check_written(tmp_path / "model", other)
+    with pytest.raises(RuntimeError, match="final_norm"):
+        merge_search.check_written(tmp_path / "model", {k: v for k, v in params.items() if k != "final_norm"})
 
 
 KILLER = """

@@ -22,9 +22,9 @@ def draw(config, seed):
     )
 
 
-def hand_trio(keep=lambda params: params):
-    vlm = dataclasses.replace(LM, vision=VISION)
-    return Trio(vlm, None, keep(draw(vlm, 0)), keep(draw(LM, 1)), keep(draw(LM, 2)), None, LM, LM)
+def hand_trio(keep=lambda params: params, lm=LM):
+    vlm = dataclasses.replace(lm, vision=VISION)
+    return Trio(vlm, None, keep(draw(vlm, 0)), keep(draw(lm, 1)), keep(draw(lm, 2)), None, lm, lm)
 
 
 def few(params):

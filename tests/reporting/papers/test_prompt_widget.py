@@ -79,7 +79,9 @@ def test_the_page_draws_in_a_browser(maps, tmp_path):
         check=True,
     )
     assert 'data-ready="yes"' in done.stdout
-    assert len(re.findall(r'<path[^>]*class="(?:pq|ww)"', done.stdout)) == 8  # what flows to the last token
+    assert (
+        len(re.findall(r'<path[^>]*class="(?:pq|ww|first)"', done.stdout)) == 8
+    )  # what flows to the last token
     told = re.search(r"\nfrom: (.*)\nto: nothing", done.stdout).group(1)
     values = {int(at): float(value) for at, value in re.findall(r"\((\d+)\) ([\d.e+-]+)", told)}
     assert len(values) == 6

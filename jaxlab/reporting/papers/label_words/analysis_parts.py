@@ -157,6 +157,14 @@ def _heads(run: RunFolder, number: int) -> list[Markup]:
     ]
     agree = found["correlation"]
     return [
+        figure(
+            plots.heads_figure(run.results),
+            name_of("heads", number),
+            "Heads: flow from label words to the answer beside what else they do.",
+            "A point is a head. Function-vector score: what its mean output over right prompts does to the "
+            "right answer where labels are shuffled. Induction score: its attention to what followed the "
+            "same token before.",
+        ),
         table(
             ["layer.head", "share of S_pq", "function-vector score", "induction score"],
             rows,
@@ -164,5 +172,5 @@ def _heads(run: RunFolder, number: int) -> list[Markup]:
             "Rank correlation over all heads: with the function-vector score "
             f"{decimal(agree['pq_function_vector'], 2)}, with the induction score "
             f"{decimal(agree['pq_induction'], 2)}.",
-        )
+        ),
     ]

@@ -1,7 +1,7 @@
 """More pictures of the `icl` task, from its results.json alone: attention, re-weighting, compression,
 diagnosis, and what is beyond the paper."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxlab.reporting.plots import BLUE, DASHES, FAINT, GREEN, HEAT, INK, ORANGE
 
 Results = Mapping[str, Any]
 
+DEPTH = "viridis"
 METHODS = {
     "hidden_anchor": "Hidden_anchor",
     "text_anchor": "Text_anchor",
@@ -227,6 +228,26 @@ def faithfulness_figure(results: Results) -> Figure:
         return figure
 
 
+def heads_figure(results: Results) -> Figure:
+    """Each head's share of S_pq beside its function-vector and its induction score, coloured by layer."""
+    scores = {name: np.array([numbers(r) for r in rows]) for name, rows in results["heads"]["scores"].items()}
+    layers = np.repeat(np.arange(1, len(scores["pq"]) + 1), scores["pq"].shape[1])
+    agree = results["heads"]["correlation"]
+    panels = (("function_vector", "function-vector score"), ("induction", "induction score"))
+    with style():
+        figure, grid = canvas(7.4, 3.3, columns=2, sharey=True)
+        for axes, (name, label) in zip(grid[0], panels, strict=True):
+            drawn = axes.scatter(
+                scores[name].ravel(), scores["pq"].ravel(), c=layers, cmap=DEPTH, s=13, linewidths=0
+            )
+            axes.set_xlabel(label)
+            axes.set_title(f"rank correlation {agree[f'pq_{name}']:.2f}", fontsize=9)
+        grid[0, 0].set_ylabel("share of S_pq")
+        grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        figure.colorbar(drawn, ax=list(grid[0]), label="layer", pad=0.02)
+        return figure
+
+
 def many_shot_figure(results: Results) -> Figure:
     """Flow shares in the first and the last third of the layers, and accuracy, by demonstrations."""
     table = results["many_shot"]["table"]
@@ -286,6 +307,41 @@ def comparison_figure(runs: Mapping[str, Results], measure: str) -> Figure:
         axes.set_ylabel("AUCROC_l" if measure == "aucroc" else "share of the mean flow")
         figure.legend(loc="outside upper center", ncols=2, handlelength=2.8)
         return figure
+
+
+def difference_figure(first: Results, other: Results) -> Figure:
+    """What another run's shares of the flow have more than the first one's, by depth; bands are one deviation
+    over seeds of the difference. Of prompts without label words the pairs of classes that differ most."""
+    shares = [one["flows"]["share"] for one in (first, other)]
+    spreads = [one["flows"]["share_std"] for one in (first, other)]
+    names = [name for name in shares[0] if name in shares[1]]
+    found = {name: _difference(shares, spreads, name) for name in names}
+    if not set(SETS) <= set(names):
+        names = sorted(names, key=lambda name: -float(np.nanmax(np.abs(found[name][1]), initial=0.0)))[:4]
+    with style():
+        figure, grid = canvas(7.0, 3.0)
+        axes = grid[0, 0]
+        axes.axhline(0.0, color=INK, linewidth=0.9)
+        for number, name in enumerate(names):
+            label, colour = SETS.get(name, (name.replace("_to_", " → "), SERIES[number % len(SERIES)]))
+            depth, values, spread = found[name]
+            axes.fill_between(depth, values - spread, values + spread, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(depth, values, color=colour, linestyle=DASHES[number % len(DASHES)], label=label)
+        axes.set_xlabel("depth (layer / layers)")
+        axes.set_ylabel("difference of the shares")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:+.0f} %"))
+        figure.legend(loc="outside upper center", ncols=3, handlelength=2.8)
+        return figure
+
+
+def _difference(
+    shares: Sequence[Mapping[str, Any]], spreads: Sequence[Mapping[str, Any]], name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(depth, difference, deviation), at the layers of the first; the other's are drawn between its own."""
+    depths = [(np.arange(len(one[name])) + 1) / len(one[name]) for one in shares]
+    there = lambda values: np.interp(depths[0], depths[1], numbers(values))
+    difference = there(shares[1][name]) - numbers(shares[0][name])
+    return depths[0], difference, np.hypot(there(spreads[1][name]), numbers(spreads[0][name]))
 
 
 def cross_modal_figure(runs: Mapping[str, Results], most: int = 4) -> Figure:

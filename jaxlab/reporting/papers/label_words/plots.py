@@ -23,6 +23,8 @@ SETS = {
 MEASURES = {"accuracy": "Accuracy", "label_loyalty": "Label loyalty", "word_loyalty": "Word loyalty"}
 FAINTEST = 0.03
 """Lines thinner than this part of the thickest are left out of the prompt picture."""
+MOST_LINES = 60
+"""Of each colour so many are drawn, the strongest."""
 LINE = 0.176
 """Height of a line of the prompt picture, in inches."""
 
@@ -213,14 +215,20 @@ def _lines(
     for layer in maps:
         for i, row in enumerate(layer):
             flow[i, : len(row)] += row
+    labels = set(prompt["labels"])
+    if labels:
+        flow[:, 0] = 0.0  # attention that goes nowhere rests on the first token
     if flow.max() <= 0.0:
         return
     flow /= flow.max()
-    edges = [(flow[i, j], i, j) for i, j in zip(*np.nonzero(flow >= FAINTEST), strict=True)]
-    labels = set(prompt["labels"])
-    middle = (left + right) / 2
-    for strength, i, j in sorted(edges):
+    of_kind: dict[str, list[tuple[float, int, int]]] = {"ww": [], "wp": [], "pq": []}
+    for i, j in zip(*np.nonzero(flow >= FAINTEST), strict=True):
         kind = "wp" if i in labels else "pq" if i == prompt["query"] and j in labels else "ww"
+        of_kind[kind].append((flow[i, j], i, j))
+    middle = (left + right) / 2
+    edges = [(kind, *edge) for kind, some in of_kind.items() for edge in sorted(some)[-MOST_LINES:]]
+    for kind, strength, i, j in edges:
+        part = 0.45 if kind == "ww" else 1.0
         start, end = heights[j], heights[i]
         path = Path(
             [(left, start), (middle, start), (middle, end), (right, end)],
@@ -231,8 +239,8 @@ def _lines(
                 path,
                 fill=False,
                 edgecolor=SETS[kind][1],
-                linewidth=0.4 + 4.2 * strength,
-                alpha=0.25 + 0.6 * strength,
+                linewidth=0.4 + 4.2 * part * strength,
+                alpha=part * (0.3 + 0.6 * strength),
                 capstyle="round",
             )
         )

@@ -38,13 +38,19 @@ def prompt_widget(results: Results, number: int = 0) -> Markup:
         *(
             tag(
                 "label",
-                tag("input", type="checkbox", checked="checked", class_=f"flow-set {key}"),
+                tag(
+                    "input",
+                    type="checkbox",
+                    class_=f"flow-set {key}",
+                    **({"checked": "checked"} if on else {}),
+                ),
                 f" {text}",
             )
-            for key, text in (
-                ("wp", "into label words (S_wp)"),
-                ("pq", "label words to the last token (S_pq)"),
-                ("ww", "all others (S_ww)"),
+            for key, text, on in (
+                ("wp", "into label words (S_wp)", True),
+                ("pq", "label words to the last token (S_pq)", True),
+                ("ww", "all others (S_ww), drawn fainter", True),
+                ("first", "from the first token, on which attention rests", False),
             )
         ),
         class_="flow-legend",
@@ -55,7 +61,7 @@ def prompt_widget(results: Results, number: int = 0) -> Markup:
     controls = tag(
         "p",
         slider("flow-layer", "Layer", min="0", max="1", value="0"),
-        slider("flow-least", "Arcs drawn", min="5", max="400", value="80"),
+        slider("flow-least", "Arcs of each colour", min="5", max="200", value="40"),
         tag("button", "Play", type="button", class_="flow-play"),
         class_="flow-controls",
     )
@@ -99,7 +105,8 @@ def prompt_page(results: Results, title: str) -> str:
 
 EXPLAINED = (
     "Arcs are flows from a token to a later one: its attention times the gradient of the loss to it. Thicker "
-    "is stronger. Point at a token to see its own flows and their values; click to keep it."
+    "is stronger; the strongest of each colour are drawn, grey ones thinner than coloured ones of like "
+    "strength. Point at a token to see its own flows and their values; click to keep it."
 )
 
 
@@ -131,7 +138,7 @@ STYLE = """
 .flow-play { font: inherit; color: var(--accent); background: var(--card); border: 1px solid var(--rule);
   border-radius: 6px; padding: 0.15rem 0.8rem; cursor: pointer; }
 .flow-set.wp { accent-color: var(--orange); } .flow-set.pq { accent-color: var(--blue); }
-.flow-set.ww { accent-color: var(--faint); }
+.flow-set.ww, .flow-set.first { accent-color: var(--faint); }
 .flow-stage { position: relative; background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 2.2rem 1.2rem 1rem; overflow: hidden; }
 .flow-text { position: relative; z-index: 1; font: 0.9rem/2.7 var(--mono); overflow-wrap: anywhere; }
@@ -145,7 +152,8 @@ STYLE = """
 .flow-stage svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; }
 .flow-stage path { fill: none; stroke-linecap: round; }
 .flow-stage path.wp { stroke: var(--orange); } .flow-stage path.pq { stroke: var(--blue); }
-.flow-stage path.ww { stroke: var(--faint); }
+.flow-stage path.ww, .flow-stage path.first { stroke: var(--faint); }
+.flow-stage path.first { stroke-dasharray: 1 5; }
 .flow-told { font: 0.82rem/1.5 var(--sans); color: var(--faint); min-height: 4.5em; margin: 0.6rem 0 0;
   max-width: none; white-space: pre-wrap; font-variant-numeric: tabular-nums; }
 """
@@ -160,7 +168,9 @@ async function flowFigure(root) {
   const steps = new Uint8Array(await new Response(inflated).arrayBuffer());
   const at = (i, j) => i * (i - 1) / 2 + j;
   const value = (layer, i, j) => (steps[layer * pairs + at(i, j)] / 255) ** 2 * maps.scale[layer];
-  const set = (i, j) => kinds[i] === "label" ? "wp" : i === query && kinds[j] === "label" ? "pq" : "ww";
+  const set = (i, j) => j === 0 ? "first" : kinds[i] === "label" ? "wp"
+    : i === query && kinds[j] === "label" ? "pq" : "ww";
+  const quiet = kind => kind === "ww" || kind === "first";
   const stage = root.querySelector(".flow-stage"), text = root.querySelector(".flow-text");
   const told = root.querySelector(".flow-told");
   const [layerInput, leastInput] = [".flow-layer", ".flow-least"].map(c => root.querySelector(c));
@@ -206,26 +216,29 @@ async function flowFigure(root) {
     const on = new Set([...root.querySelectorAll(".flow-set")].filter(b => b.checked)
       .map(b => b.classList[1]));
     const token = over ?? held, most = Number(leastInput.value);
+    if (token !== null) on.add("first");
     let chosen = flow.filter(f => on.has(f[3]) && (token === null || f[1] === token || f[2] === token));
     const largest = chosen.length ? chosen[0][0] : 1;
-    chosen = chosen.slice(0, most);
-    output(leastInput).textContent = `${chosen.length}`;
+    const drawn = {};
+    chosen = chosen.filter(f => (drawn[f[3]] = (drawn[f[3]] ?? 0) + 1) <= most);
+    chosen.sort((a, b) => quiet(b[3]) === quiet(a[3]) ? a[0] - b[0] : quiet(a[3]) ? -1 : 1);
+    output(leastInput).textContent = `at most ${most}`;
     const box = stage.getBoundingClientRect();
     const place = n => {
       const drawn = [...spans[n].getClientRects()].filter(r => r.width);
       const r = drawn.at(-1) ?? spans[n].getBoundingClientRect();
       return [r.left + r.width / 2 - box.left, r.top - box.top, r.bottom - box.top];
     };
-    svg.replaceChildren(...chosen.reverse().map(([strength, i, j, kind]) => {
+    svg.replaceChildren(...chosen.map(([strength, i, j, kind]) => {
       const [x1, top1] = place(j), [x2, top2] = place(i);
       const same = Math.abs(top1 - top2) < 4;
       const lift = same ? Math.min(34, 8 + Math.abs(x2 - x1) / 9) : 26;
       const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
       path.setAttribute("d", `M${x1},${top1} C${x1},${top1 - lift} ${x2},${top2 - lift} ${x2},${top2}`);
       path.setAttribute("class", kind);
-      const part = strength / largest;
-      path.setAttribute("stroke-width", (0.5 + 4.5 * Math.sqrt(part)).toFixed(2));
-      path.setAttribute("stroke-opacity", (0.18 + 0.62 * Math.sqrt(part)).toFixed(2));
+      const part = Math.sqrt(strength / largest), less = quiet(kind) && token === null ? 0.4 : 1;
+      path.setAttribute("stroke-width", (0.5 + 4.5 * less * part).toFixed(2));
+      path.setAttribute("stroke-opacity", (less * (0.2 + 0.65 * part)).toFixed(2));
       return path;
     }));
     spans.forEach((s, n) => s.classList.toggle("on", n === token));

@@ -1,6 +1,9 @@
 """The part of the page on in-context learning: flows to and from label words, and what blocking them does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from jaxlab.reporting.folders import RunFolder, at, distinct_labels
 from jaxlab.reporting.formats import Number, percent
@@ -14,6 +17,8 @@ from jaxlab.reporting.verdicts import Verdict
 
 KEY = "icl"
 MADE_UP = "The label words are drawn anew for each prompt, so none stands for the same label in all of them."
+MOST_ROWS = 8
+"""Rows of a table of differences; those that differ most."""
 EDGES = {"into": "into", "from": "from", "to_last": "to the last token from"}
 
 
@@ -124,7 +129,55 @@ def _compared(analyses: Sequence[RunFolder]) -> list[Markup]:
             parts.append(
                 figure(drawing, f"icl-compared-{measure}", caption, "By depth, so that models compare.")
             )
+    return parts + _differences(dict(zip(names, analyses, strict=True)))
+
+
+def _differences(runs: Mapping[str, RunFolder]) -> list[Markup]:
+    """How the flows of each run differ from those of the first that has the same sets of edges."""
+    having = {name: run for name, run in runs.items() if run.get("flows", "share")}
+    first = next(iter(having), "")
+    parts: list[Markup] = []
+    for name, run in having.items():
+        sets = run.get("flows", "share")
+        if name == first or set(sets) != set(having[first].get("flows", "share")):
+            continue
+        number = len(parts) // 2 + 1
+        parts += _difference(having[first].results, run.results, name, first, f"icl-difference-{number}")
     return parts
+
+
+def _difference(
+    first: Mapping[str, Any], other: Mapping[str, Any], name: str, first_name: str, place: str
+) -> list[Markup]:
+    """The difference of two runs' flow shares, drawn and in numbers."""
+    rows = []
+    for key, values in first["flows"]["share"].items():
+        before, after = plots.numbers(values), plots.numbers(other["flows"]["share"][key])
+        if np.isnan(before).any() or np.isnan(after).any():
+            continue
+        ends = zip(
+            ("first", "last"), rules.thirds(before.tolist()), rules.thirds(after.tolist()), strict=True
+        )
+        told = key.replace("_to_", " → ") if "_to_" in key else f"S_{key}"
+        rows += [[f"{told}, {where} third", a, b, b - a] for where, a, b in ends]
+    if len(rows) > MOST_ROWS:
+        rows = sorted(rows, key=lambda row: -abs(row[3]))[:MOST_ROWS]
+    body = [[told, percent(a, 1), percent(b, 1), f"{100 * d:+.1f} points"] for told, a, b, d in rows]
+    return [
+        figure(
+            more_plots.difference_figure(first, other),
+            place,
+            f"Flows of {name} less those of {first_name}.",
+            "Differences of the shares, by depth; above zero: more in the second run. Bands: one deviation "
+            "over seeds.",
+        ),
+        table(
+            ["share, layers", first_name, name, "difference"],
+            body,
+            "The same by thirds of the layers.",
+            "Means over the layers of a third.",
+        ),
+    ]
 
 
 def _after(run: RunFolder, number: int) -> list[Markup]:
@@ -154,6 +207,7 @@ def _after(run: RunFolder, number: int) -> list[Markup]:
                 "The same prompts through both models.",
             )
         )
+        parts += _difference(run.results, after, "after", "before", more.name_of("after-difference", number))
     return parts
 
 
@@ -269,8 +323,10 @@ def _prompt(run: RunFolder, number: int) -> list[Markup]:
             plots.prompt_figure(run.results),
             more.name_of("prompt", number),
             "One prompt, after Figure 1 of the paper.",
-            "Lines are flows, thicker where stronger. In shallow layers words should flow into the label "
-            "words that follow them, in deep layers label words into the end. The answer is "
+            "Lines are flows, thicker where stronger, of each colour the strongest; those of S_ww are drawn "
+            "fainter than the others, those from the first token, on which attention rests, not at all. In "
+            "shallow layers words should flow into the label words that follow them, in deep layers label "
+            "words into the end. The answer is "
             f"{run.get('figure1', 'answer')}, which the model "
             f"{'gives' if right else 'misses: it says ' + str(run.get('figure1', 'prediction'))}.",
         ),
