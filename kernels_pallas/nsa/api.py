@@ -425,6 +425,6 @@ def _by_one_function(
     )
     if found is None:
         return None
-    out, *branches = (heads_joined(x, positions) for x in found[:4])
-    lse = found.lse.reshape(q.shape[:3])
-    return out, NsaBranches(*branches, lse, jnp.moveaxis(found.indices, 2, 1))
+    out, compressed, selected, recent = (heads_joined(x, positions) for x in found[:4])
+    lse, indices = found.lse.reshape(q.shape[:3]), jnp.moveaxis(found.indices, 2, 1)
+    return out, NsaBranches(compressed, selected, recent, lse, indices)

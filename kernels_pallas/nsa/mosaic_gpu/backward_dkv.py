@@ -44,7 +44,8 @@ def key_gradients(
     shape = (ROWS, ROWS)
     plan_operands = [*operands(plan), row_bits] if isinstance(plan, Inverse) else [plan]
 
-    def nsa_key_gradients(*refs):  # type: ignore[no-untyped-def]
+    def nsa_key_gradients(*all_refs):  # type: ignore[no-untyped-def]
+        refs: Any = all_refs
         q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *refs = refs
         plan_refs, refs = refs[: len(plan_operands)], refs[len(plan_operands) :]
         gate_ref, *refs = refs if gated else (None, *refs)
@@ -71,7 +72,7 @@ def key_gradients(
             if listed:
                 plgpu.copy_gmem_to_smem(plan_refs[-1], bits_smem, k_ready)
             plgpu.barrier_wait(k_ready)
-            bits = load(bits_smem) if listed else None
+            bits: Any = load(bits_smem) if listed else None
 
             def one_step(step, dv):  # type: ignore[no-untyped-def]
                 slot = lax.rem(step, stages)

@@ -48,7 +48,8 @@ def query_gradient(
     listed, wgs, stages = isinstance(plan, Lists), tuning.warpgroups, tuning.stages
     plan_operands, shape = operands(plan), (ROWS, tuning.keys)
 
-    def nsa_query_gradient(*refs):  # type: ignore[no-untyped-def]
+    def nsa_query_gradient(*all_refs):  # type: ignore[no-untyped-def]
+        refs: Any = all_refs
         q_ref, do_ref, lse_ref, shift_ref, first_ref, end_ref, k_ref, v_ref, *refs = refs
         plan_refs, refs = refs[: len(plan_operands)], refs[len(plan_operands) :]
         gate_ref, *refs = refs if gated else (None, *refs)
@@ -86,8 +87,8 @@ def query_gradient(
             load = lambda ref: plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
             lse, shift = load(row_smem.at[wg, 0]), load(row_smem.at[wg, 1])
             first, end = load(number_smem.at[wg, 0]), load(number_smem.at[wg, 1])
-            gate = load(row_smem.at[wg, 2]) if gated else None
-            bits = load(number_smem.at[wg, 2]) if listed else None
+            gate: Any = load(row_smem.at[wg, 2]) if gated else None
+            bits: Any = load(number_smem.at[wg, 2]) if listed else None
 
             def differentiate(slot, step, dq, masked):  # type: ignore[no-untyped-def]
                 plgpu.barrier_wait(k_full.at[slot])

@@ -161,7 +161,8 @@ def choose(
     table = jnp.asarray(overlaps(grid, spread, phases), jnp.bfloat16)
     wide, across = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(0)
 
-    def nsa_choice(*refs):  # type: ignore[no-untyped-def]
+    def nsa_choice(*all_refs):  # type: ignore[no-untyped-def]
+        refs: Any = all_refs
         q_ref, k_ref, lse_ref, bounds_ref, columns_ref, *refs = refs
         phases_ref, *refs = refs if packed else (None, *refs)
         adding_ref, table_ref, out_ref, smem, barriers = refs

@@ -67,7 +67,7 @@ def _choosing(
         return x.reshape(x.shape[0], -1, of_tile)
 
     packed = texts.origin is not None
-    origin = by_tile(texts.origin if packed else jnp.zeros_like(texts.newest), 0)
+    origin = by_tile(jnp.zeros_like(texts.newest) if texts.origin is None else texts.origin, 0)
     newest = by_tile(texts.newest, -1)
     shift = spread.shift(origin)
     first, end = by_tile(texts.first, 0), by_tile(texts.end, 0)

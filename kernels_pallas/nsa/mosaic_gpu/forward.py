@@ -80,7 +80,8 @@ def forward_pass(
     plan_operands = operands(plan)
     stages, shape = tuning.stages, (ROWS, tuning.keys)
 
-    def nsa_forward(*refs):  # type: ignore[no-untyped-def]
+    def nsa_forward(*all_refs):  # type: ignore[no-untyped-def]
+        refs: Any = all_refs
         q_ref, k_ref, v_ref, first_ref, end_ref, *plan_refs = refs[: 5 + len(plan_operands)]
         refs = refs[5 + len(plan_operands) :]
         other_refs, refs = (refs[:3], refs[3:]) if summed else ((), refs)
@@ -115,7 +116,7 @@ def forward_pass(
             plgpu.barrier_wait(ready.at[wg])
             load = lambda ref: plgpu.load(ref.at[wg], layout=plgpu.Layout.WGMMA.reduce(1))
             first, end = load(first_smem), load(end_smem)
-            bits = load(bits_smem) if listed else None
+            bits: Any = load(bits_smem) if listed else None
 
             def attend(slot, step, carry, masked):  # type: ignore[no-untyped-def]
                 acc, top, total = carry

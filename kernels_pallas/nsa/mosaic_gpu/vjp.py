@@ -95,7 +95,8 @@ def forward(
     kernels: Kernels, q: Array, k: Array, v: Array, indices: Array | None, positions: Positions
 ) -> tuple[Array, Array]:
     """`attend` without its derivative."""
-    return _forward(kernels, q, k, v, indices, positions, None)[:2]
+    out, lse = _forward(kernels, q, k, v, indices, positions, None)
+    return out, lse
 
 
 def forward_and_sum(
@@ -108,7 +109,8 @@ def forward_and_sum(
     gates: Float[Array, "B T Hkv G 3"],
 ) -> tuple[Array, Array, Array]:
     """`forward` of an interval, and the sum of the two other outputs and this one, each times its gate."""
-    return _forward(kernels, q, k, v, None, positions, (*others, gates))
+    out, lse, together = _forward(kernels, q, k, v, None, positions, (*others, gates))
+    return out, lse, together
 
 
 def _forward(
