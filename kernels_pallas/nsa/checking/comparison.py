@@ -204,7 +204,7 @@ def _prepare(
         "compressed_attention": ("d_compressed", "d_lse"),
         "selected_attention": ("d_selected",),
         "select_blocks": (),
-        "whole": tuple(f"d_{name}" for name in RESULTS["whole"]),
+        "whole": ("d_output",),  # as models have it: then the kernels apply the gates
     }[part]
     operands, d_results = {n: data[n] for n in names}, tuple(data[n] for n in cotangents)
     wide, d_wide = (jax.tree.map(lambda x: x.astype(jnp.float32), tree) for tree in (operands, d_results))
@@ -213,7 +213,11 @@ def _prepare(
         function = _function(case, part, implementation)
 
         def both(operands, d_results, extra):  # type: ignore[no-untyped-def]
-            results, pull, rest = jax.vjp(lambda x: function(x, extra), operands, has_aux=True)
+            def differentiated(x):  # type: ignore[no-untyped-def]
+                results, rest = function(x, extra)
+                return results[: len(d_results)], (results, rest)
+
+            _, pull, (results, rest) = jax.vjp(differentiated, operands, has_aux=True)
             return results, rest, pull(d_results)[0] if gradients and d_results else {}
 
         return both

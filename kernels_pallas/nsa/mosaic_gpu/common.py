@@ -89,13 +89,17 @@ class Inverse(NamedTuple):
 class Saved(NamedTuple):
     """What both kernels read of the rows."""
 
-    q: Float[Array, "X R Dk"]
-    d_out: Float[Array, "X R Dv"]
+    q: Array
+    d_out: Array
     lse: Float[Array, "X R"]
     """In base 2; 0 for rows that see nothing."""
     shift: Float[Array, "X R"]
     """Sum of d_out * out, less the gradient of the natural log-sum-exp."""
     visible: Visible
+    places: Any = None
+    """query_rows.Place of q and of d_out; None: both packed, [X, R, D]."""
+    gate: Float[Array, "X R"] | None = None
+    """What the output is multiplied by; None: 1. `shift` is then of the output without it."""
 
 
 class Channel(NamedTuple):
