@@ -355,15 +355,19 @@ def mean_of(values: Sequence[float], *, first: bool) -> float:
 
 def told_after(run: RunFolder, after: Mapping[str, Any]) -> str:
     """What the second model of a run does otherwise with the same prompts."""
-    pair = "image_to_answer"
-    flows = [one["flows"]["mean"][pair] for one in (run.results, after)]
-    totals = [sum(x) for x in flows]
-    layers = [max(range(len(x)), key=x.__getitem__) + 1 for x in flows]
+    parts = []
+    for one in (run.results, after):
+        into = {
+            pair.partition("_to_")[0]: sum(values)
+            for pair, values in one["flows"]["mean"].items()
+            if pair.endswith("_to_answer")
+        }
+        parts.append(100 * into["image"] / sum(into.values()))
     return (
         f"Before the injection {100 * run.get('accuracy'):.0f} % of {run.get('examples')} prompts are "
-        f"answered rightly, after it {100 * after['accuracy']:.0f} %; the mean flow from the image to the "
-        f"place of the answer, summed over the layers, becomes {totals[1] / totals[0]:.2f} times what it "
-        f"was, and is largest in layer {layers[1]} (before: {layers[0]})."
+        f"answered rightly, after it {100 * after['accuracy']:.0f} %. Flows are of the loss, so that all are "
+        "smaller where the model is right; of the mean flows into the place of the answer, summed over the "
+        f"layers, the image's part is {parts[0]:.0f} % before and {parts[1]:.0f} % after."
     )
 
 

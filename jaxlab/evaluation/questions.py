@@ -308,13 +308,13 @@ def _ask(question: Question, prompt: Any, opened: OpenModel, config: QuestionsCo
     encoded: Callable[[str], np.ndarray] = lambda text: np.asarray(
         encode(text, tokenizer, special=False, where=question.where), np.int32
     )
+    right: np.ndarray | None = None
     if config.measure == "perplexity" and not (prompt.text or prompt.messages or prompt.images):
         ids = np.asarray(encode(question.answers[0], tokenizer, where=question.where), np.int32)
         if len(ids) < 2:
             raise UserError(f"{question.where}: perplexity needs a text of at least two tokens")
         batch: Batch = {"tokens": ids[None, :1]}
         continuations: tuple[np.ndarray, ...] = (ids[1:],)
-        right = None
     else:
         batch = read_prompt(prompt, opened, chat=chat)
         given = question.choices if config.measure == "multiple_choice" else question.answers
@@ -323,7 +323,6 @@ def _ask(question: Question, prompt: Any, opened: OpenModel, config: QuestionsCo
         gap = "" if chat or not text or text[-1].isspace() else " "
         needed = config.measure in ("multiple_choice", "perplexity")
         continuations = tuple(encoded(gap + one) for one in given) if needed else ()
-        right = None
         if not needed and question.answers:
             right = encoded(gap + question.answers[0])
         if any(not len(ids) for ids in continuations):

@@ -32,5 +32,5 @@ def matrix_seconds(operator: str, parameters: Mapping[str, Any], shape: tuple[in
     m, n = shape
     count = sum(_DECOMPOSITIONS.get(name, 0.0) for name in operator.split("+"))
     steps = operator_named(operator).parameters.get("steps")
-    products = 0 if steps is None else parameters.get("steps", steps.default)
+    products: float = 0 if steps is None else parameters.get("steps", steps.default)
     return count * _SVD * m * n * (m + n) / 2 + products * _PRODUCT * m * n * n

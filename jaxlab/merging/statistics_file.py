@@ -149,7 +149,7 @@ def _numbers(operator: str, plan: MergePlan) -> dict[str, str]:
     digest, and lines for people."""
     steps = [(tensor.name, tensor.merging) for tensor in plan.tensors if tensor.merging is not None]
     made: list[Any] = [(name, step.weights, step.rows) for name, step in steps]
-    told = {"weights": {step.weights for _, step in steps}}
+    told: dict[str, set[Any]] = {"weights": {step.weights for _, step in steps}}
     if operator != "adamerging":  # its coefficients are learned on sums of task vectors
         made = [
             (*own, step.operator, step.mode, step.parameters)

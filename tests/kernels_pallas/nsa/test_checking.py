@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 
 from kernels_pallas.nsa import records
-from kernels_pallas.nsa.checking import CASES, SMALL_CASES, CheckCase, also, leaves_blocks_out, prepare
+from kernels_pallas.nsa.checking import (
+    CASES,
+    SMALL_CASES,
+    CheckCase,
+    Finding,
+    Prepared,
+    also,
+    leaves_blocks_out,
+    prepare,
+)
 from kernels_pallas.nsa.checking import __main__ as command
 from kernels_pallas.nsa.checking.choice import wrong_choices
 from kernels_pallas.nsa.checking.comparison import LEAST_LEFT_OUT, compare
 from kernels_pallas.nsa.checking.recording import record_of, rights
+from kernels_pallas.nsa.decoding import ONE_TOKEN
 from kernels_pallas.nsa.mosaic_gpu import operators, tuning, vjp
 from kernels_pallas.nsa.records import Key
 from kernels_pallas.target import OLDEST_JAX, interpreted, is_hopper
@@ -157,7 +167,7 @@ def test_the_kernels_are_right_where_they_are_interpreted(part):
     findings = check.run()
     assert [f for f in findings if not f.right] == []
     names = {key.operator for key in check.keys}
-    alone = {"cached_attention of one token"}
+    alone = {ONE_TOKEN}
     assert names == alone if part == "decode" else len(names) == 4 and not names & alone
 
 
@@ -262,7 +272,7 @@ def test_an_operator_is_right_if_all_is_that_may_be_about_it(what, right):
 def test_what_failed_at_one_length_is_not_right_by_another():
     choice = KEYS[0]._replace(operator="select_blocks", value_dim=0)
     seen = dict.fromkeys([*KEYS, KEYS[0]._replace(group=4), choice], True)
-    token = Key("cached_attention of one token", "bfloat16", 16, 192, 128)
+    token = Key(ONE_TOKEN, "bfloat16", 16, 192, 128)
     made = record_of("device", [seen | {token: True}], [(CheckCase(4097), "whole")], {}, {})
     assert [key for key, right in made.right.items() if right] == [KEYS[0]._replace(group=4), token]
     assert made.versions["jax"] == jax.__version__
@@ -286,24 +296,37 @@ def test_the_command_replaces_nothing_that_is_no_record(monkeypatch, tmp_path, c
 
 
 def test_the_command_writes_what_it_found(monkeypatch, tmp_path, capsys):
-    """With XLA in the kernels' place, and one case that raises."""
-    sizes = {"heads": 4, "key_dim": 16, "value_dim": 8, "block_len": 8, "stride": 4, "block_size": 16}
-    case = dataclasses.replace(TINY, **sizes, dtype="float32", batches=(1,))
-    broken = dataclasses.replace(case, name="broken", heads=8, num_blocks=99)
+    """One case that is right, one of which a gradient is wrong, one that raises."""
+    broken, bad = (dataclasses.replace(TINY, name=n, heads=h) for n, h in (("broken", 64), ("bad", 16)))
+
+    def fake(case, part):
+        if case is broken and part == "whole":
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+        names = ("compressed_attention", "selected_attention") if part == "whole" else (ONE_TOKEN,)
+        keys = frozenset(Key(name, "bfloat16", case.groups, 64, 64) for name in names)
+        findings = [Finding("lse", True, 1e-6), Finding("d_k_slc", case is not bad, 0.5, "first at [3]")]
+        return Prepared(case, part, keys, lambda: findings if part == "whole" else findings[:1])
+
     monkeypatch.setattr(command, "is_hopper", lambda: True)
-    monkeypatch.setattr(command, "CASES", (case, broken))
-    plain = {"implementation": "xla", "gradients": False}
-    monkeypatch.setattr(command, "prepare", lambda case, part: prepare(case, part, **plain))
+    monkeypatch.setattr(command, "CASES", (TINY, bad, broken))
+    monkeypatch.setattr(command, "prepare", fake)
     path = tmp_path / "deep" / "record.json"
     assert command.main(["--record", str(path)]) == 1
     said = capsys.readouterr().out
-    assert "right  tiny | float32 | 2 heads a group" in said
-    assert "FAILED broken | float32 | 4 heads a group" in said
+    assert (
+        "right  tiny | bfloat16 | 16 heads a group | 64/64 | 256 tokens, whole: largest error 5.0e-01" in said
+    )
+    assert "wrong  bad | bfloat16 | 8 heads a group" in said
+    assert "       d_k_slc: first at [3]" in said
+    assert "FAILED broken | bfloat16 | 32 heads a group" in said
     record = records.read(path)
-    assert len(record.right) == 5
-    assert all(record.right.values())
-    assert {key.group for key in record.right} == {2}
-    assert "error" in record.facts["checks"][2]
+    wrong = Key("selected_attention", "bfloat16", 8, 64, 64)
+    assert [key for key, right in record.right.items() if not right] == [wrong]
+    assert {(key.operator, key.group) for key in record.right} == {
+        *((name, group) for name in ("compressed_attention", "selected_attention") for group in (16, 8)),
+        *((ONE_TOKEN, group) for group in (16, 8, 32)),
+    }
+    assert "ILLEGAL_ADDRESS" in record.facts["checks"][4]["error"]
 
 
 @pytest.mark.gpu
