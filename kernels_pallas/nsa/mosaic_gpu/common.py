@@ -163,7 +163,7 @@ def operands(plan: Sequence[Any]) -> list[Any]:
 
 
 def limits_in_tile(
-    first: Array, end: Array, tile: Array, bits: Array, members: Array, tails: Array | None
+    first: Array, end: Array, tile: Array, bits: Any, members: Array, tails: Array | None
 ) -> tuple[Array, Array]:
     """First key and end of what rows with `bits` see of a tile that lists share (see `Lists`); `first` and
     `end` bound what they see at all, and `first` is where their text begins."""
