@@ -84,7 +84,8 @@ def forward_pass(
         refs: Any = all_refs
         q_ref, k_ref, v_ref, first_ref, end_ref, *plan_refs = refs[: 5 + len(plan_operands)]
         refs = refs[5 + len(plan_operands) :]
-        other_refs, refs = (refs[:3], refs[3:]) if summed else ((), refs)
+        other_refs: Any = refs[:3] if summed else ()
+        refs = refs[3:] if summed else refs
         out_ref, lse_ref, *refs = refs
         sum_ref, *refs = refs if summed else (None, *refs)
         smem, barriers = refs
