@@ -102,8 +102,10 @@ def _too_small(batch_size: int, split: str) -> UserError:
     )
 
 
-def check_fits(batch: Mapping[str, jax.ShapeDtypeStruct], model: ModelConfig) -> None:
-    """Checks that a batch of such shapes is for `model`.
+def check_fits(
+    batch: Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray], model: ModelConfig
+) -> None:
+    """Checks that a batch of such shapes is for `model`; of its tokens see `check_all_tokens`.
 
     Raises:
       UserError: it is not.
