@@ -8,6 +8,7 @@ built. GPT2-XL at the length of the paper's prompts; a 7B model (Llama 2's shape
 """
 
 import dataclasses
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -103,9 +104,11 @@ def main() -> None:
         raise SystemExit(missing)
     dump = Path(tempfile.mkdtemp())
     h100.dump_to(dump)
-    found: dict[str, Any] = {}
+    # Cases of another run stay as they are, each with its commit.
+    out = arguments.out
+    found: dict[str, Any] = json.loads(out.read_text())["cases"] if out is not None and out.exists() else {}
     for name in arguments.cases:
-        found[name] = compiled(name, dump)
+        found[name] = compiled(name, dump) | {"commit": environment()["commit"]}
         print(name, {key: value for key, value in found[name].items() if key != "kernels"}, flush=True)
         if arguments.out is not None:
             write_json(arguments.out, {"cases": found, "environment": environment()})

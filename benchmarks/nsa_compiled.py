@@ -5,12 +5,15 @@
 Needs the extra `gpu-compile`. For each spec with the tag "compile": registers, spilled bytes and shared
 memory of each kernel, temporary memory of each branch, forward and backward; FLOPs that products run (masked
 parts of tiles included) and useful ones, bytes from L2 into shared memory and the least of device memory, and
-the milliseconds that the rates of an H100 allow them (kernels_pallas/nsa/specs/counts.py). Nothing here was
-timed: a kernel takes longer than the largest of its floors.
+the milliseconds that the rates of an H100 allow them (kernels_pallas/nsa/specs/counts.py). And of the whole,
+forward and with all gradients, what XLA moves and launches outside of the kernels, from the optimised HLO
+(specs/outside.py), with the sum of both for two devices. Nothing here was timed: a kernel takes longer than
+the largest of its floors. `--before FILE` puts the figures outside of the kernels of an earlier result beside
+the new ones.
 """
 
 import dataclasses
-import re
+import json
 import shutil
 import time
 from pathlib import Path
@@ -25,6 +28,7 @@ from jaxlab.files import write_json
 from kernels_pallas.nsa import bytes_per_decoded_token
 from kernels_pallas.nsa.specs import counts
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec, with_tag
+from kernels_pallas.nsa.specs.outside import outside
 from kernels_pallas.nsa.specs.synthetic import overlapping_indices
 
 Row = dict[str, Any]
@@ -46,6 +50,8 @@ class Arguments:
     """Of the free blocks that neighbouring queries read."""
     decode_batches: tuple[int, ...] = (1, 8, 64)
     """Sequences of which one token is decoded at the length of each spec."""
+    before: Path | None = None
+    """An earlier result of this command."""
     compile: bool = True
     """False only counts: no compiler is needed."""
 
@@ -81,6 +87,36 @@ def compiled(spec: ArgSpec, dump: Path) -> tuple[list[Row], Row]:
             facts = {n: x for n, x in dataclasses.asdict(kernel).items() if n != "name"}
             rows.append({"branch": branch, "kernel": name, **facts})
     return rows, memory
+
+
+def outside_kernels(spec: ArgSpec, dump: Path) -> Row:
+    """Bytes and launches of XLA, forward and with all gradients."""
+    found: Row = {}
+    for name, backward in (("forward", False), ("forward_and_backward", True)):
+        report = compiler.compile_whole(spec, dump, backward)
+        traffic = outside(report.compiled.as_text())
+        largest = [{"name": x.name, "times": x.times, "bytes": x.bytes} for x in traffic.largest]
+        facts = {"bytes": traffic.bytes, "launches": traffic.launches, "kernels": traffic.kernels}
+        found[name] = {**facts, "largest": largest, "temporary_bytes": report.temporary_bytes}
+    return found
+
+
+def sums(rows: list[Row], traffic: Row, overlap: float) -> Row:
+    """Milliseconds of kernels and of what XLA moves between them, by device."""
+    forward, both = (traffic[name]["bytes"] for name in ("forward", "forward_and_backward"))
+    found: Row = {"overlap": overlap}
+    for name, device in counts.DEVICES.items():
+        floor = lambda row, device=device: counts.Count(*(row[x] for x in counts.Count._fields)).floor_ms(
+            device
+        )
+        mine = [(row["kernel"], floor(row)) for row in rows if row["overlap"] in (None, overlap)]
+        ahead = sum(ms for kernel, ms in mine if kernel in ("forward", "scores"))
+        back = sum(ms for kernel, ms in mine if kernel.endswith(("gradient", "gradients")))
+        found[name] = {
+            "forward_ms": ahead + 1e3 * forward / device.hbm_bytes,
+            "backward_ms": back + 1e3 * (both - forward) / device.hbm_bytes,
+        }
+    return found
 
 
 def whole(spec: ArgSpec, rows: list[Row], overlaps: tuple[float, ...]) -> list[Row]:
@@ -124,21 +160,25 @@ def decoding(spec: ArgSpec, batch: int, dump: Path | None) -> Row:
     if dump is not None:
         report = compiler.compile_decoding(spec, batch, dump)
         row["kernels"] = [dataclasses.asdict(kernel) for kernel in report.kernels]
-        program = report.compiled.as_text()
-        program = program[program.index("ENTRY") :]
-        row["launches"] = len(re.findall(r"= .* (?:fusion|sort|copy|while|custom-call)\(", program))
+        traffic = outside(report.compiled.as_text())
+        row["launches"] = traffic.launches + traffic.kernels
+        row["bytes_outside"] = traffic.bytes
         row["temporary_bytes"] = report.temporary_bytes
     return row
 
 
 def main(a: Arguments) -> None:
     result: Row = {
-        "arguments": dataclasses.asdict(a) | {"out": a.out.name},
+        "arguments": dataclasses.asdict(a) | {"out": a.out.name, "before": a.before and a.before.name},
         "environment": environment(),
-        "rates": dataclasses.asdict(counts.H100),
+        "rates": {name: dataclasses.asdict(device) for name, device in counts.DEVICES.items()},
         "note": "compiled and counted, not run: every time is a floor",
         "specs": [],
     }
+    earlier = {}
+    if a.before is not None:
+        old = json.loads(a.before.read_text())
+        earlier = {entry["name"]: entry["outside"] for entry in old["specs"] if "outside" in entry}
     dump = compiler.dump_folder()
     if a.compile and (missing := compiler.h100.missing()):
         raise SystemExit(f"nsa_compiled: {missing}; or count only, with --no-compile")
@@ -149,7 +189,11 @@ def main(a: Arguments) -> None:
         entry: Row = {"name": name, **dataclasses.asdict(spec) | {"tags": sorted(spec.tags)}}
         if a.compile:
             facts, entry["temporary_bytes"] = compiled(spec, dump)
-            entry["compiled"] = facts
+            traffic = outside_kernels(spec, dump)
+            entry |= {"compiled": facts, "outside": traffic}
+            if (older := earlier.get(name)) is not None:
+                entry["outside_before"] = older
+            entry["sums"] = [sums(rows, traffic, overlap) for overlap in a.overlaps]
         entry |= {"counted": rows, "whole": whole(spec, rows, a.overlaps)}
         entry["decoding"] = [decoding(spec, batch, dump if a.compile else None) for batch in a.decode_batches]
         result["specs"].append(entry | {"seconds": time.perf_counter() - start})
@@ -195,6 +239,15 @@ def show(entry: Row) -> None:
         ours = f"forward {row['forward_ms']:.2f} ms, backward {row['backward_ms']:.2f} ms"
         dense = f"dense {row['dense_forward_ms']:.2f} and {row['dense_backward_ms']:.2f} ms"
         print(f"whole at overlap {row['overlap']:g}: {ours}; {dense}")
+    for name in ("outside_before", "outside"):
+        for what, row in entry.get(name, {}).items():
+            moved = (
+                f"{row['bytes'] / 1e9:.1f} GB in {row['launches']} launches, beside {row['kernels']} kernels"
+            )
+            print(f"{name.replace('_', ' ')} of the kernels, {what}: {moved}")
+    for row in entry.get("sums", ()):
+        of = lambda device, row=row: "{forward_ms:.1f} and {backward_ms:.1f} ms".format(**row[device])
+        print(f"with what is outside, at overlap {row['overlap']:g}: H100 {of('h100')}; H200 {of('h200')}")
     for row in entry["decoding"]:
         floors = "{nsa_floor_ms:.3f} ms, dense {dense_floor_ms:.3f} ms".format(**row)
         facts = f"; {row['launches']} launches" if "launches" in row else ""

@@ -40,7 +40,7 @@ NAMES = {
     "forward": "nsa_forward",
     "query_gradient": "nsa_query_gradient",
     "key_gradients": "nsa_key_gradients",
-    "scores": "nsa_group_shares",
+    "scores": "nsa_choice",
 }
 
 

@@ -9,6 +9,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jaxtyping import Array
 
 ROWS = 64
@@ -22,6 +23,23 @@ FEATURES = 64
 _TILING: Any = plgpu.TilingTransform
 
 _SWIZZLE: Any = plgpu.SwizzleTransform
+
+
+def _column_lanes() -> Any:
+    layout = fragments.TiledLayout(
+        fragments.Tiling(((32, 8), (32, 2), (1, 2))),
+        warp_dims=(-5,),
+        lane_dims=(-4,),
+        vector_dim=-1,
+        _check_canonical=False,
+    ).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+COLUMN_LANES: Any = _column_lanes()
+"""Layout of an [m, n] tile, m % 32 == 0 == n % 8, in which a warp has pairs of columns and its lanes the
+rows: a reduction over the rows needs no other warp, hence no shared memory. Of that Pallas has one piece for
+all warpgroups, so two of them that reduce over the rows of `Layout.WGMMA` would overwrite each other's."""
 
 
 def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:

@@ -14,6 +14,7 @@ from kernels_pallas.nsa import (
     cached_attention,
     compressed_attention,
     init_cache,
+    nsa_attention,
     select_blocks,
     selected_attention,
     window_attention,
@@ -67,6 +68,22 @@ def compile_branch(spec: ArgSpec, branch: str, dump: Path) -> Any:
     operands = [shapes[name] for name in OPERANDS[branch]]
     with compiled_elsewhere():
         return h100.compile_for_h100(step, spec.output(), indices_of(spec), *operands, dump=dump)
+
+
+def compile_whole(spec: ArgSpec, dump: Path, backward: bool) -> Any:
+    """`nsa_attention`, forward alone or with all its gradients."""
+
+    def forward(args):
+        return nsa_attention(**args, implementation="mosaic_gpu")[0]
+
+    def step(args, d_out):
+        out, pull = jax.vjp(forward, args)
+        return out, pull(d_out)[0]
+
+    with compiled_elsewhere():
+        if backward:
+            return h100.compile_for_h100(step, spec.shapes(), spec.output(), dump=dump)
+        return h100.compile_for_h100(forward, spec.shapes(), dump=dump)
 
 
 def compile_block_selection(spec: ArgSpec, dump: Path) -> Any:

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlab.checkpoints import OpenModel
 from jaxlab.data import (
     PAD_ID,
     DigitsConfig,
+    DigitsSource,
+    check_all_tokens,
     check_fits,
     check_same_words,
     digits_tokenizer,
@@ -43,7 +46,9 @@ class DigitPrompts:
             )
         check_same_words(opened.tokenizer, self.tokenizer, opened.path)
         (self._whole,) = evaluation_batches(config, split)
-        check_fits(self._whole, self.model)
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self._whole.items()}
+        check_fits(shapes, self.model)
+        check_all_tokens(DigitsSource(config), self.model)
         self._places = naming_places(self._whole["tokens"])
         self.length = int(self._places.max())
         self.label_names: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.models.batch import Batch, Params, check_tokens
     from jaxlab.models.block import Block
+    from jaxlab.models.compressor import linear_mean_compressor, mean_compressor
     from jaxlab.models.config import (
         BRANCHES,
         H2O,
@@ -40,7 +41,6 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.interpretability import activations
     from jaxlab.models.kv_cache import Cache, init_cache
     from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens
-    from jaxlab.models.native_sparse import linear_mean_compressor, mean_compressor
     from jaxlab.models.output import Output
     from jaxlab.models.parameters import (
         abstract_params,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.attention import Attended, Attention
+from jaxlab.models.compressor import Compressor
 from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
@@ -34,87 +35,9 @@ from kernels_pallas.flow import Probe, nsa_flow_attention
 from kernels_pallas.nsa import (
     PagedCache,
     block_starts,
-    compress_blocks,
     nsa_attention,
     select_blocks_by_importance,
 )
-
-
-class Compressor(nnx.Module):
-    """phi (sec. 3.3.1): an MLP over a block's keys or values with an intra-block position embedding, one
-    linear map of them, or their mean, which has no parameters."""
-
-    def __init__(self, config: ModelConfig, dim: int, init: Initializer):
-        """
-        Args:
-          dim: of a head's keys, or of its values.
-        """
-        n = config.nsa
-        length, width, as_mean = n.block_len, n.compress_width, n.compress_init == "mean"
-        self.block_len, self.stride, self.kind = length, n.stride, n.compress_kind
-        if self.kind == "mean":
-            return
-        position = config.initializer_range * init.numbers((length, dim))
-        if self.kind == "linear":
-            weight = (length * dim) ** -0.5 * init.numbers((length, dim, dim))
-            if as_mean:
-                mean = linear_mean_compressor(length, dim, jnp.float32)
-                position, weight = mean["position"], mean["weight"]
-            self.position = nnx.Param(position, axes=("block", "head_dim"))
-            self.weight = nnx.Param(weight, axes=("block", "head_dim", "compress"))
-            self.bias = init.zeros((dim,), ("head_dim",))
-            return
-        hidden = (length * dim) ** -0.5 * init.numbers((length, dim, width))
-        output = width**-0.5 * init.numbers((width, dim))
-        if as_mean:
-            mean = mean_compressor(length, dim, jnp.float32)
-            position = mean["position"]
-            hidden = jnp.concatenate([mean["hidden"], hidden[..., 2 * dim :]], axis=-1)
-            output = jnp.pad(mean["output"], ((0, width - 2 * dim), (0, 0)))
-        self.position = nnx.Param(position, axes=("block", "head_dim"))
-        self.hidden = nnx.Param(hidden, axes=("block", "head_dim", "compress"))
-        self.hidden_bias = init.zeros((width,), ("compress",))
-        self.output = nnx.Param(output, axes=("compress", "head_dim"))
-        self.output_bias = init.zeros((dim,), ("head_dim",))
-
-    def __call__(
-        self, x: Float[Array, "B T Hkv K"], starts: Int[Array, "B M"] | None = None
-    ) -> Float[Array, "B M Hkv K"]:
-        """One key or value for each block of `block_len` tokens: one every `stride` tokens, or where `starts`
-        says (-1: none)."""
-        params = {name: getattr(self, name).astype(x.dtype) for name in _COMPRESSOR_PARAMS[self.kind]}
-        return compress_blocks(x, params, block_len=self.block_len, stride=self.stride, starts=starts)
-
-
-_COMPRESSOR_PARAMS: dict[str, tuple[str, ...]] = {
-    "mlp": ("position", "hidden", "hidden_bias", "output", "output_bias"),
-    "linear": ("position", "weight", "bias"),
-    "mean": (),
-}
-
-
-def linear_mean_compressor(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
-    """Parameters of a linear `Compressor` with which it gives the mean of each block."""
-    unit = jnp.eye(dim, dtype=dtype) / jnp.asarray(block_len, dtype)
-    return {
-        "position": jnp.zeros((block_len, dim), dtype),
-        "weight": jnp.broadcast_to(unit[None], (block_len, dim, dim)),
-        "bias": jnp.zeros((dim,), dtype),
-    }
-
-
-def mean_compressor(block_len: int, dim: int, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
-    """Parameters of an MLP's `Compressor`, of width 2 * dim, with which it gives the mean of each block, as
-    silu(x) - silu(-x) = x."""
-    unit = jnp.eye(dim, dtype=dtype)
-    hidden = jnp.concatenate([unit, -unit], axis=1) / jnp.asarray(block_len, dtype)
-    return {
-        "position": jnp.zeros((block_len, dim), dtype),
-        "hidden": jnp.broadcast_to(hidden[None], (block_len, dim, 2 * dim)),
-        "hidden_bias": jnp.zeros((2 * dim,), dtype),
-        "output": jnp.concatenate([unit, -unit], axis=0),
-        "output_bias": jnp.zeros((dim,), dtype),
-    }
 
 
 class Gate(nnx.Module):
@@ -323,9 +246,8 @@ class NativeSparseAttention(Attention):
     ) -> tuple[Array, Array | None]:
         """Output and choice of all queries, or of those of one stretch of the sequence.
 
-        A stretch compresses the blocks whose slots lie in it, the last ones with the first tokens of the next
-        and, of packed texts, the first one with the last tokens of the one before, so that their tokens are
-        never gathered, only the compressed keys and values of all stretches.
+        A stretch compresses its own blocks (`nsa.compress_part`), and only the compressed keys and values of
+        all stretches are gathered.
         """
         (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
         n, positions = self.config.nsa, None
@@ -442,17 +364,16 @@ class NativeSparseAttention(Attention):
     ) -> tuple[Array, Array]:
         """Compressed keys are built from keys without rotary positions and take that of their block's first
         token, in layers with rotary positions; all of them, where k and v are one stretch of the tokens."""
-        c, rows = self.config, None
-        if segment_ids is not None:
-            rows = block_starts(segment_ids, block_len=c.nsa.block_len, stride=c.nsa.stride)
-        if part is not None:
-            after = c.nsa.block_len - c.nsa.stride
-            before = 0 if rows is None else c.nsa.stride - 1
-            k, v = (part.with_neighbours(y, before, after) for y in (k, v))
-            rows = None if rows is None else part.own_rows(rows, c.nsa.stride, before)
-        k_cmp, v_cmp = (compressor(y, rows) for compressor, y in zip(compressors, (k, v), strict=True))
-        if part is not None:  # blocks that run past the end are no blocks
-            k_cmp, v_cmp = (part.whole(y)[:, : positions.shape[1]] for y in (k_cmp, v_cmp))
+        c, (of_keys, of_values) = self.config, compressors
+        k_cmp, v_cmp = nsa.compress_part(
+            lambda k, v, starts: (of_keys(k, starts), of_values(v, starts)),
+            k,
+            v,
+            block_len=c.nsa.block_len,
+            stride=c.nsa.stride,
+            segment_ids=segment_ids,
+            part=part,
+        )
         if rotary:
             k_cmp = self.with_rope(k_cmp, rotary_table(positions, c.rope, c.rotary_dim))
         return k_cmp, v_cmp

@@ -26,6 +26,7 @@ from kernels_pallas.nsa.decode_cache import (
 from kernels_pallas.nsa.decoding import cached_attention
 from kernels_pallas.nsa.implementations import Implementation
 from kernels_pallas.nsa.specs.traffic import Traffic, bytes_per_decoded_token
+from kernels_pallas.nsa.text_attention import attend_to_text, compress_part, shared_tokens
 from kernels_pallas.nsa.xla.compression import compress_blocks
 
 __all__ = [
@@ -38,10 +39,12 @@ __all__ = [
     "Recent",
     "Traffic",
     "append_tokens",
+    "attend_to_text",
     "block_starts",
     "bytes_per_decoded_token",
     "cached_attention",
     "compress_blocks",
+    "compress_part",
     "compressed_attention",
     "debug_checks",
     "init_cache",
@@ -52,6 +55,7 @@ __all__ = [
     "select_blocks",
     "select_blocks_by_importance",
     "selected_attention",
+    "shared_tokens",
     "whole",
     "window_attention",
     "window_attention_with_lse",

@@ -41,6 +41,7 @@ from kernels_pallas.nsa.base import (
     SelectionGrid,
     accumulator,
     default_scale,
+    weigh,
 )
 from kernels_pallas.nsa.checks import (
     check_attention,
@@ -50,6 +51,7 @@ from kernels_pallas.nsa.checks import (
     check_num_compressed,
     check_queries,
     check_selection,
+    check_sizes,
 )
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.importance import newest_candidates, select_by_rounds
@@ -338,6 +340,23 @@ def nsa_attention(
         "q_positions": q_positions,
         "implementation": implementation,
     }
+    if k_cmp.shape[1]:
+        check_selection(block_size, num_blocks, num_init, num_local)
+        grid = SelectionGrid(
+            block_len,
+            stride,
+            block_size,
+            num_blocks,
+            num_init,
+            num_local,
+            length,
+            default_scale(scale, q.shape[-1]),
+        )
+        keys = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
+        placed = segment_ids, q_positions
+        found = _by_one_function(grid, window, q, q_cmp, keys, gates, indices, placed, implementation)
+        if found is not None:
+            return found
     compressed, lse = compressed_attention(q_cmp, k_cmp, v_cmp, **blocks, **common)
     if indices is None:
         indices = select_blocks(
@@ -358,13 +377,54 @@ def nsa_attention(
     return out, NsaBranches(compressed, selected, recent, lse, indices)
 
 
-def weigh(
-    gates: Float[Array, "B T H 3"],
-    compressed: Float[Array, "B T H Dv"],
-    selected: Float[Array, "B T H Dv"],
-    recent: Float[Array, "B T H Dv"],
-) -> Float[Array, "B T H Dv"]:
-    """Sum of the branches times their gates, in float32: a gate's gradient is a sum over the head dim."""
-    dtype = accumulator(compressed.dtype)
-    of = lambda i, x: gates[..., i, None].astype(dtype) * x.astype(dtype)
-    return (of(0, compressed) + of(1, selected) + of(2, recent)).astype(compressed.dtype)
+def _by_one_function(
+    grid: SelectionGrid,
+    window: int,
+    q: Array,
+    q_cmp: Array,
+    keys: tuple[Array, ...],
+    gates: Array,
+    indices: Array | None,
+    placed: tuple[Array | None, Array | None],
+    implementation: Implementation | None,
+) -> tuple[Array, NsaBranches] | None:
+    """Where one implementation takes all of it and has a function for the whole; `placed` are segments and
+    positions."""
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = keys
+    check_sizes(block_len=grid.block_len, stride=grid.stride, block_size=grid.block_size, window=window)
+    if indices is not None:
+        check_indices_shape(indices, q, k_slc)
+    cases = (
+        Case("compressed_attention", q_cmp, k_cmp, v_cmp),
+        Case("select_blocks", q_cmp, k_cmp),
+        Case("selected_attention", q, k_slc, v_slc, grid.block_size),
+        Case("window_attention", q, k_win, v_win),
+    )
+    operators, *others = (operators_for(case, implementation) for case in cases)
+    if operators.gated_attention is None or any(other is not operators for other in others):
+        return None
+    whole = Case("gated_attention", q, k_slc, v_slc, grid.block_size)
+    if operators_for(whole, implementation) is not operators:
+        return None
+    segment_ids, q_positions = placed
+    positions = positions_of(q, segment_ids, q_positions, k_slc)
+    if indices is not None:
+        check_indices(indices, newest_candidates(grid.block_size, positions))
+        indices = jnp.moveaxis(lax.stop_gradient(indices), 1, 2)
+    own_q_cmp = None if q_cmp is q else grouped(queries_without_padding(q_cmp, positions), k_cmp)
+    if segment_ids is not None:
+        sizes = grid.block_len, grid.stride
+        k_cmp, v_cmp = (without_empty_slots(segment_ids, x, *sizes) for x in (k_cmp, v_cmp))
+    q, k_slc, v_slc = without_padding(q, k_slc, v_slc, positions)
+    _, k_win, v_win = without_padding(q, k_win, v_win, positions)
+    pairs = ((k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win))
+    keys = tuple(x for pair in pairs for x in seen_or_nothing(*pair))
+    q_groups, gate_groups = grouped(q, k_slc), grouped(gates, k_slc)
+    found = operators.gated_attention(
+        grid, window, (q_groups, own_q_cmp, *keys), gate_groups, indices, positions
+    )
+    if found is None:
+        return None
+    out, compressed, selected, recent = (heads_joined(x, positions) for x in found[:4])
+    lse, indices = found.lse.reshape(q.shape[:3]), jnp.moveaxis(found.indices, 2, 1)
+    return out, NsaBranches(compressed, selected, recent, lse, indices)

@@ -30,6 +30,17 @@ class NsaBranches(NamedTuple):
     indices: Int[Array, "B Hkv T n"]
 
 
+class GatedBranches(NamedTuple):
+    """The sum of the branches times their gates, and `NsaBranches` with grouped heads."""
+
+    out: Float[Array, "B T Hkv G Dv"]
+    compressed: Float[Array, "B T Hkv G Dv"]
+    selected: Float[Array, "B T Hkv G Dv"]
+    window: Float[Array, "B T Hkv G Dv"]
+    lse: Float[Array, "B T Hkv G"]
+    indices: Int[Array, "B T Hkv n"]
+
+
 class Positions(NamedTuple):
     """Where queries and keys stand: absolute positions of the queries, and segments when sequences are
     packed."""
@@ -226,3 +237,15 @@ def selected_rows(
     own = jnp.where(is_padding(positions), -1, (positions.q_positions - start) // size)
     there = (indices >= 0) & (indices <= own[:, :, None, None])
     return jnp.where(there, start[:, :, None, None] + indices * size, -1)
+
+
+def weigh(
+    gates: Float[Array, "*heads 3"],
+    compressed: Float[Array, "*heads Dv"],
+    selected: Float[Array, "*heads Dv"],
+    recent: Float[Array, "*heads Dv"],
+) -> Float[Array, "*heads Dv"]:
+    """Sum of the branches times their gates, in float32: a gate's gradient is a sum over the head dim."""
+    dtype = accumulator(compressed.dtype)
+    of = lambda i, x: gates[..., i, None].astype(dtype) * x.astype(dtype)
+    return (of(0, compressed) + of(1, selected) + of(2, recent)).astype(compressed.dtype)

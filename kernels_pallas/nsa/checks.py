@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from kernels_pallas.nsa.base import num_compressed
@@ -136,6 +137,7 @@ def debug_checks() -> Iterator[None]:
     ascending order without doubles, missing slots (-1) last, and none may lie after the query's own block.
 
     Each block that is listed twice would be counted twice. Costs a copy of the indices to the host a call.
+    What was compiled before stays as it was compiled.
 
     Raises:
         ValueError: at the call, where indices are known; jax's own error with the same line, from inside of
@@ -156,14 +158,14 @@ def check_indices(indices: Int[Array, "B Hkv T n"], own: Int[Array, "B T"]) -> N
     if isinstance(indices, jax.core.Tracer) or isinstance(own, jax.core.Tracer):
         jax.debug.callback(_check_indices, indices, own)
     else:
-        _check_indices(np.asarray(indices), np.asarray(own))
+        _check_indices(indices, own)
 
 
-def _check_indices(indices: np.ndarray, own: np.ndarray) -> None:
-    indices, own = np.asarray(indices), np.asarray(own)
+def _check_indices(of_blocks: ArrayLike, of_queries: ArrayLike) -> None:
+    indices, own = np.asarray(of_blocks), np.asarray(of_queries)
     there = indices >= 0
     later = there & (indices > own[:, None, :, None])
-    number = np.where(there, indices, np.iinfo(np.int64).max)
+    number = np.where(there, indices.astype(np.int64), np.iinfo(np.int64).max)
     step = np.diff(number.astype(np.float64), axis=-1)
     doubled = np.pad((step == 0) & there[..., 1:], ((0, 0), (0, 0), (0, 0), (1, 0)))
     disordered = np.pad(step < 0, ((0, 0), (0, 0), (0, 0), (1, 0)))

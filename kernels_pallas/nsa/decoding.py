@@ -13,10 +13,9 @@ from kernels_pallas.nsa.api import (
     compressed_attention,
     select_blocks,
     selected_attention,
-    weigh,
     window_attention,
 )
-from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, where_finite
+from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, weigh, where_finite
 from kernels_pallas.nsa.checks import check_gates, check_selection
 from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
@@ -65,12 +64,11 @@ def cached_attention(
         length *= cache.page_table.shape[1]
     scale = default_scale(scale, q.shape[-1])
     grid = SelectionGrid(block_len, stride, block_size, num_blocks, num_init, num_local, length, scale)
-    if count > 1:
-        branches = _chunk(grid, cache, recent, q, window, indices, implementation)
-    else:
+    if count == 1:
         case = Case(ONE_TOKEN, q, cache.k_slc, cache.v_slc, block_size, cache)
         operators = operators_for(case, implementation)
-        branches = operators.decode_token(grid, cache, recent, q, window, indices)
+        return operators.decode_token(grid, cache, recent, q, gates, window, indices)
+    branches = _chunk(grid, cache, recent, q, window, indices, implementation)
     out = weigh(gates, branches.compressed, branches.selected, branches.window)
     padding = jnp.arange(count, dtype=jnp.int32)[None] >= recent.num_new[:, None]
     return where_finite(~padding[:, :, None, None], out), branches

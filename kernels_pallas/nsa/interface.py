@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.base import Block, Interval, NsaBranches, Positions, SelectionGrid
+from kernels_pallas.nsa.base import Block, GatedBranches, Interval, NsaBranches, Positions, SelectionGrid
 from kernels_pallas.nsa.decode_cache import Cache, Recent
 
 
@@ -47,6 +47,13 @@ class Operators(NamedTuple):
     `base.selected_rows`."""
     window_attention: IntervalAttention
     """As `compressed_attention`, a key being a token."""
-    decode_token: Callable[[SelectionGrid, Cache, Recent, Array, int, Array | None], NsaBranches]
-    """(grid, cache, recent, q [B, 1, H, Dk], window, indices int32 [B, Hkv, 1, n] or None) -> the branches of
-    the newest token of each sequence, which the cache holds already."""
+    decode_token: Callable[
+        [SelectionGrid, Cache, Recent, Array, Array, int, Array | None], tuple[Array, NsaBranches]
+    ]
+    """(grid, cache, recent, q [B, 1, H, Dk], gates [B, 1, H, 3], window, indices int32 [B, Hkv, 1, n] or
+    None) -> the weighted sum, 0 for a sequence without a new token, and the branches of the newest token of
+    each sequence, which the cache holds already."""
+    gated_attention: Callable[..., GatedBranches | None] | None = None
+    """(grid, window, (q, q_cmp or None, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates [B, T, Hkv, G, 3],
+    indices [B, T, Hkv, n] or None, positions) -> everything at once, differentiable; None:
+    not this case, it goes branch by branch. M > 0. No function: nothing is gained by it."""

@@ -27,6 +27,27 @@ def test_benchmarks_can_be_imported(name):
     assert callable(load(name, ROOT / "benchmarks").main)
 
 
+def test_native_sparse_attention_in_foreign_models():
+    out = load("nsa_in_nnx").main(length=70)
+    assert out.shape == (2, 70, 64)
+    gradient = load("nsa_in_a_function").main(length=70)
+    assert gradient.shape == (64, 8, 16)
+    for x in (out, gradient):
+        assert np.isfinite(x).all()
+        assert (np.asarray(x) != 0).any()
+
+
+def test_the_page_on_foreign_models_shows_the_examples():
+    page = (ROOT / "docs" / "nsa_in_your_model.md").read_text()
+    for name, first, last in (
+        ("nsa_in_nnx", "        tokens = nsa.NewTokens", "        return self.output(out)"),
+        ("nsa_in_a_function", "    q = jnp.einsum", "    return jnp.einsum"),
+    ):
+        example = (ROOT / "docs" / "examples" / f"{name}.py").read_text()
+        start = example.index(first)
+        assert example[start : example.index(last, start)] in page
+
+
 def test_information_flow():
     means = load("information_flow").main()
     assert means.shape == (3, 3, 3)

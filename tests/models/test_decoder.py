@@ -152,7 +152,7 @@ def test_remat_gives_the_same_gradients():
         return jax.jit(jax.grad(loss))(params)
 
     kept = gradients(config)
-    for remat in ("layer", "elementwise"):
+    for remat in ("layer", "all_but_attention", "elementwise"):
         again = gradients(make_config(remat=remat))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
 

@@ -93,3 +93,22 @@ def test_errors():
         forward(params, batch | {"positions": tokens[:, :4]}, CONFIG, cache=init_cache(CONFIG, 3, 8))
     with pytest.raises(ValueError, match="no cache for positions of several coordinates"):
         init_cache(make_config("nsa", position=RopeConfig(sections=(1, 1))), 1, 8)
+
+
+@pytest.mark.slow
+def test_blocks_of_128_of_which_16_are_read():
+    """As MiniMax' sparse attention has them, on a text of which some blocks are left out."""
+    nsa = NSAConfig(block_size=128, num_blocks=16, num_local=1, window=128, compress_kind="mean")
+    config = make_config("nsa", attention=nsa, num_layers=1, max_length=2400)
+    params, tokens = draw_params(config), draw_tokens(config, 1, 2390)
+    whole = run(params, {"tokens": tokens}, config)
+    chosen = np.asarray(whole.chosen_blocks)[0, 0, :, -1]
+    assert chosen.shape == (2, 16)
+    assert (chosen[:, -1] == 18).all()
+    assert set(range(19)) - set(chosen[0].tolist())  # some were left out
+    cache, found = init_cache(config, 1, 2400), []
+    for part in (slice(0, 1200), slice(1200, 2389), slice(2389, 2390)):
+        output = run(params, {"tokens": tokens[:, part]}, config, cache=cache)
+        cache = output.cache
+        found.append(output.logits)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), whole.logits, atol=2e-5)

@@ -2,7 +2,7 @@
 every query reads everything, a kernel that ignores the choice would pass."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from kernels_pallas.nsa.records import padded
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
@@ -41,9 +41,9 @@ class CheckCase(ArgSpec):
         return " | ".join([*about, f"{self.length} tokens"])
 
 
-def _both(name: str, **sizes: int | str | tuple[int, ...]) -> tuple[CheckCase, ...]:
+def _both(name: str, **sizes: Any) -> tuple[CheckCase, ...]:
     """At 4,096 tokens and at one more, which divides into nothing."""
-    return tuple(CheckCase(length, name, **sizes) for length in (4096, 4097))  # type: ignore[arg-type]
+    return tuple(CheckCase(length, name, **sizes) for length in (4096, 4097))
 
 
 def _packed(length: int) -> CheckCase:
@@ -51,7 +51,7 @@ def _packed(length: int) -> CheckCase:
     return CheckCase(length, "packed, NaN in the padding", segments=texts, num_blocks=6)
 
 
-EQUAL = {"key_dim": 128, "value_dim": 128, "kv_heads": 2}
+EQUAL: dict[str, Any] = {"key_dim": 128, "value_dim": 128, "kv_heads": 2}
 
 CASES: tuple[CheckCase, ...] = (
     *_both("paper"),
@@ -67,10 +67,17 @@ CASES: tuple[CheckCase, ...] = (
 )
 """For the record."""
 
-_LITTLE = {"num_blocks": 2, "num_init": 0, "num_local": 1, "window": 64, "kv_heads": 2, "page_size": 128}
+_LITTLE: dict[str, Any] = {
+    "num_blocks": 2,
+    "num_init": 0,
+    "num_local": 1,
+    "window": 64,
+    "kv_heads": 2,
+    "page_size": 128,
+}
 SMALL_CASES: tuple[CheckCase, ...] = (
-    CheckCase(256, "small", heads=32, batches=(1, 3), **_LITTLE),  # type: ignore[arg-type]
-    CheckCase(256, "small, by blocks", heads=8, key_dim=128, batches=(1, 3), **_LITTLE),  # type: ignore[arg-type]
+    CheckCase(256, "small", heads=32, batches=(1, 3), **_LITTLE),
+    CheckCase(256, "small, by blocks", heads=8, key_dim=128, batches=(1, 3), **_LITTLE),
 )
 """To see whether a kernel runs at all: in the order of the queries and in that of the blocks."""
 
@@ -86,5 +93,11 @@ def also(text: str, lengths: tuple[int, ...] = (4096, 4097)) -> tuple[CheckCase,
         (h, kv), (dk, dv) = (map(int, pair.split("/")) for pair in (heads, dims))
     except ValueError:
         raise ValueError(f"{text!r} is not of the form HEADS/KV_HEADS,KEY_DIM/VALUE_DIM,DTYPE") from None
-    sizes = {"heads": h, "kv_heads": kv, "key_dim": dk, "value_dim": dv, "dtype": dtype.strip()}
-    return tuple(CheckCase(length, "", **sizes) for length in lengths)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {
+        "heads": h,
+        "kv_heads": kv,
+        "key_dim": dk,
+        "value_dim": dv,
+        "dtype": dtype.strip(),
+    }
+    return tuple(CheckCase(length, "", **sizes) for length in lengths)

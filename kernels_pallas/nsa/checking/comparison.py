@@ -162,7 +162,7 @@ def _compressed(case: CheckCase, tokens: Array) -> Array:
         "output": 2 * draw(16, dim),
         "output_bias": jnp.zeros((dim,)),
     }
-    sizes = {"block_len": case.block_len, "stride": case.stride}
+    sizes: dict[str, Any] = {"block_len": case.block_len, "stride": case.stride}
     return compress_blocks(tokens, params, **sizes, segment_ids=case.segment_ids)
 
 
@@ -172,20 +172,23 @@ def _function(case: CheckCase, part: Part, implementation: str) -> Callable[...,
     if case.queries:
         place["q_positions"] = jnp.broadcast_to(_positions(case)[None], (case.batch, len(case.queries)))
     blocks: dict[str, Any] = {"block_len": case.block_len, "stride": case.stride}
-    rule = {n: x for n, x in case.selection_sizes.items() if n not in blocks}
+    rule: dict[str, Any] = {n: x for n, x in case.selection_sizes.items() if n not in blocks}
+    if not case.segments and case.queries:
+        rule["kv_len"] = case.length
+    sizes: dict[str, Any] = dict(case.sizes)
+    choice: dict[str, Any] = blocks | rule | place
 
     def run(operands, extra):  # type: ignore[no-untyped-def]
-        values = tuple(operands[name] for name in OPERANDS[part])
+        q, k, v = (operands[name] for name in OPERANDS[part][:3])
         if part == "window_attention":
-            return window_attention_with_lse(*values, window=case.window, **place), ()
+            return window_attention_with_lse(q, k, v, window=case.window, **place), ()
         if part == "compressed_attention":
-            return compressed_attention(*values, **blocks, **place), ()
+            return compressed_attention(q, k, v, **blocks, **place), ()
         if part == "selected_attention":
-            return (selected_attention(*values, extra, block_size=case.block_size, **place),), ()
+            return (selected_attention(q, k, v, extra, block_size=case.block_size, **place),), ()
         if part == "select_blocks":
-            more = {} if case.segments or not case.queries else {"kv_len": case.length}
-            return (), select_blocks(*values[:2], extra, **blocks, **rule, **more, **place)
-        out, branches = nsa_attention(**operands, **case.sizes, indices=extra, **place)
+            return (), select_blocks(q, k, extra, **choice)
+        out, branches = nsa_attention(**operands, **sizes, indices=extra, **place)
         return (out, branches.compressed, branches.selected, branches.window), branches.indices
 
     return run
@@ -201,7 +204,7 @@ def _prepare(
         "compressed_attention": ("d_compressed", "d_lse"),
         "selected_attention": ("d_selected",),
         "select_blocks": (),
-        "whole": tuple(f"d_{name}" for name in RESULTS["whole"]),
+        "whole": ("d_output",),  # as models have it: then the kernels apply the gates
     }[part]
     operands, d_results = {n: data[n] for n in names}, tuple(data[n] for n in cotangents)
     wide, d_wide = (jax.tree.map(lambda x: x.astype(jnp.float32), tree) for tree in (operands, d_results))
@@ -210,7 +213,11 @@ def _prepare(
         function = _function(case, part, implementation)
 
         def both(operands, d_results, extra):  # type: ignore[no-untyped-def]
-            results, pull, rest = jax.vjp(lambda x: function(x, extra), operands, has_aux=True)
+            def differentiated(x):  # type: ignore[no-untyped-def]
+                results, rest = function(x, extra)
+                return results[: len(d_results)], (results, rest)
+
+            _, pull, (results, rest) = jax.vjp(differentiated, operands, has_aux=True)
             return results, rest, pull(d_results)[0] if gradients and d_results else {}
 
         return both

@@ -9,7 +9,7 @@ import numpy as np
 
 from kernels_pallas.nsa.checking.cases import CheckCase
 from kernels_pallas.nsa.checking.choice import importance
-from kernels_pallas.nsa.decode_cache import Cache, NewTokens, append_tokens, init_paged_cache, whole
+from kernels_pallas.nsa.decode_cache import NewTokens, PagedCache, append_tokens, init_paged_cache, whole
 from kernels_pallas.nsa.decoding import cached_attention
 from kernels_pallas.nsa.implementations import calls_noted
 from kernels_pallas.nsa.records import Key
@@ -22,7 +22,7 @@ def lengths(case: CheckCase, batch: int) -> np.ndarray:
     return np.maximum(1, (case.length - 1) * np.linspace(1.0, 0.55, batch)).astype(np.int32)
 
 
-def filled(case: CheckCase, batch: int) -> Cache:
+def filled(case: CheckCase, batch: int) -> PagedCache:
     """A cache of random tokens, appended as a prompt is; pages lie anywhere, in no order."""
     pages = -(-case.length // case.page_size)
     random = np.random.default_rng(case.seed)
@@ -44,9 +44,9 @@ def filled(case: CheckCase, batch: int) -> Cache:
     empty = empty._replace(**{name: jnp.full_like(getattr(empty, name), jnp.nan) for name in kept})
 
     @jax.jit
-    def fill(cache: Cache, key: Array, num_new: Array) -> Cache:
+    def fill(cache: PagedCache, key: Array, num_new: Array) -> PagedCache:
         new = _tokens(case, batch, case.length - 1, key)
-        sizes = {"block_len": case.block_len, "stride": case.stride}
+        sizes: dict[str, Any] = {"block_len": case.block_len, "stride": case.stride}
         return append_tokens(cache, new, _mean(case), **sizes, num_new=num_new)[0]
 
     return fill(empty, jax.random.key(case.seed), jnp.asarray(lengths(case, batch)))
@@ -95,13 +95,14 @@ def _one_batch(
     shape, dtype = (batch, 1, case.heads), jnp.dtype(case.dtype)
     q = jax.random.normal(jax.random.fold_in(key, 1), (*shape, case.key_dim), dtype)
     gates = jax.random.uniform(jax.random.fold_in(key, 2), (*shape, 3), dtype)
-    sizes = {"block_len": case.block_len, "stride": case.stride}
+    sizes: dict[str, Any] = {"block_len": case.block_len, "stride": case.stride}
+    whole_sizes: dict[str, Any] = dict(case.sizes)
 
-    def step(implementation: str) -> Callable[..., Any]:
+    def step(implementation: Any) -> Callable[..., Any]:
         def one(cache, token, q, gates, indices):  # type: ignore[no-untyped-def]
             cache, recent = append_tokens(cache, token, _mean(case), **sizes)
             out, b = cached_attention(
-                cache, recent, q, gates, **case.sizes, indices=indices, implementation=implementation
+                cache, recent, q, gates, **whole_sizes, indices=indices, implementation=implementation
             )
             return out, b.compressed, b.selected, b.window, b.lse, b.indices
 
@@ -118,7 +119,7 @@ def _one_batch(
         reference = jax.jit(step("xla")).lower(*wide, choice).compile()
 
     @jax.jit
-    def worth(cache: Cache, token: NewTokens, q: Array) -> tuple[Array, Array]:
+    def worth(cache: PagedCache, token: NewTokens, q: Array) -> tuple[Array, Array]:
         cache, _ = append_tokens(cache, token, _mean(case), **sizes)
         blocks = (cache.length - case.block_len) // case.stride + 1
         keys = whole(cache, cache.k_cmp)

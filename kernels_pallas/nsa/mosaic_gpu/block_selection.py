@@ -1,16 +1,43 @@
-"""Selection of blocks with the Hopper kernel in scores.py: one chunk of queries at a time."""
+"""Selection of blocks: in one kernel (choice.py), or with that in scores.py, a chunk of queries at a time."""
+
+import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import FEATURES, LOG2_E, ROWS
-from kernels_pallas.nsa.base import Positions, SelectionGrid, finite, intervals
+from kernels_pallas.nsa.base import Positions, SelectionGrid, ceil_div, finite, intervals
 from kernels_pallas.nsa.importance import ascending, block_importance, newest_candidates, select_by_top_k
+from kernels_pallas.nsa.mosaic_gpu.choice import Spread, capacity, spread_of
+from kernels_pallas.nsa.mosaic_gpu.choice_plan import Texts, select_on_chip
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning, Visible
 from kernels_pallas.nsa.mosaic_gpu.plan import pack_keys, plan_rows, ranges
 from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS, group_shares
 from kernels_pallas.nsa.xla.tiling import from_chunks, to_chunks
+
+FEWEST_TILES = 16
+"""Of keys between two choices: with fewer, one warpgroup a program has more shared memory for itself."""
+
+
+def _on_chip(
+    grid: SelectionGrid, q: Array, positions: Positions, tuning: Tuning
+) -> tuple[Spread, Tuning] | None:
+    spread = spread_of(grid)
+    if spread is None:
+        return None
+    phases = 1 if positions.key_segments is None else spread.ratio
+    groups, dim = plan_rows(1, q.shape[3], ROWS).padded_groups, ceil_div(q.shape[4], FEATURES) * FEATURES
+    best = None
+    for warpgroups in (tuning.warpgroups, 1):
+        tried = dataclasses.replace(tuning, warpgroups=warpgroups)
+        tiles = capacity(spread, dim, groups, tried, phases)
+        if (best is None and tiles > 0) or tiles >= FEWEST_TILES:
+            best = tried
+        if tiles >= FEWEST_TILES:
+            break
+    return None if best is None else (spread, best)
+
 
 CHUNK_ELEMENTS = 1 << 25
 """Shares that exist at once: 128 MiB."""
@@ -24,7 +51,18 @@ def select_blocks(
     positions: Positions,
     tuning: Tuning,
 ) -> Int[Array, "B Hkv T n"]:
-    """As the one in XLA, for at least one compressed key, bfloat16 or float16, groups of up to 64 heads."""
+    """As the one in XLA, for at least one compressed key, bfloat16 or float16, groups of up to 64 heads.
+
+    In one kernel (choice.py) where its blocks fit: they are a power of two of strides. Else
+    scores by a kernel and the choice by XLA.
+    """
+    if (on_chip := _on_chip(grid, q, positions, tuning)) is not None:
+        spread, tuning = on_chip
+        first, end = intervals(positions, grid.stride, grid.block_len - 1, None)
+        origin = None if positions.key_segments is None else first
+        newest = newest_candidates(grid.block_size, positions)
+        texts = Texts(first, jnp.minimum(end, k_cmp.shape[1]), origin, newest)
+        return select_on_chip(grid, spread, q, k_cmp, lse, texts, tuning)
     batch, length, kv_heads, groups, _ = q.shape
     keys = pack_keys(k_cmp, ROWS)
     tile_rows = tuning.warpgroups * SCORE_ROWS

@@ -89,13 +89,17 @@ class Inverse(NamedTuple):
 class Saved(NamedTuple):
     """What both kernels read of the rows."""
 
-    q: Float[Array, "X R Dk"]
-    d_out: Float[Array, "X R Dv"]
+    q: Array
+    d_out: Array
     lse: Float[Array, "X R"]
     """In base 2; 0 for rows that see nothing."""
     shift: Float[Array, "X R"]
     """Sum of d_out * out, less the gradient of the natural log-sum-exp."""
     visible: Visible
+    places: Any = None
+    """query_rows.Place of q and of d_out; None: both packed, [X, R, D]."""
+    gate: Float[Array, "X R"] | None = None
+    """What the output is multiplied by; None: 1. `shift` is then of the output without it."""
 
 
 class Channel(NamedTuple):
@@ -159,7 +163,7 @@ def operands(plan: Sequence[Any]) -> list[Any]:
 
 
 def limits_in_tile(
-    first: Array, end: Array, tile: Array, bits: Array, members: Array, tails: Array | None
+    first: Array, end: Array, tile: Array, bits: Any, members: Array, tails: Array | None
 ) -> tuple[Array, Array]:
     """First key and end of what rows with `bits` see of a tile that lists share (see `Lists`); `first` and
     `end` bound what they see at all, and `first` is where their text begins."""

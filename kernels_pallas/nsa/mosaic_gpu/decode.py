@@ -2,12 +2,13 @@
 
 The keys are the rows of the products and the heads their columns, so that 8 heads already fill them. Tiles
 are read where they lie, in pages too, by the addresses of a plan; nothing is copied before. Programs share
-the tiles of a sequence between them, and XLA joins what they found. Axis letters besides those of cache.py:
-X batch and key/value heads, G heads of a group (padded), U tiles, A and C the two first axes of a kept array.
+the tiles of a sequence between them; decode_joined.py selects from what they found and joins it. Axis letters
+besides those of cache.py: X batch and key/value heads, G heads of a group (padded), U tiles, A and C the two
+first axes of a kept array.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, ceil_div, num_co
 from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent
 from kernels_pallas.nsa.importance import ascending, block_importance, select_by_top_k
 from kernels_pallas.nsa.mosaic_gpu.common import FLOOR, Channel, serve
+from kernels_pallas.nsa.mosaic_gpu.decode_joined import Partial, join_and_gate, select_tiles, stretches
 
 KEYS = 64
 """In a tile: the M of wgmma."""
@@ -40,24 +42,20 @@ class Kept(NamedTuple):
 
     k: Float[Array, "A C Hkv Dk"]
     v: Float[Array, "A C Hkv Dv"]
-    visible: Int[Array, " B"]
-    """Entries that each sequence sees: its first ones."""
     pages: Int[Array, "B max_pages"] | None
     """Where its entries lie on the first axis, C after C; None: in a row of its own."""
-    selected: Int[Array, "X n"] | None
+    selected: Int[Array, "X slots"] | None
     """Tiles that are read, in any order and different from each other; numbers outside of the sequence are
     missing ones. None: all."""
     tiles: int
-    """That a sequence has at most."""
+    """That a sequence has at most, or of `selected` the slots that are read."""
+    sees: Callable[[Any], Any]
+    """Tokens of a sequence -> entries that its newest one sees: the first ones."""
 
     def arrays(self) -> dict[str, Any]:
         """Operands of the kernel."""
-        return {name: x for name, x in self._asdict().items() if name != "tiles" and x is not None}
-
-    @property
-    def steps(self) -> int:
-        """At most."""
-        return self.tiles if self.selected is None else self.selected.shape[1]
+        names = ("k", "v", "pages", "selected")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def piece(self) -> int:
@@ -73,21 +71,21 @@ class _Place(NamedTuple):
     static: Kept
     x: Array
     batch: Array
+    visible: Array
 
     def steps(self) -> Any:
         if self.static.selected is not None:
-            return self.static.steps
-        return lax.div(self.refs.visible[self.batch] + (KEYS - 1), KEYS)
+            return self.static.tiles
+        return lax.div(self.visible + (KEYS - 1), KEYS)
 
     def tile(self, step: Array) -> tuple[Array, Array]:
         """Number of the tile that is read in a step, and how many of its keys are seen."""
-        visible = self.refs.visible[self.batch]
         if self.static.selected is None:
-            return step, jnp.minimum(visible - step * KEYS, KEYS)
+            return step, jnp.minimum(self.visible - step * KEYS, KEYS)
         selected = self.refs.selected[self.x, step]
-        there = (selected >= 0) & (selected < self.static.tiles)
+        there = (selected >= 0) & (selected < lax.div(self.visible + (KEYS - 1), KEYS))
         tile = jnp.where(there, selected, 0)
-        return tile, jnp.where(there, jnp.clip(visible - tile * KEYS, 0, KEYS), 0)
+        return tile, jnp.where(there, jnp.clip(self.visible - tile * KEYS, 0, KEYS), 0)
 
     def pieces(self, step: Array, head: Array) -> list[tuple[Any, tuple[Any, ...]]]:
         """Slices of the kept arrays and their places in a slot, for `serve`."""
@@ -106,24 +104,22 @@ class _Place(NamedTuple):
         return found
 
 
-class Found(NamedTuple):
-    """Of each program: sums of values times weights, the base-2 scores' maximum and the sum of weights."""
-
-    total: Float[Array, "X parts Dv G"]
-    top: Float[Array, "X parts G"]
-    weight: Float[Array, "X parts G"]
-
-
 def shares(groups: int, branches: Sequence[Kept]) -> list[int]:
     """Programs among which the tiles of each X are split, for each branch."""
     wanted = ceil_div(PROGRAMS, groups)
-    return [max(1, min(kept.steps, wanted // len(branches))) for kept in branches]
+    return [max(1, min(kept.tiles, wanted // len(branches))) for kept in branches]
 
 
 def attend_to_kept(
-    q: Float[Array, "X G Dk"], branches: Sequence[Kept], *, scale: float, keep_scores: bool = False
-) -> tuple[list[Found], Float[Array, "X keys G"] | None]:
-    """Attention of every X to each branch by itself, in one launch.
+    q: Float[Array, "X G Dk"],
+    branches: Sequence[Kept],
+    length: Int[Array, " B"],
+    num_new: Int[Array, " B"],
+    *,
+    scale: float,
+    keep_scores: bool = False,
+) -> tuple[list[Partial], Float[Array, "X keys G"] | None]:
+    """Attention of every X to each branch by itself, in one launch; none for sequences without new token.
 
     bfloat16 or float16, G a multiple of 8, Dk and Dv of 64. With `keep_scores` (of a single branch) also the
     base-2 scores of all keys of the tiles that are read; the others' are not written.
@@ -136,8 +132,8 @@ def attend_to_kept(
     shape = (KEYS, heads)
 
     def nsa_decode(*refs):  # type: ignore[no-untyped-def]
-        q_ref, *kept_refs = refs[: 1 + len(operands)]
-        total_ref, top_ref, weight_ref, *scores_ref, smem, barriers = refs[1 + len(operands) :]
+        q_ref, length_ref, new_ref, *kept_refs = refs[: 3 + len(operands)]
+        total_ref, top_ref, weight_ref, *scores_ref, smem, barriers = refs[3 + len(operands) :]
         q_smem, k_smem, v_smem, p_smem = smem
         ready, k_full, v_full, k_free, v_free = barriers
         x, part, wg = lax.axis_index("x"), lax.axis_index("part"), lax.axis_index("wg")
@@ -190,12 +186,13 @@ def attend_to_kept(
             def memory() -> None:
                 serve(steps, lambda step: place.pieces(begin + step, head), channels, STAGES)
 
+        present = jnp.where(new_ref[batch] > 0, length_ref[batch], 0)
         first_part = 0
         left = iter(kept_refs)
         for static, number in zip(branches, parts, strict=True):
             kept = static._replace(**{name: next(left) for name in static.arrays()})
             inside = (part >= first_part) & (part < first_part + number)
-            place = _Place(kept, static, x, batch)
+            place = _Place(kept, static, x, batch, static.sees(present))
             pl.when(inside)(partial(one_branch, kept, place, first_part, number))
             first_part += number
 
@@ -225,10 +222,10 @@ def attend_to_kept(
         grid_names=("part", "x"),
         num_threads=2,
         thread_name="wg",
-    )(q, *operands)
+    )(q, length, num_new, *operands)
     found, at = [], 0
     for number in parts:
-        found.append(Found(*(y[:, at : at + number] for y in (total, top, weight))))
+        found.append(Partial(total, top, weight, at, at + number))
         at += number
     return found, scores[0] if keep_scores else None
 
@@ -242,62 +239,82 @@ def _clear(values: Any, seen: Array) -> None:
         part[...] = jnp.where(key < seen, tile, jnp.zeros_like(tile))
 
 
-def join(found: Found) -> tuple[Float[Array, "X G Dv"], Float[Array, "X G"]]:
-    """Output in float32 and the log-sum-exp in base 2 of what all programs found; 0 and -inf for nothing."""
-    top = jnp.max(found.top, axis=1)
-    fade = jnp.exp2(found.top - top[:, None])
-    weight = jnp.sum(found.weight * fade, axis=1)
-    whole = jnp.where(weight > 0, weight, 1.0)
-    total = jnp.sum(found.total * fade[:, :, None], axis=1) / whole[:, None]
-    lse = jnp.where(weight > 0, top + jnp.log2(whole), -jnp.inf)
-    return jnp.moveaxis(total, 2, 1), lse
-
-
 def decode_token(
     grid: SelectionGrid,
     cache: Cache,
     recent: Recent,
     q: Float[Array, "B 1 H Dk"],
+    gates: Float[Array, "B 1 H 3"],
     window: int,
     indices: Int[Array, "B Hkv 1 n"] | None,
-) -> NsaBranches:
-    """See `Operators.decode_token`: two launches, the selection of blocks between them."""
+) -> tuple[Float[Array, "B 1 H Dv"], NsaBranches]:
+    """See `Operators.decode_token`: four launches, attention to compressed keys, selection of blocks,
+    attention to those and the window, and the join of it all."""
     batch, _, heads, dim = q.shape
-    kv_heads = cache.k_slc.shape[2]
+    kv_heads, ring = cache.k_slc.shape[2], cache.k_win.shape[1]
     group = heads // kv_heads
-    position = jnp.where(recent.num_new > 0, cache.length - 1, -1)
     rows = pad_axis(q.reshape(batch * kv_heads, group, dim), 1, HEADS)
     pages = cache.page_table if isinstance(cache, PagedCache) else None
+    attend = partial(attend_to_kept, rows, length=cache.length, num_new=recent.num_new, scale=grid.scale)
 
     blocks = num_compressed(grid.kv_len, grid.block_len, grid.stride)
-    visible = jnp.clip((position + 1 - grid.block_len) // grid.stride + 1, 0, blocks)
-    kept = Kept(cache.k_cmp, cache.v_cmp, visible, pages, None, max(1, ceil_div(blocks, KEYS)))
-    (found,), scores = attend_to_kept(rows, [kept], scale=grid.scale, keep_scores=indices is None)
-    compressed, lse = join(found)
-    if scores is not None:
-        seen = jnp.arange(scores.shape[1], dtype=jnp.int32)[None] < jnp.repeat(visible, kv_heads)[:, None]
-        weights = jnp.where(seen[..., None], jnp.exp2(scores - lse[:, None]), 0.0)
-        shares = jnp.sum(weights[..., :group], axis=-1).reshape(batch, kv_heads, 1, -1)
-        newest = (position // grid.block_size)[:, None]
-        selected = select_by_top_k(grid, block_importance(grid, shares), newest)
-        indices = ascending(selected)
-    else:
-        assert indices is not None
-        selected = indices
 
+    def complete(present: Any) -> Any:
+        count = lax.div(jnp.maximum(present - grid.block_len, 0), grid.stride) + 1
+        return jnp.where(present >= grid.block_len, jnp.minimum(count, blocks), 0)
+
+    kept = Kept(cache.k_cmp, cache.v_cmp, pages, None, max(1, ceil_div(blocks, KEYS)), complete)
+    (compressed,), scores = attend([kept], keep_scores=indices is None)
+    slots = grid.num_blocks
+    if scores is None:
+        assert indices is not None
+        slots, tiles = _tiles_of(grid, indices)
+    elif (cut := stretches(grid, scores.shape[1])) is not None:
+        tiles = select_tiles(scores, compressed, group, cache.length, recent.num_new, grid, cut)
+        indices = ascending(tiles[:, :slots]).reshape(batch, kv_heads, 1, slots)
+    else:
+        present = jnp.where(recent.num_new > 0, cache.length, 0)
+        indices = _select(grid, scores, compressed, present, group)
+        slots, tiles = _tiles_of(grid, indices)
+    branches = [
+        Kept(cache.k_slc, cache.v_slc, pages, tiles, slots, lambda present: present),
+        Kept(cache.k_win, cache.v_win, None, None, ring // KEYS, lambda present: jnp.minimum(present, ring)),
+    ]
+    (of_blocks, of_window), _ = attend(branches)
+    of_heads = gates.reshape(batch * kv_heads, group, 3)
+    joined = join_and_gate((compressed, of_blocks, of_window), of_heads, recent.num_new, q.dtype)
+    as_output = lambda x: x[:, :group].reshape(batch, 1, heads, -1)
+    outs = [as_output(joined.branches[:, i]) for i in range(3)]
+    lse = joined.lse[:, :group].reshape(batch, 1, heads)
+    return as_output(joined.out), NsaBranches(outs[0], outs[1], outs[2], lse, indices)
+
+
+def _tiles_of(grid: SelectionGrid, indices: Int[Array, "B Hkv 1 n"]) -> tuple[int, Int[Array, "X slots"]]:
+    """Tiles of selected blocks, and their number."""
     parts = grid.block_size // KEYS
     part = jnp.arange(parts, dtype=jnp.int32)[None, None]
-    tiles = (selected.reshape(batch * kv_heads, -1, 1) * parts + part).reshape(batch * kv_heads, -1)
-    present, ring = position + 1, cache.k_win.shape[1]
-    branches = [
-        Kept(cache.k_slc, cache.v_slc, present, pages, tiles, grid.kv_len // KEYS),
-        Kept(cache.k_win, cache.v_win, jnp.minimum(present, ring), None, None, ring // KEYS),
-    ]
-    (of_blocks, of_window), _ = attend_to_kept(rows, branches, scale=grid.scale)
+    rows = indices.shape[0] * indices.shape[1]
+    tiles = (indices.reshape(rows, -1, 1) * parts + part).reshape(rows, -1)
+    return tiles.shape[1], tiles
 
-    def finish(out: Float[Array, "X G Dv"]) -> Float[Array, "B 1 H Dv"]:
-        return out[:, :group].astype(q.dtype).reshape(batch, 1, heads, -1)
 
-    outs = [finish(out) for out in (compressed, join(of_blocks)[0], join(of_window)[0])]
-    natural = (lse[:, :group] / LOG2_E).reshape(batch, 1, heads)
-    return NsaBranches(outs[0], outs[1], outs[2], natural, indices)
+def _select(
+    grid: SelectionGrid,
+    scores: Float[Array, "X keys G"],
+    found: Partial,
+    present: Int[Array, " B"],
+    group: int,
+) -> Int[Array, "B Hkv 1 n"]:
+    """By XLA, for blocks that `select_tiles` cannot do."""
+    batch = present.shape[0]
+    top, weight = (x[:, found.first : found.end] for x in (found.top, found.weight))
+    most = jnp.max(top, axis=1)
+    total = jnp.sum(weight * jnp.exp2(top - most[:, None]), axis=1)
+    lse = most + jnp.log2(jnp.where(total > 0, total, 1.0))
+    complete = (present - grid.block_len) // grid.stride + 1
+    visible = jnp.repeat(jnp.maximum(complete, 0), scores.shape[0] // batch)
+    seen = jnp.arange(scores.shape[1], dtype=jnp.int32)[None] < visible[:, None]
+    weights = jnp.where(seen[..., None], jnp.exp2(scores - lse[:, None]), 0.0)
+    shares = jnp.sum(weights[..., :group], axis=-1).reshape(batch, -1, 1, scores.shape[1])
+    newest = ((present - 1) // grid.block_size)[:, None]
+    return ascending(select_by_top_k(grid, block_importance(grid, shares), newest))

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.base import Block, Interval, Positions, SelectionGrid
+from kernels_pallas.nsa.base import Block, GatedBranches, Interval, Positions, SelectionGrid
 from kernels_pallas.nsa.interface import Operators
 from kernels_pallas.nsa.mosaic_gpu import block_selection
 from kernels_pallas.nsa.mosaic_gpu.block_major import ByBlock, attend_by_block
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning
 from kernels_pallas.nsa.mosaic_gpu.decode import decode_token
+from kernels_pallas.nsa.mosaic_gpu.gated import Gated, Operands, attend_gated
 from kernels_pallas.nsa.mosaic_gpu.target import BLOCK
 from kernels_pallas.nsa.mosaic_gpu.tuning import COMPILED_FOR, Branch, Kernel, forced_sizes, tuned
 from kernels_pallas.nsa.mosaic_gpu.vjp import Kernels, attend
@@ -104,10 +105,35 @@ def select_blocks(
     return block_selection.select_blocks(grid, q, k_cmp, lse, positions, tuning)
 
 
+def gated_attention(
+    grid: SelectionGrid,
+    window: int,
+    arrays: tuple[Array | None, ...],
+    gates: Float[Array, "B T Hkv G 3"],
+    indices: Int[Array, "B T Hkv n"] | None,
+    positions: Positions,
+) -> GatedBranches | None:
+    """For selection in the order of the queries, and blocks as the kernels know them."""
+    operands = Operands(*arrays)  # type: ignore[arg-type]
+    if best_order(operands.q.shape[3]) != "queries" or grid.block_size != BLOCK:
+        return None
+    compression = Kernels(grid.scale, grid.stride, grid.block_len - 1, None)
+    of = lambda kernels, branch: with_tuning(kernels, branch, *operands.of(branch)[1:])
+    op = Gated(
+        grid,
+        of(compression, "compression"),
+        of(Kernels(grid.scale), "selection"),
+        of(Kernels(grid.scale, window=window), "window"),
+        kernel_tuning("scores", "block_selection", operands.k_cmp, operands.k_cmp),
+    )
+    return attend_gated(op, operands, gates, indices, positions)
+
+
 OPERATORS = Operators(
     compressed_attention=interval_attention,
     select_blocks=select_blocks,
     selected_attention=selected_attention,
     window_attention=interval_attention,
     decode_token=decode_token,
+    gated_attention=gated_attention,
 )

@@ -122,8 +122,8 @@ def read(path: Path) -> Record:
             raise ValueError(f"format {content['format']}, not {FORMAT}")
         names = Key._fields
         right = {Key(*(e[name] for name in names)): e["right"] is True for e in content["entries"]}
-        about = (content[name] for name in ("device_kind", "versions", "kernels"))
-        return Record(*about, right, content.get("facts", {}))
+        kind, made_with, kernels = (content[name] for name in ("device_kind", "versions", "kernels"))
+        return Record(kind, made_with, kernels, right, content.get("facts", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no record of kernels: {type(error).__name__}: {error}") from None
 

@@ -14,9 +14,9 @@ from jaxtyping import Array, Int
 
 from kernels_pallas.hopper import FEATURES, ROWS
 from kernels_pallas.nsa.base import Positions, ceil_div, intervals
+from kernels_pallas.nsa.mosaic_gpu.choice import columns_of, rows_of
 from kernels_pallas.nsa.mosaic_gpu.common import Tuning, Visible
 from kernels_pallas.nsa.mosaic_gpu.plan import TilesOfBlocks, inverse, lists, plan_rows, ranges, readers
-from kernels_pallas.nsa.mosaic_gpu.scores import SCORE_ROWS
 from kernels_pallas.nsa.specs.arg_specs import ArgSpec
 
 Branch = Literal["compression", "selection", "window"]
@@ -38,6 +38,9 @@ class Device:
 H100 = Device("NVIDIA H100 SXM", flops=800e12, hbm_bytes=3.0e12, l2_bytes=5.4e12)
 """Per second: large bf16 products, copies in device memory, loads from L2 into shared memory (what public
 Triton kernels of selection reach). Measured by others, not by this project."""
+H200 = Device("NVIDIA H200 SXM", flops=770e12, hbm_bytes=4.3e12, l2_bytes=5.4e12)
+"""The same processor with faster memory; products and copies as they were seen on one, L2 as for the H100."""
+DEVICES = {"h100": H100, "h200": H200}
 
 
 class Count(NamedTuple):
@@ -138,8 +141,10 @@ def kernels(
 
 
 def scores(spec: ArgSpec, tuning: Tuning = DEFAULT_TUNING) -> Count:
-    """The kernel behind the selection; what it writes is read once more by XLA, which is not counted here."""
-    rows_of_tile = tuning.warpgroups * SCORE_ROWS
+    """The kernel that selects blocks: products of scores, of sums over heads and of Eq. 9."""
+    groups = plan_rows(spec.length, spec.groups, ROWS).padded_groups
+    own_rows, columns = rows_of(groups), columns_of(groups)
+    rows_of_tile = tuning.warpgroups * own_rows
     layout = plan_rows(spec.length, spec.groups, rows_of_tile)
     bounds = np.asarray(
         _ranges(
@@ -147,17 +152,19 @@ def scores(spec: ArgSpec, tuning: Tuning = DEFAULT_TUNING) -> Count:
         ).bounds,
         np.int64,
     )
-    steps = int((bounds[..., 3] - bounds[..., 0]).sum()) * spec.batch * spec.kv_heads
+    heads = spec.batch * spec.kv_heads
+    steps = int((bounds[..., 3] - bounds[..., 0]).sum()) * heads
     dim = ceil_div(spec.key_dim, FEATURES) * FEATURES
-    columns = max(8, SCORE_ROWS // layout.padded_groups)
-    rows = layout.padded_length * layout.padded_groups * spec.batch * spec.kv_heads
-    row, keys = dim * ITEM + 3 * NUMBER, spec.blocks * spec.batch * spec.kv_heads * dim * ITEM
+    queries = layout.padded_length * heads
+    rows, programs = queries * layout.padded_groups, queries * layout.padded_groups // rows_of_tile
+    row, keys = dim * ITEM + NUMBER, spec.blocks * heads * dim * ITEM
+    tables = programs * ITEM * (ROWS * ROWS + own_rows * columns)
     computed = steps * tuning.warpgroups
     return Count(
-        computed * 2.0 * ROWS * SCORE_ROWS * (dim + 2 * columns),
+        computed * 2.0 * ROWS * (own_rows * (dim + 2 * columns) + 2 * ROWS * columns),
         2.0 * pairs(spec)["compression"] * spec.batch * spec.heads * spec.key_dim,
-        steps * ROWS * dim * ITEM + rows * row,
-        rows * row + keys + computed * ROWS * columns * NUMBER,
+        steps * ROWS * dim * ITEM + rows * row + tables,
+        rows * row + keys + queries * spec.num_blocks * NUMBER,
     )
 
 

@@ -12,6 +12,7 @@ from kernels_pallas.nsa.base import (
     accumulator,
     finite,
     heads_first,
+    weigh,
     where_finite,
 )
 from kernels_pallas.nsa.decode_cache import Cache, Recent, address, compressed_keys
@@ -23,9 +24,10 @@ def decode_token(
     cache: Cache,
     recent: Recent,
     q: Float[Array, "B 1 H Dk"],
+    gates: Float[Array, "B 1 H 3"],
     window: int,
     indices: Int[Array, "B Hkv 1 n"] | None,
-) -> NsaBranches:
+) -> tuple[Float[Array, "B 1 H Dv"], NsaBranches]:
     """See `Operators.decode_token`."""
     k_cmp, v_cmp = compressed_keys(cache, grid)
     batch, _, heads, dim = q.shape
@@ -55,7 +57,9 @@ def decode_token(
     window_part = _softmax(rows, heads_first(recent.k), heads_first(recent.v), near, grid.scale)
     parts = compressed_part, selected_part, window_part
     outs = [part.out.astype(q.dtype).reshape(batch, 1, heads, -1) for part in parts]
-    return NsaBranches(outs[0], outs[1], outs[2], compressed_part.lse.reshape(batch, 1, heads), indices)
+    lse = compressed_part.lse.reshape(batch, 1, heads)
+    out = where_finite((recent.num_new > 0)[:, None, None, None], weigh(gates, *outs))
+    return out, NsaBranches(outs[0], outs[1], outs[2], lse, indices)
 
 
 def _blocks(

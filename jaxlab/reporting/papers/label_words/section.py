@@ -150,7 +150,7 @@ def _difference(
     first: Mapping[str, Any], other: Mapping[str, Any], name: str, first_name: str, place: str
 ) -> list[Markup]:
     """The difference of two runs' flow shares, drawn and in numbers."""
-    rows = []
+    rows: list[tuple[str, float, float, float]] = []
     for key, values in first["flows"]["share"].items():
         before, after = plots.numbers(values), plots.numbers(other["flows"]["share"][key])
         if np.isnan(before).any() or np.isnan(after).any():
@@ -159,7 +159,7 @@ def _difference(
             ("first", "last"), rules.thirds(before.tolist()), rules.thirds(after.tolist()), strict=True
         )
         told = key.replace("_to_", " → ") if "_to_" in key else f"S_{key}"
-        rows += [[f"{told}, {where} third", a, b, b - a] for where, a, b in ends]
+        rows += [(f"{told}, {where} third", a, b, b - a) for where, a, b in ends]
     if len(rows) > MOST_ROWS:
         rows = sorted(rows, key=lambda row: -abs(row[3]))[:MOST_ROWS]
     body = [[told, percent(a, 1), percent(b, 1), f"{100 * d:+.1f} points"] for told, a, b, d in rows]

@@ -14,7 +14,7 @@ from kernels_pallas.target import compiled_elsewhere
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
 
 SPECS = with_tag("compile")
-KERNELS = {"nsa_forward": 3, "nsa_group_shares": 1, "nsa_query_gradient": 3, "nsa_key_gradients": 3}
+KERNELS = {"nsa_forward": 3, "nsa_choice": 1, "nsa_query_gradient": 3, "nsa_key_gradients": 3}
 """One of each for compression, selection and window."""
 QUICK = [name for name, spec in SPECS.items() if spec.length == 65536]
 

@@ -1,6 +1,4 @@
-"""The decode kernel compiled for an H100 at the paper's sizes: two launches, nothing spilled or copied."""
-
-import re
+"""Decoding compiled for an H100 at the paper's sizes: four launches, nothing spilled or copied."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +6,7 @@ import pytest
 
 from kernels_pallas.nsa import Recent, cached_attention, init_cache, init_paged_cache
 from kernels_pallas.nsa.specs import h100
+from kernels_pallas.nsa.specs.outside import outside
 from kernels_pallas.target import compiled_elsewhere
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=h100.missing() or "")
@@ -41,13 +40,14 @@ def test_one_token_at_64k(dump, batch, page_size, heads, kv_heads, key_dim):
     with compiled_elsewhere():
         report = h100.compile_for_h100(step, cache, like(key_dim), like(3), num_new, dump=dump)
     print(report)
-    assert [kernel.name for kernel in report.kernels] == ["nsa_decode"] * 2
+    names = sorted(kernel.name for kernel in report.kernels)
+    assert names == ["nsa_decode", "nsa_decode", "nsa_decode_choice", "nsa_decode_join"]
     for kernel in report.kernels:
         assert kernel.spilled_bytes == 0, kernel
         assert kernel.registers <= 128, kernel  # so that two programs of 256 threads fit a multiprocessor
     # Scores of all heads for the choice and the programs' sums; a copy of the cache would take 0.2 to 11 GB.
     assert report.temporary_bytes < (8 + batch * kv_heads // 2) * 2**20
-    program = report.compiled.as_text()
-    program = program[program.index("ENTRY") :]
-    launches = re.findall(r"= .* (?:fusion|sort|copy|while|conditional|custom-call)\(", program)
-    assert len(launches) <= 16, launches
+    traffic = outside(report.compiled.as_text())
+    assert traffic.kernels == 4
+    # Groups that are no multiple of 8 are padded and cut again.
+    assert traffic.launches <= (0 if heads // kv_heads % 8 == 0 else 2), traffic

@@ -73,7 +73,7 @@ def test_a_step_on_eight_devices(dump):
 
     assert {kernel.name for kernel in kernels} == {
         "nsa_forward",
-        "nsa_group_shares",
+        "nsa_choice",
         "nsa_query_gradient",
         "nsa_key_gradients",
     }

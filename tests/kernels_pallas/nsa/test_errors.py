@@ -1,0 +1,162 @@
+"""Arguments that do not fit: one line that names the argument. And NaN that a query does not see."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from kernels_pallas.nsa import (
+    compress_blocks,
+    compressed_attention,
+    debug_checks,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from tests.kernels_pallas.nsa.cases import Case
+from tests.kernels_pallas.nsa.test_properties import TOKEN_ARRAYS, layer, layer_arguments
+
+CASE = Case(40, heads=4, kv_heads=2)
+Q, KV = jnp.ones((1, 6, 4, 3)), jnp.ones((1, 6, 2, 3))
+SWAPPED = jnp.ones((1, 4, 6, 3)), jnp.ones((1, 2, 6, 3))
+"""Q and KV as [B, H, T, D]."""
+INDICES = jnp.zeros((1, 2, 6, 1), jnp.int32)
+CMP = jnp.ones((1, 2, 2, 3))
+
+
+def whole(**changes):
+    """`nsa_attention` with one argument changed."""
+    args = CASE.arguments()
+    args |= {name: change(args[name]) for name, change in changes.items()}
+    return nsa_attention(**args, **CASE.sizes)
+
+
+def swap(x):
+    return x.swapaxes(1, 2)
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Without the checks of annotations that tests add, which would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: whole(v_win=lambda x: x[..., :6]), "v_win has head dim 6, v_slc 10: the branches are added"),
+        (lambda: whole(v_cmp=lambda x: x[..., :6]), "v_cmp has head dim 6, v_slc 10: the branches are added"),
+        (lambda: whole(k_win=lambda x: x[..., :6]), "k_win has head dim 6, q 12"),
+        (lambda: whole(v_slc=lambda x: x[:, :39]), "v_slc has 39 entries, k_slc 40"),
+        (
+            lambda: whole(k_win=lambda x: x[:, :39], v_win=lambda x: x[:, :39]),
+            "k_win has 39 entries, k_slc 40",
+        ),
+        (
+            lambda: whole(q=lambda x: x[:, :39], gates=lambda x: x[:, :39]),
+            "39 queries against 40 keys need q_positions",
+        ),
+        (
+            lambda: whole(k_cmp=lambda x: x[:, :3], v_cmp=lambda x: x[:, :3]),
+            "k_cmp: 40 tokens have 9 complete blocks of 8 every 4, not 3",
+        ),
+        (lambda: whole(gates=lambda x: x[..., :2]), r"gates have shape \(1, 40, 4, 2\)"),
+        (lambda: whole(gates=swap), r"gates have .* look like \[B, H, T, D\]"),
+        (lambda: whole(k_win=swap, v_win=swap), "k_win has 40 heads, k_slc 2"),
+        (lambda: whole(k_cmp=swap, v_cmp=swap), "k_cmp has 9 heads, k_slc 2"),
+        (
+            lambda: whole(**dict.fromkeys(("q", "k_slc", "v_slc", "k_win", "v_win", "gates"), swap)),
+            "k_cmp has 2 heads, k_slc 40",
+        ),
+        (lambda: whole(v_win=lambda x: x.astype(jnp.bfloat16)), "v_win has dtype bfloat16, q float32"),
+        (
+            lambda: whole(k_slc=lambda x: x[0]),
+            r"k_slc must have the 4 axes \[B, T, H, D\], not the shape \(40, 2, 12\)",
+        ),
+        (lambda: whole(v_cmp=lambda x: jnp.concatenate([x, x])), "v_cmp has batch 2, q 1"),
+        (
+            lambda: whole(q=lambda x: x[:, :, :3], gates=lambda x: x[:, :, :3]),
+            "3 query heads cannot share 2 key/value heads of k_slc",
+        ),
+        (lambda: window_attention(SWAPPED[0], SWAPPED[1], SWAPPED[1], window=2), r"look like \[B, H, T, D\]"),
+        (lambda: window_attention(Q, KV, KV[:, :, :1], window=2), "v has 1 heads, k 2"),
+        (lambda: window_attention(Q.astype(int), KV, KV, window=2), "q must be floating point, not int32"),
+        (lambda: selected_attention(Q, KV, KV, INDICES[..., 0], block_size=2), "indices have shape"),
+        (
+            lambda: selected_attention(Q, KV, KV, INDICES.astype(float), block_size=2),
+            "indices must be integers",
+        ),
+        (
+            lambda: selected_attention(Q, KV, KV, INDICES, block_size=2, segment_ids=jnp.ones((1, 5), int)),
+            "segment_ids have shape",
+        ),
+        (
+            lambda: window_attention(Q, KV, KV, window=2, q_positions=jnp.ones((1, 5), int)),
+            "q_positions have shape",
+        ),
+        (
+            lambda: compressed_attention(
+                Q, CMP, CMP, block_len=4, stride=2, segment_ids=jnp.ones((2, 6), int)
+            ),
+            "segment_ids have shape",
+        ),
+        (
+            lambda: select_blocks(
+                Q, CMP, Q[..., 0], block_len=4, stride=2, block_size=2, num_blocks=3, num_init=-1
+            ),
+            "num_init must not be negative",
+        ),
+        (
+            lambda: compress_blocks(KV, {"position": KV}, block_len=4, stride=2),
+            "compression parameters are position, not bias, position, weight",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_the_argument_is_named(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0, 2, 2, -1], r"indices\[0, 1, 30\] = \[0, 2, 2, -1\]: slot 2 is twice"),
+        ([1, 0, -1, -1], r"indices\[0, 1, 30\] = \[1, 0, -1, -1\]: slot 1 is out of order"),
+        ([0, -1, 2, 3], "slot 2 is out of order"),
+        ([0, 1, 3, 4], "slot 3 is after the query's own block"),
+    ],
+)
+def test_indices_are_checked_where_that_is_asked_for(row, message):
+    args = CASE.arguments()
+    q, k, v = args["q"], args["k_slc"], args["v_slc"]
+    indices = jnp.zeros((1, 2, 40, 4), jnp.int32).at[..., 1:].set(-1).at[0, 1, 30].set(jnp.asarray(row))
+    attend = lambda indices: selected_attention(q, k, v, indices, block_size=8)
+    attend(indices)
+    with debug_checks():
+        with pytest.raises(ValueError, match=message):
+            attend(indices)
+        if row[0] == 1:
+            compiled = lambda: (jax.block_until_ready(jax.jit(attend)(indices)), jax.effects_barrier())
+            with pytest.raises(Exception, match=message):  # jax's, from inside of the compiled function
+                compiled()
+
+
+def test_nan_in_the_future_does_not_reach_the_past():
+    moment, args = 21, layer_arguments(CASE)
+    ids = jnp.asarray([[1] * 5 + [2] * 35], jnp.int32)
+    run = jax.jit(lambda args, ids: layer(CASE, args, ids))
+    for segments in (None, ids):
+        clean = run(args, segments)
+        for bad in (jnp.nan, jnp.inf):
+            later = {
+                name: x.at[:, moment:].set(bad) if name in TOKEN_ARRAYS else x for name, x in args.items()
+            }
+            found = run(later, segments)
+            np.testing.assert_array_equal(found[:, :moment], clean[:, :moment])
+            assert not np.isfinite(found[:, moment:]).any()  # who sees it, knows
