@@ -102,8 +102,10 @@ def _too_small(batch_size: int, split: str) -> UserError:
     )
 
 
-def check_fits(batch: Mapping[str, jax.ShapeDtypeStruct], model: ModelConfig) -> None:
-    """Checks that a batch of such shapes is for `model`.
+def check_fits(
+    batch: Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray], model: ModelConfig
+) -> None:
+    """Checks that a batch is for `model`, or one of such shapes; of these see `check_all_tokens` besides.
 
     Raises:
       UserError: it is not.
@@ -114,6 +116,8 @@ def check_fits(batch: Mapping[str, jax.ShapeDtypeStruct], model: ModelConfig) ->
             f"sequences of {tokens.shape[1]} tokens exceed the model's max_length {model.max_length}; "
             "raise model.max_length or shorten the data"
         )
+    if isinstance(tokens, np.ndarray):
+        _check_token(int(tokens.max()), model)
     if "images" in batch:
         vision = model.vision
         if not isinstance(vision, PlainVisionConfig):
@@ -136,7 +140,10 @@ def check_all_tokens(source: Source, model: ModelConfig) -> None:
     Raises:
       UserError: one can.
     """
-    largest, tokenizer = source.largest_token, source.tokenizer()
+    _check_token(source.largest_token, model, source.tokenizer())
+
+
+def _check_token(largest: int, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
     if largest >= model.vocab_size:  # they are targets too, and none beyond it is ever made
         word = None if tokenizer is None else tokenizer.id_to_token(largest)
         raise UserError(
