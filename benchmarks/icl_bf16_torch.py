@@ -6,11 +6,12 @@ torch/bin/python benchmarks/icl_bf16_torch.py FOLDER inputs.npz outputs.npy
 import sys
 
 import numpy as np
-import torch
-import transformers
 
 
 def main(model, inputs, outputs):
+    import torch
+    import transformers
+
     given = np.load(inputs)
     tokens, words = (torch.from_numpy(given[name].astype(np.int64)) for name in ("tokens", "words"))
     hot = np.eye(3)[given["classes"]] * (given["classes"] >= 0)[..., None]
