@@ -280,6 +280,8 @@ class _Builder:
             inherited = getattr(default, field.name) if isinstance(default, cls) else field.default
             if key in tree:
                 values[field.name] = self.convert(field.type, tree[key], (*keys, key), inherited)
+                if field.name == "seed":
+                    _check_seed(values[field.name], (*keys, key))
             elif inherited is not ABSENT:
                 values[field.name] = inherited
             elif is_config(field.type):  # its own fields may all have defaults, and say so if not
@@ -396,3 +398,9 @@ def _shown(value: Any) -> str:
 
 def _dotted(keys: Keys) -> str:
     return ".".join(map(str, keys))
+
+
+def _check_seed(seed: Any, keys: Keys) -> None:
+    """What every generator of random numbers here takes: jax.random keeps 32 bits of a larger one."""
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise ConfigError(f"must be from 0 to {2**32 - 1}, is {seed}", _dotted(keys))
