@@ -23,8 +23,8 @@ class Output:
     """After the last norm, in the compute dtype, of the same positions."""
     cache: Cache | None = None
     """With these tokens in it, where one was given."""
-    chosen_blocks: Int[Array, "L B Hkv T n"] | None = None
-    """NSA's selection blocks of each layer; -1: none."""
+    chosen_blocks: Int[Array, "L B Hkv _ n"] | None = None
+    """NSA's selection blocks of each layer, of every token that was given; -1: none."""
     weights_read: Float[Array, "L B H P"] | None = None
     """float32: attention weights from one token at others, where a probe reads them."""
     selector_loss: Float[Array, " L"] | None = None

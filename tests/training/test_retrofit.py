@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,7 @@ def test_a_folder_of_hugging_face_is_retrofitted_measured_and_trained(text, tmp_
         assert of_layer["chosen"] <= of_layer["with_window"] <= 1
 
     # Taken up at step 1, the run still knows what was measured before it.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     resumed = train.run(config, Run(tmp_path / "run", "retrofit"))
     assert "resuming at step 1" in capsys.readouterr().out
     assert resumed["retrofit"] == before

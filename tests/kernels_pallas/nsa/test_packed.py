@@ -155,7 +155,7 @@ def compare(case, lengths, seed=0):
 @pytest.mark.parametrize(
     "lengths",
     [
-        (13, 50, 21),
+        pytest.param((13, 50, 21), marks=pytest.mark.slow),
         # Padding first and between, one token, a text without tokens, around the length of a block.
         (-5, 1, 1, 7, 0, 8, 9, 31, -2, 20),
         pytest.param((1, 1, 7, 1, 8, 9, 57), marks=pytest.mark.slow),
