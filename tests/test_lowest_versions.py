@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def lowest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if uv is None:
         pytest.skip("uv is not installed")
     folder = tmp_path_factory.mktemp("lowest")
-    run(uv, "venv", "-q", "--python", "3.12", folder / "venv", cwd=folder)
+    run(uv, "venv", "-q", "--python", sys.executable, folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     what = f"{ROOT}[demo,hf,search]"
     run(uv, "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct", what, cwd=folder)
@@ -68,7 +69,7 @@ def test_train_merge_icl_and_the_rest(lowest: Path, tmp_path: Path) -> None:
     run(tool, "merge", "merge.yaml", "--out", "merged", "--verify", cwd=tmp_path)
     run(tool, "convert", "merged", "hf", "--verify", cwd=tmp_path)
     run(tool, "inspect", a, "hf", cwd=tmp_path)
-    run(tool, "generate", "hf", "--prompt", "x1 =", "--max_new_tokens", "4", cwd=tmp_path)
+    run(tool, "generate", "jaxlab/assets/icl_model", "--prompt", "red", "--max_new_tokens", "4", cwd=tmp_path)
     few = ["--examples", "8", "--seeds", "[0]"]
     run(tool, "icl", "configs/quickstart/icl_analysis.yaml", *few, cwd=tmp_path)
     digits = ["--steps", "2", "--eval_batches", "1"]
