@@ -133,7 +133,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
                 stop.armed = True
             last = done == config.steps
             logs = last or done % config.log_every == 0
-            saves = last or done % config.checkpoint_every == 0 or stop.asked is not None
+            stops = stop.asked is not None  # once: a signal that comes later finds the next step
+            saves = last or done % config.checkpoint_every == 0 or stops
             if logs or saves:
                 values = {name: float(value) for name, value in metrics.items()}
                 if _must_go_back(config, state, values["loss"], done, rollbacks, checkpoints):
@@ -160,7 +161,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             if saves:
                 checkpoints.save(done, state)
                 watch.restart()
-            if stop.asked is not None:
+            if stops:
                 stop.end(f"step {done} of {config.steps} is saved")
 
     for split in ("validation", "test"):

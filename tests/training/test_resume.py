@@ -15,7 +15,6 @@ from jaxlab.app.interrupts import Terminated
 from jaxlab.app.runs import Run
 from jaxlab.checkpoints import load_model
 from jaxlab.config import dump, load
-from jaxlab.data.text import TextSource
 from jaxlab.tasks import train
 
 STEPS, KILLED_AT = 7, 5
@@ -91,17 +90,18 @@ checkpoint_every: 2
     assert [step for step, _, held_out in found if held_out is not None] == [2, 4, 6, 7]
     assert found[: len(logged)] == logged
 
-    # After SIGTERM the step under way is saved, one that no checkpoint was due at, and the run goes on there.
-    batch = TextSource.batch
+    # After SIGTERM a step is saved that no checkpoint was due at, and the run goes on there. The signal comes
+    # while step 4 is logged, too late for it.
+    log = Run.log
 
-    def terminated(self, seed, step, size):
-        if step == KILLED_AT - 1 and size > 1:
+    def terminated(self, *, step=None, **metrics):
+        log(self, step=step, **metrics)
+        if step == KILLED_AT - 1 and "loss" in metrics:
             signal.raise_signal(signal.SIGTERM)
-        return batch(self, seed, step, size)
 
     (tmp_path / "stopped").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextSource, "batch", terminated)
+        patch.setattr(Run, "log", terminated)
         with pytest.raises(Terminated, match=f"step {KILLED_AT} of {STEPS} is saved"):
             train.run(config, Run(tmp_path / "stopped", "stopped"))
     train.run(config, Run(tmp_path / "stopped", "stopped"))
