@@ -152,13 +152,14 @@ def compare(case, lengths, seed=0):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4)
 
 
+@pytest.mark.slow  # by default: test_operators.py, with texts at unaligned starts and padding
 @pytest.mark.parametrize(
     "lengths",
     [
-        pytest.param((13, 50, 21), marks=pytest.mark.slow),
+        (13, 50, 21),
         # Padding first and between, one token, a text without tokens, around the length of a block.
         (-5, 1, 1, 7, 0, 8, 9, 31, -2, 20),
-        pytest.param((1, 1, 7, 1, 8, 9, 57), marks=pytest.mark.slow),
+        (1, 1, 7, 1, 8, 9, 57),
     ],
 )
 def test_texts_that_begin_anywhere(monkeypatch, lengths):
