@@ -98,11 +98,10 @@ def inject_on_mesh(
     **operator_parameters: Any,
 ) -> tuple[Params, MergeAccount]:
     """`inject`, with its bits, leaf by leaf: task vectors of one leaf at a time exist, if at all. The result
-    lies where the VLM does.
+    lies where the VLM does. What is not named below is as for `inject`.
 
     Args:
       vlm, expert, base: parameters on a mesh (`OpenModel.read(shardings=)`), or anywhere.
-      The others are those of `inject`.
 
     Raises:
       UserError: as for `inject`.
