@@ -3,8 +3,17 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from jaxlab.training.callbacks import (
+        EvaluateHeldOut,
+        GuardSpikes,
+        LogMetrics,
+        SaveCheckpoints,
+        SaveModel,
+        ShowProgress,
+    )
     from jaxlab.training.checkpoints import Checkpoints
     from jaxlab.training.config import MOST, TrainConfig
+    from jaxlab.training.loop import Callback, Loop, Setup, fit
     from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
     from jaxlab.training.speed import Stopwatch
     from jaxlab.training.spikes import Rollbacks, skip_spikes, skipped
