@@ -1,9 +1,9 @@
 """Run folders: what a task leaves behind, when it is taken up again and when it is not done twice.
 
-A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config but for
-how it is run (its class names these fields, `HOW_IT_RUNS`), the identities of its inputs, the package version
-and, in a git checkout, the commit; with uncommitted changes of the code it covers these too. So a folder
-belongs to one state of the code:
+A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config but
+for how it is run (its class names these fields, `HOW_IT_RUNS`), the identities of its inputs, the package
+version and, in a git checkout, the commit; with uncommitted changes of the code it covers these too. So a
+folder belongs to one state of the code:
 
 - With results.json in it the run is done; `run_config` returns its results, unless `overwrite` is asked
   for or the code has uncommitted changes. From changed code nothing finished is reused: the run is done anew.
