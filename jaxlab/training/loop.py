@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from jaxlab.data import Source
 from jaxlab.models import Batch, Params, place_batch
+from jaxlab.training.averages import averaged
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.config import TrainConfig
 from jaxlab.training.speed import Stopwatch
@@ -119,6 +120,13 @@ class Loop:
         if self._values is None:
             self._values = {name: float(value) for name, value in self._metrics.items()}
         return self._values
+
+    @property
+    def trained(self) -> Params:
+        """The parameters that the run is for: those of the state, or their average by
+        `optimizer.ema.export`."""
+        ema, average = self.config.optimizer.ema, averaged(self.state.optimizer)
+        return average if ema is not None and ema.export and average is not None else self.state.params
 
     def step(self) -> None:
         """One update."""

@@ -2,12 +2,17 @@
 
 from typing import Any
 
-from jaxlab.models import place_batch
+from jaxlab.models import Params, place_batch
+from jaxlab.training.averages import averaged
 from jaxlab.training.loop import Callback, Loop
 
 
 class EvaluateHeldOut(Callback):
-    """Validation every `every` steps, both splits at the end, over at most `batches` batches."""
+    """Validation every `every` steps, both splits at the end, over at most `batches` batches.
+
+    Where `optimizer.ema.evaluate` asks for it the average of the parameters is measured besides, as
+    `ema_eval_loss` and so on.
+    """
 
     def __init__(self, every: int, batches: int) -> None:
         self.every, self.batches = every, batches
@@ -27,9 +32,17 @@ class EvaluateHeldOut(Callback):
         return {split: loop.held_out[split] for split in splits}
 
     def _measure(self, loop: Loop, split: str) -> dict[str, float]:
+        found = self._measure_one(loop, loop.state.params, split)
+        ema, average = loop.config.optimizer.ema, averaged(loop.state.optimizer)
+        if average is not None and ema is not None and ema.evaluate:
+            of_average = self._measure_one(loop, average, split)
+            found |= {f"ema_{name}": value for name, value in of_average.items()}
+        return found
+
+    def _measure_one(self, loop: Loop, params: Params, split: str) -> dict[str, float]:
         setup, sums = loop.setup, dict[str, float]()
         for batch in setup.source.held_out_batches(loop.config.batch_size, self.batches, split):
-            for name, value in setup.evaluate(loop.state.params, place_batch(batch, setup.mesh)).items():
+            for name, value in setup.evaluate(params, place_batch(batch, setup.mesh)).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {
             "eval_loss": sums["loss"] / max(sums["targets"], 1.0),

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from jaxlab.costs import attended_tokens, peak_flops, train_flops_per_token
 from jaxlab.training.loop import Callback, Loop
-from jaxlab.training.optimizer import make_schedule
+from jaxlab.training.schedule import make_schedule
 from jaxlab.training.spikes import skipped
 
 

@@ -24,7 +24,7 @@ class SaveModel(Callback):
     """The trained model, in the run's folder `model`."""
 
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
-        setup, params = loop.setup, loop.state.params
+        setup, params = loop.setup, loop.trained
         save_model(
             loop.run.path / "model", loop.config.model, params, setup.source.tokenizer(), overwrite=True
         )
