@@ -1,7 +1,7 @@
 """Who this process is among those of a job, from what launchers put into the environment.
 
-Read from the documentation of SLURM (srun), Kubernetes (Indexed Job, JobSet), Open MPI and Hydra (MPICH, Intel
-MPI). Nothing here asks a server.
+Written from the documentation of SLURM (srun), Kubernetes (Indexed Job, JobSet), Open MPI and Hydra (MPICH,
+Intel MPI). Nothing here asks a server.
 """
 
 import re

@@ -126,9 +126,7 @@ def joined(config: DistributedConfig | None) -> Iterator[None]:
         tell_end(*_interrupted(error))
         raise
     except BaseException as error:
-        if not _left and _here.watch.is_of_others(
-            error
-        ):  # whose loss the others see too, and the watch in time
+        if not _left and _here.watch.is_of_others(error):  # the watch finds out which
             _here.watch.wait_for_end()
         tell_end(f"{type(error).__name__}: {error}", 1)
         raise
@@ -189,9 +187,10 @@ def _start(config: ClusterConfig | ExplicitConfig) -> None:
             shutdown_timeout_seconds=config.heartbeat_timeout,
         )
     except (RuntimeError, ValueError) as error:
+        key = "port" if config.kind == "auto" else "coordinator"
         raise UserError(
             f"process {place.process_id} of {place.num_processes} cannot join at {place.coordinator}: "
-            f"{str(error).splitlines()[0]}; set distributed.{'port' if config.kind == 'auto' else 'coordinator'}"
+            f"{str(error).splitlines()[0]}; set distributed.{key}"
         ) from error
     finally:
         arrived.set()
@@ -228,8 +227,9 @@ def _around_proxies(place: Place) -> None:
     import jax
 
     host = place.coordinator.rpartition(":")[0].strip("[]")
-    known = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
-    os.environ["no_grpc_proxy"] = ",".join(filter(None, [known, host]))
+    name = "no_grpc_proxy"  # as gRPC has it, in small letters
+    known = os.environ.get(name) or os.environ.get("no_proxy", "")
+    os.environ[name] = ",".join(filter(None, [known, host]))
     jax.config.update("jax_check_proxy_envs", False)
 
 
