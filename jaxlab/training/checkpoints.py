@@ -1,7 +1,8 @@
 """Checkpoints of a run under way, in folders named by the steps done: whole or not there, with digests of all
 their files, and never of a state that is not finite.
 
-Only the process that holds the run's lock may write here.
+Only the process that holds the run's lock may write here. Of several processes each writes its parts of the
+arrays into the folder that process 0 makes, and all read what it finds whole.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlab import distributed
 from jaxlab.checkpoints import find_damage, restore_tree, save_tree
 from jaxlab.errors import UserError, UserNote
 from jaxlab.files import writing
@@ -31,11 +33,13 @@ class Checkpoints:
           UserError: it cannot be made or cleared.
         """
         self.folder, self.keep = folder.absolute(), keep
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():
-                if path.name.startswith(".") and path.name.endswith(".partial"):
-                    shutil.rmtree(path)
+        if distributed.is_main():
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                for path in folder.iterdir():
+                    if path.name.startswith(".") and path.name.endswith(".partial"):
+                        shutil.rmtree(path)
+        distributed.wait_for_all("checkpoints")
 
     def steps(self) -> list[int]:
         """The steps that have a folder, whole or not, the newest first."""
@@ -54,10 +58,16 @@ class Checkpoints:
                 f"optimizer.learning_rate, or set spikes.action; {self.describe_newest()}"
             )
         place, aside = self.folder / str(step), self.folder / f".{step}.partial"
+        if not distributed.is_main():
+            distributed.wait_for_all("begin")
+            save_tree(aside / _STATE, state)
+            distributed.wait_for_all("saved")
+            return
         shutil.rmtree(aside, ignore_errors=True)
         try:
             with writing(place):
                 aside.mkdir()
+                distributed.wait_for_all("begin")
                 save_tree(aside / _STATE, state)
                 _flush(aside)
                 self._remove(step)  # a damaged one that was passed by
@@ -65,6 +75,7 @@ class Checkpoints:
                 _flush(self.folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+        distributed.wait_for_all("saved")
         for old in [old for old in self.steps() if old <= step][self.keep :]:
             self._remove(old)
 
@@ -78,7 +89,7 @@ class Checkpoints:
         Raises:
           UserError: it is whole, and holds another state.
         """
-        for step in self.steps():
+        for step in distributed.share("steps", self.steps() if distributed.is_main() else None):
             place = self.folder / str(step)
             if damage := find_damage(place / _STATE):
                 warnings.warn(f"{place}: damaged, and passed by: {damage}", UserNote, stacklevel=2)

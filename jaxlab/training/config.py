@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxlab.data import DataConfig, TextConfig
+from jaxlab.distributed import DistributedConfig, OneProcessConfig
 from jaxlab.errors import ConfigError
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
@@ -18,7 +19,7 @@ MOST = (1 << 31) - 1
 class TrainConfig:
     """Train a model, from random parameters or from another model's."""
 
-    HOW_IT_RUNS: ClassVar = ("mesh", "log_every", "checkpoint_every")
+    HOW_IT_RUNS: ClassVar = ("mesh", "distributed", "log_every", "checkpoint_every")
     """What does not make another run of it: it may change where a run is taken up again."""
 
     model: ModelConfig = ModelConfig()
@@ -31,6 +32,8 @@ class TrainConfig:
     """What happens to updates that are far off."""
     mesh: MeshConfig = MeshConfig()
     """How devices are arranged."""
+    distributed: DistributedConfig = OneProcessConfig()
+    """Whether several processes compute the run, on one host or many."""
     init_from: str | None = None
     """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
     tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that
