@@ -63,6 +63,7 @@ with epy.lazy_api_imports(globals()):
         on_mesh,
         param_shardings,
         place_batch,
+        rows_here,
         using,
     )
     from jaxlab.models.stack import MadeLayers

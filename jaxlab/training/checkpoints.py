@@ -1,7 +1,8 @@
 """Checkpoints of a run under way, in folders named by the steps done: whole or not there, with digests of all
 their files, and never of a state that is not finite.
 
-Only the process that holds the run's lock may write here.
+Only the process that holds the run's lock may write here. Of several processes each writes its parts of the
+arrays into the folder that process 0 makes, and all read what it finds whole.
 """
 
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlab import distributed
 from jaxlab.checkpoints import find_damage, restore_tree, save_tree
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import writing
@@ -53,11 +55,13 @@ class Checkpoints:
         """
         self.folder, self.keep = folder.absolute(), keep
         self._pending: _Writer | None = None
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():
-                if path.name.startswith(".") and path.name.endswith(".partial"):
-                    shutil.rmtree(path)
+        if distributed.is_main():
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                for path in folder.iterdir():
+                    if path.name.startswith(".") and path.name.endswith(".partial"):
+                        shutil.rmtree(path)
+        distributed.wait_for_all("checkpoints")
 
     def steps(self) -> list[int]:
         """The steps that have a folder, whole or not, the newest first."""
@@ -76,8 +80,8 @@ class Checkpoints:
 
         Args:
           losses: validation losses by step, for `keep.best`.
-          background: write a copy of the state while training goes on; `wait`, `check` or the next call of
-            anything here says what went wrong.
+          background: write a copy of the state while training goes on, but of several processes; `wait`,
+            `check` or the next call of anything here says what went wrong.
 
         Raises:
           UserError: the state is not finite, or there is no room for it; or for the one before.
@@ -88,7 +92,7 @@ class Checkpoints:
                 f"{wrong[0]} is not finite after step {step}, which is not saved; lower "
                 f"optimizer.learning_rate, or set spikes.action; {self.describe_newest()}"
             )
-        if background:
+        if background and jax.process_count() == 1:  # several would meet in the midst of a step
             copy = _detached(state)
             self._pending = _Writer(lambda: self._write(step, copy, losses or {}))
         else:
@@ -115,10 +119,16 @@ class Checkpoints:
 
     def _write(self, step: int, state: State, losses: Mapping[int, float]) -> None:
         place, aside = self.folder / str(step), self.folder / f".{step}.partial"
+        if not distributed.is_main():
+            distributed.wait_for_all("begin")
+            save_tree(aside / _STATE, state)
+            distributed.wait_for_all("saved")
+            return
         shutil.rmtree(aside, ignore_errors=True)
         try:
             with writing(place):
                 aside.mkdir()
+                distributed.wait_for_all("begin")
                 save_tree(aside / _STATE, state)
                 _flush(aside)
                 self._remove(step)  # a damaged one that was passed by
@@ -126,6 +136,7 @@ class Checkpoints:
                 _flush(self.folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+        distributed.wait_for_all("saved")
         for old in self._superfluous(step, losses):
             self._remove(old)
 
@@ -148,7 +159,7 @@ class Checkpoints:
           UserError: it is whole, and holds another state.
         """
         self.wait()
-        for step in self.steps():
+        for step in distributed.share("steps", self.steps() if distributed.is_main() else None):
             place = self.folder / str(step)
             if damage := find_damage(place / _STATE):
                 warnings.warn(f"{place}: damaged, and passed by: {damage}", UserNote, stacklevel=2)

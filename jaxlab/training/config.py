@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxlab.data import DataConfig, TextConfig
+from jaxlab.distributed import DistributedConfig, OneProcessConfig
 from jaxlab.errors import ConfigError
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
@@ -21,6 +22,7 @@ class TrainConfig:
 
     HOW_IT_RUNS: ClassVar = (
         "mesh",
+        "distributed",
         "log_every",
         "checkpoint_every",
         "checkpoint_in_background",
@@ -38,6 +40,8 @@ class TrainConfig:
     """What happens to updates that are far off."""
     mesh: MeshConfig = MeshConfig()
     """How devices are arranged."""
+    distributed: DistributedConfig = OneProcessConfig()
+    """Whether several processes compute the run, on one host or many."""
     init_from: str | None = None
     """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
     tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that

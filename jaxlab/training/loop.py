@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxlab.data import Source
-from jaxlab.models import Batch, Params, place_batch
+from jaxlab.distributed import Agreement, leave
+from jaxlab.models import Batch, Params, place_batch, rows_here
 from jaxlab.training.averages import averaged
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.config import TrainConfig
@@ -100,6 +101,7 @@ class Loop:
         """Whether the run ends after this step, because it was asked to from outside."""
         self._restore = restore
         self._compiled = False
+        self._agreement = Agreement()
         self.done: int
         """Steps done."""
         self.state: State
@@ -130,8 +132,10 @@ class Loop:
 
     def step(self) -> None:
         """One update."""
-        config, number = self.config, self.rollbacks.batch_of(self.done)
-        batch = place_batch(self.setup.source.batch(config.seed, number, config.batch_size), self.setup.mesh)
+        config, number, mesh = self.config, self.rollbacks.batch_of(self.done), self.setup.mesh
+        rows = rows_here(config.batch_size, mesh)
+        batch = self.setup.source.batch(config.seed, number, config.batch_size, rows)
+        batch = place_batch(batch, mesh, config.batch_size)
         self.state, self._metrics = self.setup.update(self.state, batch)
         self._values = None
         self.done += 1
@@ -140,6 +144,13 @@ class Loop:
             jax.block_until_ready(self.state)
             self.watch.restart()
             self._compiled = self.stop.armed = True
+
+    def ask_to_stop(self) -> None:
+        """Whether the run ends after this step: all processes do if one was asked to."""
+        asked = self._agreement.largest(self.stop.asked or 0)
+        self.stopping = asked > 0
+        if self.stopping:
+            self.stop.asked = asked
 
     def go_back(self) -> None:
         """Returns to the newest checkpoint; the batches from there to here are passed by."""
@@ -203,12 +214,13 @@ def fit(loop: Loop, callbacks: Sequence[Callback]) -> dict[str, Any]:
             callback.on_train_begin(loop)
         while not loop.last:
             loop.step()
-            loop.stopping = loop.stop.asked is not None  # once: a signal that comes later finds the next step
+            loop.ask_to_stop()  # once: a signal that comes later finds the next step
             for callback in callbacks:
                 callback.on_step_end(loop)
             due = [callback for callback in callbacks if callback.due(loop)]
             went_back = bool(due) and _call(loop, due)
             if loop.stopping and not went_back:
+                leave()
                 loop.stop.end(f"step {loop.done} of {loop.config.steps} is saved")
         loop.stop.armed = False  # no step is left that could be saved first
         results: dict[str, Any] = {}

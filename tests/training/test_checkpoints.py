@@ -176,9 +176,7 @@ def test_what_fails_in_the_background_is_said_once(tmp_path, monkeypatch, notice
         "save": lambda: made.save(4, state_of(4)),
         "restore": lambda: made.restore(state_of(0)),
     }[noticed_by]
-    with pytest.raises(
-        UserError, match=r"checkpoints/3: cannot be written: No space left.*; make room"
-    ):
+    with pytest.raises(UserError, match=r"checkpoints/3: cannot be written: No space left.*; make room"):
         notice()
     made.wait()
     assert list(made.folder.iterdir()) == []
