@@ -5,6 +5,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.training.checkpoints import Checkpoints
     from jaxlab.training.config import MOST, TrainConfig
+    from jaxlab.training.lora import LoraConfig
     from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
     from jaxlab.training.speed import Stopwatch
     from jaxlab.training.spikes import Rollbacks, skip_spikes, skipped
@@ -17,3 +18,4 @@ with epy.lazy_api_imports(globals()):
         state_shardings,
     )
     from jaxlab.training.step import State, train_step
+    from jaxlab.training.trainable import Trainable, find_trainable
