@@ -1,8 +1,9 @@
 """Run folders: what a task leaves behind, when it is taken up again and when it is not done twice.
 
-A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config, the
-identities of its inputs, the package version and, in a git checkout, the commit; with uncommitted changes of
-the code it covers these too. So a folder belongs to one state of the code:
+A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config but
+for how it is run (its class names these fields, `HOW_IT_RUNS`), the identities of its inputs, the package
+version and, in a git checkout, the commit; with uncommitted changes of the code it covers these too. So a
+folder belongs to one state of the code:
 
 - With results.json in it the run is done; `run_config` returns its results, unless `overwrite` is asked
   for or the code has uncommitted changes. From changed code nothing finished is reused: the run is done anew.
@@ -15,6 +16,7 @@ the code it covers these too. So a folder belongs to one state of the code:
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,14 @@ class Run:
         line = json.dumps(jsonable({"step": step, **metrics}), allow_nan=False) + "\n"
         with writing(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(line)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl.
+
+        Raises:
+          UserError: one is damaged.
+        """
+        return read_metrics(self.path)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results.json, atomically and last: where it is, the run is done."""
@@ -163,6 +173,7 @@ def run_config(
     *,
     outputs: str | os.PathLike[str],
     overwrite: bool,
+    callbacks: Sequence[Any] = (),
 ) -> RunResult:
     """Runs a config task, or returns the results of the same run if it is done.
 
@@ -171,6 +182,7 @@ def run_config(
       command: what is noted as the command that made the run.
       outputs: the folder that run folders go to.
       overwrite: whether to do a finished run anew.
+      callbacks: what the task's `run` takes under that name; the `identity` of each is one of the run's.
 
     Raises:
       UserError: the user's mistakes.
@@ -178,6 +190,8 @@ def run_config(
     """
     module = task.load()
     inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
+    if callbacks:
+        inputs["callbacks"] = "; ".join(callback.identity for callback in callbacks)
     folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
     reuse = not overwrite and not provenance.code().dirty
     if reuse and (folder / _RESULTS).exists():  # before anything is written: the folder may be read-only
@@ -206,7 +220,8 @@ def run_config(
                 remove_torn(folder / file)
         command = command or command_line(task.name, str(folder / _CONFIG))
         try:
-            return _run(task, config, Run(folder, folder.name), inputs, command)
+            work = functools.partial(module.run, callbacks=callbacks) if callbacks else module.run
+            return _run(task, config, Run(folder, folder.name), inputs, command, work)
         except UserError:
             if new:
                 _remove_unused(folder)
@@ -218,13 +233,20 @@ def _reused(folder: Path) -> RunResult:
     return RunResult(folder, read_results(folder), reused=True)
 
 
-def _run(task: Task, config: Any, run: Run, inputs: dict[str, str], command: str) -> RunResult:
+def _run(
+    task: Task,
+    config: Any,
+    run: Run,
+    inputs: dict[str, str],
+    command: str,
+    work: Callable[[Any, Run], dict[str, Any]],
+) -> RunResult:
     write_atomic(run.path / _CONFIG, f"# {command}\n{configs.dump(config)}")
     started = time.time()
     facts = {"task": task.name, "command": command, "inputs": inputs, **provenance.environment()}
     facts["interrupted"], before = _earlier_starts(run.path)
     write_json(run.path / _ENV, {**facts, "seconds_before": round(before, 3), "started": _clock(started)})
-    results = jsonable(task.load().run(config, run))
+    results = jsonable(work(config, run))
     if not isinstance(results, dict):
         raise TypeError(f"{task.module}.run returned {type(results).__name__}, not a dict")
     finished = time.time()
@@ -271,7 +293,9 @@ def command_line(task_name: str, *words: str) -> str:
 def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> str:
     """The folder name of a run: the config's name and a short hash of all that decides its results."""
     code = provenance.code()
-    identity = [task_name, configs.to_dict(config), inputs, code.version, code.commit, code.changes]
+    how = getattr(config, "HOW_IT_RUNS", ())
+    what = {key: value for key, value in configs.to_dict(config).items() if key not in how}
+    identity = [task_name, what, inputs, code.version, code.commit, code.changes]
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
     return hashed_name(name, text)
 

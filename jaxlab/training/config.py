@@ -1,6 +1,7 @@
 """What a training run is: model, data, optimizer, mesh, and how long."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxlab.data import DataConfig, TextConfig
 from jaxlab.errors import ConfigError
@@ -16,6 +17,9 @@ MOST = (1 << 31) - 1
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a model, from random parameters or from another model's."""
+
+    HOW_IT_RUNS: ClassVar = ("mesh", "log_every", "checkpoint_every")
+    """What does not make another run of it: it may change where a run is taken up again."""
 
     model: ModelConfig = ModelConfig()
     """The model."""
