@@ -187,7 +187,7 @@ class Decoder(nnx.Module):
             chosen_blocks=done.chosen_blocks,
             weights_read=done.weights_read,
             selector_loss=done.selector_loss,
-            balance_loss=done.balance_loss,
+            **({} if done.experts is None else done.experts._asdict()),
             activations=(done.activations | tap.found) or None,
         )
 
