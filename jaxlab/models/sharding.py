@@ -30,7 +30,10 @@ class MeshConfig:
     model: int = 1
     """Devices that see the same examples, each for its heads and hidden units; it divides their numbers."""
     context: int = 1
-    """Devices that split each sequence, a stretch each; queries stay, keys and values are gathered."""
+    """Devices that split each sequence; queries stay, keys and values are gathered."""
+    expert: int = 1
+    """Devices that see different examples and split the routed experts, to which tokens travel; it divides
+    their number."""
 
     def __post_init__(self) -> None:
         rest = False
@@ -116,6 +119,15 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     Raises:
       UserError: a dimension is not divisible by the mesh axis that splits it.
     """
+    return shardings_by_axes(abstract_params(config), logical_axes(config), mesh)
+
+
+def shardings_by_axes(shapes: Params, axes: Params, mesh: Mesh | AbstractMesh) -> Params:
+    """Where each leaf of a tree of shapes lives, by its logical axes.
+
+    Raises:
+      UserError: a dimension is not divisible by the mesh axis that splits it.
+    """
 
     def place(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
         spec = PartitionSpec(*(axis if axis in mesh.shape else None for axis in partition_spec(axes)))
@@ -129,7 +141,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, abstract_params(config), logical_axes(config))
+    return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
 def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:

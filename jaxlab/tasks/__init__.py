@@ -33,6 +33,12 @@ TASKS = Registry(
             "arguments",
         ),
         Task(
+            "build-vlm",
+            "jaxlab.tasks.build_vlm",
+            "a VLM to train, from a language model and a vision tower",
+            "arguments",
+        ),
+        Task(
             "merge",
             "jaxlab.tasks.merge",
             "merge checkpoints, or inject a skill into a VLM, by a recipe",

@@ -15,6 +15,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.training.checkpoints import Checkpoints
     from jaxlab.training.config import MOST, TrainConfig
     from jaxlab.training.loop import Callback, Loop, Setup, fit
+    from jaxlab.training.lora import LoraConfig
     from jaxlab.training.muon import MuonConfig
     from jaxlab.training.optimizer import GroupConfig, OptimizerConfig, make_optimizer
     from jaxlab.training.schedule import make_schedule
@@ -29,3 +30,4 @@ with epy.lazy_api_imports(globals()):
         state_shardings,
     )
     from jaxlab.training.step import State, train_step
+    from jaxlab.training.trainable import Trainable, find_trainable
