@@ -102,7 +102,7 @@ def check(config: Config) -> dict[str, Any]:
 
 def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     setup = prepare(config)
-    checkpoints = Checkpoints(run.path / "checkpoints")
+    checkpoints = Checkpoints(run.path / "checkpoints", config.keep)
     restore = lambda: _newest_state(setup, config, checkpoints, run)
     with save_first() as stop:
         loop = Loop(config, setup, run, checkpoints, restore, stop)
@@ -122,7 +122,7 @@ def make_callbacks(config: Config, more: Sequence[Callback] = ()) -> list[Callba
         ShowProgress(config.log_every),
         EvaluateHeldOut(config.eval_every, config.eval_batches),
         *more,
-        SaveCheckpoints(config.checkpoint_every),
+        SaveCheckpoints(config.checkpoint_every, in_background=config.checkpoint_in_background),
         SaveModel(),
     ]
     return [GuardSpikes(config.spikes, following), *following]

@@ -12,7 +12,7 @@ with epy.lazy_api_imports(globals()):
         SaveModel,
         ShowProgress,
     )
-    from jaxlab.training.checkpoints import Checkpoints
+    from jaxlab.training.checkpoints import Checkpoints, KeepConfig
     from jaxlab.training.config import MOST, TrainConfig
     from jaxlab.training.loop import Callback, Loop, Setup, fit
     from jaxlab.training.lora import LoraConfig

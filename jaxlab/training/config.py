@@ -8,6 +8,7 @@ from jaxlab.distributed import DistributedConfig, OneProcessConfig
 from jaxlab.errors import ConfigError
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
+from jaxlab.training.checkpoints import KeepConfig
 from jaxlab.training.optimizer import OptimizerConfig
 from jaxlab.training.spikes import SpikesConfig
 
@@ -19,7 +20,14 @@ MOST = (1 << 31) - 1
 class TrainConfig:
     """Train a model, from random parameters or from another model's."""
 
-    HOW_IT_RUNS: ClassVar = ("mesh", "distributed", "log_every", "checkpoint_every")
+    HOW_IT_RUNS: ClassVar = (
+        "mesh",
+        "distributed",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_in_background",
+        "keep",
+    )
     """What does not make another run of it: it may change where a run is taken up again."""
 
     model: ModelConfig = ModelConfig()
@@ -56,6 +64,11 @@ class TrainConfig:
     """Batches in an evaluation."""
     checkpoint_every: int = 500
     """Steps between checkpoints, from which a killed run goes on."""
+    checkpoint_in_background: bool = True
+    """Go on training while a copy of the state is written, which takes the state's size of the host's
+    memory."""
+    keep: KeepConfig = KeepConfig()
+    """Which checkpoints stay."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
