@@ -9,6 +9,7 @@ import jax
 
 from jaxlab.app import Run, model_folder, save_first, train_inputs
 from jaxlab.checkpoints import open_model
+from jaxlab.config import to_dict
 from jaxlab.costs import bytes_per_device, compiled_memory
 from jaxlab.data import (
     batch_shapes,
@@ -17,6 +18,7 @@ from jaxlab.data import (
     first_held_out,
     make_source,
 )
+from jaxlab.distributed import is_main
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
 from jaxlab.models import (
@@ -35,6 +37,7 @@ from jaxlab.training import (
     MOST,
     Callback,
     Checkpoints,
+    Evaluate,
     EvaluateHeldOut,
     GuardSpikes,
     Initial,
@@ -45,8 +48,13 @@ from jaxlab.training import (
     Setup,
     ShowProgress,
     State,
+    TraceSteps,
     TrainConfig,
+    WriteSamples,
+    WriteTensorBoard,
+    WriteWandb,
     abstract_state,
+    check_trackers,
     find_initial,
     fit,
     init_state,
@@ -85,6 +93,7 @@ def check(config: Config) -> dict[str, Any]:
     The step is compiled for shapes alone: no parameter is read or made.
     """
     setup = prepare(config)
+    make_callbacks(config, setup)  # which fit, or say so
     state = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
     batch = jax.tree.map(_place, setup.batch, batch_shardings(setup.batch, setup.mesh))
     return {
@@ -102,30 +111,45 @@ def check(config: Config) -> dict[str, Any]:
 
 def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     setup = prepare(config)
+    around = make_callbacks(config, setup, callbacks)
     checkpoints = Checkpoints(run.path / "checkpoints", config.keep)
     restore = lambda: _newest_state(setup, config, checkpoints, run)
     with save_first() as stop:
         loop = Loop(config, setup, run, checkpoints, restore, stop)
         if loop.done:
             print(f"resuming at step {loop.done} of {config.steps}")
-        results = fit(loop, make_callbacks(config, callbacks))
+        results = fit(loop, around)
     if setup.initial.dense is not None:
         results["retrofit"] = _retrofit(setup, loop.state.params, run)
     return results
 
 
-def make_callbacks(config: Config, more: Sequence[Callback] = ()) -> list[Callback]:
+def make_callbacks(config: Config, setup: Setup, more: Sequence[Callback] = ()) -> list[Callback]:
     """What happens around the steps of a run, in this order; `more` sees what was measured, and what it does
-    to the state is saved."""
+    to the state is saved.
+
+    Raises:
+      UserError: a package is missing, or an evaluation, a prompt or an export does not fit the model.
+    """
+    check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
+    trackers: list[Callback] = []
+    if config.tensorboard and is_main():
+        trackers.append(WriteTensorBoard())
+    if config.wandb is not None and is_main():
+        trackers.append(WriteWandb(config.wandb, to_dict(config)))
+    find = functools.partial(make_source, find_model=model_folder)
     following = [
         LogMetrics(config.log_every),
         ShowProgress(config.log_every),
         EvaluateHeldOut(config.eval_every, config.eval_batches),
+        *(Evaluate(one, config, setup, find) for one in config.evaluations),
+        *([WriteSamples(config.samples, config, setup)] if config.samples else []),
         *more,
         SaveCheckpoints(config.checkpoint_every, in_background=config.checkpoint_in_background),
-        SaveModel(),
+        SaveModel(config, setup),
+        *([TraceSteps(*config.profile)] if config.profile else []),
     ]
-    return [GuardSpikes(config.spikes, following), *following]
+    return [*trackers, GuardSpikes(config.spikes, following), *following]
 
 
 def prepare(config: Config) -> Setup:

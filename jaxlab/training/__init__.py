@@ -5,17 +5,24 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.training.averages import EmaConfig, averaged
     from jaxlab.training.callbacks import (
+        Evaluate,
         EvaluateHeldOut,
         GuardSpikes,
         LogMetrics,
         SaveCheckpoints,
         SaveModel,
         ShowProgress,
+        TraceSteps,
+        WriteSamples,
+        WriteTensorBoard,
+        WriteWandb,
+        check_trackers,
     )
     from jaxlab.training.checkpoints import Checkpoints, KeepConfig
     from jaxlab.training.config import MOST, TrainConfig
     from jaxlab.training.loop import Callback, Loop, Setup, fit
     from jaxlab.training.lora import LoraConfig
+    from jaxlab.training.monitoring import EvaluationConfig, SamplesConfig, WandbConfig
     from jaxlab.training.muon import MuonConfig
     from jaxlab.training.optimizer import GroupConfig, OptimizerConfig, make_optimizer
     from jaxlab.training.schedule import make_schedule

@@ -186,14 +186,15 @@ class _Writer(threading.Thread):
 
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self._work, self._error = work, None
+        self._work = work
+        self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
             self._work()
         except BaseException as error:
-            self._error: BaseException | None = error
+            self._error = error
 
     def result(self) -> None:
         self.join()

@@ -1,7 +1,7 @@
 """What a training run is: model, data, optimizer, mesh, and how long."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxlab.data import DataConfig, TextConfig
 from jaxlab.distributed import DistributedConfig, OneProcessConfig
@@ -10,6 +10,7 @@ from jaxlab.losses import LossConfig
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
 from jaxlab.training.checkpoints import KeepConfig
+from jaxlab.training.monitoring import EvaluationConfig, SamplesConfig, WandbConfig
 from jaxlab.training.optimizer import OptimizerConfig
 from jaxlab.training.spikes import SpikesConfig
 
@@ -28,6 +29,10 @@ class TrainConfig:
         "checkpoint_every",
         "checkpoint_in_background",
         "keep",
+        "samples",
+        "tensorboard",
+        "wandb",
+        "profile",
     )
     """What does not make another run of it: it may change where a run is taken up again."""
 
@@ -72,12 +77,29 @@ class TrainConfig:
     memory."""
     keep: KeepConfig = KeepConfig()
     """Which checkpoints stay."""
+    evaluations: tuple[EvaluationConfig, ...] = ()
+    """What else is measured while training, and at the end."""
+    samples: SamplesConfig | None = None
+    """Texts that the model writes while it is trained, in samples.jsonl."""
+    tensorboard: bool = False
+    """Write the metrics as event files of TensorBoard too (extra: tensorboard)."""
+    wandb: WandbConfig | None = None
+    """Send the metrics to Weights & Biases too (extra: wandb)."""
+    profile: tuple[int, ...] = ()
+    """The first and the last step of which a trace is made."""
+    export: Literal["hf"] | None = None
+    """At the end write the model as a folder of Hugging Face too, `hf`."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
         for name in (*counts, "checkpoint_every"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ConfigError(f"must be from 1 to {MOST}, is {getattr(self, name)}", key=name)
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise ConfigError(f"two steps, the first and the last, not {list(self.profile)}", key="profile")
+        names = [evaluation.name for evaluation in self.evaluations]
+        if twice := {name for name in names if names.count(name) > 1} | {"validation", "test"} & set(names):
+            raise ConfigError(f"the name {min(twice)} is taken; give another", key="evaluations")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",

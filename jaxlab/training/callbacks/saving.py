@@ -4,11 +4,12 @@ import sys
 import warnings
 from typing import Any
 
-from jaxlab.checkpoints import save_model
+from jaxlab.checkpoints import huggingface_config, save_model
 from jaxlab.errors import UserError, UserNote
 from jaxlab.models import count_params
 from jaxlab.training.checkpoints import Checkpoints
-from jaxlab.training.loop import Callback, Loop
+from jaxlab.training.config import TrainConfig
+from jaxlab.training.loop import Callback, Loop, Setup
 
 
 class SaveCheckpoints(Callback):
@@ -49,11 +50,31 @@ class SaveCheckpoints(Callback):
 
 
 class SaveModel(Callback):
-    """The trained model, in the run's folder `model`."""
+    """The trained model, in the run's folder `model`; with `export: hf` in Hugging Face's form too, `hf`."""
+
+    def __init__(self, config: TrainConfig, setup: Setup) -> None:
+        """
+        Raises:
+          UserError: no family of Hugging Face can describe a model that is to be exported.
+        """
+        opened = setup.initial.opened
+        self.source_files = None if opened is None else opened.source_files
+        if config.export == "hf":
+            huggingface_config(config.model, self.source_files)
 
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
-        setup, params = loop.setup, loop.trained
-        save_model(
-            loop.run.path / "model", loop.config.model, params, setup.source.tokenizer(), overwrite=True
-        )
-        return {"model": "model", "parameters": count_params(params), "steps": loop.config.steps}
+        config, params, tokenizer = loop.config, loop.trained, loop.setup.source.tokenizer()
+        results: dict[str, Any] = {"model": "model"}
+        save_model(loop.run.path / "model", config.model, params, tokenizer, overwrite=True)
+        if config.export == "hf":
+            results["hf"] = "hf"
+            save_model(
+                loop.run.path / "hf",
+                config.model,
+                params,
+                tokenizer,
+                form="huggingface",
+                source_files=self.source_files,
+                overwrite=True,
+            )
+        return {**results, "parameters": count_params(params), "steps": config.steps}
