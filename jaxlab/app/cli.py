@@ -141,7 +141,10 @@ def _run_config_task(task: Task, words: list[str]) -> int:
     elif options.check:
         use_compile_cache()
         for config in loaded:
-            report = task.load().check(config) if hasattr(task.load(), "check") else {"config": "valid"}
+            module = task.load()
+            report = module.check(config) if hasattr(module, "check") else {"config": "valid"}
+            if hasattr(module, "check_table"):  # as comments: all of it is YAML
+                print("".join(f"# {line}\n" for line in module.check_table(report).splitlines()), end="")
             print(dump_yaml(configs.to_plain(report)), end="")
     else:
         todo = [

@@ -93,6 +93,14 @@ def _groups(text: str, devices: int) -> list[list[int]]:
     if listed:
         groups = [[int(n) for n in g.split(",") if n] for g in re.findall(r"\{([\d,]*)\}", listed.group(1))]
         return groups or [list(range(devices))]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+    if named:  # a mesh of its own, and the axes of it that a group goes along
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
+        along = [list(sizes).index(name) for name in re.findall(r"'([^']+)'(?!:)", named.group(2))]
+        numbers = np.arange(np.prod([*sizes.values()])).reshape([*sizes.values()])
+        last = np.moveaxis(numbers, along, range(-len(along), 0)) if along else numbers[..., None]
+        members = int(np.prod([numbers.shape[axis] for axis in along])) if along else 1
+        return [list(map(int, group)) for group in last.reshape(-1, members)]
     # [groups, members]<=[shape]T(permutation): the numbers in order, reshaped, transposed, reshaped.
     short = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if short is None:

@@ -10,7 +10,6 @@ import jax
 from jaxlab.app import Run, model_folder, save_first, train_inputs
 from jaxlab.checkpoints import open_model
 from jaxlab.config import to_dict
-from jaxlab.costs import bytes_per_device, compiled_memory
 from jaxlab.data import (
     batch_shapes,
     check_all_tokens,
@@ -25,9 +24,7 @@ from jaxlab.models import (
     Batch,
     ModelConfig,
     Params,
-    batch_shardings,
     check_batch,
-    count_params,
     make_mesh,
     on_mesh,
     place_batch,
@@ -55,9 +52,12 @@ from jaxlab.training import (
     WriteWandb,
     abstract_state,
     check_trackers,
+    estimate_run,
+    estimate_table,
     find_initial,
     fit,
     init_state,
+    make_host_devices,
     make_optimizer,
     read_initial,
     skip_spikes,
@@ -88,25 +88,21 @@ def inputs(config: Config) -> dict[str, str]:
 
 
 def check(config: Config) -> dict[str, Any]:
-    """What `--check` reports: every check that a run makes first, and the memory of a step on each device.
+    """What `--check` reports: every check that a run makes first, and what a step takes and exchanges on each
+    device of the mesh, which need not be here.
 
     The step is compiled for shapes alone: no parameter is read or made.
     """
-    setup = prepare(config)
+    make_host_devices(config.mesh)
+    setup, model = prepare(config), config.model
     make_callbacks(config, setup)  # which fit, or say so
-    state = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
-    batch = jax.tree.map(_place, setup.batch, batch_shardings(setup.batch, setup.mesh))
-    return {
-        **({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}),
-        "parameters": count_params(state.params),
-        "tokens_per_step": int(setup.batch["tokens"].size),
-        "devices": dict(setup.mesh.shape),
-        "bytes_per_device": {
-            "parameters": bytes_per_device(state.params),
-            "optimizer": bytes_per_device(state.optimizer),
-            **compiled_memory(setup.update, state, batch),
-        },
-    }
+    state = jax.tree.map(_place, abstract_state(model, setup.optimizer), setup.shardings)
+    found = estimate_run(config.estimate, setup.update, state, setup.batch, setup.mesh, model, config.steps)
+    return {**({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}), **found}
+
+
+check_table = estimate_table
+"""What `--check` shows to people."""
 
 
 def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:

@@ -20,6 +20,7 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.training.checkpoints import Checkpoints, KeepConfig
     from jaxlab.training.config import MOST, TrainConfig
+    from jaxlab.training.estimate import EstimateConfig, estimate_run, estimate_table, make_host_devices
     from jaxlab.training.loop import Callback, Loop, Setup, fit
     from jaxlab.training.lora import LoraConfig
     from jaxlab.training.monitoring import EvaluationConfig, SamplesConfig, WandbConfig

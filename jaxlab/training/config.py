@@ -10,6 +10,7 @@ from jaxlab.losses import LossConfig
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
 from jaxlab.training.checkpoints import KeepConfig
+from jaxlab.training.estimate import EstimateConfig
 from jaxlab.training.monitoring import EvaluationConfig, SamplesConfig, WandbConfig
 from jaxlab.training.optimizer import OptimizerConfig
 from jaxlab.training.spikes import SpikesConfig
@@ -33,6 +34,7 @@ class TrainConfig:
         "tensorboard",
         "wandb",
         "profile",
+        "estimate",
     )
     """What does not make another run of it: it may change where a run is taken up again."""
 
@@ -50,6 +52,8 @@ class TrainConfig:
     """How devices are arranged."""
     distributed: DistributedConfig = OneProcessConfig()
     """Whether several processes compute the run, on one host or many."""
+    estimate: EstimateConfig = EstimateConfig()
+    """What `--check` takes for the speed of the devices."""
     init_from: str | None = None
     """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
     tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that

@@ -24,6 +24,7 @@ HloModule step
   %x.1 = bf16[8,16]{1,0} get-tuple-element(%p), index=1
   %ag = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%x.1), replica_groups=[2,4]<=[8], dimensions={0}
   %agd = bf16[32,16]{1,0} all-gather-done(%ag)
+  %am = bf16[8,16]{1,0} all-to-all(%x.1), replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
   %cp = bf16[8,16]{1,0} collective-permute(%x.1), source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
   ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%i, %cp)
 }
@@ -47,6 +48,7 @@ def test_counted_by_hand():
     known = TEXT.replace("BACKEND", 'backend_config={"known_trip_count":{"n":"3"}}')
     assert read_collectives(known, MESH) == [
         Collective("all-gather", ("model",), 1024, 3),
+        Collective("all-to-all", ("model",), 256, 3),
         Collective("collective-permute", ("data",), 256, 3),
         Collective("all-reduce", ("data",), 400, 1),
         Collective("reduce-scatter", ("model",), 400, 1),
