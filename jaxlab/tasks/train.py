@@ -83,7 +83,7 @@ def check(config: Config) -> dict[str, Any]:
 
     The step is compiled for shapes alone: no parameter is read or made.
     """
-    setup = prepare(config)
+    setup = prepare(config, for_shapes=True)
     state = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
     batch = jax.tree.map(_place, setup.batch, batch_shardings(setup.batch, setup.mesh))
     return {
@@ -204,14 +204,17 @@ class Setup(NamedTuple):
     """Sums over a held-out batch, jitted."""
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, *, for_shapes: bool = False) -> Setup:
     """Every check that needs no parameters, and the two jitted functions.
+
+    Args:
+      for_shapes: make none of the data, if it is not there yet.
 
     Raises:
       UserError: mesh, data, model and initial model do not fit together.
     """
     mesh = make_mesh(config.mesh)
-    source = make_source(config.data, model_folder)
+    source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)
     for seen in (
