@@ -37,6 +37,7 @@ from jaxlab import distributed
 from jaxlab.app import provenance
 from jaxlab.app.program import program
 from jaxlab.app.registry import Task
+from jaxlab.costs import let_go_of_programs
 from jaxlab.errors import UserError, UserNote
 from jaxlab.files import jsonable, remove_torn, write_atomic, write_json, writing
 
@@ -206,6 +207,7 @@ def run_config(
       UserError: the user's mistakes.
       Exception: whatever the task raises.
     """
+    let_go_of_programs()  # of earlier runs
     with distributed.joined(getattr(config, "distributed", None)):
         module = task.load()
         inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
