@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxlab.app.provenance import environment
 from jaxlab.config import load
-from jaxlab.costs import by_kind, bytes_per_device, collectives
+from jaxlab.costs import by_kind, bytes_per_device, read_collectives
 from jaxlab.files import write_json
 from jaxlab.models import batch_shardings, check_batch, count_params, on_mesh
 from jaxlab.training import TrainConfig, abstract_state, make_optimizer, state_shardings, train_step
@@ -91,7 +91,7 @@ def step_report(config: TrainConfig, dump: Path, hlo: Path | None = None) -> dic
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if hlo is not None:
         hlo.write_text(text)
-    found = collectives(text)
+    found = read_collectives(text, mesh)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = held + memory.temp_size_in_bytes
     return {
@@ -107,7 +107,7 @@ def step_report(config: TrainConfig, dump: Path, hlo: Path | None = None) -> dic
         },
         "fits": total < DEVICE_BYTES,
         "collectives": by_kind(found),
-        "largest": [dataclasses.asdict(row) for row in found[:40]],
+        "largest": [{**row._asdict(), "axes": "+".join(row.axes)} for row in found[:40]],
         "kernels": [dataclasses.asdict(kernel) for kernel in h100.kernels_in(dump)],
         "seconds_to_compile": round(seconds, 1),
     }
@@ -131,11 +131,9 @@ def main(arguments: Arguments) -> None:
         report = step_report(config, Path(folder), arguments.hlo)
     for what, size in report["bytes_per_device"].items():
         print(f"{what}: {size / 1e9:.2f} GB")
-    for kind, sums in report["collectives"].items():
-        print(f"{kind}: {sums['times']} times, {sums['bytes'] / 1e9:.2f} GB")
-    for row in report["largest"][:24]:
-        size = f"{row['bytes'] / 1e9:8.3f} GB"
-        print(f"  {size} {row['times']:5} x {row['kind']} of {row['group']} {row['shape']}")
+    for row in report["collectives"]:
+        sums = f"{row['times']} times, {row['bytes'] / 1e9:.2f} GB, at most {row['largest'] / 1e6:.0f} MB"
+        print(f"{row['kind']} over {row['axes']}: {sums}")
     if arguments.out is not None:
         old = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         report |= {"set": list(arguments.set), "environment": environment()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlab import config as configs
+from jaxlab import distributed
 from jaxlab.app import interrupts, runs, sweeps
 from jaxlab.app.compile_cache import use_compile_cache
 from jaxlab.app.program import program
@@ -60,7 +61,7 @@ def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
             status = _main(list(sys.argv[1:] if words is None else words), tasks)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_of_process()}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return interrupts.say(error)
@@ -71,9 +72,13 @@ def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
         if error.errno not in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         what = f"{error.filename}: " if error.filename else ""
-        print(f"error: {UserError(f'{what}{error.strerror}')}", file=sys.stderr)
+        print(f"error: {_of_process()}{UserError(f'{what}{error.strerror}')}", file=sys.stderr)
         return 2
     return status
+
+
+def _of_process() -> str:
+    return "" if distributed.is_main() else f"process {distributed.process_index()}: "
 
 
 def _format_warning(
@@ -136,7 +141,10 @@ def _run_config_task(task: Task, words: list[str]) -> int:
     elif options.check:
         use_compile_cache()
         for config in loaded:
-            report = task.load().check(config) if hasattr(task.load(), "check") else {"config": "valid"}
+            module = task.load()
+            report = module.check(config) if hasattr(module, "check") else {"config": "valid"}
+            if hasattr(module, "check_table"):  # as comments: all of it is YAML
+                print("".join(f"# {line}\n" for line in module.check_table(report).splitlines()), end="")
             print(dump_yaml(configs.to_plain(report)), end="")
     else:
         todo = [

@@ -22,6 +22,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": HEADS,
     "pixels": None,
     "position": None,
+    "rank": None,
     "ratio": None,
     "tile": None,
     "tokens": CONTEXT,

@@ -33,6 +33,12 @@ TASKS = Registry(
             "arguments",
         ),
         Task(
+            "build-vlm",
+            "jaxlab.tasks.build_vlm",
+            "a VLM to train, from a language model and a vision tower",
+            "arguments",
+        ),
+        Task(
             "merge",
             "jaxlab.tasks.merge",
             "merge checkpoints, or inject a skill into a VLM, by a recipe",
@@ -68,6 +74,7 @@ def execute(
     outputs: str | os.PathLike[str] = "outputs",
     overwrite: bool = False,
     name: str | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> RunResult:
     """Runs a config task, or returns the results of the same run if it is done: the road that the command
     line takes.
@@ -79,6 +86,7 @@ def execute(
       outputs: the folder that run folders go to.
       overwrite: whether to do a finished run anew.
       name: the config's part of the folder name; the file's name without suffix if not given.
+      callbacks: for `train`, `jaxlab.training.Callback`s beside its own.
 
     Raises:
       UserError: the user's mistakes.
@@ -87,13 +95,23 @@ def execute(
     task = TASKS.find(task_name)
     if task.takes != "config":
         raise UserError(f"{task_name} takes no config")
+    if callbacks and task_name != "train":
+        raise UserError(f"{task_name} takes no callbacks")
     schema = task.schema()
     if isinstance(config, schema):
         resolved = configs.replace(config, overrides)
-        return run_config(task, resolved, name or task_name, outputs=outputs, overwrite=overwrite)
+        return run_config(
+            task, resolved, name or task_name, outputs=outputs, overwrite=overwrite, callbacks=callbacks
+        )
     words = from_mapping(schema, overrides) if isinstance(overrides, Mapping) else overrides
     resolved = configs.load(schema, config, words)
     command = command_line(task_name, os.fspath(config), *words)
     return run_config(
-        task, resolved, name or Path(config).stem, command, outputs=outputs, overwrite=overwrite
+        task,
+        resolved,
+        name or Path(config).stem,
+        command,
+        outputs=outputs,
+        overwrite=overwrite,
+        callbacks=callbacks,
     )

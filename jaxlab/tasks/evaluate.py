@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ from jaxlab.models import (
 @dataclass(frozen=True)
 class Config:
     """Measure a model on held-out data."""
+
+    HOW_IT_RUNS: ClassVar = ("mesh",)
 
     model: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
