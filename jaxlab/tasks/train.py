@@ -156,7 +156,12 @@ def prepare(config: Config) -> Setup:
     _check_size(abstract_state(config.model, optimizer), batch, config.model)
     shardings = state_shardings(config.model, optimizer, mesh)
     step = functools.partial(
-        train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
+        train_step,
+        config=config.model,
+        optimizer=optimizer,
+        accumulation=config.accumulation,
+        loss=config.loss,
+        sources=len(source.source_names) if "source_ids" in batch else 0,
     )
     update = jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
     evaluate = jax.jit(on_mesh(functools.partial(evaluate_step, config=config.model), mesh))

@@ -207,7 +207,7 @@ def _detached(state: State) -> State:
     on_host = "pinned_host"
 
     def elsewhere(x: jax.Array) -> jax.sharding.Sharding | None:
-        device = next(iter(x.sharding.device_set))
+        device: Any = next(iter(x.sharding.device_set))
         kinds = {memory.kind for memory in device.addressable_memories()}
         return x.sharding.with_memory_kind(on_host) if device.platform != "cpu" and on_host in kinds else None
 

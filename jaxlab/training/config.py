@@ -6,6 +6,7 @@ from typing import ClassVar
 from jaxlab.data import DataConfig, TextConfig
 from jaxlab.distributed import DistributedConfig, OneProcessConfig
 from jaxlab.errors import ConfigError
+from jaxlab.losses import LossConfig
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
 from jaxlab.training.checkpoints import KeepConfig
@@ -38,6 +39,8 @@ class TrainConfig:
     """What it reads."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How it learns."""
+    loss: LossConfig = LossConfig()
+    """What is added to the cross-entropy."""
     spikes: SpikesConfig = SpikesConfig()
     """What happens to updates that are far off."""
     mesh: MeshConfig = MeshConfig()

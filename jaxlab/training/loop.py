@@ -108,7 +108,8 @@ class Loop:
         """The state after them. The next step takes over its memory: copy what you keep."""
         self.done, self.state = restore()
         self.began_at = self.done
-        self._metrics: dict[str, Any] = {}
+        self.measured: dict[str, Any] = {}
+        """What the last step measured, on the devices: numbers, and vectors over sources."""
         self._values: dict[str, float] | None = None
 
     @property
@@ -118,9 +119,9 @@ class Loop:
 
     @property
     def values(self) -> dict[str, float]:
-        """What the last step measured; to read it waits for that step."""
+        """The numbers that the last step measured; to read them waits for that step."""
         if self._values is None:
-            self._values = {name: float(value) for name, value in self._metrics.items()}
+            self._values = {n: float(value) for n, value in self.measured.items() if value.ndim == 0}
         return self._values
 
     @property
@@ -136,7 +137,7 @@ class Loop:
         rows = rows_here(config.batch_size, mesh)
         batch = self.setup.source.batch(config.seed, number, config.batch_size, rows)
         batch = place_batch(batch, mesh, config.batch_size)
-        self.state, self._metrics = self.setup.update(self.state, batch)
+        self.state, self.measured = self.setup.update(self.state, batch)
         self._values = None
         self.done += 1
         self.watch.step()
@@ -156,7 +157,7 @@ class Loop:
         """Returns to the newest checkpoint; the batches from there to here are passed by."""
         seen_at = self.done
         self.done, self.state = self._restore()
-        self._values, self._metrics = None, {}
+        self._values, self.measured = None, {}
         self.rollbacks.add(self.done, seen_at)
         self.run.log(step=self.done, rollback_from=seen_at)
         self.say(f"a spike before step {seen_at}: back to step {self.done}, on with other batches")

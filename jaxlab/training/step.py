@@ -1,5 +1,6 @@
 """One training step: loss, gradient accumulation, update. Pure functions; the task jits `train_step`."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.losses import Measures, loss_and_measures, no_measures
+from jaxlab.losses import CROSS_ENTROPY, LossConfig, Measures, loss_and_measures
 from jaxlab.models import Batch, ModelConfig, MoEConfig, Params
 from jaxlab.training.spikes import SpikesState
 
@@ -27,32 +28,44 @@ def train_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
+    loss: LossConfig = CROSS_ENTROPY,
+    sources: int = 0,
 ) -> tuple[State, dict[str, Any]]:
-    """The state after one update on `batch`, loss, gradient norm and, with experts, their load.
+    """The state after one update on `batch`, and what was measured: loss, gradient norm, and what else the
+    model and `loss` have to tell.
 
     With `accumulation` > 1 the batch is read in so many parts, one after the other; the gradient is that of
     the mean loss over all targets of the whole batch, whatever their spread over the parts.
+
+    Args:
+      sources: how many there are that source_ids of the batch number; 0: it has none.
     """
-    gradient = jax.value_and_grad(loss_and_measures, has_aux=True)
+    measure = functools.partial(loss_and_measures, config=config, loss=loss, sources=sources)
+    gradient = jax.value_and_grad(measure, has_aux=True)
     if accumulation == 1:
-        (total, seen), grads = gradient(state.params, batch, config)
+        (total, seen), grads = gradient(state.params, batch)
     else:
         # Part i takes rows i, i + accumulation, ...: every device then holds an equal share of every part.
         split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
         parts = jax.tree.map(split, batch)
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part, config)), None)
-        zero, zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-        ((total, seen), grads), _ = jax.lax.scan(add, ((zero, no_measures(config)), zeros), parts)
-        seen = Measures(seen.targets, *jax.tree.map(lambda x: x / accumulation, seen[1:]))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part)), None)
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((total, seen), grads), _ = jax.lax.scan(add, zeros, parts)
+        seen = seen.mean_of(accumulation)
 
     count = jnp.maximum(seen.targets, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    loss = total / count
+    mean = total / count
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer steps
         update = optax.with_extra_args_support(optimizer).update
-        updates, optimizer_state = update(grads, state.optimizer, state.params, loss=loss)
+        updates, optimizer_state = update(grads, state.optimizer, state.params, loss=mean)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
+    metrics = {"loss": mean, "gradient_norm": optax.tree.norm(grads)}
+    if seen.z_loss is not None:
+        metrics["z_loss"] = seen.z_loss / count
+    if seen.source_losses is not None:
+        metrics |= {"source_losses": seen.source_losses, "source_targets": seen.source_targets}
     if config.moe is not None and seen.expert_load is not None:
         metrics |= _experts(seen, config.moe)
         if config.moe.bias_rate:
