@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import Batch, ModelConfig, Params, forward
+from jaxlab.models import Batch, ModelConfig, Params, forward, vocabulary_is_split
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ def target_losses(
     """
     tokens = batch["tokens"]
     log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    losses = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+    words = log_probs.shape[-1]
+    if vocabulary_is_split(words):  # each device has some of the words: it picks none or the one
+        is_target = jnp.arange(words)[None, None] == tokens[:, 1:, None]
+        losses = -jnp.sum(log_probs, axis=-1, where=is_target)
+    else:
+        losses = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
     return losses, target_mask(batch)
 
 

@@ -114,7 +114,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
-    """Where each parameter of `config` lives.
+    """Where each parameter of `config` lives. A vocabulary that its mesh axis does not divide stays whole.
 
     Raises:
       UserError: a dimension is not divisible by the mesh axis that splits it.
@@ -130,7 +130,12 @@ def shardings_by_axes(shapes: Params, axes: Params, mesh: Mesh | AbstractMesh) -
     """
 
     def place(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
-        spec = PartitionSpec(*(axis if axis in mesh.shape else None for axis in partition_spec(axes)))
+        spec = PartitionSpec(
+            *(
+                axis if axis in mesh.shape and not (name == "vocab" and size % mesh.shape[axis]) else None
+                for axis, name, size in zip(partition_spec(axes), axes, shape.shape, strict=True)
+            )
+        )
         for size, axis, name in zip(shape.shape, spec, axes, strict=True):
             parts = 1 if axis is None else mesh.shape[axis]
             if size % parts:

@@ -94,8 +94,8 @@ def check(config: Config) -> dict[str, Any]:
     The step is compiled for shapes alone: no parameter is read or made.
     """
     make_host_devices(config.mesh)
-    setup, model = prepare(config), config.model
-    make_callbacks(config, setup)  # which fit, or say so
+    setup, model = prepare(config, for_shapes=True), config.model
+    make_callbacks(config, setup, for_shapes=True)  # which fit, or say so
     state = jax.tree.map(_place, abstract_state(model, setup.optimizer), setup.shardings)
     found = estimate_run(config.estimate, setup.update, state, setup.batch, setup.mesh, model, config.steps)
     return {**({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}), **found}
@@ -120,9 +120,14 @@ def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[st
     return results
 
 
-def make_callbacks(config: Config, setup: Setup, more: Sequence[Callback] = ()) -> list[Callback]:
+def make_callbacks(
+    config: Config, setup: Setup, more: Sequence[Callback] = (), *, for_shapes: bool = False
+) -> list[Callback]:
     """What happens around the steps of a run, in this order; `more` sees what was measured, and what it does
     to the state is saved.
+
+    Args:
+      for_shapes: make none of the data, if it is not there yet.
 
     Raises:
       UserError: a package is missing, or an evaluation, a prompt or an export does not fit the model.
@@ -133,7 +138,7 @@ def make_callbacks(config: Config, setup: Setup, more: Sequence[Callback] = ()) 
         trackers.append(WriteTensorBoard())
     if config.wandb is not None and is_main():
         trackers.append(WriteWandb(config.wandb, to_dict(config)))
-    find = functools.partial(make_source, find_model=model_folder)
+    find = functools.partial(make_source, find_model=model_folder, for_shapes=for_shapes)
     following = [
         LogMetrics(config.log_every),
         ShowProgress(config.log_every),
@@ -148,14 +153,17 @@ def make_callbacks(config: Config, setup: Setup, more: Sequence[Callback] = ()) 
     return [*trackers, GuardSpikes(config.spikes, following), *following]
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, *, for_shapes: bool = False) -> Setup:
     """Every check that needs no parameters, and the two jitted functions.
+
+    Args:
+      for_shapes: make none of the data, if it is not there yet.
 
     Raises:
       UserError: mesh, data, model and initial model do not fit together.
     """
     mesh = make_mesh(config.mesh)
-    source = make_source(config.data, model_folder)
+    source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)
     for seen in (
