@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxlab.app import Run, model_folder, save_first, train_inputs
+from jaxlab.app import Run, checkpoints_of, model_folder, save_first, train_inputs
 from jaxlab.checkpoints import open_model
 from jaxlab.config import to_dict
 from jaxlab.data import (
@@ -60,6 +60,7 @@ from jaxlab.training import (
     make_host_devices,
     make_optimizer,
     read_initial,
+    restore_newest,
     skip_spikes,
     state_shardings,
     train_step,
@@ -222,13 +223,23 @@ def _place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _newest_state(setup: Setup, config: Config, checkpoints: Checkpoints, run: Run) -> tuple[int, State]:
-    """(steps done, state) of the newest whole checkpoint, or of the beginning, made or read where it will
-    live. Metrics of later steps are dropped."""
+    """(steps done, state) of the newest whole checkpoint, of the run's own or of the one that it goes on
+    from, or of the beginning, made or read where it will live. Metrics of later steps are dropped."""
     target = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
     found = checkpoints.restore(target)
     # Metrics are numbered by the steps done: those of that step stay.
     run.rewind(found[0] + 1 if found else 0)
-    return found or (0, _first_state(setup, config, run))
+    if found is not None:
+        return found
+    if config.continue_from is None:
+        return 0, _first_state(setup, config, run)
+    before = checkpoints_of(config.continue_from)
+    found = restore_newest(before, target)
+    if found is None:
+        raise UserError(f"{before}: no checkpoint is whole; see the notes above")
+    if found[0] >= config.steps:
+        raise UserError(f"{before}: it is at step {found[0]} already; raise steps, which are {config.steps}")
+    return found
 
 
 def _first_state(setup: Setup, config: Config, run: Run) -> State:

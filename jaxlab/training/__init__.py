@@ -18,7 +18,7 @@ with epy.lazy_api_imports(globals()):
         WriteWandb,
         check_trackers,
     )
-    from jaxlab.training.checkpoints import Checkpoints, KeepConfig
+    from jaxlab.training.checkpoints import Checkpoints, KeepConfig, newest_digests, restore_newest
     from jaxlab.training.config import MOST, TrainConfig
     from jaxlab.training.estimate import EstimateConfig, estimate_run, estimate_table, make_host_devices
     from jaxlab.training.loop import Callback, Loop, Setup, fit

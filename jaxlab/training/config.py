@@ -58,6 +58,9 @@ class TrainConfig:
     """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
     tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that
     is otherwise the same is retrofitted."""
+    continue_from: str | None = None
+    """Go on from the newest checkpoint of another run, by its folder: with its parameters, optimizer and
+    steps, and with other data, schedule, steps or compute dtype."""
     retrofit_gate: float = GATE
     """Gates of compression and window at the start of a retrofit; selection has what they leave of 1."""
     steps: int = 1000
@@ -113,6 +116,8 @@ class TrainConfig:
             raise ConfigError("digits with images need a model with vision; give model.vision", key="model")
         if not 0 < self.retrofit_gate < 0.5:
             raise ConfigError(f"must lie between 0 and 0.5, is {self.retrofit_gate}", key="retrofit_gate")
+        if self.continue_from is not None and self.init_from is not None:
+            raise ConfigError("the checkpoint holds all parameters; leave init_from out", key="continue_from")
         if self.model.sparsity is not None:
             raise ConfigError("is for inference; give it to evaluate", key="model.sparsity")
         if not 0 <= self.seed <= MOST:
