@@ -232,7 +232,9 @@ def _lead(
     overwrite: bool,
 ) -> RunResult:
     """Runs a task in its folder, or returns what is there; other processes are told which."""
-    reuse = not overwrite and not provenance.code().dirty
+    module = task.load()
+    gone = hasattr(module, "still_done") and not module.still_done(config)
+    reuse = not overwrite and not gone and not provenance.code().dirty
     if reuse and (folder / _RESULTS).exists():  # before anything is written: the folder may be read-only
         return _reused(folder)
     new = not folder.exists()
@@ -246,9 +248,8 @@ def _lead(
         if (folder / _RESULTS).exists():
             if reuse:  # another process has just come to its end
                 return _reused(folder)
-            print(
-                f"done anew, {'--overwrite' if overwrite else 'the code has uncommitted changes'}: {folder}"
-            )
+            why = "what it made is gone" if gone else "the code has uncommitted changes"
+            print(f"done anew, {'--overwrite' if overwrite else why}: {folder}")
             _clear(folder)
         elif overwrite:
             print(f"run: {folder}")
