@@ -86,7 +86,7 @@ def check(config: Config) -> dict[str, Any]:
     The step is compiled for shapes alone: no parameter is read or made.
     """
     make_host_devices(config.mesh)
-    setup, model = prepare(config), config.model
+    setup, model = prepare(config, for_shapes=True), config.model
     state = jax.tree.map(_place, abstract_state(model, setup.optimizer), setup.shardings)
     found = estimate_run(config.estimate, setup.update, state, setup.batch, setup.mesh, model, config.steps)
     return {**({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}), **found}
@@ -124,14 +124,17 @@ def make_callbacks(config: Config, more: Sequence[Callback] = ()) -> list[Callba
     return [GuardSpikes(config.spikes, following), *following]
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, *, for_shapes: bool = False) -> Setup:
     """Every check that needs no parameters, and the two jitted functions.
+
+    Args:
+      for_shapes: make none of the data, if it is not there yet.
 
     Raises:
       UserError: mesh, data, model and initial model do not fit together.
     """
     mesh = make_mesh(config.mesh)
-    source = make_source(config.data, model_folder)
+    source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)
     for seen in (

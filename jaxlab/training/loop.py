@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.data import Source
+from jaxlab.data import BatchReader, Source
 from jaxlab.distributed import Agreement, leave
 from jaxlab.models import Batch, Params, place_batch, rows_here
 from jaxlab.training.averages import averaged
@@ -102,6 +102,8 @@ class Loop:
         self._restore = restore
         self._compiled = False
         self._agreement = Agreement()
+        rows = rows_here(config.batch_size, setup.mesh)
+        self._batches = BatchReader(setup.source, config.seed, config.batch_size, rows=rows)
         self.done: int
         """Steps done."""
         self.state: State
@@ -134,9 +136,7 @@ class Loop:
     def step(self) -> None:
         """One update."""
         config, number, mesh = self.config, self.rollbacks.batch_of(self.done), self.setup.mesh
-        rows = rows_here(config.batch_size, mesh)
-        batch = self.setup.source.batch(config.seed, number, config.batch_size, rows)
-        batch = place_batch(batch, mesh, config.batch_size)
+        batch = place_batch(self._batches.read(number), mesh, config.batch_size)
         self.state, self.measured = self.setup.update(self.state, batch)
         self._values = None
         self.done += 1
@@ -145,6 +145,10 @@ class Loop:
             jax.block_until_ready(self.state)
             self.watch.restart()
             self._compiled = self.stop.armed = True
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        self._batches.close()
 
     def ask_to_stop(self) -> None:
         """Whether the run ends after this step: all processes do if one was asked to."""
@@ -210,6 +214,7 @@ def fit(loop: Loop, callbacks: Sequence[Callback]) -> dict[str, Any]:
       KeyboardInterrupt: the run was asked to stop from outside.
     """
     with contextlib.ExitStack() as stack:
+        stack.callback(loop.close)
         for callback in callbacks:
             stack.callback(callback.close)
             callback.on_train_begin(loop)
