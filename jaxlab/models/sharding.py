@@ -15,6 +15,7 @@ from jaxlab.models.axis_rules import partition_spec
 from jaxlab.models.batch import Batch, Params
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.mesh import BATCH, CONTEXT, check_length
+from jaxlab.models.moe import check_groups
 from jaxlab.models.parameters import abstract_params, logical_axes
 
 
@@ -165,6 +166,8 @@ def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
     if model.attention.kind == "nsa":
         sizes = {"unit": model.nsa.stride, "least": model.nsa.block_len - model.nsa.stride}
     check_length(length, mesh.shape.get(CONTEXT, 1), **sizes)
+    if model.moe is not None:
+        check_groups(model.moe, length, mesh.shape.get(CONTEXT, 1))
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
