@@ -13,11 +13,11 @@ with epy.lazy_api_imports(globals()):
         ShowProgress,
     )
     from jaxlab.training.checkpoints import Checkpoints
-    from jaxlab.training.config import MOST, TrainConfig
+    from jaxlab.training.config import MOST, TrainConfig, with_initial_model
     from jaxlab.training.loop import Callback, Loop, Setup, fit
     from jaxlab.training.lora import LoraConfig
     from jaxlab.training.muon import MuonConfig
-    from jaxlab.training.optimizer import GroupConfig, OptimizerConfig, make_optimizer
+    from jaxlab.training.optimizer import GroupConfig, OptimizerConfig, groups_of, is_frozen, make_optimizer
     from jaxlab.training.schedule import make_schedule
     from jaxlab.training.speed import Stopwatch
     from jaxlab.training.spikes import Rollbacks, skip_spikes, skipped
@@ -25,6 +25,7 @@ with epy.lazy_api_imports(globals()):
         Initial,
         abstract_state,
         find_initial,
+        init_frozen,
         init_state,
         read_initial,
         state_shardings,

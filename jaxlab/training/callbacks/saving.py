@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from jaxlab.checkpoints import save_model
-from jaxlab.models import count_params
+import jax
+
+from jaxlab.checkpoints import kept_files, save_adapter, save_model, whole_tensors
+from jaxlab.models import count_params, merge_updates
 from jaxlab.training.loop import Callback, Loop
 
 
@@ -21,11 +23,48 @@ class SaveCheckpoints(Callback):
 
 
 class SaveModel(Callback):
-    """The trained model, in the run's folder `model`."""
+    """What was trained, in the run's folder: `model`, the whole model; with LoRA `adapter`, as PEFT has it,
+    and `model` where `lora.merge` asks for it."""
 
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
-        setup, params = loop.setup, loop.trained
-        save_model(
-            loop.run.path / "model", loop.config.model, params, setup.source.tokenizer(), overwrite=True
+        setup, lora = loop.setup, loop.config.lora
+        results: dict[str, Any] = {}
+        if lora is not None:
+            results["adapter"] = "adapter"
+            self._save_adapter(loop)
+        if lora is None or lora.merge:
+            results["model"] = "model"
+            opened = setup.initial.opened
+            save_model(
+                loop.run.path / "model",
+                loop.config.model,
+                merge_updates(loop.whole(loop.trained)),
+                setup.source.tokenizer(),
+                source_files=None if opened is None else kept_files(opened, loop.config.model),
+                overwrite=True,
+            )
+        trained = count_params(loop.trained)
+        return {
+            **results,
+            "parameters": count_params(setup.trainable.shapes),
+            **({} if setup.trainable.everything else {"trained_parameters": trained}),
+            "steps": loop.config.steps,
+        }
+
+    def _save_adapter(self, loop: Loop) -> None:
+        config, trainable, opened = loop.config, loop.setup.trainable, loop.setup.initial.opened
+        assert trainable.adapters is not None
+        assert opened is not None
+        trained = jax.device_get(loop.trained)
+        save_adapter(
+            loop.run.path / "adapter",
+            {path: trainable.pair(trained, path) for path, _ in trainable.adapted},
+            trainable.targets,
+            trainable.adapters,
+            trainable.shapes,
+            base=config.init_from or "",
+            base_identity=opened.identity,
+            causal_lm=not config.model.has_vision,
+            replaced=whole_tensors(trained, trainable.whole, config.model),
+            overwrite=True,
         )
-        return {"model": "model", "parameters": count_params(params), "steps": loop.config.steps}
