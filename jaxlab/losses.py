@@ -1,6 +1,7 @@
 """The loss: cross-entropy of targets, what training adds to it, and whether a whole answer is right."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,28 @@ def exact_match(logits: Float[Array, "B T V"], batch: Batch) -> Bool[Array, " B"
     return jnp.all(right | ~mask, axis=1) & jnp.any(mask, axis=1)
 
 
-def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed cross-entropy (nats) of the targets, and their number.
+class Measures(NamedTuple):
+    """What a loss is a sum over, and what training watches beside it."""
+
+    targets: Float[Array, ""]
+    """Their number."""
+    expert_load: Float[Array, "layers E"] | None = None
+    """The share of all choices that each routed expert got."""
+    dropped_choices: Float[Array, " layers"] | None = None
+    """The share of all choices that no expert took, as it was full."""
+
+
+def no_measures(config: ModelConfig) -> Measures:
+    """Those of no targets, to add others to."""
+    count = jnp.zeros((), jnp.float32)
+    if config.moe is None:
+        return Measures(count)
+    layers = config.num_layers - config.dense_layers
+    return Measures(count, jnp.zeros((layers, config.moe.num_experts)), jnp.zeros((layers,)))
+
+
+def loss_and_measures(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Measures]:
+    """Summed cross-entropy (nats) of the targets, their number, and the load of experts.
 
     With experts the balance loss, times its weight, is added to the loss of every target; with NSA's
     auxiliary selector its loss, which trains nothing else.
@@ -56,7 +77,14 @@ def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[A
         total += config.moe.balance_loss * count * jnp.mean(intermediates["balance_loss"])
     if "selector_loss" in intermediates:
         total += count * jnp.mean(intermediates["selector_loss"])
-    return total, count
+    load, dropped = (intermediates.get(name) for name in ("expert_load", "dropped_choices"))
+    return total, Measures(count, load, dropped)
+
+
+def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The loss of `loss_and_measures`, and the number of targets."""
+    total, measures = loss_and_measures(params, batch, config)
+    return total, measures.targets
 
 
 @partial(jax.jit, static_argnames="config")

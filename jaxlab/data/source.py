@@ -22,19 +22,34 @@ DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig
 
 @runtime_checkable
 class Source(Protocol):
-    """Batches as `jaxlab.models.forward` takes them, with loss_mask bool[B, T]: True on targets."""
+    """Batches as `jaxlab.models.forward` takes them, with loss_mask bool[B, T]: True on targets.
+
+    A training batch is a pure function of seed and step, so the number of the step is the position in the
+    data: a checkpoint holds no other, and a resumed run reads on where it was. A batch of several data sets
+    has source_ids int32[B] besides, which of `source_names` each row is from; models do not read it.
+    """
 
     identity: str
     """Changes when the data changes."""
+    source_names: tuple[str, ...]
+    """The data sets of a mixture, as source_ids number them; () where batches have none."""
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
-        """The training batch of a step; a pure function of its arguments."""
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: slice | None = None
+    ) -> dict[str, np.ndarray]:
+        """The training batch of a step; a pure function of its arguments.
+
+        Args:
+          batch_size: rows of the whole batch, of all processes.
+          rows: which of them to give; None: all. One of several processes asks for its own, and what they
+            get makes up the batch that one process would get.
+        """
         ...
 
     def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
+        self, batch_size: int, count: int, split: str = "validation", rows: slice | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """At most `count` full batches of a held-out split, always the same ones."""
+        """At most `count` full batches of a held-out split, always the same ones; `rows` of each."""
         ...
 
     def held_out_rows(self, batch_size: int, split: str) -> int:

@@ -56,16 +56,18 @@ def forward(
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
-        has no row for, a text longer than a table of learned positions, a probe, other patches than of
-        head_output or an attention_mask together with a cache, positions that are given
+        has no row for, a text longer than a table of learned positions, other patches than of head_output,
+        another probe than of factors or an attention_mask together with a cache, positions that are given
         together with a cache of NSA, which counts its blocks itself, patches of what is not there,
         logit_positions or logit_tokens together with patches of what comes after the last layer, or
         parameters that are not those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
-    if cache is not None and (probe is not None or any(patch.name != "head_output" for patch in patches)):
-        raise ValueError("probes and patches other than of head_output cannot be used with a cache")
+    if cache is not None and any(patch.name != "head_output" for patch in patches):
+        raise ValueError("patches other than of head_output cannot be used with a cache")
+    if cache is not None and probe is not None and not probe.continues:
+        raise ValueError("with a cache a probe has factors, classes and slot_classes, and nothing else")
     if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
     if cache is not None and "attention_mask" in batch:
@@ -187,7 +189,7 @@ class Decoder(nnx.Module):
             chosen_blocks=done.chosen_blocks,
             weights_read=done.weights_read,
             selector_loss=done.selector_loss,
-            balance_loss=done.balance_loss,
+            **({} if done.experts is None else done.experts._asdict()),
             activations=(done.activations | tap.found) or None,
         )
 

@@ -15,8 +15,10 @@ from jaxlab.errors import ConfigError
 from kernels_pallas import sharding
 from kernels_pallas.sharding import Core, MeshAxes, Part, Tree, dividing, mesh_of_axes
 
-BATCH: tuple[str, ...] = ("data", "fsdp")
+BATCH: tuple[str, ...] = ("data", "fsdp", "expert")
 """Mesh axes over which examples are spread."""
+EXPERTS = "expert"
+"""Mesh axis over which routed experts are split; all else on its devices is as on those of `data`."""
 HEADS = "model"
 """Mesh axis over which heads and hidden units are split."""
 CONTEXT = "context"
@@ -25,9 +27,11 @@ CONTEXT = "context"
 __all__ = [
     "BATCH",
     "CONTEXT",
+    "EXPERTS",
     "HEADS",
     "Part",
     "check_length",
+    "current_mesh",
     "in_parts",
     "on_several_devices",
     "split_heads",
@@ -36,13 +40,14 @@ __all__ = [
 AXES = MeshAxes(BATCH, HEADS, CONTEXT)
 
 
-def _mesh() -> AbstractMesh | None:
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that is set; None: it splits nothing here."""
     return mesh_of_axes(AXES)
 
 
 def on_several_devices() -> bool:
     """Whether the mesh that is set splits anything here."""
-    return _mesh() is not None
+    return current_mesh() is not None
 
 
 def split_tokens(x: Array) -> Array:
@@ -50,7 +55,7 @@ def split_tokens(x: Array) -> Array:
 
     Said to XLA where layers begin, as it would otherwise spread them as the weights are spread.
     """
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is None:
         return x
     spec = PartitionSpec(dividing(mesh, BATCH, x.shape[0]), dividing(mesh, (CONTEXT,), x.shape[1]))
@@ -59,7 +64,7 @@ def split_tokens(x: Array) -> Array:
 
 def split_heads(x: Array, *, batch: int, heads: int) -> Array:
     """An array laid out as the mesh has it along the axes that count examples and heads, such as a cache."""
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is None:
         return x
     spec: list[tuple[str, ...] | None] = [None] * x.ndim
@@ -91,7 +96,7 @@ def in_parts(
     Raises:
       ConfigError: heads or tokens cannot be split over their mesh axis.
     """
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is not None:
         heads = mesh.shape.get(HEADS, 1)
         for leaf in jax.tree.leaves(tokens):

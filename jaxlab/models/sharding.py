@@ -30,7 +30,10 @@ class MeshConfig:
     model: int = 1
     """Devices that see the same examples, each for its heads and hidden units; it divides their numbers."""
     context: int = 1
-    """Devices that split each sequence, a stretch each; queries stay, keys and values are gathered."""
+    """Devices that split each sequence; queries stay, keys and values are gathered."""
+    expert: int = 1
+    """Devices that see different examples and split the routed experts, to which tokens travel; it divides
+    their number."""
 
     def __post_init__(self) -> None:
         rest = False

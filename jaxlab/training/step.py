@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.losses import loss_sum
-from jaxlab.models import Batch, ModelConfig, Params
+from jaxlab.losses import Measures, loss_and_measures, no_measures
+from jaxlab.models import Batch, ModelConfig, MoEConfig, Params
+from jaxlab.training.spikes import SpikesState
 
 
 class State(NamedTuple):
@@ -30,7 +31,7 @@ def train_step(
     join: Callable[[Params, Key[Array, ""]], Params] | None = None,
     seed: int = 0,
 ) -> tuple[State, dict[str, Any]]:
-    """The state after one update on `batch`, and loss and gradient norm.
+    """The state after one update on `batch`, loss, gradient norm and, with experts, their load.
 
     With `accumulation` > 1 the batch is read in so many parts, one after the other; the gradient is that of
     the mean loss over all targets of the whole batch, whatever their spread over the parts.
@@ -42,34 +43,63 @@ def train_step(
     """
     random = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def loss(params: Params, batch: Batch, part: Int[Array, ""] | int) -> tuple[Array, Array]:
+    def loss(params: Params, batch: Batch, part: Int[Array, ""] | int) -> tuple[Array, Measures]:
         if join is not None:
             params = join(params, jax.random.fold_in(random, part))
-        return loss_sum(params, batch, config)
+        return loss_and_measures(params, batch, config)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulation == 1:
-        (total, count), grads = gradient(state.params, batch, 0)
+        (total, seen), grads = gradient(state.params, batch, 0)
     else:
-
-        def add(carry: tuple[Any, ...], numbered: tuple[Array, Batch]) -> tuple[tuple[Any, ...], None]:
-            number, part = numbered
-            (part_total, part_count), part_grads = gradient(state.params, part, number)
-            total, count, grads = carry
-            return (total + part_total, count + part_count, jax.tree.map(jnp.add, grads, part_grads)), None
-
         # Part i takes rows i, i + accumulation, ...: every device then holds an equal share of every part.
         split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        zero = jnp.zeros((), jnp.float32)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        parts = jnp.arange(accumulation), jax.tree.map(split, batch)
-        (total, count, grads), _ = jax.lax.scan(add, (zero, zero, zeros), parts)
+        parts = jax.tree.map(split, batch), jnp.arange(accumulation)
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None)
+        zero, zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
+        ((total, seen), grads), _ = jax.lax.scan(add, ((zero, no_measures(config)), zeros), parts)
+        seen = Measures(seen.targets, *jax.tree.map(lambda x: x / accumulation, seen[1:]))
 
-    count = jnp.maximum(count, 1.0)
+    count = jnp.maximum(seen.targets, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     mean = total / count
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer steps
         update = optax.with_extra_args_support(optimizer).update
         updates, optimizer_state = update(grads, state.optimizer, state.params, loss=mean)
-    new = State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
-    return new, {"loss": mean, "gradient_norm": optax.tree.norm(grads)}
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": mean, "gradient_norm": optax.tree.norm(grads)}
+    if config.moe is not None and seen.expert_load is not None:
+        metrics |= _experts(seen, config.moe)
+        if config.moe.bias_rate and _learns_balance(params):
+            made = optimizer_state.in_a_row == 0 if isinstance(optimizer_state, SpikesState) else None
+            params = balanced(params, seen.expert_load, config.moe, made)
+    return State(state.step + 1, params, optimizer_state), metrics
+
+
+def balanced(
+    params: Params, load: Float[Array, "layers E"], moe: MoEConfig, made: Bool[Array, ""] | None = None
+) -> Params:
+    """Parameters with the biases of the choice moved towards an even load, without a loss (arXiv 2408.15664,
+    algorithm 1); not at all where an update was not `made`."""
+    experts = params["layers"]["moe"]
+    moves = moe.bias_rate * jnp.sign(1 / moe.num_experts - load)
+    if made is not None:
+        moves = jnp.where(made, moves, 0)
+    bias = experts["choice_bias"] + moves.astype(experts["choice_bias"].dtype)
+    return {**params, "layers": {**params["layers"], "moe": {**experts, "choice_bias": bias}}}
+
+
+def _learns_balance(params: Params) -> bool:
+    """Whether the biases of the choice are among what is trained."""
+    return "choice_bias" in params.get("layers", {}).get("moe", {})
+
+
+def _experts(seen: Measures, moe: MoEConfig) -> dict[str, Any]:
+    """The load of experts, for the log: of the fullest of any layer, over an even share (1 is even), the mean
+    over layers of that, and the share of choices that were dropped."""
+    assert seen.expert_load is not None
+    fullest = moe.num_experts * jnp.max(seen.expert_load, axis=1)
+    metrics = {"expert_load_max": jnp.max(fullest), "expert_load_mean": jnp.mean(fullest)}
+    if moe.capacity_factor is not None and seen.dropped_choices is not None:
+        metrics["dropped_choices"] = jnp.mean(seen.dropped_choices)
+    return metrics

@@ -81,3 +81,11 @@ def test_every_kind_makes_batches_of_one_form(config):
         check_all_tokens(source, make_config(vocab_size=source.largest_token))
     for name, values in make_source(config).batch(0, 0, 4).items():
         np.testing.assert_array_equal(values, training[name])
+    for rows in (slice(0, 1), slice(1, 4)):  # what two processes build
+        for whole, part in (
+            (training, source.batch(0, 0, 4, rows)),
+            (held_out, next(iter(source.held_out_batches(4, 1, "test", rows)))),
+        ):
+            assert part.keys() == whole.keys()
+            for name, values in part.items():
+                np.testing.assert_array_equal(values, whole[name][rows])

@@ -86,7 +86,7 @@ def test_check_counts_without_making_a_parameter(text, monkeypatch):
     report = train.check(config)
     parameters = count_params(abstract_params(config.model))
     assert report["parameters"] == parameters
-    assert report["devices"] == {"data": 2, "fsdp": 2, "model": 1, "context": 1}
+    assert report["devices"] == {"data": 2, "fsdp": 2, "model": 1, "context": 1, "expert": 1}
     sizes = report["bytes_per_device"]
     assert (
         sizes["parameters"] == 4 * parameters // 2
