@@ -11,12 +11,13 @@ from tokenizers import Tokenizer
 from jaxlab.checkpoints import resolve
 from jaxlab.data.digits import DigitsConfig, DigitsSource
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
+from jaxlab.data.image_chats import ImageChatsConfig, ImageChatsSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, PlainVisionConfig
 
-DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig
+DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | ImageChatsConfig
 """What a model is trained or evaluated on."""
 
 
@@ -81,6 +82,8 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
             return EpisodesSource(config)
         case NeedleConfig():
             return NeedleSource(config)
+        case ImageChatsConfig():
+            return ImageChatsSource(config, find_model)
 
 
 def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[str, jax.ShapeDtypeStruct]:
@@ -96,7 +99,8 @@ def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[
         if not rows:
             raise _too_small(batch_size, split)
         one = next(iter(source.held_out_batches(1, 1, split)))
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
+    # Of images some arrays have several rows for one of the batch.
+    return {name: jax.ShapeDtypeStruct((rows * x.shape[0], *x.shape[1:]), x.dtype) for name, x in one.items()}
 
 
 def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
@@ -118,9 +122,14 @@ def _too_small(batch_size: int, split: str) -> UserError:
 
 
 def check_fits(
-    batch: Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray], model: ModelConfig
+    batch: Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray],
+    model: ModelConfig,
+    source: Source | None = None,
 ) -> None:
     """Checks that a batch is for `model`, or one of such shapes; of these see `check_all_tokens` besides.
+
+    Args:
+      source: where it comes from, which may know more of its images.
 
     Raises:
       UserError: it is not.
@@ -133,7 +142,9 @@ def check_fits(
         )
     if isinstance(tokens, np.ndarray):
         _check_token(int(tokens.max()), model)
-    if "images" in batch:
+    if isinstance(source, ImageChatsSource):
+        source.check_vision(model)
+    elif "images" in batch:
         vision = model.vision
         if not isinstance(vision, PlainVisionConfig):
             raise UserError(

@@ -161,7 +161,7 @@ def prepare(config: Config) -> tuple[Config, Setup]:
             raise UserError(
                 f"{rows} sequences of {length} tokens are more than an int32 counts; lower batch_size"
             )
-        check_fits(seen, config.model)
+        check_fits(seen, config.model, source)
         check_batch(rows // config.accumulation, length, config.model, mesh)
     initial = Initial() if opened is None else find_initial(opened, config.model, source)
     frozen = functools.partial(is_frozen, config.optimizer)
