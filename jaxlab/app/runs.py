@@ -193,7 +193,8 @@ def run_config(
     if callbacks:
         inputs["callbacks"] = "; ".join(callback.identity for callback in callbacks)
     folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
-    reuse = not overwrite and not provenance.code().dirty
+    gone = hasattr(module, "still_done") and not module.still_done(config)
+    reuse = not overwrite and not gone and not provenance.code().dirty
     if reuse and (folder / _RESULTS).exists():  # before anything is written: the folder may be read-only
         return _reused(folder)
     new = not folder.exists()
@@ -207,9 +208,8 @@ def run_config(
         if (folder / _RESULTS).exists():
             if reuse:  # another process has just come to its end
                 return _reused(folder)
-            print(
-                f"done anew, {'--overwrite' if overwrite else 'the code has uncommitted changes'}: {folder}"
-            )
+            why = "what it made is gone" if gone else "the code has uncommitted changes"
+            print(f"done anew, {'--overwrite' if overwrite else why}: {folder}")
             _clear(folder)
         elif overwrite:
             print(f"run: {folder}")

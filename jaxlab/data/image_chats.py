@@ -416,4 +416,3 @@ def _buckets(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[int]]:
     for number, row in enumerate(rows):
         found.setdefault(row.bucket, []).append(number)
     return found
-

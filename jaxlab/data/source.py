@@ -10,6 +10,9 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import resolve
 from jaxlab.data.digits import DigitsConfig, DigitsSource
+from jaxlab.data.documents.config import DocumentsConfig
+from jaxlab.data.documents.source import DocumentsSource
+from jaxlab.data.documents.stand_in import StandIn
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.image_chats import ImageChatsConfig, ImageChatsSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
@@ -17,7 +20,7 @@ from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, PlainVisionConfig
 
-DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | ImageChatsConfig
+DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | DocumentsConfig | ImageChatsConfig
 """What a model is trained or evaluated on."""
 
 
@@ -67,8 +70,12 @@ class Source(Protocol):
         ...
 
 
-def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
+def make_source(config: DataConfig, find_model: FindModel = resolve, *, for_shapes: bool = False) -> Source:
     """The source that `config` describes; `find_model` says where a model is that it names.
+
+    Args:
+      for_shapes: only the shapes of batches are asked for. Documents that are not tokenised yet are not
+        tokenised for that: what stands for them gives empty batches, and a note says so.
 
     Raises:
       UserError: what the source reads is not there.
@@ -82,6 +89,9 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
             return EpisodesSource(config)
         case NeedleConfig():
             return NeedleSource(config)
+        case DocumentsConfig():
+            source = DocumentsSource(config, find_model)
+            return StandIn(source) if for_shapes and not source.prepared else source
         case ImageChatsConfig():
             return ImageChatsSource(config, find_model)
 

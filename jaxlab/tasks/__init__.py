@@ -18,6 +18,7 @@ TASKS = Registry(
             "the main job: all three systems on real input, and a report",
             "arguments",
         ),
+        Task("prepare", "jaxlab.tasks.prepare", "tokenise the data of a train config, once"),
         Task("train", "jaxlab.tasks.train", "train, fine-tune or retrofit a language model or a VLM"),
         Task(
             "evaluate",

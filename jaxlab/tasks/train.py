@@ -91,7 +91,7 @@ def check(config: Config) -> dict[str, Any]:
 
     The step is compiled for shapes alone: no parameter is read or made.
     """
-    config, setup = prepare(config)
+    config, setup = prepare(config, for_shapes=True)
     trainable = setup.trainable
     state = jax.tree.map(_place, abstract_state(trainable, setup.optimizer), setup.shardings)
     batch = jax.tree.map(_place, setup.batch, batch_shardings(setup.batch, setup.mesh))
@@ -138,9 +138,12 @@ def make_callbacks(config: Config, more: Sequence[Callback] = ()) -> list[Callba
     return [GuardSpikes(config.spikes, following), *following]
 
 
-def prepare(config: Config) -> tuple[Config, Setup]:
+def prepare(config: Config, *, for_shapes: bool = False) -> tuple[Config, Setup]:
     """Every check that needs no parameters, and the two jitted functions; the config with the model that it
     is for.
+
+    Args:
+      for_shapes: make none of the data, if it is not there yet.
 
     Raises:
       UserError: mesh, data, model and initial model do not fit together.
@@ -149,7 +152,7 @@ def prepare(config: Config) -> tuple[Config, Setup]:
     if opened is not None and config.model_is_initial:
         config = with_initial_model(config, opened.config)
     mesh = make_mesh(config.mesh)
-    source = make_source(config.data, model_folder)
+    source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)
     for seen in (
