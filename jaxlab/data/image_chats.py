@@ -159,7 +159,8 @@ class ImageChatsSource:
         plan = self._plan(batch_size)
         if not plan:
             raise UserError(
-                f"{self.config.path}: no {batch_size} conversations have images of one shape; lower batch_size"
+                f"{self.config.path}: no {batch_size} conversations have images of one shape; lower "
+                "batch_size"
             )
         epoch, number = divmod(step, len(plan))
         chosen = self._order(batch_size, seed, epoch)[number]

@@ -1,5 +1,6 @@
 """Conversations about images from JSON Lines: LLaVA's form and OpenAI's, the images inside one folder."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
                     text = text.removeprefix("\n")
                 if text:
                     parts.append({"type": "text", "text": text})
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in itertools.pairwise(parts):
         if after["type"] == "image" and before["type"] == "text":
             before["text"] = before["text"].removesuffix("\n")
     return [part for part in parts if part.get("text") != ""]
