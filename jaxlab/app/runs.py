@@ -10,7 +10,8 @@ folder belongs to one state of the code:
 - Without results.json the run was interrupted, by the same code on the same config. The folder is kept, so
   that a task which writes checkpoints continues from its own. This holds for changed code too: the hash says
   it is the same change.
-- A lock keeps two processes from writing one folder; it goes with the process, however that ends.
+- A lock keeps two processes from writing one folder; it goes with the process, however that ends. Of several
+  processes of one run (jaxlab/distributed) process 0 holds it and writes; the others see the folder.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import re
 import shlex
 import shutil
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab import config as configs
+from jaxlab import distributed
 from jaxlab.app import provenance
 from jaxlab.app.program import program
 from jaxlab.app.registry import Task
@@ -38,6 +41,8 @@ from jaxlab.errors import UserError, UserNote
 from jaxlab.files import jsonable, remove_torn, write_atomic, write_json, writing
 
 _LOCK = ".lock"
+_SEEN_WITHIN = 60.0
+"""Seconds in which a shared disk shows one process what another has written."""
 _CONFIG, _ENV, _METRICS, _RESULTS = "config.yaml", "env.json", "metrics.jsonl", "results.json"
 
 
@@ -97,6 +102,19 @@ class Run:
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results.json, atomically and last: where it is, the run is done."""
         write_json(self.path / _RESULTS, results)
+
+
+class FollowedRun(Run):
+    """The run of process 0, as the other processes have it: they write nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Does nothing: process 0 drops metrics."""
+
+    def log(self, *, step: int | None = None, **metrics: Any) -> None:
+        """Does nothing: process 0 logs."""
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Does nothing: process 0 writes the results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +206,33 @@ def run_config(
       UserError: the user's mistakes.
       Exception: whatever the task raises.
     """
+    from jaxlab.costs import let_go_of_programs  # which imports jax
+
+    let_go_of_programs()  # of earlier runs
+    with distributed.joined(getattr(config, "distributed", None)):
+        module = task.load()
+        inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
+        if callbacks:
+            inputs["callbacks"] = "; ".join(callback.identity for callback in callbacks)
+        folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
+        work = functools.partial(module.run, callbacks=callbacks) if callbacks else module.run
+        if not distributed.is_main():
+            return _follow(config, folder, work)
+        return _lead(task, config, folder, inputs, command, work, overwrite=overwrite)
+
+
+def _lead(
+    task: Task,
+    config: Any,
+    folder: Path,
+    inputs: dict[str, str],
+    command: str,
+    work: Callable[[Any, Run], dict[str, Any]],
+    *,
+    overwrite: bool,
+) -> RunResult:
+    """Runs a task in its folder, or returns what is there; other processes are told which."""
     module = task.load()
-    inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
-    if callbacks:
-        inputs["callbacks"] = "; ".join(callback.identity for callback in callbacks)
-    folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
     gone = hasattr(module, "still_done") and not module.still_done(config)
     reuse = not overwrite and not gone and not provenance.code().dirty
     if reuse and (folder / _RESULTS).exists():  # before anything is written: the folder may be read-only
@@ -204,7 +244,7 @@ def run_config(
         raise UserError(
             f"{folder}: cannot be made: {error.strerror}; choose another place with --outputs"
         ) from None
-    with _locked(folder):
+    with _locked(folder) as token:
         if (folder / _RESULTS).exists():
             if reuse:  # another process has just come to its end
                 return _reused(folder)
@@ -218,9 +258,9 @@ def run_config(
             print(f"{'taken up again' if (folder / _ENV).exists() else 'run'}: {folder}")
             for file in (_CONFIG, _ENV, _METRICS, _RESULTS):
                 remove_torn(folder / file)
+        distributed.share("run", {"name": folder.name, "token": token, "results": None})
         command = command or command_line(task.name, str(folder / _CONFIG))
         try:
-            work = functools.partial(module.run, callbacks=callbacks) if callbacks else module.run
             return _run(task, config, Run(folder, folder.name), inputs, command, work)
         except UserError:
             if new:
@@ -228,9 +268,44 @@ def run_config(
             raise
 
 
+def _follow(config: Any, folder: Path, work: Callable[[Any, Run], dict[str, Any]]) -> RunResult:
+    """The part in a run of a process that is not process 0.
+
+    Raises:
+      UserError: this process was started for another run, or does not see the folder of process 0.
+    """
+    warnings.simplefilter("ignore", UserNote)  # process 0 says them
+    told = distributed.share("run")
+    if told["name"] != folder.name:
+        raise UserError(
+            f"process 0 makes the run {told['name']}, this process {folder.name}; start all with the same "
+            "config, data and code"
+        )
+    if told["results"] is not None:
+        return RunResult(folder, told["results"], reused=True)
+    end = time.monotonic() + _SEEN_WITHIN
+    while not _holds(folder / _LOCK, told["token"]):
+        if time.monotonic() > end:
+            raise UserError(
+                f"{folder.absolute()}: here it is not the folder of process 0; all processes need one disk "
+                "that they share: choose it with --outputs"
+            )
+        time.sleep(0.1)
+    return RunResult(folder, jsonable(work(config, FollowedRun(folder, folder.name))))
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(errors="replace") == text
+    except OSError:
+        return False
+
+
 def _reused(folder: Path) -> RunResult:
     print(f"already done: {folder} (--overwrite does it anew)")
-    return RunResult(folder, read_results(folder), reused=True)
+    results = read_results(folder)
+    distributed.share("run", {"name": folder.name, "results": results})
+    return RunResult(folder, results, reused=True)
 
 
 def _run(
@@ -300,15 +375,22 @@ def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> 
     return hashed_name(name, text)
 
 
+def safe_name(name: str) -> str:
+    """`name` in letters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+
+
 def hashed_name(name: str, identity: str) -> str:
-    """A folder name: `name` in letters that every file system takes, and a short hash of `identity`."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
-    return f"{safe}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    """A folder name: `safe_name(name)`, and a short hash of `identity`."""
+    return f"{safe_name(name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[str]:
     """Holds the lock of a run folder; it goes with the process, however that ends.
+
+    Yields:
+      What the lock's file holds: of this process alone.
 
     Raises:
       UserError: another process holds it, or it cannot be taken here.
@@ -326,7 +408,11 @@ def _locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder}: another process is at work on this run; wait for it or use --outputs"
             ) from None
-        yield
+        token = uuid.uuid4().hex
+        with writing(path):
+            file.write(token)
+            file.flush()
+        yield token
 
 
 def _clear(folder: Path) -> None:

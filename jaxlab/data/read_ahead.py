@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxlab.data.documents.source import DocumentsSource
+from jaxlab.data.image_chats import ImageChatsSource
+
 if TYPE_CHECKING:
     from jaxlab.data.source import Source
 
@@ -20,15 +23,24 @@ class BatchReader:
     """
 
     def __init__(
-        self, source: "Source", seed: int, batch_size: int, *, rows: slice | None = None, ahead: int = AHEAD
+        self,
+        source: "Source",
+        seed: int,
+        batch_size: int,
+        *,
+        rows: slice | None = None,
+        ahead: int | None = None,
     ) -> None:
         """
         Args:
           rows: of the batch, those of this process; None: all.
-          ahead: batches that may wait; 0: each is built when it is asked for.
+          ahead: batches that may wait; 0: each is built when it is asked for. None: AHEAD where the source
+            reads files, 0 for those that are in memory.
         """
         self._source, self._seed, self._batch_size = source, seed, batch_size
-        self._rows, self._ahead = rows, ahead
+        self._rows = rows
+        reads_files = isinstance(source, DocumentsSource | ImageChatsSource)
+        self._ahead = (AHEAD if reads_files else 0) if ahead is None else ahead
         self._next = 0
         self._batches: Iterator[dict[str, np.ndarray]] | None = None
 

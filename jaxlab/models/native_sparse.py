@@ -142,6 +142,7 @@ class NativeSparseAttention(Attention):
             indices,
             unit=n.stride,
             least=n.block_len - n.stride,
+            stretches=context.stretches,
         )
         chosen = chosen if chosen is None else tap("chosen_blocks", chosen)
         return Attended(out, None, chosen, selector_loss=loss)
@@ -250,24 +251,18 @@ class NativeSparseAttention(Attention):
         all stretches are gathered.
         """
         (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
-        n, positions = self.config.nsa, None
+        n = self.config.nsa
         k_cmp, v_cmp = self._compress(compressors, k, v, starts, segment_ids, part, rotary=rotary)
-        if part is not None:
-            others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
-        k_slc, v_slc, k_win, v_win = others
         with _named_implementation():
-            out, branches = nsa_attention(
+            out, branches = nsa.attend_part(
                 q,
                 k_cmp,
                 v_cmp,
-                k_slc,
-                v_slc,
-                k_win,
-                v_win,
+                *others,
                 gates,
+                part=part,
                 segment_ids=segment_ids,
                 indices=indices,
-                q_positions=positions,
                 implementation=self._implementation,
                 **self._sizes,
             )

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxlab.app import Run, model_folder, save_first, train_inputs
 from jaxlab.checkpoints import open_model
-from jaxlab.costs import bytes_per_device, compiled_memory
 from jaxlab.data import (
     batch_shapes,
     check_all_tokens,
@@ -24,9 +23,7 @@ from jaxlab.models import (
     Batch,
     ModelConfig,
     Params,
-    batch_shardings,
     check_batch,
-    count_params,
     make_mesh,
     on_mesh,
     param_shardings,
@@ -49,6 +46,8 @@ from jaxlab.training import (
     State,
     TrainConfig,
     abstract_state,
+    estimate_run,
+    estimate_table,
     find_initial,
     find_trainable,
     fit,
@@ -56,6 +55,7 @@ from jaxlab.training import (
     init_frozen,
     init_state,
     is_frozen,
+    make_host_devices,
     make_optimizer,
     read_initial,
     skip_spikes,
@@ -87,32 +87,34 @@ def inputs(config: Config) -> dict[str, str]:
 
 
 def check(config: Config) -> dict[str, Any]:
-    """What `--check` reports: every check that a run makes first, and the memory of a step on each device.
+    """What `--check` reports: every check that a run makes first, and what a step takes and exchanges on each
+    device of the mesh, which need not be here.
 
     The step is compiled for shapes alone: no parameter is read or made.
     """
+    make_host_devices(config.mesh)
     config, setup = prepare(config, for_shapes=True)
-    trainable = setup.trainable
-    state = jax.tree.map(_place, abstract_state(trainable, setup.optimizer), setup.shardings)
-    batch = jax.tree.map(_place, setup.batch, batch_shardings(setup.batch, setup.mesh))
-    frozen = _abstract_frozen(setup, config)
-    return {
-        **({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}),
-        "parameters": count_params(trainable.shapes),
-        **({} if trainable.everything else {"trained_parameters": count_params(state.params)}),
-        "tokens_per_step": int(setup.batch["tokens"].size),
-        "devices": dict(setup.mesh.shape),
-        "bytes_per_device": {
-            "parameters": bytes_per_device(state.params) + bytes_per_device(frozen),
-            "optimizer": bytes_per_device(state.optimizer),
-            **compiled_memory(setup.update, state, frozen, batch),
-        },
-    }
+    state = jax.tree.map(_place, abstract_state(setup.trainable, setup.optimizer), setup.shardings)
+    found = estimate_run(
+        config.estimate,
+        setup.update,
+        state,
+        setup.batch,
+        setup.mesh,
+        config.model,
+        config.steps,
+        frozen=_abstract_frozen(setup, config),
+    )
+    return {**({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}), **found}
+
+
+check_table = estimate_table
+"""What `--check` shows to people."""
 
 
 def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     config, setup = prepare(config)
-    checkpoints = Checkpoints(run.path / "checkpoints")
+    checkpoints = Checkpoints(run.path / "checkpoints", config.keep)
     restore = lambda: _newest_state(setup, config, checkpoints, run)
     with save_first() as stop:
         loop = Loop(config, setup, run, checkpoints, restore, stop, _frozen(setup, config))
@@ -132,7 +134,7 @@ def make_callbacks(config: Config, more: Sequence[Callback] = ()) -> list[Callba
         ShowProgress(config.log_every),
         EvaluateHeldOut(config.eval_every, config.eval_batches),
         *more,
-        SaveCheckpoints(config.checkpoint_every),
+        SaveCheckpoints(config.checkpoint_every, in_background=config.checkpoint_in_background),
         SaveModel(),
     ]
     return [GuardSpikes(config.spikes, following), *following]
@@ -152,6 +154,8 @@ def prepare(config: Config, *, for_shapes: bool = False) -> tuple[Config, Setup]
     if opened is not None and config.model_is_initial:
         config = with_initial_model(config, opened.config)
     mesh = make_mesh(config.mesh)
+    if mesh.is_multi_process and config.data.kind == "image_chats":
+        raise UserError("data.kind image_chats is read by one process; train in one, over its devices")
     source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)
@@ -180,12 +184,19 @@ def prepare(config: Config, *, for_shapes: bool = False) -> tuple[Config, Setup]
         optimizer = skip_spikes(optimizer, config.spikes)
     _check_size(abstract_state(trainable, optimizer), batch, config.model)
     shardings = state_shardings(trainable, optimizer, mesh)
+    one_step = functools.partial(
+        train_step,
+        config=config.model,
+        optimizer=optimizer,
+        accumulation=config.accumulation,
+        loss=config.loss,
+        sources=len(source.source_names) if "source_ids" in batch else 0,
+        seed=config.seed,
+    )
 
     def step(state: State, frozen: Params, batch: Batch) -> tuple[State, dict[str, Any]]:
         join = None if trainable.everything else lambda trained, key: trainable.join(trained, frozen, key)
-        return train_step(
-            state, batch, config.model, optimizer, config.accumulation, join=join, seed=config.seed
-        )
+        return one_step(state, batch, join=join)
 
     update = jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
     evaluate = jax.jit(on_mesh(functools.partial(evaluate_step, config=config.model), mesh))

@@ -12,8 +12,9 @@ with epy.lazy_api_imports(globals()):
         SaveModel,
         ShowProgress,
     )
-    from jaxlab.training.checkpoints import Checkpoints
+    from jaxlab.training.checkpoints import Checkpoints, KeepConfig
     from jaxlab.training.config import MOST, TrainConfig, with_initial_model
+    from jaxlab.training.estimate import EstimateConfig, estimate_run, estimate_table, make_host_devices
     from jaxlab.training.loop import Callback, Loop, Setup, fit
     from jaxlab.training.lora import LoraConfig
     from jaxlab.training.muon import MuonConfig

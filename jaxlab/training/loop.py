@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.data import Source
-from jaxlab.models import Batch, Params, place_batch
+from jaxlab.data import BatchReader, Source
+from jaxlab.distributed import Agreement, leave
+from jaxlab.models import Batch, Params, place_batch, rows_here
 from jaxlab.training.averages import averaged
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.config import TrainConfig
@@ -106,13 +107,17 @@ class Loop:
         """Whether the run ends after this step, because it was asked to from outside."""
         self._restore = restore
         self._compiled = False
+        self._agreement = Agreement()
+        rows = rows_here(config.batch_size, setup.mesh)
+        self._batches = BatchReader(setup.source, config.seed, config.batch_size, rows=rows)
         self.done: int
         """Steps done."""
         self.state: State
         """The state after them. The next step takes over its memory: copy what you keep."""
         self.done, self.state = restore()
         self.began_at = self.done
-        self._metrics: dict[str, Any] = {}
+        self.measured: dict[str, Any] = {}
+        """What the last step measured, on the devices: numbers, and vectors over sources."""
         self._values: dict[str, float] | None = None
 
     @property
@@ -122,9 +127,9 @@ class Loop:
 
     @property
     def values(self) -> dict[str, float]:
-        """What the last step measured; to read it waits for that step."""
+        """The numbers that the last step measured; to read them waits for that step."""
         if self._values is None:
-            self._values = {name: float(value) for name, value in self._metrics.items()}
+            self._values = {n: float(value) for n, value in self.measured.items() if value.ndim == 0}
         return self._values
 
     @property
@@ -140,9 +145,9 @@ class Loop:
 
     def step(self) -> None:
         """One update."""
-        config, number = self.config, self.rollbacks.batch_of(self.done)
-        batch = place_batch(self.setup.source.batch(config.seed, number, config.batch_size), self.setup.mesh)
-        self.state, self._metrics = self.setup.update(self.state, self.frozen, batch)
+        config, number, mesh = self.config, self.rollbacks.batch_of(self.done), self.setup.mesh
+        batch = place_batch(self._batches.read(number), mesh, config.batch_size)
+        self.state, self.measured = self.setup.update(self.state, self.frozen, batch)
         self._values = None
         self.done += 1
         self.watch.step()
@@ -151,11 +156,22 @@ class Loop:
             self.watch.restart()
             self._compiled = self.stop.armed = True
 
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        self._batches.close()
+
+    def ask_to_stop(self) -> None:
+        """Whether the run ends after this step: all processes do if one was asked to."""
+        asked = self._agreement.largest(self.stop.asked or 0)
+        self.stopping = asked > 0
+        if self.stopping:
+            self.stop.asked = asked
+
     def go_back(self) -> None:
         """Returns to the newest checkpoint; the batches from there to here are passed by."""
         seen_at = self.done
         self.done, self.state = self._restore()
-        self._values, self._metrics = None, {}
+        self._values, self.measured = None, {}
         self.rollbacks.add(self.done, seen_at)
         self.run.log(step=self.done, rollback_from=seen_at)
         self.say(f"a spike before step {seen_at}: back to step {self.done}, on with other batches")
@@ -208,17 +224,19 @@ def fit(loop: Loop, callbacks: Sequence[Callback]) -> dict[str, Any]:
       KeyboardInterrupt: the run was asked to stop from outside.
     """
     with contextlib.ExitStack() as stack:
+        stack.callback(loop.close)
         for callback in callbacks:
             stack.callback(callback.close)
             callback.on_train_begin(loop)
         while not loop.last:
             loop.step()
-            loop.stopping = loop.stop.asked is not None  # once: a signal that comes later finds the next step
+            loop.ask_to_stop()  # once: a signal that comes later finds the next step
             for callback in callbacks:
                 callback.on_step_end(loop)
             due = [callback for callback in callbacks if callback.due(loop)]
             went_back = bool(due) and _call(loop, due)
             if loop.stopping and not went_back:
+                leave()
                 loop.stop.end(f"step {loop.done} of {loop.config.steps} is saved")
         loop.stop.armed = False  # no step is left that could be saved first
         results: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 """One training step: loss, gradient accumulation, update. Pure functions; the task jits `train_step`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.losses import Measures, loss_and_measures, no_measures
+from jaxlab.losses import CROSS_ENTROPY, LossConfig, Measures, loss_and_measures
 from jaxlab.models import Batch, ModelConfig, MoEConfig, Params
 from jaxlab.training.spikes import SpikesState
 
@@ -28,37 +29,44 @@ def train_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
+    loss: LossConfig = CROSS_ENTROPY,
+    sources: int = 0,
     join: Callable[[Params, Key[Array, ""]], Params] | None = None,
     seed: int = 0,
 ) -> tuple[State, dict[str, Any]]:
-    """The state after one update on `batch`, loss, gradient norm and, with experts, their load.
+    """The state after one update on `batch`, and what was measured: loss, gradient norm, and what else the
+    model and `loss` have to tell.
 
     With `accumulation` > 1 the batch is read in so many parts, one after the other; the gradient is that of
     the mean loss over all targets of the whole batch, whatever their spread over the parts.
 
     Args:
+      sources: how many there are that source_ids of the batch number; 0: it has none.
       join: makes all parameters of those that are trained, and of a key of what is random in a step
         (`Trainable.join`); None: all are trained.
       seed: of that key.
     """
     random = jax.random.fold_in(jax.random.key(seed), state.step)
+    measure = functools.partial(loss_and_measures, config=config, loss=loss, sources=sources)
 
-    def loss(params: Params, batch: Batch, part: Int[Array, ""] | int) -> tuple[Array, Measures]:
+    def measured(params: Params, batch: Batch, part: Int[Array, ""]) -> tuple[Array, Measures]:
         if join is not None:
             params = join(params, jax.random.fold_in(random, part))
-        return loss_and_measures(params, batch, config)
+        return measure(params, batch)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.value_and_grad(measured, has_aux=True)
+    zero = jnp.zeros((), jnp.int32)
     if accumulation == 1:
-        (total, seen), grads = gradient(state.params, batch, 0)
+        (total, seen), grads = gradient(state.params, batch, zero)
     else:
         # Part i takes rows i, i + accumulation, ...: every device then holds an equal share of every part.
         split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        parts = jax.tree.map(split, batch), jnp.arange(accumulation)
+        parts = jax.tree.map(split, batch)
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None)
-        zero, zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-        ((total, seen), grads), _ = jax.lax.scan(add, ((zero, no_measures(config)), zeros), parts)
-        seen = Measures(seen.targets, *jax.tree.map(lambda x: x / accumulation, seen[1:]))
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), zero)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((total, seen), grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulation)))
+        seen = seen.mean_of(accumulation)
 
     count = jnp.maximum(seen.targets, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
@@ -68,6 +76,10 @@ def train_step(
         updates, optimizer_state = update(grads, state.optimizer, state.params, loss=mean)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": mean, "gradient_norm": optax.tree.norm(grads)}
+    if seen.z_loss is not None:
+        metrics["z_loss"] = seen.z_loss / count
+    if seen.source_losses is not None:
+        metrics |= {"source_losses": seen.source_losses, "source_targets": seen.source_targets}
     if config.moe is not None and seen.expert_load is not None:
         metrics |= _experts(seen, config.moe)
         if config.moe.bias_rate and _learns_balance(params):

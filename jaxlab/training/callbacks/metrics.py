@@ -6,6 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlab.costs import attended_tokens, peak_flops, train_flops_per_token
+from jaxlab.distributed import is_main
 from jaxlab.training.loop import Callback, Loop
 from jaxlab.training.schedule import make_schedule
 from jaxlab.training.spikes import skipped
@@ -20,7 +21,11 @@ class ShowProgress(Callback):
 
     def on_train_begin(self, loop: Loop) -> None:
         self._bar = tqdm(
-            total=loop.config.steps, initial=loop.done, desc=f"train {loop.run.name}", unit="step"
+            total=loop.config.steps,
+            initial=loop.done,
+            desc=f"train {loop.run.name}",
+            unit="step",
+            disable=not is_main(),
         )
 
     def on_step_end(self, loop: Loop) -> None:
