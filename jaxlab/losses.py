@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import Batch, ModelConfig, Params, forward
+from jaxlab.models import Batch, ModelConfig, Params, forward, vocabulary_is_split
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ def target_losses(
     """
     tokens = batch["tokens"]
     log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    losses = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+    words = log_probs.shape[-1]
+    if vocabulary_is_split(words):  # each device has some of the words: it picks none or the one
+        is_target = jnp.arange(words)[None, None] == tokens[:, 1:, None]
+        losses = -jnp.sum(log_probs, axis=-1, where=is_target)
+    else:
+        losses = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
     return losses, target_mask(batch)
 
 
@@ -106,8 +111,9 @@ def loss_and_measures(
     measures = Measures(count, expert_load=load, dropped_choices=dropped)
     if loss.z_loss:
         squares = jax.nn.logsumexp(logits[:, :-1], axis=-1) ** 2
-        measures = measures._replace(z_loss=jnp.sum(squares, where=mask))
-        total += loss.z_loss * measures.z_loss
+        squared = jnp.sum(squares, where=mask)
+        measures = measures._replace(z_loss=squared)
+        total += loss.z_loss * squared
     if sources:
         of_source = batch["source_ids"][:, None] == jnp.arange(sources, dtype=jnp.int32)[None]
         by_source = lambda rows: jnp.sum(jnp.where(of_source, rows[:, None], 0), axis=0)

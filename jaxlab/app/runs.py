@@ -206,6 +206,9 @@ def run_config(
       UserError: the user's mistakes.
       Exception: whatever the task raises.
     """
+    from jaxlab.costs import let_go_of_programs  # which imports jax
+
+    let_go_of_programs()  # of earlier runs
     with distributed.joined(getattr(config, "distributed", None)):
         module = task.load()
         inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
@@ -372,10 +375,14 @@ def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> 
     return hashed_name(name, text)
 
 
+def safe_name(name: str) -> str:
+    """`name` in letters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+
+
 def hashed_name(name: str, identity: str) -> str:
-    """A folder name: `name` in letters that every file system takes, and a short hash of `identity`."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
-    return f"{safe}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    """A folder name: `safe_name(name)`, and a short hash of `identity`."""
+    return f"{safe_name(name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 @contextmanager

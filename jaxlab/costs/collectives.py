@@ -22,9 +22,11 @@ KINDS = (
 
 
 class Collective(NamedTuple):
-    """Exchanges of one kind and size between the devices along some axes of the mesh."""
+    """Exchanges of one kind and shape between the devices along some axes of the mesh."""
 
     kind: str
+    shape: str
+    """Type and sizes of what one device gets."""
     axes: tuple[str, ...]
     """Of the mesh, along which the devices differ that exchange something; () where the text names none."""
     bytes: int
@@ -45,16 +47,17 @@ def read_collectives(hlo: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     Raises:
       ValueError: the text is no optimised HLO.
     """
-    found: Counter[tuple[str, tuple[str, ...], int, bool]] = Counter()
+    found: Counter[Collective] = Counter()
     for x, times, body in runs(hlo):
         kind = x.opcode.removesuffix("-start")
         if kind in KINDS:
             given = sum(body[name].bytes for name in x.operands if name in body)
             got = x.bytes - (given if x.opcode.endswith("-start") and x.shape.startswith("(") else 0)
-            key = (kind, _axes(x, mesh), max(given, got), times is not None)
-            found[key] += 1 if times is None else times
-    listed = [Collective(kind, axes, size, n, known) for (kind, axes, size, known), n in found.items()]
-    return sorted(listed, key=lambda c: (-c.bytes * c.times, c.kind, c.axes))
+            shape = _result(x)
+            one = Collective(kind, shape, _axes(x, mesh), max(given, got), 0, times is not None)
+            found[one] += 1 if times is None else times
+    listed = [one._replace(times=times) for one, times in found.items()]
+    return sorted(listed, key=lambda c: (-c.bytes * c.times, c.kind, c.axes, c.shape))
 
 
 def by_kind(found: Sequence[Collective]) -> list[dict[str, Any]]:
@@ -71,6 +74,14 @@ def by_kind(found: Sequence[Collective]) -> list[dict[str, Any]]:
         if not c.known:
             row["at_least"] = True
     return list(sums.values())
+
+
+def _result(x: Instruction) -> str:
+    """The shapes that an exchange gives; one that is started lists its operands before them."""
+    shapes = re.findall(r"[a-z]\w*\[[\d,]*\]", x.shape)
+    if x.opcode.endswith("-start") and x.shape.startswith("(") and x.opcode != "all-reduce-start":
+        shapes = shapes[len(x.operands) :][: len(x.operands)]
+    return " ".join(shapes)
 
 
 def _axes(x: Instruction, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

@@ -41,7 +41,15 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.interpretability import activations
     from jaxlab.models.kv_cache import Cache, init_cache
     from jaxlab.models.low_rank import LowRank, is_low_rank, merge_updates
-    from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens
+    from jaxlab.models.mesh import (
+        BATCH,
+        CONTEXT,
+        HEADS,
+        check_length,
+        in_parts,
+        split_tokens,
+        vocabulary_is_split,
+    )
     from jaxlab.models.output import Output
     from jaxlab.models.parameters import (
         abstract_params,

@@ -26,7 +26,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "ratio": None,
     "tile": None,
     "tokens": CONTEXT,
-    "vocab": None,
+    "vocab": HEADS,
 }
 """Logical axis -> mesh axis (None: not split). An axis that is not named here is an error."""
 

@@ -14,7 +14,7 @@ from jaxlab.models.mesh import Part, in_parts, split_heads
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
 from kernels_pallas.flow import Probe, flow_attention, read_weights, slot_factors
-from kernels_pallas.nsa import window_attention
+from kernels_pallas.nsa import window_attention, window_of_part
 
 
 class FullAttention(Attention):
@@ -92,6 +92,11 @@ class FullAttention(Attention):
             tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
         ) -> tuple[Array, None]:
             q, k, v, *sinks = tokens
+            if part is not None and window is not None and self._by_neighbours(window, part):
+                # Keys of the window come from the devices that have them, and from no other.
+                return window_of_part(
+                    q, k, v, window=window, part=part, segment_ids=rows[1], scale=self.config.score_scale
+                ), None
             if part is not None:
                 k, v = part.whole(k), part.whole(v)
             here = context._replace(**dict(zip(of_keys, rows, strict=True)))
@@ -102,7 +107,12 @@ class FullAttention(Attention):
         tokens: tuple[Array, ...] = (q, k, v)
         if self._sinks is not None:  # split as the heads are: a device has those of its own
             tokens += (jnp.broadcast_to(self._sinks[None, None], q.shape[:3]),)
-        return in_parts(core, tokens, tuple(getattr(context, name) for name in of_keys), None)[0]
+        of_rows = tuple(getattr(context, name) for name in of_keys)
+        return in_parts(core, tokens, of_rows, None, stretches=context.stretches)[0]
+
+    def _by_neighbours(self, window: int, part: Part) -> bool:
+        """Whether a window of a split sequence is read in tiles, and reaches over one neighbour at most."""
+        return self.config.attention.implementation == "chunked" and window - 1 <= part.stretch
 
     def _part_output(
         self,

@@ -142,6 +142,7 @@ class NativeSparseAttention(Attention):
             indices,
             unit=n.stride,
             least=n.block_len - n.stride,
+            stretches=context.stretches,
         )
         chosen = chosen if chosen is None else tap("chosen_blocks", chosen)
         return Attended(out, None, chosen, selector_loss=loss)
@@ -249,14 +250,11 @@ class NativeSparseAttention(Attention):
         A stretch compresses its own blocks (`nsa.compress_part`), and only the compressed keys and values of
         all stretches are gathered.
         """
-        (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
-        n, positions = self.config.nsa, None
+        (q, k, v, k_slc, v_slc, k_win, v_win, gates), (starts, segment_ids) = tokens, rows
+        n = self.config.nsa
         k_cmp, v_cmp = self._compress(compressors, k, v, starts, segment_ids, part, rotary=rotary)
-        if part is not None:
-            others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
-        k_slc, v_slc, k_win, v_win = others
         with _named_implementation():
-            out, branches = nsa_attention(
+            out, branches = nsa.attend_part(
                 q,
                 k_cmp,
                 v_cmp,
@@ -265,9 +263,9 @@ class NativeSparseAttention(Attention):
                 k_win,
                 v_win,
                 gates,
+                part=part,
                 segment_ids=segment_ids,
                 indices=indices,
-                q_positions=positions,
                 implementation=self._implementation,
                 **self._sizes,
             )

@@ -26,7 +26,13 @@ from kernels_pallas.nsa.decode_cache import (
 from kernels_pallas.nsa.decoding import cached_attention
 from kernels_pallas.nsa.implementations import Implementation
 from kernels_pallas.nsa.specs.traffic import Traffic, bytes_per_decoded_token
-from kernels_pallas.nsa.text_attention import attend_to_text, compress_part, shared_tokens
+from kernels_pallas.nsa.text_attention import (
+    attend_part,
+    attend_to_text,
+    compress_part,
+    shared_tokens,
+    window_of_part,
+)
 from kernels_pallas.nsa.xla.compression import compress_blocks
 
 __all__ = [
@@ -39,6 +45,7 @@ __all__ = [
     "Recent",
     "Traffic",
     "append_tokens",
+    "attend_part",
     "attend_to_text",
     "block_starts",
     "bytes_per_decoded_token",
@@ -59,4 +66,5 @@ __all__ = [
     "whole",
     "window_attention",
     "window_attention_with_lse",
+    "window_of_part",
 ]

@@ -9,8 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.api import nsa_attention
-from kernels_pallas.nsa.base import block_starts, num_compressed, segment_starts
+from kernels_pallas.nsa.api import (
+    compressed_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
+from kernels_pallas.nsa.base import NsaBranches, block_starts, num_compressed, segment_starts, weigh
 from kernels_pallas.nsa.decode_cache import NewTokens
 from kernels_pallas.nsa.implementations import Implementation
 from kernels_pallas.nsa.xla.compression import compress_blocks
@@ -54,8 +60,88 @@ def compress_part(
     k, v = (part.with_neighbours(y, before, block_len - stride) for y in (k, v))
     own = None if rows is None else part.own_rows(rows, stride, before)
     slots = num_compressed(part.parts * part.length, block_len, stride, packed=rows is not None)
-    k_cmp, v_cmp = compress(k, v, own)
-    return part.whole(k_cmp)[:, :slots], part.whole(v_cmp)[:, :slots]  # what runs past the end is no block
+    k_cmp, v_cmp = (part.whole(part.joined(x)) for x in compress(k, v, own))
+    return k_cmp[:, :slots], v_cmp[:, :slots]  # what runs past the end is no block
+
+
+def attend_part(
+    q: Float[Array, "B t H Dk"],
+    k_cmp: Float[Array, "B M Hkv Dk"],
+    v_cmp: Float[Array, "B M Hkv Dv"],
+    k_slc: Float[Array, "B t Hkv Dk"],
+    v_slc: Float[Array, "B t Hkv Dv"],
+    k_win: Float[Array, "B t Hkv Dk"],
+    v_win: Float[Array, "B t Hkv Dv"],
+    gates: Float[Array, "B t H 3"],
+    *,
+    part: Part | None,
+    segment_ids: Int[Array, "B T"] | None,
+    indices: Int[Array, "B Hkv t n"] | None,
+    implementation: Implementation | None,
+    **sizes: Any,
+) -> tuple[Float[Array, "B t H Dv"], NsaBranches]:
+    """`nsa_attention` of one device's tokens of split texts (`part`; the segments are of all tokens).
+
+    Keys and values of chosen blocks are gathered, those of the window come from the neighbours alone;
+    compressed ones are of all tokens already. `sizes` are those of `nsa_attention`.
+    """
+    common: dict[str, Any] = {"implementation": implementation, "scale": sizes["scale"]}
+    if part is None:
+        blocks = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
+        return nsa_attention(
+            q,
+            *blocks,
+            gates,
+            segment_ids=segment_ids,
+            indices=indices,
+            implementation=implementation,
+            **sizes,
+        )
+    placed: dict[str, Any] = {"segment_ids": segment_ids, "q_positions": part.positions(q.shape[0]), **common}
+    of_blocks = {name: sizes[name] for name in ("block_len", "stride")}
+    compressed, lse = compressed_attention(q, k_cmp, v_cmp, **of_blocks, **placed)
+    if indices is None:
+        choice = {name: sizes[name] for name in ("block_size", "num_blocks", "num_init", "num_local")}
+        length = part.parts * part.length
+        indices = select_blocks(q, k_cmp, lse, kv_len=length, **of_blocks, **choice, **placed)
+    k_slc, v_slc = part.whole(k_slc), part.whole(v_slc)
+    selected = selected_attention(q, k_slc, v_slc, indices, block_size=sizes["block_size"], **placed)
+    recent = window_of_part(
+        q, k_win, v_win, window=sizes["window"], part=part, segment_ids=segment_ids, **common
+    )
+    return weigh(gates, compressed, selected, recent), NsaBranches(compressed, selected, recent, lse, indices)
+
+
+def window_of_part(
+    q: Float[Array, "B t H Dk"],
+    k: Float[Array, "B t Hkv Dk"],
+    v: Float[Array, "B t Hkv Dv"],
+    *,
+    window: int,
+    part: Part,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B t H Dv"]:
+    """`window_attention` of one device's tokens of split texts, with the keys before its stretches from the
+    devices that have them."""
+    length = part.parts * part.length
+    before = min(window - 1, length - part.stretch)
+    if segment_ids is None:
+        segment_ids = jnp.ones((q.shape[0], length), jnp.int32)
+    queries = part.apart(q)
+    at = jnp.broadcast_to(before + jnp.arange(part.stretch, dtype=jnp.int32)[None], queries.shape[:2])
+    out = window_attention(
+        queries,
+        part.with_neighbours(k, before, 0),
+        part.with_neighbours(v, before, 0),
+        window=window,
+        scale=scale,
+        segment_ids=part.rows_with_neighbours(segment_ids, before),
+        q_positions=at,
+        implementation=implementation,
+    )
+    return part.joined(out)
 
 
 def attend_to_text(
@@ -108,7 +194,7 @@ def attend_to_text(
         indices: Array | None,
         part: Part | None,
     ) -> tuple[Array, Array]:
-        q, k, v, *others, gates = arrays
+        q, k, v, k_slc, v_slc, k_win, v_win, gates = arrays
         length = k.shape[1] if part is None else part.parts * part.length
         compress = lambda k, v, starts: (
             compress_blocks(k, weights[0], starts=starts, **sizes),
@@ -117,11 +203,7 @@ def attend_to_text(
         k_cmp, v_cmp = compress_part(compress, k, v, segment_ids=segment_ids, part=part, **sizes)
         if rotate is not None:
             k_cmp = rotate(k_cmp, _block_positions(segment_ids, k_cmp.shape[:2], length, **sizes))
-        positions = None
-        if part is not None:
-            others, positions = [part.whole(x) for x in others], part.positions(q.shape[0])
-        k_slc, v_slc, k_win, v_win = others
-        out, branches = nsa_attention(
+        out, branches = attend_part(
             q,
             k_cmp,
             v_cmp,
@@ -130,13 +212,13 @@ def attend_to_text(
             k_win,
             v_win,
             gates,
+            part=part,
             **sizes,
             **choice,
             num_local=num_local,
             window=window,
             scale=scale,
             segment_ids=segment_ids,
-            q_positions=positions,
             indices=indices,
             implementation=implementation,
         )

@@ -47,11 +47,11 @@ ENTRY %main (a: bf16[8,16]) -> f32[] {
 def test_counted_by_hand():
     known = TEXT.replace("BACKEND", 'backend_config={"known_trip_count":{"n":"3"}}')
     assert read_collectives(known, MESH) == [
-        Collective("all-gather", ("model",), 1024, 3),
-        Collective("all-to-all", ("model",), 256, 3),
-        Collective("collective-permute", ("data",), 256, 3),
-        Collective("all-reduce", ("data",), 400, 1),
-        Collective("reduce-scatter", ("model",), 400, 1),
+        Collective("all-gather", "bf16[32,16]", ("model",), 1024, 3),
+        Collective("all-to-all", "bf16[8,16]", ("model",), 256, 3),
+        Collective("collective-permute", "bf16[8,16]", ("data",), 256, 3),
+        Collective("all-reduce", "f32[100]", ("data",), 400, 1),
+        Collective("reduce-scatter", "f32[25]", ("model",), 400, 1),
     ]
     rows = {row["kind"]: row for row in by_kind(read_collectives(known, MESH))}
     assert rows["all-gather"] == {
@@ -62,7 +62,7 @@ def test_counted_by_hand():
         "largest": 1024,
     }
     unknown = {c.kind: c for c in read_collectives(TEXT.replace(", BACKEND", ""), MESH)}
-    assert unknown["all-gather"] == Collective("all-gather", ("model",), 1024, 1, known=False)
+    assert unknown["all-gather"] == Collective("all-gather", "bf16[32,16]", ("model",), 1024, 1, known=False)
     assert unknown["all-reduce"].known
     assert next(r for r in by_kind(list(unknown.values())) if r["kind"] == "all-gather")["at_least"]
     with pytest.raises(ValueError, match="no optimised HLO"):
@@ -88,4 +88,4 @@ def test_of_a_program_compiled_here():
     out = NamedSharding(mesh, PartitionSpec("data"))
     compiled = jax.jit(loop, out_shardings=out).lower(*shapes).compile()
     (found,) = read_collectives(compiled.as_text(), mesh)
-    assert found == Collective("all-reduce", ("model",), 4 * 16 * np.dtype("f4").itemsize, 5)
+    assert found == Collective("all-reduce", "f32[4,16]", ("model",), 4 * 16 * np.dtype("f4").itemsize, 5)

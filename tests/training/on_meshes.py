@@ -20,7 +20,7 @@ MODELS: dict[str, ModelConfig] = {
     "nsa_min_max": make_config("nsa_min_max", max_length=LENGTH),
     "nsa_auxiliary": make_config("nsa_auxiliary", max_length=LENGTH),
     "nsa_shared": make_config("nsa_shared", max_length=LENGTH, remat="layer"),
-    "full": make_config(max_length=LENGTH, remat="layer"),
+    "full": make_config(max_length=LENGTH, remat="layer", vocab_size=16),
     "sinks": make_config(
         attention=SlidingAttentionConfig(window=11, pattern=("full", "sliding")),
         attention_sinks=True,
@@ -42,6 +42,9 @@ MODELS: dict[str, ModelConfig] = {
             groups_per_token=2,
         ),
         max_length=LENGTH,
+        vocab_size=16,
+        tie_embeddings=False,
+        head_bias=True,
     ),
     "capacity": make_config(
         moe=MoEConfig(
@@ -49,6 +52,11 @@ MODELS: dict[str, ModelConfig] = {
         ),
         max_length=LENGTH,
         remat="layer",
+    ),
+    "nsa_experts": make_config(
+        "nsa",
+        moe=MoEConfig(num_experts=4, width=6, capacity_factor=1.0, capacity_group=4, choice_bias=True),
+        max_length=LENGTH,
     ),
     "latent": make_config(
         latent=LatentConfig(kv_rank=6, query_rank=10),
