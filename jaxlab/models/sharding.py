@@ -174,9 +174,12 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     """Examples split over devices, whole on each one where their number does not allow it; what a batch holds
     of each token over `context` besides."""
     rows, length = batch["tokens"].shape
-    examples = None if rows % _batch_parts(mesh) else tuple(name for name in BATCH if name in mesh.shape)
+    parts = _batch_parts(mesh)
+    examples = None if rows % parts else tuple(name for name in BATCH if name in mesh.shape)
     of_tokens = PartitionSpec(examples, CONTEXT if CONTEXT in mesh.shape else None)
-    spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else PartitionSpec(examples)
+    # What images have besides may be of no whole number of rows.
+    of_rows = lambda x: PartitionSpec() if x.shape[0] % parts else PartitionSpec(examples)
+    spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else of_rows(x)
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 
