@@ -150,7 +150,7 @@ def shardings_by_axes(shapes: Params, axes: Params, mesh: Mesh | AbstractMesh) -
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
-def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
+def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Whether batches of `rows` sequences of `length` tokens can be split over `mesh`.
 
     Raises:
@@ -235,5 +235,5 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return traced
 
 
-def _batch_parts(mesh: Mesh) -> int:
+def _batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in BATCH)
