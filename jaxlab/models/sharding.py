@@ -15,6 +15,7 @@ from jaxlab.models.axis_rules import partition_spec
 from jaxlab.models.batch import Batch, Params
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.mesh import BATCH, CONTEXT, check_length
+from jaxlab.models.moe import check_groups
 from jaxlab.models.parameters import abstract_params, logical_axes
 
 
@@ -165,15 +166,20 @@ def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
     if model.attention.kind == "nsa":
         sizes = {"unit": model.nsa.stride, "least": model.nsa.block_len - model.nsa.stride}
     check_length(length, mesh.shape.get(CONTEXT, 1), **sizes)
+    if model.moe is not None:
+        check_groups(model.moe, length, mesh.shape.get(CONTEXT, 1))
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Examples split over devices, whole on each one where their number does not allow it; what a batch holds
     of each token over `context` besides."""
     rows, length = batch["tokens"].shape
-    examples = None if rows % _batch_parts(mesh) else tuple(name for name in BATCH if name in mesh.shape)
+    parts = _batch_parts(mesh)
+    examples = None if rows % parts else tuple(name for name in BATCH if name in mesh.shape)
     of_tokens = PartitionSpec(examples, CONTEXT if CONTEXT in mesh.shape else None)
-    spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else PartitionSpec(examples)
+    # What images have besides may be of no whole number of rows.
+    of_rows = lambda x: PartitionSpec() if x.shape[0] % parts else PartitionSpec(examples)
+    spec = lambda x: of_tokens if x.shape[:2] == (rows, length) else of_rows(x)
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 
