@@ -227,7 +227,11 @@ def test_files_of_a_texts_folder_by_name(tmp_path):
     write_lines(tmp_path / "c.jsonl", [{"text": "c"}])
     found = source(tmp_path)
     found.prepare()
-    assert texts(found) == ["a", "c"]
+    assert texts(found) == ["c"]  # texts beside tables tell of them
+    (tmp_path / "c.jsonl").rename(tmp_path / "c.json")
+    found = source(tmp_path)
+    found.prepare()
+    assert texts(found) == ["a"]
     every = source(tmp_path, on={"format": "text"})
     every.prepare()
     assert texts(every) == ["a", "b", json.dumps({"text": "c"}) + "\n"]
