@@ -150,7 +150,7 @@ def shardings_by_axes(shapes: Params, axes: Params, mesh: Mesh | AbstractMesh) -
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
-def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
+def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Whether batches of `rows` sequences of `length` tokens can be split over `mesh`.
 
     Raises:
@@ -196,8 +196,9 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -
     whole = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     where = batch_shardings(whole, mesh)
 
-    def of_device(x: Any) -> Callable[[tuple[slice, ...]], Any]:
-        def part(index: tuple[slice, ...]) -> Any:
+    def of_device(x: Any) -> Callable[[tuple[slice, ...] | None], Any]:
+        def part(index: tuple[slice, ...] | None) -> Any:
+            assert index is not None  # a device of this process
             start, stop, _ = index[0].indices(rows)
             return x[(slice(start - first, stop - first), *index[1:])]
 
@@ -217,7 +218,8 @@ def rows_here(rows: int, mesh: Mesh) -> slice:
     shape = (rows, 1)
     where = batch_shardings({"tokens": jax.ShapeDtypeStruct(shape, "int32")}, mesh)["tokens"]
     where = NamedSharding(mesh, PartitionSpec(*where.spec[:1]))  # of one column, whatever splits tokens
-    spans = [index[0].indices(rows)[:2] for index in where.addressable_devices_indices_map(shape).values()]
+    here = where.addressable_devices_indices_map(shape).values()
+    spans = [index[0].indices(rows)[:2] for index in here if index is not None]
     return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
@@ -235,5 +237,5 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return traced
 
 
-def _batch_parts(mesh: Mesh) -> int:
+def _batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in BATCH)

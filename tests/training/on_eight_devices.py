@@ -26,7 +26,7 @@ from tests.training.on_meshes import LENGTH, draw_batch
 STEPS, ROWS = 20, 8
 EXPERTS = MoEConfig(
     num_experts=8,
-    width=6,
+    width=8,
     experts_per_token=2,
     shared_width=4,
     scoring="sigmoid",

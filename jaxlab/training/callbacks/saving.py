@@ -53,7 +53,7 @@ class SaveCheckpoints(Callback):
 
 class SaveModel(Callback):
     """What was trained, in the run's folder: `model`, the whole model, with `export: hf` in Hugging Face's
-    form too, `hf`; with LoRA `adapter`, as PEFT has it, and the whole model where `lora.merge` asks for it."""
+    form too, `hf`; with LoRA `adapter`, as PEFT has it, and the whole model if `lora.merge` asks for it."""
 
     def __init__(self, config: TrainConfig, setup: Setup) -> None:
         """
