@@ -20,6 +20,7 @@ from jaxlab.training.speed import Stopwatch
 from jaxlab.training.spikes import Rollbacks
 from jaxlab.training.state import Initial
 from jaxlab.training.step import State
+from jaxlab.training.trainable import Trainable
 
 
 @runtime_checkable
@@ -67,10 +68,12 @@ class Setup(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
     """Its shapes."""
     initial: Initial
+    trainable: Trainable
+    """What of the model is trained: the state's parameters are of that alone."""
     optimizer: optax.GradientTransformation
     shardings: State
-    update: Callable[[State, Batch], tuple[State, dict[str, Any]]]
-    """One training step, jitted; it takes over its state's memory."""
+    update: Callable[[State, Params, Batch], tuple[State, dict[str, Any]]]
+    """One training step of a state, what is frozen, and a batch, jitted; it takes over its state's memory."""
     evaluate: Callable[[Params, Batch], dict[str, Any]]
     """Sums over a held-out batch, jitted."""
 
@@ -86,12 +89,15 @@ class Loop:
         checkpoints: Checkpoints,
         restore: Callable[[], tuple[int, State]],
         stop: Stop,
+        frozen: Params | None = None,
     ) -> None:
         """Restores the newest state.
 
         Args:
           restore: gives (steps done, state) of the newest whole checkpoint, or of the beginning.
+          frozen: the parameters that are not trained.
         """
+        self.frozen: Params = frozen or {}
         self.config, self.setup, self.run, self.checkpoints, self.stop = config, setup, run, checkpoints, stop
         self.rollbacks = Rollbacks(run.path / "rollbacks.json")
         self.watch = Stopwatch()
@@ -130,15 +136,19 @@ class Loop:
     @property
     def trained(self) -> Params:
         """The parameters that the run is for: those of the state, or their average by
-        `optimizer.ema.export`."""
+        `optimizer.ema.export`; of what is trained alone."""
         ema, average = self.config.optimizer.ema, averaged(self.state.optimizer)
         return average if ema is not None and ema.export and average is not None else self.state.params
+
+    def whole(self, params: Params) -> Params:
+        """All parameters of the model, as `forward` takes them, of those that are trained."""
+        return self.setup.trainable.join(params, self.frozen)
 
     def step(self) -> None:
         """One update."""
         config, number, mesh = self.config, self.rollbacks.batch_of(self.done), self.setup.mesh
         batch = place_batch(self._batches.read(number), mesh, config.batch_size)
-        self.state, self.measured = self.setup.update(self.state, batch)
+        self.state, self.measured = self.setup.update(self.state, self.frozen, batch)
         self._values = None
         self.done += 1
         self.watch.step()

@@ -92,7 +92,7 @@ class Evaluate(Callback):
 
     def on_due(self, loop: Loop) -> None:
         config, data = self.config, self._data
-        params, model, mesh = loop.trained, loop.config.model, loop.setup.mesh
+        params, model, mesh = loop.whole(loop.trained), loop.config.model, loop.setup.mesh
         if isinstance(data, Questions):
             with using(mesh):
                 measured = data.measure(params, batch_size=self.batch_size, model=model)

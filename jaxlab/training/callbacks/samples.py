@@ -68,7 +68,7 @@ class WriteSamples(Callback):
         for prompt, ids in zip(self.config.prompts, self.prompts, strict=True):
             with using(loop.setup.mesh):
                 new = generate(
-                    loop.trained,
+                    loop.whole(loop.trained),
                     {"tokens": np.asarray([ids], np.int32)},
                     loop.config.model,
                     max_new_tokens=self.config.max_new_tokens,
