@@ -47,7 +47,7 @@ def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[A
     """Summed cross-entropy (nats) of the targets, and their number.
 
     With experts the balance loss, times its weight, is added to the loss of every target; with NSA's
-    auxiliary selector its loss, which trains nothing else.
+    auxiliary selector or indexer its loss, which trains nothing else.
     """
     logits, intermediates = forward(params, batch, config)
     losses, mask = target_losses(logits, batch)

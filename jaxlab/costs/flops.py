@@ -46,7 +46,10 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     if config.dense_layers:
         matmul += count_params(params["dense_layers"])
     if config.attention.kind == "nsa":
-        compression = sum(count_params(layers["attention"][f"compress_{name}"]) for name in ("key", "value"))
+        phi = (
+            layers["attention"].get(f"compress_{name}", {}) for name in ("key", "value")
+        )  # a mean has none
+        compression = sum(map(count_params, phi))
         applied = config.kv_heads / config.nsa.stride if "compression" in config.nsa.branches else 0.0
         matmul += compression * (applied - 1.0)
     if config.moe is not None:

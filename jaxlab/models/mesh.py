@@ -83,6 +83,26 @@ def check_length(length: int, devices: int, *, unit: int = 1, least: int = 1) ->
         )
 
 
+def check_parts(tokens: Tree, *, unit: int = 1, least: int = 1) -> None:
+    """Whether arrays [B, T, heads, ...] can be split over the mesh that is set.
+
+    Raises:
+      ConfigError: heads or tokens cannot be split over their mesh axis.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return
+    heads = mesh.shape.get(HEADS, 1)
+    for leaf in jax.tree.leaves(tokens):
+        if leaf.shape[2] % heads:
+            raise ConfigError(
+                f"{leaf.shape[2]} heads cannot be split over {heads} devices; lower mesh.model to a divisor",
+                key="mesh.model",
+            )
+    length = jax.tree.leaves(tokens)[0].shape[1]
+    check_length(length, mesh.shape.get(CONTEXT, 1), unit=unit, least=least)
+
+
 def in_parts(
     core: Core, tokens: Tree, rows: Tree, weights: Tree, blocks: Tree = None, *, unit: int = 1, least: int = 1
 ) -> tuple[Array, Array | None]:
@@ -91,16 +111,5 @@ def in_parts(
     Raises:
       ConfigError: heads or tokens cannot be split over their mesh axis.
     """
-    mesh = _mesh()
-    if mesh is not None:
-        heads = mesh.shape.get(HEADS, 1)
-        for leaf in jax.tree.leaves(tokens):
-            if leaf.shape[2] % heads:
-                raise ConfigError(
-                    f"{leaf.shape[2]} heads cannot be split over {heads} devices; "
-                    "lower mesh.model to a divisor",
-                    key="mesh.model",
-                )
-        length = jax.tree.leaves(tokens)[0].shape[1]
-        check_length(length, mesh.shape.get(CONTEXT, 1), unit=unit, least=least)
+    check_parts(tokens, unit=unit, least=least)
     return sharding.in_parts(core, tokens, rows, weights, blocks, axes=AXES, unit=unit, least=least)

@@ -26,7 +26,9 @@ from kernels_pallas.nsa.base import (
     intervals,
     named,
     pad_axis,
+    softmax_floor,
     softmax_shift,
+    without_nan,
 )
 from kernels_pallas.nsa.xla.tiling import (
     for_each_head,
@@ -146,7 +148,7 @@ def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positi
         )
         start, end = _tile_range(tiles, here)
         top, total, out = lax.fori_loop(start, end, one_tile, state)
-        seen = total > 0
+        seen = total != 0  # of NaN too
         total = jnp.where(seen, total, jnp.ones_like(total))
         lse = jnp.where(seen, finite(top) + jnp.log(total), -jnp.inf)
         out = (out / total[..., None]).astype(q.dtype)
@@ -171,6 +173,7 @@ def _backward(
     interval: Interval, saved: Residuals, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, _, positions, _, lse = saved
+    k = without_nan(k)
     d_out, d_lse = cotangents
     length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
     tiles = _tiles(q, k.shape[1])
@@ -184,7 +187,7 @@ def _backward(
     ) -> tuple[tuple[Array, Array], Array]:
         q_chunk, d_chunk, lse_chunk, shift_chunk = map(_rows, chunk[0])
         here, rows = chunk[1], Seen(*(for_each_head(x, groups) for x in chunk[1]))
-        floor = finite(lse_chunk)[..., None]
+        floor = softmax_floor(lse_chunk)[..., None]
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state

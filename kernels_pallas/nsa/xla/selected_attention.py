@@ -23,11 +23,14 @@ from kernels_pallas.nsa.base import (
     Residuals,
     accumulator,
     ceil_div,
+    dot_outputs,
     finite,
     heads_first,
     named,
     power_of_two_at_most,
     selected_rows,
+    softmax_floor,
+    without_nan,
 )
 from kernels_pallas.nsa.xla.query_block_pairs import Plan, Sizes, plan_pairs
 from kernels_pallas.nsa.xla.tiling import (
@@ -252,7 +255,7 @@ def _combine(plan: Plan, top: Array, total: Array, part: Array, dtype: jnp.dtype
     best = jnp.max(tops, axis=3)
     fade = jnp.exp(tops - finite(best)[:, :, :, None])
     whole = jnp.sum(fade * take_rows(total, plan.pair_place), axis=3)
-    seen = whole > 0
+    seen = whole != 0  # of NaN too
     whole = jnp.where(seen, whole, jnp.ones_like(whole))
 
     def add(slot: Array, out: Array) -> Array:
@@ -275,11 +278,12 @@ def _forward_saving(
 def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Array, Array, None, None]:
     q, k, v, indices, positions, out, lse = saved
     assert indices is not None
+    k = without_nan(k)
     length, selected, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
     names = _names(block, k, positions)
     data = _data(block, names, k, v)
     sizes, blocks = _sizes(q, v, block, names, selected)
-    shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
+    shift = dot_outputs(d_out.astype(dtype), out)
 
     def one_chunk(
         sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], _Chunk]
@@ -313,7 +317,7 @@ def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Arra
         dq, dk, dv = lax.fori_loop(jnp.zeros_like(plan.steps), plan.steps, one_step, state)
         return (dk, dv), heads_first(_gather_sum(plan, _pairs(dq, groups)).astype(q.dtype))
 
-    chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, finite(lse), shift))
+    chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, softmax_floor(lse), shift))
     # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the larger scores.
     sums = (_transposed_zeros(data.keys, dtype), _transposed_zeros(data.values, dtype))
     here = _chunks(block, names, sizes.queries, indices, positions)
