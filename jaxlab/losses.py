@@ -1,12 +1,32 @@
 """The loss: cross-entropy of targets, what training adds to it, and whether a whole answer is right."""
 
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlab.models import Batch, ModelConfig, Params, forward
+from jaxlab.errors import ConfigError
+from jaxlab.models import Batch, ModelConfig, Params, forward, vocabulary_is_split
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is added to the cross-entropy of targets."""
+
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's normaliser, which keeps logits from drifting (PaLM,
+    arXiv 2204.02311: 1e-4)."""
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise ConfigError(f"must not be negative, is {self.z_loss}", key="z_loss")
+
+
+CROSS_ENTROPY = LossConfig()
+"""Nothing is added."""
 
 
 def target_losses(
@@ -19,7 +39,12 @@ def target_losses(
     """
     tokens = batch["tokens"]
     log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    losses = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+    words = log_probs.shape[-1]
+    if vocabulary_is_split(words):  # each device has some of the words: it picks none or the one
+        is_target = jnp.arange(words)[None, None] == tokens[:, 1:, None]
+        losses = -jnp.sum(log_probs, axis=-1, where=is_target)
+    else:
+        losses = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
     return losses, target_mask(batch)
 
 
@@ -43,11 +68,37 @@ def exact_match(logits: Float[Array, "B T V"], batch: Batch) -> Bool[Array, " B"
     return jnp.all(right | ~mask, axis=1) & jnp.any(mask, axis=1)
 
 
-def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed cross-entropy (nats) of the targets, and their number.
+class Measures(NamedTuple):
+    """What a loss is a sum over, and what training watches beside it."""
 
-    With experts the balance loss, times its weight, is added to the loss of every target; with NSA's
-    auxiliary selector or indexer its loss, which trains nothing else.
+    targets: Float[Array, ""]
+    """Their number."""
+    z_loss: Float[Array, ""] | None = None
+    """Sum over targets of the squared logarithm of the normaliser."""
+    source_losses: Float[Array, " sources"] | None = None
+    """Summed cross-entropy of the targets of each source."""
+    source_targets: Float[Array, " sources"] | None = None
+    expert_load: Float[Array, "layers E"] | None = None
+    """The share of all choices that each routed expert got."""
+    dropped_choices: Float[Array, " layers"] | None = None
+    """The share of all choices that no expert took, as it was full."""
+
+    def mean_of(self, parts: int) -> "Measures":
+        """Of sums over so many parts of a batch: what is a share is averaged."""
+        mean = lambda x: None if x is None else x / parts
+        return self._replace(expert_load=mean(self.expert_load), dropped_choices=mean(self.dropped_choices))
+
+
+def loss_and_measures(
+    params: Params, batch: Batch, config: ModelConfig, loss: LossConfig = CROSS_ENTROPY, sources: int = 0
+) -> tuple[Float[Array, ""], Measures]:
+    """Summed loss (nats) of the targets, and what there is to watch.
+
+    With experts the balance loss, times its weight, is added to the cross-entropy of every target; with NSA's
+    auxiliary selector or indexer its loss, which trains nothing else; and what `loss` asks for.
+
+    Args:
+      sources: how many there are that source_ids int32[B] of the batch number; 0: it has none.
     """
     logits, intermediates = forward(params, batch, config)
     losses, mask = target_losses(logits, batch)
@@ -56,7 +107,26 @@ def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[A
         total += config.moe.balance_loss * count * jnp.mean(intermediates["balance_loss"])
     if "selector_loss" in intermediates:
         total += count * jnp.mean(intermediates["selector_loss"])
-    return total, count
+    load, dropped = (intermediates.get(name) for name in ("expert_load", "dropped_choices"))
+    measures = Measures(count, expert_load=load, dropped_choices=dropped)
+    if loss.z_loss:
+        squares = jax.nn.logsumexp(logits[:, :-1], axis=-1) ** 2
+        measures = measures._replace(z_loss=jnp.sum(squares, where=mask))
+        total += loss.z_loss * measures.z_loss
+    if sources:
+        of_source = batch["source_ids"][:, None] == jnp.arange(sources, dtype=jnp.int32)[None]
+        by_source = lambda rows: jnp.sum(jnp.where(of_source, rows[:, None], 0), axis=0)
+        measures = measures._replace(
+            source_losses=by_source(jnp.sum(losses, axis=1, where=mask)),
+            source_targets=by_source(jnp.sum(mask, axis=1, dtype=jnp.float32)),
+        )
+    return total, measures
+
+
+def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The loss of `loss_and_measures`, and the number of targets."""
+    total, measures = loss_and_measures(params, batch, config)
+    return total, measures.targets
 
 
 @partial(jax.jit, static_argnames="config")

@@ -34,48 +34,151 @@ class MeshAxes(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One device's stretch of a split sequence, as seen inside `in_parts`."""
+    """One device's tokens of a split sequence, as seen inside `in_parts`: one stretch of it, or two.
+
+    With two, device i of n has stretches i and 2 n - 1 - i of 2 n (a zigzag), so that together no device's
+    queries see more than another's.
+    """
 
     parts: int
-    """Stretches in all."""
+    """Devices that split it."""
     length: int
-    """Tokens in each."""
+    """Tokens of each."""
     axis: str = "context"
     """Name of the mesh axis."""
+    stretches: int = 1
+    """Stretches of each, 1 or 2."""
+
+    @property
+    def stretch(self) -> int:
+        """Tokens of a stretch."""
+        return self.length // self.stretches
 
     def whole(self, x: Array) -> Array:
-        """[B, length, ...] of every stretch -> [B, T, ...]; its gradient goes back summed, a stretch each."""
-        return jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
+        """[B, length, ...] of every device -> [B, T, ...] in order; its gradient goes back summed, to each
+        device its own."""
+        gathered = jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
+        if self.stretches == 1:
+            return gathered
+        size = x.shape[1] // 2
+        pairs = gathered.reshape(x.shape[0], self.parts, 2, size, *x.shape[2:])
+        halves = jnp.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], axis=1)
+        return halves.reshape(gathered.shape)
 
     def own(self, x: Array) -> Array:
-        """[B, T, ...] -> this stretch [B, length, ...]."""
-        return jax.lax.dynamic_slice_in_dim(x, self._start(), self.length, axis=1)
+        """[B, T, ...] -> this device's [B, length, ...]."""
+        pieces = [
+            jax.lax.dynamic_slice_in_dim(x, self._start(i), self.stretch, axis=1)
+            for i in range(self.stretches)
+        ]
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+    def apart(self, x: Array) -> Array:
+        """[B, length, ...] -> each stretch by itself, [B stretches, stretch, ...]."""
+        return x.reshape(x.shape[0] * self.stretches, -1, *x.shape[2:])
+
+    def joined(self, x: Array) -> Array:
+        """[B stretches, size, ...] -> [B, stretches size, ...]."""
+        return x.reshape(x.shape[0] // self.stretches, -1, *x.shape[2:])
 
     def with_neighbours(self, x: Array, before: int, after: int) -> Array:
-        """The last `before` tokens of the stretch before, this stretch, and the first `after` tokens of the
-        next one; zeros before the first and after the last."""
-        forward = [(i, i + 1) for i in range(self.parts - 1)]
-        backward = [(i + 1, i) for i in range(self.parts - 1)]
-        parts = [jax.lax.ppermute(x[:, x.shape[1] - before :], self.axis, forward)] if before else []
-        parts += [x, *([jax.lax.ppermute(x[:, :after], self.axis, backward)] if after else [])]
-        return jnp.concatenate(parts, axis=1)
+        """The last `before` tokens before each stretch, the stretch, and the first `after` tokens of the next
+        one, [B stretches, ...]; zeros before the first and after the last.
 
-    def own_rows(self, rows: Int[Array, "B M"], stride: int, before: int) -> Int[Array, "B slots"]:
-        """Of rows of the whole sequence, one for each `stride` tokens (-1: none), those of this stretch, as
+        What other devices hold of them is fetched from these alone.
+        """
+        size = self.stretch
+        own = [x[:, i * size : (i + 1) * size] for i in range(self.stretches)]
+        columns = []
+        for distance in range(-(-before // size), 0, -1):
+            taken = min(size, before - (distance - 1) * size)
+            columns.append(self._shifted([y[:, size - taken :] for y in own], -distance))
+        columns.append(own)
+        if after:
+            columns.append(self._shifted([y[:, :after] for y in own], 1))
+        rows = [jnp.concatenate(pieces, axis=1) for pieces in zip(*columns, strict=True)]
+        return self.apart(jnp.concatenate(rows, axis=1)) if len(rows) > 1 else rows[0]
+
+    def rows_with_neighbours(self, x: Int[Array, "B T"], before: int) -> Int[Array, "rows seen"]:
+        """Of numbers of all tokens those of each stretch and of the `before` tokens before it; 0 before the
+        first."""
+        padded = jnp.pad(x, ((0, 0), (before, 0)))
+        pieces = [
+            jax.lax.dynamic_slice_in_dim(padded, self._start(i), before + self.stretch, axis=1)
+            for i in range(self.stretches)
+        ]
+        return self.apart(jnp.concatenate(pieces, axis=1))
+
+    def own_rows(self, rows: Int[Array, "B M"], stride: int, before: int) -> Int[Array, "rows slots"]:
+        """Of rows of the whole sequence, one for each `stride` tokens (-1: none), those of each stretch, as
         `with_neighbours` numbers them."""
-        slots = self.length // stride
-        missing = self.parts * slots - rows.shape[1]
+        slots = self.stretch // stride
+        missing = self.parts * self.stretches * slots - rows.shape[1]
         rows = jnp.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
-        own = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(self.axis) * slots, slots, axis=1)
-        return jnp.where(own < 0, -1, own - self._start() + before)
+        found = []
+        for i in range(self.stretches):
+            start = self._start(i)
+            own = jax.lax.dynamic_slice_in_dim(rows, start // stride, slots, axis=1)
+            found.append(jnp.where(own < 0, -1, own - start + before))
+        return self.apart(jnp.concatenate(found, axis=1))
 
     def positions(self, batch: int) -> Int[Array, "B T"]:
         """Row of each token in the whole sequence."""
-        rows = self._start() + jnp.arange(self.length, dtype=jnp.int32)
+        within = jnp.arange(self.stretch, dtype=jnp.int32)
+        rows = jnp.concatenate([self._start(i) + within for i in range(self.stretches)])
         return jnp.broadcast_to(rows[None], (batch, self.length))
 
-    def _start(self) -> Array:
-        return jax.lax.axis_index(self.axis) * self.length
+    def _start(self, own: int = 0) -> Array:
+        """Row of the first token of one of this device's stretches."""
+        here = jax.lax.axis_index(self.axis)
+        return (here if own == 0 else 2 * self.parts - 1 - here) * self.stretch
+
+    def _shifted(self, own: list[Array], by: int) -> list[Array]:
+        """For each stretch of this device what the one `by` further on holds in the place of `own`; zeros
+        beyond the ends."""
+        found = []
+        for to in range(self.stretches):
+            received = jnp.zeros_like(own[to])
+            for of in range(self.stretches):
+                moves = []
+                for device in range(self.parts):
+                    number = (device if to == 0 else 2 * self.parts - 1 - device) + by
+                    if 0 <= number < self.parts * self.stretches and _holder(number, self.parts)[1] == of:
+                        moves.append((_holder(number, self.parts)[0], device))
+                stay = [source for source, device in moves if source == device]
+                moves = [(source, device) for source, device in moves if source != device]
+                if moves:
+                    received += jax.lax.ppermute(own[of], self.axis, moves)
+                if stay:
+                    here = jnp.isin(jax.lax.axis_index(self.axis), jnp.asarray(stay))
+                    received = jnp.where(here, own[of], received)
+            found.append(received)
+        return found
+
+
+def _holder(stretch: int, parts: int) -> tuple[int, int]:
+    """Which device has a stretch of a sequence, and as its first or second one."""
+    return (stretch, 0) if stretch < parts else (2 * parts - 1 - stretch, 1)
+
+
+def zigzag(x: Array, axis: str, parts: int, *, back: bool = False) -> Array:
+    """Inside `jax.shard_map`: from a device's stretch of the tokens in order, [B, length, ...], to its first
+    and second stretch of `Part`, or back."""
+    size = x.shape[1] // 2
+    halves = x[:, :size], x[:, size:]
+    number = jax.lax.axis_index(axis)
+    # Stretches 2 i and 2 i + 1 lie on device i; where there are two, device j has an even and an odd one too.
+    homes = [(i, _holder(2 * i, parts)[0]) for i in range(parts)]
+    others = [(i, _holder(2 * i + 1, parts)[0]) for i in range(parts)]
+    even = number % 2 == 0
+    if back:
+        first, second = (jnp.where(even, *pair) for pair in (halves, halves[::-1]))
+        turned = lambda moves: [(to, of) for of, to in moves]
+        moved = (jax.lax.ppermute(first, axis, turned(homes)), jax.lax.ppermute(second, axis, turned(others)))
+        return jnp.concatenate(moved, axis=1)
+    first, second = (jax.lax.ppermute(y, axis, m) for y, m in zip(halves, (homes, others), strict=True))
+    low, high = (jnp.where(even, *pair) for pair in ((first, second), (second, first)))
+    return jnp.concatenate([low, high], axis=1)
 
 
 def mesh_of_axes(axes: MeshAxes) -> AbstractMesh | None:
@@ -93,6 +196,12 @@ def dividing(mesh: AbstractMesh, names: tuple[str, ...], size: int) -> tuple[str
     return there if there and size % math.prod(mesh.shape[name] for name in there) == 0 else None
 
 
+def splits(length: int, devices: int, *, unit: int = 1, least: int = 1, stretches: int = 1) -> bool:
+    """Whether `length` tokens are so many whole stretches of `unit` tokens, no shorter than `least`."""
+    number = devices * stretches
+    return length % (number * unit) == 0 and length // number >= least
+
+
 def in_parts(
     core: Core,
     tokens: Tree,
@@ -103,6 +212,7 @@ def in_parts(
     axes: MeshAxes,
     unit: int = 1,
     least: int = 1,
+    stretches: int = 1,
 ) -> tuple[Array, Array | None]:
     """`core(tokens, rows, weights, blocks, part)`, on a mesh by each device for its examples, heads, tokens.
 
@@ -112,7 +222,8 @@ def in_parts(
       weights: arrays that every device needs whole.
       blocks: None or arrays [B, heads, T, ...], split along all three.
       axes: which mesh axes split what.
-      unit, least: a device's stretch of tokens is a multiple of `unit` and no shorter than `least`.
+      unit, least: a stretch of tokens is a multiple of `unit` and no shorter than `least`.
+      stretches: 1, or 2 where `tokens` lie in the order of `Part`'s zigzag (`zigzag` brings them there).
 
     Returns what `core` does: an array as `tokens`, and None or an array as `blocks`. `part` is None where
     sequences are not split; without a mesh it is just called.
@@ -130,7 +241,7 @@ def in_parts(
     for leaf in leaves:
         if leaf.shape[2] % heads:
             raise ValueError(f"{leaf.shape[2]} heads cannot be split over {heads} devices")
-    if context > 1 and (length % (context * unit) or length // context < least):
+    if context > 1 and not splits(length, context, unit=unit, least=least, stretches=stretches):
         raise ValueError(
             f"sequences of {length} tokens cannot be split over {context} devices in stretches of a multiple "
             f"of {unit} tokens and at least {least}"
@@ -147,7 +258,7 @@ def in_parts(
         PartitionSpec(examples, of_tokens, of_heads),
         PartitionSpec(examples, of_heads, of_tokens),
     )
-    part = Part(context, length // context, axes.context or "") if context > 1 else None
+    part = Part(context, length // context, axes.context or "", stretches) if context > 1 else None
     return jax.shard_map(
         lambda *operands: core(*operands, part),
         in_specs=(by_tokens, PartitionSpec(examples), PartitionSpec(), by_blocks),

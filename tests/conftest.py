@@ -1,9 +1,8 @@
 """Every test runs under the same strict rules, on four CPU devices, with jaxtyping's annotations checked."""
 
-import gc
 import os
 import re
-from pathlib import Path
+import sys
 
 import hypothesis
 import pytest
@@ -42,25 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-_MAPS = Path("/proc/self/maps")
-_MOST_MAPS = 25_000
-_tests_done = 0
-
-
 def pytest_runtest_teardown() -> None:
-    """Compiled programs are let go when they are many.
+    """A worker that runs half of the suite compiles more programs than a process may map."""
+    if "jax" in sys.modules:
+        from jaxlab.costs import let_go_of_programs
 
-    Each is mapped into memory in a few pieces, Linux allows a process 65,530 of these (vm.max_map_count), and
-    beyond that XLA crashes while it compiles. A worker that runs half of the suite gets there.
-    """
-    global _tests_done
-    _tests_done += 1
-    if _tests_done % 20 or not _MAPS.exists():
-        return
-    with _MAPS.open("rb") as lines:
-        maps = sum(1 for _ in lines)
-    if maps > _MOST_MAPS:
-        import jax
-
-        jax.clear_caches()
-        gc.collect()
+        let_go_of_programs()

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("processing",),
     ("losses", "costs"),
     ("models",),
-    ("config",),
+    ("config", "distributed"),
     ("errors", "files"),
 )
 """What is in jaxlab from top to bottom; those of one layer may use each other, without a circle."""

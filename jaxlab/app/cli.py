@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlab import config as configs
+from jaxlab import distributed
 from jaxlab.app import interrupts, runs, sweeps
 from jaxlab.app.compile_cache import use_compile_cache
 from jaxlab.app.program import program
@@ -26,6 +27,7 @@ from jaxlab.config import (
     suggestion,
     take_option,
 )
+from jaxlab.distributed import OneProcessConfig
 from jaxlab.errors import COMMAND_LINE, ConfigError, UserError, UserNote
 from jaxlab.files import NO_ROOM, output_path
 
@@ -46,6 +48,14 @@ class RunOptions:
     """one run for each value of a list, for each combination of several lists"""
     sweep_mode: Literal["product", "zip"] = "product"
     """combine several lists, or walk through them side by side"""
+    sweep_index: str | None = None
+    """run these points of the sweep alone, numbers from 0 with commas, or auto: the task of a SLURM array"""
+    sweep_jobs: int = 1
+    """points of the sweep at once, each a process with its share of this host's GPUs"""
+    sweep_collect: bool = False
+    """the table of what the points of the sweep have given so far; run nothing"""
+    sweep_script: bool = False
+    """print a script for SLURM that runs the sweep as an array, run nothing"""
     print_commands: bool = False
     """print the command of every point of a sweep, run nothing"""
 
@@ -60,7 +70,7 @@ def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
             status = _main(list(sys.argv[1:] if words is None else words), tasks)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_of_process()}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return interrupts.say(error)
@@ -71,9 +81,13 @@ def run_command_line(words: Sequence[str] | None, tasks: Registry) -> int:
         if error.errno not in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         what = f"{error.filename}: " if error.filename else ""
-        print(f"error: {UserError(f'{what}{error.strerror}')}", file=sys.stderr)
+        print(f"error: {_of_process()}{UserError(f'{what}{error.strerror}')}", file=sys.stderr)
         return 2
     return status
+
+
+def _of_process() -> str:
+    return "" if distributed.is_main() else f"process {distributed.process_index()}: "
 
 
 def _format_warning(
@@ -119,6 +133,7 @@ def _run_config_task(task: Task, words: list[str]) -> int:
     if clash:
         raise TypeError(f"{task.module}.Config has fields named as options of every task: {sorted(clash)}")
     _check_names(schema, words)
+    _check_sweep(options)
     points = sweeps.points(schema, options.sweep, options.sweep_mode)
     # Every point is validated before the first one runs.
     loaded: list[Any] = [
@@ -136,7 +151,10 @@ def _run_config_task(task: Task, words: list[str]) -> int:
     elif options.check:
         use_compile_cache()
         for config in loaded:
-            report = task.load().check(config) if hasattr(task.load(), "check") else {"config": "valid"}
+            module = task.load()
+            report = module.check(config) if hasattr(module, "check") else {"config": "valid"}
+            if hasattr(module, "check_table"):  # as comments: all of it is YAML
+                print("".join(f"# {line}\n" for line in module.check_table(report).splitlines()), end="")
             print(dump_yaml(configs.to_plain(report)), end="")
     else:
         todo = [
@@ -147,12 +165,50 @@ def _run_config_task(task: Task, words: list[str]) -> int:
         outputs = output_path(options.outputs)
         use_compile_cache()
         if options.sweep:
-            return sweeps.run(task, name, todo, outputs=outputs, overwrite=options.overwrite)
+            return _sweep(task, path, words, options, todo, outputs)
         result = runs.run_config(
             task, loaded[0], name, commands[0], outputs=outputs, overwrite=options.overwrite
         )
         print(sweeps.summary(task.shown(result.results)))
     return 0
+
+
+def _sweep(
+    task: Task, path: str, words: list[str], options: RunOptions, todo: Sequence[sweeps.Point], outputs: Path
+) -> int:
+    """Runs a sweep, or the part of it that is asked for; returns the exit status."""
+    name = Path(path).stem
+    again = [task.name, path, *words, "--sweep", *options.sweep, "--sweep-mode", options.sweep_mode]
+    again += ["--outputs", options.outputs, *["--overwrite"] * options.overwrite]
+    if options.sweep_collect:
+        return 1 if sweeps.show(task, name, todo, outputs=outputs) else 0
+    if options.sweep_script:
+        command = f"{program()} {shlex.join(again)}"
+        print(sweeps.array_script(task, name, len(todo), command, options.outputs), end="")
+        return 0
+    several = any(
+        getattr(point.config, "distributed", None) not in (None, OneProcessConfig()) for point in todo
+    )
+    if options.sweep_index is not None:
+        chosen = sweeps.index_of(options.sweep_index, len(todo), os.environ)
+        if several and len(chosen) > 1:
+            raise UserError("--sweep-index: processes that compute together take one point a job")
+        found = [
+            sweeps.run_point(task, name, todo, index, outputs=outputs, overwrite=options.overwrite)
+            for index in chosen
+        ]
+        return next((status for status in (1, 2) if status in found), 0)
+    if several:
+        raise UserError(
+            "--sweep: processes that compute together (distributed) take one point a job; give --sweep-index"
+        )
+    if options.sweep_jobs > 1:
+        command = [sys.executable, sys.argv[0], *again]
+        logs = sweeps.folder_of(task, name, todo, outputs) / "points"
+        status = sweeps.run_at_once(todo, command, options.sweep_jobs, logs)
+        sweeps.show(task, name, todo, outputs=outputs)
+        return status
+    return sweeps.run(task, name, todo, outputs=outputs, overwrite=options.overwrite)
 
 
 def _take_options(words: list[str]) -> tuple[RunOptions, list[str]]:
@@ -167,6 +223,27 @@ def _take_options(words: list[str]) -> tuple[RunOptions, list[str]]:
         else:
             rest.append(queue.pop(0))
     return configs.build(RunOptions, {keys[0]: value for keys, value in taken}, COMMAND_LINE), rest
+
+
+def _check_sweep(options: RunOptions) -> None:
+    """Whether the options of sweeps go together.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    ways = {
+        "sweep_index": options.sweep_index is not None,
+        "sweep_jobs": options.sweep_jobs != 1,
+        "sweep_collect": options.sweep_collect,
+        "sweep_script": options.sweep_script,
+    }
+    asked = [name for name, given in ways.items() if given]
+    if options.sweep_jobs < 1:
+        raise ConfigError(f"must be at least 1, is {options.sweep_jobs}", "sweep_jobs", COMMAND_LINE)
+    if asked and not options.sweep:
+        raise ConfigError("is for a sweep; give --sweep", asked[0], COMMAND_LINE)
+    if len(asked) > 1:
+        raise ConfigError(f"one way at a time: {', '.join(asked)}", asked[1], COMMAND_LINE)
 
 
 def _check_names(schema: type, words: list[str]) -> None:

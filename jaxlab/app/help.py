@@ -69,6 +69,7 @@ def print_task(task: Task, run_options: type) -> None:
 
 def _option_lines(run_options: type) -> list[str]:
     values = {"outputs": " DIR", "sweep": " KEY=[A,B] ...", "sweep_mode": " product|zip"}
+    values |= {"sweep_index": " I|auto", "sweep_jobs": " N"}
     docs = field_docs(run_options)
     options = {name: f"--{name.replace('_', '-')}{values.get(name, '')}" for name in fields_of(run_options)}
     width = max(map(len, options.values()))

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+from jaxlab import distributed
+
 PATIENCE = 2.0
 """Seconds that the main thread has to get to a signal."""
 
@@ -54,6 +56,7 @@ def say(error: KeyboardInterrupt) -> int:
 
 def _say(number: int, *said: str) -> None:
     word = "terminated" if number == signal.SIGTERM else "interrupted"
+    word = word if distributed.is_main() else f"process {distributed.process_index()}: {word}"
     what = "; ".join([word, *said, "a run is taken up again by the same command"])
     print(what, file=sys.stderr, flush=True)
 
@@ -132,4 +135,5 @@ def _watch(reader: socket.socket) -> None:
         if _last_handled < now - 1:
             print(file=sys.stderr)
             _say(number)
+            distributed.tell_end("stopped by a signal", 128 + number)
             os._exit(128 + number)

@@ -1,9 +1,11 @@
 """What a task is, and a table of tasks by name. A task is a module; it is imported only when it is asked for.
 
-A config task has `Config` (a frozen dataclass) and `run(config, run) -> dict`, and may have `check(config) ->
-dict` for `--check`, `inputs(config) -> dict[str, str]`, the identities of the checkpoints it reads, and
-`SHOWN`, the dotted keys of the results that the last line of a run and the table of a sweep show. A command
-task has `Arguments` (a frozen dataclass) and `run(arguments) -> None`. docs/tasks.md tells how to add one.
+A config task has `Config` (a frozen dataclass) and `run(config, run) -> dict`. It may have `check(config) ->
+dict` for `--check`, with `check_table(report) -> str` for people, `inputs(config) -> dict[str, str]`, the
+identities of the checkpoints it reads, `still_done(config) -> bool`, whether what a finished run has made
+outside of its folder is still there, and `SHOWN`, the dotted keys of the results that the last line of a run
+and the table of a sweep show. A command task has `Arguments` (a frozen dataclass) and `run(arguments) ->
+None`. docs/tasks.md tells how to add one.
 """
 
 import dataclasses

@@ -1,20 +1,23 @@
 """Run folders: what a task leaves behind, when it is taken up again and when it is not done twice.
 
-A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config, the
-identities of its inputs, the package version and, in a git checkout, the commit; with uncommitted changes of
-the code it covers these too. So a folder belongs to one state of the code:
+A run lives in `<outputs>/<task>/<config name>-<8 hex>/`. The hash covers the task, the resolved config but
+for how it is run (its class names these fields, `HOW_IT_RUNS`), the identities of its inputs, the package
+version and, in a git checkout, the commit; with uncommitted changes of the code it covers these too. So a
+folder belongs to one state of the code:
 
 - With results.json in it the run is done; `run_config` returns its results, unless `overwrite` is asked
   for or the code has uncommitted changes. From changed code nothing finished is reused: the run is done anew.
 - Without results.json the run was interrupted, by the same code on the same config. The folder is kept, so
   that a task which writes checkpoints continues from its own. This holds for changed code too: the hash says
   it is the same change.
-- A lock keeps two processes from writing one folder; it goes with the process, however that ends.
+- A lock keeps two processes from writing one folder; it goes with the process, however that ends. Of several
+  processes of one run (jaxlab/distributed) process 0 holds it and writes; the others see the folder.
 """
 
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -22,13 +25,15 @@ import re
 import shlex
 import shutil
 import time
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxlab import config as configs
+from jaxlab import distributed
 from jaxlab.app import provenance
 from jaxlab.app.program import program
 from jaxlab.app.registry import Task
@@ -36,6 +41,8 @@ from jaxlab.errors import UserError, UserNote
 from jaxlab.files import jsonable, remove_torn, write_atomic, write_json, writing
 
 _LOCK = ".lock"
+_SEEN_WITHIN = 60.0
+"""Seconds in which a shared disk shows one process what another has written."""
 _CONFIG, _ENV, _METRICS, _RESULTS = "config.yaml", "env.json", "metrics.jsonl", "results.json"
 
 
@@ -84,9 +91,30 @@ class Run:
         with writing(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(line)
 
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl.
+
+        Raises:
+          UserError: one is damaged.
+        """
+        return read_metrics(self.path)
+
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results.json, atomically and last: where it is, the run is done."""
         write_json(self.path / _RESULTS, results)
+
+
+class FollowedRun(Run):
+    """The run of process 0, as the other processes have it: they write nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Does nothing: process 0 drops metrics."""
+
+    def log(self, *, step: int | None = None, **metrics: Any) -> None:
+        """Does nothing: process 0 logs."""
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Does nothing: process 0 writes the results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +191,7 @@ def run_config(
     *,
     outputs: str | os.PathLike[str],
     overwrite: bool,
+    callbacks: Sequence[Any] = (),
 ) -> RunResult:
     """Runs a config task, or returns the results of the same run if it is done.
 
@@ -171,15 +200,41 @@ def run_config(
       command: what is noted as the command that made the run.
       outputs: the folder that run folders go to.
       overwrite: whether to do a finished run anew.
+      callbacks: what the task's `run` takes under that name; the `identity` of each is one of the run's.
 
     Raises:
       UserError: the user's mistakes.
       Exception: whatever the task raises.
     """
+    from jaxlab.costs import let_go_of_programs  # which imports jax
+
+    let_go_of_programs()  # of earlier runs
+    with distributed.joined(getattr(config, "distributed", None)):
+        module = task.load()
+        inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
+        if callbacks:
+            inputs["callbacks"] = "; ".join(callback.identity for callback in callbacks)
+        folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
+        work = functools.partial(module.run, callbacks=callbacks) if callbacks else module.run
+        if not distributed.is_main():
+            return _follow(config, folder, work)
+        return _lead(task, config, folder, inputs, command, work, overwrite=overwrite)
+
+
+def _lead(
+    task: Task,
+    config: Any,
+    folder: Path,
+    inputs: dict[str, str],
+    command: str,
+    work: Callable[[Any, Run], dict[str, Any]],
+    *,
+    overwrite: bool,
+) -> RunResult:
+    """Runs a task in its folder, or returns what is there; other processes are told which."""
     module = task.load()
-    inputs = dict(module.inputs(config)) if hasattr(module, "inputs") else {}
-    folder = Path(outputs) / task.name / run_name(task.name, config, name, inputs)
-    reuse = not overwrite and not provenance.code().dirty
+    gone = hasattr(module, "still_done") and not module.still_done(config)
+    reuse = not overwrite and not gone and not provenance.code().dirty
     if reuse and (folder / _RESULTS).exists():  # before anything is written: the folder may be read-only
         return _reused(folder)
     new = not folder.exists()
@@ -189,13 +244,12 @@ def run_config(
         raise UserError(
             f"{folder}: cannot be made: {error.strerror}; choose another place with --outputs"
         ) from None
-    with _locked(folder):
+    with _locked(folder) as token:
         if (folder / _RESULTS).exists():
             if reuse:  # another process has just come to its end
                 return _reused(folder)
-            print(
-                f"done anew, {'--overwrite' if overwrite else 'the code has uncommitted changes'}: {folder}"
-            )
+            why = "what it made is gone" if gone else "the code has uncommitted changes"
+            print(f"done anew, {'--overwrite' if overwrite else why}: {folder}")
             _clear(folder)
         elif overwrite:
             print(f"run: {folder}")
@@ -204,27 +258,70 @@ def run_config(
             print(f"{'taken up again' if (folder / _ENV).exists() else 'run'}: {folder}")
             for file in (_CONFIG, _ENV, _METRICS, _RESULTS):
                 remove_torn(folder / file)
+        distributed.share("run", {"name": folder.name, "token": token, "results": None})
         command = command or command_line(task.name, str(folder / _CONFIG))
         try:
-            return _run(task, config, Run(folder, folder.name), inputs, command)
+            return _run(task, config, Run(folder, folder.name), inputs, command, work)
         except UserError:
             if new:
                 _remove_unused(folder)
             raise
 
 
+def _follow(config: Any, folder: Path, work: Callable[[Any, Run], dict[str, Any]]) -> RunResult:
+    """The part in a run of a process that is not process 0.
+
+    Raises:
+      UserError: this process was started for another run, or does not see the folder of process 0.
+    """
+    warnings.simplefilter("ignore", UserNote)  # process 0 says them
+    told = distributed.share("run")
+    if told["name"] != folder.name:
+        raise UserError(
+            f"process 0 makes the run {told['name']}, this process {folder.name}; start all with the same "
+            "config, data and code"
+        )
+    if told["results"] is not None:
+        return RunResult(folder, told["results"], reused=True)
+    end = time.monotonic() + _SEEN_WITHIN
+    while not _holds(folder / _LOCK, told["token"]):
+        if time.monotonic() > end:
+            raise UserError(
+                f"{folder.absolute()}: here it is not the folder of process 0; all processes need one disk "
+                "that they share: choose it with --outputs"
+            )
+        time.sleep(0.1)
+    return RunResult(folder, jsonable(work(config, FollowedRun(folder, folder.name))))
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(errors="replace") == text
+    except OSError:
+        return False
+
+
 def _reused(folder: Path) -> RunResult:
     print(f"already done: {folder} (--overwrite does it anew)")
-    return RunResult(folder, read_results(folder), reused=True)
+    results = read_results(folder)
+    distributed.share("run", {"name": folder.name, "results": results})
+    return RunResult(folder, results, reused=True)
 
 
-def _run(task: Task, config: Any, run: Run, inputs: dict[str, str], command: str) -> RunResult:
+def _run(
+    task: Task,
+    config: Any,
+    run: Run,
+    inputs: dict[str, str],
+    command: str,
+    work: Callable[[Any, Run], dict[str, Any]],
+) -> RunResult:
     write_atomic(run.path / _CONFIG, f"# {command}\n{configs.dump(config)}")
     started = time.time()
     facts = {"task": task.name, "command": command, "inputs": inputs, **provenance.environment()}
     facts["interrupted"], before = _earlier_starts(run.path)
     write_json(run.path / _ENV, {**facts, "seconds_before": round(before, 3), "started": _clock(started)})
-    results = jsonable(task.load().run(config, run))
+    results = jsonable(work(config, run))
     if not isinstance(results, dict):
         raise TypeError(f"{task.module}.run returned {type(results).__name__}, not a dict")
     finished = time.time()
@@ -271,20 +368,29 @@ def command_line(task_name: str, *words: str) -> str:
 def run_name(task_name: str, config: Any, name: str, inputs: dict[str, str]) -> str:
     """The folder name of a run: the config's name and a short hash of all that decides its results."""
     code = provenance.code()
-    identity = [task_name, configs.to_dict(config), inputs, code.version, code.commit, code.changes]
+    how = getattr(config, "HOW_IT_RUNS", ())
+    what = {key: value for key, value in configs.to_dict(config).items() if key not in how}
+    identity = [task_name, what, inputs, code.version, code.commit, code.changes]
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
     return hashed_name(name, text)
 
 
+def safe_name(name: str) -> str:
+    """`name` in letters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+
+
 def hashed_name(name: str, identity: str) -> str:
-    """A folder name: `name` in letters that every file system takes, and a short hash of `identity`."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
-    return f"{safe}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    """A folder name: `safe_name(name)`, and a short hash of `identity`."""
+    return f"{safe_name(name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[str]:
     """Holds the lock of a run folder; it goes with the process, however that ends.
+
+    Yields:
+      What the lock's file holds: of this process alone.
 
     Raises:
       UserError: another process holds it, or it cannot be taken here.
@@ -302,7 +408,11 @@ def _locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder}: another process is at work on this run; wait for it or use --outputs"
             ) from None
-        yield
+        token = uuid.uuid4().hex
+        with writing(path):
+            file.write(token)
+            file.flush()
+        yield token
 
 
 def _clear(folder: Path) -> None:

@@ -7,6 +7,8 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints import families
+    from jaxlab.checkpoints.adapters import AdapterSettings, Matrix, find_targets, matrices, save_adapter
+    from jaxlab.checkpoints.assembly import Assembly, TowerConfig, assemble, plan_vlm
     from jaxlab.checkpoints.compatibility import (
         SameTokens,
         check_same_tree,

@@ -125,7 +125,10 @@ def _same(field: str, one: ModelConfig, other: ModelConfig) -> bool:
         scales = [c.key_dim**-0.5 if c.attention_scale is None else c.attention_scale for c in (one, other)]
         return scales[0] == scales[1]
     if field == "moe":
-        mixtures = [c.moe and dataclasses.replace(c.moe, balance_loss=0.0) for c in (one, other)]
+        mixtures = [
+            c.moe and dataclasses.replace(c.moe, balance_loss=0.0, bias_rate=0.0, exchange="auto")
+            for c in (one, other)
+        ]
         return mixtures[0] == mixtures[1]
     if field == "norm_bias":
         return one.norm == other.norm == "rms"

@@ -1,4 +1,7 @@
-"""Digests beside what is saved: bytes that changed on the disk are found before anybody reads them."""
+"""Digests beside what is saved: bytes that changed on the disk are found before anybody reads them.
+
+Of several processes each reads its share of the files, and all come to the same answer.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jaxlab import distributed
 from jaxlab.files import write_json
 
 DIGESTS = "digests.json"
@@ -19,26 +23,40 @@ def write_digests(folder: Path) -> None:
       UserError: it cannot be written.
       OSError: a file cannot be read.
     """
-    names = sorted(_names(folder))
+    names = distributed.share("names", sorted(_names(folder)) if distributed.is_main() else None)
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(lambda name: _digest(folder / name), names))
-    write_json(folder / DIGESTS, {"sha256": dict(zip(names, digests, strict=True))})
+        digests = list(pool.map(lambda name: _digest(folder / name), _share_of(names)))
+    parts = distributed.gather("digests", dict(zip(_share_of(names), digests, strict=True)))
+    if distributed.is_main():
+        found = {name: digest for part in parts for name, digest in part.items()}
+        write_json(folder / DIGESTS, {"sha256": {name: found[name] for name in names}})
 
 
 def find_damage(folder: Path) -> str | None:
     """What is not as `write_digests` saw it, the first file; None: nothing. Further files do not matter."""
+    said = distributed.share("said", _read_digests(folder) if distributed.is_main() else None)
+    if isinstance(said, str):
+        return said
+    with ThreadPoolExecutor(_THREADS) as pool:
+        problems = pool.map(lambda name: _problem(folder, name, said[name]), _share_of(list(said)))
+        first = next((problem for problem in problems if problem is not None), None)
+    return next((problem for problem in distributed.gather("damage", first) if problem is not None), None)
+
+
+def _read_digests(folder: Path) -> dict[str, str] | str:
+    """The digests by file, or why there are none."""
     try:
         said = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))["sha256"]
-        digests = {str(name): str(digest) for name, digest in said.items()}
+        return {str(name): str(digest) for name, digest in said.items()}
     except FileNotFoundError:
         return f"it has no {DIGESTS}: it was never finished"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {DIGESTS} is damaged"
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for problem in pool.map(lambda name: _problem(folder, name, digests[name]), digests):
-            if problem is not None:
-                return problem
-    return None
+
+
+def _share_of(names: list[str]) -> list[str]:
+    """What this process reads of it."""
+    return names[distributed.process_index() :: distributed.process_count()]
 
 
 def _problem(folder: Path, name: str, digest: str) -> str | None:

@@ -14,7 +14,8 @@ from jaxlab.errors import UserError
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Patterns = dict[str, list[tuple[re.Pattern[str], Any]]]
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Of the names of an adapter's tensors."""
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 # From the names of modules in memory to those of tensors on disk, where a name is not the same on both.
 _PLACES = (
@@ -26,6 +27,7 @@ _PLACES = (
     (r"^model\.language_model\.", "model."),
     (r"^language_model\.", "model.language_model."),
     (r"^lm_head", "language_model.lm_head"),
+    (r"^model\.vision_tower\.", "vision_tower.vision_model."),
 )
 _OF_LANGUAGE_MODEL = r"^(model\.)?(?=layers\.|embed_tokens\.)"
 _IN_A_VLM = ("language_model.model.", "model.language_model.", "model.text_model.")
@@ -71,7 +73,7 @@ def merged(base: TensorFolder, adapter: str | Path, *, allow_pickle: bool = Fals
     replaced: dict[str, Tensor] = {}
     embeddings, unknown = set(), []
     for key, tensor in _tensors(adapter, allow_pickle).items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(name)
         if (match is None and ".modules_to_save" in name) or (match is None and _place(base, name)):
             name = re.sub(r"\.modules_to_save(\.default)?", "", name)
@@ -181,9 +183,9 @@ def _expected(base: TensorFolder, key: str) -> str:
         return (
             f"; layers {listed} of this model read images and shift the numbers of the others, so that a "
             "number from a language model may mean two layers: rename the adapter's tensors to "
-            f"{_PREFIX}{like[: like.index('layers.')]}layers.N..., N counting all layers"
+            f"{PREFIX}{like[: like.index('layers.')]}layers.N..., N counting all layers"
         )
-    return f"; expected are names such as {_PREFIX}{like.removesuffix('.weight')}.lora_A.weight"
+    return f"; expected are names such as {PREFIX}{like.removesuffix('.weight')}.lora_A.weight"
 
 
 def _patterns(config: dict[str, Any], key: str, adapter: Path) -> list[tuple[re.Pattern[str], Any]]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from jaxlab import distributed
 from jaxlab.errors import UserError
 from jaxlab.files import output_path
 
@@ -91,11 +92,16 @@ def write_aside(
     """A new folder to fill; it takes the place of `path` when the block ends without an exception.
 
     Until then an older folder at `path` stays as it is; it is removed last. After an exception nothing is
-    left of the new one.
+    left of the new one. Of several processes all come here and fill the folder that process 0 makes.
 
     Raises:
       UserError: as `check_output`, before the block and once more after it.
     """
+    if not distributed.is_main():
+        yield Path(distributed.share("aside"))
+        for name in ("filled", "placed"):
+            distributed.wait_for_all(name)
+        return
     inputs = list(inputs)
     path = check_output(path, inputs, overwrite=overwrite)
     aside = lock = None
@@ -105,8 +111,11 @@ def write_aside(
         _remove_orphans(path)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         lock = _begin(aside)
+        distributed.share("aside", str(aside))
         yield aside
+        distributed.wait_for_all("filled")
         put_in_place(aside, path, inputs, overwrite=overwrite)
+        distributed.wait_for_all("placed")
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlab import distributed
 from jaxlab.checkpoints.foreign_forms import foreign_files
 from jaxlab.checkpoints.output_folder import write_aside
 from jaxlab.checkpoints.safetensors_file import NAMES, Tensor, parse_json, read_header, refuse_pointer
@@ -244,6 +245,10 @@ def write_folder(
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     try:
         with write_aside(path, inputs, overwrite=overwrite) as folder:
+            if not distributed.is_main():  # it takes part in what process 0 gets
+                for tensor in (tensor for shard in shards for tensor in shard):
+                    tensor.get()
+                return
             names = shard_names(len(shards))
             if len(shards) > 1:
                 _write_text(folder / INDEX, shard_index(shards, names))

@@ -19,11 +19,16 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def compiled_memory(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
-    """What the compiler plans for a jitted `function` of abstract arguments, in bytes on one device.
+    """`planned_memory` of a jitted `function` of abstract arguments."""
+    return planned_memory(function.lower(*arguments).compile())  # type: ignore[attr-defined]
+
+
+def planned_memory(compiled: Any) -> dict[str, int]:
+    """What the compiler plans for a program, in bytes on one device.
 
     "temporary" holds activations and gradients; "total" is all at once, donated arguments counted once.
     """
-    stats = function.lower(*arguments).compile().memory_analysis()  # type: ignore[attr-defined]
+    stats = compiled.memory_analysis()
     kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return {"temporary": stats.temp_size_in_bytes, "total": kept + stats.temp_size_in_bytes}
 

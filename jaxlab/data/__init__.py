@@ -5,9 +5,12 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.data.digits import DigitsConfig, DigitsSource, evaluation_batches, naming_places
     from jaxlab.data.digits_words import PAD_ID, digits_tokenizer
+    from jaxlab.data.documents.config import DataSet, DocumentsConfig
+    from jaxlab.data.documents.source import DocumentsSource
     from jaxlab.data.episodes import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer
     from jaxlab.data.episodes import make_batch as make_episodes
     from jaxlab.data.needle import NeedleConfig, NeedleSource
+    from jaxlab.data.read_ahead import BatchReader
     from jaxlab.data.source import (
         DataConfig,
         Source,

@@ -28,6 +28,7 @@ from jaxlab.data.digits_words import (
     digits_tokenizer,
     rows,
 )
+from jaxlab.data.rows import take_rows
 from jaxlab.errors import ConfigError, UserError
 
 HELD_OUT = 320
@@ -239,6 +240,8 @@ def _shown(prompt: str) -> str:
 class DigitsSource:
     """Training batches drawn from a mixture; held-out splits as wholes."""
 
+    source_names: tuple[str, ...] = ()
+
     def __init__(self, config: DigitsConfig) -> None:
         self.config = config
         digest = hashlib.sha256(repr((config, tuple(VOCABULARY))).encode())
@@ -248,15 +251,17 @@ class DigitsSource:
                 digest.update(load_images(split)[0].tobytes())
         self.identity = digest.hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
-        return make_batch(self.config, seed, step, batch_size)
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: slice | None = None
+    ) -> dict[str, np.ndarray]:
+        return take_rows(make_batch(self.config, seed, step, batch_size), rows)
 
     def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
+        self, batch_size: int, count: int, split: str = "validation", rows: slice | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """At most `count` batches of a held-out split; the last one of the split may be smaller."""
         for _, batch in zip(range(count), evaluation_batches(self.config, split, batch_size), strict=False):
-            yield batch
+            yield take_rows(batch, rows)
 
     def held_out_rows(self, batch_size: int, split: str) -> int:
         return min(batch_size, HELD_OUT)

@@ -29,6 +29,7 @@ from jaxlab.data.episode_words import (
     WORDS_PER_TOPIC,
     episode_tokenizer,
 )
+from jaxlab.data.rows import take_rows
 from jaxlab.errors import ConfigError, UserError
 
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
@@ -252,20 +253,24 @@ def _demonstrations(
 class EpisodesSource:
     """Training episodes along the curriculum; held-out few-shot prompts of the task at its end."""
 
+    source_names: tuple[str, ...] = ()
+
     def __init__(self, config: EpisodesConfig):
         self.config = config
         self.identity = hashlib.sha256(repr((dataclasses.astuple(config), WORDS)).encode()).hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
-        return make_batch(self.config, seed, step, batch_size)
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: slice | None = None
+    ) -> dict[str, np.ndarray]:
+        return take_rows(make_batch(self.config, seed, step, batch_size), rows)
 
     def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
+        self, batch_size: int, count: int, split: str = "validation", rows: slice | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """`count` batches of prompts, always the same ones; the answer is the one target."""
         for step in range(count):
             batch = make_batch(self.config, 0, step, batch_size, split)
-            yield {"tokens": batch["tokens"], "loss_mask": batch["loss_mask"]}
+            yield take_rows({"tokens": batch["tokens"], "loss_mask": batch["loss_mask"]}, rows)
 
     def held_out_rows(self, batch_size: int, split: str) -> int:
         return batch_size

@@ -28,6 +28,7 @@ from jaxlab.data.needle_words import (
     WORDS,
     needle_tokenizer,
 )
+from jaxlab.data.rows import take_rows
 from jaxlab.errors import ConfigError, UserError
 
 SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}
@@ -187,19 +188,23 @@ def _filler(rng: np.random.Generator, batch_size: int, length: int) -> np.ndarra
 class NeedleSource:
     """Training sequences with several questions; held-out ones with one, at every depth in turn."""
 
+    source_names: tuple[str, ...] = ()
+
     def __init__(self, config: NeedleConfig):
         self.config = config
         self.identity = hashlib.sha256(repr((dataclasses.astuple(config), WORDS)).encode()).hexdigest()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
-        return make_batch(self.config, seed, step, batch_size)
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: slice | None = None
+    ) -> dict[str, np.ndarray]:
+        return take_rows(make_batch(self.config, seed, step, batch_size), rows)
 
     def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
+        self, batch_size: int, count: int, split: str = "validation", rows: slice | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """`count` batches, always the same ones."""
         for step in range(count):
-            yield make_batch(self.config, 0, step, batch_size, split)
+            yield take_rows(make_batch(self.config, 0, step, batch_size, split), rows)
 
     def held_out_rows(self, batch_size: int, split: str) -> int:
         return batch_size

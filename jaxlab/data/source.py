@@ -10,31 +10,49 @@ from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import resolve
 from jaxlab.data.digits import DigitsConfig, DigitsSource
+from jaxlab.data.documents.config import DocumentsConfig
+from jaxlab.data.documents.source import DocumentsSource
+from jaxlab.data.documents.stand_in import StandIn
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, PlainVisionConfig
 
-DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig
+DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | DocumentsConfig
 """What a model is trained or evaluated on."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Batches as `jaxlab.models.forward` takes them, with loss_mask bool[B, T]: True on targets."""
+    """Batches as `jaxlab.models.forward` takes them, with loss_mask bool[B, T]: True on targets.
+
+    A training batch is a pure function of seed and step, so the number of the step is the position in the
+    data: a checkpoint holds no other, and a resumed run reads on where it was. A batch of several data sets
+    has source_ids int32[B] besides, which of `source_names` each row is from; models do not read it.
+    """
 
     identity: str
     """Changes when the data changes."""
+    source_names: tuple[str, ...]
+    """The data sets of a mixture, as source_ids number them; () where batches have none."""
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
-        """The training batch of a step; a pure function of its arguments."""
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: slice | None = None
+    ) -> dict[str, np.ndarray]:
+        """The training batch of a step; a pure function of its arguments.
+
+        Args:
+          batch_size: rows of the whole batch, of all processes.
+          rows: which of them to give; None: all. One of several processes asks for its own, and what they
+            get makes up the batch that one process would get.
+        """
         ...
 
     def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
+        self, batch_size: int, count: int, split: str = "validation", rows: slice | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """At most `count` full batches of a held-out split, always the same ones."""
+        """At most `count` full batches of a held-out split, always the same ones; `rows` of each."""
         ...
 
     def held_out_rows(self, batch_size: int, split: str) -> int:
@@ -51,8 +69,12 @@ class Source(Protocol):
         ...
 
 
-def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
+def make_source(config: DataConfig, find_model: FindModel = resolve, *, for_shapes: bool = False) -> Source:
     """The source that `config` describes; `find_model` says where a model is that it names.
+
+    Args:
+      for_shapes: only the shapes of batches are asked for. Documents that are not tokenised yet are not
+        tokenised for that: what stands for them gives empty batches, and a note says so.
 
     Raises:
       UserError: what the source reads is not there.
@@ -66,6 +88,9 @@ def make_source(config: DataConfig, find_model: FindModel = resolve) -> Source:
             return EpisodesSource(config)
         case NeedleConfig():
             return NeedleSource(config)
+        case DocumentsConfig():
+            source = DocumentsSource(config, find_model)
+            return StandIn(source) if for_shapes and not source.prepared else source
 
 
 def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[str, jax.ShapeDtypeStruct]:

@@ -68,11 +68,11 @@ def is_dataset(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in names)
 
 
-def read_dataset(name: str, split: str, columns: Sequence[str | int]) -> list[Row]:
-    """The rows of one split of a folder that `datasets` saved, or of a hub id.
+def open_dataset(name: str, split: str) -> Any:
+    """One split of a folder that `datasets` saved, or of a hub id: a `datasets.Dataset`.
 
     Raises:
-      UserError: `datasets` is not installed, or cannot read it; no such split or column.
+      UserError: `datasets` is not installed, or cannot read it; no such split.
     """
     try:
         import datasets
@@ -92,6 +92,16 @@ def read_dataset(name: str, split: str, columns: Sequence[str | int]) -> list[Ro
         raise
     except Exception as error:  # it raises whatever its many readers raise
         raise UserError(f"{name}: datasets cannot read it ({type(error).__name__}: {error})") from error
+    return table
+
+
+def read_dataset(name: str, split: str, columns: Sequence[str | int]) -> list[Row]:
+    """The rows of one split of a folder that `datasets` saved, or of a hub id.
+
+    Raises:
+      UserError: as `open_dataset` says, or there is no such column.
+    """
+    table = open_dataset(name, split)
     names = list(table.column_names)
     chosen = [_named(column, names, f"{name} {split}") for column in columns]
     lists = [table[column] for column in chosen]

@@ -52,6 +52,8 @@ class TextConfig:
 class TextSource:
     """Random crops of the training files; the held-out files in order, without overlap."""
 
+    source_names: tuple[str, ...] = ()
+
     def __init__(self, config: TextConfig, find_model: FindModel = resolve):
         self.config = config
         self._tokenizer = None if config.tokenizer is None else _tokenizer_of(config.tokenizer, find_model)
@@ -65,19 +67,22 @@ class TextSource:
                     f"{config.sequence_length}; lower data.sequence_length or give more text"
                 )
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
+    def batch(
+        self, seed: int, step: int, batch_size: int, rows: slice | None = None
+    ) -> dict[str, np.ndarray]:
         length = self.config.sequence_length
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(0, len(self.training) - length + 1, size=batch_size)
-        return self._crops(self.training, starts)
+        return self._crops(self.training, starts if rows is None else starts[rows])
 
     def held_out_batches(
-        self, batch_size: int, count: int, split: str = "validation"
+        self, batch_size: int, count: int, split: str = "validation", rows: slice | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """At most `count` full batches of held-out text: `validation` its first half, `test` its second."""
         length, tokens = self.config.sequence_length, self.held_out[split]
         for i in range(min(count, (len(tokens) // length) // batch_size)):
-            yield self._crops(tokens, (i * batch_size + np.arange(batch_size)) * length)
+            numbers = i * batch_size + np.arange(batch_size)
+            yield self._crops(tokens, (numbers if rows is None else numbers[rows]) * length)
 
     def held_out_rows(self, batch_size: int, split: str) -> int:
         return batch_size if len(self.held_out[split]) // self.config.sequence_length >= batch_size else 0

@@ -90,13 +90,7 @@ def read_context(
     config: ModelConfig,
 ) -> Cache:
     """The cache of the demonstrations; tokens past `lengths` are padding."""
-    tokens = jnp.asarray(tokens)
-    there = jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths)[:, None]
-    batch: Batch = {"tokens": tokens, "segment_ids": there.astype(jnp.int32)}
-    one = jnp.zeros((tokens.shape[0], 1), jnp.int32)
-    cache = forward(params, batch, config, cache=init_cache(config, *tokens.shape), logit_positions=one).cache
-    assert cache is not None
-    return cache
+    return read_on(params, init_cache(config, *tokens.shape), tokens, lengths, config)
 
 
 @functools.partial(jax.jit, static_argnames=("room", "offset"))
@@ -121,6 +115,57 @@ def keep_tokens(cache: Cache, at: Int[Array, "B P"], room: int, offset: bool = T
     moved = cache.length + cache.offset - count if offset else jnp.zeros_like(count)
     keys, values = cast(tuple[Array, Array], cache.layers)
     return Cache((gather(keys), gather(values)), count, jnp.broadcast_to(moved, count.shape))
+
+
+class SharedContext(NamedTuple):
+    """The demonstrations that prompts have in common, read, and what is left of each prompt."""
+
+    cache: Cache
+    """With room for the queries, a row for each."""
+    query: Int[np.ndarray, "B Q"]
+    last: Int[np.ndarray, " B"]
+
+
+def read_shared(
+    params: Params,
+    tokens: Int[np.ndarray, "B T"],
+    starts: Int[np.ndarray, " B"],
+    positions: Int[np.ndarray, " B"],
+    config: ModelConfig,
+) -> SharedContext | None:
+    """Demonstrations read once for all prompts; None where they are not the same, or the model's cache holds
+    no keys and values of every token.
+
+    Args:
+      starts: where the query of each begins.
+      positions: the last token of each.
+    """
+    if "nsa" in config.kinds or config.sparsity is not None or not starts.any():
+        return None
+    split = split_prompts(tokens, starts, positions)
+    if not split.shared:
+        return None
+    cache = read_context(params, split.context[:1], split.context_lengths[:1], config)
+    everything = np.arange(split.context.shape[1]) < split.context_lengths[:, None]
+    places = chosen_places(everything, split.context.shape[1])
+    return SharedContext(keep_tokens(cache, places, split.query.shape[1]), split.query, split.last)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def read_on(
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array | np.ndarray, "B Q"],
+    count: Int[Array | np.ndarray, " B"],
+    config: ModelConfig,
+) -> Cache:
+    """The cache with the first `count` of some tokens behind what it holds."""
+    there = jnp.arange(tokens.shape[1])[None] < jnp.asarray(count)[:, None]
+    batch: Batch = {"tokens": jnp.asarray(tokens), "segment_ids": there.astype(jnp.int32)}
+    one = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+    found = forward(params, batch, config, cache=cache, logit_positions=one).cache
+    assert found is not None
+    return found
 
 
 @functools.partial(jax.jit, static_argnames="config")

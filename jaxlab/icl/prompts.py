@@ -49,6 +49,12 @@ class Prompts(NamedTuple):
         """int32[B]: tokens of each prompt, without padding."""
         return (self.parts != Part.PADDING).sum(1).astype(np.int32)
 
+    @property
+    def starts(self) -> np.ndarray:
+        """int32[B]: where the query of each begins, behind its demonstrations."""
+        of_query = self.demonstrations == self.demonstrations.max(axis=1, keepdims=True)
+        return np.argmax(of_query, axis=1).astype(np.int32)
+
     def select(self, at: int) -> "Prompts":
         """The batch of one prompt, without its padding."""
         size, length = len(self.rows), int(self.lengths[at])

@@ -40,7 +40,16 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.models.initializer import bind
     from jaxlab.models.interpretability import activations
     from jaxlab.models.kv_cache import Cache, init_cache
-    from jaxlab.models.mesh import BATCH, CONTEXT, HEADS, check_length, in_parts, split_tokens
+    from jaxlab.models.low_rank import LowRank, is_low_rank, merge_updates
+    from jaxlab.models.mesh import (
+        BATCH,
+        CONTEXT,
+        HEADS,
+        check_length,
+        in_parts,
+        split_tokens,
+        vocabulary_is_split,
+    )
     from jaxlab.models.output import Output
     from jaxlab.models.parameters import (
         abstract_params,
@@ -63,6 +72,8 @@ with epy.lazy_api_imports(globals()):
         on_mesh,
         param_shardings,
         place_batch,
+        rows_here,
+        shardings_by_axes,
         using,
     )
     from jaxlab.models.stack import MadeLayers

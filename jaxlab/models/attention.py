@@ -14,6 +14,7 @@ from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.layers import Norm
+from jaxlab.models.low_rank import base_of, plus_update
 from jaxlab.models.rotary import Rotary, rotate
 from jaxlab.models.taps import NO_TAP, Tap
 
@@ -125,7 +126,8 @@ class Attention(nnx.Module):
 
     def project_output(self, heads: Float[Array, "B T H Dv"]) -> Float[Array, "B T D"]:
         """The heads' outputs added up in the model's width."""
-        y = jnp.einsum("bthk,hkd->btd", heads, self.output.astype(heads.dtype))
+        y = jnp.einsum("bthk,hkd->btd", heads, base_of(self.output, heads.dtype))
+        y = plus_update(y, heads, self.output)
         return y if self.output_bias is None else y + self.output_bias.astype(y.dtype)[None, None]
 
     def with_rope(self, x: Float[Array, "B T H Dk"], rotary: Rotary | None) -> Float[Array, "B T H Dk"]:
@@ -160,7 +162,7 @@ def _heads(
 ) -> Float[Array, "B *branches T H K"]:
     """Heads of `x`; kernel [D, H, K] or, with an axis for branches, [c, D, H, K]."""
     equation = "btd,dhk->bthk" if kernel.ndim == 3 else "btd,cdhk->bcthk"
-    y = jnp.einsum(equation, x, kernel.astype(x.dtype))
+    y = plus_update(jnp.einsum(equation, x, base_of(kernel, x.dtype)), x, kernel)
     if bias is None:
         return y
     b = bias.astype(x.dtype)

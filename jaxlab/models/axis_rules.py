@@ -2,7 +2,7 @@
 
 from jax.sharding import PartitionSpec
 
-from jaxlab.models.mesh import BATCH, CONTEXT, HEADS
+from jaxlab.models.mesh import BATCH, CONTEXT, EXPERTS, HEADS
 
 LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,
@@ -11,7 +11,7 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "branch": None,
     "channels": None,
     "compress": "fsdp",
-    "experts": None,
+    "experts": EXPERTS,
     "frames": None,
     "gate": None,
     "head_dim": None,
@@ -22,10 +22,11 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": HEADS,
     "pixels": None,
     "position": None,
+    "rank": None,
     "ratio": None,
     "tile": None,
     "tokens": CONTEXT,
-    "vocab": None,
+    "vocab": HEADS,
 }
 """Logical axis -> mesh axis (None: not split). An axis that is not named here is an error."""
 

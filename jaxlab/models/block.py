@@ -16,7 +16,7 @@ from jaxlab.models.kv_cache import LayerCache
 from jaxlab.models.latent_attention import LatentAttention
 from jaxlab.models.layers import MLP, Norm, layer_norm
 from jaxlab.models.mesh import on_several_devices, split_tokens
-from jaxlab.models.moe import MixtureOfExperts
+from jaxlab.models.moe import ExpertStats, MixtureOfExperts
 from jaxlab.models.native_sparse import NativeSparseAttention
 from jaxlab.models.taps import NO_TAP, Tap
 
@@ -36,8 +36,8 @@ class BlockOutput(NamedTuple):
     x: Float[Array, "B T D"]
     attended: Attended
     """Of its attention: the cache, NSA's choice."""
-    balance_loss: Float[Array, ""] | None
-    """The load-balancing loss of its experts."""
+    experts: ExpertStats | None
+    """How tokens spread over its experts."""
 
 
 class Block(nnx.Module):
@@ -95,14 +95,14 @@ class Block(nnx.Module):
         if self.mlp_norm is not None:
             normed = self.mlp_norm(x)
         normed = tap("mlp_input", normed)
-        balance_loss = None
+        experts = None
         if self.moe is not None:
-            mlp_out, balance_loss = self.moe(normed)
+            mlp_out, experts = self.moe(normed)
         else:
             mlp_out = self._mlp_output(normed, tap)
         mlp_out = tap("mlp_output", self._added(mlp_out, self.mlp_post_norm, self.mlp_gain))
         x = tap("residual_post", x + (attention_out + mlp_out if self.parallel else mlp_out))
-        return BlockOutput(x, attended, balance_loss)
+        return BlockOutput(x, attended, experts)
 
     def _mlp_output(self, x: Float[Array, "B T D"], tap: Tap) -> Float[Array, "B T D"]:
         """The MLP of all tokens; where flows are streamed, of a long text stretch by stretch: what it holds

@@ -29,6 +29,10 @@ class AttentionContext(NamedTuple):
     apart: Bool[Array, "B T"] | None = None
     """Tokens that do not see each other, and the others do (what fills up the tiles of Mllama)."""
 
+    stretches: int = 1
+    """Of the tokens of a sequence that each device of a mesh has: with 2 the tokens lie in a zigzag
+    (`jaxlab.models.mesh.reorder`), their rotary positions too; all else here is in order."""
+
     def for_layer(self, rotary: bool) -> "AttentionContext":
         """What a layer with or without rotary positions knows."""
         return self if rotary else self._replace(rotary=None, local_rotary=None)

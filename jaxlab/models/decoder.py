@@ -1,5 +1,6 @@
 """The forward pass: one pure function for every language model and vision-language model."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, bind
 from jaxlab.models.kv_cache import Cache
 from jaxlab.models.layers import Embedding, layer_norm, softcap
-from jaxlab.models.mesh import split_tokens
+from jaxlab.models.mesh import reorder, split_tokens, split_words, stretches_of
 from jaxlab.models.output import Output
 from jaxlab.models.rotary import rope_tables
 from jaxlab.models.stack import NO_BETWEEN, Between, MadeLayers, apply_blocks
@@ -56,16 +57,18 @@ def forward(
 
     Raises:
       ValueError: images for a model without vision, tokens (where they are not traced) that the embedding
-        has no row for, a text longer than a table of learned positions, a probe, other patches than of
-        head_output or an attention_mask together with a cache, positions that are given
+        has no row for, a text longer than a table of learned positions, other patches than of head_output,
+        another probe than of factors or an attention_mask together with a cache, positions that are given
         together with a cache of NSA, which counts its blocks itself, patches of what is not there,
         logit_positions or logit_tokens together with patches of what comes after the last layer, or
         parameters that are not those of the config.
     """
     if "images" in batch and not config.has_vision:
         raise ValueError("the batch holds images, the model has no vision")
-    if cache is not None and (probe is not None or any(patch.name != "head_output" for patch in patches)):
-        raise ValueError("probes and patches other than of head_output cannot be used with a cache")
+    if cache is not None and any(patch.name != "head_output" for patch in patches):
+        raise ValueError("patches other than of head_output cannot be used with a cache")
+    if cache is not None and probe is not None and not probe.continues:
+        raise ValueError("with a cache a probe has factors, classes and slot_classes, and nothing else")
     if cache is not None and config.attention.kind == "nsa" and "positions" in batch:
         raise ValueError("NSA's cache counts positions itself; leave them out of the batch")
     if cache is not None and "attention_mask" in batch:
@@ -155,6 +158,11 @@ class Decoder(nnx.Module):
         x, context, additions = self.embed(batch, images, cache)
         tap = taps.around()
         x = tap("embedding", x)
+        plain = taps is NO_TAPS and cache is None and additions is None and between is NO_BETWEEN
+        if plain and (stretches := self._stretches(x.shape[1])) > 1:
+            turned = jax.tree.map(reorder, (context.rotary, context.local_rotary))
+            x = reorder(split_tokens(x))
+            context = context._replace(rotary=turned[0], local_rotary=turned[1], stretches=stretches)
         done = apply_blocks(
             self.stacks,
             x,
@@ -166,7 +174,12 @@ class Decoder(nnx.Module):
             between=between,
             made=made,
         )
-        x = split_tokens(done.x)
+        x, chosen_blocks = done.x, done.chosen_blocks
+        if context.stretches > 1:
+            x = reorder(x, back=True)
+            if chosen_blocks is not None:
+                chosen_blocks = _in_order(chosen_blocks)
+        x = split_tokens(x)
         if logit_positions is not None:
             x = jnp.take_along_axis(x, jnp.asarray(logit_positions)[:, :, None], axis=1)
         hidden = tap("final_hidden", self.final_norm(x))
@@ -184,12 +197,25 @@ class Decoder(nnx.Module):
             logits,
             hidden,
             cache=new_cache,
-            chosen_blocks=done.chosen_blocks,
+            chosen_blocks=chosen_blocks,
             weights_read=done.weights_read,
             selector_loss=done.selector_loss,
-            balance_loss=done.balance_loss,
+            **({} if done.experts is None else done.experts._asdict()),
             activations=(done.activations | tap.found) or None,
         )
+
+    def _stretches(self, length: int) -> int:
+        """How many stretches of a sequence each device has, on the mesh that is set."""
+        c, unit, least = self.config, 1, 1
+        if c.sparsity is not None:
+            return 1
+        if c.attention.kind == "nsa":
+            if c.nsa.selector != "compressed":  # others choose from keys in order, outside of parts
+                return 1
+            unit, least = c.nsa.stride, c.nsa.block_len - c.nsa.stride
+        if c.moe is not None and c.moe.capacity_factor is not None:
+            unit = math.lcm(unit, c.moe.capacity_group or length)
+        return stretches_of(length, unit=unit, least=least)
 
     @property
     def stacks(self) -> tuple[Block, ...]:
@@ -233,11 +259,19 @@ class Decoder(nnx.Module):
                 head, equation = jnp.take(self.head.table[...], index, axis=1), "btd,dbv->btv"
             bias = None if bias is None else bias[index][:, None]
         logits = jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if tokens is None:
+            logits = split_words(logits)
         if bias is not None:
             logits = logits + bias
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)
+
+
+def _in_order(chosen_blocks: Int[Array, "L B Hkv T n"]) -> Int[Array, "L B Hkv T n"]:
+    """Blocks that were chosen for tokens in a zigzag, in the order of the tokens."""
+    by_tokens = jnp.moveaxis(chosen_blocks, (0, 3), (2, 1))  # [B, T, L, Hkv, n]
+    return jnp.moveaxis(reorder(by_tokens, back=True), (2, 1), (0, 3))
 
 
 def attention_context(batch: Batch, config: ModelConfig, cache: Cache | None = None) -> AttentionContext:

@@ -13,8 +13,8 @@ from jaxlab.models.layers import softcap
 from jaxlab.models.mesh import Part, in_parts, split_heads
 from jaxlab.models.sparse_inference import sparse_attention
 from jaxlab.models.taps import NO_TAP, Tap
-from kernels_pallas.flow import Probe, flow_attention, read_weights
-from kernels_pallas.nsa import window_attention
+from kernels_pallas.flow import Probe, flow_attention, read_weights, slot_factors
+from kernels_pallas.nsa import window_attention, window_of_part
 
 
 class FullAttention(Attention):
@@ -64,6 +64,10 @@ class FullAttention(Attention):
             if cached or tap.probe is not None or segment_ids is not None or context.together is not None:
                 raise ValueError("sparsity reads one whole text a row: no cache, probe, segments or images")
             return sparse_attention(q, k, v, c.sparsity, scale=c.score_scale)
+        if tap.probe is not None and tap.probe.streams and context.cache_slots is not None:
+            mask = attention_mask(context, k.shape[1], window)
+            factors = slot_factors(tap.probe, context.cache_slots)
+            return self._softmax(q, k, v, mask, self._sinks, factors=factors)
         if tap.probe is not None and tap.probe.streams:
             return flow_attention(
                 q,
@@ -88,6 +92,11 @@ class FullAttention(Attention):
             tokens: tuple[Array, ...], rows: tuple[Any, ...], _: None, __: None, part: Part | None
         ) -> tuple[Array, None]:
             q, k, v, *sinks = tokens
+            if part is not None and window is not None and self._by_neighbours(window, part):
+                # Keys of the window come from the devices that have them, and from no other.
+                return window_of_part(
+                    q, k, v, window=window, part=part, segment_ids=rows[1], scale=self.config.score_scale
+                ), None
             if part is not None:
                 k, v = part.whole(k), part.whole(v)
             here = context._replace(**dict(zip(of_keys, rows, strict=True)))
@@ -98,7 +107,12 @@ class FullAttention(Attention):
         tokens: tuple[Array, ...] = (q, k, v)
         if self._sinks is not None:  # split as the heads are: a device has those of its own
             tokens += (jnp.broadcast_to(self._sinks[None, None], q.shape[:3]),)
-        return in_parts(core, tokens, tuple(getattr(context, name) for name in of_keys), None)[0]
+        of_rows = tuple(getattr(context, name) for name in of_keys)
+        return in_parts(core, tokens, of_rows, None, stretches=context.stretches)[0]
+
+    def _by_neighbours(self, window: int, part: Part) -> bool:
+        """Whether a window of a split sequence is read in tiles, and reaches over one neighbour at most."""
+        return self.config.attention.implementation == "chunked" and window - 1 <= part.stretch
 
     def _part_output(
         self,
@@ -140,11 +154,11 @@ class FullAttention(Attention):
             return jax.nn.dot_product_attention(q, k, v, **kwargs)
 
     def _softmax(
-        self, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, tap: Tap = NO_TAP
+        self, q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, tap: Tap = NO_TAP, **more: Any
     ) -> Array:
         c = self.config
         return softmax_attention(
-            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap
+            q, k, v, mask, scale=c.score_scale, cap=c.attention_softcap, sinks=sinks, tap=tap, **more
         )
 
     @property
@@ -162,8 +176,10 @@ def softmax_attention(
     cap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
     tap: Tap = NO_TAP,
+    factors: Float[Array, "B H T S"] | None = None,
 ) -> Float[Array, "B T H Dv"]:
-    """softmax(cap(scale q k)) v. Scores and softmax in float32, the output in the dtype of v.
+    """softmax(cap(scale q k)) v, the weights times `factors` where they are given. Scores and softmax in
+    float32, the output in the dtype of v.
 
     `sinks` stand beside the scores of every query of their head and have no value: what goes to them is lost.
     Dk and Dv may differ, unlike in jax.nn.dot_product_attention. A score has one row for each query and head
@@ -188,6 +204,8 @@ def softmax_attention(
         beside = sinks.astype(jnp.float32).reshape(1, k.shape[2], groups, 1)
         beside = jnp.broadcast_to(beside, (batch, k.shape[2], groups, length)).reshape(*scores.shape[:3], 1)
         weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
+    if factors is not None:
+        weights = weights * factors.reshape(weights.shape)
     weights = tap_heads("attention_pattern", weights.astype(v.dtype))
     out = jnp.einsum("bhrs,bshd->bhrd", weights, v)
     return out.reshape(batch, heads, length, v.shape[-1]).transpose(0, 2, 1, 3)

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxlab.models.batch import Params
+from jaxlab.models.low_rank import is_low_rank
 
 
 class Axes(tuple):
@@ -134,5 +135,5 @@ def _structure(kind: Callable[..., nnx.Module], *settings: Any) -> tuple[Any, fr
 
 
 def _names(params: Mapping[str, Any]) -> frozenset[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_low_rank)
     return frozenset(jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)

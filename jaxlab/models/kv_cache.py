@@ -44,6 +44,13 @@ class Cache(NamedTuple):
     cross: CrossCache | None = None
     """Of images that layers read; None: there are none."""
 
+    @property
+    def slots(self) -> int:
+        """Room for so many tokens, of keys and values."""
+        if isinstance(self.layers, PagedCache):
+            raise ValueError("NSA's cache has pages, not slots")
+        return int(self.layers[0].shape[2])
+
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     """An empty cache for `batch_size` sequences of at most `length` tokens, in the compute dtype.

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Initializer
+from jaxlab.models.low_rank import base_of, plus_update
+from jaxlab.models.mesh import take_words, vocabulary_is_split
 from jaxlab.models.taps import NO_TAP, Tap
 
 ACTIVATIONS = {
@@ -79,9 +81,12 @@ class Embedding(nnx.Module):
           axis: logical axis of the rows.
           std: standard deviation of initial values.
         """
+        self.axis = axis
         self.table = init.normal((rows, width), (axis, "embed"), std)
 
     def __call__(self, index: Int[Array, "*rows"], dtype: jax.typing.DTypeLike) -> Float[Array, "*rows D"]:
+        if self.axis == "vocab" and index.ndim == 2 and vocabulary_is_split(self.table.shape[0]):
+            return take_words(self.table.astype(dtype), index)
         return self.table.astype(dtype)[index]
 
 
@@ -118,5 +123,5 @@ def linear(
     x: Float[Array, "*rows D"], kernel: nnx.Param, bias: nnx.Param | None = None
 ) -> Float[Array, "*rows F"]:
     """x @ kernel + bias in the dtype of `x`; kernel [D, F], bias [F]."""
-    y = x @ kernel.astype(x.dtype)
+    y = plus_update(x @ base_of(kernel, x.dtype), x, kernel)
     return y if bias is None else y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + y.shape[-1:])

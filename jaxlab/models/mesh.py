@@ -8,41 +8,54 @@ Matrix products are split by XLA. Attention is not left to it: `in_parts` runs i
 """
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array
 
 from jaxlab.errors import ConfigError
 from kernels_pallas import sharding
-from kernels_pallas.sharding import Core, MeshAxes, Part, Tree, dividing, mesh_of_axes
+from kernels_pallas.sharding import Core, MeshAxes, Part, Tree, dividing, mesh_of_axes, splits
 
-BATCH: tuple[str, ...] = ("data", "fsdp")
+BATCH: tuple[str, ...] = ("data", "fsdp", "expert")
 """Mesh axes over which examples are spread."""
+EXPERTS = "expert"
+"""Mesh axis over which routed experts are split; all else on its devices is as on those of `data`."""
 HEADS = "model"
 """Mesh axis over which heads and hidden units are split."""
 CONTEXT = "context"
-"""Mesh axis over which the tokens of a sequence are split, one stretch each."""
+"""Mesh axis over which the tokens of a sequence are split."""
 
 __all__ = [
+    "AXES",
     "BATCH",
     "CONTEXT",
+    "EXPERTS",
     "HEADS",
     "Part",
     "check_length",
+    "check_parts",
+    "current_mesh",
     "in_parts",
     "on_several_devices",
+    "reorder",
     "split_heads",
     "split_tokens",
+    "split_words",
+    "stretches_of",
+    "take_words",
+    "vocabulary_is_split",
 ]
 AXES = MeshAxes(BATCH, HEADS, CONTEXT)
 
 
-def _mesh() -> AbstractMesh | None:
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that is set; None: it splits nothing here."""
     return mesh_of_axes(AXES)
 
 
 def on_several_devices() -> bool:
     """Whether the mesh that is set splits anything here."""
-    return _mesh() is not None
+    return current_mesh() is not None
 
 
 def split_tokens(x: Array) -> Array:
@@ -50,16 +63,49 @@ def split_tokens(x: Array) -> Array:
 
     Said to XLA where layers begin, as it would otherwise spread them as the weights are spread.
     """
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is None:
         return x
     spec = PartitionSpec(dividing(mesh, BATCH, x.shape[0]), dividing(mesh, (CONTEXT,), x.shape[1]))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def vocabulary_is_split(words: int) -> bool:
+    """Whether the mesh that is set splits a vocabulary of so many words over `model`."""
+    mesh = current_mesh()
+    return mesh is not None and mesh.shape.get(HEADS, 1) > 1 and words % mesh.shape[HEADS] == 0
+
+
+def split_words(logits: Array) -> Array:
+    """Logits [B, T, V] laid out as the mesh has tokens and the vocabulary."""
+    mesh = current_mesh()
+    if mesh is None or not vocabulary_is_split(logits.shape[2]):
+        return logits
+    batch, length = dividing(mesh, BATCH, logits.shape[0]), dividing(mesh, (CONTEXT,), logits.shape[1])
+    return jax.lax.with_sharding_constraint(logits, PartitionSpec(batch, length, HEADS))
+
+
+def take_words(table: Array, tokens: Array) -> Array:
+    """table[tokens], the table [V, D] split by words: each device gives the rows that it has, summed over
+    devices; tokens [B, T]."""
+    mesh = current_mesh()
+    assert mesh is not None
+    of_tokens = PartitionSpec(
+        dividing(mesh, BATCH, tokens.shape[0]), dividing(mesh, (CONTEXT,), tokens.shape[1])
+    )
+
+    def take(table: Array, tokens: Array) -> Array:
+        row = tokens - jax.lax.axis_index(HEADS) * table.shape[0]
+        here = (row >= 0) & (row < table.shape[0])
+        return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, row, 0)], 0), HEADS)
+
+    specs = (PartitionSpec(HEADS), of_tokens)
+    return jax.shard_map(take, in_specs=specs, out_specs=of_tokens, check_vma=False)(table, tokens)
+
+
 def split_heads(x: Array, *, batch: int, heads: int) -> Array:
     """An array laid out as the mesh has it along the axes that count examples and heads, such as a cache."""
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is None:
         return x
     spec: list[tuple[str, ...] | None] = [None] * x.ndim
@@ -83,13 +129,30 @@ def check_length(length: int, devices: int, *, unit: int = 1, least: int = 1) ->
         )
 
 
+def stretches_of(length: int, *, unit: int = 1, least: int = 1) -> int:
+    """How many stretches of `length` tokens each device of the mesh that is set has: two, in a zigzag that
+    gives all devices the same work in attention, where they are whole units and not too short; else one."""
+    mesh = current_mesh()
+    devices = 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
+    return 2 if devices > 1 and splits(length, devices, unit=unit, least=least, stretches=2) else 1
+
+
+def reorder(x: Array, *, back: bool = False) -> Array:
+    """Tokens [B, T, ...] from their order to that of the zigzag on the mesh that is set, or back."""
+    mesh = current_mesh()
+    assert mesh is not None
+    spec = PartitionSpec(dividing(mesh, BATCH, x.shape[0]), CONTEXT)
+    turn = lambda x: sharding.zigzag(x, CONTEXT, mesh.shape[CONTEXT], back=back)
+    return jax.shard_map(turn, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
 def check_parts(tokens: Tree, *, unit: int = 1, least: int = 1) -> None:
     """Whether arrays [B, T, heads, ...] can be split over the mesh that is set.
 
     Raises:
       ConfigError: heads or tokens cannot be split over their mesh axis.
     """
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is None:
         return
     heads = mesh.shape.get(HEADS, 1)
@@ -104,7 +167,15 @@ def check_parts(tokens: Tree, *, unit: int = 1, least: int = 1) -> None:
 
 
 def in_parts(
-    core: Core, tokens: Tree, rows: Tree, weights: Tree, blocks: Tree = None, *, unit: int = 1, least: int = 1
+    core: Core,
+    tokens: Tree,
+    rows: Tree,
+    weights: Tree,
+    blocks: Tree = None,
+    *,
+    unit: int = 1,
+    least: int = 1,
+    stretches: int = 1,
 ) -> tuple[Array, Array | None]:
     """`kernels_pallas.sharding.in_parts` on the axes of this project's meshes.
 
@@ -112,4 +183,6 @@ def in_parts(
       ConfigError: heads or tokens cannot be split over their mesh axis.
     """
     check_parts(tokens, unit=unit, least=least)
-    return sharding.in_parts(core, tokens, rows, weights, blocks, axes=AXES, unit=unit, least=least)
+    return sharding.in_parts(
+        core, tokens, rows, weights, blocks, axes=AXES, unit=unit, least=least, stretches=stretches
+    )

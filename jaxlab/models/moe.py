@@ -1,9 +1,12 @@
 """Mixture of experts: each token passes through its best k routed experts, and through the shared ones.
 
-No token is dropped: tokens are sorted by expert and multiplied by groups of rows (`jax.lax.ragged_dot`), so
-that the work is that of k experts a token, whatever the load. Sums are gathers, never scatters: the same bits
-each time.
+Without a capacity no token is dropped: tokens are sorted by expert and multiplied by groups of rows
+(`jax.lax.ragged_dot`), so that the work is that of k experts a token, whatever the load. With one, experts
+have as many places each, and their products are one batched product. Sums are gathers, never scatters: the
+same bits each time.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.config import ModelConfig, MoEConfig
+from jaxlab.models.expert_parallel import Devices, on_devices, through_experts
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import ACTIVATIONS, MLP
+
+
+class ExpertStats(NamedTuple):
+    """How the tokens of a batch spread over the routed experts of a layer."""
+
+    balance_loss: Float[Array, ""]
+    """The load-balancing loss: 1 where the load is even."""
+    expert_load: Float[Array, " E"]
+    """The share of all choices that each expert got, dropped ones among them."""
+    dropped_choices: Float[Array, ""]
+    """The share of all choices that no expert took."""
 
 
 class MixtureOfExperts(nnx.Module):
@@ -37,36 +52,65 @@ class MixtureOfExperts(nnx.Module):
         self.shared = MLP(c, m.shared_width, residual_scale, init) if m.shared_width else None
         self.shared_gate = init.normal((c.width,), ("embed",), std) if m.shared_gate else None
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """The experts' output, and the load-balancing loss of this layer (1 where the load is even)."""
-        m, flat = self.moe, x.reshape(-1, x.shape[-1])
-        weights, chosen, balance = route(
-            self.router[...], flat, m, _value(self.router_bias), _value(self.choice_bias)
-        )
-        # Rows by expert: row r of the sorted ones is token order[r] // k.
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        sizes = jnp.bincount(chosen.reshape(-1), length=m.num_experts).astype(jnp.int32)
-        rows = flat[order // m.experts_per_token]
-
-        def by_expert(y: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
-            z = jax.lax.ragged_dot(y, kernel.astype(y.dtype), sizes)
-            return z if bias is None else z + bias.astype(y.dtype)[chosen.reshape(-1)[order]]
-
-        gate, up = by_expert(rows, self.gate, self.gate_bias), by_expert(rows, self.up, self.up_bias)
-        hidden = self._gated(gate, up)
-        out = by_expert(hidden, self.down, self.down_bias)[jnp.argsort(order)].reshape(*chosen.shape, -1)
-        y = jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype))
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], ExpertStats]:
+        """The experts' output, and how the tokens spread over them."""
+        m = self.moe
+        router = {"router": self.router, "bias": self.router_bias, "choice_bias": self.choice_bias}
+        kernels = {"gate": self.gate, "up": self.up, "down": self.down}
+        biases = {"gate_bias": self.gate_bias, "up_bias": self.up_bias, "down_bias": self.down_bias}
+        # In the compute dtype before devices exchange them.
+        experts = {name: p.astype(x.dtype) for name, p in (kernels | biases).items() if p is not None}
+        of_router = {name: _value(p) for name, p in router.items()}
+        y, stats = on_devices(self._routed, x, of_router, experts)
         if m.scale != 1.0:
             y = y * jnp.asarray(m.scale, y.dtype)
         if self.shared is not None:
-            shared = self.shared(flat)
+            shared = self.shared(x)
             if self.shared_gate is not None:
-                gate = jnp.einsum("nd,d->n", flat, self.shared_gate.astype(flat.dtype))
-                shared = shared * jax.nn.sigmoid(gate)[:, None]
+                gate = jnp.einsum("btd,d->bt", x, self.shared_gate.astype(x.dtype))
+                shared = shared * jax.nn.sigmoid(gate)[:, :, None]
             y = y + shared
-        return y.reshape(x.shape), balance
+        return y, stats
 
-    def _gated(self, gate: Float[Array, "N F"], up: Float[Array, "N F"]) -> Float[Array, "N F"]:
+    def _routed(
+        self, x: Float[Array, "B T D"], router: Any, experts: dict[str, Array], devices: Devices
+    ) -> tuple[Float[Array, "B T D"], ExpertStats]:
+        """What the routed experts add to the tokens of one device."""
+        m, (batch, length, width) = self.moe, x.shape
+        flat = x.reshape(-1, width)
+        weights, chosen, scores = route(router["router"], flat, m, router["bias"], router["choice_bias"])
+        of_group, capacity = m.capacity_group or length, None
+        groups, num_groups = jnp.zeros((batch * length,), jnp.int32), 1
+        if m.capacity_factor is not None:
+            per_row = -(-length // of_group)
+            groups = jnp.arange(batch)[:, None] * per_row + jnp.arange(length)[None] // of_group
+            groups, num_groups, capacity = groups.reshape(-1), batch * per_row, m.capacity(of_group)
+
+        def products(rows: Array, sizes: Array | None) -> Array:
+            """Of all experts here for the tokens that they got."""
+            if sizes is None:
+                times = lambda y, kernel: jnp.einsum("esd,edf->esf", y, kernel)
+                each = lambda bias: bias[:, None]
+            else:
+                times = lambda y, kernel: jax.lax.ragged_dot(y, kernel, sizes)
+                expert = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=rows.shape[0])
+                each = lambda bias: bias[expert]
+
+            def by_expert(y: Array, name: str) -> Array:
+                bias = experts.get(f"{name}_bias")
+                z = times(y, experts[name])
+                if bias is None:
+                    return z
+                return z + (devices.once(each(bias)) if name == "down" else each(bias))
+
+            return by_expert(self._gated(by_expert(rows, "gate"), by_expert(rows, "up")), "down")
+
+        out, kept = through_experts(flat, chosen, groups, num_groups, products, m, devices, capacity)
+        y = devices.sum_over_hidden(jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)))
+        stats = expert_stats(chosen, scores, kept, m, devices)
+        return y.reshape(x.shape), stats
+
+    def _gated(self, gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
         """Neurons of the routed experts."""
         limit = self.moe.swiglu_limit
         if limit is None:
@@ -79,20 +123,39 @@ def _value(param: nnx.Param | None) -> Array | None:
     return None if param is None else param[...]
 
 
+def expert_stats(
+    chosen: Int[Array, "N k"],
+    scores: Float[Array, "N E"],
+    kept: Int[Array, ""],
+    moe: MoEConfig,
+    devices: Devices,
+) -> ExpertStats:
+    """Over the tokens of all devices.
+
+    The balance loss is E times the sum over experts of (share of choices) * (mean probability): Switch
+    Transformer, arXiv 2101.03961, eq. 4, with the k choices of a token counted alike.
+    """
+    counts = devices.sum_over_tokens(jnp.bincount(chosen.reshape(-1), length=moe.num_experts))
+    tokens = devices.sum_over_tokens(jnp.asarray(chosen.shape[0], jnp.int32))
+    choices = (tokens * moe.experts_per_token).astype(jnp.float32)
+    share = counts.astype(jnp.float32) / choices
+    total = jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=0)
+    mean = devices.sum_over_tokens(total) / tokens.astype(jnp.float32)
+    balance = moe.num_experts * jnp.sum(jax.lax.stop_gradient(share) * mean)
+    return ExpertStats(balance, share, 1 - devices.sum_over_tokens(kept).astype(jnp.float32) / choices)
+
+
 def route(
     router: Float[Array, "D E"],
     x: Float[Array, "N D"],
     moe: MoEConfig,
     bias: Float[Array, " E"] | None = None,
     choice_bias: Float[Array, " E"] | None = None,
-) -> tuple[Float[Array, "N k"], Int[Array, "N k"], Float[Array, ""]]:
-    """Weights and numbers of the chosen experts (on ties the lower ones), and the load-balancing loss.
+) -> tuple[Float[Array, "N k"], Int[Array, "N k"], Float[Array, "N E"]]:
+    """Weights and numbers of the chosen experts (on ties the lower ones), and the scores of all.
 
     `bias` is on the logits, `choice_bias` on the weights by which experts are chosen, not on those that they
     get.
-
-    The loss is E times the sum over experts of (share of choices) * (mean probability): Switch Transformer,
-    arXiv 2101.03961, eq. 4, with the k choices of a token counted alike.
     """
     if moe.router_dtype == "float32":
         x = x.astype(jnp.float32)
@@ -109,9 +172,7 @@ def route(
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if moe.normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    load = jnp.bincount(chosen.reshape(-1), length=moe.num_experts).astype(jnp.float32) / chosen.size
-    mean = jnp.mean(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=0)
-    return weights, chosen, moe.num_experts * jnp.sum(jax.lax.stop_gradient(load) * mean)
+    return weights, chosen, scores
 
 
 def _within_groups(rated: Float[Array, "N E"], moe: MoEConfig) -> Float[Array, "N E"]:

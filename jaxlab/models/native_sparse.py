@@ -142,6 +142,7 @@ class NativeSparseAttention(Attention):
                 branches=n.branches,
                 read_all=n.selector_stage == "warm_up",
                 axes=AXES,
+                stretches=context.stretches,
                 implementation=self._implementation,
                 **self._sizes,
             )

@@ -31,6 +31,10 @@ class Output:
     """Of NSA's auxiliary selector or indexer."""
     balance_loss: Float[Array, " layers"] | None = None
     """The load-balancing loss of each layer with experts."""
+    expert_load: Float[Array, "layers E"] | None = None
+    """The share of all choices that each routed expert of these layers got."""
+    dropped_choices: Float[Array, " layers"] | None = None
+    """The share of all choices that no expert took, as it was full."""
     activations: dict[str, Array] | None = None
     """Those that were asked for by name (interpretability.py)."""
 

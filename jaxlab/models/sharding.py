@@ -30,7 +30,10 @@ class MeshConfig:
     model: int = 1
     """Devices that see the same examples, each for its heads and hidden units; it divides their numbers."""
     context: int = 1
-    """Devices that split each sequence, a stretch each; queries stay, keys and values are gathered."""
+    """Devices that split each sequence; queries stay, keys and values are gathered."""
+    expert: int = 1
+    """Devices that see different examples and split the routed experts, to which tokens travel; it divides
+    their number."""
 
     def __post_init__(self) -> None:
         rest = False
@@ -111,14 +114,28 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
-    """Where each parameter of `config` lives.
+    """Where each parameter of `config` lives. A vocabulary that its mesh axis does not divide stays whole.
+
+    Raises:
+      UserError: a dimension is not divisible by the mesh axis that splits it.
+    """
+    return shardings_by_axes(abstract_params(config), logical_axes(config), mesh)
+
+
+def shardings_by_axes(shapes: Params, axes: Params, mesh: Mesh | AbstractMesh) -> Params:
+    """Where each leaf of a tree of shapes lives, by its logical axes.
 
     Raises:
       UserError: a dimension is not divisible by the mesh axis that splits it.
     """
 
     def place(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
-        spec = PartitionSpec(*(axis if axis in mesh.shape else None for axis in partition_spec(axes)))
+        spec = PartitionSpec(
+            *(
+                axis if axis in mesh.shape and not (name == "vocab" and size % mesh.shape[axis]) else None
+                for axis, name, size in zip(partition_spec(axes), axes, shape.shape, strict=True)
+            )
+        )
         for size, axis, name in zip(shape.shape, spec, axes, strict=True):
             parts = 1 if axis is None else mesh.shape[axis]
             if size % parts:
@@ -129,7 +146,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, abstract_params(config), logical_axes(config))
+    return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
 def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
@@ -160,9 +177,42 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 
-def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
-    """`batch` on the devices of `mesh`."""
-    return cast(Batch, jax.device_put(batch, batch_shardings(batch, mesh)))
+def place_batch(batch: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -> Batch:
+    """A batch on the devices of `mesh`.
+
+    Args:
+      rows: of the whole batch, where `batch` holds those of `rows_here` alone; None: it is whole.
+    """
+    if not mesh.is_multi_process:
+        return cast(Batch, jax.device_put(batch, batch_shardings(batch, mesh)))
+    first = 0 if rows is None else rows_here(rows, mesh).start
+    rows = len(batch["tokens"]) if rows is None else rows
+    whole = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    where = batch_shardings(whole, mesh)
+
+    def of_device(x: Any) -> Callable[[tuple[slice, ...]], Any]:
+        def part(index: tuple[slice, ...]) -> Any:
+            start, stop, _ = index[0].indices(rows)
+            return x[(slice(start - first, stop - first), *index[1:])]
+
+        return part
+
+    placed = {
+        name: jax.make_array_from_callback(whole[name].shape, where[name], of_device(x), dtype=x.dtype)
+        for name, x in batch.items()
+    }
+    return cast(Batch, placed)
+
+
+def rows_here(rows: int, mesh: Mesh) -> slice:
+    """The rows of a batch of so many that devices of this process hold: one stretch."""
+    if not mesh.is_multi_process:
+        return slice(0, rows)
+    shape = (rows, 1)
+    where = batch_shardings({"tokens": jax.ShapeDtypeStruct(shape, "int32")}, mesh)["tokens"]
+    where = NamedSharding(mesh, PartitionSpec(*where.spec[:1]))  # of one column, whatever splits tokens
+    spans = [index[0].indices(rows)[:2] for index in where.addressable_devices_indices_map(shape).values()]
+    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

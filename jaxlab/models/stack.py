@@ -14,6 +14,7 @@ from jaxlab.models.block import Block
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.kv_cache import Cache, LayerCache, join_cache, split_cache
+from jaxlab.models.moe import ExpertStats
 from jaxlab.models.taps import NO_TAPS, Taps
 from kernels_pallas.flow import FLOW_RESIDUALS
 from kernels_pallas.nsa import NSA_RESIDUALS
@@ -27,8 +28,8 @@ class Stacked(NamedTuple):
     chosen_blocks: Int[Array, "L B Hkv T n"] | None
     weights_read: Float[Array, "L B H P"] | None
     selector_loss: Float[Array, " L"] | None
-    balance_loss: Float[Array, " L_moe"] | None
-    """Of each layer with experts."""
+    experts: ExpertStats | None
+    """Of each layer with experts, stacked."""
     activations: dict[str, Array]
     """Those that the taps read."""
 
@@ -135,8 +136,8 @@ def apply_blocks(
             results.append(ys)
         start += count
     x = between.done(start, x)
-    caches, chosen, read, selector_loss, balance_loss = (_joined([ys[i] for ys in results]) for i in range(5))
-    return Stacked(x, join_cache(pool, caches), chosen, read, selector_loss, balance_loss, found)
+    caches, chosen, read, selector_loss, experts = (_joined([ys[i] for ys in results]) for i in range(5))
+    return Stacked(x, join_cache(pool, caches), chosen, read, selector_loss, experts, found)
 
 
 def take_blocks(blocks: Block, layers: slice) -> Block:
@@ -196,7 +197,7 @@ class _Scan(NamedTuple):
         pool, cache = split_cache(done.attended.cache)
         attended = done.attended
         of_attention = (attended.chosen_blocks, attended.weights_read, attended.selector_loss)
-        results = (cache, *of_attention, done.balance_loss)
+        results = (cache, *of_attention, done.experts)
         return (done.x, pool, self.taps.store(found, per_layer, tap)), results
 
 

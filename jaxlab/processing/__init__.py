@@ -9,7 +9,15 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.processing.anyres import LLAVA_NEXT, LLAVA_ONEVISION
     from jaxlab.processing.base import ImageKind, ImagePart, One, ProcessorKind, TextPart, Token
-    from jaxlab.processing.chat import Message, as_texts, check_messages, render_chat, render_chats
+    from jaxlab.processing.chat import (
+        Message,
+        Turns,
+        as_texts,
+        check_messages,
+        render_chat,
+        render_chats,
+        render_turns,
+    )
     from jaxlab.processing.gemma3 import GEMMA3
     from jaxlab.processing.idefics2 import IDEFICS2
     from jaxlab.processing.idefics3 import IDEFICS3, SMOLVLM

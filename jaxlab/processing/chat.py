@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlab.errors import UserError
 
@@ -93,6 +93,68 @@ def render_chats(
         "mark": image_mark,
         "variables": {**(special_tokens or {}), **given},
     }
+    found = _ask_worker(request, place)
+    if "error" in found:
+        name = f"{where[found['at']]}: " if len(where) > 1 else ""
+        raise UserError(f"{name}{place}: {str(found['error'])[:400]}")
+    return [str(text) for text in found["texts"]]
+
+
+class Turns(NamedTuple):
+    """A conversation as text, and what in it the assistant says."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    """The letters [first, end) of each of its turns, with what ends the turn."""
+    problem: str = ""
+    """Why there is no text; nothing where there is one."""
+
+
+def render_turns(
+    conversations: Sequence[Sequence[Message]],
+    template: str,
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    last_only: bool = False,
+    place: str = "chat template",
+) -> list[Turns]:
+    """Conversations as text, with what the assistant says in them; see `render_chat`.
+
+    A template says it by `{% generation %}` blocks. Without them a turn begins where the text of the messages
+    before it ends (with what begins an answer), and ends where the text up to and with it ends; a template
+    that writes earlier turns in another way than the last one is followed where that can be told.
+
+    Args:
+      last_only: of each conversation the last turn of the assistant alone.
+
+    Raises:
+      UserError: the template is damaged, or takes too much time or memory. What is wrong with one
+        conversation alone is told in its `Turns`.
+    """
+    request = {
+        "turns": True,
+        "template": template,
+        "conversations": [list(messages) for messages in conversations],
+        "variables": {"tools": None, "documents": None, **(special_tokens or {})},
+        "last_only": last_only,
+    }
+    found = _ask_worker(request, place)
+    if "error" in found:
+        raise UserError(f"{place}: {str(found['error'])[:400]}")
+    return [
+        Turns("", (), f"{place}: {one['problem'][:400]}")
+        if "problem" in one
+        else Turns(one["text"], tuple((begin, end) for begin, end in one["turns"]))
+        for one in found["texts"]
+    ]
+
+
+def _ask_worker(request: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What the process that renders templates answers.
+
+    Raises:
+      UserError: it takes too much time or memory, or cannot be started.
+    """
     # What JSON cannot hold, like an image, a template only asks to be there.
     text = json.dumps(request, default=lambda value: f"<{type(value).__name__}>")
     try:
@@ -112,11 +174,8 @@ def render_chats(
         raise UserError(f"{place}: does not end: it takes too much time or memory")
     if done.returncode:
         raise RuntimeError(f"the process that renders chat templates failed: {done.stderr}")
-    found = json.loads(done.stdout)
-    if "error" in found:
-        name = f"{where[found['at']]}: " if len(where) > 1 else ""
-        raise UserError(f"{name}{place}: {str(found['error'])[:400]}")
-    return [str(text) for text in found["texts"]]
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def as_texts(messages: Sequence[Message], mark: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ hanging. Only this module knows Jinja, with the settings that transformers gives
 """
 
 import json
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -34,7 +35,8 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
 
     def _as_it_is(self, caller: Callable[[], str]) -> str:
-        return caller()
+        begin, end = getattr(self.environment, "said_marks", ("", ""))
+        return f"{begin}{caller()}{end}"
 
 
 def environment() -> ImmutableSandboxedEnvironment:
@@ -79,24 +81,155 @@ def render(
       Exception: whatever the template raises.
     """
     compiled = environment().from_string(template)
-    known: dict[str, bool] = {}
-
-    def takes(kind: str) -> bool:
-        if kind not in known:
-            content: Any = _PROBE if kind == "text" else [{"type": "text", "text": _PROBE}]
-            try:
-                text = compiled.render(
-                    messages=[{"role": "user", "content": content}],
-                    **{"tools": None, "documents": None, "add_generation_prompt": False, **variables},
-                )
-            except Exception:  # it refuses such a conversation for its own reasons
-                text = ""
-            known[kind] = _PROBE in text and "'type'" not in text and '"type"' not in text
-        return known[kind]
-
+    takes = _Takes(compiled, variables)
     for own in conversations:
         messages = [_fit(message, mark, takes) for message in own["messages"]]
         yield compiled.render(**{**variables, **own, "messages": messages})
+
+
+class _Takes:
+    """Whether a template takes contents that are a text, or parts."""
+
+    def __init__(self, compiled: jinja2.Template, variables: dict[str, Any]) -> None:
+        self._compiled, self._variables = compiled, variables
+        self._known: dict[str, bool] = {}
+
+    def __call__(self, kind: str) -> bool:
+        if kind not in self._known:
+            content: Any = _PROBE if kind == "text" else [{"type": "text", "text": _PROBE}]
+            given = {"tools": None, "documents": None, "add_generation_prompt": False, **self._variables}
+            try:
+                text = self._compiled.render(messages=[{"role": "user", "content": content}], **given)
+            except Exception:  # it refuses such a conversation for its own reasons
+                text = ""
+            self._known[kind] = _PROBE in text and "'type'" not in text and '"type"' not in text
+        return self._known[kind]
+
+
+def render_turns(
+    template: str,
+    conversations: list[list[dict[str, Any]]],
+    variables: dict[str, Any],
+    last_only: bool,
+) -> Iterator[dict[str, Any]]:
+    """Conversations as texts, with where in each the assistant's turns stand.
+
+    A turn begins after what the template puts there for the assistant to go on from, and ends with all that
+    it puts after the content. Where the template marks what the model said (`{% generation %}`), it is that.
+
+    Yields:
+      {"text": ..., "turns": [[begin, end], ...]}, or {"problem": why there is none}.
+    """
+    shape = environment()
+    plain = shape.from_string(template)
+    marked = environment()
+    begin, end = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(2))
+    setattr(marked, "said_marks", (begin, end))  # noqa: B010 (an attribute of ours)
+    takes = _Takes(plain, variables)
+    says = any(name.value == "generation" for name in shape.lexer.tokenize(template) if name.type == "name")
+    for messages in conversations:
+        fitted = [_fit(message, None, takes) for message in messages]
+        try:
+            text = plain.render(**{**variables, "messages": fitted, "add_generation_prompt": False})
+            if len(text) > CHARACTERS:
+                raise jinja2.TemplateError(f"it makes a text of {len(text):,} characters")
+            if says:
+                found = marked.from_string(template).render(
+                    **{**variables, "messages": fitted, "add_generation_prompt": False}
+                )
+                turns = _marked_turns(found, begin, end)
+                if found.replace(begin, "").replace(end, "") != text:
+                    raise jinja2.TemplateError("what it marks as generation changes the text")
+            else:
+                turns = _turns_by_prefix(plain, fitted, text, variables, last_only)
+        except (MemoryError, RecursionError):
+            raise
+        except Exception as error:
+            yield {"problem": str(getattr(error, "message", None) or error) or type(error).__name__}
+        else:
+            yield {"text": text, "turns": turns[-1:] if last_only else turns}
+
+
+def _marked_turns(text: str, begin: str, end: str) -> list[list[int]]:
+    before, *pieces = text.split(begin)
+    turns = []
+    at = len(before)  # in the text without marks
+    for piece in pieces:
+        said, found, rest = piece.partition(end)
+        if not found:
+            raise jinja2.TemplateError("generation inside generation")
+        turns.append([at, at + len(said)])
+        at += len(said) + len(rest)
+    return turns
+
+
+def _turns_by_prefix(
+    compiled: jinja2.Template,
+    messages: list[dict[str, Any]],
+    text: str,
+    variables: dict[str, Any],
+    last_only: bool,
+) -> list[list[int]]:
+    """Turns by what the template makes of the conversation up to each one, which its text must begin with."""
+
+    def of(count: int, prompt: bool) -> str:
+        return compiled.render(**{**variables, "messages": messages[:count], "add_generation_prompt": prompt})
+
+    said = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    if said and said[0] == 0:
+        raise jinja2.TemplateError("the conversation begins with the assistant")
+    turns: list[list[int]] = []
+    closing = None
+    for number in said[-1:] if last_only else reversed(said):
+        begin = _beginning(of, number, messages[number], text)
+        whole = text if number == len(messages) - 1 else of(number + 1, False)
+        content = str(messages[number].get("content") or "").strip()
+        if text.startswith(whole) and len(whole) >= begin:
+            turns.append([begin, len(whole)])
+        elif closing is not None and (size := _shared(content, closing, text[begin:])):
+            # What it leaves out of earlier turns, such as thoughts, is not in this one.
+            turns.append([begin, begin + size])
+        else:
+            raise jinja2.TemplateError(_UNTOLD)
+        if closing is None:
+            last = whole[begin:]
+            at = last.rfind(content) if content else -1
+            closing = last[at + len(content) :] if at >= 0 else None
+    return turns[::-1]
+
+
+def _beginning(of: Callable[[int, bool], str], number: int, message: dict[str, Any], text: str) -> int:
+    """Where the turn of a message begins."""
+    asked = of(number, True)
+    if text.startswith(asked):
+        return len(asked)
+    # An answer may be begun in another way than it is written down, as by an opening of thoughts.
+    before = of(number, False)
+    content = str(message.get("content") or "").strip()
+    at = text.find(content, len(before)) if content and text.startswith(before) else -1
+    head = text[len(before) : at]
+    if at >= 0 and (not head.strip() or asked.startswith(before + head)):
+        return at
+    raise jinja2.TemplateError(_UNTOLD)
+
+
+def _shared(content: str, closing: str, text: str) -> int:
+    """The length of an earlier turn that `text` begins with: its content, and as much of what closes the last
+    turn as stands here too; 0 if it cannot be told."""
+    if not text.startswith(content):
+        return 0
+    here = text[len(content) :]
+    if here.startswith(closing):
+        return len(content + closing)
+    same = next((i for i, (a, b) in enumerate(zip(here, closing, strict=False)) if a != b), 0)
+    cut = here[:same].rfind("\n") + 1  # what follows may begin with the same letter
+    return len(content) + cut if here[:cut].strip() else 0
+
+
+_UNTOLD = (
+    "where the assistant's turns begin and end cannot be told, as the template writes a conversation "
+    "otherwise once it goes on; mark them by {% generation %}, or learn the last turn only"
+)
 
 
 def _fit(message: dict[str, Any], mark: str | None, takes: Callable[[str], bool]) -> dict[str, Any]:
@@ -123,9 +256,15 @@ def _text_of(part: Any, mark: str | None) -> str:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What is written for a request: the texts, or what went wrong at which conversation."""
-    texts: list[str] = []
+    """What is written for a request: the texts, or what went wrong at which conversation.
+
+    With `turns` in it, the texts are those of `render_turns`.
+    """
+    texts: list[Any] = []
     try:
+        if request.pop("turns", False):
+            texts.extend(render_turns(**request))
+            return {"texts": texts}
         for text in render(**request):
             if len(text) > CHARACTERS:
                 raise jinja2.TemplateError(f"it makes a text of {len(text):,} characters")

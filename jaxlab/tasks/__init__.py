@@ -18,6 +18,7 @@ TASKS = Registry(
             "the main job: all three systems on real input, and a report",
             "arguments",
         ),
+        Task("prepare", "jaxlab.tasks.prepare", "tokenise the data of a train config, once"),
         Task("train", "jaxlab.tasks.train", "train, fine-tune or retrofit a language model or a VLM"),
         Task(
             "evaluate",
@@ -30,6 +31,12 @@ TASKS = Registry(
             "convert",
             "jaxlab.tasks.convert",
             "write a model in another form: Hugging Face's, ours",
+            "arguments",
+        ),
+        Task(
+            "build-vlm",
+            "jaxlab.tasks.build_vlm",
+            "a VLM to train, from a language model and a vision tower",
             "arguments",
         ),
         Task(
@@ -68,6 +75,7 @@ def execute(
     outputs: str | os.PathLike[str] = "outputs",
     overwrite: bool = False,
     name: str | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> RunResult:
     """Runs a config task, or returns the results of the same run if it is done: the road that the command
     line takes.
@@ -79,6 +87,7 @@ def execute(
       outputs: the folder that run folders go to.
       overwrite: whether to do a finished run anew.
       name: the config's part of the folder name; the file's name without suffix if not given.
+      callbacks: for `train`, `jaxlab.training.Callback`s beside its own.
 
     Raises:
       UserError: the user's mistakes.
@@ -87,13 +96,23 @@ def execute(
     task = TASKS.find(task_name)
     if task.takes != "config":
         raise UserError(f"{task_name} takes no config")
+    if callbacks and task_name != "train":
+        raise UserError(f"{task_name} takes no callbacks")
     schema = task.schema()
     if isinstance(config, schema):
         resolved = configs.replace(config, overrides)
-        return run_config(task, resolved, name or task_name, outputs=outputs, overwrite=overwrite)
+        return run_config(
+            task, resolved, name or task_name, outputs=outputs, overwrite=overwrite, callbacks=callbacks
+        )
     words = from_mapping(schema, overrides) if isinstance(overrides, Mapping) else overrides
     resolved = configs.load(schema, config, words)
     command = command_line(task_name, os.fspath(config), *words)
     return run_config(
-        task, resolved, name or Path(config).stem, command, outputs=outputs, overwrite=overwrite
+        task,
+        resolved,
+        name or Path(config).stem,
+        command,
+        outputs=outputs,
+        overwrite=overwrite,
+        callbacks=callbacks,
     )

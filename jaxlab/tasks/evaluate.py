@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ from jaxlab.models import (
 class Config:
     """Measure a model on held-out data."""
 
+    HOW_IT_RUNS: ClassVar = ("mesh",)
+
     model: str = ""
     """A model folder, a run folder, or the config of a finished train run."""
     data: DataConfig | QuestionsConfig = TextConfig()
@@ -97,7 +99,7 @@ def check(config: Config) -> dict[str, Any]:
     """What `--check` reports: whether model and data fit, and the memory of a batch; no parameter is read."""
     if isinstance(config.data, QuestionsConfig):
         return _check_questions(config, config.data)
-    opened, model, _, batch = _prepare(config)
+    opened, model, _, batch = _prepare(config, for_shapes=True)
     mesh = model_mesh(config.mesh)
     params = opened.placed(mesh)
     check_same_tree(params, abstract_params(model), opened.path)
@@ -199,11 +201,13 @@ def by_position(
     return ranges
 
 
-def _prepare(config: Config) -> tuple[OpenModel, ModelConfig, Source, dict[str, jax.ShapeDtypeStruct]]:
+def _prepare(
+    config: Config, *, for_shapes: bool = False
+) -> tuple[OpenModel, ModelConfig, Source, dict[str, jax.ShapeDtypeStruct]]:
     """The model, its config, the data and the shapes of a batch; UserError if they do not fit together."""
     assert not isinstance(config.data, QuestionsConfig)
     opened = open_model(model_folder(config.model))
-    model, source = opened.config, make_source(config.data, model_folder)
+    model, source = opened.config, make_source(config.data, model_folder, for_shapes=for_shapes)
     model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = batch_shapes(source, config.batch_size, config.split)
     if config.sparsity is not None and "segment_ids" in batch:

@@ -68,6 +68,8 @@ MOST_PROMPTS = 1 << 20
 class Config:
     """Analyse how a model answers few-shot prompts."""
 
+    HOW_IT_RUNS: ClassVar = ("mesh",)
+
     model: str = ""
     """A model folder or file, a hub id, a run folder, or the config of a finished train run."""
     after: str = ""

@@ -2,20 +2,14 @@
 bottom."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
-import optax
-from jax.sharding import Mesh
-from tqdm import tqdm
 
-from jaxlab.app import Run, model_folder, read_metrics, save_first, train_inputs
-from jaxlab.checkpoints import open_model, save_model
-from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, peak_flops, train_flops_per_token
+from jaxlab.app import Run, model_folder, save_first, train_inputs
+from jaxlab.checkpoints import open_model
 from jaxlab.data import (
-    Source,
     batch_shapes,
     check_all_tokens,
     check_fits,
@@ -28,9 +22,7 @@ from jaxlab.models import (
     Batch,
     ModelConfig,
     Params,
-    batch_shardings,
     check_batch,
-    count_params,
     make_mesh,
     on_mesh,
     place_batch,
@@ -38,20 +30,29 @@ from jaxlab.models import (
 from jaxlab.retrofit import describe_retrofit, mean_loss, measure_retrofit
 from jaxlab.training import (
     MOST,
+    Callback,
     Checkpoints,
+    EvaluateHeldOut,
+    GuardSpikes,
     Initial,
-    Rollbacks,
+    LogMetrics,
+    Loop,
+    SaveCheckpoints,
+    SaveModel,
+    Setup,
+    ShowProgress,
     State,
-    Stopwatch,
     TrainConfig,
     abstract_state,
+    estimate_run,
+    estimate_table,
     find_initial,
+    fit,
     init_state,
+    make_host_devices,
     make_optimizer,
-    make_schedule,
     read_initial,
     skip_spikes,
-    skipped,
     state_shardings,
     train_step,
 )
@@ -79,139 +80,61 @@ def inputs(config: Config) -> dict[str, str]:
 
 
 def check(config: Config) -> dict[str, Any]:
-    """What `--check` reports: every check that a run makes first, and the memory of a step on each device.
+    """What `--check` reports: every check that a run makes first, and what a step takes and exchanges on each
+    device of the mesh, which need not be here.
 
     The step is compiled for shapes alone: no parameter is read or made.
     """
+    make_host_devices(config.mesh)
+    setup, model = prepare(config, for_shapes=True), config.model
+    state = jax.tree.map(_place, abstract_state(model, setup.optimizer), setup.shardings)
+    found = estimate_run(config.estimate, setup.update, state, setup.batch, setup.mesh, model, config.steps)
+    return {**({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}), **found}
+
+
+check_table = estimate_table
+"""What `--check` shows to people."""
+
+
+def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     setup = prepare(config)
-    state = jax.tree.map(_place, abstract_state(config.model, setup.optimizer), setup.shardings)
-    batch = jax.tree.map(_place, setup.batch, batch_shardings(setup.batch, setup.mesh))
-    return {
-        **({"retrofit_of": str(setup.initial.folder)} if setup.initial.dense else {}),
-        "parameters": count_params(state.params),
-        "tokens_per_step": int(setup.batch["tokens"].size),
-        "devices": dict(setup.mesh.shape),
-        "bytes_per_device": {
-            "parameters": bytes_per_device(state.params),
-            "optimizer": bytes_per_device(state.optimizer),
-            **compiled_memory(setup.update, state, batch),
-        },
-    }
+    checkpoints = Checkpoints(run.path / "checkpoints", config.keep)
+    restore = lambda: _newest_state(setup, config, checkpoints, run)
+    with save_first() as stop:
+        loop = Loop(config, setup, run, checkpoints, restore, stop)
+        if loop.done:
+            print(f"resuming at step {loop.done} of {config.steps}")
+        results = fit(loop, make_callbacks(config, callbacks))
+    if setup.initial.dense is not None:
+        results["retrofit"] = _retrofit(setup, loop.state.params, run)
+    return results
 
 
-def run(config: Config, run: Run) -> dict[str, Any]:
-    setup = prepare(config)
-    model = config.model
-    schedule = make_schedule(config.optimizer, config.steps)
-    rollbacks = Rollbacks(run.path / "rollbacks.json")
-    checkpoints = Checkpoints(run.path / "checkpoints")
-    start, state = _newest_state(setup, config, checkpoints, run)
-    if start:
-        print(f"resuming at step {start} of {config.steps}")
-
-    batch_size, length = setup.batch["tokens"].shape
-    tokens = batch_size * length
-    flops = train_flops_per_token(model, length) * tokens
-    peak, peak_source = peak_flops(list(setup.mesh.devices.flat))
-    watch = Stopwatch()
-    held_out: dict[str, dict[str, float]] = {}
-    done = start
-    with (
-        tqdm(total=config.steps, initial=start, desc=f"train {run.name}", unit="step") as bar,
-        save_first() as stop,
-    ):
-        while done < config.steps:
-            number = rollbacks.batch_of(done)
-            batch = place_batch(setup.source.batch(config.seed, number, config.batch_size), setup.mesh)
-            state, metrics = setup.update(state, batch)
-            done += 1
-            bar.update(done - bar.n)
-            watch.step()
-            if not stop.armed:  # the first step compiles: no signal waits for it, no speed has it in
-                jax.block_until_ready(state)
-                watch.restart()
-                stop.armed = True
-            last = done == config.steps
-            logs = last or done % config.log_every == 0
-            stops = stop.asked is not None  # once: a signal that comes later finds the next step
-            saves = last or done % config.checkpoint_every == 0 or stops
-            if logs or saves:
-                values = {name: float(value) for name, value in metrics.items()}
-                if _must_go_back(config, state, values["loss"], done, rollbacks, checkpoints):
-                    seen_at = done
-                    done, state = _newest_state(setup, config, checkpoints, run)
-                    rollbacks.add(done, seen_at)
-                    run.log(step=done, rollback_from=seen_at)
-                    bar.write(f"a spike before step {seen_at}: back to step {done}, on with other batches")
-                    watch.restart()
-                    continue
-            if logs:
-                values["learning_rate"] = float(schedule(done - 1))
-                if config.spikes.action == "skip":
-                    values["skipped_updates"] = skipped(state.optimizer)[0]
-                seconds = watch.read()
-                if seconds is not None:
-                    values |= {"tokens_per_second": tokens / seconds, "mfu": flops / seconds / peak}
-                run.log(step=done, **values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-            if last or done % config.eval_every == 0:
-                held_out["validation"] = _evaluate(setup, state.params, config, "validation")
-                run.log(step=done, **held_out["validation"])
-                watch.restart()
-            if saves:
-                checkpoints.save(done, state)
-                watch.restart()
-            if stops:
-                stop.end(f"step {done} of {config.steps} is saved")
-
-    for split in ("validation", "test"):
-        if split not in held_out:
-            held_out[split] = _evaluate(setup, state.params, config, split)
-    save_model(run.path / "model", model, state.params, setup.source.tokenizer(), overwrite=True)
-    rates = [r["tokens_per_second"] for r in read_metrics(run.path) if r.get("tokens_per_second")]
-    rate = float(np.median(rates)) if rates else None
-    return {
-        "model": "model",
-        "parameters": count_params(state.params),
-        "steps": config.steps,
-        "tokens_per_step": tokens,
-        "loss": _last_loss(run),
-        **held_out,
-        **({} if setup.initial.dense is None else {"retrofit": _retrofit(setup, state.params, run)}),
-        **({} if config.spikes.action == "stop" else {"skipped_updates": skipped(state.optimizer)[0]}),
-        **({"rollbacks": len(rollbacks.made)} if config.spikes.action == "rollback" else {}),
-        "seconds_per_step": None if rate is None else tokens / rate,
-        "tokens_per_second": rate,
-        "mfu": None if rate is None else flops * rate / tokens / peak,
-        "mfu_of": peak_source,
-        "attended_tokens": attended_tokens(model, length),
-    }
+def make_callbacks(config: Config, more: Sequence[Callback] = ()) -> list[Callback]:
+    """What happens around the steps of a run, in this order; `more` sees what was measured, and what it does
+    to the state is saved."""
+    following = [
+        LogMetrics(config.log_every),
+        ShowProgress(config.log_every),
+        EvaluateHeldOut(config.eval_every, config.eval_batches),
+        *more,
+        SaveCheckpoints(config.checkpoint_every, in_background=config.checkpoint_in_background),
+        SaveModel(),
+    ]
+    return [GuardSpikes(config.spikes, following), *following]
 
 
-class Setup(NamedTuple):
-    """What is known before there are parameters."""
-
-    mesh: Mesh
-    source: Source
-    batch: dict[str, jax.ShapeDtypeStruct]
-    """Its shapes."""
-    initial: Initial
-    optimizer: optax.GradientTransformation
-    shardings: State
-    update: Callable[[State, Batch], tuple[State, dict[str, Any]]]
-    """One training step, jitted; it takes over its state's memory."""
-    evaluate: Callable[[Params, Batch], dict[str, Any]]
-    """Sums over a held-out batch, jitted."""
-
-
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, *, for_shapes: bool = False) -> Setup:
     """Every check that needs no parameters, and the two jitted functions.
+
+    Args:
+      for_shapes: make none of the data, if it is not there yet.
 
     Raises:
       UserError: mesh, data, model and initial model do not fit together.
     """
     mesh = make_mesh(config.mesh)
-    source = make_source(config.data, model_folder)
+    source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)
     for seen in (
@@ -236,7 +159,12 @@ def prepare(config: Config) -> Setup:
     _check_size(abstract_state(config.model, optimizer), batch, config.model)
     shardings = state_shardings(config.model, optimizer, mesh)
     step = functools.partial(
-        train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation
+        train_step,
+        config=config.model,
+        optimizer=optimizer,
+        accumulation=config.accumulation,
+        loss=config.loss,
+        sources=len(source.source_names) if "source_ids" in batch else 0,
     )
     update = jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
     evaluate = jax.jit(on_mesh(functools.partial(evaluate_step, config=config.model), mesh))
@@ -295,37 +223,6 @@ def _first_state(setup: Setup, config: Config, run: Run) -> State:
     return state
 
 
-def _must_go_back(
-    config: Config, state: State, loss: float, done: int, rollbacks: Rollbacks, checkpoints: Checkpoints
-) -> bool:
-    """Whether the run goes back to a checkpoint because of a spike.
-
-    Raises:
-      UserError: the loss is not finite and nothing was asked to be done then, or it does not help.
-    """
-    spikes = config.spikes
-    remedy = f"lower optimizer.learning_rate; {checkpoints.describe_newest()}"
-    if spikes.action == "stop":
-        if not np.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {done}; set spikes.action to skip or rollback, or {remedy}"
-            )
-        return False
-    total, in_a_row = skipped(state.optimizer)
-    if in_a_row >= spikes.most:
-        raise UserError(f"the last {in_a_row} updates up to step {done} were spikes and left out; {remedy}")
-    if spikes.action == "skip" or not total:
-        return False
-    if len(rollbacks.made) >= spikes.most:
-        raise UserError(f"a spike before step {done}, after {spikes.most} rollbacks; {remedy}")
-    return True
-
-
-def _last_loss(run: Run) -> float | None:
-    """The training loss that was logged last."""
-    return next((r["loss"] for r in reversed(read_metrics(run.path)) if "loss" in r), None)
-
-
 def _held_out(setup: Setup) -> Batch:
     """The first validation batch, on the devices."""
     batch = first_held_out(setup.source, setup.batch["tokens"].shape[0], "validation")
@@ -334,18 +231,6 @@ def _held_out(setup: Setup) -> Batch:
 
 def _retrofit(setup: Setup, params: Params, run: Run) -> dict[str, Any]:
     """What was measured before the first step, and the loss of the trained model on the same batch."""
-    before = read_metrics(run.path)[0]["retrofit"]
+    before = run.records()[0]["retrofit"]
     trained = mean_loss(setup.evaluate(params, _held_out(setup)))
     return {**before, "loss": {**before["loss"], "trained": trained}}
-
-
-def _evaluate(setup: Setup, params: Params, config: Config, split: str) -> dict[str, float]:
-    """Loss and exact match over at most `eval_batches` batches of a held-out split."""
-    sums: dict[str, float] = {}
-    for batch in setup.source.held_out_batches(config.batch_size, config.eval_batches, split):
-        for name, value in setup.evaluate(params, place_batch(batch, setup.mesh)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return {
-        "eval_loss": sums["loss"] / max(sums["targets"], 1.0),
-        "eval_exact_match": sums["matches"] / sums["rows"],
-    }

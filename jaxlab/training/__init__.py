@@ -3,9 +3,23 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.training.checkpoints import Checkpoints
+    from jaxlab.training.averages import EmaConfig, averaged
+    from jaxlab.training.callbacks import (
+        EvaluateHeldOut,
+        GuardSpikes,
+        LogMetrics,
+        SaveCheckpoints,
+        SaveModel,
+        ShowProgress,
+    )
+    from jaxlab.training.checkpoints import Checkpoints, KeepConfig
     from jaxlab.training.config import MOST, TrainConfig
-    from jaxlab.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+    from jaxlab.training.estimate import EstimateConfig, estimate_run, estimate_table, make_host_devices
+    from jaxlab.training.loop import Callback, Loop, Setup, fit
+    from jaxlab.training.lora import LoraConfig
+    from jaxlab.training.muon import MuonConfig
+    from jaxlab.training.optimizer import GroupConfig, OptimizerConfig, make_optimizer
+    from jaxlab.training.schedule import make_schedule
     from jaxlab.training.speed import Stopwatch
     from jaxlab.training.spikes import Rollbacks, skip_spikes, skipped
     from jaxlab.training.state import (
@@ -17,3 +31,4 @@ with epy.lazy_api_imports(globals()):
         state_shardings,
     )
     from jaxlab.training.step import State, train_step
+    from jaxlab.training.trainable import Trainable, find_trainable

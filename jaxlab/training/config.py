@@ -1,11 +1,16 @@
 """What a training run is: model, data, optimizer, mesh, and how long."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxlab.data import DataConfig, TextConfig
+from jaxlab.distributed import DistributedConfig, OneProcessConfig
 from jaxlab.errors import ConfigError
+from jaxlab.losses import LossConfig
 from jaxlab.models import MeshConfig, ModelConfig
 from jaxlab.retrofit import GATE
+from jaxlab.training.checkpoints import KeepConfig
+from jaxlab.training.estimate import EstimateConfig
 from jaxlab.training.optimizer import OptimizerConfig
 from jaxlab.training.spikes import SpikesConfig
 
@@ -17,16 +22,33 @@ MOST = (1 << 31) - 1
 class TrainConfig:
     """Train a model, from random parameters or from another model's."""
 
+    HOW_IT_RUNS: ClassVar = (
+        "mesh",
+        "distributed",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_in_background",
+        "keep",
+        "estimate",
+    )
+    """What does not make another run of it: it may change where a run is taken up again."""
+
     model: ModelConfig = ModelConfig()
     """The model."""
     data: DataConfig = TextConfig()
     """What it reads."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How it learns."""
+    loss: LossConfig = LossConfig()
+    """What is added to the cross-entropy."""
     spikes: SpikesConfig = SpikesConfig()
     """What happens to updates that are far off."""
     mesh: MeshConfig = MeshConfig()
     """How devices are arranged."""
+    distributed: DistributedConfig = OneProcessConfig()
+    """Whether several processes compute the run, on one host or many."""
+    estimate: EstimateConfig = EstimateConfig()
+    """What `--check` takes for the speed of the devices."""
     init_from: str | None = None
     """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
     tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that
@@ -49,6 +71,11 @@ class TrainConfig:
     """Batches in an evaluation."""
     checkpoint_every: int = 500
     """Steps between checkpoints, from which a killed run goes on."""
+    checkpoint_in_background: bool = True
+    """Go on training while a copy of the state is written, which takes the state's size of the host's
+    memory."""
+    keep: KeepConfig = KeepConfig()
+    """Which checkpoints stay."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.distributed import is_main
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import write_json
 
@@ -136,4 +137,5 @@ class Rollbacks:
     def add(self, to: int, seen_at: int) -> None:
         """Notes that the run goes back to step `to` from a spike that was seen at step `seen_at`."""
         self.made.append((to, seen_at - to))
-        write_json(self.path, [{"to": to, "batches": batches} for to, batches in self.made])
+        if is_main():
+            write_json(self.path, [{"to": to, "batches": batches} for to, batches in self.made])

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +41,32 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation) 
 
 
 def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Where each part of the state lives: moments like their parameters, scalars everywhere."""
+    """Where each part of the state lives: moments and averages like their parameters, the rest everywhere."""
     params = param_shardings(model, mesh)
+    state = abstract_state(model, optimizer)
+    known = {
+        _keys(path): (sharding, shape.shape)
+        for (path, sharding), shape in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(state.params), strict=True
+        )
+    }
     everywhere = NamedSharding(mesh, PartitionSpec())
-    like_params = jax.tree.structure(params)
-    is_params = lambda node: jax.tree.structure(node) == like_params  # type: ignore[operator]
-    optimizer_state = abstract_state(model, optimizer).optimizer
-    place = lambda node: params if is_params(node) else everywhere
-    moments = jax.tree.map(place, optimizer_state, is_leaf=is_params)
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        """That of the parameter whose path ends this one, however deep in the optimizer it stands."""
+        keys = _keys(path)
+        for start in range(len(keys)):
+            sharding, shape = known.get(keys[start:], (everywhere, None))
+            if shape == leaf.shape:
+                return sharding
+        return everywhere
+
+    moments = jax.tree_util.tree_map_with_path(place, state.optimizer)
     return State(everywhere, params, moments)  # type: ignore[arg-type]
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 class Initial(NamedTuple):

@@ -1,14 +1,16 @@
 """One training step: loss, gradient accumulation, update. Pure functions; the task jits `train_step`."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.losses import loss_sum
-from jaxlab.models import Batch, ModelConfig, Params
+from jaxlab.losses import CROSS_ENTROPY, LossConfig, Measures, loss_and_measures
+from jaxlab.models import Batch, ModelConfig, MoEConfig, Params
+from jaxlab.training.spikes import SpikesState
 
 
 class State(NamedTuple):
@@ -26,33 +28,71 @@ def train_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
+    loss: LossConfig = CROSS_ENTROPY,
+    sources: int = 0,
 ) -> tuple[State, dict[str, Any]]:
-    """The state after one update on `batch`, and loss and gradient norm.
+    """The state after one update on `batch`, and what was measured: loss, gradient norm, and what else the
+    model and `loss` have to tell.
 
     With `accumulation` > 1 the batch is read in so many parts, one after the other; the gradient is that of
     the mean loss over all targets of the whole batch, whatever their spread over the parts.
+
+    Args:
+      sources: how many there are that source_ids of the batch number; 0: it has none.
     """
-    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+    measure = functools.partial(loss_and_measures, config=config, loss=loss, sources=sources)
+    gradient = jax.value_and_grad(measure, has_aux=True)
     if accumulation == 1:
-        (total, count), grads = gradient(state.params, batch, config)
+        (total, seen), grads = gradient(state.params, batch)
     else:
-
-        def add(carry: tuple[Any, ...], part: Batch) -> tuple[tuple[Any, ...], None]:
-            (part_total, part_count), part_grads = gradient(state.params, part, config)
-            total, count, grads = carry
-            return (total + part_total, count + part_count, jax.tree.map(jnp.add, grads, part_grads)), None
-
         # Part i takes rows i, i + accumulation, ...: every device then holds an equal share of every part.
         split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        zero = jnp.zeros((), jnp.float32)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (total, count, grads), _ = jax.lax.scan(add, (zero, zero, zeros), jax.tree.map(split, batch))
+        parts = jax.tree.map(split, batch)
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part)), None)
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((total, seen), grads), _ = jax.lax.scan(add, zeros, parts)
+        seen = seen.mean_of(accumulation)
 
-    count = jnp.maximum(count, 1.0)
+    count = jnp.maximum(seen.targets, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    loss = total / count
+    mean = total / count
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer steps
         update = optax.with_extra_args_support(optimizer).update
-        updates, optimizer_state = update(grads, state.optimizer, state.params, loss=loss)
-    new = State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
-    return new, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
+        updates, optimizer_state = update(grads, state.optimizer, state.params, loss=mean)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": mean, "gradient_norm": optax.tree.norm(grads)}
+    if seen.z_loss is not None:
+        metrics["z_loss"] = seen.z_loss / count
+    if seen.source_losses is not None:
+        metrics |= {"source_losses": seen.source_losses, "source_targets": seen.source_targets}
+    if config.moe is not None and seen.expert_load is not None:
+        metrics |= _experts(seen, config.moe)
+        if config.moe.bias_rate:
+            made = optimizer_state.in_a_row == 0 if isinstance(optimizer_state, SpikesState) else None
+            params = balanced(params, seen.expert_load, config.moe, made)
+    return State(state.step + 1, params, optimizer_state), metrics
+
+
+def balanced(
+    params: Params, load: Float[Array, "layers E"], moe: MoEConfig, made: Bool[Array, ""] | None = None
+) -> Params:
+    """Parameters with the biases of the choice moved towards an even load, without a loss (arXiv 2408.15664,
+    algorithm 1); not at all where an update was not `made`."""
+    experts = params["layers"]["moe"]
+    moves = moe.bias_rate * jnp.sign(1 / moe.num_experts - load)
+    if made is not None:
+        moves = jnp.where(made, moves, 0)
+    bias = experts["choice_bias"] + moves.astype(experts["choice_bias"].dtype)
+    return {**params, "layers": {**params["layers"], "moe": {**experts, "choice_bias": bias}}}
+
+
+def _experts(seen: Measures, moe: MoEConfig) -> dict[str, Any]:
+    """The load of experts, for the log: of the fullest of any layer, over an even share (1 is even), the mean
+    over layers of that, and the share of choices that were dropped."""
+    assert seen.expert_load is not None
+    fullest = moe.num_experts * jnp.max(seen.expert_load, axis=1)
+    metrics = {"expert_load_max": jnp.max(fullest), "expert_load_mean": jnp.mean(fullest)}
+    if moe.capacity_factor is not None and seen.dropped_choices is not None:
+        metrics["dropped_choices"] = jnp.mean(seen.dropped_choices)
+    return metrics

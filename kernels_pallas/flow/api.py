@@ -107,6 +107,20 @@ def read_weights(
     return jnp.where((read_at >= 0)[:, None], found, 0.0)
 
 
+def slot_factors(probe: Probe, slots: Int[Array, "B T"]) -> Float[Array, "B H T S"]:
+    """The factors of a probe of one layer on edges from the slots of a cache to new tokens; 1 where one of
+    the two has no class, and on what is no edge j < i.
+
+    Args:
+      slots: those of the new tokens.
+    """
+    count = probe.factors.shape[-1]
+    of_tokens, of_slots = (jax.nn.one_hot(x, count) for x in (probe.classes, probe.slot_classes))
+    changed = jnp.einsum("btx,bhxy,bsy->bhts", of_tokens, probe.factors.astype(jnp.float32) - 1.0, of_slots)
+    earlier = jnp.arange(of_slots.shape[1])[None, None] < slots[:, :, None]
+    return 1.0 + jnp.where(earlier[:, None], changed, 0.0)
+
+
 def nsa_flow_attention(
     q: Float[Array, "B T H Dk"],
     k_cmp: Float[Array, "B M Hkv Dk"],

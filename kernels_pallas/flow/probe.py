@@ -13,7 +13,7 @@ NsaEdges = Literal["token", "block"]
 Implementation = Literal["xla", "mosaic_gpu"]
 
 _PER_LAYER = ("class_tap", "count_tap", "map_tap", "blocked", "factors")
-_SHARED = ("classes", "read_from", "read_at")
+_SHARED = ("classes", "slot_classes", "read_from", "read_at")
 
 
 @functools.partial(
@@ -46,6 +46,9 @@ class Probe:
     classes: Any = None
     """int32[B, T], of all layers: the class of each token, 0..K-1, or -1 for none. Taps and factors over
     classes need it."""
+    slot_classes: Any = None
+    """int32[B, S]: with a cache, where factors alone can be used, the class of each of its slots, those of
+    the new tokens included."""
     read_from: Any = None
     """int32[B]: the query whose attention weights are read."""
     read_at: Any = None
@@ -77,6 +80,12 @@ class Probe:
     def streams(self) -> bool:
         """Whether it needs attention in its own form, which streams flows or changes weights."""
         return any(getattr(self, name) is not None for name in _PER_LAYER)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it can be used with a cache: it has factors for slots, and nothing else."""
+        given = {name for name in (*_PER_LAYER, *_SHARED) if getattr(self, name) is not None}
+        return given == {"factors", "classes", "slot_classes"}
 
     @property
     def per_head(self) -> bool:

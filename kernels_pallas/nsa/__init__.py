@@ -35,10 +35,12 @@ from kernels_pallas.nsa.decoding import cached_attention
 from kernels_pallas.nsa.implementations import Implementation
 from kernels_pallas.nsa.specs.traffic import Traffic, bytes_per_decoded_token
 from kernels_pallas.nsa.text_attention import (
+    attend_part,
     attend_to_text,
     block_positions,
     compress_part,
     shared_tokens,
+    window_of_part,
 )
 from kernels_pallas.nsa.xla.compression import compress_blocks
 
@@ -54,6 +56,7 @@ __all__ = [
     "SizeOptions",
     "Traffic",
     "append_tokens",
+    "attend_part",
     "attend_to_text",
     "block_positions",
     "block_starts",
@@ -76,4 +79,5 @@ __all__ = [
     "whole",
     "window_attention",
     "window_attention_with_lse",
+    "window_of_part",
 ]

@@ -10,22 +10,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.nsa.api import nsa_attention, window_attention
+from kernels_pallas.nsa.api import (
+    compressed_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    window_attention,
+)
 from kernels_pallas.nsa.base import (
+    NsaBranches,
     NsaSizes,
     SizeOptions,
     block_starts,
     num_compressed,
     segment_starts,
+    weigh,
 )
 from kernels_pallas.nsa.decode_cache import NewTokens
 from kernels_pallas.nsa.implementations import Implementation
 from kernels_pallas.nsa.xla.compression import compress_blocks
 from kernels_pallas.sharding import MeshAxes, Part, in_parts
 
-Rotate = Callable[[Float[Array, "B M Hkv Dk"], Int[Array, "B M *axes"]], Float[Array, "B M Hkv Dk"]]
 BRANCHES = ("compression", "selection", "window")
 """In the order of the gates."""
+Rotate = Callable[[Float[Array, "B M Hkv Dk"], Int[Array, "B M *axes"]], Float[Array, "B M Hkv Dk"]]
 CompressAt = Callable[[Array, Array, Int[Array, "B M"] | None], tuple[Array, Array]]
 
 
@@ -63,8 +71,91 @@ def compress_part(
     k, v = (part.with_neighbours(y, before, block_len - stride) for y in (k, v))
     own = None if rows is None else part.own_rows(rows, stride, before)
     slots = num_compressed(part.parts * part.length, block_len, stride, packed=rows is not None)
-    k_cmp, v_cmp = compress(k, v, own)
-    return part.whole(k_cmp)[:, :slots], part.whole(v_cmp)[:, :slots]  # what runs past the end is no block
+    k_cmp, v_cmp = (part.whole(part.joined(x)) for x in compress(k, v, own))
+    return k_cmp[:, :slots], v_cmp[:, :slots]  # what runs past the end is no block
+
+
+def attend_part(
+    q: Float[Array, "B t H Dk"],
+    k_cmp: Float[Array, "B M Hkv Dk"],
+    v_cmp: Float[Array, "B M Hkv Dv"],
+    k_slc: Float[Array, "B t Hkv Dk"],
+    v_slc: Float[Array, "B t Hkv Dv"],
+    k_win: Float[Array, "B t Hkv Dk"],
+    v_win: Float[Array, "B t Hkv Dv"],
+    gates: Float[Array, "B t H 3"],
+    *,
+    part: Part | None,
+    segment_ids: Int[Array, "B T"] | None,
+    indices: Int[Array, "B Hkv t n"] | None,
+    implementation: Implementation | None,
+    **sizes: Unpack[SizeOptions],
+) -> tuple[Float[Array, "B t H Dv"], NsaBranches]:
+    """`nsa_attention` of one device's tokens of split texts (`part`; the segments are of all tokens).
+
+    Keys and values of chosen blocks are gathered, those of the window come from the neighbours alone;
+    compressed ones are of all tokens already. `sizes` are those of `nsa_attention`.
+    """
+    if part is None:
+        return nsa_attention(
+            q,
+            k_cmp,
+            v_cmp,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
+            gates,
+            segment_ids=segment_ids,
+            indices=indices,
+            implementation=implementation,
+            **sizes,
+        )
+    n = NsaSizes(**sizes)
+    common: dict[str, Any] = {"implementation": implementation, "scale": n.scale}
+    placed: dict[str, Any] = {"segment_ids": segment_ids, "q_positions": part.positions(q.shape[0]), **common}
+    of_blocks: dict[str, Any] = {"block_len": n.block_len, "stride": n.stride}
+    compressed, lse = compressed_attention(q, k_cmp, v_cmp, **of_blocks, **placed)
+    if indices is None:
+        choice: dict[str, Any] = {"block_size": n.block_size, "num_blocks": n.num_blocks}
+        choice |= {"num_init": n.num_init, "num_local": n.num_local, "kv_len": part.parts * part.length}
+        indices = select_blocks(q, k_cmp, lse, **of_blocks, **choice, **placed)
+    k_slc, v_slc = part.whole(k_slc), part.whole(v_slc)
+    selected = selected_attention(q, k_slc, v_slc, indices, block_size=n.block_size, **placed)
+    recent = window_of_part(q, k_win, v_win, window=n.window, part=part, segment_ids=segment_ids, **common)
+    return weigh(gates, compressed, selected, recent), NsaBranches(compressed, selected, recent, lse, indices)
+
+
+def window_of_part(
+    q: Float[Array, "B t H Dk"],
+    k: Float[Array, "B t Hkv Dk"],
+    v: Float[Array, "B t Hkv Dv"],
+    *,
+    window: int,
+    part: Part,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B t H Dv"]:
+    """`window_attention` of one device's tokens of split texts, with the keys before its stretches from the
+    devices that have them."""
+    length = part.parts * part.length
+    before = min(window - 1, length - part.stretch)
+    if segment_ids is None:
+        segment_ids = jnp.ones((q.shape[0], length), jnp.int32)
+    queries = part.apart(q)
+    at = jnp.broadcast_to(before + jnp.arange(part.stretch, dtype=jnp.int32)[None], queries.shape[:2])
+    out = window_attention(
+        queries,
+        part.with_neighbours(k, before, 0),
+        part.with_neighbours(v, before, 0),
+        window=window,
+        scale=scale,
+        segment_ids=part.rows_with_neighbours(segment_ids, before),
+        q_positions=at,
+        implementation=implementation,
+    )
+    return part.joined(out)
 
 
 def attend_to_text(
@@ -81,6 +172,7 @@ def attend_to_text(
     branches: Collection[str] = BRANCHES,
     read_all: bool = False,
     axes: MeshAxes = MeshAxes(),  # noqa: B008  a NamedTuple of constants
+    stretches: int = 1,
     implementation: Implementation | None = None,
     **sizes: Unpack[SizeOptions],
 ) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B Hkv T n"] | None]:
@@ -99,6 +191,8 @@ def attend_to_text(
       branches: those that are added up; the others are not computed, whatever their gates.
       read_all: selection reads all blocks; the choice is returned all the same.
       axes: names of the mesh axes that split examples, heads and tokens; default: one device.
+      stretches: 2 where `q`, `tokens` and `gates` lie in the zigzag of `kernels_pallas.sharding.Part`;
+        `positions` and `segment_ids` are in order.
       sizes: the fields of `NsaSizes`.
 
     Returns the output and the chosen blocks, None without selection.
@@ -127,21 +221,16 @@ def attend_to_text(
         if rotate is not None:
             assert starts is not None
             k_cmp = rotate(k_cmp, starts)
-        q_positions = None
-        if part is not None:
-            k_slc, v_slc, k_win, v_win = (part.whole(x) for x in (k_slc, v_slc, k_win, v_win))
-            q_positions = part.positions(q.shape[0])
-        placed: dict[str, Any] = {
-            "segment_ids": segment_ids,
-            "q_positions": q_positions,
-            "implementation": implementation,
-        }
         operands = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        out, found = nsa_attention(*operands, indices=indices, **placed, **sizes)
+        of_calls: dict[str, Any] = {"segment_ids": segment_ids, "implementation": implementation}
+        out, found = attend_part(*operands, part=part, indices=indices, **of_calls, **sizes)
         outputs = {"compression": found.compressed, "selection": found.selected, "window": found.window}
         if read_all:  # a window as long as the text
+            if part is not None:
+                k_slc, v_slc = part.whole(k_slc), part.whole(v_slc)
+                of_calls["q_positions"] = part.positions(q.shape[0])
             outputs["selection"] = window_attention(
-                q, k_slc, v_slc, window=k_slc.shape[1], scale=n.scale, **placed
+                q, k_slc, v_slc, window=k_slc.shape[1], scale=n.scale, **of_calls
             )
         chosen = found.indices if "selection" in branches else None
         if set(branches) == {*BRANCHES} and not read_all:
@@ -161,6 +250,7 @@ def attend_to_text(
         axes=axes,
         unit=n.stride,
         least=max(n.block_len - n.stride, 1),
+        stretches=stretches,
     )
 
 

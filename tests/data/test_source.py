@@ -1,12 +1,15 @@
 """Whether data fits a model, before a gather past the end of a table goes unnoticed."""
 
+import email
 import typing
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from jaxlab.data import DataSet, DocumentsConfig
 from jaxlab.data.source import (
     DataConfig,
     batch_shapes,
@@ -60,8 +63,15 @@ def test_words_of_a_model_must_mean_the_same_in_the_data():
         check_same_words(None, words("a"), "model")
 
 
-@pytest.mark.parametrize("config", [kind() for kind in typing.get_args(DataConfig)], ids=lambda c: c.kind)
-def test_every_kind_makes_batches_of_one_form(config):
+KINDS = [kind() for kind in typing.get_args(DataConfig) if kind is not DocumentsConfig]
+FILES = DocumentsConfig(
+    sources=(DataSet(f"{Path(email.__file__).parent}/*.py"),), sequence_length=64, held_out=0.5
+)
+
+
+@pytest.mark.parametrize("config", [*KINDS, FILES], ids=lambda c: c.kind)
+def test_every_kind_makes_batches_of_one_form(config, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("JAXLAB_DATA_CACHE", str(tmp_path_factory.getbasetemp() / "data"))
     source = make_source(config)
     assert len(source.identity) == 64
     training, held_out = source.batch(0, 0, 4), first_held_out(source, 4, "test")
@@ -81,3 +91,11 @@ def test_every_kind_makes_batches_of_one_form(config):
         check_all_tokens(source, make_config(vocab_size=source.largest_token))
     for name, values in make_source(config).batch(0, 0, 4).items():
         np.testing.assert_array_equal(values, training[name])
+    for rows in (slice(0, 1), slice(1, 4)):  # what two processes build
+        for whole, part in (
+            (training, source.batch(0, 0, 4, rows)),
+            (held_out, next(iter(source.held_out_batches(4, 1, "test", rows)))),
+        ):
+            assert part.keys() == whole.keys()
+            for name, values in part.items():
+                np.testing.assert_array_equal(values, whole[name][rows])

@@ -39,7 +39,8 @@ def recipes(folder: Path, operator: str):
     if operator in ("slerp", "nearswap"):
         return
     models = [{"model": str(folder / name)} for name in ("one", "two")]
-    yield "merge", build(MergeRecipe, {"operator": operator, "models": models, "base": roles["base"], **own})
+    base = {} if operator == "linear" else {"base": roles["base"]}
+    yield "merge", build(MergeRecipe, {"operator": operator, "models": models, **base, **own})
 
 
 def differences(folder: Path, operators: list[str], sizes: tuple[int, int]) -> dict[str, list[str]]:
@@ -49,8 +50,6 @@ def differences(folder: Path, operators: list[str], sizes: tuple[int, int]) -> d
     result = {}
     for operator in operators:
         for kind, recipe in recipes(folder, operator):
-            if operator == "linear" and kind == "merge":
-                continue
             models = [open_model(reference) for reference in recipe.references()]
             want, _ = merge_by_recipe(recipe, models)
             got, account = merge_on_mesh(recipe, models, mesh)

@@ -202,7 +202,7 @@ def test_what_does_not_go_together():
     params, tokens = draw_params(config), draw_tokens(config, 1, 4)
     with pytest.raises(ValueError, match="no vision"):
         forward(params, {"tokens": tokens, "images": jnp.zeros((1, 1, 4, 4, 2))}, config)
-    with pytest.raises(ValueError, match="cannot be used with a cache"):
+    with pytest.raises(ValueError, match="with a cache a probe has factors, classes and slot_classes"):
         forward(params, {"tokens": tokens}, config, probe=Probe(), cache=init_cache(config, 1, 8))
 
 

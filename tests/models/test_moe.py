@@ -12,7 +12,10 @@ from jaxlab.costs.flops import train_flops_per_token
 from jaxlab.errors import ConfigError
 from jaxlab.losses import loss_sum
 from jaxlab.models import ModelConfig, MoEConfig, abstract_params, bind, count_params, forward, init_params
-from jaxlab.models.moe import MixtureOfExperts, route
+from jaxlab.models.expert_parallel import Devices
+from jaxlab.models.moe import MixtureOfExperts, expert_stats, route
+from jaxlab.training import OptimizerConfig, State, make_optimizer, train_step
+from jaxlab.training.step import balanced
 from tests.models.tiny import draw_params, draw_tokens, make_config
 
 SIX = MoEConfig(num_experts=6, experts_per_token=2, width=5)
@@ -83,16 +86,24 @@ def test_output_is_that_of_plain_loops(name):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def balance_of(routed, moe):
+    _, chosen, scores = routed
+    return expert_stats(chosen, scores, jnp.asarray(chosen.size), moe, Devices()).balance_loss
+
+
 def test_ties_go_to_the_lower_experts_and_an_even_load_costs_one():
     router = jnp.zeros((4, 6))
-    weights, chosen, balance = route(router, jnp.ones((3, 4)), SIX)
+    balance = lambda router, x, moe: balance_of(route(router, x, moe), moe)
+    weights, chosen, _ = route(router, jnp.ones((3, 4)), SIX)
     assert chosen.tolist() == [[0, 1]] * 3
     np.testing.assert_allclose(weights, 0.5)
-    np.testing.assert_allclose(balance, 1.0)  # even probabilities cost 1 whatever the load
+    np.testing.assert_allclose(
+        balance(router, jnp.ones((3, 4)), SIX), 1.0
+    )  # even probabilities cost 1 whatever the load
     one_each = dataclasses.replace(SIX, num_experts=3, experts_per_token=1)
     eye = 50 * jnp.eye(3)
-    np.testing.assert_allclose(route(eye, jnp.eye(3), one_each)[2], 1.0, rtol=1e-5)
-    np.testing.assert_allclose(route(eye, jnp.eye(3)[:1].repeat(3, axis=0), one_each)[2], 3.0, rtol=1e-5)
+    np.testing.assert_allclose(balance(eye, jnp.eye(3), one_each), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(balance(eye, jnp.eye(3)[:1].repeat(3, axis=0), one_each), 3.0, rtol=1e-5)
 
 
 def test_gradients_are_those_of_weighing_all_experts():
@@ -150,6 +161,76 @@ def test_first_layers_may_be_dense_and_the_balance_loss_joins_the_loss():
     np.testing.assert_allclose(more - total, added, rtol=1e-4)
 
 
+@pytest.mark.parametrize("group", [None, 3])
+def test_a_full_expert_drops_the_later_tokens_of_a_group(group):
+    """Against a plain loop over tokens: what is dropped is counted, and no token depends on a later one."""
+    moe = dataclasses.replace(VARIANTS["shared"], capacity_factor=0.75, capacity_group=group)
+    config = make_config(moe=moe)
+    params = jax.tree.map(lambda leaf: leaf[1], draw_params(config)["layers"]["moe"])
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 7, 12)), jnp.float32)
+    found, stats = experts(params, x, config)
+    capacity, of_group = moe.capacity(group or 7), group or 7
+    assert capacity == {None: 2, 3: 1}[group]
+    _, chosen, _ = route(params["router"], x.reshape(14, 12), moe)
+    expected, dropped = np.zeros((14, 12)), 0
+    for row in range(2):
+        for first in range(0, 7, of_group):
+            taken = np.zeros(6, int)
+            for t in range(7 * row + first, 7 * row + min(first + of_group, 7)):
+                full = taken[np.asarray(chosen[t])] >= capacity
+                taken[np.asarray(chosen[t])] += 1
+                dropped += full.sum()
+                kept = jax.tree.map(np.array, params)
+                kept["down"][np.asarray(chosen[t])[full]] = 0  # it gets nothing from these
+                expected[t] = by_loops(kept, x.reshape(14, 12)[t : t + 1], moe)[0]
+    assert dropped > 2
+    np.testing.assert_allclose(found.reshape(14, 12), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats.dropped_choices, dropped / 28, rtol=1e-5)
+    np.testing.assert_allclose(stats.expert_load, np.bincount(np.ravel(chosen), minlength=6) / 28, rtol=1e-6)
+    changed, _ = experts(params, x.at[:, 5:].set(9.0), config)
+    np.testing.assert_array_equal(changed[:, :5], found[:, :5])
+
+
+BALANCED = dataclasses.replace(VARIANTS["chosen apart"], num_groups=1, group_score="max", bias_rate=0.02)
+
+
+def test_biases_of_the_choice_move_towards_an_even_load():
+    """Experts that almost all tokens prefer lose them, and no weight changes."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((64, 12)), jnp.float32)
+    router = jnp.asarray(rng.standard_normal((12, 6)) * 0.1, jnp.float32)
+    params = {"layers": {"moe": {"choice_bias": jnp.asarray([[0.3, 0.2, 0, 0, 0, 0]])}}}
+    loads = []
+    for _ in range(30):
+        bias = params["layers"]["moe"]["choice_bias"]
+        _, chosen, _ = route(router, x, BALANCED, None, bias[0])
+        load = jnp.bincount(chosen.reshape(-1), length=6) / chosen.size
+        loads.append(float(jnp.max(load)))
+        moved = balanced(params, load[None], BALANCED)["layers"]["moe"]["choice_bias"] - bias
+        np.testing.assert_array_equal(np.sign(moved[0]), -np.sign(np.asarray(load) - np.float32(1 / 6)))
+        np.testing.assert_allclose(jnp.abs(moved[moved != 0]), 0.02, rtol=1e-4)
+        not_made = balanced(params, load[None], BALANCED, jnp.asarray(False))
+        np.testing.assert_array_equal(not_made["layers"]["moe"]["choice_bias"], bias)
+        params = balanced(params, load[None], BALANCED)
+    assert loads[0] > 0.45
+    assert max(loads[-3:]) < 0.25
+
+
+def test_a_training_step_moves_them_by_the_load_of_all_its_parts():
+    config = make_config(num_layers=2, moe=dataclasses.replace(BALANCED, first_dense=1))
+    params, tokens = draw_params(config), draw_tokens(config, 4, 6)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), config, 3)
+    state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = jax.jit(train_step, static_argnames=("config", "optimizer", "accumulation"))
+    new, metrics = step(state, {"tokens": tokens}, config, optimizer, 2)
+    load = jax.jit(forward, static_argnames="config")(params, {"tokens": tokens}, config)[1]["expert_load"]
+    np.testing.assert_allclose(metrics["expert_load_max"], 6 * np.max(load), rtol=1e-5)
+    of = lambda params: np.asarray(params["layers"]["moe"]["choice_bias"])
+    moves = 0.02 * np.sign(np.round(1 / 6 - np.asarray(load), 6))
+    np.testing.assert_allclose(of(new.params) - of(params), moves, atol=1e-6)
+    assert np.any(moves)
+
+
 def test_counting_takes_the_experts_that_a_token_passes():
     dense = ModelConfig(mlp_width=100)
     sparse = ModelConfig(moe=MoEConfig(num_experts=8, experts_per_token=2, width=50))
@@ -174,6 +255,9 @@ def test_counting_takes_the_experts_that_a_token_passes():
             "group_score",
         ),
         (lambda: MoEConfig(num_experts=6, swiglu_limit=0.0), "swiglu_limit"),
+        (lambda: MoEConfig(num_experts=6, bias_rate=0.001), "bias_rate"),
+        (lambda: MoEConfig(num_experts=6, capacity_group=8), "capacity_group"),
+        (lambda: MoEConfig(num_experts=6, capacity_factor=0.0), "capacity_factor"),
         (lambda: ModelConfig(num_layers=2, moe=MoEConfig(num_experts=4, first_dense=2)), "moe.first_dense"),
         (lambda: ModelConfig(mlp="plain", moe=MoEConfig(num_experts=4)), "moe"),
     ],

@@ -21,12 +21,38 @@ MODELS: dict[str, ModelConfig] = {
     "nsa_auxiliary": make_config("nsa_auxiliary", max_length=LENGTH),
     "nsa_indexer": make_config("nsa_indexer", max_length=LENGTH),
     "nsa_shared": make_config("nsa_shared", max_length=LENGTH, remat="layer"),
-    "full": make_config(max_length=LENGTH, remat="layer"),
+    "full": make_config(max_length=LENGTH, remat="layer", vocab_size=16),
     "sinks": make_config(
         attention=SlidingAttentionConfig(window=11, pattern=("full", "sliding")),
         attention_sinks=True,
         moe=MoEConfig(num_experts=4, width=6, router_bias=True, bias=True, swiglu_limit=1.0),
         max_length=LENGTH,
+    ),
+    "experts": make_config(
+        moe=MoEConfig(
+            num_experts=8,
+            width=6,
+            experts_per_token=3,
+            shared_width=4,
+            balance_loss=0.1,
+            choice_bias=True,
+            scoring="sigmoid",
+            first_dense=1,
+            scale=1.5,
+            num_groups=2,
+            groups_per_token=2,
+        ),
+        max_length=LENGTH,
+        vocab_size=16,
+        tie_embeddings=False,
+        head_bias=True,
+    ),
+    "capacity": make_config(
+        moe=MoEConfig(
+            num_experts=4, width=6, bias=True, router_bias=True, capacity_factor=0.8, capacity_group=4
+        ),
+        max_length=LENGTH,
+        remat="layer",
     ),
     "latent": make_config(
         latent=LatentConfig(kv_rank=6, query_rank=10),

@@ -1,7 +1,9 @@
 """Checkpoints of a run: damaged ones are passed by, what is not finite is not saved, nothing is left over."""
 
+import errno
 import os
 import shutil
+import threading
 import warnings
 
 import jax
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import UserError
-from jaxlab.training import Checkpoints, State
+from jaxlab.training import Checkpoints, KeepConfig, State
+from jaxlab.training import checkpoints as module
 
 
 def state_of(step, value=1.5):
@@ -118,3 +121,62 @@ def test_a_whole_checkpoint_of_another_state_is_one_line(checkpoints):
     other = state_of(0)._replace(params={"a": jnp.zeros((3,))})
     with pytest.raises(UserError, match="checkpoints/6/state: the parameters cannot be read"):
         checkpoints.restore(other)
+
+
+def test_which_ones_stay(tmp_path):
+    kept = {}
+    policies = {"last": KeepConfig(last=1), "every": KeepConfig(last=1, every=4), "best": KeepConfig(best=2)}
+    losses = {2: 3.0, 4: 1.0, 8: 2.0, 10: 5.0}
+    for name, keep in policies.items():
+        made = Checkpoints(tmp_path / name, keep)
+        for step in range(2, 16, 2):
+            made.folder.joinpath(str(step)).mkdir()
+            for old in made._superfluous(step, losses):
+                made._remove(old)
+        kept[name] = made.steps()
+    assert kept == {"last": [14], "every": [14, 12, 8, 4], "best": [14, 12, 8, 4]}
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    save_tree = module.save_tree
+
+    def slowly(folder, tree):
+        begun.set()
+        assert go_on.wait(60)
+        save_tree(folder, tree)
+
+    monkeypatch.setattr(module, "save_tree", slowly)
+    made, state = Checkpoints(tmp_path / "checkpoints"), state_of(3)
+    made.save(3, state, background=True)
+    assert begun.wait(60)
+    assert made.steps() == []
+    # The next step takes over the memory of the state.
+    after = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+    made.check()  # says nothing: it is not done
+    go_on.set()
+    step, restored = made.restore(jax.tree.map(jnp.copy, after))  # waits for it
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, restored, state_of(3))
+
+
+@pytest.mark.parametrize("noticed_by", ["check", "wait", "save", "restore"])
+def test_what_fails_in_the_background_is_said_once(tmp_path, monkeypatch, noticed_by):
+    made = Checkpoints(tmp_path / "checkpoints")
+
+    def full(folder, tree):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_tree", full)
+    made.save(3, state_of(3), background=True)
+    made._pending.join()
+    notice = {
+        "check": made.check,
+        "wait": made.wait,
+        "save": lambda: made.save(4, state_of(4)),
+        "restore": lambda: made.restore(state_of(0)),
+    }[noticed_by]
+    with pytest.raises(UserError, match=r"checkpoints/3: cannot be written: No space left.*; make room"):
+        notice()
+    made.wait()
+    assert list(made.folder.iterdir()) == []

@@ -34,7 +34,9 @@ ROOT = Path(__file__).parents[2]
     [
         ("nsa", BOTH, True),
         ("full", CONTEXT, True),
-        ("sinks", BOTH, True),
+        ("experts", MeshConfig(data=1, expert=2, model=2), True),
+        pytest.param("sinks", BOTH, True, marks=pytest.mark.slow),
+        pytest.param("capacity", MeshConfig(data=1, expert=2, context=2), True, marks=pytest.mark.slow),
         pytest.param("latent", BOTH, True, marks=pytest.mark.slow),
         pytest.param("sliding", MeshConfig(data=1, model=2), False, marks=pytest.mark.slow),
         pytest.param("chunked", MeshConfig(data=1, fsdp=2, context=2), True, marks=pytest.mark.slow),
@@ -109,6 +111,11 @@ def test_batches_that_cannot_be_split(rows, length, mesh, message):
 
 
 def test_models_that_cannot_be_split():
+    config = make_config(moe=MODELS["capacity"].moe)
+    with pytest.raises(
+        UserError, match=r"experts axis of 4 cannot be split over 3 devices of mesh axis expert"
+    ):
+        param_shardings(config, make_mesh(MeshConfig(data=1, expert=3)))
     config = make_config(num_heads=6, num_kv_heads=2, mlp_width=8)
     mesh = make_mesh(MeshConfig(data=1, model=4))
     with pytest.raises(

@@ -66,12 +66,19 @@ def test_four_devices_train_as_one_does(variant, data, fsdp, accumulation):
 
 
 def test_meshes():
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 4, "fsdp": 1, "model": 1, "context": 1}
+    assert dict(make_mesh(MeshConfig()).shape) == {
+        "data": 4,
+        "fsdp": 1,
+        "model": 1,
+        "context": 1,
+        "expert": 1,
+    }
     assert dict(make_mesh(MeshConfig(data=2, fsdp=-1)).shape) == {
         "data": 2,
         "fsdp": 2,
         "model": 1,
         "context": 1,
+        "expert": 1,
     }
     assert make_mesh(MeshConfig(data=1, fsdp=2)).size == 2
     batch = {"tokens": np.zeros((8, 6)), "images": np.zeros((8, 6, 2))[:, :3]}

@@ -92,10 +92,10 @@ def run_with(tmp_path, monkeypatch):
 
     step = train.train_step
 
-    def bad_at_poison(state, batch, config, optimizer, accumulation=1):
+    def bad_at_poison(state, batch, config, optimizer, **options):
         bad = jnp.all(batch["tokens"] == 255)
         params = jax.tree.map(lambda x: jnp.where(bad, jnp.nan, 1.0) * x, state.params)
-        wrong, metrics = step(state._replace(params=params), batch, config, optimizer, accumulation)
+        wrong, metrics = step(state._replace(params=params), batch, config, optimizer, **options)
         if hasattr(wrong.optimizer, "inner"):  # the update was left out, and these are the poisoned ones
             whole = jax.tree.map(lambda x, y: jnp.where(bad, y, x), wrong.params, state.params)
             wrong = wrong._replace(params=whole)

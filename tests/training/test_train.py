@@ -86,7 +86,7 @@ def test_check_counts_without_making_a_parameter(text, monkeypatch):
     report = train.check(config)
     parameters = count_params(abstract_params(config.model))
     assert report["parameters"] == parameters
-    assert report["devices"] == {"data": 2, "fsdp": 2, "model": 1, "context": 1}
+    assert report["devices"] == {"data": 2, "fsdp": 2, "model": 1, "context": 1, "expert": 1}
     sizes = report["bytes_per_device"]
     assert (
         sizes["parameters"] == 4 * parameters // 2
@@ -94,6 +94,30 @@ def test_check_counts_without_making_a_parameter(text, monkeypatch):
     assert sizes["optimizer"] == 2 * sizes["parameters"] + 2 * 4  # two moments, two counters
     assert sizes["total"] > sizes["parameters"] + sizes["optimizer"]
     assert sizes["temporary"] > 0
+    # Gradients are summed over both axes that split examples; parts of weights are gathered over one alone.
+    rows = {(row["kind"], row["axes"]): row for row in report["collectives_per_step"]}
+    assert rows["all-gather", "fsdp"]["bytes"] >= 2 * parameters
+    assert ("all-gather", "data") not in rows
+    assert sum(row["bytes"] for (kind, _), row in rows.items() if kind == "all-reduce") >= 4 * parameters // 2
+    assert report["collective_bytes_per_step"] == sum(row["bytes"] for row in rows.values())
+    expected = report["expected"]
+    assert expected["seconds_per_step"] == report["flops_per_step"] / (0.4 * expected["peak_flops"])
+    assert expected["seconds"] == config.steps * expected["seconds_per_step"]
+    lines = train.check_table(report).splitlines()
+    assert any(line.split()[:3] == ["all-gather", "over", "fsdp"] for line in lines)
+
+
+def test_expected_times_are_of_the_stated_device(text):
+    config = make(text, mesh={"data": 1}, estimate={"mfu": 0.5, "device": "H100"})
+    expected = train.check(config)["expected"]
+    assert (expected["peak_flops"], expected["mfu"]) == (989e12, 0.5)
+    with pytest.raises(ConfigError, match="must be above 0 and at most 1"):
+        make(text, estimate={"mfu": 1.5})
+
+
+def test_a_mesh_of_more_devices_than_there_are(text):
+    with pytest.raises(UserError, match=r"needs 256 devices, .* are here; --check compiles for up to 4096"):
+        train.check(make(text, mesh={"data": 256}, batch_size=256, accumulation=1))
 
 
 def initial_state(folder, model, text):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families
@@ -172,8 +173,15 @@ def _planned(
 
 
 def _on_host(params: Params, entry: Entry) -> list[np.ndarray]:
-    leaves = [np.asarray(leaf_at(params, path)) for path in entry.paths]
+    leaves = [_whole(leaf_at(params, path)) for path in entry.paths]
     return [leaf.reshape(len(entry.names), *leaf.shape[entry.lead :]) for leaf in leaves]
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """A leaf on this host; of several processes all ask for it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
 
 
 def _tensor(entry: Entry, index: int, on_host: Any, dtype: np.dtype) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
+from jaxlab import distributed
 from jaxlab.checkpoints.compatibility import check_same_tree
 from jaxlab.checkpoints.digests import DIGESTS, find_damage
 from jaxlab.checkpoints.formats.base import NotFinite, OpenModel, report_all_not_finite
@@ -95,8 +96,8 @@ class OrbaxFolder(OpenModel):
             shardings = jax.tree.map(lambda _: here, expected)
         place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         path = self.path.absolute() / OWN_PARAMS
-        # Of several processes each reads its own part; folders of before have no digests.
-        if jax.process_count() == 1 and (path / DIGESTS).exists() and (damage := find_damage(path)):
+        # Folders of before have no digests.
+        if (path / DIGESTS).exists() and (damage := find_damage(path)):
             raise UserError(f"{path}: damaged: {damage}")
         params: Params = restore_tree(path, jax.tree.map(place, self.shapes_in(dtype), shardings))
         report_all_not_finite(params, self.path, not_finite)
@@ -141,13 +142,24 @@ def save(
       UserError: `path` may not be written, or the disk is full.
     """
     with writing(path), write_aside(path, inputs, overwrite=overwrite) as folder:
-        (folder / OWN_CONFIG).write_text(dump(config))
-        if source_files is not None:
-            source_files.copy_to(folder)
-        if tokenizer is not None and (folder / SOURCE / TOKENIZER).exists():  # its bytes, not our form of it
-            shutil.copyfile(folder / SOURCE / TOKENIZER, folder / TOKENIZER)
-        elif tokenizer is not None:
-            tokenizer.save(str(folder / TOKENIZER))
-        for name, text in (extra_files or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        if distributed.is_main():
+            _write_small_files(folder, config, tokenizer, source_files, extra_files or {})
         save_tree(folder / OWN_PARAMS, params)
+
+
+def _write_small_files(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    source_files: SourceFiles | None,
+    extra_files: Mapping[str, str],
+) -> None:
+    (folder / OWN_CONFIG).write_text(dump(config))
+    if source_files is not None:
+        source_files.copy_to(folder)
+    if tokenizer is not None and (folder / SOURCE / TOKENIZER).exists():  # its bytes, not our form of it
+        shutil.copyfile(folder / SOURCE / TOKENIZER, folder / TOKENIZER)
+    elif tokenizer is not None:
+        tokenizer.save(str(folder / TOKENIZER))
+    for name, text in extra_files.items():
+        (folder / name).write_text(text, encoding="utf-8")

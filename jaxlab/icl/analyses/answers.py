@@ -6,25 +6,32 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.icl.analyses.base import PromptAnalysis, Records, Study, deviation, mean
 from jaxlab.icl.blocking import label_predictions
+from jaxlab.icl.compression import continued_logits, read_shared
 from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.saliency import target_logits
 from jaxlab.models import Batch, ModelConfig, Params
 
 
 @functools.partial(jax.jit, static_argnames="config")
+def _logits(params: Params, batch: Batch, positions: Array, config: ModelConfig) -> Float[Array, "B V"]:
+    return target_logits(params, batch, config, positions)
+
+
+@jax.jit
 def label_logits(
-    params: Params, batch: Batch, positions: Array, label_tokens: Array, config: ModelConfig
+    logits: Float[Array, "B V"], label_tokens: Int[Array, "B C"]
 ) -> tuple[Float[Array, "B C"], Float[Array, " B"], Int[Array, " B"]]:
     """Logits of the label words at q; the log of the sum over the vocabulary, which is NaN if one is; and the
     likeliest word."""
-    logits = target_logits(params, batch, config, positions).astype(np.float32)
-    chosen = jax.numpy.take_along_axis(logits, label_tokens, axis=1)
-    return chosen, jax.nn.logsumexp(logits, axis=-1), jax.numpy.argmax(logits, axis=-1)
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, label_tokens, axis=1)
+    return chosen, jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Answers(PromptAnalysis):
 
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
         positions, label = (x if x.ndim == 1 else x[:, 0] for x in (chunk.positions, chunk.labels))
-        found = label_logits(study.params, chunk.batch, positions, chunk.label_tokens, study.config)
+        found = label_logits(_answer_logits(study, chunk, positions), chunk.label_tokens)
         logits, total = np.asarray(found[0], np.float32), np.asarray(found[1], np.float32)
         if study.source.label_names:
             broken = np.isnan(total)[:, None]
@@ -74,6 +81,18 @@ class Answers(PromptAnalysis):
             "label_mass": float(np.nanmean(mass)) if np.isfinite(mass).any() else None,
             "single_class": single_class(predicted, names),
         }
+
+
+def _answer_logits(study: Study, chunk: Prompts, positions: np.ndarray) -> Float[Array, "B V"]:
+    """At `positions`; demonstrations that all prompts have in common are read once."""
+    shared = None
+    if set(chunk.batch) == {"tokens"}:
+        shared = read_shared(
+            study.params, chunk.batch["tokens"], chunk.starts, np.asarray(positions), study.config
+        )
+    if shared is None:
+        return _logits(study.params, chunk.batch, positions, study.config)
+    return continued_logits(study.params, *shared, study.config)
 
 
 def _confusion(label: np.ndarray, predicted: np.ndarray, count: int) -> np.ndarray:

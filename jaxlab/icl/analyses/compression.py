@@ -72,7 +72,7 @@ class Compression(Analysis[Work]):
     def measure(self, study: Study, chunk: Work, rng: np.random.Generator) -> Records:
         prompts, model, params = chunk.prompts, study.config, study.params
         tokens, offset = prompts.batch["tokens"], self._offset(study)
-        split = split_prompts(tokens, _starts(prompts), prompts.positions)
+        split = split_prompts(tokens, prompts.starts, prompts.positions)
         rows = 1 if split.shared else len(tokens)
         cache = read_context(params, split.context[:rows], split.context_lengths[:rows], model)
         kept = self._kept(study, prompts, split, rng)
@@ -198,12 +198,6 @@ class Compression(Analysis[Work]):
 def _of_width(x: np.ndarray, width: int) -> np.ndarray:
     """The first columns, and -1 (no part, no demonstration) where there are not so many."""
     return np.pad(x[:, :width], ((0, 0), (0, max(0, width - x.shape[1]))), constant_values=-1)
-
-
-def _starts(prompts: Prompts) -> np.ndarray:
-    """Where the query of each prompt begins: the first token of its last demonstration number."""
-    of_query = prompts.demonstrations == prompts.demonstrations.max(axis=1, keepdims=True)
-    return np.argmax(of_query, axis=1).astype(np.int32)
 
 
 def _text(prompts: Prompts, split: Split) -> tuple[np.ndarray, np.ndarray]:

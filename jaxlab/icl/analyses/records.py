@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlab.costs import let_go_of_programs
 from jaxlab.errors import UserError
 from jaxlab.files import write_atomic, writing
 from jaxlab.icl.analyses.base import Analysis, PromptAnalysis, Records, Study
@@ -91,6 +92,7 @@ def run_analysis[Chunk](
                     part["row"] = chunk.rows[chunk.real]
                 store.write(analysis.name, seed, number, part)
             parts.append(part)
+            let_go_of_programs()
             advance()
         if parts:
             records[seed] = _joined(parts)

@@ -93,7 +93,13 @@ class Reweighting(Analysis[tuple[str, int, Any]]):
         else:
             beta = earlier[study.seeds[0]][0]["beta"][0, study.seeds.index(seed)]
             logits = reweighted_logits(
-                study.params, prompts.batch, study.config, prompts.positions, prompts.label_words, beta
+                study.params,
+                prompts.batch,
+                study.config,
+                prompts.positions,
+                prompts.label_words,
+                beta,
+                prompts.starts,
             )
             predicted = label_predictions(np.asarray(logits, np.float32), prompts.label_tokens)
         count = int(prompts.real.sum())

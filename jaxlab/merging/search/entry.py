@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlab.costs import let_go_of_programs
 from jaxlab.errors import UserError
 from jaxlab.merging.search import gradient
 from jaxlab.merging.search.choice import Way, choose, choose_keeping, mean_of, pareto
@@ -133,6 +134,7 @@ def _by_sampler(
             done = [*(row for row in done if row is not None), *journal.add(label, "point", made)]
         rows += [row for row in done if row is not None]
         sampler.tell([row["score"] for row in rows[len(rows) - len(points) :]])
+        let_go_of_programs()
     return rows
 
 
@@ -191,6 +193,7 @@ def _by_gradient(
             made = {"index": number, **_row(point, measured, measuring), **learned}
             rows += journal.add(label, "point", [made])
         done = until
+        let_go_of_programs()
         progress(
             effort.evaluations * (number + 1) // schedule.measured
             - effort.evaluations * number // schedule.measured

@@ -1,5 +1,6 @@
 """What a mixture of experts is."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,9 +50,20 @@ class MoEConfig:
     """So many first layers have an MLP of mlp_width instead."""
     balance_loss: float = 0.0
     """Weight of the load-balancing loss in training (Switch Transformer, arXiv 2101.03961, eq. 4)."""
+    bias_rate: float = 0.0
+    """Balance without a loss (arXiv 2408.15664): in training each update moves the choice_bias of an expert
+    by this, up where it got less than its share of the choices, down where more; 0: it is not moved."""
+    capacity_factor: float | None = None
+    """An expert takes at most so many times its even share of the choices of a group of tokens, the first
+    ones; what others chose it for is dropped. None: all."""
+    capacity_group: int | None = None
+    """Tokens of a row, counted from its start, that share a capacity; none: the row."""
+    exchange: Literal["auto", "dense", "ragged"] = "auto"
+    """How tokens reach experts on other devices: in buffers of the size that the most would need, or the
+    tokens alone (GPUs); auto: ragged on GPUs."""
 
     def __post_init__(self) -> None:
-        for name in ("shared_width", "first_dense", "balance_loss"):
+        for name in ("shared_width", "first_dense", "balance_loss", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"must not be negative, is {getattr(self, name)}", key=name)
         for name in ("num_experts", "experts_per_token", "width"):
@@ -80,8 +92,21 @@ class MoEConfig:
             )
         if self.group_score == "top2" and self.num_groups > 1 and size < 2:
             raise ConfigError("top2 needs groups of two experts or more", key="group_score")
-        for name in ("swiglu_limit", "swiglu_alpha"):
+        if self.bias_rate and not self.choice_bias:
+            raise ConfigError("moves the bias of the choice; set choice_bias", key="bias_rate")
+        if self.capacity_group is not None and self.capacity_factor is None:
+            raise ConfigError("needs a capacity; set capacity_factor", key="capacity_group")
+        if self.capacity_group is not None and self.capacity_group < 1:
+            raise ConfigError(f"must be at least 1, is {self.capacity_group}", key="capacity_group")
+        for name in ("swiglu_limit", "swiglu_alpha", "capacity_factor"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"must be positive and finite, is {getattr(self, name)}", key=name)
         if self.shared_gate and not self.shared_width:
             raise ConfigError("needs shared experts; set shared_width", key="shared_gate")
+
+    def capacity(self, tokens: int) -> int | None:
+        """Choices of a group of so many tokens that an expert takes; None: all."""
+        if self.capacity_factor is None:
+            return None
+        even = tokens * self.experts_per_token / self.num_experts
+        return min(tokens, max(1, math.ceil(self.capacity_factor * even)))

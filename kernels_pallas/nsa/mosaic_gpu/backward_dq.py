@@ -47,7 +47,9 @@ def query_gradient(
     q_place, out_place = places_of(saved)
     heads = groups // saved.visible.first.shape[0]
     gated = saved.gate is not None
-    listed, wgs, stages = isinstance(plan, Lists), tuning.warpgroups, tuning.stages
+    listed, wgs = isinstance(plan, Lists), tuning.warpgroups
+    # Through shared memory, the largest head dims leave place for one tile of keys.
+    stages = tuning.stages if tuning.registers or key_dim + value_dim < 320 else 1
     plan_operands, shape = operands(plan), (ROWS, tuning.keys)
 
     def nsa_query_gradient(*all_refs):  # type: ignore[no-untyped-def]

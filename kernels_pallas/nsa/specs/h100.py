@@ -63,11 +63,11 @@ def dump_to(folder: Path) -> None:
 
 
 @functools.cache
-def mesh(devices: int = 1) -> Mesh:
-    """Abstract H100s of one host."""
+def mesh(devices: int = 1, hosts: int = 1) -> Mesh:
+    """Abstract H100s, as many on each host."""
     jax.devices()  # the CPU's backend has to be there first
     topology = topologies.get_topology_desc(
-        topology_name="h100", platform="cuda", target_config=_DEVICE, topology=f"1x1x{devices}"
+        topology_name="h100", platform="cuda", target_config=_DEVICE, topology=f"1x{hosts}x{devices // hosts}"
     )
     return Mesh(np.array(topology.devices), ("x",))
 

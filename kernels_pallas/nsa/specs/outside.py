@@ -5,10 +5,12 @@ that is only sliced the slices, of one that is updated in place the update. Loop
 A sort is one launch here, whatever its passes; so is a call of a library.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from kernels_pallas.hlo import Instruction, inner
+from kernels_pallas.hlo import computations as hlo_computations
 
 KERNELS = ("mosaic_gpu", "mosaic_gpu_v2")
 """Targets of the custom calls that are kernels of this package's kind."""
@@ -24,10 +26,6 @@ _FREE = {
     "opt-barrier",
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
-_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(")
 
 
 class Launch(NamedTuple):
@@ -54,63 +52,12 @@ class Outside(NamedTuple):
     """By bytes, falling."""
 
 
-class _Instruction(NamedTuple):
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-
-    @property
-    def bytes(self) -> int:
-        return shape_bytes(self.shape)
-
-
-def shape_bytes(shape: str) -> int:
-    """Of an array, or of all in a tuple."""
-    total = 0
-    for kind, dims in _SHAPE.findall(shape):
-        bits = _BITS.get(kind)
-        if bits is None:
-            digits = re.search(r"\d+", kind)
-            bits = int(digits.group()) if digits else 0
-        total += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
-    return total
-
-
-def _operands(text: str) -> tuple[str, ...]:
-    """Names up to the parenthesis that closes the call."""
-    depth = 1
-    for at, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return tuple(re.findall(r"%([\w.\-]+)", text[:at]))
-    return ()
-
-
-def _computations(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    found: dict[str, dict[str, _Instruction]] = {}
-    entry, here = "", ""
-    for line in hlo.splitlines():
-        head = _HEAD.match(line)
-        if head and line.rstrip().endswith("{"):
-            here = head.group(2)
-            found[here] = {}
-            entry = here if head.group(1) else entry
-        elif (match := _LINE.match(line)) and here:
-            name, shape, opcode, rest = match.groups()
-            found[here][name] = _Instruction(name, shape, opcode, _operands(rest), rest)
-    if not entry:
-        raise ValueError("no ENTRY computation: this is no optimised HLO")
-    return found, entry
-
-
 def outside(hlo: str, largest: int = 8) -> Outside:
     """
     Raises:
         ValueError: the text is no optimised HLO, or a loop does not say how often it runs.
     """
-    computations, entry = _computations(hlo)
+    computations, entry = hlo_computations(hlo)
     launches: list[Launch] = []
     kernels = 0
 
@@ -120,15 +67,12 @@ def outside(hlo: str, largest: int = 8) -> Outside:
         for x in body.values():
             if x.opcode in _FREE:
                 continue
-            if x.opcode == "while":
-                trips = re.search(r"known_trip_count[^0-9]*(\d+)", x.rest)
-                inside = re.search(r"body=%?([\w.\-]+)", x.rest)
-                if trips is None or inside is None:
+            if x.opcode in ("while", "call", "conditional", "async-start"):
+                trips, bodies = inner(x)
+                if trips is None or not bodies:
                     raise ValueError(f"loop {x.name} does not say how often it runs")
-                visit(inside.group(1), times * int(trips.group(1)))
-            elif x.opcode in ("call", "conditional", "async-start"):
-                for called in re.findall(r"(?:to_apply|calls|branch_computations)=\{?%?([\w.\-]+)", x.rest):
-                    visit(called, times)
+                for body_name in bodies:
+                    visit(body_name, times * trips)
             elif x.opcode == "custom-call" and any(f'target="{kernel}"' in x.rest for kernel in KERNELS):
                 kernels += times
             else:
@@ -145,9 +89,9 @@ def outside(hlo: str, largest: int = 8) -> Outside:
 
 
 def _bytes_of(
-    x: _Instruction,
-    body: dict[str, _Instruction],
-    computations: dict[str, dict[str, _Instruction]],
+    x: Instruction,
+    body: dict[str, Instruction],
+    computations: dict[str, dict[str, Instruction]],
 ) -> int:
     sizes = [body[name].bytes for name in x.operands]
     if x.opcode == "fusion":
@@ -161,15 +105,15 @@ def _bytes_of(
     return sum(sizes) + x.bytes
 
 
-def _bytes_of_fusion(fused: Sequence[_Instruction], sizes: list[int], written: int) -> int:
+def _bytes_of_fusion(fused: Sequence[Instruction], sizes: list[int], written: int) -> int:
     """Through bitcasts, a parameter that is only sliced, or only updated in place, is not read whole."""
-    users: dict[str, list[_Instruction]] = {}
+    users: dict[str, list[Instruction]] = {}
     for x in fused:
         for name in x.operands:
             users.setdefault(name, []).append(x)
     by_name = {x.name: x for x in fused}
 
-    def through(name: str) -> list[tuple[str, _Instruction]]:
+    def through(name: str) -> list[tuple[str, Instruction]]:
         found = []
         for user in users.get(name, ()):
             found += through(user.name) if user.opcode == "bitcast" else [(name, user)]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from kernels_pallas.nsa.specs.outside import outside, shape_bytes
+from kernels_pallas.hlo import shape_bytes
+from kernels_pallas.nsa.specs.outside import outside
 
 HLO = """HloModule jit_step, is_scheduled=true
 

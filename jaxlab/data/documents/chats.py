@@ -1,0 +1,147 @@
+"""Conversations as tokens, with the assistant's turns as what is learnt."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlab.data.documents.document import Counts, Document, content_key, largest_id, words_digest
+from jaxlab.data.documents.readers import Row
+from jaxlab.errors import UserError
+from jaxlab.processing import Message, Turns, check_messages, encode_with_spans, render_turns
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""ShareGPT's words for who speaks, where they differ."""
+NO_ANSWER = "nothing that the assistant says"
+
+
+class ChatEncoder:
+    """Conversations through a chat template; see `Encoder`."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        *,
+        special_tokens: Mapping[str, str],
+        train_on: str,
+        place: str,
+    ) -> None:
+        self.tokenizer, self.template, self.place = tokenizer, template, place
+        self.special_tokens, self.train_on = dict(special_tokens), train_on
+        self.largest = largest_id(tokenizer)
+        self._special = frozenset(
+            number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        given = json.dumps([template, self.special_tokens, train_on], sort_keys=True)
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        self.identity = json.dumps(["chat", words_digest(tokenizer), digest])
+
+    def encode(self, rows: Sequence[tuple[str, Row]], counts: Counts) -> list[Document]:
+        """See `Encoder`.
+
+        Raises:
+          UserError: the tokenizer or the template fails.
+        """
+        conversations, names = [], []
+        for where, row in rows:
+            counts.rows += 1
+            if row.problem:
+                counts.note_bad(row.problem)
+            elif row.value is None:
+                counts.null += 1
+            elif isinstance(row.value, list) and not row.value:
+                counts.empty += 1
+            else:
+                try:
+                    messages = read_conversation(row.value, where)
+                except UserError as error:
+                    counts.note_bad(str(error))
+                    continue
+                while messages and messages[-1]["role"] != "assistant":  # nothing of them is learnt
+                    messages.pop()
+                if messages:
+                    conversations.append(messages)
+                    names.append(where)
+                else:
+                    counts.dropped[NO_ANSWER] += 1
+        if not conversations:
+            return []
+        rendered = render_turns(
+            conversations,
+            self.template,
+            special_tokens=self.special_tokens,
+            last_only=self.train_on == "last",
+            place=self.place,
+        )
+        kept: list[Turns] = []
+        for turns, name in zip(rendered, names, strict=True):
+            if turns.problem:
+                counts.note_bad(f"{name}: {turns.problem}")
+            elif not turns.spans:
+                counts.dropped[NO_ANSWER] += 1
+            else:
+                kept.append(turns)
+        documents = []
+        encoded = encode_with_spans([t.text for t in kept], self.tokenizer, special=False, where=self.place)
+        for turns, tokens in zip(kept, encoded, strict=True):
+            targets = said(turns, tokens.ids, tokens.spans, self._special)
+            if targets.any():
+                documents.append(Document(tokens.ids, content_key(turns.text), targets))
+            else:
+                counts.dropped[NO_ANSWER] += 1
+        return documents
+
+
+def said(turns: Turns, ids: np.ndarray, spans: np.ndarray, special: frozenset[int]) -> np.ndarray:
+    """Which tokens the assistant says (bool[T]): those that begin in one of its turns, up to the special
+    token that ends it where nothing but blanks follows that.
+
+    Args:
+      ids: int[T].
+      spans: int[T, 2], the letters of each token.
+      special: tokens that templates write.
+    """
+    targets = np.zeros(len(ids), bool)
+    for begin, end in turns.spans:
+        inside = np.flatnonzero((spans[:, 0] >= begin) & (spans[:, 0] < end) & (spans[:, 1] > spans[:, 0]))
+        ends = [i for i in inside if int(ids[i]) in special and not turns.text[spans[i, 1] : end].strip()]
+        targets[inside[inside <= ends[0]] if ends else inside] = True
+    return targets
+
+
+def read_conversation(value: Any, where: str) -> list[Message]:
+    """The messages of a conversation: OpenAI's role and content, or ShareGPT's from and value.
+
+    Raises:
+      UserError: it is none, or holds more than texts.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        value = [_message(message) for message in value]
+    check_messages(value, where)
+    for number, message in enumerate(value, 1):
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        other = next((part["type"] for part in parts if part["type"] != "text"), None)
+        if other is not None:
+            raise UserError(f"{where}: message {number} holds a part of type {other!r}; texts alone are read")
+    return list(value)
+
+
+def _message(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    if "from" in message and "role" not in message:
+        role = message["from"]
+        message = {"role": ROLES.get(role, role), "content": message.get("value")}
+    return {key: value for key, value in message.items() if value is not None}

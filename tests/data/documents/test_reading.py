@@ -1,0 +1,229 @@
+"""Files of every form become the same documents; everything that is wrong with one is one line."""
+
+import gzip
+import json
+
+import pytest
+
+from jaxlab.data import DataSet, DocumentsConfig
+from jaxlab.data.documents import readers
+from jaxlab.data.documents.readers import Place, Progress, read_text
+from jaxlab.errors import ConfigError, UserError
+from tests.data.documents.small import documents, source, texts, write_lines
+
+TEXTS = ["one", "two lines\nof it", "drei €", "x" * 40]
+ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    datasets = pytest.importorskip("datasets")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        write_lines(tmp_path / name, ROWS)
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet", row_group_size=2)
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    both = datasets.DatasetDict(dev=datasets.Dataset.from_list(ROWS))
+    both.save_to_disk(str(tmp_path / "several"))
+    (tmp_path / "e.txt").write_text("<end>".join(TEXTS))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i}.md").write_text(text)
+    for path, on in (
+        ("a.jsonl", {}),
+        ("b.jsonl.gz", {}),
+        ("c.jsonl.zst", {}),
+        ("d.parquet", {}),
+        ("saved", {}),
+        ("several", {"split": "dev"}),
+        ("e.txt", {"separator": "<end>"}),
+        ("folder", {}),
+        ("folder/*.md", {}),
+    ):
+        found = source(tmp_path / path, on=on)
+        found.prepare()
+        assert texts(found) == TEXTS, path
+        found.prepare()  # nothing is made again
+        assert texts(found) == TEXTS
+
+
+@pytest.mark.parametrize("separator", [None, "<e>"])
+def test_a_long_text_comes_in_parts_that_do_not_depend_on_where_reading_began(
+    tmp_path, monkeypatch, separator
+):
+    monkeypatch.setattr(readers, "LONGEST_TEXT", 50)
+    text = "".join(f"line {i} of ä text\n" + "  indented\n" * (i % 3 == 0) for i in range(40))
+    whole = text if separator is None else f"{text}<e>short<e>{text[:70]}"
+    path = tmp_path / "a.txt"
+    path.write_text(whole)
+    seen = []
+    for chunk in (7, 64, 1 << 20):
+        monkeypatch.setattr(readers, "_CHUNK", chunk)
+        seen.append(list(read_text(path, Place(), Progress(), separator)))
+    assert seen[0] == seen[1] == seen[2]
+    rows = seen[0]
+    assert max(len(row.value.encode()) for row in rows) <= 50
+    joined = "".join(row.value + (separator or "") * row.last for row in rows)
+    assert joined.removesuffix(separator or "") == whole
+    assert rows[0].first
+    assert rows[-1].last
+    assert [row.first for row in rows[1:]] == [row.last for row in rows[:-1]]
+    assert all(row.value.endswith("\n") for row in rows if not row.last)
+    for number, row in enumerate(rows):
+        assert list(read_text(path, row.after, Progress(), separator)) == rows[number + 1 :]
+
+
+def test_parts_of_a_text_end_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_TEXT", 20)
+    (tmp_path / "a.txt").write_text("0123456789\n" * 9)
+    found = source(tmp_path / "a.txt")
+    found.prepare()
+    kept = documents(found)
+    assert bytes(token for tokens in kept for token in tokens) == b"0123456789\n" * 9 + b"\0"
+    assert len(kept) > 3
+
+
+def test_rows_without_text_are_counted_and_said(tmp_path):
+    rows = [{"text": "a"}, {"text": None}, {"text": "  "}, {"text": ""}, {"text": "b"}]
+    found = source(write_lines(tmp_path / "a.jsonl", rows))
+    with pytest.warns(UserWarning, match=r"a.jsonl: of 5 rows passed by: 1 without a value, 2 empty"):
+        found.prepare()
+    assert texts(found) == ["a", "b"]
+
+
+BAD = {
+    "not JSON": ('{"text": "a"}\n{"text": \n', r"a.jsonl line 2: not JSON: .*on_bad_rows"),
+    "no column": ('{"txt": "a"}\n', r"line 1: no column 'text'; did you mean txt\?; its columns are 'txt'"),
+    "a list": ("[1]\n", r"line 1: not an object like"),
+    "a number": ('{"text": 3}\n', r"line 1: the column holds int, not a text"),
+    "a surrogate": ('{"text": "\\ud800"}\n', r"line 1: half of a surrogate pair"),
+    "deep": ('{"text": ' + "[" * 100_000 + "\n", r"line 1: not JSON"),
+    "the end byte": ('{"text": "a\\u0000b"}\n', r"line 1: holds the byte 0"),
+    "not UTF-8": (b'{"text": "\xff"}\n', r"line 1: not valid UTF-8 \(at its byte 11\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows_are_refused_with_their_place_or_skipped(tmp_path, name):
+    text, message = BAD[name]
+    raw = text if isinstance(text, bytes) else text.encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(raw + b'{"text": "good"}\n')
+    with pytest.raises(UserError, match=message) as error:
+        source(path).prepare()
+    assert "\n" not in str(error.value)
+    skipping = source(path, on_bad_rows="skip")
+    with pytest.warns(UserWarning, match=r"1 bad \(the first: "):
+        skipping.prepare()
+    assert texts(skipping)[-1] == "good"
+    with pytest.raises(UserError, match="1 such rows"):  # what was skipped is not refused silently
+        source(path).prepare()
+
+
+def damaged_files(folder):
+    good = gzip.compress(b'{"text": "abcdefgh"}\n' * 50)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0xFF
+    yield "cut.jsonl.gz", good[:-10], r"damaged"
+    yield "flipped.jsonl.gz", bytes(flipped), r"damaged"
+    yield "none.jsonl.gz", b"hello", r"damaged"
+    yield "none.parquet", b"hello" * 10, r"damaged, or of another format"
+    yield "empty.jsonl", b"", "the file is empty"
+    yield "utf16.txt", "hello".encode("utf-16"), r"UTF-16"
+    yield "latin.txt", b"caf\xe9 x", r"not valid UTF-8 \(at its byte 4\)"
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    pytest.importorskip("pyarrow")
+    for name, raw, message in damaged_files(tmp_path):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(UserError, match=message) as error:
+            source(tmp_path / name).prepare()
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_zst_and_a_parquet_without_the_column(tmp_path):
+    zstandard, pa = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    frames = zstandard.compress(b'{"text": "a"}\n' * 99) * 2
+    (tmp_path / "two.jsonl.zst").write_bytes(frames)
+    whole = source(tmp_path / "two.jsonl.zst")
+    whole.prepare()
+    assert len(texts(whole)) == 198
+    (tmp_path / "a.jsonl.zst").write_bytes(frames[:-6])
+    with pytest.raises(UserError, match=r"a.jsonl.zst: damaged"):
+        source(tmp_path / "a.jsonl.zst").prepare()
+    parquet.write_table(pa.table({"txet": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: no column 'text'; did you mean txet\?"):
+        source(tmp_path / "a.parquet").prepare()
+    with pytest.raises(UserError, match="the column holds int, not a text"):
+        source(tmp_path / "a.parquet", on={"column": "n"}).prepare()
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"x")
+    for path, on, message in (
+        ("nothing.jsonl", {}, "no such file or folder"),
+        ("*.parquet", {}, "no such file or folder"),
+        (".", {}, "none of its files is text"),
+        (".", {"format": "dataset"}, "not a folder that datasets saved"),
+    ):
+        with pytest.raises(UserError, match=message):
+            source(tmp_path / path, on=on)
+    (tmp_path / "a.arrow").write_bytes(b"x")
+    with pytest.raises(UserError, match="name its folder"):
+        source(tmp_path / "a.arrow")
+    with pytest.raises(UserError, match="set format: dataset"):
+        source("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"sources": ()}, "sources"),
+        ({"sources": (DataSet("a/x.txt"), DataSet("b/x.txt"))}, "sources"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"sequence_length": 1}, "sequence_length"),
+        ({"attend_across": True}, "attend_across"),
+        ({"sources": (DataSet("a", content="chat"),)}, "tokenizer"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"end_of_text": "x"}, "end_of_text"),
+    ],
+)
+def test_configs_that_make_no_sense(changes, key):
+    with pytest.raises(ConfigError) as error:
+        DocumentsConfig(**{"sources": (DataSet("a"),), **changes})
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"path": ""}, "path"),
+        ({"weight": 0.0}, "weight"),
+        ({"separator": ""}, "separator"),
+        ({"separator": "x", "format": "jsonl"}, "separator"),
+        ({"content": "chat", "format": "text"}, "format"),
+    ],
+)
+def test_data_sets_that_make_no_sense(changes, key):
+    with pytest.raises(ConfigError) as error:
+        DataSet(**{"path": "a", **changes})
+    assert error.value.key == key
+
+
+def test_files_of_a_texts_folder_by_name(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / ".hidden.txt").write_text("h")
+    (tmp_path / "b.py").write_text("b")
+    write_lines(tmp_path / "c.jsonl", [{"text": "c"}])
+    found = source(tmp_path)
+    found.prepare()
+    assert texts(found) == ["a", "c"]
+    every = source(tmp_path, on={"format": "text"})
+    every.prepare()
+    assert texts(every) == ["a", "b", json.dumps({"text": "c"}) + "\n"]
