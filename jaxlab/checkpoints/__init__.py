@@ -7,7 +7,14 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints import families
-    from jaxlab.checkpoints.adapters import AdapterSettings, Matrix, find_targets, matrices, save_adapter
+    from jaxlab.checkpoints.adapters import (
+        AdapterSettings,
+        Matrix,
+        find_targets,
+        matrices,
+        save_adapter,
+        whole_tensors,
+    )
     from jaxlab.checkpoints.assembly import Assembly, TowerConfig, assemble, plan_vlm
     from jaxlab.checkpoints.compatibility import (
         SameTokens,
@@ -18,7 +25,7 @@ with epy.lazy_api_imports(globals()):
         language_settings_apart,
         same_tokens,
     )
-    from jaxlab.checkpoints.digests import find_damage
+    from jaxlab.checkpoints.digests import DIGESTS, find_damage
     from jaxlab.checkpoints.families import head_name, layer_types
     from jaxlab.checkpoints.families import read_config as read_hf_config
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel
@@ -39,7 +46,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.output_folder import check_output, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, remove_partial, resumable_folder
     from jaxlab.checkpoints.safetensors_file import Tensor, read_header, read_metadata
-    from jaxlab.checkpoints.save import save_model
+    from jaxlab.checkpoints.save import kept_files, save_model
     from jaxlab.checkpoints.source_files import SourceFiles
     from jaxlab.checkpoints.tensor_folder import Planned, TensorFolder, in_shards, open_folder, read_json
     from jaxlab.checkpoints.tensor_kinds import TensorKind

@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from jaxlab.checkpoints import families
 from jaxlab.checkpoints.fused_qkv import join_fused
 from jaxlab.checkpoints.lora import CONFIG, PREFIX, TENSORS
 from jaxlab.checkpoints.output_folder import write_aside
-from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at
+from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at, to_hf
 from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, Layout, LeafPath
 from jaxlab.errors import UserError
 from jaxlab.files import writing
-from jaxlab.models import ModelConfig, Params
+from jaxlab.models import ModelConfig, Params, abstract_params
 
 ALL_LINEAR = "all-linear"
 Kind = Literal["linear", "transposed", "embedding"]
@@ -231,6 +231,27 @@ def save_adapter(
     with writing(path), write_aside(path, inputs, overwrite=overwrite) as folder:
         save_file(tensors, folder / TENSORS, metadata)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def whole_tensors(
+    trained: Params, leaves: Collection[LeafPath], config: ModelConfig
+) -> dict[str, np.ndarray]:
+    """Tensors by their names in transformers of leaves that are trained whole, on the host.
+
+    Raises:
+      UserError: a tensor of theirs holds other leaves too.
+    """
+    found = {}
+    shapes = abstract_params(config)
+    for entry in entries(shapes, memory_family(config.family)):
+        ours = [path for path in entry.paths if path in leaves]
+        if not ours:
+            continue
+        if len(ours) < len(entry.paths):
+            raise UserError(f"lora.also: {entry.pattern} is trained in part only; name all of it")
+        for name, value in zip(entry.names, np.asarray(to_hf(trained, entry)), strict=True):
+            found[name] = np.ascontiguousarray(value)
+    return found
 
 
 def _number(value: float) -> int | float:

@@ -6,7 +6,9 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from jaxlab.checkpoints.compatibility import differences
 from jaxlab.checkpoints.formats import hf_write, orbax_folder
+from jaxlab.checkpoints.formats.base import OpenModel
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.models import ModelConfig, Params
 
@@ -47,3 +49,9 @@ def save_model(
         inputs=inputs,
         overwrite=overwrite,
     )
+
+
+def kept_files(opened: OpenModel, config: ModelConfig) -> SourceFiles | None:
+    """The files beside the tensors of a model for one that was trained from it, if they still describe it."""
+    same = config.family == opened.config.family and not differences(config, opened.config)
+    return opened.source_files if same else None

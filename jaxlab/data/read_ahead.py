@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxlab.data.documents.source import DocumentsSource
+from jaxlab.data.image_chats import ImageChatsSource
 
 if TYPE_CHECKING:
     from jaxlab.data.source import Source
@@ -38,7 +39,8 @@ class BatchReader:
         """
         self._source, self._seed, self._batch_size = source, seed, batch_size
         self._rows = rows
-        self._ahead = (AHEAD if isinstance(source, DocumentsSource) else 0) if ahead is None else ahead
+        reads_files = isinstance(source, DocumentsSource | ImageChatsSource)
+        self._ahead = (AHEAD if reads_files else 0) if ahead is None else ahead
         self._next = 0
         self._batches: Iterator[dict[str, np.ndarray]] | None = None
 

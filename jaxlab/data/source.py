@@ -14,12 +14,13 @@ from jaxlab.data.documents.config import DocumentsConfig
 from jaxlab.data.documents.source import DocumentsSource
 from jaxlab.data.documents.stand_in import StandIn
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
+from jaxlab.data.image_chats import ImageChatsConfig, ImageChatsSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, PlainVisionConfig
 
-DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | DocumentsConfig
+DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | DocumentsConfig | ImageChatsConfig
 """What a model is trained or evaluated on."""
 
 
@@ -32,10 +33,13 @@ class Source(Protocol):
     has source_ids int32[B] besides, which of `source_names` each row is from; models do not read it.
     """
 
-    identity: str
-    """Changes when the data changes."""
     source_names: tuple[str, ...]
     """The data sets of a mixture, as source_ids number them; () where batches have none."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when the data changes."""
+        ...
 
     def batch(
         self, seed: int, step: int, batch_size: int, rows: slice | None = None
@@ -91,6 +95,8 @@ def make_source(config: DataConfig, find_model: FindModel = resolve, *, for_shap
         case DocumentsConfig():
             source = DocumentsSource(config, find_model)
             return StandIn(source) if for_shapes and not source.prepared else source
+        case ImageChatsConfig():
+            return ImageChatsSource(config, find_model)
 
 
 def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,7 +112,8 @@ def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[
         if not rows:
             raise _too_small(batch_size, split)
         one = next(iter(source.held_out_batches(1, 1, split)))
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
+    # Of images some arrays have several rows for one of the batch.
+    return {name: jax.ShapeDtypeStruct((rows * x.shape[0], *x.shape[1:]), x.dtype) for name, x in one.items()}
 
 
 def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.ndarray]:
@@ -128,9 +135,14 @@ def _too_small(batch_size: int, split: str) -> UserError:
 
 
 def check_fits(
-    batch: Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray], model: ModelConfig
+    batch: Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray],
+    model: ModelConfig,
+    source: Source | None = None,
 ) -> None:
     """Checks that a batch is for `model`, or one of such shapes; of these see `check_all_tokens` besides.
+
+    Args:
+      source: where it comes from, which may know more of its images.
 
     Raises:
       UserError: it is not.
@@ -143,7 +155,9 @@ def check_fits(
         )
     if isinstance(tokens, np.ndarray):
         _check_token(int(tokens.max()), model)
-    if "images" in batch:
+    if isinstance(source, ImageChatsSource):
+        source.check_vision(model)
+    elif "images" in batch:
         vision = model.vision
         if not isinstance(vision, PlainVisionConfig):
             raise UserError(

@@ -91,26 +91,51 @@ class Processor:
         Raises:
           UserError: as for a call.
         """
+        text = self._marked(text, len(images), tokenizer)
+        return self._expanded(text, [self.one(source, len(images) == 1) for source in images], tokenizer)
+
+    def place_ones(self, text: str, ones: Sequence[One], tokenizer: Tokenizer) -> Placed:
+        """As `place`, of images that are ready for the tower.
+
+        Raises:
+          UserError: placeholders that do not fit the images, a video, or a tokenizer that lacks the family's
+            tokens.
+        """
+        return self._expanded(self._marked(text, len(ones), tokenizer), ones, tokenizer)
+
+    def one(self, source: ImageSource, alone: bool) -> One:
+        """An image, ready for the tower.
+
+        Args:
+          alone: no other image is in the prompt.
+
+        Raises:
+          UserError: it cannot be read, or is of an extreme shape.
+        """
+        try:
+            return self.images.one(read_image(source, self.convert), alone=alone)
+        except UserError as error:
+            name = "" if isinstance(source, Image.Image) or str(source) in str(error) else f"{source}: "
+            raise UserError(f"{name}{error}") from error
+
+    def _marked(self, text: str, count: int, tokenizer: Tokenizer) -> str:
+        """The prompt with what stands for an image for each of them."""
         words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
         self.refuse_videos(text, tokenizer)
         mark = self.text.plain_mark or words[self.text.mark]
         if mark not in text:
-            text = self.text.lead(len(images), words) + text
+            text = self.text.lead(count, words) + text
         text = self.text.finish(text, words)
-        if text.count(mark) != len(images):
+        if text.count(mark) != count:
             raise UserError(
-                f"the prompt holds {text.count(mark)} {mark} for {len(images)} images; write one for each, "
-                "or none"
+                f"the prompt holds {text.count(mark)} {mark} for {count} images; write one for each, or none"
             )
-        ones = []
-        for source in images:
-            try:
-                pixels = read_image(source, self.convert)
-                ones.append(self.images.one(pixels, alone=len(images) == 1))
-            except UserError as error:
-                name = "" if isinstance(source, Image.Image) or str(source) in str(error) else f"{source}: "
-                raise UserError(f"{name}{error}") from error
-        first, *rest = text.split(mark)
+        return text
+
+    def _expanded(self, text: str, ones: Sequence[One], tokenizer: Tokenizer) -> Placed:
+        """The prompt with as many tokens as the images have in place of each mark."""
+        words = {name: self._word(token, tokenizer) for name, token in self.text.tokens.items()}
+        first, *rest = text.split(self.text.plain_mark or words[self.text.mark])
         expanded = [self.text.expand(one, words) for one in ones]
         pieces = [first]
         for image, after in zip(expanded, rest, strict=True):

@@ -20,7 +20,7 @@ from jaxlab.costs import (
     train_flops_per_token,
 )
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.models import MeshConfig, ModelConfig, batch_shardings, count_params
+from jaxlab.models import MeshConfig, ModelConfig, Params, abstract_params, batch_shardings, count_params
 from jaxlab.training.step import State
 
 MOST_DEVICES = 1 << 12
@@ -71,18 +71,21 @@ def estimate_run(
     mesh: Mesh,
     model: ModelConfig,
     steps: int,
+    frozen: Params | None = None,
 ) -> dict[str, Any]:
     """Parameters, bytes of each device, what a step exchanges, its FLOPs, and how long a run takes at a
     stated utilisation. The step is compiled, and nothing else is done.
 
     Args:
-      update: one jitted step, of state and batch.
+      update: one jitted step, of state, what is frozen, and batch.
       state: shapes, dtypes and shardings.
       batch: shapes.
+      frozen: shapes, dtypes and shardings of the parameters that are not trained.
     """
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     placed = jax.tree.map(place, dict(batch), batch_shardings(batch, mesh))
-    compiled = update.lower(state, placed).compile()  # type: ignore[attr-defined]
+    frozen = frozen or {}
+    compiled = update.lower(state, frozen, placed).compile()  # type: ignore[attr-defined]
     rows, length = batch["tokens"].shape
     tokens, devices = rows * length, mesh.size
     flops = train_flops_per_token(model, length) * tokens
@@ -93,11 +96,12 @@ def estimate_run(
     seconds = flops / (peak * config.mfu)
     exchanged = by_kind(read_collectives(compiled.as_text(), mesh))
     return {
-        "parameters": count_params(state.params),
+        "parameters": count_params(abstract_params(model)),
+        **({"trained_parameters": count_params(state.params)} if frozen else {}),
         "tokens_per_step": tokens,
         "devices": dict(mesh.shape),
         "bytes_per_device": {
-            "parameters": bytes_per_device(state.params),
+            "parameters": bytes_per_device(state.params) + bytes_per_device(frozen),
             "optimizer": bytes_per_device(state.optimizer),
             **planned_memory(compiled),
         },
@@ -121,8 +125,10 @@ def estimate_table(report: Mapping[str, Any]) -> str:
     sizes, expected = report["bytes_per_device"], report["expected"]
     axes = {name: size for name, size in report["devices"].items() if size > 1}
     mesh = " x ".join(f"{name} {size}" for name, size in axes.items()) or "one device"
+    trained = report.get("trained_parameters")
+    of_these = "" if trained is None else f", {_short(trained)}of them trained"
     lines = [
-        f"parameters        {_short(report['parameters'])}",
+        f"parameters        {_short(report['parameters']).rstrip()}{of_these}",
         f"tokens a step     {report['tokens_per_step']:,}",
         f"mesh              {mesh}, compiled for {report['compiled_for']}",
         "on each device",

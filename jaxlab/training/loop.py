@@ -20,6 +20,7 @@ from jaxlab.training.speed import Stopwatch
 from jaxlab.training.spikes import Rollbacks
 from jaxlab.training.state import Initial
 from jaxlab.training.step import State
+from jaxlab.training.trainable import Trainable
 
 
 @runtime_checkable
@@ -67,10 +68,12 @@ class Setup(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
     """Its shapes."""
     initial: Initial
+    trainable: Trainable
+    """What of the model is trained: the state's parameters are of that alone."""
     optimizer: optax.GradientTransformation
     shardings: State
-    update: Callable[[State, Batch], tuple[State, dict[str, Any]]]
-    """One training step, jitted; it takes over its state's memory."""
+    update: Callable[[State, Params, Batch], tuple[State, dict[str, Any]]]
+    """One training step of a state, what is frozen, and a batch, jitted; it takes over its state's memory."""
     evaluate: Callable[[Params, Batch], dict[str, Any]]
     """Sums over a held-out batch, jitted."""
 
@@ -86,12 +89,15 @@ class Loop:
         checkpoints: Checkpoints,
         restore: Callable[[], tuple[int, State]],
         stop: Stop,
+        frozen: Params | None = None,
     ) -> None:
         """Restores the newest state.
 
         Args:
           restore: gives (steps done, state) of the newest whole checkpoint, or of the beginning.
+          frozen: the parameters that are not trained.
         """
+        self.frozen: Params = frozen or {}
         self.config, self.setup, self.run, self.checkpoints, self.stop = config, setup, run, checkpoints, stop
         self.rollbacks = Rollbacks(run.path / "rollbacks.json")
         self.watch = Stopwatch()
@@ -99,6 +105,7 @@ class Loop:
         """The newest results on held-out data, by split or by name of an evaluation."""
         self.stopping = False
         """Whether the run ends after this step, because it was asked to from outside."""
+        self.callbacks: Sequence[Callback] = ()
         self._restore = restore
         self._compiled = False
         self._agreement = Agreement()
@@ -129,15 +136,19 @@ class Loop:
     @property
     def trained(self) -> Params:
         """The parameters that the run is for: those of the state, or their average by
-        `optimizer.ema.export`."""
+        `optimizer.ema.export`; of what is trained alone."""
         ema, average = self.config.optimizer.ema, averaged(self.state.optimizer)
         return average if ema is not None and ema.export and average is not None else self.state.params
+
+    def whole(self, params: Params) -> Params:
+        """All parameters of the model, as `forward` takes them, of those that are trained."""
+        return self.setup.trainable.join(params, self.frozen)
 
     def step(self) -> None:
         """One update."""
         config, number, mesh = self.config, self.rollbacks.batch_of(self.done), self.setup.mesh
         batch = place_batch(self._batches.read(number), mesh, config.batch_size)
-        self.state, self.measured = self.setup.update(self.state, batch)
+        self.state, self.measured = self.setup.update(self.state, self.frozen, batch)
         self._values = None
         self.done += 1
         self.watch.step()
@@ -163,9 +174,15 @@ class Loop:
         self.done, self.state = self._restore()
         self._values, self.measured = None, {}
         self.rollbacks.add(self.done, seen_at)
-        self.run.log(step=self.done, rollback_from=seen_at)
+        self.log(rollback_from=seen_at)
         self.say(f"a spike before step {seen_at}: back to step {self.done}, on with other batches")
         self.watch.restart()
+
+    def log(self, **metrics: Any) -> None:
+        """Appends a line of metrics of this step, and tells the callbacks."""
+        self.run.log(step=self.done, **metrics)
+        for callback in self.callbacks:
+            callback.on_log(self, metrics)
 
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar."""
@@ -198,8 +215,11 @@ class Callback:
     def on_due(self, loop: Loop) -> None:
         """After a step, and after the callbacks before this one in the list."""
 
+    def on_log(self, loop: Loop, metrics: dict[str, Any]) -> None:
+        """With every line of metrics, by name; lines of one step come in several parts."""
+
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
-        """After the last step: what it adds to the results."""
+        """After the last step: what it adds to the results; mappings of one name are joined."""
         return {}
 
     def close(self) -> None:
@@ -213,6 +233,7 @@ def fit(loop: Loop, callbacks: Sequence[Callback]) -> dict[str, Any]:
       UserError: a callback's, one line.
       KeyboardInterrupt: the run was asked to stop from outside.
     """
+    loop.callbacks = callbacks
     with contextlib.ExitStack() as stack:
         stack.callback(loop.close)
         for callback in callbacks:
@@ -231,7 +252,9 @@ def fit(loop: Loop, callbacks: Sequence[Callback]) -> dict[str, Any]:
         loop.stop.armed = False  # no step is left that could be saved first
         results: dict[str, Any] = {}
         for callback in callbacks:
-            results |= callback.on_train_end(loop)
+            for name, value in callback.on_train_end(loop).items():
+                joined = isinstance(value, dict) and isinstance(results.get(name), dict)
+                results[name] = {**results[name], **value} if joined else value
     return results
 
 

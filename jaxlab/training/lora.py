@@ -20,6 +20,9 @@ class LoraConfig:
     every matrix but embedding and head."""
     parts: tuple[Literal["language", "vision", "projector"], ...] = ("language",)
     """Parts of a vision-language model in which targets are looked for."""
+    also: tuple[str, ...] = ()
+    """Parameters that are trained whole beside the adapters (PEFT's modules_to_save), by patterns as
+    optimizer.groups has them: projector, layers.mlp_norm, *.bias."""
     dropout: float = 0.0
     """Part of an adapter's input that is dropped while training."""
     rslora: bool = False

@@ -1,7 +1,7 @@
 """The optimizer as a config: AdamW, beside it Muon, with schedules, groups and clipping, from optax."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -147,12 +147,35 @@ def make_optimizer(
     return optimizer if config.ema is None else keep_average(optimizer, config.ema)
 
 
+def is_frozen(config: OptimizerConfig, name: str) -> bool:
+    """Whether a parameter, by its dotted name, has a learning rate of 0."""
+    group = next((group for group in config.groups if matches(group.pattern, name)), None)
+    if group is not None and group.learning_rate is not None:
+        return group.learning_rate == 0
+    return config.language_scale == 0 and matches("language", name)
+
+
+def groups_of(config: OptimizerConfig, trained: Iterable[str], others: Iterable[str]) -> OptimizerConfig:
+    """The config for what is trained, without groups of which nothing is.
+
+    Args:
+      trained, others: dotted names of the parameters that are trained, and of those that are not.
+
+    Raises:
+      UserError: the pattern of a group matches none of them all.
+    """
+    trained = list(trained)
+    _groups(config, [*trained, *others])
+    kept = tuple(g for g in config.groups if any(matches(g.pattern, name) for name in trained))
+    return replace(config, groups=kept)
+
+
 def _groups(config: OptimizerConfig, names: list[str]) -> dict[str, GroupConfig | None]:
     """The group of each parameter: the first one that matches."""
     for number, group in enumerate(config.groups):
         if not any(matches(group.pattern, name) for name in names):
             raise UserError(
-                f"optimizer.groups[{number}].pattern: no parameter matches {group.pattern!r}; "
+                f"optimizer.groups.{number}.pattern: no parameter matches {group.pattern!r}; "
                 f"{pattern_hint(group.pattern, names)}"
             )
     first = lambda name: next((g for g in config.groups if matches(g.pattern, name)), None)

@@ -16,6 +16,7 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, Params, RopeConfig, abstract_params, init_params, param_shardings
 from jaxlab.retrofit import GATE, retrofit, retrofitted
 from jaxlab.training.step import State
+from jaxlab.training.trainable import Trainable, find_trainable
 
 # What shows in no shape and makes another function of the same parameters.
 _MEANING = (
@@ -33,16 +34,22 @@ _MEANING = (
 )
 
 
-def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation) -> State:
-    """Shapes and dtypes of the state."""
-    params = abstract_params(model)
+def abstract_state(model: ModelConfig | Trainable, optimizer: optax.GradientTransformation) -> State:
+    """Shapes and dtypes of the state, of a model or of what is trained of it."""
+    params = _trainable(model).abstract()
     step = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))
     return State(step, params, jax.eval_shape(optimizer.init, params))
 
 
-def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def _trainable(model: ModelConfig | Trainable) -> Trainable:
+    return model if isinstance(model, Trainable) else find_trainable(model)
+
+
+def state_shardings(
+    model: ModelConfig | Trainable, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> State:
     """Where each part of the state lives: moments and averages like their parameters, the rest everywhere."""
-    params = param_shardings(model, mesh)
+    params = _trainable(model).shardings(mesh)
     state = abstract_state(model, optimizer)
     known = {
         _keys(path): (sharding, shape.shape)
@@ -83,17 +90,19 @@ class Initial(NamedTuple):
         return None if self.opened is None else self.opened.path
 
 
-def read_initial(initial: Initial, model: ModelConfig, mesh: Mesh) -> Params:
-    """The initial model's parameters in float32, each where the state's will live; {} without one."""
+def read_initial(
+    initial: Initial, model: ModelConfig, mesh: Mesh, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Params:
+    """The initial model's parameters, each where the state's will live; {} without one."""
     if initial.opened is None:
         return {}
     shardings = param_shardings(initial.dense or model, mesh)
     theirs = {name: shardings[name] for name in initial.opened.shapes}
-    return initial.opened.read(shardings=theirs, dtype=jnp.float32)
+    return initial.opened.read(shardings=theirs, dtype=dtype)
 
 
 def init_state(
-    model: ModelConfig,
+    model: ModelConfig | Trainable,
     optimizer: optax.GradientTransformation,
     seed: int,
     shardings: State,
@@ -107,15 +116,53 @@ def init_state(
     `dense`: their config, if they are those of a dense model to retrofit (`Initial.dense`); compression and
     window begin with this `gate`.
     """
+    trainable = _trainable(model)
 
     def make(key: Key[Array, ""], loaded: Params) -> State:
-        if dense is not None:
-            new = jax.random.fold_in(key, 1)
-            loaded, _ = retrofit(loaded, dense, model.nsa, key=new, gate=gate)
-        params = {**init_params(model, key), **loaded}
+        params = _all_params(trainable.model, key, loaded, dense, gate)
+        if not trainable.everything:
+            params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+            params = trainable.begin(params, jax.random.fold_in(key, _ADAPTERS))
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed), loaded)
+
+
+def init_frozen(
+    trainable: Trainable,
+    seed: int,
+    mesh: Mesh,
+    loaded: Params,
+    *,
+    dtype: jax.typing.DTypeLike,
+    dense: ModelConfig | None = None,
+    gate: float = GATE,
+) -> Params:
+    """What is not trained, in `dtype` and where it lives: of `loaded`, else random as `init_state` has it; {}
+    where everything is trained."""
+    if trainable.everything:
+        return {}
+    shardings = trainable.frozen(param_shardings(trainable.model, mesh))
+
+    def make(key: Key[Array, ""], loaded: Params) -> Params:
+        params = _all_params(trainable.model, key, loaded, dense, gate)
+        return jax.tree.map(lambda x: x.astype(dtype), trainable.frozen(params))
+
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed), loaded)
+
+
+_ADAPTERS = 2
+"""Folded into the key of initial adapters; a retrofit has 1."""
+
+
+def _all_params(
+    model: ModelConfig, key: Key[Array, ""], loaded: Params, dense: ModelConfig | None, gate: float
+) -> Params:
+    """Random parameters, under those that were loaded."""
+    if dense is not None:
+        new = jax.random.fold_in(key, 1)
+        loaded, _ = retrofit(loaded, dense, model.nsa, key=new, gate=gate)
+    return {**init_params(model, key), **loaded}
 
 
 def find_initial(opened: OpenModel, model: ModelConfig, source: Source) -> Initial:

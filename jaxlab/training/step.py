@@ -1,12 +1,13 @@
 """One training step: loss, gradient accumulation, update. Pure functions; the task jits `train_step`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlab.losses import CROSS_ENTROPY, LossConfig, Measures, loss_and_measures
 from jaxlab.models import Batch, ModelConfig, MoEConfig, Params
@@ -30,6 +31,8 @@ def train_step(
     accumulation: int = 1,
     loss: LossConfig = CROSS_ENTROPY,
     sources: int = 0,
+    join: Callable[[Params, Key[Array, ""]], Params] | None = None,
+    seed: int = 0,
 ) -> tuple[State, dict[str, Any]]:
     """The state after one update on `batch`, and what was measured: loss, gradient norm, and what else the
     model and `loss` have to tell.
@@ -39,19 +42,30 @@ def train_step(
 
     Args:
       sources: how many there are that source_ids of the batch number; 0: it has none.
+      join: makes all parameters of those that are trained, and of a key of what is random in a step
+        (`Trainable.join`); None: all are trained.
+      seed: of that key.
     """
+    random = jax.random.fold_in(jax.random.key(seed), state.step)
     measure = functools.partial(loss_and_measures, config=config, loss=loss, sources=sources)
-    gradient = jax.value_and_grad(measure, has_aux=True)
+
+    def measured(params: Params, batch: Batch, part: Int[Array, ""]) -> tuple[Array, Measures]:
+        if join is not None:
+            params = join(params, jax.random.fold_in(random, part))
+        return measure(params, batch)
+
+    gradient = jax.value_and_grad(measured, has_aux=True)
+    zero = jnp.zeros((), jnp.int32)
     if accumulation == 1:
-        (total, seen), grads = gradient(state.params, batch)
+        (total, seen), grads = gradient(state.params, batch, zero)
     else:
         # Part i takes rows i, i + accumulation, ...: every device then holds an equal share of every part.
         split = lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
         parts = jax.tree.map(split, batch)
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part)), None)
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None)
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), zero)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        ((total, seen), grads), _ = jax.lax.scan(add, zeros, parts)
+        ((total, seen), grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulation)))
         seen = seen.mean_of(accumulation)
 
     count = jnp.maximum(seen.targets, 1.0)
@@ -68,7 +82,7 @@ def train_step(
         metrics |= {"source_losses": seen.source_losses, "source_targets": seen.source_targets}
     if config.moe is not None and seen.expert_load is not None:
         metrics |= _experts(seen, config.moe)
-        if config.moe.bias_rate:
+        if config.moe.bias_rate and _learns_balance(params):
             made = optimizer_state.in_a_row == 0 if isinstance(optimizer_state, SpikesState) else None
             params = balanced(params, seen.expert_load, config.moe, made)
     return State(state.step + 1, params, optimizer_state), metrics
@@ -85,6 +99,11 @@ def balanced(
         moves = jnp.where(made, moves, 0)
     bias = experts["choice_bias"] + moves.astype(experts["choice_bias"].dtype)
     return {**params, "layers": {**params["layers"], "moe": {**experts, "choice_bias": bias}}}
+
+
+def _learns_balance(params: Params) -> bool:
+    """Whether the biases of the choice are among what is trained."""
+    return "choice_bias" in params.get("layers", {}).get("moe", {})
 
 
 def _experts(seen: Measures, moe: MoEConfig) -> dict[str, Any]:

@@ -5,10 +5,8 @@ has an adapter {"lora_a": ..., "lora_b": ...}. Optimizer and checkpoints know th
 """
 
 import dataclasses
-import fnmatch
 import functools
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,9 +27,9 @@ from jaxlab.checkpoints import (
 from jaxlab.errors import UserError
 from jaxlab.models import LowRank, ModelConfig, Params, abstract_params, logical_axes, shardings_by_axes
 from jaxlab.training.lora import LoraConfig
+from jaxlab.training.patterns import matches, pattern_hint
 
 A, B = "lora_a", "lora_b"
-_PARTS = ("language", "vision", "projector")
 _WITH_DROPOUT = ("query", "key", "value", "output", "gate", "up", "down", "hidden")
 """Leaves of attention, MLPs and projectors by whose matrices their modules multiply."""
 
@@ -61,6 +59,16 @@ class Trainable:
     def adapted(self) -> tuple[tuple[LeafPath, Matrix], ...]:
         """The leaves that have an adapter."""
         return tuple((path, matrix) for matrix in self.targets for path in matrix.entry.paths)
+
+    @property
+    def names(self) -> list[str]:
+        """The dotted names of what is trained."""
+        return [".".join(path) for path in _leaves(self.abstract())]
+
+    @property
+    def frozen_names(self) -> list[str]:
+        """The dotted names of the parameters that are not."""
+        return [".".join(path) for path in _leaves(self.frozen(self.shapes))]
 
     def abstract(self) -> Params:
         """Shapes and dtypes of what is trained: float32."""
@@ -112,6 +120,10 @@ class Trainable:
 
         return self._tree(lambda path: leaf_at(params, path), adapter)
 
+    def pair(self, trained: Params, path: LeafPath) -> tuple[Any, Any]:
+        """a and b of the adapter beside a leaf."""
+        return leaf_at(trained, (*path, A)), leaf_at(trained, (*path, B))
+
     def frozen(self, params: Params) -> Params:
         """The leaves of a tree like the model that are not trained themselves."""
         return tree_of({path: leaf for path, leaf in _leaves(params).items() if path not in self.whole})
@@ -131,7 +143,7 @@ class Trainable:
             if key is not None and self.adapters.dropout:
                 keys = jax.random.fold_in(key, number)
                 keys = jax.random.split(keys, found[path].shape[0]) if matrix.entry.lead else keys
-            a, b = leaf_at(trained, (*path, A)), leaf_at(trained, (*path, B))
+            a, b = self.pair(trained, path)
             found[path] = LowRank(found[path], a, b, keys, self.adapters.scale, self.adapters.dropout)
         return tree_of(found)
 
@@ -148,34 +160,39 @@ class Trainable:
         return tree_of(leaves)
 
 
-def find_trainable(model: ModelConfig, lora: LoraConfig | None, train_only: Sequence[str] = ()) -> Trainable:
+def find_trainable(
+    model: ModelConfig, lora: LoraConfig | None = None, is_frozen: Callable[[str], bool] = lambda name: False
+) -> Trainable:
     """What is trained of a model.
 
     Args:
-      lora: adapters beside its matrices; None: there are none.
-      train_only: leaves that are trained themselves, by parts of the model (language, vision, projector) or
-        patterns of their names (layers.mlp.*). Empty: all of them, or with `lora` none.
+      lora: adapters beside its matrices, which are trained with the parameters that `lora.also` names, and no
+        others.
+      is_frozen: without `lora`, whether a parameter stays as it is, by its dotted name.
 
     Raises:
       UserError: a target or a pattern matches nothing, a matrix would be trained twice, or cannot have
-        dropout.
+        dropout; or nothing is trained.
     """
     shapes = abstract_params(model)
-    leaves = _leaves(shapes)
-    chosen: set[LeafPath] = set()
-    for pattern in train_only:
-        hits = {path for path in leaves if matches(pattern, path)}
-        if not hits:
-            raise UserError(f"train_only: no parameter matches {pattern!r}; {_hint(pattern, leaves)}")
-        chosen |= hits
+    names = {".".join(path): path for path in _leaves(shapes)}
     if lora is None:
-        return Trainable(model, frozenset(chosen if train_only else leaves))
+        whole = frozenset(path for name, path in names.items() if not is_frozen(name))
+        if not whole:
+            raise UserError("optimizer: every parameter is frozen; raise a learning rate")
+        return Trainable(model, whole)
+    chosen: set[LeafPath] = set()
+    for pattern in lora.also:
+        hits = {path for name, path in names.items() if matches(pattern, name)}
+        if not hits:
+            raise UserError(f"lora.also: no parameter matches {pattern!r}; {pattern_hint(pattern, names)}")
+        chosen |= hits
     targets = find_targets(matrices(shapes, model), lora.targets, lora.parts)
     for matrix in targets:
         for path in matrix.entry.paths:
             if path in chosen:
                 raise UserError(
-                    f"train_only and lora.targets both name {'.'.join(path)}; leave it out of one of them"
+                    f"lora.also and lora.targets both name {'.'.join(path)}; leave it out of one of them"
                 )
             if path == EMBEDDING and model.tie_embeddings:
                 raise UserError(
@@ -188,21 +205,6 @@ def find_trainable(model: ModelConfig, lora: LoraConfig | None, train_only: Sequ
                     f"lora.dropout is not known to {matrix.module}; set it to 0, or leave that out"
                 )
     return Trainable(model, frozenset(chosen), targets, lora.settings)
-
-
-def matches(pattern: str, path: LeafPath) -> bool:
-    """Whether a leaf is meant: by a part of the model, by how its name begins, or by * and ? in it."""
-    if pattern in _PARTS:
-        return pattern == (path[0] if path[0] in _PARTS else "language")
-    name = ".".join(path)
-    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-
-
-def _hint(pattern: str, leaves: dict[LeafPath, Any]) -> str:
-    names = [*_PARTS, *sorted({".".join(path[:n]) for path in leaves for n in range(1, len(path) + 1)})]
-    close = get_close_matches(pattern, names, 1)
-    listed = ", ".join(sorted({path[0] for path in leaves}))
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(_PARTS)}, {listed}"
 
 
 def _leaves(tree: Params) -> dict[LeafPath, Any]:

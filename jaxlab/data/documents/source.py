@@ -204,7 +204,8 @@ class DocumentsSource:
     def _held_out_order(self, split: str) -> Int[np.ndarray, "rows 2"]:
         """(part, row of it) of all rows of a split."""
         if split not in self._held_out:
-            chosen, turns = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
+            chosen: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
+            turns: list[np.ndarray] = [np.zeros(0)]
             for number, part in enumerate(parts_of(self.config, split)):
                 rows = self._layout(part).rows
                 order = np.random.default_rng(0).permutation(rows)

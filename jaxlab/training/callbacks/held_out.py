@@ -22,7 +22,7 @@ class EvaluateHeldOut(Callback):
 
     def on_due(self, loop: Loop) -> None:
         loop.held_out["validation"] = self._measure(loop, "validation")
-        loop.run.log(step=loop.done, **loop.held_out["validation"])
+        loop.log(**loop.held_out["validation"])
 
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
         splits = ("validation", "test")
@@ -39,8 +39,8 @@ class EvaluateHeldOut(Callback):
             found |= {f"ema_{name}": value for name, value in of_average.items()}
         return found
 
-    def _measure_one(self, loop: Loop, params: Params, split: str) -> dict[str, float]:
-        setup, sums = loop.setup, dict[str, float]()
+    def _measure_one(self, loop: Loop, trained: Params, split: str) -> dict[str, float]:
+        setup, sums, params = loop.setup, dict[str, float](), loop.whole(trained)
         for batch in setup.source.held_out_batches(loop.config.batch_size, self.batches, split):
             for name, value in setup.evaluate(params, place_batch(batch, setup.mesh)).items():
                 sums[name] = sums.get(name, 0.0) + float(value)

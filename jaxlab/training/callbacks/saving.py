@@ -4,11 +4,14 @@ import sys
 import warnings
 from typing import Any
 
-from jaxlab.checkpoints import save_model
+import jax
+
+from jaxlab.checkpoints import huggingface_config, kept_files, save_adapter, save_model, whole_tensors
 from jaxlab.errors import UserError, UserNote
-from jaxlab.models import count_params
+from jaxlab.models import count_params, merge_updates
 from jaxlab.training.checkpoints import Checkpoints
-from jaxlab.training.loop import Callback, Loop
+from jaxlab.training.config import TrainConfig
+from jaxlab.training.loop import Callback, Loop, Setup
 
 
 class SaveCheckpoints(Callback):
@@ -49,11 +52,67 @@ class SaveCheckpoints(Callback):
 
 
 class SaveModel(Callback):
-    """The trained model, in the run's folder `model`."""
+    """What was trained, in the run's folder: `model`, the whole model, with `export: hf` in Hugging Face's
+    form too, `hf`; with LoRA `adapter`, as PEFT has it, and the whole model if `lora.merge` asks for it."""
+
+    def __init__(self, config: TrainConfig, setup: Setup) -> None:
+        """
+        Raises:
+          UserError: no family of Hugging Face can describe a model that is to be exported.
+        """
+        opened = setup.initial.opened
+        self.source_files = None if opened is None else kept_files(opened, config.model)
+        if config.export == "hf":
+            huggingface_config(config.model, self.source_files)
 
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
-        setup, params = loop.setup, loop.trained
-        save_model(
-            loop.run.path / "model", loop.config.model, params, setup.source.tokenizer(), overwrite=True
+        setup, lora = loop.setup, loop.config.lora
+        results: dict[str, Any] = {}
+        if lora is not None:
+            results["adapter"] = "adapter"
+            self._save_adapter(loop)
+        if lora is None or lora.merge:
+            results |= self._save_whole(loop)
+        trained = count_params(loop.trained)
+        return {
+            **results,
+            "parameters": count_params(setup.trainable.shapes),
+            **({} if setup.trainable.everything else {"trained_parameters": trained}),
+            "steps": loop.config.steps,
+        }
+
+    def _save_whole(self, loop: Loop) -> dict[str, Any]:
+        config, tokenizer = loop.config, loop.setup.source.tokenizer()
+        params = merge_updates(loop.whole(loop.trained))
+        forms: dict[str, Any] = {"model": {}}
+        if config.export == "hf":
+            forms["hf"] = {"form": "huggingface"}
+        for folder, form in forms.items():
+            save_model(
+                loop.run.path / folder,
+                config.model,
+                params,
+                tokenizer,
+                source_files=self.source_files,
+                overwrite=True,
+                **form,
+            )
+        return {folder: folder for folder in forms}
+
+    def _save_adapter(self, loop: Loop) -> None:
+        config, trainable, opened = loop.config, loop.setup.trainable, loop.setup.initial.opened
+        assert trainable.adapters is not None
+        assert opened is not None
+        trained = jax.device_get(loop.trained)
+        save_adapter(
+            loop.run.path / "adapter",
+            {path: trainable.pair(trained, path) for path, _ in trainable.adapted},
+            trainable.targets,
+            trainable.adapters,
+            trainable.shapes,
+            base=config.init_from or "",
+            base_identity=opened.identity,
+            causal_lm=not config.model.has_vision,
+            replaced=whole_tensors(trained, trainable.whole, config.model),
+            overwrite=True,
         )
-        return {"model": "model", "parameters": count_params(params), "steps": loop.config.steps}

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SPEC = ArgSpec(
-    192, heads=16, kv_heads=1, key_dim=64, value_dim=64, num_blocks=2, num_init=0, num_local=1, window=60
+    192, heads=8, kv_heads=1, key_dim=64, value_dim=64, num_blocks=2, num_init=0, num_local=1, window=60
 )
 QUERIES = np.arange(184, 192)
 SIZES = SPEC.sizes
@@ -66,7 +66,7 @@ def test_outputs_and_gradients_are_those_of_the_branches_one_by_one(monkeypatch,
     if own_q_cmp:
         args["q_cmp"] = dataclasses.replace(SPEC, length=8).arguments(3, jnp.bfloat16)["q"]
     random = np.random.default_rng(1)
-    normal = lambda *shape: jnp.asarray(random.standard_normal((1, len(QUERIES), 16, *shape)))
+    normal = lambda *shape: jnp.asarray(random.standard_normal((1, len(QUERIES), SPEC.heads, *shape)))
     d_all = [*(normal(64).astype(jnp.bfloat16) for _ in range(4)), normal().astype(jnp.float32)]
     d_outs = [x for x, use in zip(d_all, used, strict=True) if use]
     with interpreted():
