@@ -31,7 +31,7 @@ class Attended(NamedTuple):
     weights_read: Float[Array, "B H P"] | None = None
     """Attention weights from one token at others, where a probe reads them."""
     selector_loss: Float[Array, ""] | None = None
-    """How far the choice of NSA's auxiliary selector is from where attention lies."""
+    """How far the choice of NSA's selector is from where attention lies, where it is trained for that."""
 
 
 class Attention(nnx.Module):
