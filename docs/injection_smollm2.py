@@ -103,7 +103,9 @@ def write_data(folder: Path) -> None:
 
 def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
     """The words after `python run.py` of each point but the first."""
-    small = "--steps 3 --log_every 1 --eval_every 3 --eval_batches 1 --checkpoint_every 3 --batch_size 2".split()
+    small = (
+        "--steps 3 --log_every 1 --eval_every 3 --eval_batches 1 --checkpoint_every 3 --batch_size 2".split()
+    )
     start, there = outputs / "start", ["--outputs", str(outputs)]
     data = lambda name: ["--data.path", str(outputs / "data" / name)]
     found = {"start": ["build-vlm", base, str(start), "--family", "llava", "--overwrite"]}
@@ -136,7 +138,9 @@ def trained(outputs: Path, point: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--outputs", type=Path, default=Path("outputs/smollm2"))
     parser.add_argument("--mini", action="store_true")
