@@ -78,7 +78,9 @@ def step_report(config: TrainConfig, dump: Path, hlo: Path | None = None) -> dic
     shardings = state_shardings(config.model, optimizer, mesh)
     place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
     state = jax.tree.map(place, abstract_state(config.model, optimizer), shardings)
-    batch = {"tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32)}
+    # What packed documents are; the data set itself is not read.
+    kinds = {"tokens": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct((rows, length), kind) for name, kind in kinds.items()}
     batch = jax.tree.map(place, batch, batch_shardings(batch, mesh))
     step = functools.partial(
         train_step, config=config.model, optimizer=optimizer, accumulation=config.accumulation

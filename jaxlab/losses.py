@@ -111,8 +111,9 @@ def loss_and_measures(
     measures = Measures(count, expert_load=load, dropped_choices=dropped)
     if loss.z_loss:
         squares = jax.nn.logsumexp(logits[:, :-1], axis=-1) ** 2
-        measures = measures._replace(z_loss=jnp.sum(squares, where=mask))
-        total += loss.z_loss * measures.z_loss
+        squared = jnp.sum(squares, where=mask)
+        measures = measures._replace(z_loss=squared)
+        total += loss.z_loss * squared
     if sources:
         of_source = batch["source_ids"][:, None] == jnp.arange(sources, dtype=jnp.int32)[None]
         by_source = lambda rows: jnp.sum(jnp.where(of_source, rows[:, None], 0), axis=0)

@@ -203,9 +203,9 @@ def _sweep(
             "--sweep: processes that compute together (distributed) take one point a job; give --sweep-index"
         )
     if options.sweep_jobs > 1:
-        command = [sys.executable, sys.argv[0], *again]
         logs = sweeps.folder_of(task, name, todo, outputs) / "points"
-        status = sweeps.run_at_once(todo, command, options.sweep_jobs, logs)
+        one = [sys.executable, sys.argv[0], *again]
+        status = sweeps.run_at_once(todo, one, options.sweep_jobs, logs)
         sweeps.show(task, name, todo, outputs=outputs)
         return status
     return sweeps.run(task, name, todo, outputs=outputs, overwrite=options.overwrite)

@@ -1,6 +1,7 @@
 """What may be named as a model: a folder, file or hub id (jaxlab/checkpoints), or the config of a finished
 train run."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from jaxlab.app import runs
 from jaxlab.checkpoints import open_model, resolve, split_adapter
 from jaxlab.config import load
 from jaxlab.errors import UserError
-from jaxlab.files import shipped
+from jaxlab.files import named, shipped
 
 if TYPE_CHECKING:
     from jaxlab.checkpoints import OpenModel
@@ -55,11 +56,27 @@ def train_inputs(config: "TrainConfig") -> dict[str, str]:
       UserError: a mistake that the user can mend.
     """
     from jaxlab.data import make_source
+    from jaxlab.training import newest_digests
 
     identities = {"data": make_source(config.data, model_folder).identity}
     if config.init_from is not None:
         identities["init_from"] = open_model(model_folder(config.init_from)).identity
+    if config.continue_from is not None:
+        digests = newest_digests(checkpoints_of(config.continue_from))
+        identities["continue_from"] = hashlib.sha256(digests.encode()).hexdigest()
     return identities
+
+
+def checkpoints_of(run: str) -> Path:
+    """The folder of the checkpoints of a train run, by the run's folder.
+
+    Raises:
+      UserError: it has none.
+    """
+    folder = named(run) / "checkpoints"
+    if not folder.is_dir() or not any(path.name.isdecimal() for path in folder.iterdir()):
+        raise UserError(f"continue_from: {run} has no checkpoints; give the folder of a train run")
+    return folder
 
 
 def _trained(path: Path, outputs: Path) -> Path:

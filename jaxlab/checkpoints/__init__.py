@@ -25,7 +25,7 @@ with epy.lazy_api_imports(globals()):
         language_settings_apart,
         same_tokens,
     )
-    from jaxlab.checkpoints.digests import find_damage
+    from jaxlab.checkpoints.digests import DIGESTS, find_damage
     from jaxlab.checkpoints.families import head_name, layer_types
     from jaxlab.checkpoints.families import read_config as read_hf_config
     from jaxlab.checkpoints.formats.base import NotFinite, OpenModel

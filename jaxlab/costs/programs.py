@@ -20,7 +20,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _compiled = _EVERY
 
 
-def _count(event: str, seconds: float, **facts: object) -> None:
+def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _compiled
     _compiled += event == _COMPILED
 

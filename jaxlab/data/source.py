@@ -33,10 +33,13 @@ class Source(Protocol):
     has source_ids int32[B] besides, which of `source_names` each row is from; models do not read it.
     """
 
-    identity: str
-    """Changes when the data changes."""
     source_names: tuple[str, ...]
     """The data sets of a mixture, as source_ids number them; () where batches have none."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when the data changes."""
+        ...
 
     def batch(
         self, seed: int, step: int, batch_size: int, rows: slice | None = None

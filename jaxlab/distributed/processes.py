@@ -109,11 +109,13 @@ def joined(config: DistributedConfig | None) -> Iterator[None]:
     Raises:
       UserError: this is not a process of several, or they cannot find each other.
     """
-    if _here is not None or not isinstance(config, ClusterConfig | ExplicitConfig):
+    if not isinstance(config, ClusterConfig | ExplicitConfig):
         yield
         return
-    _start(config)
-    if _here is None:  # one process of one
+    if _here is not None:
+        raise UserError("distributed: several processes compute one run and end; start them anew for another")
+    here = _start(config)
+    if here is None:  # one process of one
         yield
         return
     try:
@@ -126,8 +128,8 @@ def joined(config: DistributedConfig | None) -> Iterator[None]:
         tell_end(*_interrupted(error))
         raise
     except BaseException as error:
-        if not _left and _here.watch.is_of_others(error):  # the watch finds out which
-            _here.watch.wait_for_end()
+        if not _left and here.watch.is_of_others(error):  # the watch finds out which
+            here.watch.wait_for_end()
         tell_end(f"{type(error).__name__}: {error}", 1)
         raise
 
@@ -161,11 +163,12 @@ def leave() -> None:
     jax.distributed.shutdown()
 
 
-def _start(config: ClusterConfig | ExplicitConfig) -> None:
+def _start(config: ClusterConfig | ExplicitConfig) -> _Joined | None:
+    """Joins the other processes; None: there are none."""
     global _here
     place = _place(config)
     if place.num_processes == 1:
-        return
+        return None
     import jax
 
     arrived = threading.Event()
@@ -202,6 +205,7 @@ def _start(config: ClusterConfig | ExplicitConfig) -> None:
     atexit.register(_end_at_once)
     if not is_main():  # process 0 alone speaks; errors of others go to stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+    return _here
 
 
 def _place(config: ClusterConfig | ExplicitConfig) -> Place:

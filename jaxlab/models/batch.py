@@ -31,6 +31,8 @@ class Batch(TypedDict, total=False):
     """int32[B, T]: tokens of one number above 0 see each other whatever their order."""
     loss_mask: Any
     """bool[B, T]: True on the targets of the loss."""
+    source_ids: Any
+    """int32[B]: which source of a mixture each row is from; models do not read it."""
     images: Any
     """float32[B, n, height, width, channels], or what the family's processor calls pixel_values."""
     image_grid_thw: Any

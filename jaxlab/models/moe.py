@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxlab.errors import ConfigError
 from jaxlab.models.config import ModelConfig, MoEConfig
 from jaxlab.models.expert_parallel import Devices, on_devices, through_experts
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.layers import ACTIVATIONS, MLP
+from jaxlab.models.mesh import CONTEXT, check_length, current_mesh
 
 
 class ExpertStats(NamedTuple):
@@ -55,6 +57,7 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], ExpertStats]:
         """The experts' output, and how the tokens spread over them."""
         m = self.moe
+        check_groups(m, x.shape[1])
         router = {"router": self.router, "bias": self.router_bias, "choice_bias": self.choice_bias}
         kernels = {"gate": self.gate, "up": self.up, "down": self.down}
         biases = {"gate_bias": self.gate_bias, "up_bias": self.up_bias, "down_bias": self.down_bias}
@@ -121,6 +124,27 @@ class MixtureOfExperts(nnx.Module):
 
 def _value(param: nnx.Param | None) -> Array | None:
     return None if param is None else param[...]
+
+
+def check_groups(moe: MoEConfig, length: int, devices: int | None = None) -> None:
+    """Whether the tokens that share a capacity lie on one device each.
+
+    Args:
+      devices: that split sequences of so many tokens; None: as the mesh that is set has it.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    if devices is None:
+        mesh = current_mesh()
+        devices = 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
+    if moe.capacity_factor is None or devices == 1:
+        return
+    if moe.capacity_group is None:
+        raise ConfigError(
+            "must be given where sequences are split over devices", key="model.moe.capacity_group"
+        )
+    check_length(length, devices, unit=moe.capacity_group)
 
 
 def expert_stats(

@@ -250,7 +250,7 @@ class NativeSparseAttention(Attention):
         A stretch compresses its own blocks (`nsa.compress_part`), and only the compressed keys and values of
         all stretches are gathered.
         """
-        (q, k, v, *others, gates), (starts, segment_ids) = tokens, rows
+        (q, k, v, k_slc, v_slc, k_win, v_win, gates), (starts, segment_ids) = tokens, rows
         n = self.config.nsa
         k_cmp, v_cmp = self._compress(compressors, k, v, starts, segment_ids, part, rotary=rotary)
         with _named_implementation():
@@ -258,7 +258,10 @@ class NativeSparseAttention(Attention):
                 q,
                 k_cmp,
                 v_cmp,
-                *others,
+                k_slc,
+                v_slc,
+                k_win,
+                v_win,
                 gates,
                 part=part,
                 segment_ids=segment_ids,

@@ -15,6 +15,7 @@ from jaxlab.models.axis_rules import partition_spec
 from jaxlab.models.batch import Batch, Params
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.mesh import BATCH, CONTEXT, check_length
+from jaxlab.models.moe import check_groups
 from jaxlab.models.parameters import abstract_params, logical_axes
 
 
@@ -149,7 +150,7 @@ def shardings_by_axes(shapes: Params, axes: Params, mesh: Mesh | AbstractMesh) -
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
-def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
+def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Whether batches of `rows` sequences of `length` tokens can be split over `mesh`.
 
     Raises:
@@ -165,6 +166,8 @@ def check_batch(rows: int, length: int, model: ModelConfig, mesh: Mesh) -> None:
     if model.attention.kind == "nsa":
         sizes = {"unit": model.nsa.stride, "least": model.nsa.block_len - model.nsa.stride}
     check_length(length, mesh.shape.get(CONTEXT, 1), **sizes)
+    if model.moe is not None:
+        check_groups(model.moe, length, mesh.shape.get(CONTEXT, 1))
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
@@ -193,8 +196,9 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -
     whole = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     where = batch_shardings(whole, mesh)
 
-    def of_device(x: Any) -> Callable[[tuple[slice, ...]], Any]:
-        def part(index: tuple[slice, ...]) -> Any:
+    def of_device(x: Any) -> Callable[[tuple[slice, ...] | None], Any]:
+        def part(index: tuple[slice, ...] | None) -> Any:
+            assert index is not None  # a device of this process
             start, stop, _ = index[0].indices(rows)
             return x[(slice(start - first, stop - first), *index[1:])]
 
@@ -214,7 +218,8 @@ def rows_here(rows: int, mesh: Mesh) -> slice:
     shape = (rows, 1)
     where = batch_shardings({"tokens": jax.ShapeDtypeStruct(shape, "int32")}, mesh)["tokens"]
     where = NamedSharding(mesh, PartitionSpec(*where.spec[:1]))  # of one column, whatever splits tokens
-    spans = [index[0].indices(rows)[:2] for index in where.addressable_devices_indices_map(shape).values()]
+    here = where.addressable_devices_indices_map(shape).values()
+    spans = [index[0].indices(rows)[:2] for index in here if index is not None]
     return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
@@ -232,5 +237,5 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return traced
 
 
-def _batch_parts(mesh: Mesh) -> int:
+def _batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in BATCH)

@@ -2,18 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
-from jaxlab.app import Run, model_folder
-from jaxlab.checkpoints import OpenModel, check_same_tree, open_model
-from jaxlab.costs import attended_tokens, bytes_per_device, compiled_memory, generation_memory
+from jaxlab.app import Run, model_folder, open_reference
+from jaxlab.checkpoints import OpenModel, check_same_tree
+from jaxlab.costs import bytes_per_device, compiled_memory, generation_memory
 from jaxlab.data import (
     DataConfig,
     Source,
@@ -25,23 +20,13 @@ from jaxlab.data import (
     make_source,
 )
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation import (
-    ByDepth,
-    QuestionsConfig,
-    decoding_reads,
-    describe_chosen_blocks,
-    prepare_questions,
-)
-from jaxlab.losses import exact_match, target_losses
+from jaxlab.evaluation import QuestionsConfig, measure_batch, measure_held_out, prepare_questions
 from jaxlab.models import (
-    Batch,
     ModelConfig,
-    Params,
     SparsityConfig,
     SplitConfig,
     abstract_params,
     count_params,
-    forward,
     model_mesh,
     using,
 )
@@ -88,7 +73,7 @@ def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     data = config.data
     return {
-        "model": open_model(model_folder(config.model)).identity,
+        "model": open_reference(config.model).identity,
         "data": data.identity
         if isinstance(data, QuestionsConfig)
         else make_source(data, model_folder).identity,
@@ -104,7 +89,7 @@ def check(config: Config) -> dict[str, Any]:
     params = opened.placed(mesh)
     check_same_tree(params, abstract_params(model), opened.path)
     with using(mesh):
-        memory = compiled_memory(_measure, params, batch, model)
+        memory = compiled_memory(measure_batch, params, batch, model)
     return {
         "parameters": count_params(params),
         "bytes_per_device": {"parameters": bytes_per_device(params), **memory},
@@ -116,43 +101,21 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         return _run_questions(config, config.data)
     opened, model, source, _ = _prepare(config)
     mesh = model_mesh(config.mesh)
-    params = opened.read(mesh=mesh)
-    losses, counts, matches, blocks = [], [], [], []
-    needles = ByDepth()
-    for batch in tqdm(
-        source.held_out_batches(config.batch_size, config.batches, config.split),
-        desc=f"evaluate {run.name}",
-        unit="batch",
-    ):
-        with using(mesh):
-            loss, count, match, chosen = _measure(params, batch, model)
-        losses.append(np.asarray(loss, np.float64))
-        counts.append(np.asarray(count))
-        matches.append(np.asarray(match))
-        needles.add(batch, matches[-1])
-        blocks.append(chosen)
-    loss, count = np.sum(losses, axis=0), np.sum(counts, axis=0)
-    mean = loss.sum() / max(count.sum(), 1)
-    results = {
-        "loss": float(mean),
-        "perplexity": float(np.exp(mean)),
-        "bits_per_token": float(mean / np.log(2)),
-        "exact_match": float(np.mean(np.concatenate(matches))),
-        "sequences": int(sum(len(m) for m in matches)),
-        "targets": int(count.sum()),
-        "attended_tokens": attended_tokens(model, len(loss) + 1),
-        "by_position": by_position(loss, count, config.position_buckets),
-    }
-    if (found := needles.results()) is not None:
-        results["needle"] = found
-    if blocks[0] is not None:
-        described = describe_chosen_blocks(np.asarray(blocks[0]), model.nsa)
-        results["nsa"] = described | {"decoding": decoding_reads(model, len(loss) + 1)}
-    return results
+    return measure_held_out(
+        opened.read(mesh=mesh),
+        model,
+        source,
+        mesh=mesh,
+        split=config.split,
+        batch_size=config.batch_size,
+        batches=config.batches,
+        position_buckets=config.position_buckets,
+        title=f"evaluate {run.name}",
+    )
 
 
 def _check_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
-    opened = open_model(model_folder(config.model))
+    opened = open_reference(config.model)
     questions = prepare_questions(data, opened, config.split)
     params = opened.placed(model_mesh(config.mesh))
     lengths = [one.batch["tokens"].shape[1] for one in questions.asked]
@@ -169,7 +132,7 @@ def _check_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
 
 
 def _run_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
-    opened = open_model(model_folder(config.model))
+    opened = open_reference(config.model)
     questions = prepare_questions(data, opened, config.split)
     mesh = model_mesh(config.mesh)
     params = opened.read(mesh=mesh)
@@ -187,26 +150,12 @@ def _run_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
     }
 
 
-def by_position(
-    loss: Float[np.ndarray, " places"], count: Int[np.ndarray, " places"], buckets: int
-) -> list[dict[str, Any]]:
-    """Mean loss in ranges of positions from summed losses of the tokens at positions 1 ... T-1."""
-    ranges = []
-    for part in np.array_split(np.arange(len(loss)), min(buckets, len(loss))):
-        targets = int(count[part].sum())
-        mean = float(loss[part].sum() / targets) if targets else None
-        ranges.append(
-            {"first": int(part[0]) + 1, "last": int(part[-1]) + 1, "targets": targets, "loss": mean}
-        )
-    return ranges
-
-
 def _prepare(
     config: Config, *, for_shapes: bool = False
 ) -> tuple[OpenModel, ModelConfig, Source, dict[str, jax.ShapeDtypeStruct]]:
     """The model, its config, the data and the shapes of a batch; UserError if they do not fit together."""
     assert not isinstance(config.data, QuestionsConfig)
-    opened = open_model(model_folder(config.model))
+    opened = open_reference(config.model)
     model, source = opened.config, make_source(config.data, model_folder, for_shapes=for_shapes)
     model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = batch_shapes(source, config.batch_size, config.split)
@@ -219,14 +168,3 @@ def _prepare(
     check_same_words(opened.tokenizer, source.tokenizer(), opened.path)
     check_all_tokens(source, model)
     return opened, model, source, batch
-
-
-@partial(jax.jit, static_argnames="model")
-def _measure(
-    params: Params, batch: Batch, model: ModelConfig
-) -> tuple[Array, Array, Array, Int[Array, "L Hkv T n"] | None]:
-    """Summed losses and numbers of targets at positions 1 ... T-1, right rows, and NSA's choice in row 0."""
-    logits, intermediates = forward(params, batch, model)
-    losses, mask = target_losses(logits, batch)
-    chosen = intermediates["chosen_blocks"][:, 0] if "chosen_blocks" in intermediates else None
-    return jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0), exact_match(logits, batch), chosen

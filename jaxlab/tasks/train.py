@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlab.app import Run, model_folder, save_first, train_inputs
+from jaxlab.app import Run, checkpoints_of, model_folder, save_first, train_inputs
 from jaxlab.checkpoints import open_model
+from jaxlab.config import to_dict
 from jaxlab.data import (
     batch_shapes,
     check_all_tokens,
@@ -17,6 +18,7 @@ from jaxlab.data import (
     first_held_out,
     make_source,
 )
+from jaxlab.distributed import is_main
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
 from jaxlab.models import (
@@ -34,6 +36,7 @@ from jaxlab.training import (
     MOST,
     Callback,
     Checkpoints,
+    Evaluate,
     EvaluateHeldOut,
     GuardSpikes,
     Initial,
@@ -44,8 +47,13 @@ from jaxlab.training import (
     Setup,
     ShowProgress,
     State,
+    TraceSteps,
     TrainConfig,
+    WriteSamples,
+    WriteTensorBoard,
+    WriteWandb,
     abstract_state,
+    check_trackers,
     estimate_run,
     estimate_table,
     find_initial,
@@ -58,6 +66,7 @@ from jaxlab.training import (
     make_host_devices,
     make_optimizer,
     read_initial,
+    restore_newest,
     skip_spikes,
     state_shardings,
     train_step,
@@ -94,6 +103,7 @@ def check(config: Config) -> dict[str, Any]:
     """
     make_host_devices(config.mesh)
     config, setup = prepare(config, for_shapes=True)
+    make_callbacks(config, setup, for_shapes=True)  # which fit, or say so
     state = jax.tree.map(_place, abstract_state(setup.trainable, setup.optimizer), setup.shardings)
     found = estimate_run(
         config.estimate,
@@ -114,30 +124,50 @@ check_table = estimate_table
 
 def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     config, setup = prepare(config)
+    around = make_callbacks(config, setup, callbacks)
     checkpoints = Checkpoints(run.path / "checkpoints", config.keep)
     restore = lambda: _newest_state(setup, config, checkpoints, run)
     with save_first() as stop:
         loop = Loop(config, setup, run, checkpoints, restore, stop, _frozen(setup, config))
         if loop.done:
             print(f"resuming at step {loop.done} of {config.steps}")
-        results = fit(loop, make_callbacks(config, callbacks))
+        results = fit(loop, around)
     if setup.initial.dense is not None:
         results["retrofit"] = _retrofit(setup, loop.whole(loop.state.params), run)
     return results
 
 
-def make_callbacks(config: Config, more: Sequence[Callback] = ()) -> list[Callback]:
+def make_callbacks(
+    config: Config, setup: Setup, more: Sequence[Callback] = (), *, for_shapes: bool = False
+) -> list[Callback]:
     """What happens around the steps of a run, in this order; `more` sees what was measured, and what it does
-    to the state is saved."""
+    to the state is saved.
+
+    Args:
+      for_shapes: make none of the data, if it is not there yet.
+
+    Raises:
+      UserError: a package is missing, or an evaluation, a prompt or an export does not fit the model.
+    """
+    check_trackers(tensorboard=config.tensorboard, wandb=config.wandb)
+    trackers: list[Callback] = []
+    if config.tensorboard and is_main():
+        trackers.append(WriteTensorBoard())
+    if config.wandb is not None and is_main():
+        trackers.append(WriteWandb(config.wandb, to_dict(config)))
+    find = functools.partial(make_source, find_model=model_folder, for_shapes=for_shapes)
     following = [
         LogMetrics(config.log_every),
         ShowProgress(config.log_every),
         EvaluateHeldOut(config.eval_every, config.eval_batches),
+        *(Evaluate(one, config, setup, find) for one in config.evaluations),
+        *([WriteSamples(config.samples, config, setup)] if config.samples else []),
         *more,
         SaveCheckpoints(config.checkpoint_every, in_background=config.checkpoint_in_background),
-        SaveModel(),
+        SaveModel(config, setup),
+        *([TraceSteps(*config.profile)] if config.profile else []),
     ]
-    return [GuardSpikes(config.spikes, following), *following]
+    return [*trackers, GuardSpikes(config.spikes, following), *following]
 
 
 def prepare(config: Config, *, for_shapes: bool = False) -> tuple[Config, Setup]:
@@ -225,13 +255,23 @@ def _place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _newest_state(setup: Setup, config: Config, checkpoints: Checkpoints, run: Run) -> tuple[int, State]:
-    """(steps done, state) of the newest whole checkpoint, or of the beginning, made or read where it will
-    live. Metrics of later steps are dropped."""
+    """(steps done, state) of the newest whole checkpoint, of the run's own or of the one that it goes on
+    from, or of the beginning, made or read where it will live. Metrics of later steps are dropped."""
     target = jax.tree.map(_place, abstract_state(setup.trainable, setup.optimizer), setup.shardings)
     found = checkpoints.restore(target)
     # Metrics are numbered by the steps done: those of that step stay.
     run.rewind(found[0] + 1 if found else 0)
-    return found or (0, _first_state(setup, config, run))
+    if found is not None:
+        return found
+    if config.continue_from is None:
+        return 0, _first_state(setup, config, run)
+    before = checkpoints_of(config.continue_from)
+    found = restore_newest(before, target)
+    if found is None:
+        raise UserError(f"{before}: no checkpoint is whole; see the notes above")
+    if found[0] >= config.steps:
+        raise UserError(f"{before}: it is at step {found[0]} already; raise steps, which are {config.steps}")
+    return found
 
 
 def _first_state(setup: Setup, config: Config, run: Run) -> State:

@@ -5,18 +5,25 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxlab.training.averages import EmaConfig, averaged
     from jaxlab.training.callbacks import (
+        Evaluate,
         EvaluateHeldOut,
         GuardSpikes,
         LogMetrics,
         SaveCheckpoints,
         SaveModel,
         ShowProgress,
+        TraceSteps,
+        WriteSamples,
+        WriteTensorBoard,
+        WriteWandb,
+        check_trackers,
     )
-    from jaxlab.training.checkpoints import Checkpoints, KeepConfig
+    from jaxlab.training.checkpoints import Checkpoints, KeepConfig, newest_digests, restore_newest
     from jaxlab.training.config import MOST, TrainConfig, with_initial_model
     from jaxlab.training.estimate import EstimateConfig, estimate_run, estimate_table, make_host_devices
     from jaxlab.training.loop import Callback, Loop, Setup, fit
     from jaxlab.training.lora import LoraConfig
+    from jaxlab.training.monitoring import EvaluationConfig, SamplesConfig, WandbConfig
     from jaxlab.training.muon import MuonConfig
     from jaxlab.training.optimizer import GroupConfig, OptimizerConfig, groups_of, is_frozen, make_optimizer
     from jaxlab.training.schedule import make_schedule

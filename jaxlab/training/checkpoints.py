@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlab import distributed
-from jaxlab.checkpoints import find_damage, restore_tree, save_tree
+from jaxlab.checkpoints import DIGESTS, find_damage, restore_tree, save_tree
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import writing
 from jaxlab.training.step import State
@@ -65,8 +65,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a folder, whole or not, the newest first."""
-        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        return _steps_in(self.folder)
 
     def save(
         self,
@@ -149,23 +148,9 @@ class Checkpoints:
         return [old for old in steps if old not in stay | set(measured[: keep.best])]
 
     def restore(self, target: State) -> tuple[int, State] | None:
-        """The newest whole checkpoint, (steps done, state), or None if there is none; a note says which ones
-        are damaged.
-
-        Args:
-          target: shapes, dtypes and shardings of the state.
-
-        Raises:
-          UserError: it is whole, and holds another state.
-        """
+        """The newest whole checkpoint; see `restore_newest`."""
         self.wait()
-        for step in distributed.share("steps", self.steps() if distributed.is_main() else None):
-            place = self.folder / str(step)
-            if damage := find_damage(place / _STATE):
-                warnings.warn(f"{place}: damaged, and passed by: {damage}", UserNote, stacklevel=2)
-                continue
-            return step, restore_tree(place / _STATE, target)
-        return None
+        return restore_newest(self.folder, target)
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint; a kill on the way leaves nothing that looks like one."""
@@ -181,19 +166,53 @@ class Checkpoints:
         return f"the newest checkpoint is of step {steps[0]}" if steps else "there is no checkpoint"
 
 
+def restore_newest(folder: Path, target: State) -> tuple[int, State] | None:
+    """The newest whole checkpoint in a folder, (steps done, state), or None if there is none; a note says
+    which ones are damaged. Nothing is written.
+
+    Args:
+      target: shapes, dtypes and shardings of the state.
+
+    Raises:
+      UserError: it is whole, and holds another state.
+    """
+    for step in distributed.share("steps", _steps_in(folder) if distributed.is_main() else None):
+        place = folder.absolute() / str(step)
+        if damage := find_damage(place / _STATE):
+            warnings.warn(f"{place}: damaged, and passed by: {damage}", UserNote, stacklevel=3)
+            continue
+        return step, restore_tree(place / _STATE, target)
+    return None
+
+
+def newest_digests(folder: Path) -> str:
+    """What the newest checkpoint says of its files, which tells it apart from any other; "" without one."""
+    for step in _steps_in(folder) if folder.is_dir() else []:
+        digests = folder / str(step) / _STATE / DIGESTS
+        if digests.is_file():
+            return digests.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def _steps_in(folder: Path) -> list[int]:
+    names = [path.name for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
 class _Writer(threading.Thread):
     """Work in the background, whose error is raised where its result is asked for."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self._work, self._error = work, None
+        self._work = work
+        self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
             self._work()
         except BaseException as error:
-            self._error: BaseException | None = error
+            self._error = error
 
     def result(self) -> None:
         self.join()

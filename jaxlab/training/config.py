@@ -12,6 +12,7 @@ from jaxlab.retrofit import GATE
 from jaxlab.training.checkpoints import KeepConfig
 from jaxlab.training.estimate import EstimateConfig
 from jaxlab.training.lora import LoraConfig
+from jaxlab.training.monitoring import EvaluationConfig, SamplesConfig, WandbConfig
 from jaxlab.training.optimizer import OptimizerConfig
 from jaxlab.training.spikes import SpikesConfig
 
@@ -33,6 +34,10 @@ class TrainConfig:
         "checkpoint_every",
         "checkpoint_in_background",
         "keep",
+        "samples",
+        "tensorboard",
+        "wandb",
+        "profile",
         "estimate",
     )
     """What does not make another run of it: it may change where a run is taken up again."""
@@ -58,6 +63,9 @@ class TrainConfig:
     """Start from this model: a model folder, a run folder, or the config of a finished train run. A vision
     tower and a projector that it lacks start from random parameters. A dense model for a model with NSA that
     is otherwise the same is retrofitted."""
+    continue_from: str | None = None
+    """Go on from the newest checkpoint of another run, by its folder: with its parameters, optimizer and
+    steps, and with other data, schedule, steps or compute dtype."""
     lora: LoraConfig | None = None
     """Train low-rank adapters beside the model's matrices; none: the parameters themselves."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -85,17 +93,36 @@ class TrainConfig:
     memory."""
     keep: KeepConfig = KeepConfig()
     """Which checkpoints stay."""
+    evaluations: tuple[EvaluationConfig, ...] = ()
+    """What else is measured while training, and at the end."""
+    samples: SamplesConfig | None = None
+    """Texts that the model writes while it is trained, in samples.jsonl."""
+    tensorboard: bool = False
+    """Write the metrics as event files of TensorBoard too (extra: tensorboard)."""
+    wandb: WandbConfig | None = None
+    """Send the metrics to Weights & Biases too (extra: wandb)."""
+    profile: tuple[int, ...] = ()
+    """The first and the last step of which a trace is made."""
+    export: Literal["hf"] | None = None
+    """At the end write the model as a folder of Hugging Face too, `hf`."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
         for name in (*counts, "checkpoint_every"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ConfigError(f"must be from 1 to {MOST}, is {getattr(self, name)}", key=name)
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise ConfigError(f"two steps, the first and the last, not {list(self.profile)}", key="profile")
+        names = [evaluation.name for evaluation in self.evaluations]
+        if twice := {name for name in names if names.count(name) > 1} | {"validation", "test"} & set(names):
+            raise ConfigError(f"the name {min(twice)} is taken; give another", key="evaluations")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
                 key="accumulation",
             )
+        if self.continue_from is not None and self.init_from is not None:
+            raise ConfigError("the checkpoint holds all parameters; leave init_from out", key="continue_from")
         if self.model.sparsity is not None:
             raise ConfigError("is for inference; give it to evaluate", key="model.sparsity")
         if not 0 < self.retrofit_gate < 0.5:

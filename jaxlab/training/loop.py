@@ -105,6 +105,7 @@ class Loop:
         """The newest results on held-out data, by split or by name of an evaluation."""
         self.stopping = False
         """Whether the run ends after this step, because it was asked to from outside."""
+        self.callbacks: Sequence[Callback] = ()
         self._restore = restore
         self._compiled = False
         self._agreement = Agreement()
@@ -173,9 +174,15 @@ class Loop:
         self.done, self.state = self._restore()
         self._values, self.measured = None, {}
         self.rollbacks.add(self.done, seen_at)
-        self.run.log(step=self.done, rollback_from=seen_at)
+        self.log(rollback_from=seen_at)
         self.say(f"a spike before step {seen_at}: back to step {self.done}, on with other batches")
         self.watch.restart()
+
+    def log(self, **metrics: Any) -> None:
+        """Appends a line of metrics of this step, and tells the callbacks."""
+        self.run.log(step=self.done, **metrics)
+        for callback in self.callbacks:
+            callback.on_log(self, metrics)
 
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar."""
@@ -208,8 +215,11 @@ class Callback:
     def on_due(self, loop: Loop) -> None:
         """After a step, and after the callbacks before this one in the list."""
 
+    def on_log(self, loop: Loop, metrics: dict[str, Any]) -> None:
+        """With every line of metrics, by name; lines of one step come in several parts."""
+
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
-        """After the last step: what it adds to the results."""
+        """After the last step: what it adds to the results; mappings of one name are joined."""
         return {}
 
     def close(self) -> None:
@@ -223,6 +233,7 @@ def fit(loop: Loop, callbacks: Sequence[Callback]) -> dict[str, Any]:
       UserError: a callback's, one line.
       KeyboardInterrupt: the run was asked to stop from outside.
     """
+    loop.callbacks = callbacks
     with contextlib.ExitStack() as stack:
         stack.callback(loop.close)
         for callback in callbacks:
@@ -241,7 +252,9 @@ def fit(loop: Loop, callbacks: Sequence[Callback]) -> dict[str, Any]:
         loop.stop.armed = False  # no step is left that could be saved first
         results: dict[str, Any] = {}
         for callback in callbacks:
-            results |= callback.on_train_end(loop)
+            for name, value in callback.on_train_end(loop).items():
+                joined = isinstance(value, dict) and isinstance(results.get(name), dict)
+                results[name] = {**results[name], **value} if joined else value
     return results
 
 

@@ -175,7 +175,7 @@ def _groups(config: OptimizerConfig, names: list[str]) -> dict[str, GroupConfig 
     for number, group in enumerate(config.groups):
         if not any(matches(group.pattern, name) for name in names):
             raise UserError(
-                f"optimizer.groups[{number}].pattern: no parameter matches {group.pattern!r}; "
+                f"optimizer.groups.{number}.pattern: no parameter matches {group.pattern!r}; "
                 f"{pattern_hint(group.pattern, names)}"
             )
     first = lambda name: next((g for g in config.groups if matches(g.pattern, name)), None)

@@ -194,7 +194,7 @@ def attend_to_text(
         indices: Array | None,
         part: Part | None,
     ) -> tuple[Array, Array]:
-        q, k, v, *others, gates = arrays
+        q, k, v, k_slc, v_slc, k_win, v_win, gates = arrays
         length = k.shape[1] if part is None else part.parts * part.length
         compress = lambda k, v, starts: (
             compress_blocks(k, weights[0], starts=starts, **sizes),
@@ -207,7 +207,10 @@ def attend_to_text(
             q,
             k_cmp,
             v_cmp,
-            *others,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
             gates,
             part=part,
             **sizes,

@@ -277,5 +277,6 @@ def test_a_link_that_is_cut(place):
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
     assert [status for status, _, _ in found] == [1, 1], found
     assert re.search(r"process 1 on \S+ has ended: no sign of it", found[0][2][-1]), found[0][2]
-    assert re.search(r"process 0 on \S+ has ended: no answer from it", found[1][2][-1]), found[1][2]
+    # By its own seconds, or because process 0, which has given it up, is gone by then.
+    assert re.search(r"process 0 on \S+ (is gone|has ended: no answer from it)", found[1][2][-1]), found[1][2]
     shutil.rmtree(place / "cut")

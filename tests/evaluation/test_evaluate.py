@@ -86,7 +86,7 @@ def test_nsa_tells_what_it_read(make, tmp_path):
     assert (told["length"], told["block_size"]) == (8, NSA.block_size)
     assert [(entry["layer"], entry["group"]) for entry in told["layers"]] == [(0, 0), (0, 1)]
     first = next(iter(evaluate.make_source(config.data).held_out_batches(4, 1, "test")))
-    chosen = np.asarray(evaluate._measure(params, first, model)[3])  # compiled by the run
+    chosen = np.asarray(evaluate.measure_batch(params, first, model)[3])  # compiled by the run
     for entry in told["layers"]:
         assert entry["queries"] == list(range(8))
         for t, blocks in zip(entry["queries"], entry["chosen"], strict=True):

@@ -53,6 +53,11 @@ MODELS: dict[str, ModelConfig] = {
         max_length=LENGTH,
         remat="layer",
     ),
+    "nsa_experts": make_config(
+        "nsa",
+        moe=MoEConfig(num_experts=4, width=6, capacity_factor=1.0, capacity_group=4, choice_bias=True),
+        max_length=LENGTH,
+    ),
     "latent": make_config(
         latent=LatentConfig(kv_rank=6, query_rank=10),
         position=RopeConfig(dim=2),

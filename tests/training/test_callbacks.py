@@ -107,3 +107,24 @@ def test_how_it_runs_does_not_make_another_run(config):
     mesh = dataclasses.replace(config.mesh, fsdp=2)
     assert name(mesh=mesh, log_every=1, checkpoint_every=2) == name()
     assert len({name(), name(batch_size=8), name(steps=6), name(seed=1)}) == 4
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_checkpoint_of_another_one(config, tmp_path, capsys):
+    whole = execute("train", config, outputs=tmp_path, name="whole")
+    first = execute("train", dataclasses.replace(config, steps=4), outputs=tmp_path, name="first")
+    goes_on = dataclasses.replace(
+        config,
+        continue_from=str(first.path),
+        model=dataclasses.replace(config.model, compute_dtype="bfloat16"),
+    )
+    second = execute("train", goes_on, outputs=tmp_path, name="second")
+    assert "resuming at step 4 of 5" in capsys.readouterr().out
+    assert [r["step"] for r in read_metrics(second.path) if "loss" in r] == [5]
+    assert second.results["loss"] == pytest.approx(whole.results["loss"], abs=0.1)
+    assert sorted(path.name for path in (first.path / "checkpoints").iterdir()) == ["4"]
+    short = dataclasses.replace(goes_on, steps=4)
+    with pytest.raises(UserError, match="it is at step 4 already; raise steps, which are 4"):
+        execute("train", short, outputs=tmp_path, name="short")
+    with pytest.raises(UserError, match="has no checkpoints; give the folder of a train run"):
+        execute("train", dataclasses.replace(goes_on, continue_from=str(tmp_path)), outputs=tmp_path)

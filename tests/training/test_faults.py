@@ -53,10 +53,10 @@ def half(place):
     """A run that ended after CUT_AT steps without a chance to save."""
     batch = TextSource.batch
 
-    def cut(self, seed, step, size):
+    def cut(self, seed, step, size, rows=None):
         if step == CUT_AT:
             raise SystemExit
-        return batch(self, seed, step, size)
+        return batch(self, seed, step, size, rows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextSource, "batch", cut)

@@ -32,9 +32,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("name", "mesh", "packed"),
     [
-        ("nsa", BOTH, True),
-        ("full", CONTEXT, True),
-        ("experts", MeshConfig(data=1, expert=2, model=2), True),
+        ("nsa_experts", MeshConfig(data=1, context=2, expert=2), True),
+        ("full", BOTH, True),
+        pytest.param("nsa", BOTH, True, marks=pytest.mark.slow),
+        pytest.param("full", CONTEXT, True, marks=pytest.mark.slow),
+        pytest.param("experts", MeshConfig(data=1, expert=2, model=2), True, marks=pytest.mark.slow),
         pytest.param("sinks", BOTH, True, marks=pytest.mark.slow),
         pytest.param("capacity", MeshConfig(data=1, expert=2, context=2), True, marks=pytest.mark.slow),
         pytest.param("latent", BOTH, True, marks=pytest.mark.slow),
@@ -106,6 +108,13 @@ def test_without_several_devices_of_our_axes_nothing_happens(axes):
 def test_batches_that_cannot_be_split(rows, length, mesh, message):
     with pytest.raises(UserError, match=message):
         check_batch(rows, length, MODELS["nsa_wide"], make_mesh(mesh))
+    if mesh == CONTEXT:
+        moe = replace(MODELS["capacity"].moe, capacity_group=None)
+        with pytest.raises(ConfigError, match=r"capacity_group: must be given where sequences are split"):
+            check_batch(4, 32, make_config(moe=moe), make_mesh(mesh))
+        moe = replace(moe, capacity_group=16)
+        with pytest.raises(ConfigError, match=r"make their length a multiple of 64"):
+            check_batch(4, 32, make_config(moe=moe), make_mesh(mesh))
     check_batch(8, 32, MODELS["nsa_wide"], make_mesh(mesh))
 
 

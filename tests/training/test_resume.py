@@ -27,10 +27,10 @@ from jaxlab.app.runs import Run
 from jaxlab.tasks import train
 
 batch = TextSource.batch
-def until_killed(self, seed, step, size):
+def until_killed(self, seed, step, size, rows=None):
     if step == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return batch(self, seed, step, size)
+    return batch(self, seed, step, size, rows)
 TextSource.batch = until_killed
 train.run(load(train.Config, sys.argv[1]), Run(Path(sys.argv[2]), "killed"))
 """

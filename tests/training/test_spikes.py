@@ -84,8 +84,8 @@ def run_with(tmp_path, monkeypatch):
 
     batch = TextSource.batch
 
-    def poisoned(self, seed, step, size):
-        made = batch(self, seed, step, size)
+    def poisoned(self, seed, step, size, rows=None):
+        made = batch(self, seed, step, size, rows)
         read.append(step)
         tokens = made["tokens"]
         return {**made, "tokens": np.full_like(tokens, 255) if step == POISON else tokens}

@@ -60,7 +60,7 @@ class Unit:
 
     def shards(self) -> list[Path]:
         """The shards that are there, in order, from the first one without a gap."""
-        found = []
+        found: list[Path] = []
         while (path := self.folder / f"{len(found):05}.safetensors").exists():
             found.append(path)
         return found

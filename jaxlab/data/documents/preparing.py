@@ -132,7 +132,7 @@ def _write(
     remove_torn(unit.folder / f"{number:05}.safetensors")
     report(sum(file.size for file in unit.files[:first]))
     buffer, counts = _Buffer(), Counts()
-    at = (first, *place)
+    at: tuple[int, ...] = (first, *place)
     for rows, at in _batches(unit, first, place, report):
         buffer.add(encoder.encode(rows, counts), dtype)
         if counts.bad and config.on_bad_rows == "refuse":

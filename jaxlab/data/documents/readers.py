@@ -170,7 +170,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
         told = raw.tell
         if path.suffix == ".gz":
             with gzip.GzipFile(fileobj=raw) as file:
-                yield io.BufferedReader(file, _CHUNK), told  # type: ignore[arg-type]
+                yield io.BufferedReader(file, _CHUNK), told
         elif path.suffix == ".zst":
             try:
                 import zstandard

@@ -185,7 +185,16 @@ class DocumentsSource:
     def _layout(self, part: Part) -> Layout:
         if part not in self._layouts:
             self.prepare()
-            self._layouts[part] = layout(part, self._units[part.data], self.config, self.cache)
+            found = layout(part, self._units[part.data], self.config, self.cache)
+            if number := found.facts.get("overlong"):
+                what = "dropped" if self.config.overlong == "drop" else "truncated"
+                length = self.config.sequence_length
+                warnings.warn(
+                    f"{part.data.title}: {number} conversations of more than {length} tokens are {what}",
+                    UserNote,
+                    stacklevel=2,
+                )
+            self._layouts[part] = found
         return self._layouts[part]
 
     def _training_order(self, seed: int) -> TrainingOrder:
@@ -204,7 +213,8 @@ class DocumentsSource:
     def _held_out_order(self, split: str) -> Int[np.ndarray, "rows 2"]:
         """(part, row of it) of all rows of a split."""
         if split not in self._held_out:
-            chosen, turns = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
+            chosen: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
+            turns: list[np.ndarray] = [np.zeros(0)]
             for number, part in enumerate(parts_of(self.config, split)):
                 rows = self._layout(part).rows
                 order = np.random.default_rng(0).permutation(rows)

@@ -22,7 +22,7 @@ class EvaluateHeldOut(Callback):
 
     def on_due(self, loop: Loop) -> None:
         loop.held_out["validation"] = self._measure(loop, "validation")
-        loop.run.log(step=loop.done, **loop.held_out["validation"])
+        loop.log(**loop.held_out["validation"])
 
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
         splits = ("validation", "test")

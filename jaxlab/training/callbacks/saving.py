@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 
-from jaxlab.checkpoints import kept_files, save_adapter, save_model, whole_tensors
+from jaxlab.checkpoints import huggingface_config, kept_files, save_adapter, save_model, whole_tensors
 from jaxlab.errors import UserError, UserNote
 from jaxlab.models import count_params, merge_updates
 from jaxlab.training.checkpoints import Checkpoints
-from jaxlab.training.loop import Callback, Loop
+from jaxlab.training.config import TrainConfig
+from jaxlab.training.loop import Callback, Loop, Setup
 
 
 class SaveCheckpoints(Callback):
@@ -51,8 +52,18 @@ class SaveCheckpoints(Callback):
 
 
 class SaveModel(Callback):
-    """What was trained, in the run's folder: `model`, the whole model; with LoRA `adapter`, as PEFT has it,
-    and `model` where `lora.merge` asks for it."""
+    """What was trained, in the run's folder: `model`, the whole model, with `export: hf` in Hugging Face's
+    form too, `hf`; with LoRA `adapter`, as PEFT has it, and the whole model if `lora.merge` asks for it."""
+
+    def __init__(self, config: TrainConfig, setup: Setup) -> None:
+        """
+        Raises:
+          UserError: no family of Hugging Face can describe a model that is to be exported.
+        """
+        opened = setup.initial.opened
+        self.source_files = None if opened is None else kept_files(opened, config.model)
+        if config.export == "hf":
+            huggingface_config(config.model, self.source_files)
 
     def on_train_end(self, loop: Loop) -> dict[str, Any]:
         setup, lora = loop.setup, loop.config.lora
@@ -61,16 +72,7 @@ class SaveModel(Callback):
             results["adapter"] = "adapter"
             self._save_adapter(loop)
         if lora is None or lora.merge:
-            results["model"] = "model"
-            opened = setup.initial.opened
-            save_model(
-                loop.run.path / "model",
-                loop.config.model,
-                merge_updates(loop.whole(loop.trained)),
-                setup.source.tokenizer(),
-                source_files=None if opened is None else kept_files(opened, loop.config.model),
-                overwrite=True,
-            )
+            results |= self._save_whole(loop)
         trained = count_params(loop.trained)
         return {
             **results,
@@ -78,6 +80,24 @@ class SaveModel(Callback):
             **({} if setup.trainable.everything else {"trained_parameters": trained}),
             "steps": loop.config.steps,
         }
+
+    def _save_whole(self, loop: Loop) -> dict[str, Any]:
+        config, tokenizer = loop.config, loop.setup.source.tokenizer()
+        params = merge_updates(loop.whole(loop.trained))
+        forms: dict[str, Any] = {"model": {}}
+        if config.export == "hf":
+            forms["hf"] = {"form": "huggingface"}
+        for folder, form in forms.items():
+            save_model(
+                loop.run.path / folder,
+                config.model,
+                params,
+                tokenizer,
+                source_files=self.source_files,
+                overwrite=True,
+                **form,
+            )
+        return {folder: folder for folder in forms}
 
     def _save_adapter(self, loop: Loop) -> None:
         config, trainable, opened = loop.config, loop.setup.trainable, loop.setup.initial.opened

@@ -1,15 +1,19 @@
 """Files of every form become the same documents; everything that is wrong with one is one line."""
 
+import errno
 import gzip
 import json
+import os
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxlab.data import DataSet, DocumentsConfig
-from jaxlab.data.documents import readers
+from jaxlab.data.documents import preparing, readers
 from jaxlab.data.documents.readers import Place, Progress, read_text
 from jaxlab.errors import ConfigError, UserError
-from tests.data.documents.small import documents, source, texts, write_lines
+from tests.data.documents.small import documents, find_model, source, texts, write_lines
 
 TEXTS = ["one", "two lines\nof it", "drei €", "x" * 40]
 ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
@@ -223,7 +227,89 @@ def test_files_of_a_texts_folder_by_name(tmp_path):
     write_lines(tmp_path / "c.jsonl", [{"text": "c"}])
     found = source(tmp_path)
     found.prepare()
-    assert texts(found) == ["a", "c"]
+    assert texts(found) == ["c"]  # texts beside tables tell of them
+    (tmp_path / "c.jsonl").rename(tmp_path / "c.json")
+    found = source(tmp_path)
+    found.prepare()
+    assert texts(found) == ["a"]
     every = source(tmp_path, on={"format": "text"})
     every.prepare()
     assert texts(every) == ["a", "b", json.dumps({"text": "c"}) + "\n"]
+
+
+def mutated(raw, draw):
+    """Bytes with some of them changed, cut off, or left out."""
+    raw = bytearray(raw)
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(raw) - 1))
+        match draw(st.sampled_from(("flip", "cut", "drop"))):
+            case "flip":
+                raw[at] ^= draw(st.integers(1, 255))
+            case "cut" if at > 8:
+                del raw[at:]
+            case "drop":
+                del raw[at : at + 3]
+        raw = raw or bytearray(b"x")
+    return bytes(raw)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore")
+def test_any_bytes_are_documents_or_one_line(tmp_path_factory, data):
+    """Whatever a file holds; what is skipped is counted."""
+    pa, zstandard = pytest.importorskip("pyarrow"), pytest.importorskip("zstandard")
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("fuzz")
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(ROWS), sink)
+    good = {
+        "a.jsonl": lines,
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.jsonl.zst": zstandard.compress(lines),
+        "a.parquet": sink.getvalue().to_pybytes(),
+        "a.txt": "drei €\nvier".encode(),
+    }
+    name = data.draw(st.sampled_from(sorted(good)))
+    (folder / name).write_bytes(mutated(good[name], data.draw))
+    said = ""
+    try:
+        found = source(folder / name, on_bad_rows="skip")
+        found.prepare()
+    except UserError as error:
+        said = str(error)
+    if said:
+        assert name in said
+        assert "\n" not in said
+    else:
+        counts = found.counts()[name]
+        assert len(documents(found)) == counts.rows - counts.bad - counts.null - counts.empty
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, cache, fails_at):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(40)])
+    monkeypatch.setattr(preparing, "BATCH_ROWS", 10)
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    found = source(path)
+    [[unit]] = found._units.values()
+    prepare = lambda: preparing.prepare_units(
+        [unit], found.config, found._encoders, find_model, shard_tokens=60
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device; make room there"):
+            prepare()
+    assert len(unit.shards()) == fails_at - 1
+    assert not list(cache.rglob(".0*"))  # nothing torn is left
+    prepare()
+    assert texts(found) == [f"text {i}" for i in range(40)]

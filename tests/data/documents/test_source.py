@@ -281,6 +281,7 @@ def test_a_tokenizer_puts_its_tokens_around_and_an_end_after(tmp_path, letters):
         source(path, tokenizer=str(letters))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_several_processes_make_the_same_tokens(tmp_path, monkeypatch):
     from jaxlab.data.documents import cache as module
