@@ -113,6 +113,7 @@ def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
     for skill in SKILLS:
         source = f"[{{path: {outputs / 'data' / f'{skill}.jsonl'}, content: chat}}]"
         words = ["--init_from", base, "--data.tokenizer", base, "--data.sources", source]
+        words += ["--data.chat_template", str(start / "chat_template.jinja")]  # the VLM's own
         config = str(CONFIGS / f"expert_{skill}.yaml")
         found[f"expert_{skill}"] = ["train", config, *words, *there, *(small if mini else [])]
         ask = lambda name, skill=skill: f"--evaluate.{name}.path={outputs / 'data' / f'{name}.jsonl'}"

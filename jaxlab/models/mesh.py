@@ -26,12 +26,14 @@ CONTEXT = "context"
 """Mesh axis over which the tokens of a sequence are split."""
 
 __all__ = [
+    "AXES",
     "BATCH",
     "CONTEXT",
     "EXPERTS",
     "HEADS",
     "Part",
     "check_length",
+    "check_parts",
     "current_mesh",
     "in_parts",
     "on_several_devices",
@@ -144,6 +146,26 @@ def reorder(x: Array, *, back: bool = False) -> Array:
     return jax.shard_map(turn, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
+def check_parts(tokens: Tree, *, unit: int = 1, least: int = 1) -> None:
+    """Whether arrays [B, T, heads, ...] can be split over the mesh that is set.
+
+    Raises:
+      ConfigError: heads or tokens cannot be split over their mesh axis.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return
+    heads = mesh.shape.get(HEADS, 1)
+    for leaf in jax.tree.leaves(tokens):
+        if leaf.shape[2] % heads:
+            raise ConfigError(
+                f"{leaf.shape[2]} heads cannot be split over {heads} devices; lower mesh.model to a divisor",
+                key="mesh.model",
+            )
+    length = jax.tree.leaves(tokens)[0].shape[1]
+    check_length(length, mesh.shape.get(CONTEXT, 1), unit=unit, least=least)
+
+
 def in_parts(
     core: Core,
     tokens: Tree,
@@ -160,18 +182,7 @@ def in_parts(
     Raises:
       ConfigError: heads or tokens cannot be split over their mesh axis.
     """
-    mesh = current_mesh()
-    if mesh is not None:
-        heads = mesh.shape.get(HEADS, 1)
-        for leaf in jax.tree.leaves(tokens):
-            if leaf.shape[2] % heads:
-                raise ConfigError(
-                    f"{leaf.shape[2]} heads cannot be split over {heads} devices; "
-                    "lower mesh.model to a divisor",
-                    key="mesh.model",
-                )
-        length = jax.tree.leaves(tokens)[0].shape[1]
-        check_length(length, mesh.shape.get(CONTEXT, 1), unit=unit, least=least)
+    check_parts(tokens, unit=unit, least=least)
     return sharding.in_parts(
         core, tokens, rows, weights, blocks, axes=AXES, unit=unit, least=least, stretches=stretches
     )

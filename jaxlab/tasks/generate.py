@@ -147,6 +147,11 @@ def run(arguments: Arguments) -> None:
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json into its folder")
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
+    if config.attention.kind == "nsa" and config.nsa.selector_stage == "warm_up":
+        raise UserError(
+            f"{folder}: its indexer is in its warm-up and keeps no cache to generate from; "
+            "train on from it with model.attention.selector_stage: sparse"
+        )
     prompts = read_all(arguments)
     for where, text in (("--system", arguments.system), *((p.where, p.text) for p in prompts)):
         encode(text, None, where=where)  # checks that it is UTF-8
