@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ ROLES = {
 }
 """ShareGPT's words for who speaks, where they differ."""
 NO_ANSWER = "nothing that the assistant says"
+MOST_WORK = 30_000
+"""Of one process that renders: squares of numbers of messages, about a second."""
 
 
 class ChatEncoder:
@@ -77,13 +79,7 @@ class ChatEncoder:
                     counts.dropped[NO_ANSWER] += 1
         if not conversations:
             return []
-        rendered = render_turns(
-            conversations,
-            self.template,
-            special_tokens=self.special_tokens,
-            last_only=self.train_on == "last",
-            place=self.place,
-        )
+        rendered = [turns for group in _groups(conversations) for turns in self._render(group)]
         kept: list[Turns] = []
         for turns, name in zip(rendered, names, strict=True):
             if turns.problem:
@@ -101,6 +97,36 @@ class ChatEncoder:
             else:
                 counts.dropped[NO_ANSWER] += 1
         return documents
+
+    def _render(self, conversations: Sequence[Sequence[Message]]) -> list[Turns]:
+        try:
+            return render_turns(
+                conversations,
+                self.template,
+                special_tokens=self.special_tokens,
+                last_only=self.train_on == "last",
+                place=self.place,
+            )
+        except UserError as error:
+            if len(conversations) > 1:  # one of them, perhaps
+                return [turns for one in conversations for turns in self._render([one])]
+            if "takes too much" not in str(error):  # the template itself
+                raise
+            return [Turns("", (), str(error))]
+
+
+def _groups(conversations: Sequence[Sequence[Message]]) -> Iterator[list[Sequence[Message]]]:
+    """Conversations that are rendered by one process, which may compute for seconds only: the work goes with
+    the square of the number of messages."""
+    group: list[Sequence[Message]] = []
+    work = 0
+    for messages in conversations:
+        if group and work + len(messages) ** 2 > MOST_WORK:
+            yield group
+            group, work = [], 0
+        group.append(messages)
+        work += len(messages) ** 2
+    yield group
 
 
 def said(turns: Turns, ids: np.ndarray, spans: np.ndarray, special: frozenset[int]) -> np.ndarray:

@@ -65,6 +65,9 @@ def find_files(data: DataSet) -> list[DataFile]:
                 raise UserError(f"{root}: not a folder that datasets saved; set format, or name its files")
             paths = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]
             kinds = {p: _format_of(p, data, None) for p in paths}
+            if {"jsonl", "parquet"} & set(kinds.values()) and data.format == "auto":
+                # A text beside tables tells of them.
+                kinds = {p: None if kind == "text" else kind for p, kind in kinds.items()}
         elif root.exists():
             kinds = {root: _format_of(root, data, "text")}
         else:

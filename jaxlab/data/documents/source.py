@@ -185,7 +185,16 @@ class DocumentsSource:
     def _layout(self, part: Part) -> Layout:
         if part not in self._layouts:
             self.prepare()
-            self._layouts[part] = layout(part, self._units[part.data], self.config, self.cache)
+            found = layout(part, self._units[part.data], self.config, self.cache)
+            if number := found.facts.get("overlong"):
+                what = "dropped" if self.config.overlong == "drop" else "truncated"
+                length = self.config.sequence_length
+                warnings.warn(
+                    f"{part.data.title}: {number} conversations of more than {length} tokens are {what}",
+                    UserNote,
+                    stacklevel=2,
+                )
+            self._layouts[part] = found
         return self._layouts[part]
 
     def _training_order(self, seed: int) -> TrainingOrder:

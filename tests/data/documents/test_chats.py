@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab.data import DataSet, DocumentsConfig, DocumentsSource
+from jaxlab.data.documents import chats as encoder
 from jaxlab.data.documents.chats import read_conversation
 from jaxlab.errors import UserError
 from jaxlab.processing import render_turns
@@ -210,15 +211,37 @@ def test_overlong_conversations_by_rule(tmp_path, letters):
     short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK}, {"messages": short}])
     dropped = chats(path, letters, sequence_length=64)
-    assert [target for _, target in learnt(dropped)] == ["b<|im_end|>"]
+    with pytest.warns(UserWarning, match="1 conversations of more than 64 tokens are dropped"):
+        assert [target for _, target in learnt(dropped)] == ["b<|im_end|>"]
     assert dropped.describe()["train"]["a.jsonl"]["overlong"] == 1
     cut = chats(path, letters, sequence_length=64, overlong="truncate")
-    [(whole, target)] = [one for one in learnt(cut) if one[1] != "b<|im_end|>"]
+    with pytest.warns(UserWarning, match="are truncated"):
+        [(whole, target)] = [one for one in learnt(cut) if one[1] != "b<|im_end|>"]
     assert len(cut.tokenizer().encode(whole, add_special_tokens=False).ids) == 64
     assert target == "First answer<|im_end|>"
     refused = chats(path, letters, sequence_length=64, overlong="refuse")
     with pytest.raises(UserError, match="1 of 2 conversations are longer than 64 tokens, the longest has"):
         refused.batch(0, 0, 1)
+
+
+def test_a_conversation_that_takes_too_much_time_is_a_bad_row(tmp_path, letters, monkeypatch):
+    """The others of its group are rendered apart from it."""
+    calls = []
+
+    def rendered(conversations, *arguments, **options):
+        calls.append(len(conversations))
+        if any(len(messages) > 2 for messages in conversations):
+            raise UserError("place: does not end: it takes too much time or memory")
+        return render_turns(conversations, *arguments, **options)
+
+    monkeypatch.setattr(encoder, "render_turns", rendered)
+    short = TALK[:2]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": talk} for talk in (short, TALK, short)])
+    with pytest.raises(UserError, match=r"a\.jsonl line 2: place: does not end"):
+        chats(path, letters).prepare()
+    assert calls == [3, 1, 1, 1]
+    monkeypatch.setattr(encoder, "MOST_WORK", 5)
+    assert [len(group) for group in encoder._groups([short, short, TALK, short])] == [1, 1, 1, 1]
 
 
 def test_texts_and_conversations_mix(tmp_path, letters):

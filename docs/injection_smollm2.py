@@ -1,0 +1,170 @@
+"""A real language model inside a VLM, and skills injected into it: data and commands of configs/injection/smollm2.
+
+    python docs/injection_smollm2.py                          # all of it, in points that go on where they were
+    python docs/injection_smollm2.py --until vlm              # up to a point
+    python docs/injection_smollm2.py --base MODEL.gguf --mini # a few steps of each, to see that it runs
+
+The pictures are scikit-learn's scans of handwritten digits in four colors. The VLM is asked about them in
+English words; the experts are taught on text alone, which tells digit and color in words: another language, an
+output format, sums. Whether a skill has reached pictures is asked about pictures that no training saw.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONFIGS = Path("configs/injection/smollm2")
+DIGITS = "zero one two three four five six seven eight nine".split()
+FRENCH = "zéro un deux trois quatre cinq six sept huit neuf".split()
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "white": (235, 235, 235)}
+SIDE = 64
+"""Pixels a side."""
+HELD_OUT = 200
+"""Pictures that are asked about at the end, half of them in each split."""
+SKILLS = ("french", "format", "arithmetic")
+POINTS = ("data", "start", "vlm", *(f"expert_{s}" for s in SKILLS), *(f"search_{s}" for s in SKILLS))
+
+
+def question(skill: str, digit: int, color: str, number: int) -> tuple[str, str]:
+    """What is asked, and the right answer; `number` makes questions vary."""
+    match skill:
+        case "words":
+            return "Which digit is it? Answer with a word.", DIGITS[digit]
+        case "color":
+            return "What color is the digit?", color
+        case "french":
+            return "Quel est ce chiffre ? Réponds par un mot.", FRENCH[digit]
+        case "format":
+            return 'Answer in JSON, with the keys "color" and "digit".', json.dumps(
+                {"color": color, "digit": digit}
+            )
+        case _:
+            more = number % 9 + 1
+            return f"How much is the digit plus {more}? Answer with a number.", str(digit + more)
+
+
+def told(digit: int, color: str, number: int) -> str:
+    """A picture in words, for models that see none."""
+    return (
+        f"The picture shows a {color} {DIGITS[digit]}.",
+        f"There is a handwritten {DIGITS[digit]} in {color}.",
+        f"One sees the digit {DIGITS[digit]}, written in {color}.",
+    )[number % 3]
+
+
+def write_data(folder: Path) -> None:
+    """Pictures, conversations to learn and questions to ask; all follow from scikit-learn's digits."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    names = list(COLORS)
+    rows: dict[str, list[dict]] = {"vlm": [], **{skill: [] for skill in SKILLS}}
+    asked: dict[str, list[dict]] = {f"image_{s}": [] for s in ("words", *SKILLS)} | {
+        f"text_{s}": [] for s in SKILLS
+    }
+    for number, index in enumerate(order):
+        digit, color = int(found.target[index]), names[number % 4]
+        pixels = np.kron(found.images[index] / 16, np.ones((SIDE // 8, SIDE // 8)))[..., None]
+        image = (pixels * np.asarray(COLORS[color])).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{number}.png")
+        name, text = f"images/{number}.png", told(digit, color, number)
+        if number < HELD_OUT:
+            for skill in ("words", *SKILLS):
+                prompt, answer = question(skill, digit, color, number)
+                asked[f"image_{skill}"].append({"prompt": prompt, "image": name, "answer": answer})
+                if skill in SKILLS:
+                    asked[f"text_{skill}"].append({"prompt": f"{text} {prompt}", "answer": answer})
+            continue
+        for skill in ("words", "color"):
+            prompt, answer = question(skill, digit, color, number)
+            turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
+            rows["vlm"].append({"image": name, "conversations": turns})
+        for skill in SKILLS:
+            prompt, answer = question(skill, digit, color, number)
+            turns = [
+                {"role": "user", "content": f"{text} {prompt}"},
+                {"role": "assistant", "content": answer},
+            ]
+            rows[skill].append({"messages": turns})
+    for name, lines in {**rows, **asked}.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
+    """The words after `python run.py` of each point but the first."""
+    small = (
+        "--steps 3 --log_every 1 --eval_every 3 --eval_batches 1 --checkpoint_every 3 --batch_size 2".split()
+    )
+    start, there = outputs / "start", ["--outputs", str(outputs)]
+    data = lambda name: ["--data.path", str(outputs / "data" / name)]
+    found = {"start": ["build-vlm", base, str(start), "--family", "llava", "--overwrite"]}
+    vlm = ["--init_from", str(start), "--data.model", str(start), *data("vlm.jsonl")]
+    found["vlm"] = ["train", str(CONFIGS / "vlm.yaml"), *vlm, *there, *(small if mini else [])]
+    for skill in SKILLS:
+        source = f"[{{path: {outputs / 'data' / f'{skill}.jsonl'}, content: chat}}]"
+        words = ["--init_from", base, "--data.tokenizer", base, "--data.sources", source]
+        config = str(CONFIGS / f"expert_{skill}.yaml")
+        found[f"expert_{skill}"] = ["train", config, *words, *there, *(small if mini else [])]
+        ask = lambda name, skill=skill: f"--evaluate.{name}.path={outputs / 'data' / f'{name}.jsonl'}"
+        names = ("image_words", f"image_{skill}", f"text_{skill}")
+        few = [f"--evaluate.{name}.limit=2" for name in names] if mini else []
+        points = ["--operators", "{task_arithmetic: {lambda_v: [1.0], lambda_e: [0.5, 1.0]}}"] if mini else []
+        search = ["--base", base, *map(ask, names), *few, *points]
+        found[f"search_{skill}"] = ["merge-search", str(CONFIGS / f"search_{skill}.yaml"), *search, *there]
+    return found
+
+
+def trained(outputs: Path, point: str) -> Path:
+    """The model of a train point that is done.
+
+    Raises:
+      SystemExit: there is none.
+    """
+    done = [path.parent for path in (outputs / "train").glob(f"{point}-*/results.json")]
+    if not done:
+        raise SystemExit(f"{point} is not trained in {outputs}; run it first")
+    return max(done, key=lambda path: path.stat().st_mtime)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", default=BASE)
+    parser.add_argument("--outputs", type=Path, default=Path("outputs/smollm2"))
+    parser.add_argument("--mini", action="store_true")
+    parser.add_argument("--only", choices=POINTS)
+    parser.add_argument("--until", choices=POINTS)
+    arguments = parser.parse_args()
+    outputs = arguments.outputs
+    words = commands(arguments.base, outputs, arguments.mini)
+    last = POINTS.index(arguments.until) + 1 if arguments.until else len(POINTS)
+    for point in [arguments.only] if arguments.only else POINTS[:last]:
+        began = time.monotonic()
+        if point == "data":
+            write_data(outputs / "data")
+        elif point == "start" and (outputs / "start" / "config.json").exists():
+            pass
+        else:
+            line = words[point]
+            if point.startswith("search_"):
+                expert = trained(outputs, f"expert_{point.removeprefix('search_')}")
+                line += ["--vlm", str(trained(outputs, "vlm")), "--expert", str(expert)]
+            print("python run.py", shlex.join(line), flush=True)
+            subprocess.run([sys.executable, "run.py", *line], check=True)
+        print(f"{point}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
