@@ -78,37 +78,32 @@ class OpenModel(abc.ABC):
     @property
     def chat_template(self) -> str | None:
         """Of several templates the default one, in Jinja; None: the model has none."""
-        return None if self.text_files is None else self.text_files.chat_template
+        return None if self.source_files is None else self.source_files.chat_template
 
     @property
     def chat_templates(self) -> Mapping[str, str]:
         """All of them by name."""
-        return {} if self.text_files is None else self.text_files.chat_templates
+        return {} if self.source_files is None else self.source_files.chat_templates
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """Tokens by the names that chat templates ask for: bos_token, eos_token, ..."""
-        return {} if self.text_files is None else self.text_files.special_tokens
+        return {} if self.source_files is None else self.source_files.special_tokens
 
     @property
     def generation(self) -> Mapping[str, Any]:
         """How the model's authors sample from it, as generation_config.json says it."""
-        return {} if self.text_files is None else self.text_files.generation
+        return {} if self.source_files is None else self.source_files.generation
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, by the files of the model; none where they say nothing."""
-        return frozenset() if self.text_files is None else self.text_files.end_tokens
+        return frozenset() if self.source_files is None else self.source_files.end_tokens
 
     @property
     @abc.abstractmethod
     def source_files(self) -> SourceFiles | None:
         """The files beside the tensors of a Hugging Face folder; None if the model never was one."""
-
-    @property
-    def text_files(self) -> SourceFiles | None:
-        """As `source_files`, where only what they say is asked for: no tensor has to be there."""
-        return self.source_files
 
     @property
     def companion_folder(self) -> Path:

@@ -147,10 +147,6 @@ class HuggingFaceFolder(OpenModel):
         return read_tokenizer(self.path, self.config_json)
 
     @functools.cached_property
-    def text_files(self) -> SourceFiles:
-        return SourceFiles(self.path, self.config_json)
-
-    @functools.cached_property
     def source_files(self) -> SourceFiles:
         config = self.config_json
         if self.ignore_keys:
