@@ -204,7 +204,9 @@ class ModelConfig:
         attention, softcap = self.attention, self.attention_softcap is not None
         self._check_latent()
         if self.attention_sinks and (
-            self.sparsity is not None or getattr(attention, "implementation", "") not in ("auto", "xla")
+            self.sparsity is not None
+            or isinstance(attention, NSAConfig)
+            or attention.implementation not in ("auto", "xla")
         ):
             raise ConfigError(
                 "are known to full and sliding attention by xla, without sparsity", key="attention_sinks"
