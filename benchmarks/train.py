@@ -11,6 +11,7 @@ the medians; on a busy machine the ratios of processor seconds are what can be c
 
 import functools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -46,7 +47,8 @@ class Options:
     heads: int = 4
     vocabulary: int = 512
     threads: int = 2
-    """Of torch; JAX takes all cores."""
+    """Cores that both may use, and threads of torch. These wait for each other busily, so on a machine that
+    others use too, torch's processor seconds are only its work with one."""
     rounds: int = 5
     out: str | None = None
 
@@ -113,6 +115,8 @@ class Torch:
 
 
 def main(options: Options) -> None:
+    # Before the first computation, whose thread pool has the size of this; the other process inherits it.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     runners: dict[str, Any] = {name: Ours(options, name) for name in options.attention}
     if options.torch_python:
         runners["torch"] = Torch(options)

@@ -126,7 +126,8 @@ class FullAttention(Attention):
         part: Part | None = None,
     ) -> Array:
         """Of all queries, or of those of one stretch; `context` is of all keys."""
-        c, implementation = self.config, self.config.attention.implementation
+        c = self.config
+        implementation: str = c.attention.implementation
         cached = context.cache_slots is not None
         if implementation == "auto":
             marked = context.together is not None or context.visible is not None

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.low_rank import base_of, plus_update
-from jaxlab.models.mesh import on_several_devices, take_words, vocabulary_is_split
+from jaxlab.models.mesh import on_several_devices, take_words
 from jaxlab.models.taps import NO_TAP, Tap
 
 ACTIVATIONS = {
@@ -86,7 +86,7 @@ class Embedding(nnx.Module):
         self.table = init.normal((rows, width), (axis, "embed"), std)
 
     def __call__(self, index: Int[Array, "*rows"], dtype: jax.typing.DTypeLike) -> Float[Array, "*rows D"]:
-        if self.axis == "vocab" and index.ndim == 2 and vocabulary_is_split(self.table.shape[0]):
+        if self.axis == "vocab" and index.ndim == 2 and on_several_devices():
             return take_words(self.table.astype(dtype), index)
         return self.table.astype(dtype)[index]
 

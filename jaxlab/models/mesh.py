@@ -18,6 +18,8 @@ from kernels_pallas.sharding import Core, MeshAxes, Part, Tree, dividing, mesh_o
 
 BATCH: tuple[str, ...] = ("data", "fsdp", "expert")
 """Mesh axes over which examples are spread."""
+WIDTH = "fsdp"
+"""Mesh axis over which parameters are split along the width."""
 EXPERTS = "expert"
 """Mesh axis over which routed experts are split; all else on its devices is as on those of `data`."""
 HEADS = "model"
@@ -86,20 +88,34 @@ def split_words(logits: Array) -> Array:
 
 
 def take_words(table: Array, tokens: Array) -> Array:
-    """table[tokens], the table [V, D] split by words: each device gives the rows that it has, summed over
-    devices; tokens [B, T]."""
+    """table[tokens] of tokens [B, T], the table [V, D] as its parameter lies on the mesh that is set.
+
+    Left to it, XLA may gather all tokens' rows. Here each device looks up the part of the width that it has
+    for the tokens of all devices of `fsdp`, and they exchange these; of words that are split over `model` it
+    gives those that it has, and the sum goes to all.
+    """
     mesh = current_mesh()
     assert mesh is not None
-    of_tokens = PartitionSpec(
-        dividing(mesh, BATCH, tokens.shape[0]), dividing(mesh, (CONTEXT,), tokens.shape[1])
-    )
+    examples, stretch = dividing(mesh, BATCH, tokens.shape[0]), dividing(mesh, (CONTEXT,), tokens.shape[1])
+    by_words = HEADS if vocabulary_is_split(table.shape[0]) else None
+    by_width = WIDTH if mesh.shape.get(WIDTH, 1) > 1 and table.shape[1] % mesh.shape[WIDTH] == 0 else None
+    theirs = by_width is not None and WIDTH in (examples or ())
 
     def take(table: Array, tokens: Array) -> Array:
-        row = tokens - jax.lax.axis_index(HEADS) * table.shape[0]
-        here = (row >= 0) & (row < table.shape[0])
-        return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, row, 0)], 0), HEADS)
+        if theirs:
+            tokens = jax.lax.all_gather(tokens, WIDTH, axis=0, tiled=True)
+        if by_words is None:
+            rows = table[tokens]
+        else:
+            row = tokens - jax.lax.axis_index(HEADS) * table.shape[0]
+            here = (row >= 0) & (row < table.shape[0])
+            rows = jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, row, 0)], 0), HEADS)
+        if theirs:
+            return jax.lax.all_to_all(rows, WIDTH, split_axis=0, concat_axis=2, tiled=True)
+        return rows if by_width is None else jax.lax.all_gather(rows, WIDTH, axis=2, tiled=True)
 
-    specs = (PartitionSpec(HEADS), of_tokens)
+    of_tokens = PartitionSpec(examples, stretch)
+    specs = (PartitionSpec(by_words, by_width), of_tokens)
     return jax.shard_map(take, in_specs=specs, out_specs=of_tokens, check_vma=False)(table, tokens)
 
 

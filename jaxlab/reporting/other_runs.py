@@ -58,9 +58,10 @@ def _curves_together(runs: Sequence[RunFolder]) -> Markup | None:
     if len(trained) < 2:
         return None
     named = dict(zip(distinct_labels(trained), trained, strict=True))
-    drawing = plots.loss_figure(
-        *({name: [run.curve(key)] for name, run in named.items()} for key in ("loss", "eval_loss"))
+    training, held_out = (
+        {name: [run.curve(key)] for name, run in named.items()} for key in ("loss", "eval_loss")
     )
+    drawing = plots.loss_figure(training, held_out)
     return figure(
         drawing,
         "runs-loss",

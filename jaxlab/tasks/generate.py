@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import jax
 from jax.sharding import Mesh
 
-from jaxlab.app import model_folder
+from jaxlab.app import reference_folders
 from jaxlab.checkpoints import OPTIONS, OpenModel, open_model, sampling_options
 from jaxlab.config import POSITIONAL, REPEATED
 from jaxlab.costs import generation_memory
@@ -38,8 +38,8 @@ class Arguments:
     """Stream text from a model."""
 
     model: Annotated[str, POSITIONAL]
-    """A model folder, ours or Hugging Face's; a hub id; a .gguf file; a .bin file of llama2.c; a run folder,
-    or the config of a finished train run."""
+    """A model folder, ours or Hugging Face's, the latter with a LoRA adapter as MODEL+ADAPTER; a hub id; a
+    .gguf file; a .bin file of llama2.c; a run folder, or the config of a finished train run."""
     prompt: str | None = None
     """The text to go on from, or to answer (see chat); empty: from nothing."""
     prompts: str | None = None
@@ -135,8 +135,10 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
+    found, adapter = reference_folders(arguments.model)
     opened = open_model(
-        model_folder(arguments.model),
+        found,
+        adapter=adapter,
         ignore_keys=arguments.ignore_keys,
         ignore_tensors=arguments.ignore_tensors,
     )

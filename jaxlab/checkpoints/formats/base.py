@@ -141,16 +141,7 @@ class OpenModel(abc.ABC):
     @functools.cached_property
     def identity(self) -> str:
         """A digest of all files, whole: it changes when the model does."""
-        digest = hashlib.sha256()
-        path = self.path
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            digest.update(json.dumps(file.name if file == path else str(file.relative_to(path))).encode())
-            try:
-                with open(file, "rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-        return digest.hexdigest()
+        return digest_of("", self.path)
 
     def read(
         self,
@@ -265,3 +256,20 @@ def report_all_not_finite(params: "Params", path: Path, what: NotFinite) -> None
     for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(leaf_path, simple=True, separator=".")
         report_not_finite(f"{path}: {name}", np.asarray(leaf), what)
+
+
+def digest_of(before: str, path: Path) -> str:
+    """A digest of a file, or of all files of a folder with their names, that follows `before`.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    digest = hashlib.sha256(before.encode())
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(json.dumps(file.name if file == path else str(file.relative_to(path))).encode())
+        try:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
