@@ -292,7 +292,7 @@ def beside_torch(a: Arguments, spec: ArgSpec, parts: tuple[str, ...]) -> list[Ro
                 "both": lambda f=both, m=moving, x=fixed: jax.block_until_ready(f(m, x, data["d_out"])),
             }
             calls = {part: call for part, call in calls.items() if part in parts}
-            first = {part: alternating.timed(call)() for part, call in calls.items()}
+            first = {part: alternating.timed(call)().seconds for part, call in calls.items()}
             for row in alternating.rows(subject.name, calls, peer, a.samples, a.seconds):
                 own = {"first_call_s": first[row["part"]]} if row["name"] == subject.name else {}
                 found.append({**about, **row, **own})

@@ -1,12 +1,12 @@
-"""A real language model inside a VLM, and skills injected into it: data and commands of configs/injection/smollm2.
+"""A real language model inside a VLM, and skills injected into it: what configs/injection/smollm2 needs.
 
-    python docs/injection_smollm2.py                          # all of it, in points that go on where they were
-    python docs/injection_smollm2.py --until vlm              # up to a point
-    python docs/injection_smollm2.py --base MODEL.gguf --mini # a few steps of each, to see that it runs
+    python docs/injection_smollm2.py                            # all of it; points go on where they were
+    python docs/injection_smollm2.py --until vlm                # up to a point
+    python docs/injection_smollm2.py --base MODEL.gguf --mini   # a few steps of each, to see that it runs
 
 The pictures are scikit-learn's scans of handwritten digits in four colors. The VLM is asked about them in
-English words; the experts are taught on text alone, which tells digit and color in words: another language, an
-output format, sums. Whether a skill has reached pictures is asked about pictures that no training saw.
+English words; the experts are taught on text alone, which tells digit and color in words: another language,
+an output format, sums. Whether a skill has reached pictures is asked about pictures that no training saw.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import numpy as np
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIGS = Path("configs/injection/smollm2")
-DIGITS = "zero one two three four five six seven eight nine".split()
-FRENCH = "zéro un deux trois quatre cinq six sept huit neuf".split()
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+FRENCH = ("zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf")
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "white": (235, 235, 235)}
 SIDE = 64
 """Pixels a side."""
@@ -103,7 +103,8 @@ def write_data(folder: Path) -> None:
 
 def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
     """The words after `python run.py` of each point but the first."""
-    small = "--steps 3 --log_every 1 --eval_every 3 --eval_batches 1 --checkpoint_every 3 --batch_size 2".split()
+    short = {"steps": 3, "log_every": 1, "eval_every": 3, "eval_batches": 1, "checkpoint_every": 3}
+    small = [f"--{name}={value}" for name, value in {**short, "batch_size": 2}.items()]
     start, there = outputs / "start", ["--outputs", str(outputs)]
     data = lambda name: ["--data.path", str(outputs / "data" / name)]
     found = {"start": ["build-vlm", base, str(start), "--family", "llava", "--overwrite"]}
@@ -112,6 +113,7 @@ def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
     for skill in SKILLS:
         source = f"[{{path: {outputs / 'data' / f'{skill}.jsonl'}, content: chat}}]"
         words = ["--init_from", base, "--data.tokenizer", base, "--data.sources", source]
+        words += ["--data.chat_template", str(start / "chat_template.jinja")]  # the VLM's own
         config = str(CONFIGS / f"expert_{skill}.yaml")
         found[f"expert_{skill}"] = ["train", config, *words, *there, *(small if mini else [])]
         ask = lambda name, skill=skill: f"--evaluate.{name}.path={outputs / 'data' / f'{name}.jsonl'}"
@@ -136,7 +138,9 @@ def trained(outputs: Path, point: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--outputs", type=Path, default=Path("outputs/smollm2"))
     parser.add_argument("--mini", action="store_true")

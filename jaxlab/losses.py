@@ -95,7 +95,7 @@ def loss_and_measures(
     """Summed loss (nats) of the targets, and what there is to watch.
 
     With experts the balance loss, times its weight, is added to the cross-entropy of every target; with NSA's
-    auxiliary selector its loss, which trains nothing else; and what `loss` asks for.
+    auxiliary selector or indexer its loss, which trains nothing else; and what `loss` asks for.
 
     Args:
       sources: how many there are that source_ids int32[B] of the batch number; 0: it has none.

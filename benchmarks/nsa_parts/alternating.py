@@ -6,11 +6,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 LONG_S = 10.0
 """A first call of so long counts as a sample: warming up would double what takes minutes."""
+
+
+class Taken(NamedTuple):
+    """Of one call."""
+
+    seconds: float
+    cpu_seconds: float | None = None
+    """Of the processors, over all threads; what other programs do moves it less."""
 
 
 class TorchPeer:
@@ -46,8 +54,8 @@ class TorchPeer:
         answer: Row = json.loads(line)
         return answer
 
-    def sample(self, part: str) -> float:
-        """Seconds of one call.
+    def sample(self, part: str) -> Taken:
+        """One call.
 
         Raises:
             RuntimeError: it ended.
@@ -55,36 +63,39 @@ class TorchPeer:
         assert self.process.stdin is not None
         self.process.stdin.write(part + "\n")
         self.process.stdin.flush()
-        seconds: float = self._answer()["seconds"]
-        return seconds
+        answer = self._answer()
+        return Taken(answer["seconds"], answer.get("cpu_seconds"))
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
 
 
-def timed(call: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds of a call that waits for its result."""
+def timed(call: Callable[[], Any]) -> Callable[[], Taken]:
+    """Of a call that waits for its result."""
 
-    def run() -> float:
-        start = time.perf_counter()
+    def run() -> Taken:
+        start, processor = time.perf_counter(), time.process_time()
         call()
-        return time.perf_counter() - start
+        return Taken(time.perf_counter() - start, time.process_time() - processor)
 
     return run
 
 
 def alternate(
-    ours: Callable[[], float], theirs: Callable[[], float], samples: int, seconds: float
-) -> tuple[list[float], list[float]]:
+    ours: Callable[[], Taken], theirs: Callable[[], Taken], samples: int, seconds: float
+) -> tuple[list[Taken], list[Taken]]:
     """Samples of both, in turn: up to `samples` of each in about `seconds`, at least one. The first call of
     each is left out unless it takes long."""
     first = [ours(), theirs()]
-    kept: tuple[list[float], list[float]] = ([], [])
+    kept: tuple[list[Taken], list[Taken]] = ([], [])
     for one, samples_of in zip(first, kept, strict=True):
-        if one > LONG_S:
+        if one.seconds > LONG_S:
             samples_of.append(one)
-    rounds = max(0 if all(kept) else 1, min(samples, int(seconds / sum(first))) - (1 if all(kept) else 0))
+    rounds = max(
+        0 if all(kept) else 1,
+        min(samples, int(seconds / sum(one.seconds for one in first))) - (1 if all(kept) else 0),
+    )
     for _ in range(rounds):
         kept[0].append(ours())
         kept[1].append(theirs())
@@ -103,6 +114,10 @@ def rows(
     for part, call in ours.items():
         own, theirs = alternate(timed(call), lambda part=part: peer.sample(part), samples, seconds)
         for who, taken, more in ((name, own, {}), (peer.about["name"], theirs, peer.about)):
-            measured = {"median_s": statistics.median(taken), "samples_s": taken, "calls_per_sample": 1}
+            walls = [one.seconds for one in taken]
+            processors = [one.cpu_seconds for one in taken if one.cpu_seconds is not None]
+            measured: Row = {"median_s": statistics.median(walls), "samples_s": walls, "calls_per_sample": 1}
+            if processors:
+                measured |= {"median_cpu_s": statistics.median(processors), "samples_cpu_s": processors}
             found.append({**more, "name": who, "part": part, **measured, "in_turn": True})
     return found

@@ -217,7 +217,8 @@ def _with_words(tokenizer: Tokenizer, words: tuple[str, ...]) -> tuple[Tokenizer
     copy = Tokenizer.from_str(tokenizer.to_str())
     missing = tuple(word for word in words if copy.token_to_id(word) is None)
     copy.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in missing])
-    return copy, [int(copy.token_to_id(word)) for word in words], missing
+    ids = {word: copy.token_to_id(word) for word in words}
+    return copy, [number for number in ids.values() if number is not None], missing
 
 
 def _text_files(language: OpenModel, tokenizer: Tokenizer, words: tuple[str, ...]) -> dict[str, str]:

@@ -38,7 +38,7 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """6 for each parameter of the layers and the head, and for each attended key and channel: forward 2,
     backward 4. The head counts tied or not, the embedding's lookup does not. NSA's compression is applied to
     every block and key/value head, not to every token. Of the routed experts those that a token passes
-    through count. Vision is not counted.
+    through count. An indexer's scores count, the attention that teaches it does not. Vision is not counted.
     """
     params = abstract_params(config.language)
     layers = params["layers"]
@@ -46,14 +46,21 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     if config.dense_layers:
         matmul += count_params(params["dense_layers"])
     if config.attention.kind == "nsa":
-        compression = sum(count_params(layers["attention"][f"compress_{name}"]) for name in ("key", "value"))
+        phi = (
+            layers["attention"].get(f"compress_{name}", {}) for name in ("key", "value")
+        )  # a mean has none
+        compression = sum(map(count_params, phi))
         applied = config.kv_heads / config.nsa.stride if "compression" in config.nsa.branches else 0.0
         matmul += compression * (applied - 1.0)
     if config.moe is not None:
         routed = sum(layers["moe"][name].size for name in ("gate", "up", "down"))
         matmul -= routed * (1.0 - config.moe.experts_per_token / config.moe.num_experts)
     attention = config.num_layers * config.num_heads * (config.key_dim + config.value_dim)
-    return 6.0 * (matmul + attention * attended_tokens(config, length))
+    scored = 0.0
+    if config.attention.kind == "nsa" and config.nsa.selector == "indexer":
+        channels = config.kv_heads * config.nsa.selector_heads * config.nsa.selector_dim
+        scored = config.num_layers * channels * (length + 1) / 2
+    return 6.0 * (matmul + attention * attended_tokens(config, length) + scored)
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:

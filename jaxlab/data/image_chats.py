@@ -234,7 +234,8 @@ class ImageChatsSource:
         fill = lambda x: np.pad(x, (0, length - len(x)))
         batch["segment_ids"] = np.stack([fill(np.ones(len(row.tokens), np.int32)) for row in rows])
         batch["loss_mask"] = np.stack([fill(row.targets) for row in rows])
-        return dict(prepare_batch(batch, self.model))
+        prepared: dict[str, Any] = {**prepare_batch(batch, self.model)}
+        return prepared
 
     def _of_row(self, row: Row, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         processor, length = self.opened.processor, row.length

@@ -202,7 +202,8 @@ class Pupils(NamedTuple):
 
 def _joined(asked: Sequence[Asked]) -> Asked:
     """The prompts of all, one after the other."""
-    keys, values = (jnp.concatenate([one.cache.layers[i] for one in asked], axis=1) for i in range(2))
+    layers = [cast(tuple[Array, Array], one.cache.layers) for one in asked]
+    keys, values = (jnp.concatenate(parts, axis=1) for parts in zip(*layers, strict=True))
     length, offset, token, words = (
         jnp.concatenate(parts)
         for parts in zip(

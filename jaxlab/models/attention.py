@@ -13,7 +13,7 @@ from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
-from jaxlab.models.layers import Norm
+from jaxlab.models.layers import Norm, project
 from jaxlab.models.low_rank import base_of, plus_update
 from jaxlab.models.rotary import Rotary, rotate
 from jaxlab.models.taps import NO_TAP, Tap
@@ -31,7 +31,7 @@ class Attended(NamedTuple):
     weights_read: Float[Array, "B H P"] | None = None
     """Attention weights from one token at others, where a probe reads them."""
     selector_loss: Float[Array, ""] | None = None
-    """How far the choice of NSA's auxiliary selector is from where attention lies."""
+    """How far the choice of NSA's selector is from where attention lies, where it is trained for that."""
 
 
 class Attention(nnx.Module):
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
 
     def project_output(self, heads: Float[Array, "B T H Dv"]) -> Float[Array, "B T D"]:
         """The heads' outputs added up in the model's width."""
-        y = jnp.einsum("bthk,hkd->btd", heads, base_of(self.output, heads.dtype))
+        y = project(heads, base_of(self.output, heads.dtype), inputs=2)
         y = plus_update(y, heads, self.output)
         return y if self.output_bias is None else y + self.output_bias.astype(y.dtype)[None, None]
 
@@ -161,8 +161,9 @@ def _heads(
     x: Float[Array, "B T D"], kernel: nnx.Param, bias: nnx.Param | None
 ) -> Float[Array, "B *branches T H K"]:
     """Heads of `x`; kernel [D, H, K] or, with an axis for branches, [c, D, H, K]."""
-    equation = "btd,dhk->bthk" if kernel.ndim == 3 else "btd,cdhk->bcthk"
-    y = plus_update(jnp.einsum(equation, x, base_of(kernel, x.dtype)), x, kernel)
+    base = base_of(kernel, x.dtype)
+    y = project(x, base) if kernel.ndim == 3 else jnp.einsum("btd,cdhk->bcthk", x, base)
+    y = plus_update(y, x, kernel)
     if bias is None:
         return y
     b = bias.astype(x.dtype)

@@ -52,8 +52,12 @@ class Compressor(nnx.Module):
     ) -> Float[Array, "B M Hkv K"]:
         """One key or value for each block of `block_len` tokens: one every `stride` tokens, or where `starts`
         says (-1: none)."""
-        params = {name: getattr(self, name).astype(x.dtype) for name in _COMPRESSOR_PARAMS[self.kind]}
+        params = self.cast(x.dtype)
         return compress_blocks(x, params, block_len=self.block_len, stride=self.stride, starts=starts)
+
+    def cast(self, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
+        """The parameters, as `compress_blocks` takes them."""
+        return {name: getattr(self, name).astype(dtype) for name in _COMPRESSOR_PARAMS[self.kind]}
 
 
 _COMPRESSOR_PARAMS: dict[str, tuple[str, ...]] = {

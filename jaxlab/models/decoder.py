@@ -16,7 +16,7 @@ from jaxlab.models.config import LearnedPositions, ModelConfig, ViTConfig
 from jaxlab.models.context import AttentionContext
 from jaxlab.models.initializer import Initializer, bind
 from jaxlab.models.kv_cache import Cache
-from jaxlab.models.layers import Embedding, layer_norm, softcap
+from jaxlab.models.layers import Embedding, layer_norm, project, softcap
 from jaxlab.models.mesh import reorder, split_tokens, split_words, stretches_of
 from jaxlab.models.output import Output
 from jaxlab.models.rotary import rope_tables
@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
         bias = None if self.head is None or self.head.bias is None else self.head.bias.astype(jnp.float32)
         if tokens is None:
             head = self.embedding.table[...].T if self.head is None else self.head.table[...]
-            equation, bias = "btd,dv->btv", None if bias is None else bias[None, None]
+            equation, bias = "", None if bias is None else bias[None, None]
         else:
             index = jnp.asarray(tokens)
             if self.head is None:
@@ -258,9 +258,11 @@ class Decoder(nnx.Module):
             else:
                 head, equation = jnp.take(self.head.table[...], index, axis=1), "btd,dbv->btv"
             bias = None if bias is None else bias[index][:, None]
-        logits = jnp.einsum(equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        head = head.astype(hidden.dtype)
         if tokens is None:
-            logits = split_words(logits)
+            logits = split_words(project(hidden, head, dtype=jnp.float32))
+        else:
+            logits = jnp.einsum(equation, hidden, head, preferred_element_type=jnp.float32)
         if bias is not None:
             logits = logits + bias
         if self.config.logit_scale != 1.0:

@@ -93,6 +93,7 @@ def _empty_nsa(config: ModelConfig, batch_size: int, length: int) -> PagedCache:
         stride=n.stride,
         block_size=n.block_size,
         window=n.window,
+        index_dim=n.selector_dim if n.selector == "indexer" else None,
     )
     pool, own = split_cache(cache)
     own = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), own)
@@ -106,7 +107,7 @@ def split_cache(cache: Any) -> tuple[dict[str, Array] | None, Any]:
     """
     if not isinstance(cache, PagedCache):
         return None, cache
-    pool = {name: getattr(cache, name) for name in ("k_slc", "v_slc", "k_cmp", "v_cmp")}
+    pool = {name: getattr(cache, name) for name in ("k_slc", "v_slc", "k_cmp", "v_cmp", "k_index")}
     nothing: dict[str, Any] = dict.fromkeys(pool)
     return pool, cache._replace(**nothing)
 

@@ -18,6 +18,8 @@ from kernels_pallas.sharding import Core, MeshAxes, Part, Tree, dividing, mesh_o
 
 BATCH: tuple[str, ...] = ("data", "fsdp", "expert")
 """Mesh axes over which examples are spread."""
+WIDTH = "fsdp"
+"""Mesh axis over which parameters are split along the width."""
 EXPERTS = "expert"
 """Mesh axis over which routed experts are split; all else on its devices is as on those of `data`."""
 HEADS = "model"
@@ -26,12 +28,14 @@ CONTEXT = "context"
 """Mesh axis over which the tokens of a sequence are split."""
 
 __all__ = [
+    "AXES",
     "BATCH",
     "CONTEXT",
     "EXPERTS",
     "HEADS",
     "Part",
     "check_length",
+    "check_parts",
     "current_mesh",
     "in_parts",
     "on_several_devices",
@@ -84,20 +88,34 @@ def split_words(logits: Array) -> Array:
 
 
 def take_words(table: Array, tokens: Array) -> Array:
-    """table[tokens], the table [V, D] split by words: each device gives the rows that it has, summed over
-    devices; tokens [B, T]."""
+    """table[tokens] of tokens [B, T], the table [V, D] as its parameter lies on the mesh that is set.
+
+    Left to it, XLA may gather all tokens' rows. Here each device looks up the part of the width that it has
+    for the tokens of all devices of `fsdp`, and they exchange these; of words that are split over `model` it
+    gives those that it has, and the sum goes to all.
+    """
     mesh = current_mesh()
     assert mesh is not None
-    of_tokens = PartitionSpec(
-        dividing(mesh, BATCH, tokens.shape[0]), dividing(mesh, (CONTEXT,), tokens.shape[1])
-    )
+    examples, stretch = dividing(mesh, BATCH, tokens.shape[0]), dividing(mesh, (CONTEXT,), tokens.shape[1])
+    by_words = HEADS if vocabulary_is_split(table.shape[0]) else None
+    by_width = WIDTH if mesh.shape.get(WIDTH, 1) > 1 and table.shape[1] % mesh.shape[WIDTH] == 0 else None
+    theirs = by_width is not None and WIDTH in (examples or ())
 
     def take(table: Array, tokens: Array) -> Array:
-        row = tokens - jax.lax.axis_index(HEADS) * table.shape[0]
-        here = (row >= 0) & (row < table.shape[0])
-        return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, row, 0)], 0), HEADS)
+        if theirs:
+            tokens = jax.lax.all_gather(tokens, WIDTH, axis=0, tiled=True)
+        if by_words is None:
+            rows = table[tokens]
+        else:
+            row = tokens - jax.lax.axis_index(HEADS) * table.shape[0]
+            here = (row >= 0) & (row < table.shape[0])
+            rows = jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, row, 0)], 0), HEADS)
+        if theirs:
+            return jax.lax.all_to_all(rows, WIDTH, split_axis=0, concat_axis=2, tiled=True)
+        return rows if by_width is None else jax.lax.all_gather(rows, WIDTH, axis=2, tiled=True)
 
-    specs = (PartitionSpec(HEADS), of_tokens)
+    of_tokens = PartitionSpec(examples, stretch)
+    specs = (PartitionSpec(by_words, by_width), of_tokens)
     return jax.shard_map(take, in_specs=specs, out_specs=of_tokens, check_vma=False)(table, tokens)
 
 
@@ -144,6 +162,26 @@ def reorder(x: Array, *, back: bool = False) -> Array:
     return jax.shard_map(turn, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
+def check_parts(tokens: Tree, *, unit: int = 1, least: int = 1) -> None:
+    """Whether arrays [B, T, heads, ...] can be split over the mesh that is set.
+
+    Raises:
+      ConfigError: heads or tokens cannot be split over their mesh axis.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return
+    heads = mesh.shape.get(HEADS, 1)
+    for leaf in jax.tree.leaves(tokens):
+        if leaf.shape[2] % heads:
+            raise ConfigError(
+                f"{leaf.shape[2]} heads cannot be split over {heads} devices; lower mesh.model to a divisor",
+                key="mesh.model",
+            )
+    length = jax.tree.leaves(tokens)[0].shape[1]
+    check_length(length, mesh.shape.get(CONTEXT, 1), unit=unit, least=least)
+
+
 def in_parts(
     core: Core,
     tokens: Tree,
@@ -160,18 +198,7 @@ def in_parts(
     Raises:
       ConfigError: heads or tokens cannot be split over their mesh axis.
     """
-    mesh = current_mesh()
-    if mesh is not None:
-        heads = mesh.shape.get(HEADS, 1)
-        for leaf in jax.tree.leaves(tokens):
-            if leaf.shape[2] % heads:
-                raise ConfigError(
-                    f"{leaf.shape[2]} heads cannot be split over {heads} devices; "
-                    "lower mesh.model to a divisor",
-                    key="mesh.model",
-                )
-        length = jax.tree.leaves(tokens)[0].shape[1]
-        check_length(length, mesh.shape.get(CONTEXT, 1), unit=unit, least=least)
+    check_parts(tokens, unit=unit, least=least)
     return sharding.in_parts(
         core, tokens, rows, weights, blocks, axes=AXES, unit=unit, least=least, stretches=stretches
     )

@@ -18,9 +18,10 @@ from jaxlab.models.attention import Attended, Attention
 from jaxlab.models.compressor import Compressor
 from jaxlab.models.config import BRANCHES, ModelConfig
 from jaxlab.models.context import AttentionContext
+from jaxlab.models.indexer import Indexer, block_scores, indexer_loss
 from jaxlab.models.initializer import Initializer
 from jaxlab.models.kv_cache import LayerCache
-from jaxlab.models.mesh import Part, in_parts, on_several_devices
+from jaxlab.models.mesh import AXES, check_parts, on_several_devices
 from jaxlab.models.rotary import rotary_table
 from jaxlab.models.selectors import (
     AuxiliarySelector,
@@ -34,7 +35,6 @@ from kernels_pallas import nsa
 from kernels_pallas.flow import Probe, nsa_flow_attention
 from kernels_pallas.nsa import (
     PagedCache,
-    block_starts,
     nsa_attention,
     select_blocks_by_importance,
 )
@@ -60,10 +60,6 @@ class Gate(nnx.Module):
         return jnp.where(jnp.asarray(self.branches)[None, None, None], gates, 0)
 
 
-Compressors = tuple[Compressor, Compressor]
-"""Of keys and of values."""
-
-
 def _tap_branches(tap: Tap, name: str, x: Float[Array, "B 3 T Hkv K"]) -> Float[Array, "B 3 T Hkv K"]:
     """Keys or values, seen with their tokens first."""
     return tap(name, x.swapaxes(1, 2)).swapaxes(1, 2) if tap.wants(name) else x
@@ -79,9 +75,12 @@ class NativeSparseAttention(Attention):
         super().__init__(c, residual_scale, init, branches=branches, **more)
         self.compress_key = Compressor(c, c.key_dim, init)
         self.compress_value = Compressor(c, c.value_dim, init)
-        self.gate = Gate(c, init)
+        if c.nsa.gated:
+            self.gate = Gate(c, init)
         if c.nsa.selector == "auxiliary":
             self.selector = AuxiliarySelector(c, init)
+        if c.nsa.selector == "indexer":
+            self.indexer = Indexer(c, init)
 
     def attend(
         self,
@@ -98,9 +97,9 @@ class NativeSparseAttention(Attention):
         # Compressed keys are built from keys without rotary positions.
         k_slc, k_win = self.with_rope(k[:, 1], context.rotary), self.with_rope(k[:, 2], context.rotary)
         new = nsa.NewTokens(k[:, 0], v[:, 0], k_slc, v[:, 1], k_win, v[:, 2])
-        gates = tap("gates", self.gate(x))
+        gates = tap("gates", self.gate(x) if self.config.nsa.gated else self._open_gates(x))
         if isinstance(cache, PagedCache):
-            return self._attend_with_cache(q, new, gates, context, cache)
+            return self._attend_with_cache(x, q, new, gates, context, cache)
         if tap.probe is not None and tap.probe.streams:
             return Attended(self._probed(q, new, gates, context, tap.probe))
         return self._attend_to_all(x, q, new, gates, context, tap)
@@ -112,38 +111,41 @@ class NativeSparseAttention(Attention):
             k, v = (jnp.broadcast_to(y[:, None], (y.shape[0], len(BRANCHES), *y.shape[1:])) for y in (k, v))
         return q, k, v
 
+    def _open_gates(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H 3"]:
+        """1 for the branches that are there."""
+        there = jnp.asarray([branch in self.config.nsa.branches for branch in BRANCHES], x.dtype)
+        return jnp.broadcast_to(there[None, None, None], (*x.shape[:2], self.config.num_heads, len(BRANCHES)))
+
     def _attend_to_all(
         self, x: Array, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, tap: Tap
     ) -> Attended:
         """Of whole texts."""
-        n, starts = self.config.nsa, self._block_positions(context)
+        n = self.config.nsa
         indices, loss = self._selected(x, q, new.k_slc, context)
         if tap.wants(*BRANCH_PATTERNS, *BRANCH_OUTPUTS) or tap.patches("chosen_blocks"):
+            if n.selector_stage == "warm_up":
+                raise ValueError("what branches compute is not read in a warm-up; set selector_stage: sparse")
             out, chosen = self._tapped(q, new, gates, context, indices, tap)
             return Attended(out, None, chosen, selector_loss=loss)
-        graphdef, weights = nnx.split((self.compress_key, self.compress_value))
-
-        def core(
-            tokens: tuple[Array, ...],
-            rows: tuple[Array, Array | None],
-            weights: Any,
-            indices: Array | None,
-            part: Part | None,
-        ) -> tuple[Array, Array | None]:
-            return self._part_output(
-                tokens, rows, nnx.merge(graphdef, weights), indices, part, rotary=context.rotary is not None
+        check_parts((q, *new, gates), unit=n.stride, least=max(n.block_len - n.stride, 1))
+        with _named_implementation():
+            out, chosen = nsa.attend_to_text(
+                q,
+                new,
+                gates,
+                self.compress_key.cast(q.dtype),
+                self.compress_value.cast(q.dtype),
+                rotate=None if context.rotary is None else self._turn_blocks,
+                positions=context.positions,
+                segment_ids=context.segment_ids,
+                indices=indices,
+                branches=n.branches,
+                read_all=n.selector_stage == "warm_up",
+                axes=AXES,
+                stretches=context.stretches,
+                implementation=self._implementation,
+                **self._sizes,
             )
-
-        out, chosen = in_parts(
-            core,
-            (q, *new, gates),
-            (starts, context.segment_ids),
-            weights,
-            indices,
-            unit=n.stride,
-            least=n.block_len - n.stride,
-            stretches=context.stretches,
-        )
         chosen = chosen if chosen is None else tap("chosen_blocks", chosen)
         return Attended(out, None, chosen, selector_loss=loss)
 
@@ -160,14 +162,8 @@ class NativeSparseAttention(Attention):
         if on_several_devices():
             raise ValueError("what NSA's branches compute is read and patched on one device; set no mesh")
         n = self.config.nsa
-        compressors = self.compress_key, self.compress_value
         k_cmp, v_cmp = self._compress(
-            compressors,
-            new.k_cmp,
-            new.v_cmp,
-            self._block_positions(context),
-            context.segment_ids,
-            rotary=context.rotary is not None,
+            new.k_cmp, new.v_cmp, self._block_positions(context), context.segment_ids
         )
         attend = functools.partial(
             nsa_attention,
@@ -235,74 +231,44 @@ class NativeSparseAttention(Attention):
         ]
         return jax.tree.reduce(jnp.add, parts).astype(dtype)
 
-    def _part_output(
-        self,
-        tokens: tuple[Array, ...],
-        rows: tuple[Array, Array | None],
-        compressors: Compressors,
-        indices: Array | None,
-        part: Part | None,
-        *,
-        rotary: bool,
-    ) -> tuple[Array, Array | None]:
-        """Output and choice of all queries, or of those of one stretch of the sequence.
-
-        A stretch compresses its own blocks (`nsa.compress_part`), and only the compressed keys and values of
-        all stretches are gathered.
-        """
-        (q, k, v, k_slc, v_slc, k_win, v_win, gates), (starts, segment_ids) = tokens, rows
-        n = self.config.nsa
-        k_cmp, v_cmp = self._compress(compressors, k, v, starts, segment_ids, part, rotary=rotary)
-        with _named_implementation():
-            out, branches = nsa.attend_part(
-                q,
-                k_cmp,
-                v_cmp,
-                k_slc,
-                v_slc,
-                k_win,
-                v_win,
-                gates,
-                part=part,
-                segment_ids=segment_ids,
-                indices=indices,
-                implementation=self._implementation,
-                **self._sizes,
-            )
-        there = [branch in n.branches for branch in BRANCHES]
-        if all(there):
-            return out, branches.indices
-        # What the other branches would give is not used, so it is not computed.
-        outputs = zip(there, (branches.compressed, branches.selected, branches.window), strict=True)
-        parts = [gates[..., i, None].astype(q.dtype) * y for i, (used, y) in enumerate(outputs) if used]
-        return jax.tree.reduce(jnp.add, parts), branches.indices if "selection" in n.branches else None
-
     def _attend_with_cache(
-        self, q: Array, new: nsa.NewTokens, gates: Array, context: AttentionContext, cache: PagedCache
+        self,
+        x: Array,
+        q: Array,
+        new: nsa.NewTokens,
+        gates: Array,
+        context: AttentionContext,
+        cache: PagedCache,
     ) -> Attended:
         """Of tokens that continue what the cache holds; segment_ids mark padding at their right end."""
         n, num_new, rotary = self.config.nsa, None, context.rotary is not None
         if n.selector == "auxiliary" and "selection" in n.branches:
             raise ValueError("the auxiliary selector reads one whole text a row: no cache")
+        if n.selector_stage == "warm_up":
+            raise ValueError("a warm-up reads whole texts: no cache; set selector_stage: sparse")
         if context.segment_ids is not None:
             num_new = jnp.sum(context.segment_ids != 0, axis=1, dtype=jnp.int32)
-        compressors = self.compress_key, self.compress_value
         cache, recent = nsa.append_tokens(
             cache,
             new,
-            lambda k, v, starts: self._compress(compressors, k, v, starts, rotary=rotary),
+            lambda k, v, starts: self._compress(k, v, starts if rotary else None),
             block_len=n.block_len,
             stride=n.stride,
             num_new=num_new,
+            k_index=self.indexer.keys(x, context.rotary) if n.selector == "indexer" else None,
         )
         indices = None
-        if n.selector == "min_max" and "selection" in n.branches:
+        if n.selector != "compressed" and "selection" in n.branches:
             assert context.cache_slots is not None
-            importance = self._bounds(q, nsa.whole(cache, cache.k_slc))
-            last = importance.shape[-1] * n.block_size - 1  # padding may stand past the cache's end
-            indices = self._select_by_importance(
-                importance, q_positions=jnp.minimum(context.cache_slots, last)
-            )
+            last = nsa.capacity(cache) - 1  # padding may stand past the cache's end
+            rows = jnp.minimum(context.cache_slots, last)
+            if n.selector == "min_max":
+                importance = self._bounds(q, nsa.whole(cache, cache.k_slc))
+            else:
+                assert cache.k_index is not None
+                keys = nsa.whole(cache, cache.k_index)
+                importance = block_scores(self.indexer.queries(x, context.rotary), keys, rows, n.block_size)
+            indices = self._select_by_importance(importance, q_positions=rows)
         with _named_implementation():
             out, branches = nsa.cached_attention(
                 cache,
@@ -320,15 +286,7 @@ class NativeSparseAttention(Attention):
     ) -> Array:
         if self.config.nsa.selector != "compressed":
             raise ValueError("flows and blocking know no selector of NSA but compressed")
-        compressors = self.compress_key, self.compress_value
-        compressed = self._compress(
-            compressors,
-            new.k_cmp,
-            new.v_cmp,
-            self._block_positions(context),
-            context.segment_ids,
-            rotary=context.rotary is not None,
-        )
+        compressed = self._compress(new.k_cmp, new.v_cmp, self._block_positions(context), context.segment_ids)
         operands = (q, *compressed, new.k_slc, new.v_slc, new.k_win, new.v_win, gates)
         return nsa_flow_attention(*operands, probe, segment_ids=context.segment_ids, **self._sizes)
 
@@ -337,52 +295,63 @@ class NativeSparseAttention(Attention):
     ) -> tuple[Int[Array, "B Hkv T n"] | None, Float[Array, ""] | None]:
         """The choice of a selector that does not go by compressed keys, and its loss; None: the operators
         choose by Eq. 9."""
-        n, loss = self.config.nsa, None
+        n, segments, scale = self.config.nsa, context.segment_ids, self.config.score_scale
         if n.selector == "compressed" or "selection" not in n.branches:
             return None, None
+        choose = functools.partial(self._select_by_importance, segment_ids=segments)
         if n.selector == "min_max":
-            importance = self._bounds(q, k_slc, context.segment_ids)
-        else:
-            if context.segment_ids is not None:
-                raise ValueError("the auxiliary selector reads one whole text a row: no segments")
-            importance = self.selector(x)
-            loss = auxiliary_loss(importance, self._grouped(q), k_slc, n, scale=self.config.score_scale)
-        return self._select_by_importance(importance, segment_ids=context.segment_ids), loss
+            return choose(self._bounds(q, k_slc, segments)), None
+        if n.selector == "auxiliary":
+            importance = self.selector(x, segments)
+            loss = auxiliary_loss(importance, self._grouped(q), k_slc, n, scale=scale, segment_ids=segments)
+            return choose(importance), loss
+        queries, keys = self.indexer.queries(x, context.rotary), self.indexer.keys(x, context.rotary)
+        rows = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+        chosen = choose(block_scores(queries, keys, rows, n.block_size, segments))
+        loss = indexer_loss(
+            queries,
+            keys,
+            self._grouped(q),
+            k_slc,
+            None if n.selector_stage == "warm_up" else chosen,
+            size=n.block_size,
+            scale=scale,
+            segment_ids=segments,
+        )
+        return chosen, loss
 
     def _compress(
         self,
-        compressors: Compressors,
-        k: Array,
-        v: Array,
-        positions: Int[Array, "B M *axes"],
+        k: Float[Array, "B T Hkv Dk"],
+        v: Float[Array, "B T Hkv Dv"],
+        positions: Int[Array, "B M *axes"] | None,
         segment_ids: Int[Array, "B S"] | None = None,
-        part: Part | None = None,
-        *,
-        rotary: bool,
     ) -> tuple[Array, Array]:
-        """Compressed keys are built from keys without rotary positions and take that of their block's first
-        token, in layers with rotary positions; all of them, where k and v are one stretch of the tokens."""
-        c, (of_keys, of_values) = self.config, compressors
+        """Compressed keys are built from keys without rotary positions and take those of their block's first
+        token, `positions`, in layers with rotary positions."""
+        n = self.config.nsa
         k_cmp, v_cmp = nsa.compress_part(
-            lambda k, v, starts: (of_keys(k, starts), of_values(v, starts)),
+            lambda k, v, starts: (self.compress_key(k, starts), self.compress_value(v, starts)),
             k,
             v,
-            block_len=c.nsa.block_len,
-            stride=c.nsa.stride,
+            block_len=n.block_len,
+            stride=n.stride,
             segment_ids=segment_ids,
-            part=part,
         )
-        if rotary:
-            k_cmp = self.with_rope(k_cmp, rotary_table(positions, c.rope, c.rotary_dim))
-        return k_cmp, v_cmp
+        return k_cmp if positions is None else self._turn_blocks(k_cmp, positions), v_cmp
 
-    def _block_positions(self, context: AttentionContext) -> Int[Array, "B M *axes"]:
-        """The position of each compression block: that of its first token."""
-        n, positions = self.config.nsa, context.positions
-        if context.segment_ids is None:
-            return positions[:, : max(0, positions.shape[1] - n.block_len + 1) : n.stride]
-        rows = block_starts(context.segment_ids, block_len=n.block_len, stride=n.stride)
-        return jax.vmap(lambda x, at: x[jnp.maximum(at, 0)])(positions, rows)
+    def _turn_blocks(
+        self, k_cmp: Float[Array, "B M Hkv Dk"], positions: Int[Array, "B M *axes"]
+    ) -> Float[Array, "B M Hkv Dk"]:
+        return self.with_rope(k_cmp, rotary_table(positions, self.config.rope, self.config.rotary_dim))
+
+    def _block_positions(self, context: AttentionContext) -> Int[Array, "B M *axes"] | None:
+        """The position of each compressed block: that of its first token; None: no rotary positions."""
+        if context.rotary is None:
+            return None
+        sizes = nsa.NsaSizes(**self._sizes)
+        positions = context.positions
+        return nsa.block_positions(positions, context.segment_ids, positions.shape[:2], sizes)
 
     def _grouped(self, q: Float[Array, "B T H Dk"]) -> Float[Array, "B T Hkv G Dk"]:
         return q.reshape(*q.shape[:2], self.config.kv_heads, -1, self.config.key_dim)

@@ -28,7 +28,7 @@ class Output:
     weights_read: Float[Array, "L B H P"] | None = None
     """float32: attention weights from one token at others, where a probe reads them."""
     selector_loss: Float[Array, " L"] | None = None
-    """Of NSA's auxiliary selector."""
+    """Of NSA's auxiliary selector or indexer."""
     balance_loss: Float[Array, " layers"] | None = None
     """The load-balancing loss of each layer with experts."""
     expert_load: Float[Array, "layers E"] | None = None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxlab.reporting import plots
-from jaxlab.reporting.folders import RunFolder
+from jaxlab.reporting.folders import RunFolder, distinct_labels
 from jaxlab.reporting.formats import NONE, count, decimal
 from jaxlab.reporting.markup import Markup
 from jaxlab.reporting.page import Section, figure, heading, table
@@ -20,6 +20,8 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     titles = {run.label for run in runs}
     title = runs[0].label if len(titles) == 1 else "Other runs"
     section = Section("runs", "Runs", title, _headline(runs))
+    if (together := _curves_together(runs)) is not None:
+        section.body.append(together)
     for index, run in enumerate(runs):
         if len(runs) > 1:
             section.body.append(heading(f"{run.label} ({run.task})"))
@@ -47,6 +49,24 @@ def _curves(run: RunFolder, index: int) -> Markup | None:
         f"run-{index}-loss",
         "Loss while training.",
         "Right: on data that the model was not trained on.",
+    )
+
+
+def _curves_together(runs: Sequence[RunFolder]) -> Markup | None:
+    """The curves of all runs that have one, on one scale; of one run alone there is its own figure."""
+    trained = [run for run in runs if run.curve("loss")[0]]
+    if len(trained) < 2:
+        return None
+    named = dict(zip(distinct_labels(trained), trained, strict=True))
+    training, held_out = (
+        {name: [run.curve(key)] for name, run in named.items()} for key in ("loss", "eval_loss")
+    )
+    drawing = plots.loss_figure(training, held_out)
+    return figure(
+        drawing,
+        "runs-loss",
+        "Loss while training, of all runs.",
+        "Right: on data that the models were not trained on.",
     )
 
 

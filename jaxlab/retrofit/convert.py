@@ -41,13 +41,15 @@ def retrofit(
 ) -> tuple[Params, ModelConfig]:
     """The parameters and the config of the NSA model that begins as the dense one.
 
-    Keys, values and their biases are copied into the three branches; everything else stays as it is, and
-    what is new takes the dtype of the keys. What compresses gives the mean of its block; in an MLP silu(x) -
+    Keys, values and their biases are copied into the three branches (with `shared_kv` they stay as they are);
+    everything else stays as it is, and what is new takes the dtype of the keys. An indexer is drawn; train it
+    first (`selector_stage: warm_up`). What compresses gives the mean of its block; in an MLP silu(x) -
     silu(-x) = x, so two units for each dimension pass on the sum of x / block_len; the other units are drawn
     from `key` (None: key(0)) and do not reach the output before training. Gates do not depend on their
-    input: `gate` for compression and window, 1 - 2 * gate for selection. They sum to one, so that an output
-    is a weighted mean of the same values as the dense one, and where selection covers all that a query sees,
-    it differs from it by at most 4 * gate * max |v| in each component.
+    input: `gate` for compression and window, 1 - 2 * gate for selection. With one branch and without gates
+    (`gated: false`) nothing is weighed, and the model is the dense one where all blocks are read. Gates sum
+    to one, so that an output is a weighted mean of the same values as the dense one, and where selection
+    covers all that a query sees, it differs from it by at most 4 * gate * max |v| in each component.
 
     Raises:
       ConfigError: `retrofitted` refuses the model.
@@ -110,12 +112,24 @@ def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: fl
     of_key, of_value, of_gate = jax.random.split(key, 3)
     new = dict(params)
     for name in ("key", "value", "key_bias", "value_bias"):
-        if name in params:
+        if name in params and not config.nsa.shared_kv:
             new[name] = jnp.repeat(params[name][:, None], len(BRANCHES), axis=1)
     if config.nsa.compress_kind != "mean":  # which has no parameters
         new["compress_key"] = _compressor(layers, config.key_dim, config.nsa, of_key, dtype)
         new["compress_value"] = _compressor(layers, config.value_dim, config.nsa, of_value, dtype)
-    new["gate"] = _gate(layers, config, of_gate, gate, dtype)
+    if config.nsa.gated:
+        new["gate"] = _gate(layers, config, of_gate, gate, dtype)
+    if config.nsa.selector == "indexer":
+        shapes = abstract_params(config)["layers"]["attention"]["indexer"]
+        new["indexer"] = {
+            name: _drawn(
+                jax.random.fold_in(key, number),
+                (layers, *shape.shape[1:]),
+                config.initializer_range,
+                dtype,
+            )
+            for number, (name, shape) in enumerate(sorted(shapes.items()))
+        }
     return new
 
 

@@ -49,13 +49,20 @@ class Coverage(NamedTuple):
 
 @partial(jax.jit, static_argnames=("config", "nsa", "query_chunk"))
 def attention_coverage(
-    params: Params, batch: Batch, config: ModelConfig, nsa: NSAConfig, *, query_chunk: int | None = None
+    params: Params,
+    batch: Batch,
+    config: ModelConfig,
+    nsa: NSAConfig,
+    *,
+    chosen: Int[Array, "L B Hkv T n"] | None = None,
+    query_chunk: int | None = None,
 ) -> Coverage:
     """What share of its attention weights the dense model of `config` puts on what NSA would read.
 
-    Blocks are chosen as by the model that `retrofit` makes, were its input to the layer the dense one:
-    by mean keys of compressed blocks. Weights are taken for `query_chunk` queries at a time (None: as many as
-    `SCORES` allows), so that memory is linear in the length. Padding counts for nothing.
+    Blocks are chosen as by the model that `retrofit` makes, were its input to the layer the dense one: by
+    mean keys of compressed blocks. `chosen` are taken instead, where another selector chose. Weights are
+    taken for `query_chunk` queries at a time (None: as many as `SCORES` allows), so that memory is linear in
+    the length. Padding counts for nothing.
 
     Raises:
       ConfigError: the model cannot be retrofitted (see `retrofitted`), or its layers read the images.
@@ -75,20 +82,21 @@ def attention_coverage(
         turned = jnp.asarray(config.rotary_layers[first:])[: jax.tree.leaves(stacked)[0].shape[0]]
 
         def layer(
-            x: Array, of_layer: tuple[Any, Bool[Array, ""]], graphdef: Any = graphdef
+            x: Array, of_layer: tuple[Any, Bool[Array, ""], Array | None], graphdef: Any = graphdef
         ) -> tuple[Array, Coverage]:
-            state, rotary = of_layer
+            state, rotary, own = of_layer
 
             def step(x: Array, context: AttentionContext) -> tuple[Array, Coverage]:
                 block = nnx.merge(graphdef, state)
-                return block(x, context).x, _coverage(block, x, context, nsa, query_chunk)
+                return block(x, context).x, _coverage(block, x, context, nsa, own, query_chunk)
 
             if len({*config.rotary_layers}) == 1:
                 return step(x, context)
             of_kinds = (lambda x, r=r: step(x, context.for_layer(r)) for r in (True, False))
             return lax.cond(rotary, *of_kinds, x)
 
-        x, found = lax.scan(layer, x, (stacked, turned))
+        own = None if chosen is None else chosen[first : first + turned.shape[0]]
+        x, found = lax.scan(layer, x, (stacked, turned, own))
         parts.append(found)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
@@ -98,6 +106,7 @@ def _coverage(
     x: Float[Array, "B T D"],
     context: AttentionContext,
     nsa: NSAConfig,
+    chosen: Int[Array, "B Hkv T n"] | None,
     query_chunk: int | None,
 ) -> Coverage:
     """Of one layer, whose input is x."""
@@ -108,26 +117,29 @@ def _coverage(
     segments = context.segment_ids
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
-    starts = block_starts(segments, **sizes)
-    k_cmp = compress_blocks(k, mean_compressor(nsa.block_len, dim, k.dtype), starts=starts, **sizes)
+    scale, before = config.score_scale, k
     if context.rotary is not None:
-        positions = jax.vmap(lambda x, at: x[jnp.maximum(at, 0)])(context.positions, starts)
-        k_cmp = attention.with_rope(k_cmp, rotary_table(positions, config.rope, config.rotary_dim))
         q, k = (attention.with_rope(y, context.rotary) for y in (q, k))
-    scale = config.score_scale
-    _, lse = compressed_attention(q, k_cmp, k_cmp, scale=scale, segment_ids=segments, **sizes)
-    chosen = select_blocks(
-        q,
-        k_cmp,
-        lse,
-        block_size=nsa.block_size,
-        num_blocks=nsa.num_blocks,
-        num_init=nsa.num_init,
-        num_local=nsa.num_local,
-        scale=scale,
-        segment_ids=segments,
-        **sizes,
-    )
+    if chosen is None:
+        starts = block_starts(segments, **sizes)
+        mean = mean_compressor(nsa.block_len, dim, k.dtype)
+        k_cmp = compress_blocks(before, mean, starts=starts, **sizes)
+        if context.rotary is not None:
+            positions = jax.vmap(lambda x, at: x[jnp.maximum(at, 0)])(context.positions, starts)
+            k_cmp = attention.with_rope(k_cmp, rotary_table(positions, config.rope, config.rotary_dim))
+        _, lse = compressed_attention(q, k_cmp, k_cmp, scale=scale, segment_ids=segments, **sizes)
+        chosen = select_blocks(
+            q,
+            k_cmp,
+            lse,
+            block_size=nsa.block_size,
+            num_blocks=nsa.num_blocks,
+            num_init=nsa.num_init,
+            num_local=nsa.num_local,
+            scale=scale,
+            segment_ids=segments,
+            **sizes,
+        )
     size = query_chunk or min(length, max(1, SCORES // (batch * heads * length)))
     rows = jnp.arange(length, dtype=jnp.int32)
     new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)

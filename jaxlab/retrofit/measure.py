@@ -1,11 +1,14 @@
 """What is measured when a dense model has been retrofitted, before the first step."""
 
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Array
 
 from jaxlab.losses import evaluate_step
-from jaxlab.models import Batch, ModelConfig, Params
+from jaxlab.models import Batch, ModelConfig, Params, forward
 from jaxlab.retrofit.coverage import attention_coverage
 
 
@@ -15,7 +18,10 @@ def measure_retrofit(
     """Losses of a dense model and of the NSA model made of it, on one batch, and how much of the dense
     attention the blocks hold that it chooses: a number for each layer, the mean over its groups.
     """
-    coverage = attention_coverage(dense_params, batch, dense, model.nsa)
+    # Only mean keys are known without the model that was made.
+    by_means = model.nsa.selector == "compressed" or "selection" not in model.nsa.branches
+    chosen = None if by_means else _chosen_blocks(params, batch, config=model)
+    coverage = attention_coverage(dense_params, batch, dense, model.nsa, chosen=chosen)
     of_layers = lambda shares: np.mean(shares, axis=1).tolist()
     return {
         "sequences": batch["tokens"].shape[0],
@@ -32,6 +38,13 @@ def measure_retrofit(
             "best": of_layers(coverage.best),
         },
     }
+
+
+@partial(jax.jit, static_argnames="config")
+def _chosen_blocks(params: Params, batch: Batch, config: ModelConfig) -> Array:
+    chosen = forward(params, batch, config).chosen_blocks
+    assert chosen is not None
+    return chosen
 
 
 def mean_loss(sums: dict[str, Any]) -> float:

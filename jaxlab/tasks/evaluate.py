@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from jaxlab.app import Run, model_folder
-from jaxlab.checkpoints import OpenModel, check_same_tree, open_model
+from jaxlab.app import Run, model_folder, open_reference
+from jaxlab.checkpoints import OpenModel, check_same_tree
 from jaxlab.costs import bytes_per_device, compiled_memory, generation_memory
 from jaxlab.data import (
     DataConfig,
@@ -73,7 +73,7 @@ def inputs(config: Config) -> dict[str, str]:
     """What the run depends on besides its config."""
     data = config.data
     return {
-        "model": open_model(model_folder(config.model)).identity,
+        "model": open_reference(config.model).identity,
         "data": data.identity
         if isinstance(data, QuestionsConfig)
         else make_source(data, model_folder).identity,
@@ -115,7 +115,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
 
 def _check_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
-    opened = open_model(model_folder(config.model))
+    opened = open_reference(config.model)
     questions = prepare_questions(data, opened, config.split)
     params = opened.placed(model_mesh(config.mesh))
     lengths = [one.batch["tokens"].shape[1] for one in questions.asked]
@@ -132,7 +132,7 @@ def _check_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
 
 
 def _run_questions(config: Config, data: QuestionsConfig) -> dict[str, Any]:
-    opened = open_model(model_folder(config.model))
+    opened = open_reference(config.model)
     questions = prepare_questions(data, opened, config.split)
     mesh = model_mesh(config.mesh)
     params = opened.read(mesh=mesh)
@@ -155,7 +155,7 @@ def _prepare(
 ) -> tuple[OpenModel, ModelConfig, Source, dict[str, jax.ShapeDtypeStruct]]:
     """The model, its config, the data and the shapes of a batch; UserError if they do not fit together."""
     assert not isinstance(config.data, QuestionsConfig)
-    opened = open_model(model_folder(config.model))
+    opened = open_reference(config.model)
     model, source = opened.config, make_source(config.data, model_folder, for_shapes=for_shapes)
     model = dataclasses.replace(model, sparsity=config.sparsity)
     batch = batch_shapes(source, config.batch_size, config.split)

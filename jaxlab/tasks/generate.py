@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import jax
 from jax.sharding import Mesh
 
-from jaxlab.app import model_folder
+from jaxlab.app import reference_folders
 from jaxlab.checkpoints import OPTIONS, OpenModel, open_model, sampling_options
 from jaxlab.config import POSITIONAL, REPEATED
 from jaxlab.costs import generation_memory
@@ -38,8 +38,8 @@ class Arguments:
     """Stream text from a model."""
 
     model: Annotated[str, POSITIONAL]
-    """A model folder, ours or Hugging Face's; a hub id; a .gguf file; a .bin file of llama2.c; a run folder,
-    or the config of a finished train run."""
+    """A model folder, ours or Hugging Face's, the latter with a LoRA adapter as MODEL+ADAPTER; a hub id; a
+    .gguf file; a .bin file of llama2.c; a run folder, or the config of a finished train run."""
     prompt: str | None = None
     """The text to go on from, or to answer (see chat); empty: from nothing."""
     prompts: str | None = None
@@ -135,8 +135,10 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
+    found, adapter = reference_folders(arguments.model)
     opened = open_model(
-        model_folder(arguments.model),
+        found,
+        adapter=adapter,
         ignore_keys=arguments.ignore_keys,
         ignore_tensors=arguments.ignore_tensors,
     )
@@ -145,6 +147,11 @@ def run(arguments: Arguments) -> None:
         raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json into its folder")
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
+    if config.attention.kind == "nsa" and config.nsa.selector_stage == "warm_up":
+        raise UserError(
+            f"{folder}: its indexer is in its warm-up and keeps no cache to generate from; "
+            "train on from it with model.attention.selector_stage: sparse"
+        )
     prompts = read_all(arguments)
     for where, text in (("--system", arguments.system), *((p.where, p.text) for p in prompts)):
         encode(text, None, where=where)  # checks that it is UTF-8

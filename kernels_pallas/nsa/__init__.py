@@ -10,7 +10,14 @@ from kernels_pallas.nsa.api import (
     window_attention,
     window_attention_with_lse,
 )
-from kernels_pallas.nsa.base import NSA_RESIDUALS, NsaBranches, block_starts, num_compressed
+from kernels_pallas.nsa.base import (
+    NSA_RESIDUALS,
+    NsaBranches,
+    NsaSizes,
+    SizeOptions,
+    block_starts,
+    num_compressed,
+)
 from kernels_pallas.nsa.checks import debug_checks
 from kernels_pallas.nsa.decode_cache import (
     NewTokens,
@@ -18,6 +25,7 @@ from kernels_pallas.nsa.decode_cache import (
     PagedCache,
     Recent,
     append_tokens,
+    capacity,
     init_cache,
     init_paged_cache,
     page_for,
@@ -29,6 +37,7 @@ from kernels_pallas.nsa.specs.traffic import Traffic, bytes_per_decoded_token
 from kernels_pallas.nsa.text_attention import (
     attend_part,
     attend_to_text,
+    block_positions,
     compress_part,
     shared_tokens,
     window_of_part,
@@ -41,15 +50,19 @@ __all__ = [
     "NewTokens",
     "NsaBranches",
     "NsaCache",
+    "NsaSizes",
     "PagedCache",
     "Recent",
+    "SizeOptions",
     "Traffic",
     "append_tokens",
     "attend_part",
     "attend_to_text",
+    "block_positions",
     "block_starts",
     "bytes_per_decoded_token",
     "cached_attention",
+    "capacity",
     "compress_blocks",
     "compress_part",
     "compressed_attention",

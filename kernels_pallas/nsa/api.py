@@ -26,7 +26,7 @@ Common to all functions:
   differentiation of first order only.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from jax import lax
@@ -38,7 +38,9 @@ from kernels_pallas.nsa.base import (
     Block,
     Interval,
     NsaBranches,
+    NsaSizes,
     SelectionGrid,
+    SizeOptions,
     accumulator,
     default_scale,
     weigh,
@@ -291,27 +293,20 @@ def nsa_attention(
     v_win: Float[Array, "B S Hkv Dv"],
     gates: Float[Array, "B T H 3"],
     *,
-    block_len: int = 32,
-    stride: int = 16,
-    block_size: int = 64,
-    num_blocks: int = 16,
-    num_init: int = 1,
-    num_local: int = 2,
-    window: int = 512,
-    scale: float | None = None,
     q_cmp: Float[Array, "B T H Dk"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     q_positions: Int[Array, "B T"] | None = None,
     indices: Int[Array, "B Hkv T n"] | None = None,
     implementation: Implementation | None = None,
+    **sizes: Unpack[SizeOptions],
 ) -> tuple[Float[Array, "B T H Dv"], NsaBranches]:
     """All three branches, each with its own keys and values, weighted by `gates` (compression, selection,
     window).
 
     `k_cmp` and `v_cmp` come from `compress_blocks` with the same segment_ids.
     `q_cmp` replaces q in compression and selection of blocks (queries without RoPE, say). `indices` replaces
-    the latter. Defaults are the paper's. Returns the weighted sum and the branches; what is not used of them
-    costs nothing under jit.
+    the latter. `sizes` are the fields of `NsaSizes`, whose defaults are the paper's. Returns the weighted sum
+    and the branches; what is not used of them costs nothing under jit.
 
     Raises:
         ValueError: shapes or sizes do not fit.
@@ -324,37 +319,28 @@ def nsa_attention(
         (("k_win", k_win), ("v_win", v_win)),
         (("k_cmp", k_cmp), ("v_cmp", v_cmp)),
     )
-    length = k_slc.shape[1]
+    n, length = NsaSizes(**sizes), k_slc.shape[1]
     if k_win.shape[1] != length:
         raise ValueError(f"k_win has {k_win.shape[1]} entries, k_slc {length}")
     check_queries(q, q_positions, segment_ids, k_slc)
     if q_cmp is not None and q_cmp.shape != q.shape:
         raise ValueError(f"q_cmp has shape {q_cmp.shape}, q {q.shape}")
-    check_num_compressed(k_cmp.shape[1], segment_ids, length, block_len, stride)
+    check_num_compressed(k_cmp.shape[1], segment_ids, length, n.block_len, n.stride)
     q_cmp = q if q_cmp is None else q_cmp
-    blocks: dict[str, Any] = {"block_len": block_len, "stride": stride}
+    blocks: dict[str, Any] = {"block_len": n.block_len, "stride": n.stride}
     # Positions, segments and scale are the same for each branch.
     common: dict[str, Any] = {
-        "scale": scale,
+        "scale": n.scale,
         "segment_ids": segment_ids,
         "q_positions": q_positions,
         "implementation": implementation,
     }
     if k_cmp.shape[1]:
-        check_selection(block_size, num_blocks, num_init, num_local)
-        grid = SelectionGrid(
-            block_len,
-            stride,
-            block_size,
-            num_blocks,
-            num_init,
-            num_local,
-            length,
-            default_scale(scale, q.shape[-1]),
-        )
+        check_selection(n.block_size, n.num_blocks, n.num_init, n.num_local)
+        grid = n.grid(length, q.shape[-1])
         keys = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
         placed = segment_ids, q_positions
-        found = _by_one_function(grid, window, q, q_cmp, keys, gates, indices, placed, implementation)
+        found = _by_one_function(grid, n.window, q, q_cmp, keys, gates, indices, placed, implementation)
         if found is not None:
             return found
     compressed, lse = compressed_attention(q_cmp, k_cmp, v_cmp, **blocks, **common)
@@ -363,16 +349,16 @@ def nsa_attention(
             q_cmp,
             k_cmp,
             lse,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            num_init=num_init,
-            num_local=num_local,
+            block_size=n.block_size,
+            num_blocks=n.num_blocks,
+            num_init=n.num_init,
+            num_local=n.num_local,
             kv_len=length,
             **blocks,
             **common,
         )
-    selected = selected_attention(q, k_slc, v_slc, indices, block_size=block_size, **common)
-    recent = window_attention(q, k_win, v_win, window=window, **common)
+    selected = selected_attention(q, k_slc, v_slc, indices, block_size=n.block_size, **common)
+    recent = window_attention(q, k_win, v_win, window=n.window, **common)
     out = weigh(gates, compressed, selected, recent)
     return out, NsaBranches(compressed, selected, recent, lse, indices)
 

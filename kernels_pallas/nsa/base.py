@@ -3,8 +3,9 @@
 Axis letters as in api.py, and G = H / Hkv query heads of a group.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +85,47 @@ class SelectionGrid(NamedTuple):
         return ceil_div(self.kv_len, self.block_size)
 
 
+class SizeOptions(TypedDict, total=False):
+    """The fields of `NsaSizes`, as keywords of the public functions."""
+
+    block_len: int
+    stride: int
+    block_size: int
+    num_blocks: int
+    num_init: int
+    num_local: int
+    window: int
+    scale: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class NsaSizes:
+    """Static sizes of all three branches; the defaults are the paper's."""
+
+    block_len: int = 32
+    """Tokens of a compressed block."""
+    stride: int = 16
+    """Tokens between the starts of compressed blocks."""
+    block_size: int = 64
+    """Tokens of a selection block."""
+    num_blocks: int = 16
+    """Selection blocks that a query reads, the forced ones included."""
+    num_init: int = 1
+    """First blocks of the query's text that are always read."""
+    num_local: int = 2
+    """Newest blocks that are always read, the query's own included."""
+    window: int = 512
+    """Tokens of the sliding window, the query's own included."""
+    scale: float | None = None
+    """Of the scores; None: 1 / sqrt(Dk)."""
+
+    def grid(self, kv_len: int, key_dim: int) -> SelectionGrid:
+        """Of `kv_len` keys."""
+        scale = default_scale(self.scale, key_dim)
+        sizes = self.block_len, self.stride, self.block_size, self.num_blocks, self.num_init, self.num_local
+        return SelectionGrid(*sizes, kv_len, scale)
+
+
 class Residuals(NamedTuple):
     """What an attention's forward pass leaves to its backward pass; nothing of size queries times keys."""
 
@@ -107,7 +149,19 @@ def softmax_shift(saved: Residuals, d_out: Array, d_lse: Array) -> Array:
     dim, less the gradient of the log-sum-exp, which is none for a query that saw nothing."""
     dtype = accumulator(saved.q.dtype)
     d_lse = jnp.where(saved.lse == -jnp.inf, jnp.zeros_like(d_lse), d_lse)
-    return jnp.sum(d_out.astype(dtype) * saved.out.astype(dtype), axis=-1) - d_lse
+    return dot_outputs(d_out.astype(dtype), saved.out) - d_lse
+
+
+def dot_outputs(d_out: Float[Array, "*heads Dv"], out: Float[Array, "*heads Dv"]) -> Float[Array, "*heads"]:
+    """Sum of both over the head dim, 0 where nothing asks for a gradient, be the output NaN."""
+    found = jnp.sum(d_out * out.astype(d_out.dtype), axis=-1)
+    return where_finite(jnp.any(d_out != 0, axis=-1), found)
+
+
+def softmax_floor(lse: Array) -> Array:
+    """The log-sum-exp for a backward pass: 0 for a query that saw nothing. That of one that saw a NaN, all of
+    whose weights are then 0, for the keys' sake: `softmax_shift` is NaN where it asks for gradients."""
+    return jnp.where(jnp.isnan(lse), jnp.full_like(lse, jnp.inf), finite(lse))
 
 
 def num_compressed(length: int, block_len: int, stride: int, *, packed: bool = False) -> int:
@@ -149,6 +203,12 @@ def finite(x: Array) -> Array:
 def where_finite(mask: Bool[Array, "..."], x: Array) -> Array:
     """x where the mask holds, else 0; also stops NaN and its gradient."""
     return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def without_nan(k: Array) -> Array:
+    """Keys for a backward pass: a weight's gradient of 0 does not stop a NaN in the key that it meets. Who
+    saw such a key has a NaN in its log-sum-exp or output, and so in its gradient."""
+    return where_finite(jnp.isfinite(k), k)
 
 
 def pad_axis(x: Array, axis: int, multiple: int, *, fill: int | None = 0) -> Array:

@@ -41,6 +41,8 @@ class NsaCache(NamedTuple):
     v_wait: Float[Array, "*layers B W Hkv Dv"]
     length: Int[Array, "*layers B"]
     """Tokens read, for each sequence."""
+    k_index: Float[Array, "*layers B S 1 R"] | None = None
+    """Keys of an indexer, of every token; None: there is none."""
 
 
 class PagedCache(NamedTuple):
@@ -62,6 +64,8 @@ class PagedCache(NamedTuple):
     length: Int[Array, "*layers B"]
     page_table: Int[Array, "*layers B max_pages"]
     """Pages of each sequence in order; -1 is none and never read."""
+    k_index: Float[Array, "*layers P page_size 1 R"] | None = None
+    """As of NsaCache."""
 
 
 Cache = NsaCache | PagedCache
@@ -107,8 +111,10 @@ def init_cache(
     stride: int = 16,
     block_size: int = 64,
     window: int = 512,
+    index_dim: int | None = None,
 ) -> NsaCache:
-    """An empty cache for `batch` sequences of at most `length` tokens, rounded up to whole selection blocks.
+    """An empty cache for `batch` sequences of at most `length` tokens, rounded up to whole selection blocks;
+    with `index_dim` it keeps an indexer's keys of this dimension too.
 
     Raises:
         ValueError: a size is below 1, or the stride leaves tokens out.
@@ -123,7 +129,8 @@ def init_cache(
         "wait": (batch, block_len - 1),
     }
     arrays = _arrays(sizes, kv_heads, key_dim, value_dim, dtype)
-    return NsaCache(**arrays, length=jnp.zeros((batch,), jnp.int32))
+    k_index = None if index_dim is None else jnp.zeros((batch, length, 1, index_dim), dtype)
+    return NsaCache(**arrays, length=jnp.zeros((batch,), jnp.int32), k_index=k_index)
 
 
 def init_paged_cache(
@@ -139,8 +146,10 @@ def init_paged_cache(
     stride: int = 16,
     block_size: int = 64,
     window: int = 512,
+    index_dim: int | None = None,
 ) -> PagedCache:
-    """An empty cache of `num_pages` pages of `page_size` tokens, a multiple of block_size and of stride.
+    """An empty cache of `num_pages` pages of `page_size` tokens, a multiple of block_size and of stride; with
+    `index_dim` as of `init_cache`.
 
     Raises:
         ValueError: sizes do not fit.
@@ -160,7 +169,8 @@ def init_paged_cache(
     }
     arrays = _arrays(sizes, kv_heads, key_dim, value_dim, dtype)
     length = jnp.zeros((batch,), jnp.int32)
-    return PagedCache(**arrays, length=length, page_table=page_table.astype(jnp.int32))
+    k_index = None if index_dim is None else jnp.zeros((num_pages, page_size, 1, index_dim), dtype)
+    return PagedCache(**arrays, length=length, page_table=page_table.astype(jnp.int32), k_index=k_index)
 
 
 def page_for(length: int, *, block_size: int = 64, stride: int = 16) -> int:
@@ -177,20 +187,24 @@ def append_tokens[C: (NsaCache, PagedCache)](
     block_len: int,
     stride: int,
     num_new: Int[Array, " B"] | None = None,
+    k_index: Float[Array, "B T 1 R"] | None = None,
 ) -> tuple[C, Recent]:
     """The cache with a chunk of T >= 1 tokens in it, and what `cached_attention` needs for their windows.
 
     Row b holds num_new[b] tokens (None: T), then padding, which is not read. Only when some sequence
-    completes a block is anything compressed. Tokens beyond the cache's capacity are lost.
+    completes a block is anything compressed. Tokens beyond the cache's capacity are lost. `k_index` are an
+    indexer's keys, for a cache that keeps them.
 
     Raises:
-        ValueError: the chunk is empty or does not fit the cache.
+        ValueError: the chunk is empty or does not fit the cache, or only one of both has an indexer's keys.
     """
     batch, count = new.k_slc.shape[:2]
     if count == 0 or batch != cache.length.shape[0]:
         raise ValueError(f"a chunk of {batch} x {count} tokens for a cache of {cache.length.shape[0]} rows")
     if cache.k_wait.shape[1] != block_len - 1:
         raise ValueError(f"the cache was made for block_len {cache.k_wait.shape[1] + 1}, not {block_len}")
+    if (k_index is None) != (cache.k_index is None):
+        raise ValueError("k_index, an indexer's keys: the cache and the chunk must have them, or neither")
     num_new = jnp.full((batch,), count, jnp.int32) if num_new is None else num_new
     index = jnp.arange(count, dtype=jnp.int32)[None]
     valid = index < num_new[:, None]
@@ -213,6 +227,8 @@ def append_tokens[C: (NsaCache, PagedCache)](
         v_wait=v_wait,
         length=cache.length + num_new,
     )
+    if k_index is not None and cache.k_index is not None:
+        cache = cache._replace(k_index=_put(before, cache.k_index, token, k_index))
     if count == 1:
         return cache, Recent(cache.k_win, cache.v_win, _held(cache.length - 1, ring), num_new)
     return cache, _recent(before, new, jnp.where(valid, rows, -1), num_new)
@@ -229,6 +245,12 @@ def address(cache: Cache, index: Int[Array, "B ..."], size: int) -> tuple[Array,
     page = jnp.take_along_axis(cache.page_table, page, axis=1, mode="fill", fill_value=-1)
     page = page.reshape(index.shape)
     return jnp.where(page < 0, NOWHERE, page), index % size
+
+
+def capacity(cache: Cache) -> int:
+    """Tokens that the cache holds of a sequence."""
+    length = cache.k_slc.shape[1]
+    return length if isinstance(cache, NsaCache) else length * cache.page_table.shape[1]
 
 
 def whole(cache: Cache, kept: Float[Array, "A C Hkv D"]) -> Float[Array, "B R Hkv D"]:

@@ -4,7 +4,7 @@ A single query (decoding) reads the compressed keys, the selected blocks and its
 the selection keys n blocks, whatever the length. A longer chunk (prefill) runs the tiled functions of api.py.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,9 +15,16 @@ from kernels_pallas.nsa.api import (
     selected_attention,
     window_attention,
 )
-from kernels_pallas.nsa.base import NsaBranches, SelectionGrid, default_scale, weigh, where_finite
+from kernels_pallas.nsa.base import (
+    NsaBranches,
+    NsaSizes,
+    SelectionGrid,
+    SizeOptions,
+    weigh,
+    where_finite,
+)
 from kernels_pallas.nsa.checks import check_gates, check_selection
-from kernels_pallas.nsa.decode_cache import Cache, PagedCache, Recent, compressed_keys, whole
+from kernels_pallas.nsa.decode_cache import Cache, Recent, capacity, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case
 
@@ -31,41 +38,31 @@ def cached_attention(
     q: Float[Array, "B T H Dk"],
     gates: Float[Array, "B T H 3"],
     *,
-    block_len: int = 32,
-    stride: int = 16,
-    block_size: int = 64,
-    num_blocks: int = 16,
-    num_init: int = 1,
-    num_local: int = 2,
-    window: int = 512,
-    scale: float | None = None,
     indices: Int[Array, "B Hkv T n"] | None = None,
     implementation: Implementation | None = None,
+    **sizes: Unpack[SizeOptions],
 ) -> tuple[Float[Array, "B T H Dv"], NsaBranches]:
     """Attention of the T tokens that `append_tokens` put in last; it returned `cache` and `recent`.
 
-    `indices` replaces the selection of blocks. The sizes are those of the cache; dtypes and `implementation`
-    as in api.py. Queries of padding get exactly 0. Returns what `nsa_attention` returns.
+    `indices` replaces the selection of blocks. `sizes` are the fields of `NsaSizes` and those of the cache;
+    dtypes and `implementation` as in api.py. Queries of padding get exactly 0. Returns what `nsa_attention`
+    returns.
 
     Raises:
         ValueError: shapes or sizes do not fit.
         NotImplementedError: the named implementation cannot take the case.
     """
-    count, ring = q.shape[1], cache.k_win.shape[1]
-    if recent.k.shape[1] != ring + (count if count > 1 else 0) or ring != window:
+    n, count, ring = NsaSizes(**sizes), q.shape[1], cache.k_win.shape[1]
+    if recent.k.shape[1] != ring + (count if count > 1 else 0) or ring != n.window:
         raise ValueError(
-            f"{count} queries and a window of {window} do not fit {recent.k.shape[1]} recent keys and a "
+            f"{count} queries and a window of {n.window} do not fit {recent.k.shape[1]} recent keys and a "
             f"cache with {ring} slots of the window"
         )
     check_gates(gates, q)
-    check_selection(block_size, num_blocks, num_init, num_local)
-    length = cache.k_slc.shape[1]
-    if isinstance(cache, PagedCache):
-        length *= cache.page_table.shape[1]
-    scale = default_scale(scale, q.shape[-1])
-    grid = SelectionGrid(block_len, stride, block_size, num_blocks, num_init, num_local, length, scale)
+    check_selection(n.block_size, n.num_blocks, n.num_init, n.num_local)
+    grid, window = n.grid(capacity(cache), q.shape[-1]), n.window
     if count == 1:
-        case = Case(ONE_TOKEN, q, cache.k_slc, cache.v_slc, block_size, cache)
+        case = Case(ONE_TOKEN, q, cache.k_slc, cache.v_slc, n.block_size, cache)
         operators = operators_for(case, implementation)
         return operators.decode_token(grid, cache, recent, q, gates, window, indices)
     branches = _chunk(grid, cache, recent, q, window, indices, implementation)

@@ -3,9 +3,10 @@
 Compression, attention and, on a mesh, each device's part of both.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Unpack
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -16,13 +17,23 @@ from kernels_pallas.nsa.api import (
     selected_attention,
     window_attention,
 )
-from kernels_pallas.nsa.base import NsaBranches, block_starts, num_compressed, segment_starts, weigh
+from kernels_pallas.nsa.base import (
+    NsaBranches,
+    NsaSizes,
+    SizeOptions,
+    block_starts,
+    num_compressed,
+    segment_starts,
+    weigh,
+)
 from kernels_pallas.nsa.decode_cache import NewTokens
 from kernels_pallas.nsa.implementations import Implementation
 from kernels_pallas.nsa.xla.compression import compress_blocks
 from kernels_pallas.sharding import MeshAxes, Part, in_parts
 
-Rotate = Callable[[Float[Array, "B M Hkv Dk"], Int[Array, "B M"]], Float[Array, "B M Hkv Dk"]]
+BRANCHES = ("compression", "selection", "window")
+"""In the order of the gates."""
+Rotate = Callable[[Float[Array, "B M Hkv Dk"], Int[Array, "B M *axes"]], Float[Array, "B M Hkv Dk"]]
 CompressAt = Callable[[Array, Array, Int[Array, "B M"] | None], tuple[Array, Array]]
 
 
@@ -78,37 +89,40 @@ def attend_part(
     segment_ids: Int[Array, "B T"] | None,
     indices: Int[Array, "B Hkv t n"] | None,
     implementation: Implementation | None,
-    **sizes: Any,
+    **sizes: Unpack[SizeOptions],
 ) -> tuple[Float[Array, "B t H Dv"], NsaBranches]:
     """`nsa_attention` of one device's tokens of split texts (`part`; the segments are of all tokens).
 
     Keys and values of chosen blocks are gathered, those of the window come from the neighbours alone;
     compressed ones are of all tokens already. `sizes` are those of `nsa_attention`.
     """
-    common: dict[str, Any] = {"implementation": implementation, "scale": sizes["scale"]}
     if part is None:
-        blocks = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
         return nsa_attention(
             q,
-            *blocks,
+            k_cmp,
+            v_cmp,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
             gates,
             segment_ids=segment_ids,
             indices=indices,
             implementation=implementation,
             **sizes,
         )
+    n = NsaSizes(**sizes)
+    common: dict[str, Any] = {"implementation": implementation, "scale": n.scale}
     placed: dict[str, Any] = {"segment_ids": segment_ids, "q_positions": part.positions(q.shape[0]), **common}
-    of_blocks = {name: sizes[name] for name in ("block_len", "stride")}
+    of_blocks: dict[str, Any] = {"block_len": n.block_len, "stride": n.stride}
     compressed, lse = compressed_attention(q, k_cmp, v_cmp, **of_blocks, **placed)
     if indices is None:
-        choice = {name: sizes[name] for name in ("block_size", "num_blocks", "num_init", "num_local")}
-        length = part.parts * part.length
-        indices = select_blocks(q, k_cmp, lse, kv_len=length, **of_blocks, **choice, **placed)
+        choice: dict[str, Any] = {"block_size": n.block_size, "num_blocks": n.num_blocks}
+        choice |= {"num_init": n.num_init, "num_local": n.num_local, "kv_len": part.parts * part.length}
+        indices = select_blocks(q, k_cmp, lse, **of_blocks, **choice, **placed)
     k_slc, v_slc = part.whole(k_slc), part.whole(v_slc)
-    selected = selected_attention(q, k_slc, v_slc, indices, block_size=sizes["block_size"], **placed)
-    recent = window_of_part(
-        q, k_win, v_win, window=sizes["window"], part=part, segment_ids=segment_ids, **common
-    )
+    selected = selected_attention(q, k_slc, v_slc, indices, block_size=n.block_size, **placed)
+    recent = window_of_part(q, k_win, v_win, window=n.window, part=part, segment_ids=segment_ids, **common)
     return weigh(gates, compressed, selected, recent), NsaBranches(compressed, selected, recent, lse, indices)
 
 
@@ -151,20 +165,17 @@ def attend_to_text(
     phi_k: Mapping[str, Array],
     phi_v: Mapping[str, Array],
     *,
-    block_len: int = 32,
-    stride: int = 16,
-    block_size: int = 64,
-    num_blocks: int = 16,
-    num_init: int = 1,
-    num_local: int = 2,
-    window: int = 512,
-    scale: float | None = None,
     rotate: Rotate | None = None,
+    positions: Int[Array, "B T *axes"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     indices: Int[Array, "B Hkv T n"] | None = None,
+    branches: Collection[str] = BRANCHES,
+    read_all: bool = False,
     axes: MeshAxes = MeshAxes(),  # noqa: B008  a NamedTuple of constants
+    stretches: int = 1,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B Hkv T n"]]:
+    **sizes: Unpack[SizeOptions],
+) -> tuple[Float[Array, "B T H Dv"], Int[Array, "B Hkv T n"] | None]:
     """`compress_blocks` of both and `nsa_attention`, for each device its part of the mesh that is set.
 
     Args:
@@ -172,78 +183,92 @@ def attend_to_text(
       tokens: keys and values of the branches; those to compress without rotary positions.
       gates: weights of compression, selection and window.
       phi_k, phi_v: parameters of `compress_blocks` for keys and for values; {}: means.
-      rotate: gives compressed keys the rotary positions of the first token of their block, which is counted
-        from the start of its text. It must not close over arrays.
+      rotate: gives compressed keys the rotary positions of the first token of their block. It must not close
+        over arrays.
+      positions: of the tokens, for `rotate`; None: they are counted from the start of each text.
       segment_ids: packed texts and padding (0); packed equals alone.
       indices: replaces the choice of blocks.
+      branches: those that are added up; the others are not computed, whatever their gates.
+      read_all: selection reads all blocks; the choice is returned all the same.
       axes: names of the mesh axes that split examples, heads and tokens; default: one device.
+      stretches: 2 where `q`, `tokens` and `gates` lie in the zigzag of `kernels_pallas.sharding.Part`;
+        `positions` and `segment_ids` are in order.
+      sizes: the fields of `NsaSizes`.
 
-    Returns the output and the chosen blocks.
+    Returns the output and the chosen blocks, None without selection.
 
     Raises:
       ValueError: shapes or sizes do not fit, or cannot be split over the mesh.
       NotImplementedError: the named implementation cannot take the case.
     """
-    sizes: dict[str, Any] = {"block_len": block_len, "stride": stride}
-    choice: dict[str, Any] = {"block_size": block_size, "num_blocks": num_blocks, "num_init": num_init}
+    n = NsaSizes(**sizes)
+    blocks: dict[str, Any] = {"block_len": n.block_len, "stride": n.stride}
 
     def core(
         arrays: tuple[Array, ...],
-        segment_ids: Array | None,
+        rows: tuple[Array | None, Array | None],
         weights: tuple[Mapping[str, Array], Mapping[str, Array]],
         indices: Array | None,
         part: Part | None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array | None]:
         q, k, v, k_slc, v_slc, k_win, v_win, gates = arrays
-        length = k.shape[1] if part is None else part.parts * part.length
+        starts, segment_ids = rows
         compress = lambda k, v, starts: (
-            compress_blocks(k, weights[0], starts=starts, **sizes),
-            compress_blocks(v, weights[1], starts=starts, **sizes),
+            compress_blocks(k, weights[0], starts=starts, **blocks),
+            compress_blocks(v, weights[1], starts=starts, **blocks),
         )
-        k_cmp, v_cmp = compress_part(compress, k, v, segment_ids=segment_ids, part=part, **sizes)
+        k_cmp, v_cmp = compress_part(compress, k, v, segment_ids=segment_ids, part=part, **blocks)
         if rotate is not None:
-            k_cmp = rotate(k_cmp, _block_positions(segment_ids, k_cmp.shape[:2], length, **sizes))
-        out, branches = attend_part(
-            q,
-            k_cmp,
-            v_cmp,
-            k_slc,
-            v_slc,
-            k_win,
-            v_win,
-            gates,
-            part=part,
-            **sizes,
-            **choice,
-            num_local=num_local,
-            window=window,
-            scale=scale,
-            segment_ids=segment_ids,
-            indices=indices,
-            implementation=implementation,
-        )
-        return out, branches.indices
+            assert starts is not None
+            k_cmp = rotate(k_cmp, starts)
+        operands = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        of_calls: dict[str, Any] = {"segment_ids": segment_ids, "implementation": implementation}
+        out, found = attend_part(*operands, part=part, indices=indices, **of_calls, **sizes)
+        outputs = {"compression": found.compressed, "selection": found.selected, "window": found.window}
+        if read_all:  # a window as long as the text
+            if part is not None:
+                k_slc, v_slc = part.whole(k_slc), part.whole(v_slc)
+                of_calls["q_positions"] = part.positions(q.shape[0])
+            outputs["selection"] = window_attention(
+                q, k_slc, v_slc, window=k_slc.shape[1], scale=n.scale, **of_calls
+            )
+        chosen = found.indices if "selection" in branches else None
+        if set(branches) == {*BRANCHES} and not read_all:
+            return out, chosen
+        # What the other branches would give is not used, so it is not computed.
+        parts = [
+            gates[..., i, None].astype(q.dtype) * outputs[b] for i, b in enumerate(BRANCHES) if b in branches
+        ]
+        return jax.tree.reduce(jnp.add, parts), chosen
 
-    out, chosen = in_parts(
+    return in_parts(
         core,
         (q, *tokens, gates),
-        segment_ids,
+        (None if rotate is None else block_positions(positions, segment_ids, q.shape[:2], n), segment_ids),
         (phi_k, phi_v),
         indices,
         axes=axes,
-        unit=stride,
-        least=max(block_len - stride, 1),
+        unit=n.stride,
+        least=max(n.block_len - n.stride, 1),
+        stretches=stretches,
     )
-    assert chosen is not None
-    return out, chosen
 
 
-def _block_positions(
-    segment_ids: Array | None, shape: tuple[int, ...], length: int, *, block_len: int, stride: int
-) -> Int[Array, "B M"]:
-    """The position of each block's first token in its text; 0 for slots without one."""
+def block_positions(
+    positions: Int[Array, "B T *axes"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    shape: tuple[int, ...],
+    sizes: NsaSizes,
+) -> Int[Array, "B M *axes"]:
+    """The position of each compressed block's first token, of a row of `shape` [B, T]; for slots without a
+    block any. None: counted from the start of its text."""
+    (batch, length), stride = shape, sizes.stride
     if segment_ids is None:
-        return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None] * stride, (shape[0], shape[1]))
-    rows = block_starts(segment_ids, block_len=block_len, stride=stride)
-    there = jnp.clip(rows, 0, length - 1)
-    return jnp.where(rows < 0, 0, rows - jnp.take_along_axis(segment_starts(segment_ids), there, axis=1))
+        if positions is not None:
+            return positions[:, : max(0, length - sizes.block_len + 1) : stride]
+        slots = jnp.arange(num_compressed(length, sizes.block_len, stride), dtype=jnp.int32)
+        return jnp.broadcast_to(slots[None] * stride, (batch, slots.shape[0]))
+    rows = jnp.maximum(block_starts(segment_ids, block_len=sizes.block_len, stride=stride), 0)
+    if positions is not None:
+        return jax.vmap(lambda x, at: x[at])(positions, rows)
+    return rows - jnp.take_along_axis(segment_starts(segment_ids), rows, axis=1)

@@ -36,6 +36,9 @@ CONFIGS = {
     "nsa": dataclasses.replace(SMALL, attention_bias=True, attention=NSAConfig()),
     "nsa, one projection": dataclasses.replace(SMALL, attention=NSAConfig(shared_kv=True)),
     "nsa, scorer": dataclasses.replace(SMALL, attention=NSAConfig(selector="auxiliary")),
+    "nsa, indexer": dataclasses.replace(
+        SMALL, attention=NSAConfig(selector="indexer", compress_kind="linear", gated=False)
+    ),
     "vlm": dataclasses.replace(SMALL, vision=VISION),
     "latent": dataclasses.replace(
         SMALL, latent=LatentConfig(kv_rank=5, query_rank=7), position=RopeConfig(dim=2), num_kv_heads=4

@@ -39,6 +39,16 @@ def test_flops_by_hand():
     nsa_layer = layer + 2 * (12 * 2 * 4 + 12 * 2 * 6) + 12 * 4 * 3 + 4 * 3 + compress
     expected = 6 * (2 * nsa_layer + 13 * 12 + 2 * 4 * (4 + 6) * attended_tokens(nsa, 20))
     assert train_flops_per_token(nsa, 20) == pytest.approx(expected)
+    # A mean has no parameters, and an indexer of 3 heads of 5 for each of two groups scores every token.
+    mean = make_config("nsa", attention_bias=False, attention=dataclasses.replace(NSA, compress_kind="mean"))
+    expected -= 6 * 2 * compress
+    assert train_flops_per_token(mean, 20) == pytest.approx(expected)
+    sizes = {"selector": "indexer", "selector_dim": 5, "selector_heads": 3}
+    indexed = make_config(
+        "nsa", attention_bias=False, attention=dataclasses.replace(NSA, compress_kind="mean", **sizes)
+    )
+    expected += 6 * 2 * (12 * 6 * 5 + 12 * 5 + 12 * 6 + 6 * 5 * 21 / 2)
+    assert train_flops_per_token(indexed, 20) == pytest.approx(expected)
 
 
 def test_peak_is_measured_on_a_cpu():

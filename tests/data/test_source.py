@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlab.data import DataSet, DocumentsConfig
+from jaxlab.data import DataSet, DocumentsConfig, ImageChatsConfig
 from jaxlab.data.source import (
     DataConfig,
     batch_shapes,
@@ -63,7 +63,8 @@ def test_words_of_a_model_must_mean_the_same_in_the_data():
         check_same_words(None, words("a"), "model")
 
 
-KINDS = [kind() for kind in typing.get_args(DataConfig) if kind is not DocumentsConfig]
+OF_FILES = (DocumentsConfig, ImageChatsConfig)  # the second is tried in test_image_chats.py
+KINDS = [kind() for kind in typing.get_args(DataConfig) if kind not in OF_FILES]
 FILES = DocumentsConfig(
     sources=(DataSet(f"{Path(email.__file__).parent}/*.py"),), sequence_length=64, held_out=0.5
 )

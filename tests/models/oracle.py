@@ -85,6 +85,9 @@ def compress(p, y, n):
     """[T, D] of one head -> [M, D]: an MLP with SiLU over each whole block of tokens."""
     blocks = [np.zeros((0, y.shape[1]))]
     for start in range(0, len(y) - n.block_len + 1, n.stride):
+        if p is None:
+            blocks.append(y[start : start + n.block_len].mean(axis=0)[None])
+            continue
         hidden = p["hidden_bias"].copy()
         for j in range(n.block_len):
             hidden += (y[start + j] + p["position"][j]) @ p["hidden"][j]
@@ -119,6 +122,20 @@ def auxiliary(p, x, group, t, n):
     return np.array([(block @ query).mean() / math.sqrt(len(query)) for block in blocks])
 
 
+def indexer(p, xs, group, t, n, turn):
+    """Of the selection blocks up to t's own: the best score of a token. turn(vector, position)."""
+    scores = []
+    for s in range(t + 1):
+        key, score = turn(xs[s] @ p["key"], s), 0.0
+        for head in range(group * n.selector_heads, (group + 1) * n.selector_heads):
+            product = turn(xs[t] @ p["query"][:, head], t) @ key / math.sqrt(len(key))
+            if n.selector_score == "relu":
+                product = max(product, 0.0) * (xs[t] @ p["weight"][:, head]) / math.sqrt(n.selector_heads)
+            score += product
+        scores.append(score)
+    return np.array([max(scores[j : j + n.block_size]) for j in range(0, t + 1, n.block_size)])
+
+
 def choose(scores, t, n):
     """Selection blocks that the query at t reads."""
     own = t // n.block_size
@@ -131,7 +148,9 @@ def nsa(p, xs, config, rotary):
     """Native Sparse Attention: three branches with their own keys and values, gated."""
     rotate = globals()["rotate"] if rotary else lambda x, *_: x
     n, theta, x, share = config.nsa, config.rope.theta, np.array(xs), config.num_heads // config.kv_heads
-    gates = 1 / (1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"])))
+    gates = np.ones((len(x), config.num_heads, 3))
+    if n.gated:
+        gates /= 1 + np.exp(-(np.einsum("td,dhc->thc", x, p["gate"]["output"]) + p["gate"]["bias"]))
     gates *= [name in n.branches for name in ("compression", "selection", "window")]
     outs = np.zeros((len(x), config.width)) + p["output_bias"]
     for group in range(config.kv_heads):
@@ -143,7 +162,9 @@ def nsa(p, xs, config, rotary):
             ]
             for name in ("key", "value")
         )
-        k_cmp, v_cmp = compress(p["compress_key"], key[0], n), compress(p["compress_value"], value[0], n)
+        k_cmp, v_cmp = (
+            compress(p.get(f"compress_{name}"), y[0], n) for name, y in (("key", key), ("value", value))
+        )
         k_cmp = np.array([rotate(k, i * n.stride, theta) for i, k in enumerate(k_cmp)])
         k_slc, k_win = (np.array([rotate(k, s, theta) for s, k in enumerate(key[c])]) for c in (1, 2))
         for t in range(len(x)):
@@ -156,6 +177,10 @@ def nsa(p, xs, config, rotary):
                 chosen = choose(scores, t, n)
             elif n.selector == "min_max":
                 chosen = choose(bounds(queries, k_slc, t, n), t, n)
+            elif n.selector == "indexer":
+                turned = min(config.rotary_dim, n.selector_dim - n.selector_dim % 2)
+                turn = lambda y, at, dim=turned: np.concatenate([rotate(y[:dim], at, theta), y[dim:]])
+                chosen = choose(indexer(p["indexer"], x, group, t, n, turn), t, n)
             else:
                 chosen = choose(importance(sum(weights for _, weights in compressed), t, n), t, n)
             selected = [s for s in range(t + 1) if s // n.block_size in chosen]

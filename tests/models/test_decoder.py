@@ -34,7 +34,8 @@ def logits(params, batch, config):
     "variant",
     [
         *("rotary", "other", "sliding", "post_norms", "parallel", "nope"),
-        *("nsa", "nsa_nope", "nsa_min_max", "nsa_auxiliary", "nsa_shared"),
+        *("nsa", "nsa_nope", "nsa_min_max", "nsa_auxiliary", "nsa_indexer", "nsa_shared"),
+        pytest.param("nsa_dot", marks=pytest.mark.slow),
     ],
 )
 def test_logits_are_those_of_plain_loops(variant):
@@ -74,7 +75,13 @@ def test_rotary_by_hand():
     np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["other", "sliding", "nope", "nsa", "nsa_min_max"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *("other", "sliding", "nope", "nsa", "nsa_min_max", "nsa_indexer"),
+        pytest.param("nsa_auxiliary", marks=pytest.mark.slow),
+    ],
+)
 def test_packed_sequences_are_the_same_alone_and_padding_does_not_matter(variant):
     config = make_config(variant)
     params = draw_params(config)

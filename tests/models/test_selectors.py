@@ -95,12 +95,31 @@ def test_the_loss_trains_the_scorer_and_nothing_else():
             assert bool(jnp.any(gradient != 0)) == mine, jax.tree_util.keystr(path)
 
 
+def test_a_packed_text_has_the_loss_that_it_has_alone():
+    """Two texts, the second from row 2 on, and padding: queries of the first have no choice."""
+    q, k, _ = draw()
+    config = make_config("nsa_auxiliary")
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((BATCH, LENGTH, config.width)), jnp.float32)
+    size = (config.width, KV_HEADS, SIZES.selector_dim)
+    scorer = {name: jnp.asarray(rng.standard_normal(size), jnp.float32) for name in ("query", "key")}
+
+    def of(scorer, part, segments=None):
+        scores = bind(scorer, AuxiliarySelector, config)(x[:, part], segments)
+        return auxiliary_loss(scores, q[:, part], k[:, part], SIZES, scale=0.7, segment_ids=segments)
+
+    segments = jnp.broadcast_to(jnp.asarray([4] * 2 + [2] * 15 + [0])[None], (BATCH, LENGTH))
+    packed, gradient = jax.value_and_grad(of)(scorer, slice(None), segments)
+    alone, expected = jax.value_and_grad(of)(scorer, slice(2, 17))
+    assert float(packed) == pytest.approx(float(alone), rel=1e-5)
+    assert float(alone) > 0.01
+    for name in scorer:
+        np.testing.assert_allclose(gradient[name], expected[name], atol=1e-5)
+
+
 def test_what_the_scorer_cannot_read_is_refused():
     config = make_config("nsa_auxiliary")
-    params, tokens = draw_params(config), draw_tokens(config, 1, 4)
-    for extra, options in (
-        ({}, {"cache": init_cache(config, 1, 4)}),
-        ({"segment_ids": jnp.ones((1, 4), jnp.int32)}, {}),
-    ):
-        with pytest.raises(ValueError, match="the auxiliary selector reads one whole text a row"):
-            forward(params, {"tokens": tokens, **extra}, config, **options)
+    with pytest.raises(ValueError, match="the auxiliary selector reads one whole text a row"):
+        forward(
+            draw_params(config), {"tokens": draw_tokens(config, 1, 4)}, config, cache=init_cache(config, 1, 4)
+        )

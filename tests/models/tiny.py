@@ -57,6 +57,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "attention": replace(NSA, selector="auxiliary", selector_dim=3),
     },
+    "nsa_indexer": {
+        "attention_bias": True,
+        "attention": replace(NSA, selector="indexer", selector_dim=5, selector_heads=3, num_init=0),
+    },
+    "nsa_dot": {
+        "attention_bias": True,
+        "attention": replace(
+            NSA,
+            selector="indexer",
+            selector_dim=2,
+            selector_heads=1,
+            selector_score="dot",
+            num_init=0,
+            compress_kind="mean",
+            branches=("selection",),
+            shared_kv=True,
+            gated=False,
+        ),
+    },
     "nsa_shared": {
         "attention_bias": True,
         "attention": replace(NSA, shared_kv=True, branches=("compression", "window")),

@@ -200,10 +200,20 @@ def test_runs_without_a_part_stand_under_other_runs(tmp_path):
     words = " ".join(Reader(render(read_runs(runs))).words)
     assert "Other runs" in words
     assert "unrelated" in words
+    assert "Loss while training, of all runs" not in words  # only one is left over
     assert "No run with full attention was given" in words
     assert "The chosen blocks were not recorded" in words
     assert "Not on this page: skill injection. It needs a merge-search run." in words
     assert "Not on this page: in-context learning. It needs an icl run." in words
+
+
+def test_the_losses_of_several_runs_are_drawn_together(tmp_path):
+    runs = [made.train(tmp_path, f"run_{name}-1234567{name}", kind="digits") for name in "12"]
+    page = render(read_runs(runs))
+    words = " ".join(Reader(page).words)
+    assert "Loss while training, of all runs." in words
+    together = page[page.index("runs-loss") :]
+    assert together.index("run_1") < together.index("run_2")
 
 
 def test_parts_of_results_may_be_missing(tmp_path):

@@ -19,6 +19,7 @@ MODELS: dict[str, ModelConfig] = {
     "nsa_wide": make_config("nsa", attention=dataclasses.replace(NSA, block_len=10), max_length=LENGTH),
     "nsa_min_max": make_config("nsa_min_max", max_length=LENGTH),
     "nsa_auxiliary": make_config("nsa_auxiliary", max_length=LENGTH),
+    "nsa_indexer": make_config("nsa_indexer", max_length=LENGTH),
     "nsa_shared": make_config("nsa_shared", max_length=LENGTH, remat="layer"),
     "full": make_config(max_length=LENGTH, remat="layer", vocab_size=16),
     "sinks": make_config(

@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlab.app.runs import Run
 from jaxlab.checkpoints import load_model
 from jaxlab.config import load
+from jaxlab.data import make_source
+from jaxlab.losses import target_losses
+from jaxlab.models import forward, init_params
 from jaxlab.tasks import main, train
 
 MODEL = "width: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, mlp_width: 16, max_length: 32"
@@ -22,6 +26,9 @@ PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 from jaxlab.config import load
+from jaxlab.data import make_source
+from jaxlab.losses import target_losses
+from jaxlab.models import forward, init_params
 from jaxlab.app.runs import Run
 from jaxlab.tasks import train
 
@@ -139,3 +146,25 @@ def test_a_dense_model_is_retrofitted_on_documents(config, tmp_path):
     found = train.run(sparse, Run(tmp_path / "sparse", "sparse"))["retrofit"]
     assert abs(found["loss"]["dense"] - found["loss"]["retrofitted"]) < 0.2
     assert found["loss"]["trained"] > 0
+
+
+@pytest.mark.slow
+def test_a_packed_document_is_what_it_is_alone(config):
+    """The losses of NSA on packed rows are those of their documents, one a row."""
+    loaded = load(train.Config, config, ["--model.compute_dtype", "float32"])
+    batch = make_source(loaded.data).batch(0, 0, 6)
+    assert batch["segment_ids"].max() > 1
+    alone = {"tokens": [], "segment_ids": [], "loss_mask": []}
+    for row in range(6):
+        for number in range(1, batch["segment_ids"][row].max() + 1):
+            inside = batch["segment_ids"][row] == number
+            for name, values in (("tokens", batch["tokens"][row]), ("segment_ids", inside)):
+                alone[name].append(np.pad(values[inside], (0, 32 - inside.sum())).astype(np.int32))
+            alone["loss_mask"].append(np.pad(batch["loss_mask"][row][inside], (0, 32 - inside.sum())))
+    params = init_params(loaded.model, jax.random.key(0))
+    losses = []
+    for rows in (batch, {name: np.stack(values) for name, values in alone.items()}):
+        rows = jax.tree.map(jnp.asarray, rows)
+        of_tokens, mask = target_losses(forward(params, rows, loaded.model)[0], rows)
+        losses.append(np.sort(np.asarray(of_tokens)[np.asarray(mask)]))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4, atol=1e-5)

@@ -47,7 +47,8 @@ ROOT = Path(__file__).parents[2]
         pytest.param("nsa_wide", CONTEXT, False, marks=pytest.mark.slow),
         pytest.param("nsa_wide", CONTEXT, True, marks=pytest.mark.slow),
         pytest.param("nsa_min_max", BOTH, True, marks=pytest.mark.slow),
-        pytest.param("nsa_auxiliary", BOTH, False, marks=pytest.mark.slow),
+        pytest.param("nsa_auxiliary", BOTH, True, marks=pytest.mark.slow),
+        pytest.param("nsa_indexer", BOTH, True, marks=pytest.mark.slow),
         pytest.param("nsa_shared", BOTH, True, marks=pytest.mark.slow),
     ],
 )

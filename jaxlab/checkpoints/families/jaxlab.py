@@ -22,6 +22,8 @@ def _compressor(kind: str) -> Rows:
         Row(f"{path}.hidden_bias", f"{name}.fc1.bias", "c -> c"),
         Row(f"{path}.output", f"{name}.fc2.weight", "k c -> c k"),
         Row(f"{path}.output_bias", f"{name}.fc2.bias", "k -> k"),
+        Row(f"{path}.weight", f"{name}.weight", "c (l k) -> l k c"),
+        Row(f"{path}.bias", f"{name}.bias", "c -> c"),
     )
 
 
@@ -63,6 +65,9 @@ LAYER: Rows = (
     Row("attention.gate.bias", "self_attn.gate.fc2.bias", "(h c) -> h c"),
     Row("attention.selector.query", "self_attn.selector.q_proj.weight", "(h r) d -> d h r"),
     Row("attention.selector.key", "self_attn.selector.k_proj.weight", "(h r) d -> d h r"),
+    Row("attention.indexer.query", "self_attn.indexer.q_proj.weight", "(h r) d -> d h r"),
+    Row("attention.indexer.key", "self_attn.indexer.k_proj.weight", "r d -> d r"),
+    Row("attention.indexer.weight", "self_attn.indexer.weights_proj.weight", "h d -> d h"),
     *_mlp("mlp", "mlp"),
     Row("moe.router", "mlp.gate.weight", "e d -> d e"),
     Row("moe.router_bias", "mlp.gate.bias", "e -> e"),

@@ -78,37 +78,32 @@ class OpenModel(abc.ABC):
     @property
     def chat_template(self) -> str | None:
         """Of several templates the default one, in Jinja; None: the model has none."""
-        return None if self.text_files is None else self.text_files.chat_template
+        return None if self.source_files is None else self.source_files.chat_template
 
     @property
     def chat_templates(self) -> Mapping[str, str]:
         """All of them by name."""
-        return {} if self.text_files is None else self.text_files.chat_templates
+        return {} if self.source_files is None else self.source_files.chat_templates
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """Tokens by the names that chat templates ask for: bos_token, eos_token, ..."""
-        return {} if self.text_files is None else self.text_files.special_tokens
+        return {} if self.source_files is None else self.source_files.special_tokens
 
     @property
     def generation(self) -> Mapping[str, Any]:
         """How the model's authors sample from it, as generation_config.json says it."""
-        return {} if self.text_files is None else self.text_files.generation
+        return {} if self.source_files is None else self.source_files.generation
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, by the files of the model; none where they say nothing."""
-        return frozenset() if self.text_files is None else self.text_files.end_tokens
+        return frozenset() if self.source_files is None else self.source_files.end_tokens
 
     @property
     @abc.abstractmethod
     def source_files(self) -> SourceFiles | None:
         """The files beside the tensors of a Hugging Face folder; None if the model never was one."""
-
-    @property
-    def text_files(self) -> SourceFiles | None:
-        """As `source_files`, where only what they say is asked for: no tensor has to be there."""
-        return self.source_files
 
     @property
     def companion_folder(self) -> Path:
@@ -141,16 +136,7 @@ class OpenModel(abc.ABC):
     @functools.cached_property
     def identity(self) -> str:
         """A digest of all files, whole: it changes when the model does."""
-        digest = hashlib.sha256()
-        path = self.path
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            digest.update(json.dumps(file.name if file == path else str(file.relative_to(path))).encode())
-            try:
-                with open(file, "rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-        return digest.hexdigest()
+        return digest_of("", self.path)
 
     def read(
         self,
@@ -265,3 +251,20 @@ def report_all_not_finite(params: "Params", path: Path, what: NotFinite) -> None
     for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(leaf_path, simple=True, separator=".")
         report_not_finite(f"{path}: {name}", np.asarray(leaf), what)
+
+
+def digest_of(before: str, path: Path) -> str:
+    """A digest of a file, or of all files of a folder with their names, that follows `before`.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    digest = hashlib.sha256(before.encode())
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(json.dumps(file.name if file == path else str(file.relative_to(path))).encode())
+        try:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families, lora
-from jaxlab.checkpoints.formats.base import Form, NotFinite, OpenModel
+from jaxlab.checkpoints.formats.base import Form, NotFinite, OpenModel, digest_of
 from jaxlab.checkpoints.fp8 import dequantized
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.stray_tensors import unwrapped, without
@@ -147,16 +147,17 @@ class HuggingFaceFolder(OpenModel):
         return read_tokenizer(self.path, self.config_json)
 
     @functools.cached_property
-    def text_files(self) -> SourceFiles:
-        return SourceFiles(self.path, self.config_json)
-
-    @functools.cached_property
     def source_files(self) -> SourceFiles:
         config = self.config_json
         if self.ignore_keys:
             known = dict.fromkeys((*families.recorded(config), *self.ignore_keys))
             config = {**config, families.IGNORED_KEYS: list(known)}
         return SourceFiles(self.path, config, self.matched.copies)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        own = super().identity
+        return own if self.adapter is None else digest_of(own, self.adapter)
 
     def _read(self, shardings: "Params | None", dtype: np.dtype | None, not_finite: NotFinite) -> "Params":
         from jaxlab.checkpoints.sharded_read import read_params

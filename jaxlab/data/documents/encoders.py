@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from jaxlab.checkpoints import OpenModel, open_model
+from jaxlab.checkpoints import OpenModel, describe_model
 from jaxlab.data.documents.chats import ChatEncoder
 from jaxlab.data.documents.config import DataSet, DocumentsConfig
 from jaxlab.data.documents.document import Encoder
@@ -25,7 +25,7 @@ class Encoders:
         Raises:
           UserError: it has none, or no token that ends a text, or no chat template where one is needed.
         """
-        model = None if config.tokenizer is None else open_model(find_model(config.tokenizer))
+        model = None if config.tokenizer is None else describe_model(find_model(config.tokenizer))
         self.tokenizer = None if model is None else model.tokenizer
         if model is not None and self.tokenizer is None:
             raise UserError(

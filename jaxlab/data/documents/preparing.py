@@ -37,8 +37,8 @@ SHARD_TOKENS = 1 << 26
 """Tokens after which a shard is written; so many, and their offsets, are held in memory."""
 BATCH_ROWS, BATCH_LETTERS = 1024, 1 << 22
 """At most so much is tokenised at once."""
-PARALLEL_BYTES = 1 << 26
-"""To tokenise, for each process beyond the first: each one imports JAX, about a second."""
+CORES_EACH, PARALLEL_BYTES = 8, 1 << 28
+"""What pays for a further process: one keeps so many cores busy, as the tokenizer has threads of its own."""
 FindModelFolder = Callable[[str], Path]
 
 
@@ -65,7 +65,8 @@ def prepare_units(
         return
     total = sum(unit.size for unit in todo)
     if processes is None:
-        processes = min(os.cpu_count() or 1, len(todo), 1 + total // PARALLEL_BYTES)
+        cores = os.cpu_count() or 1
+        processes = min(-(-cores // CORES_EACH), len(todo), 1 + total // PARALLEL_BYTES)
     with tqdm(total=total, desc="tokenise", unit="B", unit_scale=True) as bar:
         if processes <= 1:
             for unit in todo:

@@ -6,7 +6,13 @@ from typing import Literal
 from jaxlab.errors import ConfigError
 
 LayerKind = Literal["full", "sliding"]
-DenseImplementation = Literal["xla", "chunked", "cudnn"]
+DenseImplementation = Literal["auto", "xla", "chunked", "cudnn"]
+FASTEST: tuple[tuple[str, str, int, Literal["xla", "chunked", "cudnn"]], ...] = (
+    ("cpu", "float32", 512, "chunked"),
+)
+"""What auto takes for causal texts: by platform and dtype, from so many tokens on; xla for the rest. Measured
+on two cores, gradients too, chunked over xla in processor seconds: 256 tokens 1.0, 512 .66, 1024 .48,
+2048 .42."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +20,10 @@ class FullAttentionConfig:
     """Every layer reads the whole text."""
 
     kind: Literal["full"] = "full"
-    implementation: DenseImplementation = "xla"
-    """xla: anywhere, all scores at once; chunked: anywhere, in memory linear in the length, and twice as fast
-    on a CPU (with a cache as xla); cudnn: on NVIDIA GPUs in bf16 with Dk = Dv."""
+    implementation: DenseImplementation = "auto"
+    """auto: what was measured to be the fastest for device, dtype and length; xla: anywhere, all scores at
+    once; chunked: anywhere, in memory linear in the length (with a cache as xla); cudnn: on NVIDIA GPUs in
+    bf16 with Dk = Dv."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class SlidingAttentionConfig:
     """Kinds of the first layers, repeated over the others; empty: all layers slide."""
     rope_theta: float | None = None
     """Sliding layers turn by plain rotary positions of this base instead (Gemma 3)."""
-    implementation: DenseImplementation = "xla"
+    implementation: DenseImplementation = "auto"
     """As of full attention."""
 
     def __post_init__(self) -> None:
@@ -77,17 +84,28 @@ class NSAConfig:
     silent."""
     gate_width: int = 0
     """Hidden width of the gate MLP; 0 makes it one linear layer."""
-    selector: Literal["compressed", "min_max", "auxiliary"] = "compressed"
+    selector: Literal["compressed", "min_max", "auxiliary", "indexer"] = "compressed"
     """What rates selection blocks. compressed: attention to compressed keys (eq. 9). The paper rejects two
     (sec. 6.1). min_max: without parameters, the bound of a score by the least and the greatest of each
     channel of a block's keys, after Quest. auxiliary: a scorer trained beside, by the attention that blocks
-    get."""
+    get. indexer: heads of its own rate tokens, a block by its best one; trained beside, by the attention
+    that tokens get (arXiv 2606.13392)."""
     selector_dim: int = 16
-    """auxiliary: dimension of the scorer's queries and keys."""
+    """auxiliary, indexer: dimension of their queries and keys."""
+    selector_heads: int = 4
+    """indexer: query heads for each key/value head of the attention; one key serves all of them."""
+    selector_score: Literal["relu", "dot"] = "relu"
+    """indexer: what a token scores. relu: the sum over heads of relu(q . k), each weighted by the query
+    (DeepSeek-V3.2); dot: q . k of one head (MiniMax)."""
+    selector_stage: Literal["sparse", "warm_up"] = "sparse"
+    """indexer: warm_up reads all blocks, so that it learns from attention to everything; for the first part
+    of a training, whose run the second, sparse, takes in init_from."""
     branches: tuple[Branch, ...] = BRANCHES
     """Branches that are there (an ablation); the gates of the others are 0, their parameters stay unused."""
     shared_kv: bool = False
     """One key and one value projection for all branches (an ablation)."""
+    gated: bool = True
+    """false: the branches that are there are added as they are, without gates."""
     implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
     """auto: the best that takes the case; mosaic_gpu: the kernels for Hopper, which take a compute_dtype of
     16 bits, for decoding too."""
@@ -101,6 +119,7 @@ class NSAConfig:
             "window",
             "compress_width",
             "selector_dim",
+            "selector_heads",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
@@ -117,11 +136,12 @@ class NSAConfig:
             raise ConfigError(
                 f"name each at most once and at least one: {list(self.branches)}", key="branches"
             )
-        if self.selector != "compressed" and not (self.num_init and self.num_local):
+        if self.selector in ("min_max", "auxiliary") and not (self.num_init and self.num_local):
             raise ConfigError(
                 f"{self.selector} rates whole blocks of the past; keep num_init and num_local at 1 or more",
                 key="selector",
             )
+        self._check_indexer()
         chooses_by = "compression" if self.selector == "compressed" else "selection"
         if "selection" in self.branches and chooses_by not in self.branches:
             raise ConfigError(
@@ -132,6 +152,22 @@ class NSAConfig:
         if self.stride > self.block_len:
             raise ConfigError(
                 f"stride {self.stride} exceeds block_len {self.block_len}: tokens would be lost", key="stride"
+            )
+
+    def _check_indexer(self) -> None:
+        if self.selector != "indexer":
+            if self.selector_stage != "sparse":
+                raise ConfigError(
+                    f"{self.selector} has no warm-up; set selector: indexer", key="selector_stage"
+                )
+            return
+        if "selection" not in self.branches:
+            raise ConfigError("an indexer learns from the selection branch; add it", key="branches")
+        if not self.num_local:
+            raise ConfigError("the query's own block is always read; set at least 1", key="num_local")
+        if self.selector_score == "dot" and self.selector_heads > 1:
+            raise ConfigError(
+                "products of several heads add up to one of one head; set 1", key="selector_heads"
             )
 
 

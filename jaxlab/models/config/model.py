@@ -204,7 +204,9 @@ class ModelConfig:
         attention, softcap = self.attention, self.attention_softcap is not None
         self._check_latent()
         if self.attention_sinks and (
-            self.sparsity is not None or getattr(attention, "implementation", "") != "xla"
+            self.sparsity is not None
+            or isinstance(attention, NSAConfig)
+            or attention.implementation not in ("auto", "xla")
         ):
             raise ConfigError(
                 "are known to full and sliding attention by xla, without sparsity", key="attention_sinks"
@@ -240,7 +242,11 @@ class ModelConfig:
             "cudnn attention needs value_head_dim = head_dim": self.key_dim != self.value_dim,
         }
         for why, holds in refused.items():
-            if holds and why.startswith(attention.implementation) and attention.implementation != "xla":
+            if (
+                holds
+                and why.startswith(attention.implementation)
+                and attention.implementation not in ("auto", "xla")
+            ):
                 raise ConfigError(why, key="attention.implementation")
 
     def _check_latent(self) -> None:

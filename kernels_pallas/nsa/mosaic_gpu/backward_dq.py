@@ -18,9 +18,11 @@ from kernels_pallas.nsa.mosaic_gpu.common import (
     Ranges,
     Saved,
     Tuning,
+    by_rows,
     go_through,
     limits_in_tile,
     operands,
+    ring,
     route,
     serve,
 )
@@ -45,7 +47,9 @@ def query_gradient(
     q_place, out_place = places_of(saved)
     heads = groups // saved.visible.first.shape[0]
     gated = saved.gate is not None
-    listed, wgs, stages = isinstance(plan, Lists), tuning.warpgroups, tuning.stages
+    listed, wgs = isinstance(plan, Lists), tuning.warpgroups
+    # Through shared memory, the largest head dims leave place for one tile of keys.
+    stages = tuning.stages if tuning.registers or key_dim + value_dim < 320 else 1
     plan_operands, shape = operands(plan), (ROWS, tuning.keys)
 
     def nsa_query_gradient(*all_refs):  # type: ignore[no-untyped-def]
@@ -141,23 +145,19 @@ def query_gradient(
         swizzled((wgs, ROWS, key_dim), dtype),
     )
     pieces = q_place.pieces(ROWS) * (1 if before is None else 2) + out_place.pieces(ROWS) + gated
+    (k_full, k_free), (v_full, v_free) = ring(stages, wgs), ring(stages, wgs)
     barriers = (
         plgpu.Barrier(num_arrivals=(5 if listed else 4) + pieces, num_barriers=wgs),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        k_full,
+        v_full,
+        k_free,
+        v_free,
     )
-    return plgpu.kernel(
-        nsa_query_gradient,
-        out_type=result_of(q_place, dtype),
-        scratch_types=(smem, barriers),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(rows // tuning.rows, groups),
-        grid_names=("p", "x"),
-        num_threads=wgs + 1,
-        thread_name="wg",
-    )(
+    out_type = result_of(q_place, dtype)
+    kernel = by_rows(
+        nsa_query_gradient, out_type, smem, barriers, tiles=rows // tuning.rows, groups=groups, warpgroups=wgs
+    )
+    return kernel(
         q,
         d_out,
         saved.lse,

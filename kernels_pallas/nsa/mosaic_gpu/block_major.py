@@ -17,7 +17,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import FEATURES, LOG2_E
-from kernels_pallas.nsa.base import Positions, Residuals, finite, named, selected_rows, softmax_shift
+from kernels_pallas.nsa.base import (
+    Positions,
+    Residuals,
+    finite,
+    named,
+    selected_rows,
+    softmax_floor,
+    softmax_shift,
+    without_nan,
+)
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
 from kernels_pallas.nsa.mosaic_gpu.block_major_plan import (
@@ -131,12 +140,12 @@ def _backward(
     assert indices is not None
     d_out, d_lse = cotangents
     shift = softmax_shift(saved, d_out, d_lse)
-    ready = _prepare(op, q, k, v, indices, positions)
+    ready = _prepare(op, q, without_nan(k), v, indices, positions)
     layout = ready.layout
     of_rows = (
         ready.q,
         layout.cut_rows(d_out.astype(q.dtype), FEATURES),
-        layout.cut_rows((finite(lse) * LOG2_E)[..., None]),
+        layout.cut_rows((softmax_floor(lse) * LOG2_E)[..., None]),
         layout.cut_rows(shift[..., None]),
     )
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import COLUMN_LANES, LOG2_E, ROWS, along, product, swizzled, vector, visible_keys
 from kernels_pallas.nsa.base import SelectionGrid, overlap
-from kernels_pallas.nsa.mosaic_gpu.common import Channel, Tuning, serve
+from kernels_pallas.nsa.mosaic_gpu.common import Channel, Tuning, by_rows, ring, serve
 from kernels_pallas.nsa.mosaic_gpu.query_rows import Place
 
 COLUMNS = 8
@@ -381,20 +381,14 @@ def choose(
     barriers = (
         plgpu.Barrier(num_arrivals=2 + place.pieces(own_rows), num_barriers=wgs),
         plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        *ring(stages, wgs),
     )
     phase_operands = () if choosing.phases is None else (choosing.phases,)
-    return plgpu.kernel(
-        nsa_choice,
-        out_type=jax.ShapeDtypeStruct((groups, rows // own_rows, slots, columns), jnp.int32),
-        scratch_types=(smem, barriers),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(rows // tile_rows, groups),
-        grid_names=("p", "x"),
-        num_threads=wgs + 1,
-        thread_name="wg",
-    )(
+    out_type = jax.ShapeDtypeStruct((groups, rows // own_rows, slots, columns), jnp.int32)
+    kernel = by_rows(
+        nsa_choice, out_type, smem, barriers, tiles=rows // tile_rows, groups=groups, warpgroups=wgs
+    )
+    return kernel(
         q,
         k,
         choosing.lse,

@@ -137,6 +137,28 @@ def serve(
             pl.when(steps > slot)(partial(plgpu.barrier_wait, channel.free.at[slot]))
 
 
+def ring(stages: int, readers: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:
+    """The barriers of a channel's slots, full and free, for so many warpgroups that read them."""
+    return plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
+
+
+def by_rows(
+    kernel: Any, out_type: Any, smem: Any, barriers: Any, *, tiles: int, groups: int, warpgroups: int
+) -> Any:
+    """The kernel with a program for each tile p of rows and each group x, whose warpgroups wg compute and one
+    more loads."""
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=(smem, barriers),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(tiles, groups),
+        grid_names=("p", "x"),
+        num_threads=warpgroups + 1,
+        thread_name="wg",
+    )
+
+
 class Route(NamedTuple):
     """The steps of one tile of rows, as the kernels see them."""
 

@@ -31,9 +31,11 @@ from kernels_pallas.nsa.mosaic_gpu.common import (
     Ranges,
     Tuning,
     Visible,
+    by_rows,
     go_through,
     limits_in_tile,
     operands,
+    ring,
     route,
     serve,
 )
@@ -189,26 +191,20 @@ def forward_pass(
         swizzled((wgs, ROWS, value_dim), dtype) if summed else None,
         plgpu.SMEM((wgs, 3, ROWS), jnp.float32) if summed else None,
     )
+    (k_full, k_free), (v_full, v_free) = ring(stages, wgs), ring(stages, wgs)
     barriers = (
         plgpu.Barrier(num_arrivals=(3 if listed else 2) + q_place.pieces(ROWS), num_barriers=wgs),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        k_full,
+        v_full,
+        k_free,
+        v_free,
         plgpu.Barrier(num_arrivals=3 + 2 * out_place.pieces(ROWS), num_barriers=wgs) if summed else None,
     )
     output = result_of(out_place, dtype)
-    return plgpu.kernel(
-        nsa_forward,
-        out_type=(
-            output,
-            jax.ShapeDtypeStruct((groups, rows), jnp.float32),
-            *([output] if summed else []),
-        ),
-        scratch_types=(smem, barriers),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(tiles, groups),
-        grid_names=("p", "x"),
-        num_threads=wgs + 1,
-        thread_name="wg",
-    )(q, k, v, *visible, *plan_operands, *(() if others is None else others))
+    out_type = (
+        output,
+        jax.ShapeDtypeStruct((groups, rows), jnp.float32),
+        *([output] if summed else []),
+    )
+    kernel = by_rows(nsa_forward, out_type, smem, barriers, tiles=tiles, groups=groups, warpgroups=wgs)
+    return kernel(q, k, v, *visible, *plan_operands, *(() if others is None else others))

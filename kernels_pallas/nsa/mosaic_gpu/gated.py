@@ -21,6 +21,7 @@ from kernels_pallas.nsa.base import (
     Positions,
     Residuals,
     SelectionGrid,
+    dot_outputs,
     named,
     softmax_shift,
 )
@@ -116,7 +117,7 @@ def _backward(op: Gated, saved: _Saved, cotangents: Any) -> tuple[Any, ...]:
     d_out = filled(d_out, outs[0])
     wide = d_out.astype(jnp.float32)
     # One pass over the outputs: a gate's gradient, and what lessens the gradient of each weight.
-    deltas = [jnp.sum(wide * out.astype(jnp.float32), axis=-1) for out in outs]
+    deltas = [dot_outputs(wide, out) for out in outs]
     d_gates = jnp.stack(deltas, axis=-1).astype(gates.dtype)
     found: dict[str, tuple[Array, Array, Array]] = {}
     dq = None

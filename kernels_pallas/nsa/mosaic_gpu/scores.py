@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels_pallas.hopper import LOG2_E, ROWS, along, product, swizzled, visible_keys
-from kernels_pallas.nsa.mosaic_gpu.common import Channel, Ranges, Tuning, Visible, serve
+from kernels_pallas.nsa.mosaic_gpu.common import Channel, Ranges, Tuning, Visible, by_rows, ring, serve
 
 SCORE_ROWS = 128
 """Of a warpgroup: 8 queries with 16 heads, the smallest N of wgmma."""
@@ -116,16 +116,10 @@ def group_shares(
     )
     barriers = (
         plgpu.Barrier(num_arrivals=5, num_barriers=wgs),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        *ring(stages, wgs),
     )
-    return plgpu.kernel(
-        nsa_group_shares,
-        out_type=jax.ShapeDtypeStruct((groups, rows // SCORE_ROWS, keys, columns), jnp.float32),
-        scratch_types=(smem, barriers),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(rows // tile_rows, groups),
-        grid_names=("p", "x"),
-        num_threads=wgs + 1,
-        thread_name="wg",
-    )(q, k, lse, *visible, plan.bounds, adding)
+    out_type = jax.ShapeDtypeStruct((groups, rows // SCORE_ROWS, keys, columns), jnp.float32)
+    kernel = by_rows(
+        nsa_group_shares, out_type, smem, barriers, tiles=rows // tile_rows, groups=groups, warpgroups=wgs
+    )
+    return kernel(q, k, lse, *visible, plan.bounds, adding)

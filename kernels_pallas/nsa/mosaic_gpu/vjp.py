@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.hopper import LOG2_E, ROWS
-from kernels_pallas.nsa.base import Positions, Residuals, ceil_div, finite, intervals, named, softmax_shift
+from kernels_pallas.nsa.base import (
+    Positions,
+    Residuals,
+    ceil_div,
+    intervals,
+    named,
+    softmax_floor,
+    softmax_shift,
+    without_nan,
+)
 from kernels_pallas.nsa.mosaic_gpu.backward_dkv import key_gradients
 from kernels_pallas.nsa.mosaic_gpu.backward_dq import query_gradient
 from kernels_pallas.nsa.mosaic_gpu.common import Inverse, Lists, Ranges, Saved, Tuning, Visible
@@ -176,12 +185,12 @@ def gradients(
 ) -> tuple[Array, Array, Array]:
     """Of q, k and v. With `gate` the output was multiplied by it, and `shift` is of `d_out` without it;
     `before` is added to the gradient of q."""
-    ready = _prepare(kernels, q, k, v, positions)
+    ready = _prepare(kernels, q, without_nan(k), v, positions)
     pack = lambda x: ready.layout.pack(x[..., None])[..., 0]
     rows = Saved(
         ready.q,
         ready.places[1].give(d_out.astype(q.dtype)),
-        pack(finite(lse) * LOG2_E),
+        pack(softmax_floor(lse) * LOG2_E),
         pack(shift),
         ready.visible,
         ready.places,

@@ -25,8 +25,9 @@ from kernels_pallas.nsa.base import (
     heads_first,
     intervals,
     named,
-    pad_axis,
+    softmax_floor,
     softmax_shift,
+    without_nan,
 )
 from kernels_pallas.nsa.xla.tiling import (
     for_each_head,
@@ -39,6 +40,7 @@ from kernels_pallas.nsa.xla.tiling import (
 )
 
 KEY_TILE = 256
+"""Keys of a tile of a window, or a few more, at most half as many again; of compressed ones half as many."""
 
 
 class Tiles(NamedTuple):
@@ -49,12 +51,18 @@ class Tiles(NamedTuple):
     num_keys: int
 
 
-def _tiles(q: Array, num_keys: int) -> Tiles:
+def _tiles(interval: Interval, q: Array, num_keys: int) -> Tiles:
+    """Half of what a tile may have, so that fewer keys are read that no query of the chunk sees; keys of a
+    window are divided evenly."""
     batch, length, kv_heads, groups, _ = q.shape
     keys = min(KEY_TILE, ceil_div(num_keys, 8) * 8)
-    return Tiles(
-        query_chunk(length, batch * kv_heads * groups * keys, budget=tile_elements()), keys, num_keys
-    )
+    queries = query_chunk(length, batch * kv_heads * groups * keys, budget=tile_elements() // 2)
+    if interval.window is None:
+        keys = min(max(8, KEY_TILE // 2), keys)
+    else:
+        span = min(interval.window + queries - 1, num_keys)
+        keys = ceil_div(ceil_div(span, max(1, span // KEY_TILE)), 8) * 8
+    return Tiles(queries, keys, num_keys)
 
 
 class Seen(NamedTuple):
@@ -72,16 +80,16 @@ def _chunks(interval: Interval, tiles: Tiles, positions: Positions) -> Seen:
 
 
 def _tile_range(tiles: Tiles, seen: Seen) -> tuple[Array, Array]:
-    """First tile and one past the last tile that hold a key which some query of the chunk sees."""
+    """The first key that some query of the chunk sees, and the number of tiles from there to the last one."""
     some = seen.first < seen.end
     end = jnp.max(jnp.where(some, seen.end, 0))
     start = jnp.min(jnp.where(some, seen.first, end))
-    return start // tiles.keys, -((-end) // tiles.keys)
+    return start, -((start - end) // tiles.keys)
 
 
-def _visible(tiles: Tiles, rows: Seen, tile: Array) -> Array:
-    """Mask [B, 1, rows, keys] of one chunk's rows against one tile of keys."""
-    index = tile * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)[None, None, :]
+def _visible(tiles: Tiles, rows: Seen, start: Array) -> Array:
+    """Mask [B, 1, rows, keys] of one chunk's rows against one tile of keys, which begins at `start`."""
+    index = start + jnp.arange(tiles.keys, dtype=jnp.int32)[None, None, :]
     return ((index >= rows.first[..., None]) & (index < rows.end[..., None]))[:, None]
 
 
@@ -95,8 +103,8 @@ def _queries(x: Array, groups: int) -> Array:
     return heads_first(split(x, 2, groups))
 
 
-def _tile(x: Array, tile: Array, size: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, tile * size, size, axis=2)
+def _tile(x: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis=2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -117,7 +125,7 @@ def attend_to_intervals(
 
 def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
     length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
-    tiles = _tiles(q, k.shape[1])
+    tiles = _tiles(interval, q, k.shape[1])
     keys, values = _padded(tiles, k), _padded(tiles, v)
 
     def one_chunk(chunk: tuple[Array, Seen]) -> tuple[Array, Array]:
@@ -126,9 +134,10 @@ def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positi
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = state
-            k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
+            at = start + tile * tiles.keys
+            k_tile, v_tile = _tile(keys, at, tiles.keys), _tile(values, at, tiles.keys)
             scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
-            mask = _visible(tiles, rows, tile)
+            mask = _visible(tiles, rows, at)
             scores = jnp.where(mask, scores * interval.scale, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - finite(new_top)[..., None])
@@ -144,9 +153,9 @@ def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positi
             jnp.zeros(shape, dtype),
             jnp.zeros((*shape, v.shape[-1]), dtype),
         )
-        start, end = _tile_range(tiles, here)
-        top, total, out = lax.fori_loop(start, end, one_tile, state)
-        seen = total > 0
+        start, count = _tile_range(tiles, here)
+        top, total, out = lax.fori_loop(jnp.zeros_like(count), count, one_tile, state)
+        seen = total != 0  # of NaN too
         total = jnp.where(seen, total, jnp.ones_like(total))
         lse = jnp.where(seen, finite(top) + jnp.log(total), -jnp.inf)
         out = (out / total[..., None]).astype(q.dtype)
@@ -157,7 +166,8 @@ def _forward(interval: Interval, q: Array, k: Array, v: Array, positions: Positi
 
 
 def _padded(tiles: Tiles, x: Array) -> Float[Array, "B Hkv S D"]:
-    return pad_axis(heads_first(x), 2, tiles.keys)
+    """So many that a tile that begins at the last key is within."""
+    return jnp.pad(heads_first(x), ((0, 0), (0, 0), (0, tiles.keys), (0, 0)))
 
 
 def _forward_saving(
@@ -171,9 +181,10 @@ def _backward(
     interval: Interval, saved: Residuals, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, _, positions, _, lse = saved
+    k = without_nan(k)
     d_out, d_lse = cotangents
     length, groups, dtype = q.shape[1], q.shape[3], accumulator(q.dtype)
-    tiles = _tiles(q, k.shape[1])
+    tiles = _tiles(interval, q, k.shape[1])
     keys, values = _padded(tiles, k), _padded(tiles, v)
     # d softmax: the mean of d_out . v under the softmax is d_out . out; a cotangent of the log-sum-exp adds
     # to it.
@@ -184,13 +195,14 @@ def _backward(
     ) -> tuple[tuple[Array, Array], Array]:
         q_chunk, d_chunk, lse_chunk, shift_chunk = map(_rows, chunk[0])
         here, rows = chunk[1], Seen(*(for_each_head(x, groups) for x in chunk[1]))
-        floor = finite(lse_chunk)[..., None]
+        floor = softmax_floor(lse_chunk)[..., None]
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
-            k_tile, v_tile = _tile(keys, tile, tiles.keys), _tile(values, tile, tiles.keys)
+            at = start + tile * tiles.keys
+            k_tile, v_tile = _tile(keys, at, tiles.keys), _tile(values, at, tiles.keys)
             scores = jnp.einsum("bhrd,bhsd->bhrs", q_chunk, k_tile, preferred_element_type=dtype)
-            mask = _visible(tiles, rows, tile)
+            mask = _visible(tiles, rows, at)
             weights = jnp.exp(jnp.where(mask, scores * interval.scale, -jnp.inf) - floor)
             d_weights = jnp.einsum("bhrd,bhsd->bhrs", d_chunk, v_tile, preferred_element_type=dtype)
             d_scores = (weights * (d_weights - shift_chunk[..., None]) * interval.scale).astype(q.dtype)
@@ -199,10 +211,11 @@ def _backward(
             dv_tile = jnp.einsum(
                 "bhrd,bhrs->bhds", d_chunk, weights.astype(v.dtype), preferred_element_type=dtype
             )
-            return dq, _add_tile(dk, dk_tile, tile), _add_tile(dv, dv_tile, tile)
+            return dq, _add_tile(dk, dk_tile, at), _add_tile(dv, dv_tile, at)
 
-        start, end = _tile_range(tiles, here)
-        dq, dk, dv = lax.fori_loop(start, end, one_tile, (jnp.zeros(q_chunk.shape, dtype), *sums))
+        start, count = _tile_range(tiles, here)
+        none = jnp.zeros_like(count)
+        dq, dk, dv = lax.fori_loop(none, count, one_tile, (jnp.zeros(q_chunk.shape, dtype), *sums))
         return (dk, dv), _queries(dq.astype(q.dtype), groups)
 
     # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the far larger scores.
@@ -217,10 +230,9 @@ def _transposed_zeros(x: Array, dtype: jnp.dtype) -> Array:
     return jnp.zeros((batch, kv_heads, dim, length), dtype)
 
 
-def _add_tile(sums: Array, tile_sum: Array, tile: Array) -> Array:
-    size = tile_sum.shape[3]
-    old = lax.dynamic_slice_in_dim(sums, tile * size, size, axis=3)
-    return lax.dynamic_update_slice_in_dim(sums, old + tile_sum, tile * size, axis=3)
+def _add_tile(sums: Array, tile_sum: Array, start: Array) -> Array:
+    old = lax.dynamic_slice_in_dim(sums, start, tile_sum.shape[3], axis=3)
+    return lax.dynamic_update_slice_in_dim(sums, old + tile_sum, start, axis=3)
 
 
 def _tokens_first(sums: Float[Array, "B Hkv D S"], like: Array) -> Array:

@@ -23,11 +23,15 @@ from kernels_pallas.nsa.base import (
     Residuals,
     accumulator,
     ceil_div,
+    dot_outputs,
     finite,
     heads_first,
     named,
     power_of_two_at_most,
     selected_rows,
+    softmax_floor,
+    where_finite,
+    without_nan,
 )
 from kernels_pallas.nsa.xla.query_block_pairs import Plan, Sizes, plan_pairs
 from kernels_pallas.nsa.xla.tiling import (
@@ -43,6 +47,7 @@ from kernels_pallas.nsa.xla.tiling import (
 
 # Elements of the partial results of one chunk (all pairs, all heads of the group).
 PARTIAL_ELEMENTS = 1 << 23
+ROWS_AT_ONCE = 128
 
 
 class _Names(NamedTuple):
@@ -201,7 +206,9 @@ def _forward(
     data = _data(block, names, k, v)
     sizes, blocks = _sizes(q, v, block, names, selected)
 
-    def one_chunk(chunk: tuple[Array, _Chunk]) -> tuple[Array, Array]:
+    def one_chunk(
+        state: tuple[Array, Array, Array], chunk: tuple[Array, _Chunk]
+    ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
         q_chunk, here = heads_first(chunk[0]), chunk[1]
         plan = plan_pairs(sizes, here.names, names.end, blocks)
 
@@ -219,21 +226,24 @@ def _forward(
                 _store(state[2], new[2], start),
             )
 
-        groups = q_chunk.shape[3]
-        lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs * groups)
-        state = (
-            jnp.full(lanes, -jnp.inf, dtype),
-            jnp.zeros(lanes, dtype),
-            jnp.zeros((*lanes, v.shape[-1]), dtype),
-        )
         state = lax.fori_loop(jnp.zeros_like(plan.steps), plan.steps, one_step, state)
-        top, total, part = (_pairs(x, groups) for x in state)
+        top, total, part = (_pairs(x, q.shape[3]) for x in state)
         out, lse = _combine(plan, top, total, part, q.dtype)
-        return heads_first(out), heads_first(lse)
+        return state, (heads_first(out), heads_first(lse))
 
     chunks = (to_chunks(q, sizes.queries), _chunks(block, names, sizes.queries, indices, positions))
-    out, lse = lax.map(one_chunk, chunks)
+    # Filled once for all chunks: what a chunk does not write it does not read.
+    lanes = _lanes(q, sizes)
+    numbers = jnp.zeros(lanes, dtype)
+    state = (numbers, numbers, jnp.zeros((*lanes, v.shape[-1]), dtype))
+    _, (out, lse) = lax.scan(one_chunk, state, chunks)
     return from_chunks(out, length), from_chunks(lse, length)
+
+
+def _lanes(q: Array, sizes: Sizes) -> tuple[int, ...]:
+    """Of all pairs of a chunk."""
+    batch, _, kv_heads, groups, _ = q.shape
+    return batch, kv_heads, sizes.tiles, sizes.pairs * groups
 
 
 def _store(state: Array, new: Array, start: Array) -> Array:
@@ -247,18 +257,20 @@ def _pairs(x: Array, groups: int) -> Array:
 
 
 def _combine(plan: Plan, top: Array, total: Array, part: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Join the partial softmaxes of each query's n blocks."""
-    tops = jnp.where(plan.pair_valid[..., None], take_rows(top, plan.pair_place), -jnp.inf)
+    """Join the partial softmaxes of each query's n blocks; missing slots have none, whatever lies there."""
+    there = plan.pair_valid[..., None]
+    tops = jnp.where(there, take_rows(top, plan.pair_place), -jnp.inf)
     best = jnp.max(tops, axis=3)
     fade = jnp.exp(tops - finite(best)[:, :, :, None])
-    whole = jnp.sum(fade * take_rows(total, plan.pair_place), axis=3)
-    seen = whole > 0
+    whole = jnp.sum(fade * where_finite(there, take_rows(total, plan.pair_place)), axis=3)
+    seen = whole != 0  # of NaN too
     whole = jnp.where(seen, whole, jnp.ones_like(whole))
 
     def add(slot: Array, out: Array) -> Array:
         place = lax.dynamic_index_in_dim(plan.pair_place, slot, axis=3, keepdims=False)
-        weight = lax.dynamic_index_in_dim(fade, slot, axis=3, keepdims=False)
-        return out + take_rows(part, place) * weight[..., None]
+        weight = lax.dynamic_index_in_dim(fade, slot, axis=3, keepdims=False)[..., None]
+        real = lax.dynamic_index_in_dim(there, slot, axis=3, keepdims=False)[..., None]
+        return out + where_finite(real, take_rows(part, place) * weight)
 
     out = jnp.zeros((*whole.shape, part.shape[-1]), part.dtype)
     out = lax.fori_loop(0, plan.pair_place.shape[3], add, out) / whole[..., None]
@@ -275,15 +287,16 @@ def _forward_saving(
 def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Array, Array, None, None]:
     q, k, v, indices, positions, out, lse = saved
     assert indices is not None
+    k = without_nan(k)
     length, selected, dtype = q.shape[1], indices.shape[-1], accumulator(q.dtype)
     names = _names(block, k, positions)
     data = _data(block, names, k, v)
     sizes, blocks = _sizes(q, v, block, names, selected)
-    shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
+    shift = dot_outputs(d_out.astype(dtype), out)
 
     def one_chunk(
-        sums: tuple[Array, Array], chunk: tuple[tuple[Array, ...], _Chunk]
-    ) -> tuple[tuple[Array, Array], Array]:
+        state: tuple[Array, Array, Array], chunk: tuple[tuple[Array, ...], _Chunk]
+    ) -> tuple[tuple[Array, Array, Array], Array]:
         q_chunk, d_chunk, floor, shift_chunk = map(heads_first, chunk[0])
         here = chunk[1]
         plan = plan_pairs(sizes, here.names, names.end, blocks)
@@ -297,28 +310,35 @@ def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Arra
             d_scores = weights * (d_weights - _rows_of(shift_chunk, tiles.query)[..., None]) * block.scale
             d_scores = d_scores.astype(q.dtype)
             dq_tiles = jnp.einsum("bhxrs,bhxsd->bhxrd", d_scores, tiles.keys, preferred_element_type=dtype)
-            dk_tiles = jnp.einsum("bhxrd,bhxrs->bhxds", tiles.queries, d_scores, preferred_element_type=dtype)
-            dv_tiles = jnp.einsum(
-                "bhxrd,bhxrs->bhxds", d_tiles, weights.astype(v.dtype), preferred_element_type=dtype
-            )
+            dk_tiles = _over_rows(tiles.queries, d_scores, dtype)
+            dv_tiles = _over_rows(d_tiles, weights.astype(v.dtype), dtype)
             return (
                 _store(dq, dq_tiles, step * sizes.step),
                 _add_windows(dk, tiles.start, dk_tiles),
                 _add_windows(dv, tiles.start, dv_tiles),
             )
 
-        groups, dim = q_chunk.shape[3:]
-        lanes = (*q_chunk.shape[:2], sizes.tiles, sizes.pairs * groups, dim)
-        state = (jnp.zeros(lanes, dtype), *sums)
-        dq, dk, dv = lax.fori_loop(jnp.zeros_like(plan.steps), plan.steps, one_step, state)
-        return (dk, dv), heads_first(_gather_sum(plan, _pairs(dq, groups)).astype(q.dtype))
+        state = lax.fori_loop(jnp.zeros_like(plan.steps), plan.steps, one_step, state)
+        return state, heads_first(_gather_sum(plan, _pairs(state[0], q.shape[3])).astype(q.dtype))
 
-    chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, finite(lse), shift))
+    chunks = tuple(to_chunks(x, sizes.queries) for x in (q, d_out, softmax_floor(lse), shift))
     # Summed as [.., D, S]: a CPU then transposes the queries for the product, not the larger scores.
     sums = (_transposed_zeros(data.keys, dtype), _transposed_zeros(data.values, dtype))
     here = _chunks(block, names, sizes.queries, indices, positions)
-    (dk, dv), dq = lax.scan(one_chunk, sums, (chunks, here))
+    parts = jnp.zeros((*_lanes(q, sizes), q.shape[4]), dtype)
+    (_, dk, dv), dq = lax.scan(one_chunk, (parts, *sums), (chunks, here))
     return from_chunks(dq, length), _join(dk, k), _join(dv, v), None, None
+
+
+def _over_rows(
+    x: Float[Array, "B Hkv X rows D"], y: Float[Array, "B Hkv X rows size"], dtype: jnp.dtype
+) -> Float[Array, "B Hkv X D size"]:
+    """Sum over the rows of a tile of x * y. In pieces: so long a sum of so small a product takes a CPU twice
+    as long."""
+    rows = x.shape[3]
+    pieces = rows // ROWS_AT_ONCE if rows % ROWS_AT_ONCE == 0 else 1
+    cut = lambda z: split(z, 3, rows // pieces)
+    return jnp.sum(jnp.einsum("bhxprd,bhxprs->bhxpds", cut(x), cut(y), preferred_element_type=dtype), axis=3)
 
 
 def _gather_sum(plan: Plan, dq: Array) -> Array:

@@ -1,6 +1,7 @@
 """Files of every form become the same documents; everything that is wrong with one is one line."""
 
 import errno
+import functools
 import gzip
 import json
 import os
@@ -313,3 +314,27 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, monkeypa
     assert not list(cache.rglob(".0*"))  # nothing torn is left
     prepare()
     assert texts(found) == [f"text {i}" for i in range(40)]
+
+
+def test_reading_goes_on_from_any_row(tmp_path):
+    pa, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    rows = [{"text": f"row {i}"} for i in range(11)]
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
+        write_lines(tmp_path / name, rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=4)
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    lines = [
+        functools.partial(readers.read_json_lines, tmp_path / f"a.jsonl{suffix}", column="text")
+        for suffix in ("", ".gz", ".zst")
+    ]
+    for read in (
+        *lines,
+        functools.partial(readers.read_parquet, tmp_path / "a.parquet", column="text"),
+        functools.partial(readers.read_saved, str(tmp_path / "saved"), "train", column="text"),
+    ):
+        whole = list(read(start=Place(), progress=Progress()))
+        assert [row.value for row in whole] == [row["text"] for row in rows]
+        for number, row in enumerate(whole):
+            assert list(read(start=row.after, progress=Progress())) == whole[number + 1 :]

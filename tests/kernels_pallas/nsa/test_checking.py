@@ -145,6 +145,8 @@ CHOICE_FAULTS = {
     "other group": lambda indices: jnp.roll(indices, 1, axis=1),
     "next block": lambda indices: jnp.where(indices == 0, 1, indices),
     "next query": lambda indices: jnp.roll(indices, 1, axis=2),
+    "one fewer": lambda indices: indices.at[..., -1].set(-1),
+    "the last blocks": lambda indices: jnp.maximum(indices, jnp.max(indices, -1, keepdims=True) - 1),
 }
 
 

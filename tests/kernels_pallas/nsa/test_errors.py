@@ -11,6 +11,7 @@ from kernels_pallas.nsa import (
     compressed_attention,
     debug_checks,
     nsa_attention,
+    num_compressed,
     select_blocks,
     selected_attention,
     window_attention,
@@ -160,3 +161,29 @@ def test_nan_in_the_future_does_not_reach_the_past():
             found = run(later, segments)
             np.testing.assert_array_equal(found[:, :moment], clean[:, :moment])
             assert not np.isfinite(found[:, moment:]).any()  # who sees it, knows
+
+
+def test_nan_in_the_future_does_not_reach_gradients_of_the_past():
+    """Of a loss of the queries before it; whoever is asked for the others gets NaN."""
+    moment, args = 21, CASE.arguments()
+    first = num_compressed(moment, CASE.block_len, CASE.stride)  # the blocks that hold what is bad
+    starts = {name: first if name.endswith("cmp") else moment for name in args if name[0] in "kv"}
+
+    @jax.jit
+    def gradients(args):
+        loss = lambda args: jnp.sum(jnp.sin(nsa_attention(**args, **CASE.sizes)[0][:, :moment]))
+        return jax.grad(loss)(args)
+
+    clean = gradients(args)
+    for names in ("kv", "k", "v"):
+        for bad in (jnp.nan, jnp.inf):
+            later = dict(args)
+            for name, start in starts.items():
+                if name[0] in names:
+                    later[name] = args[name].at[:, start:].set(bad)
+            found = gradients(later)
+            for name in args:
+                end = starts.get(name, moment)
+                np.testing.assert_array_equal(found[name][:, :end], clean[name][:, :end], err_msg=name)
+    everything = jax.grad(lambda q: jnp.sum(nsa_attention(**later | {"q": q}, **CASE.sizes)[0]))(args["q"])
+    assert not np.isfinite(everything[:, moment:]).any()

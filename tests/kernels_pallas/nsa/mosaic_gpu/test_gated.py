@@ -17,8 +17,10 @@ pytestmark = pytest.mark.skipif(
     jax.__version_info__ < OLDEST_JAX, reason=f"the kernels need jax {OLDEST_JAX}"
 )
 
-SPEC = ArgSpec(256, heads=16, kv_heads=1, key_dim=64, value_dim=64, num_blocks=3, num_local=1, window=100)
-QUERIES = np.arange(248, 256)
+SPEC = ArgSpec(
+    192, heads=8, kv_heads=1, key_dim=64, value_dim=64, num_blocks=2, num_init=0, num_local=1, window=60
+)
+QUERIES = np.arange(184, 192)
 SIZES = SPEC.sizes
 
 
@@ -64,13 +66,13 @@ def test_outputs_and_gradients_are_those_of_the_branches_one_by_one(monkeypatch,
     if own_q_cmp:
         args["q_cmp"] = dataclasses.replace(SPEC, length=8).arguments(3, jnp.bfloat16)["q"]
     random = np.random.default_rng(1)
-    normal = lambda *shape: jnp.asarray(random.standard_normal((1, len(QUERIES), 16, *shape)))
+    normal = lambda *shape: jnp.asarray(random.standard_normal((1, len(QUERIES), SPEC.heads, *shape)))
     d_all = [*(normal(64).astype(jnp.bfloat16) for _ in range(4)), normal().astype(jnp.float32)]
     d_outs = [x for x, use in zip(d_all, used, strict=True) if use]
     with interpreted():
         outs, indices, found = gradients("mosaic_gpu", args, d_outs, None, used)
     assert taken
-    assert len(np.unique(indices)) == 4  # queries differ in what they read
+    assert len(np.unique(indices)) == 3  # queries differ in what they read
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     expected_outs, _, expected = gradients("xla", wide(args), wide(d_outs), jnp.asarray(indices), used)
     relative = lambda x, y: np.linalg.norm(np.float64(x) - y) / max(np.linalg.norm(np.float64(y)), 1e-6)
