@@ -1,12 +1,12 @@
 """The paper's 27B with NSA: what its configs are, and that a step of each is compiled for its mesh."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from jax.sharding import AbstractMesh
 
 from jaxlab import config as configs
@@ -46,7 +46,7 @@ def test_it_is_the_paper_s_model_on_64_devices(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_check_compiles_a_step_for_all_devices(stage):
     """On a machine without them, and nothing of 27 billion parameters is made."""
-    command = [sys.executable, "run.py", "train", str(FOLDER / f"{stage}.yaml"), "--check", "--json"]
+    command = [sys.executable, "run.py", "train", str(FOLDER / f"{stage}.yaml"), "--check"]
     run = subprocess.run(
         command,
         cwd=ROOT,
@@ -56,6 +56,6 @@ def test_check_compiles_a_step_for_all_devices(stage):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = yaml.safe_load(run.stdout)
     assert 27e9 < found["parameters"] < 28.5e9
     assert found["bytes_per_device"]["parameters"] < 2.5e9
