@@ -11,11 +11,11 @@ import resource
 import sys
 import time
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 
 def main(sizes):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     torch.set_num_threads(sizes["threads"])
     config = LlamaConfig(

@@ -59,7 +59,7 @@ MISTAKES = [
     ([], "which task? "),
     (["--outputs", "x"], "which task? "),
     (["fak"], "unknown task 'fak'; did you mean fake?"),
-    (["xyzzy"], "unknown task 'xyzzy'; there are quickstart, train"),
+    (["xyzzy"], "unknown task 'xyzzy'; there are quickstart, prepare, train"),
     (["fake"], "fake takes a config first: python run.py fake CONFIG.yaml"),
     (["fake", "--steps", "3"], "fake takes a config first"),
     (["fake", "smal.yaml"], "smal.yaml: cannot be read: No such file or directory; did you mean small.yaml?"),

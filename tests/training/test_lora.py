@@ -77,37 +77,36 @@ EXPERTS = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=4, experts_per_to
 
 
 @pytest.mark.parametrize(
-    ("model", "lora", "train_only", "match"),
+    ("model", "lora", "match"),
     [
-        (MODEL, LoraConfig(targets=("q_prj",)), (), r"lora\.targets: .* called 'q_prj'; did you mean q_proj"),
-        (MODEL, LoraConfig(targets=("fc",)), (), r"there are all-linear, down_proj, embed_tokens, gate_proj"),
-        (MODEL, LoraConfig(targets=("embed_tokens",)), (), "is the head too"),
-        (MODEL, LoraConfig(targets=("q_proj",), parts=("vision",)), (), "the model's vision is called"),
-        (VLM, LoraConfig(targets=("linear_3",), parts=("projector",)), (), "did you mean linear_2"),
-        (EXPERTS, LoraConfig(targets=("up_proj",)), (), "called 'up_proj'"),
-        (MODEL, LoraConfig(), ("layers.mlp",), r"both name layers\.mlp\.\w+; leave"),
-        (MODEL, None, ("projector",), "train_only: no parameter matches 'projector'"),
-        (MODEL, None, ("layers.mlp.upp",), r"did you mean layers\.mlp\.up"),
+        (MODEL, LoraConfig(targets=("q_prj",)), r"lora\.targets: .* called 'q_prj'; did you mean q_proj"),
+        (MODEL, LoraConfig(targets=("fc",)), r"there are all-linear, down_proj, embed_tokens, gate_proj"),
+        (MODEL, LoraConfig(targets=("embed_tokens",)), "is the head too"),
+        (MODEL, LoraConfig(targets=("q_proj",), parts=("vision",)), "the model's vision is called"),
+        (VLM, LoraConfig(targets=("linear_3",), parts=("projector",)), "did you mean linear_2"),
+        (EXPERTS, LoraConfig(targets=("up_proj",)), "called 'up_proj'"),
+        (MODEL, LoraConfig(also=("layers.mlp",)), r"both name layers\.mlp\.\w+; leave"),
+        (MODEL, LoraConfig(also=("projector",)), r"lora\.also: no parameter matches 'projector'"),
+        (MODEL, LoraConfig(also=("layers.mlp.upp",)), r"did you mean layers\.mlp\.up"),
         (
             dataclasses.replace(MODEL, tie_embeddings=False),
             LoraConfig(targets=("lm_head",), dropout=0.1),
-            (),
             r"lora\.dropout is not known to lm_head",
         ),
     ],
 )
-def test_what_matches_nothing_is_refused(model, lora, train_only, match):
+def test_what_matches_nothing_is_refused(model, lora, match):
     with pytest.raises(UserError, match=match):
-        find_trainable(model, lora, train_only)
+        find_trainable(model, lora)
 
 
 def test_what_is_trained_is_small():
-    lora = find_trainable(VLM, LoraConfig(rank=2, targets=("q_proj", "down_proj")), ("projector",))
+    lora = find_trainable(VLM, LoraConfig(rank=2, targets=("q_proj", "down_proj"), also=("projector",)))
     assert set(lora.abstract()) == {"layers", "projector"}
     assert lora.abstract()["layers"]["attention"]["query"]["lora_b"].shape == (2, 2, 2, 8)
     assert "projector" not in lora.frozen(lora.shapes)
     assert find_trainable(VLM, None).everything
-    only = find_trainable(VLM, None, ("vision",))
+    only = find_trainable(VLM, None, lambda name: not name.startswith("vision."))
     assert set(only.abstract()) == {"vision"}
     assert set(only.frozen(only.shapes)) == {"embedding", "layers", "final_norm", "projector"}
     params = init_params(VLM, jax.random.key(0))

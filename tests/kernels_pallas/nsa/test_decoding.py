@@ -77,7 +77,7 @@ def step(cache, chunk, num_new):
 
 def poisoned(cache):
     """NaN wherever nothing was written yet."""
-    kept = {name: x for name, x in cache._asdict().items() if name[:2] in ("k_", "v_")}
+    kept = {name: x for name, x in cache._asdict().items() if name[:2] in ("k_", "v_") and x is not None}
     return cache._replace(**{name: jnp.full_like(x, jnp.nan) for name, x in kept.items()})
 
 
