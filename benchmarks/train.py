@@ -143,7 +143,8 @@ def main(options: Options) -> None:
                 of[f"{clock}_over_torch"] = of[clock] / results["torch"][clock]
     print(json.dumps(results, indent=2))
     if options.out:
-        write_json(Path(options.out), {"options": asdict(options), **environment(), "results": results})
+        told = {name: value for name, value in asdict(options).items() if name not in ("out", "torch_python")}
+        write_json(Path(options.out), {"options": told, **environment(), "results": results})
 
 
 if __name__ == "__main__":
