@@ -1,16 +1,15 @@
 """Conversations about images from JSON Lines: LLaVA's form and OpenAI's, the images inside one folder."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlab.errors import UserError
-from jaxlab.processing import Message, check_messages, read_json_lines
+from jaxlab.processing import Message, as_messages, read_json_lines
 
 MARK = "<image>"
 """What stands for an image in texts of a data set, whatever the model has for it."""
-_ROLES = {"human": "user", "gpt": "assistant"}
 _PLACES = ("path", "image", "url", "image_url")
 
 
@@ -55,12 +54,10 @@ def _row(value: Any, where: str, folder: Path) -> ImageRow:
     given = value.get("messages", value.get("conversations"))
     if given is None:
         raise UserError(f"{where}: has neither messages nor conversations")
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        given = [_message(message) for message in given]
-    check_messages(given, where)
+    conversation = as_messages(given, where)
     names = _names(value, where)
     messages, inside, marks = [], list[str](), 0
-    for message in given:
+    for message in conversation:
         parts = []
         for part in _parts(message.get("content"), where):
             if part["type"] == "image" and "name" in part:
@@ -81,13 +78,6 @@ def _row(value: Any, where: str, folder: Path) -> ImageRow:
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where}: the assistant says nothing, so there is nothing to learn")
     return ImageRow(where, tuple(messages), tuple(_inside(name, where, folder) for name in named))
-
-
-def _message(message: Any) -> Any:
-    if not isinstance(message, Mapping) or "role" in message or "from" not in message:
-        return message
-    role = message["from"]
-    return {"role": _ROLES.get(role, role), "content": message.get("value")}
 
 
 def _names(row: Mapping[str, Any], where: str) -> list[str]:

@@ -12,8 +12,8 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.processing.chat import (
         Message,
         Turns,
+        as_messages,
         as_texts,
-        check_messages,
         render_chat,
         render_chats,
         render_turns,

@@ -189,6 +189,39 @@ def as_texts(messages: Sequence[Message], mark: str) -> list[dict[str, Any]]:
     return flat
 
 
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""ShareGPT's words for who speaks, where they differ."""
+
+
+def as_messages(value: Any, where: str) -> list[Message]:
+    """The messages of a conversation: OpenAI's role and content, or ShareGPT's from and value.
+
+    Raises:
+      UserError: it is none.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = [_with_role(message) for message in value]
+    check_messages(value, where)
+    return list(value)
+
+
+def _with_role(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    if "from" in message and "role" not in message:
+        role = message["from"]
+        named = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        message = {"role": named, "content": message.get("value")}
+    return {key: value for key, value in message.items() if value is not None}
+
+
 def check_messages(messages: Any, where: str) -> None:
     """Whether these are messages of a conversation.
 

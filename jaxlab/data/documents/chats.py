@@ -11,17 +11,8 @@ from tokenizers import Tokenizer
 from jaxlab.data.documents.document import Counts, Document, content_key, largest_id, words_digest
 from jaxlab.data.documents.readers import Row
 from jaxlab.errors import UserError
-from jaxlab.processing import Message, Turns, check_messages, encode_with_spans, render_turns
+from jaxlab.processing import Message, Turns, as_messages, encode_with_spans, render_turns
 
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-"""ShareGPT's words for who speaks, where they differ."""
 NO_ANSWER = "nothing that the assistant says"
 MOST_WORK = 30_000
 """Of one process that renders: squares of numbers of messages, about a second."""
@@ -147,27 +138,16 @@ def said(turns: Turns, ids: np.ndarray, spans: np.ndarray, special: frozenset[in
 
 
 def read_conversation(value: Any, where: str) -> list[Message]:
-    """The messages of a conversation: OpenAI's role and content, or ShareGPT's from and value.
+    """The messages of a conversation of texts; see `as_messages`.
 
     Raises:
       UserError: it is none, or holds more than texts.
     """
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        value = [_message(message) for message in value]
-    check_messages(value, where)
-    for number, message in enumerate(value, 1):
+    messages = as_messages(value, where)
+    for number, message in enumerate(messages, 1):
         content = message.get("content")
         parts = content if isinstance(content, list) else []
         other = next((part["type"] for part in parts if part["type"] != "text"), None)
         if other is not None:
             raise UserError(f"{where}: message {number} holds a part of type {other!r}; texts alone are read")
-    return list(value)
-
-
-def _message(message: Any) -> Any:
-    if not isinstance(message, Mapping):
-        return message
-    if "from" in message and "role" not in message:
-        role = message["from"]
-        message = {"role": ROLES.get(role, role), "content": message.get("value")}
-    return {key: value for key, value in message.items() if value is not None}
+    return messages
