@@ -24,7 +24,6 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.mergekit.stages import write_file as write_mergekit_file
     from jaxlab.merging.needs import check_room, describe, needs_of
     from jaxlab.merging.numbers import Rule
-    from jaxlab.merging.numerics import tensor_key
     from jaxlab.merging.on_mesh import inject_on_mesh, merge_on_mesh
     from jaxlab.merging.operators import AFTERWARDS, OPERATORS, Operator, operator_named
     from jaxlab.merging.operators.data import entropy, learn_coefficients
@@ -40,6 +39,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.merging.plan import Input, MergePlan, Merging, PlannedTensor, open_inputs
     from jaxlab.merging.plan import Source as TensorSource
     from jaxlab.merging.preparing import prepare_merge
+    from jaxlab.merging.random_masks import tensor_key
     from jaxlab.merging.recipe import (
         Expert,
         InjectRecipe,

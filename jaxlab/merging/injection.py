@@ -27,7 +27,8 @@ from jaxlab.merging.merge import add_to_base, arithmetic_dtype, each_tensor, gat
 from jaxlab.merging.method import Method as Method
 from jaxlab.merging.method import Numbers
 from jaxlab.merging.numbers import Rule, Scalar, Setting
-from jaxlab.merging.numerics import Mode, difference, tensor_key
+from jaxlab.merging.numerics import Mode, difference
+from jaxlab.merging.random_masks import tensor_key
 from jaxlab.merging.schedules import Place, value_at
 from jaxlab.merging.vocabulary import CommonRows
 from jaxlab.models import Params

@@ -14,16 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from jaxlab.checkpoints import Entry, LeafPath, entries, from_hf, leaf_at, to_hf, tree_of
 from jaxlab.errors import UserError, UserNote
 from jaxlab.merging.account import AccountLine, MergeAccount
-from jaxlab.merging.numerics import (
-    Mode,
-    difference,
-    key_words,
-    rounding_by,
-    tensor_key,
-    working_dtype,
-)
+from jaxlab.merging.numerics import Mode, difference, rounding_by, working_dtype
 from jaxlab.merging.operators import Operator, operator_named
 from jaxlab.merging.operators.declarations import Gather, per_model
+from jaxlab.merging.random_masks import key_words, tensor_key
 from jaxlab.models import Params
 
 Tensor = Float[Array, "..."] | Float[np.ndarray, "..."]

@@ -12,10 +12,10 @@ from jaxtyping import UInt32
 
 from jaxlab.merging.injection import Given
 from jaxlab.merging.layout import operator_of, scope_of
-from jaxlab.merging.numerics import tensor_key
 from jaxlab.merging.operators.registry import Scope
 from jaxlab.merging.plan import MergePlan, Merging, PlannedTensor
 from jaxlab.merging.programs import given_to, program_of
+from jaxlab.merging.random_masks import tensor_key
 from jaxlab.merging.streams import Reader, padded
 
 _FINER = 1 << 5

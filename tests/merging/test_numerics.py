@@ -13,16 +13,13 @@ from jaxlab.merging.numerics import (
     F32,
     Share,
     fold_sum,
-    keep_mask,
     kept_count,
-    key_words,
     largest,
-    random_bits,
     round_to,
     rounding_by,
-    tensor_key,
     tree_sum,
 )
+from jaxlab.merging.random_masks import keep_mask, key_words, random_bits, tensor_key
 
 
 def bits(name="model.norm.weight", size=4096, seed=0, **options):

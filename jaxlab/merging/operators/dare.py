@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxlab.errors import UserError
-from jaxlab.merging.numerics import Mode, divide, keep_mask, multiply, rescale_l1, round_to, share_of
+from jaxlab.merging.numerics import Mode, divide, multiply, rescale_l1, round_to, share_of
 from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.declarations import (
     Densities,
@@ -20,6 +20,7 @@ from jaxlab.merging.operators.declarations import (
 )
 from jaxlab.merging.operators.registry import operator
 from jaxlab.merging.operators.ties import elected_sum
+from jaxlab.merging.random_masks import keep_mask
 
 
 def drop_and_rescale(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxlab.errors import UserError
-from jaxlab.merging.numerics import F32, Mode, divide, keep_mask, multiply, rescale_l1, round_to, share_of
+from jaxlab.merging.numerics import F32, Mode, divide, multiply, rescale_l1, round_to, share_of
 from jaxlab.merging.operators.averaging import weighted_sum
 from jaxlab.merging.operators.declarations import (
     Bounds,
@@ -21,6 +21,7 @@ from jaxlab.merging.operators.declarations import (
 )
 from jaxlab.merging.operators.registry import operator
 from jaxlab.merging.operators.ties import elected_sum
+from jaxlab.merging.random_masks import keep_mask
 from jaxlab.merging.ranks import ranks
 
 DELLA = "Deep et al. 2024, arXiv 2406.11617"
