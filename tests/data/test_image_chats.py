@@ -40,7 +40,7 @@ def test_forms_of_rows(data):
         openai,
         {"images": ["0.png", "1.png"], "conversations": [{"from": "human", "value": "a <image>\nb"}, SAID]},
         {"image": "0.png", "conversations": [{"from": "human", "value": "no place"}, SAID]},
-        {"conversations": [{"from": "human", "value": "no image"}, SAID]},
+        {"conversations": [{"from": "human", "value": "no image"}, SAID | {"from": "chatgpt"}]},
     )
     assert len(bad) == 1
     assert "1 places for 2 images" in bad[0]
