@@ -262,9 +262,18 @@ def digest_of(before: str, path: Path) -> str:
     digest = hashlib.sha256(before.encode())
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         digest.update(json.dumps(file.name if file == path else str(file.relative_to(path))).encode())
-        try:
-            with open(file, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+        digest.update(file_digest(file))
     return digest.hexdigest()
+
+
+def file_digest(file: Path) -> bytes:
+    """SHA-256 of what a file holds.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families
+from jaxlab.checkpoints.formats.base import file_digest
 from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
 from jaxlab.checkpoints.gguf_config import Origin, named_tensors, origin
 from jaxlab.checkpoints.gguf_header import GGUFHeader, check_kinds, read_gguf
@@ -22,7 +23,6 @@ from jaxlab.checkpoints.gguf_tokenizer import GGUFTokens
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.stray_tensors import without
 from jaxlab.checkpoints.tensor_folder import TensorFolder
-from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
 
 
@@ -113,9 +113,5 @@ class GGUFFile(HuggingFaceFolder):
     def identity(self) -> str:
         digest = hashlib.sha256()
         for file in self.inputs:
-            try:
-                with open(file, "rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+            digest.update(file_digest(file))
         return digest.hexdigest()
