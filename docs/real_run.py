@@ -1,12 +1,12 @@
 """Real text for configs/train/real_text_*.yaml, from any Python installation.
 
-    python docs/real_run.py data                                # outputs/real_text: the corpus and a tokenizer
-    python docs/real_run.py data --docs /usr/share/doc          # with texts of another folder among the documents
+    python docs/real_run.py data                           # outputs/real_text: the corpus and a tokenizer
+    python docs/real_run.py data --docs /usr/share/doc     # with another folder's texts among the documents
 
 The corpus is JSON Lines with a `text`, its `source` and its `path`: the standard library, packages that are
 installed beside this Python, their documentation (.rst, .md, descriptions), and texts of the same files with
-facts planted in them, which are asked for at the end. Files are taken in an order that follows from their names
-and contents alone; of two equal ones the first. Held-out files are held out before facts are planted.
+facts planted in them, which are asked for at the end. Files are taken in an order that follows from their
+names and contents alone; of two equal ones the first. Held-out files are held out before facts are planted.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxlab.data import draw_facts, fact_text
+from jaxlab.data import draw_facts
 
 FOLDER = Path("outputs/real_text")
 END = "<|endoftext|>"
@@ -86,9 +86,9 @@ def with_facts(text: str, rng: np.random.Generator, split: str) -> str:
     facts = draw_facts(rng, FACTS, split)
     after = np.sort(rng.choice(len(lines), min(FACTS, len(lines)), replace=False))
     for fact, line in reversed(list(zip(facts, after, strict=False))):
-        lines[line] += fact_text(fact).rstrip("\n")
+        lines[line] += fact.text().rstrip("\n")
     planted = facts[: len(after)]
-    asked = "".join(fact_text(planted[i]) for i in rng.permutation(len(planted)))
+    asked = "".join(planted[i].text() for i in rng.permutation(len(planted)))
     return "\n".join(lines) + asked
 
 
