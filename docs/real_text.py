@@ -1,20 +1,24 @@
 """Real text for configs/train/real_text_*.yaml, from any Python installation.
 
-    python docs/real_run.py data                           # outputs/real_text: the corpus and a tokenizer
-    python docs/real_run.py data --docs /usr/share/doc     # with another folder's texts among the documents
+    python docs/real_text.py                           # outputs/real_text: the corpus and a tokenizer
+    python docs/real_text.py --docs /usr/share/doc     # with another folder's texts among the documents
 
 The corpus is JSON Lines with a `text`, its `source` and its `path`: the standard library, packages that are
 installed beside this Python, their documentation (.rst, .md, descriptions), and texts of the same files with
 facts planted in them, which are asked for at the end. Files are taken in an order that follows from their
 names and contents alone; of two equal ones the first. Held-out files are held out before facts are planted.
+
+Of the test files are besides: `test.txt`, all of them, as filler of needles, and `choices.jsonl`, which asks
+for the right one of four continuations.
 """
 
 import argparse
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +39,8 @@ FACTS = 12
 """In a text with facts."""
 LETTERS = 2300
 """Of its text: with its facts about 1,024 tokens."""
+ASKED, CHOICE = 1000, 100
+"""Letters before a continuation, and of it at least."""
 
 
 def texts(paths: Iterable[Path], seen: set[str]) -> Iterator[tuple[Path, str, int]]:
@@ -120,10 +126,39 @@ def write_corpus(folder: Path, megabytes: int, more: Iterable[Path]) -> None:
     ]
     (folder / "train").mkdir(parents=True, exist_ok=True)
     for name, several in rows.items():
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in several)
+        _write(folder / f"{name}.jsonl", several)
         size = sum(len(row["text"].encode()) for row in several)
         print(f"{name}: {len(several):,} texts, {size / 1e6:.1f} MB", flush=True)
+    (folder / "test.txt").write_text("\n".join(row["text"] for row in rows["test"]), encoding="utf-8")
+    write_questions(folder, rows["test"])
+
+
+def write_questions(folder: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Stretches of the test texts, each with the lines that follow it and those of three other texts."""
+    texts = [row["text"] for row in rows if len(row["text"]) > 2 * ASKED]
+    rng = np.random.default_rng(1)
+    stretches = []
+    for text in texts:
+        for start in range(0, min(len(text) - ASKED, 8 * ASKED), 2 * ASKED):
+            cut = text.find("\n", start + ASKED) + 1
+            end = text.find("\n", cut + CHOICE)
+            if 0 < cut < end <= cut + 2 * CHOICE and text[cut:end].strip():
+                stretches.append((text[max(0, cut - ASKED) : cut], text[cut:end]))
+    lines = []
+    for number, (prompt, right) in enumerate(stretches):
+        others = rng.choice(len(stretches) - 1, 3, replace=False)
+        choices = [stretches[i + (i >= number)][1] for i in others]
+        if len({right, *choices}) == 4:
+            place = int(rng.integers(4))
+            choices.insert(place, right)
+            lines.append({"prompt": prompt, "choices": choices, "answer": place})
+    _write(folder / "choices.jsonl", lines)
+    print(f"choices: {len(lines):,} questions", flush=True)
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
@@ -161,7 +196,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["data"])
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--megabytes", type=int, default=32, help="of packages")
     parser.add_argument("--docs", type=Path, action="append", default=[], help="a folder of more documents")
