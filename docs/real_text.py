@@ -145,7 +145,7 @@ def write_questions(folder: Path, rows: Sequence[dict[str, str]]) -> None:
             if 0 < cut < end <= cut + 2 * CHOICE and text[cut:end].strip():
                 stretches.append((text[max(0, cut - ASKED) : cut], text[cut:end]))
     lines = []
-    for number, (prompt, right) in enumerate(stretches):
+    for number, (prompt, right) in enumerate(stretches if len(stretches) > 3 else []):
         others = rng.choice(len(stretches) - 1, 3, replace=False)
         choices = [stretches[i + (i >= number)][1] for i in others]
         if len({right, *choices}) == 4:

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from jaxlab.checkpoints import save_model
 from jaxlab.errors import UserError
 from jaxlab.evaluation import QuestionsConfig, prepare_questions
 from jaxlab.models import forward
-from tests.evaluation.chat_models import make_tokenizer, write_chat_model
-from tests.models.tiny import draw_params, make_config
+from tests.evaluation.chat_models import write_chat_model
+from tests.evaluation.harness_model import write_model
+from tests.golden.harness.make import LETTERS, OUT, PAIRS, PROMPTS, TEXTS
 
 pytest.importorskip("lm_eval", reason="needs pip install 'jaxlab[lm-eval]'")
 
@@ -20,19 +20,10 @@ from lm_eval.api.registry import get_model
 
 from jaxlab.evaluation import harness
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model of random parameters that reads letters."""
-    folder = tmp_path_factory.mktemp("random") / "model"
-    config = make_config(
-        vocab_size=34, num_layers=1, max_length=24, attention_bias=False, value_head_dim=None
-    )
-    save_model(folder, config, draw_params(config), make_tokenizer(), form="huggingface")
-    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    folder = write_model(tmp_path_factory.mktemp("random") / "model")
     return harness.HarnessModel(str(folder), batch_size=2)
 
 
@@ -70,6 +61,19 @@ def test_log_likelihoods_are_those_of_one_reading(model):
         count = len(model.tok_encode(continuation, add_special_tokens=False)) + (context == "ab ")
         assert log_p == pytest.approx(sum(said[-count:]), abs=1e-4)
         assert greedy == (likeliest[-count - 1 : -1].tolist() == whole[-count:])
+
+
+def test_it_says_what_the_harness_own_hugging_face_model_says(model):
+    """Recorded by tests/golden/harness/make.py."""
+    golden = json.loads(OUT.read_text())
+    found = model.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    np.testing.assert_allclose(
+        *([x for x, _ in several] for several in (found, golden["loglikelihood"])), atol=1e-4
+    )
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in golden["loglikelihood"]]
+    rolling = model.loglikelihood_rolling(asked("loglikelihood_rolling", *((text,) for text in TEXTS)))
+    np.testing.assert_allclose(rolling, golden["loglikelihood_rolling"], atol=1e-4, rtol=1e-6)
+    assert model.generate_until(asked("generate_until", *PROMPTS)) == golden["generate_until"]
 
 
 def test_a_long_text_is_predicted_once_in_windows(model):
