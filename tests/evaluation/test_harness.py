@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval", reason="needs pip install 'jaxlab[lm-eval]'")
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from jaxlab.evaluation import harness
+from jaxlab.evaluation.harness import model as harness
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,6 @@
-"""The models that the project reads, for EleutherAI's lm-evaluation-harness (docs/evaluation.md).
-
-    python -m jaxlab.evaluation.harness run --model_args pretrained=MODEL --tasks mmlu --num_fewshot 5
-
-registers the model `jaxlab` and hands all words to the harness' own command line.
-"""
+"""The adapter: what the harness asks of a model, by the functions of the task `evaluate`."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -255,19 +249,3 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if sampled:
             sampling.setdefault("temperature", 1.0)
         return int(most), [until] if isinstance(until, str) else list(until), sampling
-
-
-def main(words: Sequence[str]) -> None:
-    """The harness' command line with `--model jaxlab`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    given = [] if any(w == "--model" or w.startswith("--model=") for w in words) else ["--model", "jaxlab"]
-    sys.argv = ["lm_eval", *words, *given]
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    # As the module that others import, so that the model is registered once.
-    from jaxlab.evaluation.harness import main as run
-
-    run(sys.argv[1:])
