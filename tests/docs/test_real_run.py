@@ -27,8 +27,41 @@ def test_the_page_follows_from_the_results():
     assert module.page(kept) == module.PAGE.read_text(encoding="utf-8")
     assert {path.stem for path in module.PICTURES.glob("*.svg")} == set(module.pictures(kept))
     # Other figures, another page: nothing is written by hand.
-    kept["runs"]["nsa"]["held_out"].append([99999, 1.2345])
-    assert "1.234 (step 99,999)" in module.page(kept) or "1.235 (step 99,999)" in module.page(kept)
+    page = module.page({"cooled": {"nsa": measured(1.2345, 0.5), "full": measured(1.3456, 1.0)}})
+    assert "| NSA | 1,000,000 | 1.2345 | 50 / 75 % | 25 % of 8 |" in page
+    assert "| full attention | 1,000,000 | 1.3456 | 100 / 100 % | 25 % of 8 |" in page
+    assert "after 50 steps: 102,400 tokens, 0.10 for each parameter" in page
+    drawn = module.pictures({"cooled": {"nsa": measured(1.2345, 0.5), "full": measured(1.3456, 1.0)}})
+    assert set(drawn) == {"position", "needle"}
+
+
+def measured(loss, worst):
+    """What is kept of a model that was cooled down."""
+    needle = [{"depth": d, "exact_match": x, "sequences": 8} for d, x in ((0.1, worst), (0.9, 1.0))]
+    return {
+        "steps": 50,
+        "cool": 10,
+        "parameters": 1_000_000,
+        "tokens_per_step": 2048,
+        "length": 1024,
+        "validation": loss,
+        "test": loss,
+        "targets": 1000,
+        "by_position": [[10, loss], [20, loss]],
+        "needle": {"512": needle, "1024": needle},
+        "choices": {"accuracy": 0.2, "accuracy_by_length": 0.25, "questions": 8},
+    }
+
+
+def test_claims_are_judged_by_what_was_measured():
+    claims = script("claims")
+    full, ours = measured(1.3456, 1.0), measured(1.2345, 0.5)
+    n1, n2 = claims.real_run_records({"cooled": {"nsa": ours, "full": full}})
+    assert (n1["claim"], n1["status"], n2["claim"], n2["status"]) == ("N1", "seen", "N2", "not seen")
+    assert "0.10 tokens were read for each parameter" in n1["caveat"]
+    [worse, _] = claims.real_run_records({"cooled": {"nsa": full, "full": ours}})
+    assert worse["status"] == "not seen"
+    assert claims.real_run_records({}) == []
 
 
 @pytest.fixture
