@@ -151,8 +151,8 @@ def environment(a: argparse.Namespace, folder: Path) -> dict[str, str]:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
     if a.tiny:
-        # Interpreted kernels that run at the same time each hold a thread of XLA, and wait for others of them:
-        # with one a core, two cores come to a standstill.
+        # Interpreted kernels that run at the same time each hold a thread of XLA and wait for others of them:
+        # with a thread for each core, two cores come to a standstill.
         found |= {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(INTERPRETER_THREADS)}
     return found
 

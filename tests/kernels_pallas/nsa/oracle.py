@@ -105,8 +105,10 @@ def importance(weights, length, block_len, stride, block_size, segments=None):
     weights, start_of = np.asarray(weights, np.float64), text_of(length, segments)
     scores = np.zeros((weights.shape[0], -(-length // block_size)))
     for slot, start in compressed_slots(length, block_len, stride, segments).items():
-        for token in range(start, start + block_len):
-            scores[:, (token - start_of[start]) // block_size] += weights[:, slot]
+        first = start - start_of[start]
+        for block in range(first // block_size, (first + block_len - 1) // block_size + 1):
+            shared = min(first + block_len, (block + 1) * block_size) - max(first, block * block_size)
+            scores[:, block] += shared * weights[:, slot]
     return scores / stride
 
 

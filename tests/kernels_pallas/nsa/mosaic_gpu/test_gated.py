@@ -24,7 +24,7 @@ SPEC = ArgSpec(
 )
 QUERIES = np.arange(176, 184)
 FUTURE = {"slc": 184, "win": 184, "cmp": 45}
-"""The first token, and the first block of 8 tokens every 4, that lie after all queries, in tiles they read."""
+"""The first token, and the first block of 8 tokens every 4, after all queries: in tiles that they read."""
 SIZES = SPEC.sizes
 
 
@@ -39,9 +39,7 @@ def gradients(args, d_outs, used):
     positions = jnp.asarray(QUERIES[None], jnp.int32)
 
     def attend(args):
-        out, branches = nsa_attention(
-            **args, **SIZES, q_positions=positions, implementation="mosaic_gpu"
-        )
+        out, branches = nsa_attention(**args, **SIZES, q_positions=positions, implementation="mosaic_gpu")
         return [x for x, use in zip((out, *branches[:4]), used, strict=True) if use], branches.indices
 
     @jax.jit
