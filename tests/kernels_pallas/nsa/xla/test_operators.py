@@ -1,6 +1,5 @@
 """Outputs, gradients and selected blocks in XLA against the dense oracle."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
