@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.config import MoEConfig
@@ -45,12 +45,17 @@ class Devices(NamedTuple):
 
 
 def on_devices(
-    core: Callable[..., tuple[Array, Any]], x: Float[Array, "B T D"], router: Any, experts: dict[str, Any]
+    core: Callable[..., tuple[Array, Any]],
+    x: Float[Array, "B T D"],
+    real: Bool[Array, "B T"] | None,
+    router: Any,
+    experts: dict[str, Any],
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`core(x, router, experts, devices)`, on a mesh by each device for its tokens, experts and hidden units.
+    """`core(x, real, router, experts, devices)`, on a mesh by each device for its tokens, experts and hidden units.
 
     Args:
       core: returns an array as x, and sums over all tokens.
+      real: of the tokens; None is passed on.
       router: arrays that every device needs whole.
       experts: kernels and biases by name, their first axis that of experts.
 
@@ -59,7 +64,7 @@ def on_devices(
     """
     mesh = current_mesh()
     if mesh is None:
-        return core(x, router, experts, Devices())
+        return core(x, real, router, experts, Devices())
     peers, hidden = mesh.shape.get(EXPERTS, 1), mesh.shape.get(HEADS, 1)
     count, width = experts["up"].shape[0], experts["up"].shape[2]
     for size, devices, axis, what in (
@@ -86,10 +91,10 @@ def on_devices(
     devices = Devices(peers, (*(examples or ()), *(stretch or ())), of_hidden if hidden > 1 else None)
     return jax.shard_map(
         lambda *operands: core(*operands, devices),
-        in_specs=(by_tokens, PartitionSpec(), {name: specs[name] for name in experts}),
+        in_specs=(by_tokens, by_tokens, PartitionSpec(), {name: specs[name] for name in experts}),
         out_specs=(by_tokens, PartitionSpec()),
         check_vma=False,  # as attention's (kernels_pallas/sharding.py)
-    )(x, router, experts)
+    )(x, real, router, experts)
 
 
 def through_experts(
@@ -101,8 +106,8 @@ def through_experts(
     moe: MoEConfig,
     devices: Devices,
     capacity: int | None,
-) -> tuple[Float[Array, "N k D"], Int[Array, ""]]:
-    """What each chosen expert makes of each token, 0 where it was dropped, and how many choices were kept."""
+) -> tuple[Float[Array, "N k D"], Bool[Array, "N k"]]:
+    """What each chosen expert makes of each token, 0 where it was dropped, and which choices were kept."""
     (tokens, k), peers = chosen.shape, devices.peers
     ragged = peers > 1 and (moe.exchange == "ragged" or (moe.exchange == "auto" and _gpu()))
     most = tokens * min(k, moe.num_experts // peers)  # rows that one device can have for another
@@ -137,7 +142,7 @@ def through_experts(
             out = products(placed.reshape(counts.shape[1], -1, x.shape[1]), None).reshape(placed.shape)
         made = take_rows(out, layout.place, layout.source[:, None])
     y = take_rows(back(made), sent.place, sent.choice[:, None])
-    return y.reshape(tokens, k, -1), jnp.sum(sent.counts)
+    return y.reshape(tokens, k, -1), sent.place.reshape(tokens, k) >= 0
 
 
 def _gpu() -> bool:

@@ -184,7 +184,7 @@ def test_an_initial_model_of_other_words_is_refused(text, tmp_path):
         ({"mesh": {"data": 4}, "batch_size": 6}, "a part of 6 sequences cannot be split over 4 devices"),
         ({"mesh": {"data": 4}, "accumulation": 2}, "a part of 2 sequences cannot be split over 4 devices"),
         ({"model": MODEL | {"vocab_size": 100}}, "raise model.vocab_size"),
-        ({"batch_size": 64}, "the validation split of the data holds no full batch of 64"),
+        ({"batch_size": 64}, "holds no full batch of 64; lower batch_size, lower data.holdout_every"),
         ({"init_from": "nowhere"}, "nowhere: no such model"),
         ({"model": MODEL | {"width": 10**9}}, r"optimizer would take .*e\+.. bytes, more than any machine"),
         (
