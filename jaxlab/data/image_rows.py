@@ -77,7 +77,9 @@ def _row(value: Any, where: str, folder: Path) -> ImageRow:
         raise UserError(f"{where}: has {marks} places for {len(named)} images; write {MARK} once for each")
     if not any(conversation.learnt):
         raise UserError(f"{where}: the assistant says nothing that is to be learnt")
-    return ImageRow(where, conversation._replace(messages=messages), tuple(_inside(name, where, folder) for name in named))
+    return ImageRow(
+        where, conversation._replace(messages=messages), tuple(_inside(name, where, folder) for name in named)
+    )
 
 
 def _names(row: Mapping[str, Any], where: str) -> list[str]:

@@ -16,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlab.errors import ConfigError
 from jaxlab.models.config import MoEConfig
 from jaxlab.models.dispatch import arrange, send, take_rows
-from jaxlab.models.mesh import BATCH, CONTEXT, EXPERTS, HEADS, current_mesh
+from jaxlab.models.mesh import BATCH, CONTEXT, EXPERTS, HEADS, WIDTH, current_mesh
 from kernels_pallas.sharding import dividing
 
+_WIDTHS = {"up": 1, "gate": 1, "down": 2, "down_bias": 1}
+"""The axis of the model's width in what experts have."""
 Products = Callable[[Array, Array | None], Array]
 """(rows, sizes): [El, S, D], places for each expert, and no sizes; or [R, D] in stretches of those sizes."""
 
@@ -77,20 +79,34 @@ def on_devices(
                 key=f"mesh.{axis}",
             )
     examples, stretch = dividing(mesh, BATCH, x.shape[0]), dividing(mesh, (CONTEXT,), x.shape[1])
+    # What lies over `fsdp` is gathered by each device itself: so its gradient is scattered there first, and
+    # then what is left of it summed over the other axes that split tokens. Of operands that XLA gathers the
+    # whole gradient is summed over all of these.
+    parts = mesh.shape.get(WIDTH, 1)
+    widths = {name: axis for name, axis in _WIDTHS.items() if name in experts}
+    gathers = parts > 1 and all(experts[name].shape[axis] % parts == 0 for name, axis in widths.items())
+    of_width = WIDTH if gathers else None
     by_tokens = PartitionSpec(examples, stretch)
     of_experts = EXPERTS if EXPERTS in mesh.axis_names else None
     of_hidden = HEADS if HEADS in mesh.axis_names else None
     specs = {
-        "up": PartitionSpec(of_experts, None, of_hidden),
-        "gate": PartitionSpec(of_experts, None, of_hidden),
-        "down": PartitionSpec(of_experts, of_hidden),
+        "up": PartitionSpec(of_experts, of_width, of_hidden),
+        "gate": PartitionSpec(of_experts, of_width, of_hidden),
+        "down": PartitionSpec(of_experts, of_hidden, of_width),
         "up_bias": PartitionSpec(of_experts, of_hidden),
         "gate_bias": PartitionSpec(of_experts, of_hidden),
-        "down_bias": PartitionSpec(of_experts),
+        "down_bias": PartitionSpec(of_experts, of_width),
     }
     devices = Devices(peers, (*(examples or ()), *(stretch or ())), of_hidden if hidden > 1 else None)
+
+    def gathered(x: Array, real: Array | None, router: Any, experts: dict[str, Array]) -> tuple[Array, Any]:
+        if gathers:
+            whole = lambda name, axis: jax.lax.all_gather(experts[name], WIDTH, axis=axis, tiled=True)
+            experts = {**experts, **{name: whole(name, axis) for name, axis in widths.items()}}
+        return core(x, real, router, experts, devices)
+
     return jax.shard_map(
-        lambda *operands: core(*operands, devices),
+        gathered,
         in_specs=(by_tokens, by_tokens, PartitionSpec(), {name: specs[name] for name in experts}),
         out_specs=(by_tokens, PartitionSpec()),
         check_vma=False,  # as attention's (kernels_pallas/sharding.py)

@@ -228,7 +228,9 @@ def as_conversation(value: Any, where: str, tools: Any = None) -> Conversation:
     messages, learnt = [], []
     for number, message in enumerate(value, 1):
         by_assistant = message["role"] == "assistant"
-        asked = [_is_asked(message[key], f"{where}: message {number}: {key}") for key in _WEIGHTS & message.keys()]
+        asked = [
+            _is_asked(message[key], f"{where}: message {number}: {key}") for key in _WEIGHTS & message.keys()
+        ]
         if any(asked) and not by_assistant:
             raise UserError(
                 f"{where}: message {number} is of {message['role']!r} and has a weight; only what the assistant "
@@ -241,7 +243,9 @@ def as_conversation(value: Any, where: str, tools: Any = None) -> Conversation:
 
 def _is_asked(weight: Any, where: str) -> bool:
     if weight not in (0, 1):  # True and False are among them
-        raise UserError(f"{where} is {str(weight)[:60]!r}; a turn is learnt (1, true) or it is not (0, false)")
+        raise UserError(
+            f"{where} is {str(weight)[:60]!r}; a turn is learnt (1, true) or it is not (0, false)"
+        )
     return bool(weight)
 
 
@@ -254,7 +258,9 @@ def _read_tools(tools: Any, where: str) -> list[Any] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise UserError(f'{where}: its tools are no list of functions like {{"name": "...", "parameters": ...}}')
+        raise UserError(
+            f'{where}: its tools are no list of functions like {{"name": "...", "parameters": ...}}'
+        )
     return tools
 
 

@@ -108,7 +108,10 @@ def test_what_prepare_and_train_refuse(config, tmp_path, capsys):
     assert "the model's vocab_size is 60" in capsys.readouterr().err
     assert main(["train", str(config), "--batch_size", "400", "--outputs", str(tmp_path / "o")]) == 2
     said = capsys.readouterr().err
-    assert "split of the data holds no full batch of 400; lower batch_size, raise data.held_out, which is" in said
+    assert (
+        "split of the data holds no full batch of 400; lower batch_size, raise data.held_out, which is"
+        in said
+    )
 
 
 @pytest.mark.slow

@@ -14,11 +14,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlab.config import build
+from jaxlab.costs import read_collectives
 from jaxlab.data.source import make_source
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.losses import loss_sum
-from jaxlab.models import forward, init_params
+from jaxlab.models import MoEConfig, abstract_params, bind, forward, init_params, logical_axes
+from jaxlab.models.axis_rules import partition_spec
 from jaxlab.models.mesh import Part, in_parts, split_tokens
+from jaxlab.models.moe import MixtureOfExperts
 from jaxlab.models.sharding import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings
 from jaxlab.tasks import train
 from tests.models.tiny import draw_params, draw_tokens, make_config
@@ -138,6 +141,30 @@ def test_models_that_cannot_be_split():
         run(draw_tokens(config, 2, 8), MeshConfig(data=1, model=4))
     with pytest.raises(ConfigError, match=r"mesh\.context: sequences of 6 tokens cannot"):
         run(draw_tokens(config, 2, 6), CONTEXT)
+
+
+def test_gradients_of_experts_are_scattered_before_they_are_summed():
+    """Over `fsdp` each device gets its part alone; the sums over `context` are of these parts."""
+    config, mesh = make_config(moe=MoEConfig(num_experts=4, width=5)), make_mesh(MeshConfig(1, 2, context=2))
+    axes = logical_axes(config)["layers"]["moe"]
+
+    def placed(leaf, axes):
+        spec = partition_spec(tuple(axes)[1:])
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    params = jax.tree.map(placed, abstract_params(config)["layers"]["moe"], axes)
+    x = placed(jax.ShapeDtypeStruct((1, 4, 8, 12), np.float32), ("layers", "batch", "tokens", "gate"))
+    total = lambda params, x: jnp.sum(bind(params, MixtureOfExperts, config, 1.0)(x)[0] ** 2)
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    step = jax.jit(on_mesh(jax.grad(total), mesh), out_shardings=places)
+    found = read_collectives(step.lower(params, x).compile().as_text(), mesh)
+    count = lambda shape, kind, *axes: sum(
+        c.times * c.shape.count(shape) for c in found if (c.kind, c.axes) == (kind, axes)
+    )
+    scattered = [count(f"f32[4,{sizes}]", "reduce-scatter", "fsdp") for sizes in ("6,5", "5,6")]
+    assert scattered == [2, 1]
+    assert count("f32[4,", "all-reduce", "context") == 3
+    assert count("f32[4,", "all-reduce", "fsdp", "context") == 0
 
 
 @pytest.mark.parametrize("name", ["full", pytest.param("nsa", marks=pytest.mark.slow)])

@@ -203,7 +203,9 @@ def _reader(unit: Unit, file: DataFile) -> Reader:
         case "parquet":
             return lambda start, progress: read_parquet(path, start, progress, column, chat=chat)
         case "dataset":
-            return lambda start, progress: read_saved(str(path), data.split, start, progress, column, chat=chat)
+            return lambda start, progress: read_saved(
+                str(path), data.split, start, progress, column, chat=chat
+            )
 
 
 def _token_dtype(largest: int) -> type[np.unsignedinteger]:
