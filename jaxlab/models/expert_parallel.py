@@ -53,7 +53,8 @@ def on_devices(
     router: Any,
     experts: dict[str, Any],
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`core(x, real, router, experts, devices)`, on a mesh by each device for its tokens, experts and hidden units.
+    """`core(x, real, router, experts, devices)`, on a mesh by each device for its tokens, experts and hidden
+    units.
 
     Args:
       core: returns an array as x, and sums over all tokens.

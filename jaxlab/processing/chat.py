@@ -233,8 +233,8 @@ def as_conversation(value: Any, where: str, tools: Any = None) -> Conversation:
         ]
         if any(asked) and not by_assistant:
             raise UserError(
-                f"{where}: message {number} is of {message['role']!r} and has a weight; only what the assistant "
-                "says is learnt"
+                f"{where}: message {number} is of {message['role']!r} and has a weight; only what the "
+                "assistant says is learnt"
             )
         messages.append({key: held for key, held in message.items() if key not in _WEIGHTS})
         learnt.append(by_assistant and all(asked))

@@ -32,7 +32,6 @@ from jaxlab.processing import (
     read_prompts,
 )
 
-
 BYTES = 256
 """Tokens of a model that reads bytes."""
 
@@ -150,8 +149,8 @@ def run(arguments: Arguments) -> None:
     if opened.tokenizer is None and config.family != "jaxlab":
         if config.vocab_size != BYTES:
             raise UserError(
-                f"{folder}: has no tokenizer, and its {config.vocab_size} tokens are not the {BYTES} bytes; put "
-                "its tokenizer.json into its folder"
+                f"{folder}: has no tokenizer, and its {config.vocab_size} tokens are not the {BYTES} bytes; "
+                "put its tokenizer.json into its folder"
             )
         _note(f"the model has no tokenizer and {BYTES} tokens: they are taken to be bytes")
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":

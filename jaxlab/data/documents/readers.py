@@ -100,7 +100,7 @@ def read_text(path: Path, start: Place, progress: Progress, separator: str | Non
 
 
 def read_json_lines(
-    path: Path, start: Place, progress: Progress, column: str | None, *, chat: bool
+    path: Path, start: Place, progress: Progress, column: str | None, *, chat: bool = False
 ) -> Iterator[Row]:
     """What the rows of a file of JSON Lines hold in a column; None: the first of CHAT_COLUMNS that is there.
 
@@ -123,7 +123,7 @@ def read_json_lines(
 
 
 def read_parquet(
-    path: Path, start: Place, progress: Progress, column: str | None, *, chat: bool
+    path: Path, start: Place, progress: Progress, column: str | None, *, chat: bool = False
 ) -> Iterator[Row]:
     """What a column of a Parquet file holds, a group of rows after the other; see `read_json_lines`.
 
@@ -153,7 +153,7 @@ def read_parquet(
 
 
 def read_saved(
-    name: str, split: str, start: Place, progress: Progress, column: str | None, *, chat: bool
+    name: str, split: str, start: Place, progress: Progress, column: str | None, *, chat: bool = False
 ) -> Iterator[Row]:
     """What a column of a data set holds that `datasets` saved, or that is on the hub; see `read_json_lines`.
 
