@@ -48,7 +48,7 @@ def test_what_keeps_its_annotations_passes(module):
     assert module.same(np.zeros(3), None).shape == (3, 2)
     assert module.Named("a").name == "a"
     assert module.Rows(np.zeros(3), np.ones(3)).y.sum() == 3
-    assert module.listed([np.zeros(2), np.zeros(3)]) == 2
+    assert module.listed([np.zeros(3), np.ones(3)]) == 2
 
 
 @pytest.mark.parametrize(
