@@ -362,8 +362,8 @@ def retrofit_lines(found: Mapping[str, Any]) -> list[str]:
         "Keys and values of the dense model begin the three branches ([retrofit.md](retrofit.md)): "
         f"{a['num_blocks']} blocks of {a['block_size']} are read and a window of {a['window']}, at "
         f"{found['length']:,} tokens, where {100 * found['choice']:.0f} % of the queries see more than they "
-        f"may read. So far {found['steps']} steps of {found['batch_size']} x {found['length']:,} tokens of the "
-        "same text followed. The file is dequantised (Q4_1): these are not figures of the original weights.",
+        f"may read. {found['steps']} steps of {found['batch_size']} x {found['length']:,} tokens of the "
+        "same text followed so far. The file is dequantised (Q4_1), so these are not the original weights.",
         "",
         "| loss of one held-out batch, nats per token | |",
         "|---|---|",
