@@ -227,7 +227,8 @@ def _flows(
         return _flows_of_part(params, batch, classes, targets, config, options)
     cut = lambda x: x.reshape(options.parts, -1, *x.shape[1:])
     parts = jax.tree.map(cut, (batch, classes, targets))
-    found = jax.lax.map(lambda part: _flows_of_part(params, *part, config, options), parts)
+    of_part = lambda x: _flows_of_part(params, x[0], x[1], x[2], config, options)
+    found = jax.lax.map(of_part, parts)
     joined: tuple[Array, Array, Array] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
     return joined
 
