@@ -3,14 +3,15 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
-from jaxtyping import install_import_hook
 
-# Before anything imports the packages: each function with shapes in its signature is then checked by
-# beartype.
-install_import_hook(["jaxlab", "kernels_pallas"], "beartype.beartype")
+from tests.typechecking import check_types
+
+check_types(["jaxlab", "kernels_pallas"])  # before anything imports them
 
 hypothesis.settings.register_profile("jaxlab", deadline=None)
 hypothesis.settings.load_profile("jaxlab")
@@ -39,6 +40,28 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def kept_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Programs that a test compiles several times, in its processes too, come from a folder of its own."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    values = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        monkeypatch.setenv(name.upper(), str(value))
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def pytest_runtest_teardown() -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxlab import distributed
 from jaxlab.checkpoints import families
 from jaxlab.checkpoints.fused_qkv import join_fused
 from jaxlab.checkpoints.lora import CONFIG, PREFIX, TENSORS
@@ -229,8 +230,9 @@ def save_adapter(
     }
     metadata = {"format": "pt", "base_model": base, "base_identity": base_identity}
     with writing(path), write_aside(path, inputs, overwrite=overwrite) as folder:
-        save_file(tensors, folder / TENSORS, metadata)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if distributed.is_main():
+            save_file(tensors, folder / TENSORS, metadata)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def whole_tensors(

@@ -4,6 +4,7 @@ Format: 8 bytes little-endian length of the header, the header (a JSON object fr
 range of bytes), then the bytes of the tensors, without gaps or overlaps.
 """
 
+import functools
 import json
 import math
 import os
@@ -100,7 +101,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     _check_covered({name: span[2:] for name, span in spans.items()}, size - start, path)
     return {
         name: Tensor(
-            name, dtype, shape, _reader(path, dtype, shape, start + begin), file=path, offset=start + begin
+            name,
+            dtype,
+            shape,
+            functools.partial(_read_rows, path, dtype, shape, start + begin),
+            file=path,
+            offset=start + begin,
         )
         for name, (dtype, shape, begin, _) in spans.items()
     }
@@ -166,22 +172,22 @@ def _split(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return header, metadata
 
 
+def _unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise UserError(f"{where}: the key {twice[:80]!r} is given twice")
+    return found
+
+
 def parse_json(text: str, where: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
       UserError: it begins with `where`; anything else, a key given twice, text that UTF-8 cannot hold.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise UserError(f"{where}: the key {twice[:80]!r} is given twice")
-        return found
-
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=functools.partial(_unique, where))
         if "\\u" in text:  # half of a surrogate pair can be escaped, but never written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -233,19 +239,15 @@ def _check_covered(spans: dict[str, tuple[int, int]], size: int, path: Path) -> 
         raise UserError(f"{path}: {fault}: {size} bytes of tensors, {end} by its header")
 
 
-def _reader(
-    path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int
-) -> Callable[[int, int], np.ndarray]:
-    row = math.prod(shape[1:]) * dtype.itemsize
-
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        check_rows(shape, start, stop)
-        array = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
-        if array.nbytes:
-            read_into(path, array, offset + (start * row if shape else 0))
-        return array
-
-    return read_rows
+def _read_rows(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int, start: int, stop: int
+) -> np.ndarray:
+    check_rows(shape, start, stop)
+    array = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
+    if array.nbytes:
+        row = math.prod(shape[1:]) * dtype.itemsize
+        read_into(path, array, offset + (start * row if shape else 0))
+    return array
 
 
 def check_rows(shape: tuple[int, ...], start: int, stop: int) -> None:

@@ -308,10 +308,11 @@ class Encoder:
             last_only=self.config.train_on == "last",
             place=f"{self.opened.path}: its chat template",
         )
-        turns = show([row.messages for row in rows])
+        turns = show([row.conversation for row in rows])
         lacking = [i for i, t in enumerate(turns) if t.problem or t.text.count(mark) != len(rows[i].images)]
         if lacking:
-            again = show([as_texts(rows[i].messages, lead) for i in lacking])
+            in_texts = lambda one: one._replace(messages=as_texts(one.messages, lead))
+            again = show([in_texts(rows[i].conversation) for i in lacking])
             turns = [*turns]
             for i, found in zip(lacking, again, strict=True):
                 turns[i] = found
@@ -323,11 +324,14 @@ class Encoder:
         lead, end = processor.lead(1, self.tokenizer), self.opened.special_tokens.get("eos_token", "")
         turns = []
         for row in rows:
-            roles = [message["role"] for message in row.messages]
+            roles = [message["role"] for message in row.conversation.messages]
             if roles != ["user", "assistant"]:
                 turns.append(Turns("", (), "without a chat template, one question and one answer are read"))
                 continue
-            asked, answer = (m["content"] for m in as_texts(row.messages, lead))
+            if row.conversation.tools:
+                turns.append(Turns("", (), "the model has no chat template that its tools could stand in"))
+                continue
+            asked, answer = (m["content"] for m in as_texts(row.conversation.messages, lead))
             turns.append(Turns(asked + answer + end, ((len(asked), len(asked + answer + end)),)))
         return turns
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlab.errors import UserError
-from jaxlab.processing import Message, as_messages, read_json_lines
+from jaxlab.processing import Conversation, as_conversation, read_json_lines
 
 MARK = "<image>"
 """What stands for an image in texts of a data set, whatever the model has for it."""
@@ -18,8 +18,8 @@ class ImageRow(NamedTuple):
 
     where: str
     """Where it stands, for messages to the user."""
-    messages: tuple[Message, ...]
-    """Their contents are lists of parts: {"type": "text", "text": ...} and {"type": "image"}."""
+    conversation: Conversation
+    """The contents are lists of parts: {"type": "text", "text": ...} and {"type": "image"}."""
     images: tuple[Path, ...]
     """Of the parts that are images, in their order."""
 
@@ -54,10 +54,10 @@ def _row(value: Any, where: str, folder: Path) -> ImageRow:
     given = value.get("messages", value.get("conversations"))
     if given is None:
         raise UserError(f"{where}: has neither messages nor conversations")
-    conversation = as_messages(given, where)
+    conversation = as_conversation(given, where, value.get("tools"))
     names = _names(value, where)
     messages, inside, marks = [], list[str](), 0
-    for message in conversation:
+    for message in conversation.messages:
         parts = []
         for part in _parts(message.get("content"), where):
             if part["type"] == "image" and "name" in part:
@@ -75,9 +75,11 @@ def _row(value: Any, where: str, folder: Path) -> ImageRow:
         marks = len(named)
     if marks != len(named):
         raise UserError(f"{where}: has {marks} places for {len(named)} images; write {MARK} once for each")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where}: the assistant says nothing, so there is nothing to learn")
-    return ImageRow(where, tuple(messages), tuple(_inside(name, where, folder) for name in named))
+    if not any(conversation.learnt):
+        raise UserError(f"{where}: the assistant says nothing that is to be learnt")
+    return ImageRow(
+        where, conversation._replace(messages=messages), tuple(_inside(name, where, folder) for name in named)
+    )
 
 
 def _names(row: Mapping[str, Any], where: str) -> list[str]:

@@ -16,11 +16,20 @@ from jaxlab.data.documents.stand_in import StandIn
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.image_chats import ImageChatsConfig, ImageChatsSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
+from jaxlab.data.needle_text import NeedleTextConfig, NeedleTextSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, PlainVisionConfig
 
-DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | DocumentsConfig | ImageChatsConfig
+DataConfig = (
+    TextConfig
+    | DigitsConfig
+    | EpisodesConfig
+    | NeedleConfig
+    | NeedleTextConfig
+    | DocumentsConfig
+    | ImageChatsConfig
+)
 """What a model is trained or evaluated on."""
 
 
@@ -92,11 +101,19 @@ def make_source(config: DataConfig, find_model: FindModel = resolve, *, for_shap
             return EpisodesSource(config)
         case NeedleConfig():
             return NeedleSource(config)
+        case NeedleTextConfig():
+            return NeedleTextSource(config, find_model)
         case DocumentsConfig():
             source = DocumentsSource(config, find_model)
             return StandIn(source) if for_shapes and not source.prepared else source
         case ImageChatsConfig():
             return ImageChatsSource(config, find_model)
+
+
+def own_rows(source: Source, rows: slice) -> slice | None:
+    """What one of several processes asks a source for: its rows, or all of them (None) where a batch numbers
+    its images over all rows."""
+    return None if isinstance(source, ImageChatsSource) else rows
 
 
 def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[str, jax.ShapeDtypeStruct]:
@@ -110,7 +127,7 @@ def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[
     else:
         rows = source.held_out_rows(batch_size, split)
         if not rows:
-            raise _too_small(batch_size, split)
+            raise _too_small(source, batch_size, split)
         one = next(iter(source.held_out_batches(1, 1, split)))
     # Of images some arrays have several rows for one of the batch.
     return {name: jax.ShapeDtypeStruct((rows * x.shape[0], *x.shape[1:]), x.dtype) for name, x in one.items()}
@@ -124,13 +141,21 @@ def first_held_out(source: Source, batch_size: int, split: str) -> dict[str, np.
     """
     for batch in source.held_out_batches(batch_size, 1, split):
         return batch
-    raise _too_small(batch_size, split)
+    raise _too_small(source, batch_size, split)
 
 
-def _too_small(batch_size: int, split: str) -> UserError:
+def _too_small(source: Source, batch_size: int, split: str) -> UserError:
+    match source:
+        case DocumentsSource() if getattr(source.config, split):
+            how = f"or give data.{split} more documents"
+        case DocumentsSource():
+            how = f"raise data.held_out, which is {source.config.held_out:g}, or give more data"
+        case TextSource() | ImageChatsSource():
+            how = f"lower data.holdout_every, which is {source.config.holdout_every}, or give more data"
+        case _:
+            how = "or give more data"
     return UserError(
-        f"the {split} split of the data holds no full batch of {batch_size}; lower batch_size or give "
-        "more data"
+        f"the {split} split of the data holds no full batch of {batch_size}; lower batch_size, {how}"
     )
 
 

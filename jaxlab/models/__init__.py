@@ -74,6 +74,7 @@ with epy.lazy_api_imports(globals()):
         place_batch,
         rows_here,
         shardings_by_axes,
+        to_host,
         using,
     )
     from jaxlab.models.stack import MadeLayers

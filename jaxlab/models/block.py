@@ -97,7 +97,7 @@ class Block(nnx.Module):
         normed = tap("mlp_input", normed)
         experts = None
         if self.moe is not None:
-            mlp_out, experts = self.moe(normed)
+            mlp_out, experts = self.moe(normed, context.real)
         else:
             mlp_out = self._mlp_output(normed, tap)
         mlp_out = tap("mlp_output", self._added(mlp_out, self.mlp_post_norm, self.mlp_gain))

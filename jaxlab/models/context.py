@@ -29,9 +29,11 @@ class AttentionContext(NamedTuple):
     apart: Bool[Array, "B T"] | None = None
     """Tokens that do not see each other, and the others do (what fills up the tiles of Mllama)."""
 
+    real: Bool[Array, "B T"] | None = None
+    """Tokens that are no padding; None: all, or nobody asks."""
     stretches: int = 1
     """Of the tokens of a sequence that each device of a mesh has: with 2 the tokens lie in a zigzag
-    (`jaxlab.models.mesh.reorder`), their rotary positions too; all else here is in order."""
+    (`jaxlab.models.mesh.reorder`), their rotary positions and `real` too; all else here is in order."""
 
     def for_layer(self, rotary: bool) -> "AttentionContext":
         """What a layer with or without rotary positions knows."""

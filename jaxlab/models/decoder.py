@@ -160,9 +160,11 @@ class Decoder(nnx.Module):
         x = tap("embedding", x)
         plain = taps is NO_TAPS and cache is None and additions is None and between is NO_BETWEEN
         if plain and (stretches := self._stretches(x.shape[1])) > 1:
-            turned = jax.tree.map(reorder, (context.rotary, context.local_rotary))
+            turned = jax.tree.map(reorder, (context.rotary, context.local_rotary, context.real))
             x = reorder(split_tokens(x))
-            context = context._replace(rotary=turned[0], local_rotary=turned[1], stretches=stretches)
+            context = context._replace(
+                rotary=turned[0], local_rotary=turned[1], real=turned[2], stretches=stretches
+            )
         done = apply_blocks(
             self.stacks,
             x,
@@ -299,6 +301,7 @@ def attention_context(batch: Batch, config: ModelConfig, cache: Cache | None = N
         batch.get("together"),
         rotary=rotary,
         local_rotary=local_rotary,
+        real=None if config.moe is None or segment_ids is None else segment_ids != 0,
         together_in_window=isinstance(config.vision, ViTConfig) and config.vision.together == "images",
     )
 

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.config import MoEConfig
 from jaxlab.models.dispatch import arrange, send, take_rows
-from jaxlab.models.mesh import BATCH, CONTEXT, EXPERTS, HEADS, current_mesh
+from jaxlab.models.mesh import BATCH, CONTEXT, EXPERTS, HEADS, WIDTH, current_mesh
 from kernels_pallas.sharding import dividing
 
+_WIDTHS = {"up": 1, "gate": 1, "down": 2, "down_bias": 1}
+"""The axis of the model's width in what experts have."""
 Products = Callable[[Array, Array | None], Array]
 """(rows, sizes): [El, S, D], places for each expert, and no sizes; or [R, D] in stretches of those sizes."""
 
@@ -45,12 +47,18 @@ class Devices(NamedTuple):
 
 
 def on_devices(
-    core: Callable[..., tuple[Array, Any]], x: Float[Array, "B T D"], router: Any, experts: dict[str, Any]
+    core: Callable[..., tuple[Array, Any]],
+    x: Float[Array, "B T D"],
+    real: Bool[Array, "B T"] | None,
+    router: Any,
+    experts: dict[str, Any],
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`core(x, router, experts, devices)`, on a mesh by each device for its tokens, experts and hidden units.
+    """`core(x, real, router, experts, devices)`, on a mesh by each device for its tokens, experts and hidden
+    units.
 
     Args:
       core: returns an array as x, and sums over all tokens.
+      real: of the tokens; None is passed on.
       router: arrays that every device needs whole.
       experts: kernels and biases by name, their first axis that of experts.
 
@@ -59,7 +67,7 @@ def on_devices(
     """
     mesh = current_mesh()
     if mesh is None:
-        return core(x, router, experts, Devices())
+        return core(x, real, router, experts, Devices())
     peers, hidden = mesh.shape.get(EXPERTS, 1), mesh.shape.get(HEADS, 1)
     count, width = experts["up"].shape[0], experts["up"].shape[2]
     for size, devices, axis, what in (
@@ -72,24 +80,38 @@ def on_devices(
                 key=f"mesh.{axis}",
             )
     examples, stretch = dividing(mesh, BATCH, x.shape[0]), dividing(mesh, (CONTEXT,), x.shape[1])
+    # What lies over `fsdp` is gathered by each device itself: so its gradient is scattered there first, and
+    # then what is left of it summed over the other axes that split tokens. Of operands that XLA gathers the
+    # whole gradient is summed over all of these.
+    parts = mesh.shape.get(WIDTH, 1)
+    widths = {name: axis for name, axis in _WIDTHS.items() if name in experts}
+    gathers = parts > 1 and all(experts[name].shape[axis] % parts == 0 for name, axis in widths.items())
+    of_width = WIDTH if gathers else None
     by_tokens = PartitionSpec(examples, stretch)
     of_experts = EXPERTS if EXPERTS in mesh.axis_names else None
     of_hidden = HEADS if HEADS in mesh.axis_names else None
     specs = {
-        "up": PartitionSpec(of_experts, None, of_hidden),
-        "gate": PartitionSpec(of_experts, None, of_hidden),
-        "down": PartitionSpec(of_experts, of_hidden),
+        "up": PartitionSpec(of_experts, of_width, of_hidden),
+        "gate": PartitionSpec(of_experts, of_width, of_hidden),
+        "down": PartitionSpec(of_experts, of_hidden, of_width),
         "up_bias": PartitionSpec(of_experts, of_hidden),
         "gate_bias": PartitionSpec(of_experts, of_hidden),
-        "down_bias": PartitionSpec(of_experts),
+        "down_bias": PartitionSpec(of_experts, of_width),
     }
     devices = Devices(peers, (*(examples or ()), *(stretch or ())), of_hidden if hidden > 1 else None)
+
+    def gathered(x: Array, real: Array | None, router: Any, experts: dict[str, Array]) -> tuple[Array, Any]:
+        if gathers:
+            whole = lambda name, axis: jax.lax.all_gather(experts[name], WIDTH, axis=axis, tiled=True)
+            experts = {**experts, **{name: whole(name, axis) for name, axis in widths.items()}}
+        return core(x, real, router, experts, devices)
+
     return jax.shard_map(
-        lambda *operands: core(*operands, devices),
-        in_specs=(by_tokens, PartitionSpec(), {name: specs[name] for name in experts}),
+        gathered,
+        in_specs=(by_tokens, by_tokens, PartitionSpec(), {name: specs[name] for name in experts}),
         out_specs=(by_tokens, PartitionSpec()),
         check_vma=False,  # as attention's (kernels_pallas/sharding.py)
-    )(x, router, experts)
+    )(x, real, router, experts)
 
 
 def through_experts(
@@ -101,8 +123,8 @@ def through_experts(
     moe: MoEConfig,
     devices: Devices,
     capacity: int | None,
-) -> tuple[Float[Array, "N k D"], Int[Array, ""]]:
-    """What each chosen expert makes of each token, 0 where it was dropped, and how many choices were kept."""
+) -> tuple[Float[Array, "N k D"], Bool[Array, "N k"]]:
+    """What each chosen expert makes of each token, 0 where it was dropped, and which choices were kept."""
     (tokens, k), peers = chosen.shape, devices.peers
     ragged = peers > 1 and (moe.exchange == "ragged" or (moe.exchange == "auto" and _gpu()))
     most = tokens * min(k, moe.num_experts // peers)  # rows that one device can have for another
@@ -137,7 +159,7 @@ def through_experts(
             out = products(placed.reshape(counts.shape[1], -1, x.shape[1]), None).reshape(placed.shape)
         made = take_rows(out, layout.place, layout.source[:, None])
     y = take_rows(back(made), sent.place, sent.choice[:, None])
-    return y.reshape(tokens, k, -1), jnp.sum(sent.counts)
+    return y.reshape(tokens, k, -1), sent.place.reshape(tokens, k) >= 0
 
 
 def _gpu() -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "CONTEXT",
     "EXPERTS",
     "HEADS",
+    "WIDTH",
     "Part",
     "check_length",
     "check_parts",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.errors import ConfigError
 from jaxlab.models.config import ModelConfig, MoEConfig
@@ -29,7 +29,7 @@ class ExpertStats(NamedTuple):
     expert_load: Float[Array, " E"]
     """The share of all choices that each expert got, dropped ones among them."""
     dropped_choices: Float[Array, ""]
-    """The share of all choices that no expert took."""
+    """The share of all choices that no expert took. Padding counts in none of the three."""
 
 
 class MixtureOfExperts(nnx.Module):
@@ -54,8 +54,14 @@ class MixtureOfExperts(nnx.Module):
         self.shared = MLP(c, m.shared_width, residual_scale, init) if m.shared_width else None
         self.shared_gate = init.normal((c.width,), ("embed",), std) if m.shared_gate else None
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], ExpertStats]:
-        """The experts' output, and how the tokens spread over them."""
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], ExpertStats]:
+        """The experts' output, and how the tokens spread over them.
+
+        Args:
+          real: tokens that are no padding, which does not count; None: all.
+        """
         m = self.moe
         check_groups(m, x.shape[1])
         router = {"router": self.router, "bias": self.router_bias, "choice_bias": self.choice_bias}
@@ -64,7 +70,7 @@ class MixtureOfExperts(nnx.Module):
         # In the compute dtype before devices exchange them.
         experts = {name: p.astype(x.dtype) for name, p in (kernels | biases).items() if p is not None}
         of_router = {name: _value(p) for name, p in router.items()}
-        y, stats = on_devices(self._routed, x, of_router, experts)
+        y, stats = on_devices(self._routed, x, real, of_router, experts)
         if m.scale != 1.0:
             y = y * jnp.asarray(m.scale, y.dtype)
         if self.shared is not None:
@@ -76,7 +82,12 @@ class MixtureOfExperts(nnx.Module):
         return y, stats
 
     def _routed(
-        self, x: Float[Array, "B T D"], router: Any, experts: dict[str, Array], devices: Devices
+        self,
+        x: Float[Array, "B T D"],
+        real: Bool[Array, "B T"] | None,
+        router: Any,
+        experts: dict[str, Array],
+        devices: Devices,
     ) -> tuple[Float[Array, "B T D"], ExpertStats]:
         """What the routed experts add to the tokens of one device."""
         m, (batch, length, width) = self.moe, x.shape
@@ -110,7 +121,8 @@ class MixtureOfExperts(nnx.Module):
 
         out, kept = through_experts(flat, chosen, groups, num_groups, products, m, devices, capacity)
         y = devices.sum_over_hidden(jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)))
-        stats = expert_stats(chosen, scores, kept, m, devices)
+        real = None if real is None else real.reshape(-1)
+        stats = expert_stats(chosen, scores, kept, m, devices, real)
         return y.reshape(x.shape), stats
 
     def _gated(self, gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
@@ -150,23 +162,32 @@ def check_groups(moe: MoEConfig, length: int, devices: int | None = None) -> Non
 def expert_stats(
     chosen: Int[Array, "N k"],
     scores: Float[Array, "N E"],
-    kept: Int[Array, ""],
+    kept: Bool[Array, "N k"],
     moe: MoEConfig,
     devices: Devices,
+    real: Bool[Array, " N"] | None = None,
 ) -> ExpertStats:
-    """Over the tokens of all devices.
+    """Over the tokens of all devices, of those that are `real`.
 
     The balance loss is E times the sum over experts of (share of choices) * (mean probability): Switch
     Transformer, arXiv 2101.03961, eq. 4, with the k choices of a token counted alike.
     """
-    counts = devices.sum_over_tokens(jnp.bincount(chosen.reshape(-1), length=moe.num_experts))
-    tokens = devices.sum_over_tokens(jnp.asarray(chosen.shape[0], jnp.int32))
-    choices = (tokens * moe.experts_per_token).astype(jnp.float32)
+    k, probabilities = chosen.shape[1], scores / jnp.sum(scores, axis=-1, keepdims=True)
+    if real is None:
+        counts, tokens = jnp.bincount(chosen.reshape(-1), length=moe.num_experts), jnp.asarray(len(chosen))
+        total = jnp.sum(probabilities, axis=0)
+    else:
+        counted = jnp.where(real[:, None], chosen, moe.num_experts)  # beyond the last one: dropped
+        counts, tokens = jnp.bincount(counted.reshape(-1), length=moe.num_experts), jnp.sum(real)
+        kept, total = kept & real[:, None], jnp.sum(probabilities, axis=0, where=real[:, None])
+    counts = devices.sum_over_tokens(counts)
+    tokens = jnp.maximum(devices.sum_over_tokens(tokens.astype(jnp.int32)), 1)
+    choices = (tokens * k).astype(jnp.float32)
     share = counts.astype(jnp.float32) / choices
-    total = jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=0)
     mean = devices.sum_over_tokens(total) / tokens.astype(jnp.float32)
     balance = moe.num_experts * jnp.sum(jax.lax.stop_gradient(share) * mean)
-    return ExpertStats(balance, share, 1 - devices.sum_over_tokens(kept).astype(jnp.float32) / choices)
+    taken = devices.sum_over_tokens(jnp.sum(kept, dtype=jnp.int32))
+    return ExpertStats(balance, share, 1 - taken.astype(jnp.float32) / choices)
 
 
 def route(

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.errors import ConfigError, UserError
@@ -191,8 +193,15 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -
     """
     if not mesh.is_multi_process:
         return cast(Batch, jax.device_put(batch, batch_shardings(batch, mesh)))
-    first = 0 if rows is None else rows_here(rows, mesh).start
-    rows = len(batch["tokens"]) if rows is None else rows
+    here = len(batch["tokens"])
+    if rows is None or rows == here:
+        where = batch_shardings(batch, mesh)
+        made = {
+            name: jax.make_array_from_callback(x.shape, where[name], np.asarray(x).__getitem__)
+            for name, x in batch.items()
+        }
+        return cast(Batch, made)
+    first = rows_here(rows, mesh).start
     whole = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     where = batch_shardings(whole, mesh)
 
@@ -221,6 +230,17 @@ def rows_here(rows: int, mesh: Mesh) -> slice:
     here = where.addressable_devices_indices_map(shape).values()
     spans = [index[0].indices(rows)[:2] for index in here if index is not None]
     return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays whole on this host; where they lie on several hosts, all processes ask for them."""
+    return jax.tree.map(_whole, tree)
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

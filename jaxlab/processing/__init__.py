@@ -10,9 +10,10 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.processing.anyres import LLAVA_NEXT, LLAVA_ONEVISION
     from jaxlab.processing.base import ImageKind, ImagePart, One, ProcessorKind, TextPart, Token
     from jaxlab.processing.chat import (
+        Conversation,
         Message,
         Turns,
-        as_messages,
+        as_conversation,
         as_texts,
         render_chat,
         render_chats,

@@ -100,18 +100,28 @@ def render_chats(
     return [str(text) for text in found["texts"]]
 
 
+class Conversation(NamedTuple):
+    """A conversation to learn from."""
+
+    messages: Sequence[Message]
+    learnt: Sequence[bool]
+    """Of each message: whether it is the assistant's and is to be learnt."""
+    tools: Sequence[Any] | None = None
+    """JSON schemas of the functions that the assistant may call."""
+
+
 class Turns(NamedTuple):
     """A conversation as text, and what in it the assistant says."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    """The letters [first, end) of each of its turns, with what ends the turn."""
+    """The letters [first, end) of each of its turns that is learnt, with what ends the turn."""
     problem: str = ""
     """Why there is no text; nothing where there is one."""
 
 
 def render_turns(
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     template: str,
     *,
     special_tokens: Mapping[str, str] | None = None,
@@ -125,7 +135,7 @@ def render_turns(
     that writes earlier turns in another way than the last one is followed where that can be told.
 
     Args:
-      last_only: of each conversation the last turn of the assistant alone.
+      last_only: of each conversation the last turn that is learnt alone.
 
     Raises:
       UserError: the template is damaged, or takes too much time or memory. What is wrong with one
@@ -134,8 +144,8 @@ def render_turns(
     request = {
         "turns": True,
         "template": template,
-        "conversations": [list(messages) for messages in conversations],
-        "variables": {"tools": None, "documents": None, **(special_tokens or {})},
+        "conversations": [one._asdict() for one in conversations],
+        "variables": {"documents": None, **(special_tokens or {})},
         "last_only": last_only,
     }
     found = _ask_worker(request, place)
@@ -189,6 +199,7 @@ def as_texts(messages: Sequence[Message], mark: str) -> list[dict[str, Any]]:
     return flat
 
 
+_WEIGHTS = {"weight", "train"}
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -200,16 +211,57 @@ SHAREGPT_ROLES = {
 """ShareGPT's words for who speaks, where they differ."""
 
 
-def as_messages(value: Any, where: str) -> list[Message]:
-    """The messages of a conversation: OpenAI's role and content, or ShareGPT's from and value.
+def as_conversation(value: Any, where: str, tools: Any = None) -> Conversation:
+    """A conversation by its messages: OpenAI's role and content, or ShareGPT's from and value.
+
+    A message of the assistant is learnt unless its `weight` is 0 (OpenAI) or its `train` is false (axolotl).
+
+    Args:
+      tools: what stands beside the messages: a list of JSON schemas, or JSON of one.
 
     Raises:
-      UserError: it is none.
+      UserError: it is none, or asks for what is not done: a weight between, another's turn to be learnt.
     """
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = [_with_role(message) for message in value]
     check_messages(value, where)
-    return list(value)
+    messages, learnt = [], []
+    for number, message in enumerate(value, 1):
+        by_assistant = message["role"] == "assistant"
+        asked = [
+            _is_asked(message[key], f"{where}: message {number}: {key}") for key in _WEIGHTS & message.keys()
+        ]
+        if any(asked) and not by_assistant:
+            raise UserError(
+                f"{where}: message {number} is of {message['role']!r} and has a weight; only what the "
+                "assistant says is learnt"
+            )
+        messages.append({key: held for key, held in message.items() if key not in _WEIGHTS})
+        learnt.append(by_assistant and all(asked))
+    return Conversation(messages, learnt, _read_tools(tools, where))
+
+
+def _is_asked(weight: Any, where: str) -> bool:
+    if weight not in (0, 1):  # True and False are among them
+        raise UserError(
+            f"{where} is {str(weight)[:60]!r}; a turn is learnt (1, true) or it is not (0, false)"
+        )
+    return bool(weight)
+
+
+def _read_tools(tools: Any, where: str) -> list[Any] | None:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: its tools are not JSON: {error}") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(
+            f'{where}: its tools are no list of functions like {{"name": "...", "parameters": ...}}'
+        )
+    return tools
 
 
 def _with_role(message: Any) -> Any:
@@ -218,7 +270,8 @@ def _with_role(message: Any) -> Any:
     if "from" in message and "role" not in message:
         role = message["from"]
         named = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        message = {"role": named, "content": message.get("value")}
+        rest = {key: held for key, held in message.items() if key not in ("from", "value")}
+        message = {**rest, "role": named, "content": message.get("value")}
     return {key: value for key, value in message.items() if value is not None}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS, BYTES, CHARACTERS = 5, 2 << 30, 1 << 24
@@ -108,7 +109,7 @@ class _Takes:
 
 def render_turns(
     template: str,
-    conversations: list[list[dict[str, Any]]],
+    conversations: list[dict[str, Any]],
     variables: dict[str, Any],
     last_only: bool,
 ) -> Iterator[dict[str, Any]]:
@@ -116,6 +117,9 @@ def render_turns(
 
     A turn begins after what the template puts there for the assistant to go on from, and ends with all that
     it puts after the content. Where the template marks what the model said (`{% generation %}`), it is that.
+
+    Args:
+      conversations: each with its messages, which of them are learnt (`learnt`; without it all), and tools.
 
     Yields:
       {"text": ..., "turns": [[begin, end], ...]}, or {"problem": why there is none}.
@@ -127,21 +131,37 @@ def render_turns(
     setattr(marked, "said_marks", (begin, end))  # noqa: B010 (an attribute of ours)
     takes = _Takes(plain, variables)
     says = any(name.value == "generation" for name in shape.lexer.tokenize(template) if name.type == "name")
-    for messages in conversations:
-        fitted = [_fit(message, None, takes) for message in messages]
+    reads_tools = "tools" in jinja2.meta.find_undeclared_variables(shape.parse(template))
+    for own in conversations:
+        fitted = [_fit(message, None, takes) for message in own["messages"]]
+        learnt = own.get("learnt") or [True] * len(fitted)
+        said = [number for number, message in enumerate(fitted) if message.get("role") == "assistant"]
+        given = {**variables, "tools": own.get("tools")}
         try:
-            text = plain.render(**{**variables, "messages": fitted, "add_generation_prompt": False})
+            if given["tools"] and not reads_tools:
+                raise jinja2.TemplateError("it knows no tools, and the conversation has some")
+            text = plain.render(**{**given, "messages": fitted, "add_generation_prompt": False})
             if len(text) > CHARACTERS:
                 raise jinja2.TemplateError(f"it makes a text of {len(text):,} characters")
             if says:
                 found = marked.from_string(template).render(
-                    **{**variables, "messages": fitted, "add_generation_prompt": False}
+                    **{**given, "messages": fitted, "add_generation_prompt": False}
                 )
                 turns = _marked_turns(found, begin, end)
                 if found.replace(begin, "").replace(end, "") != text:
                     raise jinja2.TemplateError("what it marks as generation changes the text")
+                if not all(learnt[number] for number in said):
+                    if len(turns) != len(said):
+                        raise jinja2.TemplateError(
+                            f"it marks {len(turns)} turns of {len(said)}: which of them are not to be learnt "
+                            "cannot be told"
+                        )
+                    turns = [turn for turn, number in zip(turns, said, strict=True) if learnt[number]]
             else:
-                turns = _turns_by_prefix(plain, fitted, text, variables, last_only)
+                if said and said[0] == 0:
+                    raise jinja2.TemplateError("the conversation begins with the assistant")
+                said = [number for number in said if learnt[number]]
+                turns = _turns_by_prefix(plain, fitted, text, given, said[-1:] if last_only else said)
         except (MemoryError, RecursionError):
             raise
         except Exception as error:
@@ -168,19 +188,17 @@ def _turns_by_prefix(
     messages: list[dict[str, Any]],
     text: str,
     variables: dict[str, Any],
-    last_only: bool,
+    said: list[int],
 ) -> list[list[int]]:
-    """Turns by what the template makes of the conversation up to each one, which its text must begin with."""
+    """The turns of the messages `said`, by what the template makes of the conversation up to each one, which
+    its text must begin with."""
 
     def of(count: int, prompt: bool) -> str:
         return compiled.render(**{**variables, "messages": messages[:count], "add_generation_prompt": prompt})
 
-    said = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
-    if said and said[0] == 0:
-        raise jinja2.TemplateError("the conversation begins with the assistant")
     turns: list[list[int]] = []
     closing = None
-    for number in said[-1:] if last_only else reversed(said):
+    for number in reversed(said):
         begin = _beginning(of, number, messages[number], text)
         whole = text if number == len(messages) - 1 else of(number + 1, False)
         content = str(messages[number].get("content") or "").strip()

@@ -32,6 +32,9 @@ from jaxlab.processing import (
     read_prompts,
 )
 
+BYTES = 256
+"""Tokens of a model that reads bytes."""
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -144,7 +147,12 @@ def run(arguments: Arguments) -> None:
     )
     folder, config = opened.path, opened.config
     if opened.tokenizer is None and config.family != "jaxlab":
-        raise UserError(f"{folder}: has no tokenizer; put its tokenizer.json into its folder")
+        if config.vocab_size != BYTES:
+            raise UserError(
+                f"{folder}: has no tokenizer, and its {config.vocab_size} tokens are not the {BYTES} bytes; "
+                "put its tokenizer.json into its folder"
+            )
+        _note(f"the model has no tokenizer and {BYTES} tokens: they are taken to be bytes")
     if config.attention.kind == "nsa" and config.nsa.selector == "auxiliary":
         raise UserError(f"{folder}: NSA's auxiliary selector keeps no cache to generate from; use evaluate")
     if config.attention.kind == "nsa" and config.nsa.selector_stage == "warm_up":

@@ -10,10 +10,10 @@ from PIL import Image
 from jaxlab.checkpoints import load_model, open_model
 from jaxlab.errors import UserError
 from jaxlab.evaluation import read_prompt, render_prompts
-from jaxlab.models import forward
 from jaxlab.processing import Prompt
 from jaxlab.tasks import main
 from tests.checkpoints import folders
+from tests.models.tiny import run_model
 from tests.processing.folders import write_tokenizer
 
 TOWER = "--tower.image_size 8 --tower.patch_size 4 --tower.num_layers 1 --tower.width 12 --tower.num_heads 2"
@@ -56,7 +56,7 @@ def test_a_new_tower(language, tmp_path, family, capsys):
     batch = read_prompt(prompt, opened, chat=True)
     places = 4 if family == "llava" else 1
     assert int(np.sum(batch["tokens"] == config.image_token)) == places
-    assert np.isfinite(forward(params, batch, config).logits).all()
+    assert np.isfinite(run_model(params, batch, config).logits).all()
 
 
 @pytest.mark.slow

@@ -30,20 +30,20 @@ SLOW = (
     "cohere2",
     "exaone4",
     "qwen2_moe",
+    "gptj",
+    "llama_dynamic",
+    "qwen2_window",
+    "qwen3_moe",
 )
 GENERATED = (
     "gpt2",
-    "gptj",
-    *STATEFUL,
+    "phi3_longrope",
     "opt",
     "smollm3",
-    "qwen2_window",
     "gemma2",
     "gemma3_text",
     "mixtral_window",
-    "qwen3_moe",
     "gpt_oss",
-    "ministral",
     *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
 )
 """One of each kind of cache, two programs compiled for each; slow are those whose parts others share."""

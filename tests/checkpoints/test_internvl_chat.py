@@ -11,6 +11,7 @@ from jaxlab.errors import UserError
 from jaxlab.models import forward, prepare_batch
 from tests.checkpoints import folders
 from tests.checkpoints.test_vlm_families import batch_of
+from tests.models.tiny import run_model
 from tests.processing.folders import write_tokenizer
 
 TOWER = {
@@ -183,7 +184,7 @@ def test_internlm2_alone_is_llama(tmp_path):
     tensors = folders.weights("llama2")
     folder = folders.write(tmp_path / "in", told, internlm2(tensors))
     opened = open_model(folder)
-    logits = forward(opened.read(), {"tokens": golden["tokens"]}, opened.config)[0]
+    logits = run_model(opened.read(), {"tokens": golden["tokens"]}, opened.config)[0]
     assert np.abs(logits - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
     folders.save(tmp_path / "out", opened.config, opened.read())
     expected, found = folders.read_all(folder), folders.read_all(tmp_path / "out")

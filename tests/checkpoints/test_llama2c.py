@@ -12,7 +12,8 @@ import pytest
 from jaxlab.checkpoints import load_model
 from jaxlab.checkpoints.formats.llama2c import find_tokenizer, read_config, read_tokenizer
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, forward, generate
+from jaxlab.models import ModelConfig, generate
+from tests.models.tiny import run_model
 
 D, F, L, H, HKV, V, T = 8, 6, 2, 2, 1, 300, 16
 K = D // H
@@ -71,7 +72,7 @@ def test_a_model_is_the_one_that_turns_neighbours(tmp_path, shared):
         plain["head"] = {"table": jnp.asarray(t["wcls"].T)}
     neighbours = dataclasses.replace(config, position=dataclasses.replace(config.rope, interleaved=True))
     tokens = {"tokens": jnp.asarray(np.random.default_rng(1).integers(0, V, (1, 7)), jnp.int32)}
-    found, expected = forward(params, tokens, config)[0], forward(plain, tokens, neighbours)[0]
+    found, expected = run_model(params, tokens, config)[0], run_model(plain, tokens, neighbours)[0]
     assert np.abs(np.asarray(expected)).max() > 1
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlab.checkpoints import families, open_model
-from jaxlab.models import forward, prepare_batch
+from jaxlab.models import prepare_batch
 from tests.checkpoints import folders
 from tests.checkpoints.test_vlm_families import batch_of
+from tests.models.tiny import run_model
 from tests.processing.folders import GOLDEN, write_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
@@ -56,13 +57,13 @@ def test_one_module_reads_runs_and_writes_a_vision_language_model(toy, tmp_path)
     opened = open_model(toy)
     assert opened.config.family == "toy+llama"
     params, golden = opened.read(), folders.golden("llava")
-    logits = forward(params, prepare_batch(batch_of(golden), opened.config), opened.config)[0]
+    logits = run_model(params, prepare_batch(batch_of(golden), opened.config), opened.config)[0]
     assert np.abs(logits - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
     seen = []
     for image in ("wide.png", "gray.png"):
         batch = opened.processor("w5 <image> w6", [GOLDEN / image], opened.tokenizer)
         assert batch["tokens"][0].tolist() == [5, 78, *[77] * 16, 79, 6]
-        seen.append(forward(params, prepare_batch(batch, opened.config), opened.config)[0])
+        seen.append(run_model(params, prepare_batch(batch, opened.config), opened.config)[0])
     assert np.isfinite(seen[0]).all()
     assert np.abs(seen[0] - seen[1])[:, 2:].max() > 1e-2  # the image matters
     folders.save(tmp_path / "out", opened.config, params)

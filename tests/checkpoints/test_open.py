@@ -89,7 +89,7 @@ def test_ends_of_text_are_those_of_the_model(tmp_path):
 
 def test_a_model_of_words_without_a_tokenizer_is_not_given_bytes(tmp_path, capsys):
     assert main(["generate", str(hugging_face(tmp_path)), "--prompt", "a"]) == 2
-    assert "has no tokenizer; put its tokenizer.json into its folder" in capsys.readouterr().err
+    assert "has no tokenizer, and its 127 tokens are not the 256 bytes; put its" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason=f"needs {STORIES}; set JAXLAB_DATA")

@@ -82,9 +82,14 @@ GENERATED = (
     "mllama",
 )
 """One of each family but SmolVLM's, which is Idefics3's arithmetic: two programs are compiled for each."""
+QUICK = ("llava", "paligemma2", "gemma3", "mllama")
+"""What follows images: plainly, after a prefix, within windows, and beside layers that read them. The others
+go on as LLaVA does."""
 
 
-@pytest.mark.parametrize("case", GENERATED)
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in GENERATED]
+)
 def test_greedy_tokens_are_those_of_transformers(case):
     config, params = load(case)
     golden = folders.golden(case)

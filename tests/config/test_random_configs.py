@@ -1,5 +1,6 @@
 """Thousands of random configs: each is valid, or a ConfigError of one line; nothing else may happen."""
 
+import inspect
 import types
 import typing
 from collections.abc import Sequence
@@ -27,8 +28,9 @@ from jaxlab.config.schema import (
 from jaxlab.errors import ConfigError
 from tests.config.examples import Attention, Cosine, Example
 
-SOME = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+SOME = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+AT_LENGTH = settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
@@ -214,3 +216,14 @@ def test_damaged_files_are_answered(tree: dict[str, Any], data: st.DataObject, p
 def test_junk_words_are_answered(words: list[str], path: Path) -> None:
     path.write_text("steps: 1\n", encoding="utf-8")
     load_or_one_line(path, words)
+
+
+TESTS = [(name, test) for name, test in globals().items() if name.startswith("test_")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "test"), TESTS)
+def test_at_length(name: str, test: Any, path: Path) -> None:
+    """Each of the above with thirty times as many examples."""
+    again = AT_LENGTH(given(**test.hypothesis._given_kwargs)(test.hypothesis.inner_test))
+    again(**({"path": path} if "path" in inspect.signature(again).parameters else {}))

@@ -45,13 +45,13 @@ def test_forms_of_rows(data):
     assert len(bad) == 1
     assert "1 places for 2 images" in bad[0]
     assert [len(row.images) for row in rows] == [1, 1, 1, 0]
-    assert [row.messages[0]["content"] for row in rows] == [
+    assert [row.conversation.messages[0]["content"] for row in rows] == [
         [image, text("w5")],
         [image, text("a")],
         [image, text("no place")],
         [text("no image")],
     ]
-    assert {row.messages[1]["role"] for row in rows} == {"assistant"}
+    assert {row.conversation.messages[1]["role"] for row in rows} == {"assistant"}
 
 
 def test_bad_rows_are_one_line_each(data, tmp_path):
@@ -67,7 +67,7 @@ def test_bad_rows_are_one_line_each(data, tmp_path):
         "neither a file nor a list": {"image": 3, "conversations": chat},
         "has neither messages nor": {"image": "0.png"},
         "not an object like": [1],
-        "nothing to learn": {"image": "0.png", "conversations": [ASKED]},
+        "nothing that is to be learnt": {"image": "0.png", "conversations": [ASKED]},
         "a part of type 'video'": {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
         "no messages": {"conversations": []},
         "names images beside": {

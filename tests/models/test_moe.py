@@ -12,6 +12,7 @@ from jaxlab.costs.flops import train_flops_per_token
 from jaxlab.errors import ConfigError
 from jaxlab.losses import loss_sum
 from jaxlab.models import ModelConfig, MoEConfig, abstract_params, bind, count_params, forward, init_params
+from jaxlab.models.decoder import attention_context
 from jaxlab.models.expert_parallel import Devices
 from jaxlab.models.moe import MixtureOfExperts, expert_stats, route
 from jaxlab.training import OptimizerConfig, State, make_optimizer, train_step
@@ -72,8 +73,8 @@ def by_loops(params, x, m):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def experts(params, x, config):
-    return bind(params, MixtureOfExperts, config, 1.0)(x)
+def experts(params, x, config, real=None):
+    return bind(params, MixtureOfExperts, config, 1.0)(x, real)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -88,7 +89,7 @@ def test_output_is_that_of_plain_loops(name):
 
 def balance_of(routed, moe):
     _, chosen, scores = routed
-    return expert_stats(chosen, scores, jnp.asarray(chosen.size), moe, Devices()).balance_loss
+    return expert_stats(chosen, scores, jnp.ones(chosen.shape, bool), moe, Devices()).balance_loss
 
 
 def test_ties_go_to_the_lower_experts_and_an_even_load_costs_one():
@@ -136,7 +137,8 @@ def test_first_layers_may_be_dense_and_the_balance_loss_joins_the_loss():
     params, tokens = draw_params(config), draw_tokens(config, 2, 6)
     assert params["dense_layers"]["mlp"]["up"].shape == (1, 12, 8)
     assert params["layers"]["moe"]["up"].shape == (2, 6, 12, 5)
-    _, intermediates = forward(params, {"tokens": tokens}, config)
+    run = jax.jit(forward, static_argnames="config")
+    _, intermediates = run(params, {"tokens": tokens}, config)
     assert intermediates["balance_loss"].shape == (2,)
     assert (np.asarray(intermediates["balance_loss"]) > 0.3).all()
     # With experts that are all the same MLP, and a dense layer of that MLP, it is a dense model.
@@ -152,11 +154,12 @@ def test_first_layers_may_be_dense_and_the_balance_loss_joins_the_loss():
     del rest["moe"]
     dense["layers"] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_layer, rest)
     narrow = {**same, "dense_layers": first_layer}
-    found, _ = forward(narrow, {"tokens": tokens}, dataclasses.replace(config, mlp_width=5))
-    np.testing.assert_allclose(found, forward(dense, {"tokens": tokens}, plain)[0], rtol=2e-5, atol=2e-5)
+    found, _ = run(narrow, {"tokens": tokens}, dataclasses.replace(config, mlp_width=5))
+    np.testing.assert_allclose(found, run(dense, {"tokens": tokens}, plain)[0], rtol=2e-5, atol=2e-5)
 
     weighted = dataclasses.replace(config, moe=dataclasses.replace(moe, balance_loss=0.5))
-    (total, count), (more, _) = (loss_sum(params, {"tokens": tokens}, c) for c in (config, weighted))
+    loss = jax.jit(loss_sum, static_argnums=2)
+    (total, count), (more, _) = (loss(params, {"tokens": tokens}, c) for c in (config, weighted))
     added = 0.5 * count * np.mean(intermediates["balance_loss"])
     np.testing.assert_allclose(more - total, added, rtol=1e-4)
 
@@ -266,3 +269,22 @@ def test_errors(make, key):
     with pytest.raises(ConfigError) as raised:
         make()
     assert raised.value.key == key
+
+
+def test_padding_has_no_part_in_the_load():
+    """What stands in rows that are not full counts neither as load nor as dropped, nor in the balance."""
+    moe = dataclasses.replace(VARIANTS["sigmoid"], capacity_factor=0.75, capacity_group=4)
+    config = make_config(moe=moe)
+    params = jax.tree.map(lambda leaf: leaf[1], draw_params(config)["layers"]["moe"])
+    x = np.random.default_rng(5).standard_normal((2, 8, 12)).astype(np.float32)
+    batch = {"tokens": jnp.zeros((2, 8), jnp.int32), "segment_ids": jnp.asarray([[1] * 6 + [0] * 2, [1] * 8])}
+    real = attention_context(batch, config).real
+    assert real.tolist() == [[True] * 6 + [False] * 2, [True] * 8]
+    _, found = experts(params, jnp.asarray(x), config, real)
+    x[0, 6:] = 3.0
+    _, other = experts(params, jnp.asarray(x), config, real)
+    jax.tree.map(np.testing.assert_array_equal, found, other)
+    choices = 14 * 3 * np.asarray(found.expert_load)
+    np.testing.assert_allclose(choices, np.round(choices), atol=1e-5)
+    assert choices.sum() == pytest.approx(14 * 3)
+    assert found.dropped_choices > 0

@@ -15,7 +15,13 @@ from jaxlab.models import (
     RopeConfig,
     SlidingAttentionConfig,
     abstract_params,
+    forward,
+    init_params,
 )
+
+run_model = jax.jit(forward, static_argnames="config")
+"""One program; called as it is, `forward` compiles one for each of its operations."""
+make_params = jax.jit(init_params, static_argnums=0)
 
 NSA = NSAConfig(
     block_len=4, stride=2, block_size=4, num_blocks=3, num_init=1, num_local=1, window=3, compress_width=4

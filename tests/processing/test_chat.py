@@ -8,7 +8,7 @@ import pytest
 from jaxlab.checkpoints.source_files import SourceFiles
 from jaxlab.checkpoints.tensor_folder import copy_companions
 from jaxlab.errors import UserError
-from jaxlab.processing import as_messages, render_chat, render_chats
+from jaxlab.processing import as_conversation, render_chat, render_chats
 from jaxlab.processing.template_worker import answer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "chat"
@@ -117,7 +117,7 @@ def test_a_template_without_end_ends(text):
 )
 def test_what_is_no_conversation(messages, message):
     with pytest.raises(UserError, match=message):
-        as_messages(messages, "the file")
+        as_conversation(messages, "the file")
 
 
 def test_contents_take_the_form_that_the_template_reads():

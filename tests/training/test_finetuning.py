@@ -13,9 +13,10 @@ from jaxlab.checkpoints import load_model, open_model, save_model
 from jaxlab.config import load
 from jaxlab.data import TextConfig, digits_tokenizer, make_source
 from jaxlab.losses import evaluate_step
-from jaxlab.models import ModelConfig, PlainVisionConfig, init_params
+from jaxlab.models import ModelConfig, PlainVisionConfig
 from jaxlab.tasks import execute, main, train
 from jaxlab.training import Checkpoints
+from tests.models.tiny import make_params
 
 MODEL = ModelConfig(num_layers=2, width=16, num_heads=2, mlp_width=24, vocab_size=256, max_length=64)
 TINY = {
@@ -35,7 +36,7 @@ TINY = {
 def base(tmp_path_factory):
     """A Hugging Face folder of a model that reads bytes."""
     folder = tmp_path_factory.mktemp("base") / "llama"
-    save_model(folder, MODEL, init_params(MODEL, jax.random.key(0)), form="huggingface")
+    save_model(folder, MODEL, make_params(MODEL, jax.random.key(0)), form="huggingface")
     return folder
 
 
@@ -108,7 +109,7 @@ def test_parts_that_are_trained(tmp_path):
     """Of a VLM the projector alone: the rest is in no state, and stays as it was."""
     vision = PlainVisionConfig(image_size=8, patch_size=4, width=8, num_heads=2, mlp_width=8, image_token=4)
     model = dataclasses.replace(MODEL, vocab_size=128, vision=vision)
-    before = init_params(model, jax.random.key(1))
+    before = make_params(model, jax.random.key(1))
     save_model(tmp_path / "vlm", model, before, digits_tokenizer())
     file = tmp_path / "projector.yaml"
     file.write_text(

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlab.config import build
-from jaxlab.data.source import make_source
+from jaxlab.costs import read_collectives
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.losses import loss_sum
-from jaxlab.models import forward, init_params
+from jaxlab.models import MoEConfig, abstract_params, bind, forward, logical_axes
+from jaxlab.models.axis_rules import partition_spec
 from jaxlab.models.mesh import Part, in_parts, split_tokens
+from jaxlab.models.moe import MixtureOfExperts
 from jaxlab.models.sharding import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings
-from jaxlab.tasks import train
+from jaxlab.tasks import main
 from tests.models.tiny import draw_params, draw_tokens, make_config
 from tests.training.on_meshes import LENGTH, MODELS, compare
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
     ("name", "mesh", "packed"),
     [
         ("nsa_experts", MeshConfig(data=1, context=2, expert=2), True),
-        ("full", BOTH, True),
+        pytest.param("full", BOTH, True, marks=pytest.mark.slow),
         pytest.param("nsa", BOTH, True, marks=pytest.mark.slow),
         pytest.param("full", CONTEXT, True, marks=pytest.mark.slow),
         pytest.param("experts", MeshConfig(data=1, expert=2, model=2), True, marks=pytest.mark.slow),
@@ -140,39 +140,79 @@ def test_models_that_cannot_be_split():
         run(draw_tokens(config, 2, 6), CONTEXT)
 
 
-@pytest.mark.parametrize("name", ["full", pytest.param("nsa", marks=pytest.mark.slow)])
-def test_run_py_trains_on_eight_devices(name, tmp_path):
-    """Examples over two devices, heads over two, sequences over two."""
-    (tmp_path / "text.py").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(99)))
+def test_gradients_of_experts_are_scattered_before_they_are_summed():
+    """Over `fsdp` each device gets its part alone; the sums over `context` are of these parts."""
+    config, mesh = make_config(moe=MoEConfig(num_experts=4, width=5)), make_mesh(MeshConfig(1, 2, context=2))
+    axes = logical_axes(config)["layers"]["moe"]
+
+    def placed(leaf, axes):
+        spec = partition_spec(tuple(axes)[1:])
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    params = jax.tree.map(placed, abstract_params(config)["layers"]["moe"], axes)
+    x = placed(jax.ShapeDtypeStruct((1, 4, 8, 12), np.float32), ("layers", "batch", "tokens", "gate"))
+    total = lambda params, x: jnp.sum(bind(params, MixtureOfExperts, config, 1.0)(x)[0] ** 2)
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    step = jax.jit(on_mesh(jax.grad(total), mesh), out_shardings=places)
+    found = read_collectives(step.lower(params, x).compile().as_text(), mesh)
+    count = lambda shape, kind, *axes: sum(
+        c.times * c.shape.count(shape) for c in found if (c.kind, c.axes) == (kind, axes)
+    )
+    scattered = [count(f"f32[4,{sizes}]", "reduce-scatter", "fsdp") for sizes in ("6,5", "5,6")]
+    assert scattered == [2, 1]
+    assert count("f32[4,", "all-reduce", "context") == 3
+    assert count("f32[4,", "all-reduce", "fsdp", "context") == 0
+
+
+def write_config(folder, name, **changes):
+    """A run of three steps, each of two parts."""
+    (folder / "text.py").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(99)))
     config = {
         "model": asdict(replace(MODELS[name], vocab_size=256)),
-        "mesh": {"data": 2, "model": 2, "context": 2},
-        "data": {"path": str(tmp_path / "text.py"), "sequence_length": LENGTH, "holdout_every": 4},
-        "steps": 2,
+        "data": {"path": str(folder / "text.py"), "sequence_length": LENGTH, "holdout_every": 4},
+        "optimizer": {"warmup_steps": 0, "learning_rate": 0.01},
+        "steps": 3,
         "batch_size": 4,
         "accumulation": 2,
         "log_every": 1,
         "eval_batches": 1,
+        **changes,
     }
-    (tmp_path / "eight.yaml").write_text(json.dumps(config))
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    command = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        "train",
-        str(tmp_path / "eight.yaml"),
-        "--outputs",
-        str(tmp_path),
-    ]
-    run = subprocess.run(
-        command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    (metrics,) = tmp_path.glob("train/eight-*/metrics.jsonl")
-    first = json.loads(metrics.read_text().splitlines()[0])
+    (folder / "meshes.yaml").write_text(json.dumps(config))
+    return str(folder / "meshes.yaml")
 
-    here = build(train.Config, config)
-    params = jax.jit(init_params, static_argnums=0)(here.model, jax.random.key(0))
-    batch = make_source(here.data).batch(0, 0, 4)
-    total, count = jax.jit(loss_sum, static_argnums=2)(params, batch, here.model)
-    assert first["loss"] == pytest.approx(float(total / count), abs=1e-5)
+
+def losses_in(folder):
+    (metrics,) = folder.glob("train/meshes-*/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [line[name] for line in lines for name in ("loss", "eval_loss") if name in line]
+
+
+def test_a_run_on_a_mesh_has_the_losses_of_one_device(tmp_path):
+    """Heads over two devices, sequences over two; the losses after each update tell its gradients too."""
+    config = write_config(tmp_path, "full")
+    found = []
+    for number, mesh in enumerate(("{data: 1}", "{data: 1, model: 2, context: 2}")):
+        assert main(["train", config, "--mesh", mesh, "--outputs", str(tmp_path / str(number))]) == 0
+        found.append(losses_in(tmp_path / str(number)))
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert len(found[0]) == 4
+    assert found[0][2] < found[0][0] - 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "nsa"])
+def test_run_py_trains_on_eight_devices(name, tmp_path):
+    """Examples over two devices, heads over two, sequences over two."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    for number, mesh in enumerate(("{data: 1}", "{data: 2, model: 2, context: 2}")):
+        command = [sys.executable, ROOT / "run.py", "train", write_config(tmp_path, name), "--mesh", mesh]
+        run = subprocess.run(
+            [*map(str, command), "--outputs", tmp_path / str(number)],
+            env=os.environ | {"XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+    np.testing.assert_allclose(losses_in(tmp_path / "0"), losses_in(tmp_path / "1"), atol=1e-5)

@@ -42,7 +42,7 @@ def steps_and_losses(folder):
 
 
 @pytest.mark.multiprocess
-def test_kill_and_resume(tmp_path, capsys):
+def test_kill_and_resume(tmp_path, capsys, kept_programs):
     (tmp_path / "text.py").write_text("".join(f"x{i} = {i} * {i}\n" for i in range(200)))
     (tmp_path / "config.yaml").write_text(f"""
 model: {{width: 8, num_layers: 1, num_heads: 2, mlp_width: 8, max_length: 8}}

@@ -83,7 +83,9 @@ def without_biases(params):
     return {**params, "layers": {**params["layers"], "attention": {**attention, **zeros}}}
 
 
-def test_a_folder_of_hugging_face_is_retrofitted_measured_and_trained(text, tmp_path, capsys, monkeypatch):
+def test_a_folder_of_hugging_face_is_retrofitted_measured_and_trained(
+    text, tmp_path, capsys, monkeypatch, kept_programs
+):
     monkeypatch.setattr(train, "train_step", shrink)
     config = make(text, folders.make(tmp_path / "dense", "llama_tied"))
     (tmp_path / "run").mkdir()

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tokenizers import Tokenizer
 
 from jaxlab.checkpoints import families
@@ -24,7 +23,7 @@ from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at
 from jaxlab.checkpoints.tensor_table import EMBEDDING
 from jaxlab.checkpoints.tokenizer_files import TOKENIZER
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, Params
+from jaxlab.models import ModelConfig, Params, to_host
 
 
 def save(
@@ -173,15 +172,8 @@ def _planned(
 
 
 def _on_host(params: Params, entry: Entry) -> list[np.ndarray]:
-    leaves = [_whole(leaf_at(params, path)) for path in entry.paths]
+    leaves = [to_host(leaf_at(params, path)) for path in entry.paths]
     return [leaf.reshape(len(entry.names), *leaf.shape[entry.lead :]) for leaf in leaves]
-
-
-def _whole(leaf: Any) -> np.ndarray:
-    """A leaf on this host; of several processes all ask for it."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
 
 
 def _tensor(entry: Entry, index: int, on_host: Any, dtype: np.dtype) -> np.ndarray:

@@ -11,9 +11,12 @@ from tokenizers import Tokenizer
 from jaxlab.data.documents.document import Counts, Document, content_key, largest_id, words_digest
 from jaxlab.data.documents.readers import Row
 from jaxlab.errors import UserError
-from jaxlab.processing import Message, Turns, as_messages, encode_with_spans, render_turns
+from jaxlab.processing import Conversation, Turns, as_conversation, encode_with_spans, render_turns
 
 NO_ANSWER = "nothing that the assistant says"
+NOT_LEARNT = "no turn to learn (weight 0, train: false)"
+FORM = 2
+"""Of what is read of a row: another number makes the tokens of conversations anew."""
 MOST_WORK = 30_000
 """Of one process that renders: squares of numbers of messages, about a second."""
 
@@ -38,7 +41,7 @@ class ChatEncoder:
         )
         given = json.dumps([template, self.special_tokens, train_on], sort_keys=True)
         digest = hashlib.sha256(given.encode()).hexdigest()
-        self.identity = json.dumps(["chat", words_digest(tokenizer), digest])
+        self.identity = json.dumps([f"chat {FORM}", words_digest(tokenizer), digest])
 
     def encode(self, rows: Sequence[tuple[str, Row]], counts: Counts) -> list[Document]:
         """See `Encoder`.
@@ -57,17 +60,16 @@ class ChatEncoder:
                 counts.empty += 1
             else:
                 try:
-                    messages = read_conversation(row.value, where)
+                    conversation = read_conversation(row.value, where, row.tools)
                 except UserError as error:
                     counts.note_bad(str(error))
                     continue
-                while messages and messages[-1]["role"] != "assistant":  # nothing of them is learnt
-                    messages.pop()
-                if messages:
-                    conversations.append(messages)
+                if any(conversation.learnt):
+                    conversations.append(_to_last_learnt(conversation))
                     names.append(where)
                 else:
-                    counts.dropped[NO_ANSWER] += 1
+                    answers = any(message["role"] == "assistant" for message in conversation.messages)
+                    counts.dropped[NOT_LEARNT if answers else NO_ANSWER] += 1
         if not conversations:
             return []
         rendered = [turns for group in _groups(conversations) for turns in self._render(group)]
@@ -89,7 +91,7 @@ class ChatEncoder:
                 counts.dropped[NO_ANSWER] += 1
         return documents
 
-    def _render(self, conversations: Sequence[Sequence[Message]]) -> list[Turns]:
+    def _render(self, conversations: Sequence[Conversation]) -> list[Turns]:
         try:
             return render_turns(
                 conversations,
@@ -106,17 +108,24 @@ class ChatEncoder:
             return [Turns("", (), str(error))]
 
 
-def _groups(conversations: Sequence[Sequence[Message]]) -> Iterator[list[Sequence[Message]]]:
+def _to_last_learnt(conversation: Conversation) -> Conversation:
+    """Without what comes after its last turn that is learnt."""
+    end = max(number for number, learnt in enumerate(conversation.learnt, 1) if learnt)
+    return conversation._replace(messages=conversation.messages[:end], learnt=conversation.learnt[:end])
+
+
+def _groups(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
     """Conversations that are rendered by one process, which may compute for seconds only: the work goes with
     the square of the number of messages."""
-    group: list[Sequence[Message]] = []
+    group: list[Conversation] = []
     work = 0
-    for messages in conversations:
-        if group and work + len(messages) ** 2 > MOST_WORK:
+    for conversation in conversations:
+        more = len(conversation.messages) ** 2
+        if group and work + more > MOST_WORK:
             yield group
             group, work = [], 0
-        group.append(messages)
-        work += len(messages) ** 2
+        group.append(conversation)
+        work += more
     yield group
 
 
@@ -137,17 +146,17 @@ def said(turns: Turns, ids: np.ndarray, spans: np.ndarray, special: frozenset[in
     return targets
 
 
-def read_conversation(value: Any, where: str) -> list[Message]:
-    """The messages of a conversation of texts; see `as_messages`.
+def read_conversation(value: Any, where: str, tools: Any = None) -> Conversation:
+    """A conversation of texts; see `as_conversation`.
 
     Raises:
       UserError: it is none, or holds more than texts.
     """
-    messages = as_messages(value, where)
-    for number, message in enumerate(messages, 1):
+    found = as_conversation(value, where, tools)
+    for number, message in enumerate(found.messages, 1):
         content = message.get("content")
         parts = content if isinstance(content, list) else []
         other = next((part["type"] for part in parts if part["type"] != "text"), None)
         if other is not None:
             raise UserError(f"{where}: message {number} holds a part of type {other!r}; texts alone are read")
-    return messages
+    return found

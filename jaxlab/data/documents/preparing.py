@@ -193,16 +193,19 @@ def _batches(
 
 def _reader(unit: Unit, file: DataFile) -> Reader:
     data, path = unit.data, file.path
-    column = data.column or (None if data.content == "chat" else "text")
+    chat = data.content == "chat"
+    column = data.column or (None if chat else "text")
     match file.format:
         case "text":
             return lambda start, progress: read_text(path, start, progress, data.separator)
         case "jsonl":
-            return lambda start, progress: read_json_lines(path, start, progress, column)
+            return lambda start, progress: read_json_lines(path, start, progress, column, chat=chat)
         case "parquet":
-            return lambda start, progress: read_parquet(path, start, progress, column)
+            return lambda start, progress: read_parquet(path, start, progress, column, chat=chat)
         case "dataset":
-            return lambda start, progress: read_saved(str(path), data.split, start, progress, column)
+            return lambda start, progress: read_saved(
+                str(path), data.split, start, progress, column, chat=chat
+            )
 
 
 def _token_dtype(largest: int) -> type[np.unsignedinteger]:

@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,6 +18,8 @@ LONGEST_ROW = 1 << 28
 LONGEST_TEXT = 1 << 20
 """Letters: a longer plain text is read in parts."""
 CHAT_COLUMNS = ("messages", "conversations")
+TOOLS = "tools"
+"""The column of the functions that the assistant of a conversation may call."""
 _CHUNK = 1 << 20
 _ROWS = 1000
 """That are taken from a table at once."""
@@ -47,6 +49,8 @@ class Row(NamedTuple):
     """Whether a text begins here."""
     last: bool = True
     """Whether it ends here."""
+    tools: Any = None
+    """Of a conversation: what stands beside it in the column TOOLS."""
 
 
 class Progress:
@@ -95,8 +99,13 @@ def read_text(path: Path, start: Place, progress: Progress, separator: str | Non
             begin, inside = end + skip, int(not last)
 
 
-def read_json_lines(path: Path, start: Place, progress: Progress, column: str | None) -> Iterator[Row]:
+def read_json_lines(
+    path: Path, start: Place, progress: Progress, column: str | None, *, chat: bool = False
+) -> Iterator[Row]:
     """What the rows of a file of JSON Lines hold in a column; None: the first of CHAT_COLUMNS that is there.
+
+    Args:
+      chat: whether it is a conversation, which may have tools beside it.
 
     Raises:
       UserError: the file is damaged or cannot be read.
@@ -110,10 +119,12 @@ def read_json_lines(path: Path, start: Place, progress: Progress, column: str | 
             offset, number = offset + len(line), number + 1
             progress.read = told()
             if line.strip():
-                yield _of_line(line, number, path, Place(offset, number), column)
+                yield _of_line(line, number, path, Place(offset, number), column, chat)
 
 
-def read_parquet(path: Path, start: Place, progress: Progress, column: str | None) -> Iterator[Row]:
+def read_parquet(
+    path: Path, start: Place, progress: Progress, column: str | None, *, chat: bool = False
+) -> Iterator[Row]:
     """What a column of a Parquet file holds, a group of rows after the other; see `read_json_lines`.
 
     Raises:
@@ -124,38 +135,39 @@ def read_parquet(path: Path, start: Place, progress: Progress, column: str | Non
     except ImportError:
         raise UserError(f"{path}: Parquet needs pyarrow: pip install 'jaxlab[data]'") from None
     with _readable(path), parquet.ParquetFile(path) as file:
-        name = _column(column, list(file.schema_arrow.names), str(path))
+        names = _columns(column, list(file.schema_arrow.names), str(path), chat)
         size = path.stat().st_size
         before, total = 0, max(file.metadata.num_rows, 1)
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if before + rows > start.offset:
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[name]):
-                    values = batch.column(0)
-                    skip = min(max(start.offset - before, 0), len(values))
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=names):
+                    skip = min(max(start.offset - before, 0), len(batch))
                     before += skip
-                    for value in values.slice(skip).to_pylist():
+                    for row in _rows_of(batch.slice(skip), names):
                         before += 1
-                        yield Row(value, Place(before, before))
+                        yield row._replace(after=Place(before, before))
                     progress.read = size * before // total
             else:
                 before += rows
 
 
-def read_saved(name: str, split: str, start: Place, progress: Progress, column: str | None) -> Iterator[Row]:
+def read_saved(
+    name: str, split: str, start: Place, progress: Progress, column: str | None, *, chat: bool = False
+) -> Iterator[Row]:
     """What a column of a data set holds that `datasets` saved, or that is on the hub; see `read_json_lines`.
 
     Raises:
       UserError: as `open_dataset` says, or there is no such column.
     """
     table = open_dataset(name, split)
-    chosen = _column(column, list(table.column_names), f"{name} {split}")
-    arrow = table.select_columns([chosen]).with_format("arrow")
+    chosen = _columns(column, list(table.column_names), f"{name} {split}", chat)
+    arrow = table.select_columns(chosen).with_format("arrow")
     for at in range(start.offset, len(table), _ROWS):
         with _readable(Path(name)):
-            values = arrow[at : at + _ROWS].column(0).to_pylist()
-        for number, value in enumerate(values, at + 1):
-            yield Row(value, Place(number, number))
+            rows = list(_rows_of(arrow[at : at + _ROWS], chosen))
+        for number, row in enumerate(rows, at + 1):
+            yield row._replace(after=Place(number, number))
         progress.read = int(table.data.nbytes * min(at + _ROWS, len(table)) / max(len(table), 1))
 
 
@@ -273,7 +285,21 @@ def _text(raw: bytes, path: Path, after: Place, skipped: int, first: bool) -> Ro
         return Row(None, after, f"{path}: not valid UTF-8 (at its byte {at}); convert it", first, last)
 
 
-def _of_line(line: bytes, number: int, path: Path, after: Place, column: str | None) -> Row:
+def _rows_of(table: Any, names: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table of arrow: a text, or a conversation and its tools. There all objects of a column
+    have the keys of all of them, null where one has not."""
+    columns = [table.column(name).to_pylist() for name in names]
+    for value, *tools in zip(*columns, strict=True):
+        yield Row(_without_nulls(value), Place(), tools=_without_nulls(tools[0]) if tools else None)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
+
+
+def _of_line(line: bytes, number: int, path: Path, after: Place, column: str | None, chat: bool) -> Row:
     where = f"{path} line {number}"
     try:
         value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -288,12 +314,12 @@ def _of_line(line: bytes, number: int, path: Path, after: Place, column: str | N
     names = CHAT_COLUMNS if column is None else (column,)
     for name in names:
         if name in value:
-            return Row(value[name], after)
+            return Row(value[name], after, tools=value.get(TOOLS) if chat else None)
     return Row(None, after, _missing(names, list(value), where))
 
 
-def _column(column: str | None, names: list[str], where: str) -> str:
-    """The column of a table to read.
+def _columns(column: str | None, names: list[str], where: str, chat: bool) -> list[str]:
+    """The column of a table to read, and that of the tools if it has one.
 
     Raises:
       UserError: there is none.
@@ -301,7 +327,7 @@ def _column(column: str | None, names: list[str], where: str) -> str:
     wanted = CHAT_COLUMNS if column is None else (column,)
     for name in wanted:
         if name in names:
-            return name
+            return [name, TOOLS] if chat and TOOLS in names and name != TOOLS else [name]
     raise UserError(_missing(wanted, names, where))
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from jaxlab.distributed import is_main
 from jaxlab.errors import UserError
 from jaxlab.files import write_atomic, writing
-from jaxlab.models import ModelConfig, generate, using
+from jaxlab.models import ModelConfig, generate, to_host, using
 from jaxlab.processing import TextStream, check_token_ids, encode
 from jaxlab.training.config import TrainConfig
 from jaxlab.training.loop import Callback, Loop, Setup
@@ -76,7 +76,7 @@ class WriteSamples(Callback):
                     key=jax.random.fold_in(jax.random.key(loop.config.seed), loop.done),
                 )
             stream = TextStream(self.tokenizer, ids)
-            text = "".join(map(stream.add, new[0].tolist()))
+            text = "".join(map(stream.add, to_host(new)[0].tolist()))
             lines.append(json.dumps({"step": loop.done, "prompt": prompt, "text": text}) + "\n")
         if not is_main():
             return

@@ -4,11 +4,9 @@ import sys
 import warnings
 from typing import Any
 
-import jax
-
 from jaxlab.checkpoints import huggingface_config, kept_files, save_adapter, save_model, whole_tensors
 from jaxlab.errors import UserError, UserNote
-from jaxlab.models import count_params, merge_updates
+from jaxlab.models import count_params, merge_updates, to_host
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.config import TrainConfig
 from jaxlab.training.loop import Callback, Loop, Setup
@@ -103,7 +101,7 @@ class SaveModel(Callback):
         config, trainable, opened = loop.config, loop.setup.trainable, loop.setup.initial.opened
         assert trainable.adapters is not None
         assert opened is not None
-        trained = jax.device_get(loop.trained)
+        trained = to_host(loop.trained)
         save_adapter(
             loop.run.path / "adapter",
             {path: trainable.pair(trained, path) for path, _ in trainable.adapted},

@@ -10,7 +10,7 @@ from jaxlab.data import DataSet, DocumentsConfig, DocumentsSource
 from jaxlab.data.documents import chats as encoder
 from jaxlab.data.documents.chats import read_conversation
 from jaxlab.errors import UserError
-from jaxlab.processing import render_turns
+from jaxlab.processing import as_conversation, render_turns
 from jaxlab.processing.template_worker import answer
 from tests.data.documents.small import find_model, source, write_lines
 
@@ -49,12 +49,12 @@ def said(text, conversation=TALK, **options):
     return [turns["text"][begin:end] for begin, end in turns["turns"]]
 
 
-def rendered(text, conversation, *, last_only=False):
+def rendered(text, conversation, *, last_only=False, **own):
     """What the process of the template does, in this one."""
     request = {
         "turns": True,
         "template": text,
-        "conversations": [conversation],
+        "conversations": [{"messages": conversation, **own}],
         "variables": MADE["special_tokens"],
         "last_only": last_only,
     }
@@ -122,8 +122,8 @@ def test_a_template_whose_turns_cannot_be_told(text, message):
 
 def test_a_damaged_template_is_one_line():
     with pytest.raises(UserError, match="place: line 1"):
-        render_turns([TALK], "{% for %}", place="place")
-    [turns] = render_turns([TALK[1:]], template("smollm2"))
+        render_turns([as_conversation(TALK, "")], "{% for %}", place="place")
+    [turns] = render_turns([as_conversation(TALK[1:], "")], template("smollm2"))
     assert "begins with the assistant" in turns.problem
 
 
@@ -187,6 +187,8 @@ def test_sharegpt_and_parquet_say_the_same(tmp_path, letters):
         ([{"role": "user", "content": [{"type": "image"}]}], "a part of type 'image'; texts alone"),
         ([{"from": 3, "value": "x"}], "message 1 is not like"),
         ({"role": "user"}, "holds no messages"),
+        ([*TALK[:3], TALK[3] | {"weight": 0.5}], "message 4: weight is '0.5'; a turn is learnt"),
+        ([TALK[0] | {"train": True}, TALK[1]], "message 1 is of 'user' and has a weight"),
     ],
 )
 def test_what_is_no_conversation(tmp_path, letters, value, message):
@@ -195,6 +197,67 @@ def test_what_is_no_conversation(tmp_path, letters, value, message):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK}, {"messages": value}])
     with pytest.raises(UserError, match=f"a.jsonl line 2.*{message}"):
         chats(path, letters).prepare()
+
+
+def test_turns_without_a_weight_are_read_and_not_learnt(tmp_path, letters):
+    """OpenAI's `weight` and axolotl's `train`, in all forms of files, by prefixes and by marks."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    weighted = [TALK[0] | {"weight": 0}, TALK[1] | {"weight": 0}, TALK[2], TALK[3] | {"weight": 1}]
+    shared = [{"from": m["role"], "value": m["content"], "train": n == 1} for n, m in enumerate(TALK)]
+    whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK)
+    first = whole[: whole.index("And?")].rpartition("<|im_start|>")[0]
+    write_lines(tmp_path / "a.jsonl", [{"messages": weighted}])
+    write_lines(tmp_path / "b.jsonl", [{"conversations": shared}])
+    parquet.write_table(pa.Table.from_pylist([{"messages": weighted}]), tmp_path / "c.parquet")
+    (tmp_path / "t.jinja").write_text(MARKED)
+    second, marked = [(whole, "Second answer<|im_end|>")], {"chat_template": str(tmp_path / "t.jinja")}
+    assert list(learnt(chats(tmp_path / "a.jsonl", letters))) == second
+    assert list(learnt(chats(tmp_path / "c.parquet", letters, **marked))) == second
+    # What comes after the last turn that is learnt is left out.
+    cut = [(first, "First answer<|im_end|>")]
+    assert list(learnt(chats(tmp_path / "b.jsonl", letters, **marked))) == cut
+    assert list(learnt(chats(tmp_path / "b.jsonl", letters, train_on="last"))) == cut
+    none = write_lines(tmp_path / "d.jsonl", [{"messages": [m | {"weight": 0} for m in TALK]}])
+    with pytest.warns(UserWarning, match=r"of 1 rows passed by: 1 no turn to learn \(weight 0, train: false"):
+        chats(none, letters).prepare()
+    joined = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    [problem] = [rendered(joined, TALK, learnt=[False, False, False, True])["problem"]]
+    assert "marks 1 turns of 2" in problem
+
+
+CALLING = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_reach_the_template(tmp_path, letters):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    tool = {"type": "function", "function": {"name": "sum", "parameters": {"a": {"type": "int"}}}}
+    call = {"function": {"name": "sum", "arguments": {"a": 1}}}
+    talk = [TALK[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}, TALK[3]]
+    rows = [{"messages": talk, "tools": [tool]}, {"messages": talk, "tools": json.dumps([tool])}]
+    (tmp_path / "t.jinja").write_text(CALLING)
+    write_lines(tmp_path / "a.jsonl", rows[1:])
+    parquet.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        [(whole, target)] = learnt(chats(tmp_path / name, letters, chat_template=str(tmp_path / "t.jinja")))
+        assert whole.startswith(f"<|im_start|>system\n{json.dumps([tool])}<|im_end|>\n<|im_start|>user")
+        assert target == f"{json.dumps(call['function'])}<|im_end|>Second answer<|im_end|>"
+    for tools, message in (
+        ([tool], "chat template: it knows no tools, and the conversation has some"),
+        ("[", "its tools are not JSON"),
+        ([3], "its tools are no list of functions"),
+    ):
+        path = write_lines(tmp_path / "bad.jsonl", [{"messages": TALK, "tools": tools}])
+        with pytest.raises(UserError, match=f"bad.jsonl line 1: .*{message}"):
+            chats(path, letters).prepare()
 
 
 def test_conversations_without_an_answer_are_counted(tmp_path, letters):
@@ -230,7 +293,7 @@ def test_a_conversation_that_takes_too_much_time_is_a_bad_row(tmp_path, letters,
 
     def rendered(conversations, *arguments, **options):
         calls.append(len(conversations))
-        if any(len(messages) > 2 for messages in conversations):
+        if any(len(one.messages) > 2 for one in conversations):
             raise UserError("place: does not end: it takes too much time or memory")
         return render_turns(conversations, *arguments, **options)
 
@@ -241,7 +304,8 @@ def test_a_conversation_that_takes_too_much_time_is_a_bad_row(tmp_path, letters,
         chats(path, letters).prepare()
     assert calls == [3, 1, 1, 1]
     monkeypatch.setattr(encoder, "MOST_WORK", 5)
-    assert [len(group) for group in encoder._groups([short, short, TALK, short])] == [1, 1, 1, 1]
+    all_four = [as_conversation(talk, "") for talk in (short, short, TALK, short)]
+    assert [len(group) for group in encoder._groups(all_four)] == [1, 1, 1, 1]
 
 
 def test_texts_and_conversations_mix(tmp_path, letters):
