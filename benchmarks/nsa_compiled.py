@@ -197,8 +197,8 @@ def main(a: Arguments) -> None:
         entry |= {"counted": rows, "whole": whole(spec, rows, a.overlaps)}
         entry["decoding"] = [decoding(spec, batch, dump if a.compile else None) for batch in a.decode_batches]
         result["specs"].append(entry | {"seconds": time.perf_counter() - start})
+        write_json(a.out, result)  # what is there stays, should the next one not come to its end
     shutil.rmtree(dump)
-    write_json(a.out, result)
     for entry in result["specs"]:
         show(entry)
 

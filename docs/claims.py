@@ -121,6 +121,10 @@ def page(folder: Path) -> str:
         found[record["claim"]].append(
             {**record, "status": verdict.status, "rule": verdict.rule, "evidence": verdict.evidence}
         )
+    if (folder / "real_run.json").exists():
+        told = json.loads((folder / "real_run.json").read_text(encoding="utf-8"))
+        for record in real_run_records(told):
+            found[record["claim"]].append(record)
     for record in quickstart["records"]:
         setting = "quickstart: small models, minutes of training"
         found[record["claim"]].append({"setting": setting, "command": quickstart["command"], **record})
@@ -172,6 +176,41 @@ def judge(claim: Claim, numbers: Mapping[str, Any]) -> Verdict:
         case "N5":
             return nsa.n5(numbers)
     raise ValueError(f"no study of {claim.id}")
+
+
+def real_run_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Verdicts on the pair of docs/real_run.md, cooled down after equal steps."""
+    both = real.get("cooled")
+    if not both or any(one["test"] is None for one in both.values()):
+        return []
+    ours, full = both["nsa"], both["full"]
+    found_by = {
+        name: [at["exact_match"] for at in one["needle"].get(str(one["length"]), [])]
+        for name, one in both.items()
+    }
+    verdicts = [
+        nsa.n1([full["test"]], [ours["test"]], (full["parameters"], ours["parameters"]), True),
+        nsa.n2(found_by["nsa"], ours["length"]),
+    ]
+    dense = found_by["full"]
+    beside = f" Full attention: {min(dense):.0%} and {sum(dense) / len(dense):.0%}." if dense else ""
+    tokens = ours["steps"] * ours["tokens_per_step"]
+    size = f"models of {ours['parameters'] / 1e6:.1f} M parameters on real text, {tokens / 1e6:.2f} M tokens"
+    return [
+        {
+            "claim": verdict.claim.id,
+            "setting": f"{size} in rows of {ours['length']:,} ([real_run.md](real_run.md))",
+            "status": verdict.status,
+            "rule": verdict.rule,
+            "evidence": verdict.evidence + (beside if verdict.claim.id == "N2" else ""),
+            "seeds": [0],
+            "command": "python docs/real_run.py --measure outputs",
+            "caveat": f"{tokens / ours['parameters']:.2f} tokens were read for each parameter, where about "
+            "20 are usual: models that have hardly begun to learn.",
+        }
+        for verdict in verdicts
+        if verdict.status != "not examined"
+    ]
 
 
 def real_records(real: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -118,13 +118,17 @@ def find(seed: int, folder: Path) -> dict[str, str]:
     from jaxlab import config as configs
     from jaxlab.training import TrainConfig
 
+    def meaning(config: TrainConfig) -> Json:
+        """The config without what says how attention is computed, which newer code may choose differently."""
+        told = configs.to_dict(config)
+        told["model"]["attention"].pop("implementation")
+        return told
+
     def finished(file: str, **changes: Any) -> str:
-        wanted = dataclasses.replace(configs.load(TrainConfig, MODELS / file), seed=seed, **changes)
+        wanted = meaning(dataclasses.replace(configs.load(TrainConfig, MODELS / file), seed=seed, **changes))
         for run in sorted(folder.glob(f"{Path(file).stem}-*")):
             done = (run / "results.json").exists()
-            if done and configs.to_dict(configs.load(TrainConfig, run / "config.yaml")) == configs.to_dict(
-                wanted
-            ):
+            if done and meaning(configs.load(TrainConfig, run / "config.yaml")) == wanted:
                 return str(run)
         sys.exit(f"{folder}: no finished run of {file} with seed {seed}")
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from jaxtyping import install_import_hook
 
-# Before anything imports the packages: each function with shapes in its signature is then checked by
-# beartype.
-install_import_hook(["jaxlab", "kernels_pallas"], "beartype.beartype")
+from tests.typechecking import check_types
+
+check_types(["jaxlab", "kernels_pallas"])  # before anything imports them
 
 hypothesis.settings.register_profile("jaxlab", deadline=None)
 hypothesis.settings.load_profile("jaxlab")

@@ -33,8 +33,8 @@ def items(options: dict[str, Any], part: str) -> list[Item]:
 
 def tiny(spec: ArgSpec) -> ArgSpec:
     """For the interpreter."""
-    sizes = {"heads": 16, "kv_heads": 1, "key_dim": 64, "value_dim": 64, "num_blocks": 3, "window": 64}
-    return dataclasses.replace(spec, length=128, dtype="bfloat16", **sizes)
+    sizes = {"heads": 8, "kv_heads": 1, "key_dim": 64, "value_dim": 64, "num_blocks": 3, "window": 64}
+    return dataclasses.replace(spec, length=64, dtype="bfloat16", **sizes)
 
 
 def known_rates(options: dict[str, Any]) -> Row:

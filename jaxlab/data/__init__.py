@@ -9,8 +9,10 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.data.documents.source import DocumentsSource
     from jaxlab.data.episodes import EpisodesConfig, EpisodesSource, TokenClass, episode_tokenizer
     from jaxlab.data.episodes import make_batch as make_episodes
+    from jaxlab.data.facts import Fact, draw_facts
     from jaxlab.data.image_chats import ImageChatsConfig, ImageChatsSource
     from jaxlab.data.needle import NeedleConfig, NeedleSource
+    from jaxlab.data.needle_text import NeedleTextConfig, NeedleTextSource
     from jaxlab.data.read_ahead import BatchReader
     from jaxlab.data.source import (
         DataConfig,

@@ -16,11 +16,20 @@ from jaxlab.data.documents.stand_in import StandIn
 from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.data.image_chats import ImageChatsConfig, ImageChatsSource
 from jaxlab.data.needle import NeedleConfig, NeedleSource
+from jaxlab.data.needle_text import NeedleTextConfig, NeedleTextSource
 from jaxlab.data.text import FindModel, TextConfig, TextSource
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig, PlainVisionConfig
 
-DataConfig = TextConfig | DigitsConfig | EpisodesConfig | NeedleConfig | DocumentsConfig | ImageChatsConfig
+DataConfig = (
+    TextConfig
+    | DigitsConfig
+    | EpisodesConfig
+    | NeedleConfig
+    | NeedleTextConfig
+    | DocumentsConfig
+    | ImageChatsConfig
+)
 """What a model is trained or evaluated on."""
 
 
@@ -92,6 +101,8 @@ def make_source(config: DataConfig, find_model: FindModel = resolve, *, for_shap
             return EpisodesSource(config)
         case NeedleConfig():
             return NeedleSource(config)
+        case NeedleTextConfig():
+            return NeedleTextSource(config, find_model)
         case DocumentsConfig():
             source = DocumentsSource(config, find_model)
             return StandIn(source) if for_shapes and not source.prepared else source

@@ -56,7 +56,7 @@ class TextSource:
 
     def __init__(self, config: TextConfig, find_model: FindModel = resolve):
         self.config = config
-        self._tokenizer = None if config.tokenizer is None else _tokenizer_of(config.tokenizer, find_model)
+        self._tokenizer = None if config.tokenizer is None else tokenizer_of(config.tokenizer, find_model)
         self.training, held_out, self.identity = read_text(config, self._tokenizer)
         half, unit = len(held_out) // 2, "bytes" if self._tokenizer is None else "tokens"
         self.held_out = {"validation": held_out[:half], "test": held_out[half:]}
@@ -101,7 +101,12 @@ class TextSource:
         return {"tokens": crops, "loss_mask": mask}
 
 
-def _tokenizer_of(model: str, find_model: FindModel) -> Tokenizer:
+def tokenizer_of(model: str, find_model: FindModel) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Raises:
+      UserError: it has none.
+    """
     found = open_model(find_model(model)).tokenizer
     if found is None:
         raise UserError(f"{model}: has no tokenizer; name another model, or leave data.tokenizer out")

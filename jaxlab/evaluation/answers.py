@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
+from tokenizers import Tokenizer
 
 from jaxlab.models import Batch, ModelConfig, Params, stream
 from jaxlab.processing import StopTexts, TextStream
@@ -102,6 +103,46 @@ def fill_all(
     rows, whole = (batch_size, _WHOLE) if len(groups) > 1 else (len(answers), 1)
     for members in groups:
         yield members, _fill(members, params, config, sampling, key, rows, whole, prefill_chunk)
+
+
+def answer_texts(
+    prompts: Sequence[Batch],
+    params: Params,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    max_new_tokens: int,
+    ends: frozenset[int],
+    stops: Sequence[str],
+    batch_size: int,
+    sampling: Mapping[str, Any] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> list[str]:
+    """An answer to each prompt, made in batches of like lengths.
+
+    Args:
+      prompts: one row each.
+      tokenizer: None: tokens are bytes.
+      max_new_tokens: of an answer, as far as the model's context allows.
+      ends: tokens that end it.
+      stops: texts before which it ends.
+      sampling: options of `jaxlab.models.stream`; by default the likeliest token is taken.
+    """
+    answers = []
+    for index, batch in enumerate(prompts):
+        ids = batch["tokens"][0].tolist()
+        budget = min(max_new_tokens, config.max_length - len(ids))
+        stream = TextStream(tokenizer, ids)
+        answers.append(Answer(index, 0, batch, budget, ends, stream, StopTexts(list(stops))))
+    answers.sort(key=lambda answer: (set(answer.batch) != {"tokens"}, answer.length))
+    key = jax.random.key(0) if key is None else key
+    texts = [""] * len(answers)
+    for made, pieces in fill_all(answers, params, config, sampling or {}, key, batch_size=batch_size):
+        for _ in pieces:
+            pass
+        for answer in made:
+            texts[answer.index] = answer.text
+    return texts
 
 
 def _groups(answers: Sequence[Answer], size: int, config: ModelConfig) -> list[list[Answer]]:

@@ -15,7 +15,7 @@ from jaxlab.data import Source
 from jaxlab.evaluation.chosen_blocks import decoding_reads, describe_chosen_blocks
 from jaxlab.evaluation.needle import ByDepth
 from jaxlab.losses import exact_match, target_losses
-from jaxlab.models import Batch, ModelConfig, Params, forward, place_batch, using
+from jaxlab.models import Batch, ModelConfig, Params, forward, place_batch, positions_of, using
 
 
 def measure_held_out(
@@ -89,8 +89,14 @@ def by_position(
 def measure_batch(
     params: Params, batch: Batch, model: ModelConfig
 ) -> tuple[Array, Array, Array, Int[Array, "L Hkv T n"] | None]:
-    """Summed losses and numbers of targets at positions 1 ... T-1, right rows, and NSA's choice in row 0."""
+    """Summed losses and numbers of targets at positions 1 ... T-1 of their own texts, right rows, and NSA's
+    choice in row 0."""
     logits, intermediates = forward(params, batch, model)
     losses, mask = target_losses(logits, batch)
     chosen = intermediates["chosen_blocks"][:, 0] if "chosen_blocks" in intermediates else None
-    return jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0), exact_match(logits, batch), chosen
+    loss, count = jnp.sum(losses, axis=0, where=mask), jnp.sum(mask, axis=0)
+    if "segment_ids" in batch:  # a row holds several texts, each of which begins at 0
+        at = jnp.where(mask, positions_of(batch["tokens"], batch["segment_ids"])[:, 1:] - 1, 0)
+        loss = jnp.zeros_like(loss).at[at].add(jnp.where(mask, losses, 0))
+        count = jnp.zeros_like(count).at[at].add(mask.astype(count.dtype))
+    return loss, count, exact_match(logits, batch), chosen

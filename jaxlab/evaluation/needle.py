@@ -8,11 +8,11 @@ from jaxtyping import Bool
 
 
 class ByDepth:
-    """Collects batches of `jaxlab.data.needle`; data of other kinds has no needles and gives None."""
+    """Collects batches of needles; data of other kinds has none and gives None."""
 
     def __init__(self) -> None:
         self._found: dict[int, list[bool]] = {}
-        self._positions: dict[int, int] = {}
+        self._positions: dict[int, list[int]] = {}
         self._length = 0
 
     def add(self, batch: dict[str, np.ndarray], matches: Bool[np.ndarray, " B"]) -> None:
@@ -24,7 +24,7 @@ class ByDepth:
             batch["needle_depths"].tolist(), batch["needle_positions"].tolist(), matches.tolist(), strict=True
         ):
             self._found.setdefault(depth, []).append(match)
-            self._positions[depth] = position  # the same in every row of this depth
+            self._positions.setdefault(depth, []).append(position)
 
     def results(self) -> dict[str, Any] | None:
         """For each depth, from the start of the text on: the value's position as a share of the length, the
@@ -35,7 +35,7 @@ class ByDepth:
 
     def _at(self, depth: int) -> dict[str, Any]:
         found: Sequence[bool] = self._found[depth]
-        position = self._positions[depth]
+        position = round(float(np.mean(self._positions[depth])))  # facts in text differ by a token or two
         return {
             "depth": position / (self._length - 1),
             "distance": self._length - 1 - position,

@@ -2,7 +2,6 @@
 choices and texts. For every model that the project reads, through its chat template and processor.
 """
 
-import dataclasses
 import hashlib
 import math
 import re
@@ -13,20 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import jax
 import numpy as np
 
 from jaxlab.checkpoints import OpenModel
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.evaluation.answers import Answer, fill_all
+from jaxlab.evaluation.answers import answer_texts
+from jaxlab.evaluation.likelihood import WHOLE, groups, likelihoods, together
 from jaxlab.evaluation.prompting import find_ends, read_prompt, render_prompts
 from jaxlab.evaluation.question_files import Measure, Question, read_questions
 from jaxlab.evaluation.rules import obeys
 from jaxlab.models import Batch, ModelConfig, Params, continuation_log_probs
-from jaxlab.processing import StopTexts, TextStream, check_token_ids, encode
-
-_WHOLE = 32
-"""Lengths are padded to a multiple of so many tokens: batches of like lengths share a program."""
+from jaxlab.processing import check_token_ids, encode
 
 
 @dataclass(frozen=True)
@@ -150,10 +146,10 @@ class Questions:
     def entropy(self, params: Params, *, batch_size: int = 8, model: ModelConfig | None = None) -> float:
         """The mean entropy (nats) of what a model would say first, without a look at what is right."""
         config, found = model or self.opened.config, []
-        nothing = np.zeros(1, np.int32)
-        for members in self._groups(batch_size):
-            prompts = [dataclasses.replace(self.asked[i], continuations=(nothing,)) for i in members]
-            batch, tokens, mask = _together(prompts, batch_size, config)
+        nothing = (np.zeros(1, np.int32),)
+        for members in groups(self._prompts, batch_size):
+            prompts = [self._prompts[i] for i in members]
+            batch, tokens, mask = together(prompts, [nothing] * len(prompts), batch_size, config)
             _, _, spread = continuation_log_probs(params, batch, tokens, mask, config)
             found += np.asarray(spread, np.float64)[: len(members)].tolist()
         return float(np.mean(found))
@@ -165,7 +161,7 @@ class Questions:
         processor numbers the positions.
         """
         end, most, found = sorted(self.ends)[:1], self.opened.config.max_length, []
-        for members in self._groups(batch_size):
+        for members in groups(self._prompts, batch_size):
             rows = []
             for one in (self.asked[i] for i in members):
                 asked = one.batch["tokens"][0]
@@ -177,7 +173,7 @@ class Questions:
             if not rows:
                 continue
             width = max(len(asked) + len(answer) for _, asked, answer in rows)
-            width = min(-(-width // _WHOLE) * _WHOLE, most)
+            width = min(-(-width // WHOLE) * WHOLE, most)
             tokens, segments = (np.zeros((len(rows), width), np.int32) for _ in range(2))
             mask = np.zeros(tokens.shape, bool)
             for row, (_, asked, answer) in enumerate(rows):
@@ -194,22 +190,16 @@ class Questions:
 
     def _generate(self, params: Params, config: ModelConfig, batch_size: int) -> list[str]:
         """An answer to each question, greedily, made in batches of like lengths."""
-        answers = []
-        for index, one in enumerate(self.asked):
-            ids = one.batch["tokens"][0].tolist()
-            stream = TextStream(self.opened.tokenizer, ids)
-            budget = min(self.config.max_new_tokens, config.max_length - len(ids))
-            answers.append(
-                Answer(index, 0, one.batch, budget, self.ends, stream, StopTexts(list(self.stops)))
-            )
-        answers.sort(key=lambda answer: (set(answer.batch) != {"tokens"}, answer.length))
-        texts = [""] * len(answers)
-        for made, pieces in fill_all(answers, params, config, {}, jax.random.key(0), batch_size=batch_size):
-            for _ in pieces:
-                pass
-            for answer in made:
-                texts[answer.index] = answer.text
-        return texts
+        return answer_texts(
+            self._prompts,
+            params,
+            config,
+            self.opened.tokenizer,
+            max_new_tokens=self.config.max_new_tokens,
+            ends=self.ends,
+            stops=self.stops,
+            batch_size=batch_size,
+        )
 
     def _by_answers(self, texts: Sequence[str]) -> "Measured":
         questions = [one.question for one in self.asked]
@@ -231,25 +221,16 @@ class Questions:
         )
 
     def _by_likelihood(self, params: Params, config: ModelConfig, batch_size: int) -> "Measured":
-        found = [np.zeros(0)] * len(self.asked)
-        for members in self._groups(batch_size):
-            prompts = [self.asked[i] for i in members]
-            batch, continuations, mask = _together(prompts, batch_size, config)
-            log_p, _, _ = continuation_log_probs(params, batch, continuations, mask, config)
-            sums = np.asarray(log_p, np.float64).sum(2)
-            for row, i in enumerate(members):
-                found[i] = sums[: len(self.asked[i].continuations), row]
+        continuations = [one.continuations for one in self.asked]
+        found = likelihoods(params, config, self._prompts, continuations, batch_size=batch_size)
+        sums = [one.log_probs for one in found]
         if self.config.measure == "perplexity":
-            return _perplexity(self.asked, [float(sums[0]) for sums in found])
-        return _choices(self.asked, found, self.config.normalize)
+            return _perplexity(self.asked, [float(of_text[0]) for of_text in sums])
+        return _choices(self.asked, sums, self.config.normalize)
 
-    def _groups(self, batch_size: int) -> list[list[int]]:
-        """Questions of like lengths; those with images alone."""
-        length = lambda i: self.asked[i].batch["tokens"].shape[1]
-        texts = [i for i, one in enumerate(self.asked) if set(one.batch) == {"tokens"}]
-        texts.sort(key=length)
-        groups = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-        return groups + [[i] for i, one in enumerate(self.asked) if set(one.batch) != {"tokens"}]
+    @property
+    def _prompts(self) -> list[Batch]:
+        return [one.batch for one in self.asked]
 
 
 @dataclass(frozen=True)
@@ -338,32 +319,6 @@ def _ask(question: Question, prompt: Any, opened: OpenModel, config: QuestionsCo
     if continuations:
         right = continuations[question.right if config.measure == "multiple_choice" else 0]
     return Asked(question, batch, continuations, right)
-
-
-def _together(asked: Sequence[Asked], rows: int, config: ModelConfig) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """Questions as one batch, and their continuations [n, B, C] with a mask; padded to whole lengths."""
-    count = max(len(one.continuations) for one in asked)
-    longest = max(len(ids) for one in asked for ids in one.continuations)
-    up = lambda n: -(-n // _WHOLE) * _WHOLE
-    if set(asked[0].batch) == {"tokens"}:
-        asked = [*asked, *[asked[-1]] * (rows - len(asked))]
-        prompts = [one.batch["tokens"][0] for one in asked]
-        width = max(len(ids) for ids in prompts)
-        width = max(width, min(up(width), config.max_length - up(longest)))
-        tokens = np.zeros((len(asked), width), np.int32)
-        segments = np.zeros_like(tokens)
-        for row, ids in enumerate(prompts):
-            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-        batch: Batch = {"tokens": tokens, "segment_ids": segments}
-    else:
-        batch = asked[0].batch
-    width = max(longest, min(up(longest), config.max_length - batch["tokens"].shape[1]))
-    continuations = np.zeros((count, len(asked), width), np.int32)
-    mask = np.zeros(continuations.shape, bool)
-    for row, one in enumerate(asked):
-        for i, ids in enumerate(one.continuations):
-            continuations[i, row, : len(ids)], mask[i, row, : len(ids)] = ids, True
-    return batch, continuations, mask
 
 
 def _perplexity(asked: Sequence[Asked], sums: Sequence[float]) -> Measured:

@@ -32,7 +32,8 @@ def continuation_log_probs(
       mask: which tokens there are; those of each continuation come first, then padding. 0 on padding.
 
     Raises:
-      ValueError: an empty prompt, tokens that the embedding has no row for, or more than config.max_length.
+      ValueError: an empty prompt, tokens that the embedding has no row for, or more than config.max_length
+        besides the last one, which is not read.
     """
     tokens = np.asarray(batch["tokens"])
     check_tokens(tokens, config)
@@ -42,7 +43,7 @@ def continuation_log_probs(
         lengths = (np.asarray(batch["segment_ids"]) != 0).sum(1)
     if not lengths.all():
         raise ValueError("a prompt is empty")
-    if (longest := int((lengths + mask.sum(2)).max())) > config.max_length:
+    if (longest := int((lengths + mask.sum(2)).max()) - 1) > config.max_length:
         raise ValueError(f"{longest} tokens exceed max_length {config.max_length}")
     found: tuple[Array, Array, Array] = _log_probs(
         params, prepare_batch(batch, config), jnp.asarray(continuations), jnp.asarray(mask), config

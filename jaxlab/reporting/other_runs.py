@@ -25,7 +25,7 @@ def build(runs: Sequence[RunFolder]) -> Section | None:
     for index, run in enumerate(runs):
         if len(runs) > 1:
             section.body.append(heading(f"{run.label} ({run.task})"))
-        section.body += [part for part in (_curves(run, index), _numbers(run)) if part]
+        section.body += [p for p in (_curves(run, index), _positions(run, index), _numbers(run)) if p]
     section.runs = list(runs)
     return section
 
@@ -49,6 +49,24 @@ def _curves(run: RunFolder, index: int) -> Markup | None:
         f"run-{index}-loss",
         "Loss while training.",
         "Right: on data that the model was not trained on.",
+    )
+
+
+def _positions(run: RunFolder, index: int) -> Markup | None:
+    """The loss by position of an evaluation on text."""
+    points = [
+        ((p["first"] + p["last"]) / 2, p["loss"])
+        for p in run.get("by_position") or []
+        if p["loss"] is not None
+    ]
+    if len(points) < 2:
+        return None
+    return figure(
+        plots.position_figure({run.label: points}, "nats per token"),
+        f"run-{index}-position",
+        "Loss by position.",
+        "Falling to the right means that the model uses text from far before. Of packed texts positions "
+        "count from the start of each.",
     )
 
 

@@ -17,17 +17,17 @@ def test_programs_are_let_go_at_a_limit(monkeypatch):
     for size in range(4, 7):
         add(np.zeros(size))
     assert not let_go_of_programs(1)  # few were compiled since the last look
-    for size in range(7, 40):
+    for size in range(7, 12):
         add(np.zeros(size))
     before = programs.memory_maps()
     assert not let_go_of_programs(before + 1000)
-    assert add._cache_size() == 36
-    for size in range(40, 50):
+    assert add._cache_size() == 8
+    for size in range(12, 20):
         add(np.zeros(size))
     before = programs.memory_maps()
     assert let_go_of_programs(before - 1)
     assert add._cache_size() == 0
-    assert programs.memory_maps() < before - 40
+    assert programs.memory_maps() < before - 10
     assert kept(np.zeros(3)).tolist() == [1, 1, 1]
 
 

@@ -26,32 +26,38 @@ SMALL = AttentionSpeedConfig(
 )
 
 
+def plain(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
 @pytest.fixture
 def quickly_compiled(monkeypatch):
     """Another attention in NSA's place, of the same operands: compiling NSA takes most of the time."""
-    other = lambda q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates: attention_speed.dense_chunked(
-        q, k_win, v_win
-    )
+    other = lambda q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates: plain(q, k_win, v_win)
     monkeypatch.setattr(attention_speed, "nsa_of", lambda config: other)
 
 
-def test_what_is_timed_as_nsa_is_nsa():
+def test_what_is_timed_as_nsa_is_nsa(monkeypatch):
     operands = attention_speed._draw(SMALL, 24, "float32", dense=False)
     sizes = {
         name: getattr(SMALL, name) for name in ("block_len", "stride", "block_size", "num_blocks", "window")
     }
-    expected = jax.jit(lambda *given: nsa_attention(*given, **sizes)[0])(*operands[:-1])
-    got = jax.jit(attention_speed.nsa_of(SMALL))(*operands[:-1])
-    np.testing.assert_array_equal(got, expected)
-    assert got.shape == operands[-1].shape
+    shape = jax.eval_shape(lambda *given: nsa_attention(*given, **sizes)[0], *operands[:-1])
+    assert shape.shape == operands[-1].shape
+    calls = []
+    noted = lambda *given, **named: (calls.append((given, named)), ("out", "branches"))[1]
+    monkeypatch.setattr(attention_speed, "nsa_attention", noted)
+    assert attention_speed.nsa_of(SMALL)(*operands[:-1]) == "out"
+    ((given, named),) = calls
+    assert named == sizes
+    assert all(x is y for x, y in zip(given, operands[:-1], strict=True))
 
 
 @pytest.mark.parametrize("length", [24, 72])  # one stretch of queries, and three of which one is not whole
 def test_dense_candidates_are_causal_attention(length, monkeypatch):
     monkeypatch.setattr(attention_speed, "STRETCH", 32)
     operands = attention_speed._draw(SMALL, length, "float32", dense=True)
-    reference = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    expected = jax.jit(attention_speed._both(reference))(*operands)
+    expected = jax.jit(attention_speed._both(plain))(*operands)
     for attention in attention_speed.dense_candidates("cpu", "float32").values():
         got = jax.jit(attention_speed._both(attention))(*operands)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -66,6 +72,9 @@ def test_cudnn_is_a_candidate_where_it_runs():
 
 def test_results(tmp_path, monkeypatch, quickly_compiled):
     clock = itertools.count()
+    names = list(attention_speed.dense_candidates("cpu", "float32"))
+    kinds = dict.fromkeys(names, plain)
+    monkeypatch.setattr(attention_speed, "dense_candidates", lambda *_: kinds)
     monkeypatch.setattr(attention_speed, "_sample", lambda *_: (1.0 + next(clock), 0.5))
     done = execute("attention-speed", SMALL, outputs=tmp_path)
     results = json.loads((done.path / "results.json").read_text())
@@ -81,12 +90,13 @@ def test_results(tmp_path, monkeypatch, quickly_compiled):
         assert np.diff(row["samples"]).tolist() == [4.0, 4.0]  # four programs, in turn
         assert row["processor_seconds"] == 0.5
         assert row["temporary_bytes"] > 0
-    assert results["dense"] in [row["name"] for row in results["dense_tried"]]
+    assert results["dense"] in names
+    assert {row["name"] for row in results["dense_tried"]} == set(names)
 
 
 def test_the_fastest_dense_attention_is_taken(monkeypatch, quickly_compiled):
     slow = lambda attention: lambda *operands: attention(*operands)
-    kinds = {"slow": slow(attention_speed.dense_chunked), "fast": attention_speed.dense_chunked}
+    kinds = {"slow": slow(plain), "fast": plain}
     monkeypatch.setattr(attention_speed, "dense_candidates", lambda *_: kinds)
     given = iter([{"slow": [(1.0, 2.0)]}, {"fast": [(3.0, 1.0)]}])  # by processor time on a CPU
     rows = {(kind, part): [(1.0, 1.0)] for kind in ("nsa", "dense") for part in attention_speed.PARTS}

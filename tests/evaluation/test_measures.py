@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlab.evaluation import held_out
 from jaxlab.losses import exact_match, target_losses
+from jaxlab.models import ModelConfig
 
 TOKENS = jnp.asarray([[0, 1, 2, 1], [2, 2, 0, 0]], jnp.int32)
 
@@ -39,3 +41,20 @@ def test_a_row_matches_if_all_its_targets_do():
     assert exact_match(logits, {"tokens": TOKENS, "loss_mask": jnp.asarray(mask)}).tolist() == [True, True]
     mask[0] = False  # nothing was asked
     assert exact_match(logits, {"tokens": TOKENS, "loss_mask": jnp.asarray(mask)}).tolist() == [False, True]
+
+
+def test_positions_are_those_in_a_token_s_own_text(monkeypatch):
+    """Two texts in a row: the second one's tokens count from its own start."""
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
+    losses = jnp.asarray([[1.0, 2, 9, 3, 9], [4, 5, 6, 7, 8]])
+    mask = jnp.asarray([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], bool)
+    monkeypatch.setattr(held_out, "forward", lambda *_: (None, {}))
+    monkeypatch.setattr(held_out, "target_losses", lambda *_: (losses, mask))
+    monkeypatch.setattr(held_out, "exact_match", lambda *_: mask[:, 0])
+    batch = {"tokens": jnp.zeros_like(segments), "segment_ids": segments}
+    loss, count, _, _ = held_out.measure_batch.__wrapped__({}, batch, ModelConfig())
+    assert loss.tolist() == [1 + 3 + 4, 2 + 5, 6, 7, 8]
+    assert count.tolist() == [3, 2, 1, 1, 1]
+    loss, count, _, _ = held_out.measure_batch.__wrapped__({}, {"tokens": batch["tokens"]}, ModelConfig())
+    assert loss.tolist() == [5, 7, 6, 10, 8]  # of rows that are one text each
+    assert count.tolist() == [2, 2, 1, 2, 1]

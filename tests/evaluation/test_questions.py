@@ -109,16 +109,22 @@ def test_continuations_are_as_likely_as_in_one_text(variant):
             continuations[i, row, : len(more)], mask[i, row, : len(more)] = more, True
     batch = {"tokens": tokens, "segment_ids": segments}
     log_p, likeliest, entropy = continuation_log_probs(params, batch, continuations, mask, config)
+    # Every prompt with one of its continuations, a row each.
+    texts = [np.concatenate([ids, more]) for ids, own in zip(prompts, following, strict=True) for more in own]
+    rows = {name: np.zeros((len(texts), 10), np.int32) for name in ("tokens", "segment_ids")}
+    for row, text in enumerate(texts):
+        rows["tokens"][row, : len(text)], rows["segment_ids"][row, : len(text)] = text, 1
+    logits = jax.jit(forward, static_argnames="config")(params, rows, config).logits
+    whole = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     for row, ids in enumerate(prompts):
         for i, more in enumerate(following[row]):
-            text = np.concatenate([ids, more])[None]
-            whole = jax.nn.log_softmax(forward(params, {"tokens": text}, config).logits[0], axis=-1)
+            text = whole[2 * row + i]
             for j, token in enumerate(more):
-                want = whole[len(ids) - 1 + j]
+                want = text[len(ids) - 1 + j]
                 np.testing.assert_allclose(log_p[i, row, j], want[token], rtol=2e-4, atol=2e-4)
                 assert bool(likeliest[i, row, j]) == (int(want.argmax()) == token)
             assert not np.asarray(log_p)[i, row, len(more) :].any()
-        before = whole[len(ids) - 1]
+        before = whole[2 * row, len(ids) - 1]
         np.testing.assert_allclose(entropy[row], -(np.exp(before) * before).sum(), rtol=1e-3, atol=1e-4)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxlab.checkpoints import OpenModel
-from jaxlab.icl import ClassificationConfig, ExamplesConfig
+from jaxlab.icl import ClassificationConfig, ExamplesConfig, FewShotPrompts
 from jaxlab.models import ModelConfig
 
 CORPUS = [
@@ -116,3 +116,21 @@ def task(folder: Path, **changes) -> ClassificationConfig:
         **changes,
     }
     return ClassificationConfig(**given)
+
+
+TOKENIZERS = {"gpt2": byte_level, "llama3": lambda: byte_level(bos=True), "llama2": sentencepiece}
+
+
+def prompts_of(folder: Path, tokenizer: Tokenizer, *, options=None, **changes) -> FewShotPrompts:
+    return FewShotPrompts(task(folder, **changes), Opened(tokenizer), **(options or {}))
+
+
+def rows(source, seed=1, examples=8, batch_size=3):
+    """The prompts of a seed one by one, in their order, without padding."""
+    found = {}
+    for chunk in source.batches(seed, examples, batch_size):
+        for at, row in enumerate(chunk.rows.tolist()):
+            if row >= 0:
+                assert row not in found
+                found[row] = chunk.select(at)
+    return [found[row] for row in range(len(found))]

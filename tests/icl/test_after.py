@@ -22,13 +22,7 @@ from tests.icl import test_image_prompts
 place = test_image_prompts.place
 EPISODES = EpisodesConfig(longer_from=(5,), classes=2, shots=1, sequence_length=12)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def save(folder, seed):

@@ -35,13 +35,7 @@ EPISODES = EpisodesConfig(longer_from=(5,), classes=3, shots=1, sequence_length=
 PAPER = ("attention", "reweighting", "compression", "blocking")
 MORE = ("diagnosis", "faithfulness", "heads", "many_shot")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def save(folder, **changes):

@@ -20,13 +20,7 @@ from tests.checkpoints import folders
 LENGTH, START = 15, 10
 KEPT = np.array([0, 3, 4, 8])
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def check(params, config, tokens):

@@ -31,13 +31,7 @@ MODEL = ModelConfig(
 )
 DATA = DigitsConfig(mixture={"image_french": 1.0, "image_format": 1.0, "image_words": 1.0})
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import importlib.util
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,8 +11,9 @@ from jaxlab.icl import flows
 from tests.checkpoints import folders
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flows"
-DEFAULT = ("gemma2", "paligemma", "qwen2_vl")
-"""Softcap and windows, a prefix that sees itself whole, what is worked out of the sizes of images."""
+DEFAULT = ("gemma2", "paligemma", "qwen2_vl", "gpt_oss", "deepseek_v3")
+"""Softcap and windows, a prefix that sees itself whole, what is worked out of the sizes of images, sinks,
+latents."""
 LENGTH = 13
 TOLERANCE = {"labels": 1e-5, "vocabulary": 2e-5, "heads": 1e-5}
 """Of the largest flow of a layer."""
@@ -32,12 +32,7 @@ def _cases():
     return [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def batch_of(case):

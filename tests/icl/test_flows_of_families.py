@@ -13,7 +13,9 @@ from jaxlab.models import Patch, activations, forward
 from tests.checkpoints import folders
 
 LENGTH = 12
-SLOW = (
+CASES = (
+    "gpt_oss",
+    "deepseek_v3",
     "cohere2",
     "granite",
     "exaone4",
@@ -25,16 +27,8 @@ SLOW = (
     "seed_oss",
     "cohere",
 )
-CASES = ("gpt_oss", "deepseek_v3", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
-"""Sinks and windows; latents. The slow ones share parts with others."""
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -50,6 +44,7 @@ def gradients(params, batch, targets, change, config):
     return jax.grad(loss)(change)
 
 
+@pytest.mark.slow  # by default test_flows_golden.py holds sinks, windows and latents against transformers
 @pytest.mark.parametrize("case", CASES)
 def test_flows_are_those_of_autodiff_and_the_stream_adds_up(tmp_path, case):
     config, params, _ = load_model(folders.make(tmp_path / case, case))

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -25,13 +24,7 @@ START = np.full(len(TOKENS), GOLDEN["start"], np.int32)
 BATCH = {"tokens": TOKENS}
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,7 @@ CONFIGS = {
     "sinks": make_config(num_heads=4, num_kv_heads=2, attention_sinks=True),
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once are compiled in half the time without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def prompts(config):

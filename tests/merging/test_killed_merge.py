@@ -91,7 +91,7 @@ def test_a_killed_merge_is_taken_up(desk, monkeypatch, kills):
     rng = random.Random(kills)
     for attempt in range(kills):
         out = f"out{attempt}"
-        after = rng.randrange(tensors // 3, tensors) if attempt < 2 else rng.randrange(1, tensors + 12)
+        after = rng.randrange(2 * tensors // 3, tensors) if attempt < 2 else rng.randrange(1, tensors + 12)
         assert killed(desk, after, out), "it was done before"
         if not (desk / out).exists():
             partial = desk / f".{out}.partial"

@@ -84,11 +84,18 @@ def softmax(q, k, mask, scale):
     return weights / np.where(total == 0, 1.0, total)
 
 
-def attend(q, k, v, mask, scale, d_out):
-    """One head: its output [T, Dv], and the gradients of sum(output * d_out) for q, k, v."""
+def log_sum_exp(q, k, mask, scale):
+    """[T]; -inf where nothing is visible."""
+    return np.logaddexp.reduce(np.where(mask, q @ k.T * scale, -np.inf), axis=1)
+
+
+def attend(q, k, v, mask, scale, d_out, d_lse=None):
+    """One head: its output [T, Dv], and the gradients of sum(output * d_out) for q, k, v; with d_lse [T]
+    those of the sum of log_sum_exp * d_lse too."""
     weights = softmax(q, k, mask, scale)
-    d_weights = d_out @ v.T
-    d_scores = weights * (d_weights - (weights * d_weights).sum(axis=1, keepdims=True)) * scale
+    d_weights = d_out @ v.T + (0 if d_lse is None else d_lse[:, None])
+    shift = (weights * (d_out @ v.T)).sum(axis=1, keepdims=True)
+    d_scores = weights * (d_weights - shift) * scale
     return weights @ v, d_scores @ k, d_scores.T @ q, weights.T @ d_out
 
 
@@ -98,8 +105,10 @@ def importance(weights, length, block_len, stride, block_size, segments=None):
     weights, start_of = np.asarray(weights, np.float64), text_of(length, segments)
     scores = np.zeros((weights.shape[0], -(-length // block_size)))
     for slot, start in compressed_slots(length, block_len, stride, segments).items():
-        for token in range(start, start + block_len):
-            scores[:, (token - start_of[start]) // block_size] += weights[:, slot]
+        first = start - start_of[start]
+        for block in range(first // block_size, (first + block_len - 1) // block_size + 1):
+            shared = min(first + block_len, (block + 1) * block_size) - max(first, block * block_size)
+            scores[:, block] += shared * weights[:, slot]
     return scores / stride
 
 
@@ -149,11 +158,13 @@ def selected_tokens(tokens, rows, positions, block_size, segments=None):
     return tokens & found
 
 
-def nsa(a, indices, sizes, d_outputs, segments=None, positions=None):
-    """a: q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates of one row; indices [Hkv, T, n] of its blocks.
+def nsa(a, indices, sizes, d_outputs, segments=None, positions=None, d_lse=None):
+    """a: q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates of one row, and q_cmp where compression has its
+    own queries; indices [Hkv, T, n] of its blocks.
 
     Returns (total, compression, selection, window), each [T, H, Dv], and the gradients of
-    sum over the four of (output * d_output) for everything in `a`.
+    sum over the four of (output * d_output) for everything in `a`; with d_lse [T, H] that of the compressed
+    branch's log-sum-exps times it is added.
     """
     length, kv_heads = a["k_slc"].shape[:2]
     heads, scale = a["q"].shape[1], a["q"].shape[-1] ** -0.5
@@ -171,23 +182,25 @@ def nsa(a, indices, sizes, d_outputs, segments=None, positions=None):
             k, v = a[f"k_{name}"][:, group], a[f"v_{name}"][:, group]
             gate = a["gates"][:, head, c, None]
             d_out = d_outputs[c + 1][:, head] + gate * d_outputs[0][:, head]
-            out, dq, dk, dv = attend(a["q"][:, head], k, v, mask, scale, d_out)
+            queries = "q_cmp" if name == "cmp" and "q_cmp" in a else "q"
+            of_lse = d_lse[:, head] if name == "cmp" and d_lse is not None else None
+            out, dq, dk, dv = attend(a[queries][:, head], k, v, mask, scale, d_out, of_lse)
             outputs[c + 1][:, head] = out
             outputs[0][:, head] += gate * out
-            gradients["q"][:, head] += dq
+            gradients[queries][:, head] += dq
             gradients[f"k_{name}"][:, group] += dk
             gradients[f"v_{name}"][:, group] += dv
             gradients["gates"][:, head, c] = (out * d_outputs[0][:, head]).sum(axis=1)
     return outputs, gradients
 
 
-def batched_nsa(args, indices, sizes, d_outputs, segments=None, positions=None):
+def batched_nsa(args, indices, sizes, d_outputs, segments=None, positions=None, d_lse=None):
     """`nsa` of every row, in float64."""
     args = {name: np.asarray(x, np.float64) for name, x in args.items()}
     d_outputs = [np.asarray(x, np.float64) for x in d_outputs]
     rows = []
     for b in range(args["q"].shape[0]):
-        places = [None if x is None else np.asarray(x)[b] for x in (segments, positions)]
+        places = [None if x is None else np.asarray(x)[b] for x in (segments, positions, d_lse)]
         row = {name: x[b] for name, x in args.items()}
         rows.append(nsa(row, np.asarray(indices)[b], sizes, [d[b] for d in d_outputs], *places))
     outputs = [np.stack(column) for column in zip(*(row[0] for row in rows), strict=True)]

@@ -218,6 +218,7 @@ def test_a_stride_that_leaves_tokens_out_is_refused():
         block_starts(row_of((9,), 9), block_len=4, stride=5)
 
 
+@pytest.mark.slow  # by default each of the two is compared with the oracle
 def test_one_text_in_a_row_gives_what_it_gives_without_segments():
     args = layer_arguments(SMALL)
     d_out = jnp.ones((1, SMALL.length, SMALL.heads, SMALL.value_dim))

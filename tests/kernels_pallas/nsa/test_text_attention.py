@@ -18,7 +18,8 @@ from kernels_pallas.nsa import (
     shared_tokens,
 )
 from kernels_pallas.sharding import MeshAxes
-from tests.kernels_pallas.nsa.cases import Case
+from tests.kernels_pallas.nsa import oracle
+from tests.kernels_pallas.nsa.cases import Case, cotangents, relative_error
 from tests.kernels_pallas.nsa.test_properties import layer, layer_arguments
 
 CASE = Case(48, batch=2)
@@ -42,16 +43,25 @@ def test_it_is_compression_and_attention():
     np.testing.assert_array_equal(jax.jit(attend)(args, IDS), jax.jit(lambda a: layer(CASE, a, IDS))(args))
 
 
+STEP = jax.value_and_grad(
+    lambda args, ids: jnp.sum(jnp.sin(attend(args, ids, rotate=rotate, axes=AXES))), argnums=0
+)
+
+
+@functools.cache
+def of_one_device():
+    return jax.jit(STEP)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_mesh_gives_what_one_device_gives(packed):
-    """Examples are spread, heads and stretches of tokens split; texts begin at no multiple of anything."""
-    args, ids = layer_arguments(CASE), IDS if packed else None
-    loss = lambda args, ids: jnp.sum(jnp.sin(attend(args, ids, rotate=rotate, axes=AXES)))
-    step = jax.value_and_grad(loss)
-    expected = jax.jit(step)(args, ids)
+    """Examples are spread, heads and stretches of tokens split; texts begin at no multiple of anything. Rows
+    without segments are, on one device, rows of one text."""
+    args = layer_arguments(CASE)
+    expected = of_one_device()(args, IDS if packed else jnp.ones_like(IDS))
     mesh = jax.make_mesh((1, 2, 2), ("data", "model", "context"), axis_types=(AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
-        found = jax.jit(step)(args, ids)
+        found = jax.jit(STEP)(args, IDS if packed else None)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
 
@@ -76,19 +86,31 @@ def test_shared_keys_and_values_are_those_of_every_branch():
 
 
 def test_vmap_gives_what_a_loop_gives():
+    """Outputs, choices and gradients, against the oracle one by one."""
     case = Case(30)
     each = [case.arguments(seed=seed) for seed in range(3)]
+    d_outs = jnp.stack([cotangents(case, seed)[0] for seed in range(3)])
 
-    def step(args):
-        loss = lambda a: jnp.sum(jnp.sin(nsa_attention(**a, **case.sizes)[0]))
-        return jax.value_and_grad(loss)(args)
+    def step(args, d_out):
+        def attention(args):
+            out, branches = nsa_attention(**args, **case.sizes)
+            return out, branches.indices
+
+        out, pull, indices = jax.vjp(attention, args, has_aux=True)
+        return out, indices, pull(d_out)[0]
 
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
-    found = jax.jit(jax.vmap(step))(stacked)
-    one = jax.jit(step)
+    outs, indices, gradients = jax.jit(jax.vmap(step))(stacked, d_outs)
     for i, args in enumerate(each):
-        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(one(args)), strict=True):
-            np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-5)
+        nothing = jnp.zeros_like(d_outs[i])
+        d_outputs = [d_outs[i], nothing, nothing, nothing]
+        expected, expected_gradients = oracle.batched_nsa(args, indices[i], case.sizes, d_outputs)
+        chosen, _ = oracle.brute_force_choice(args["q"][0], args["k_cmp"][0], case.length, case.sizes)
+        for head, row in np.ndindex(case.kv_heads, case.length):
+            assert [j for j in indices[i, 0, head, row].tolist() if j >= 0] == chosen[head][row]
+        assert relative_error(outs[i], expected[0]) < 1e-5
+        for name, reference in expected_gradients.items():
+            assert relative_error(gradients[name][i], reference) < 1e-5, name
 
 
 def test_forward_mode_is_refused_in_one_line():

@@ -1,7 +1,5 @@
 """Outputs, gradients and selected blocks in XLA against the dense oracle."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +123,7 @@ def test_lengths_around_the_papers_blocks(length):
 def test_a_batch_spread_over_devices(monkeypatch):
     shrink_tiles(monkeypatch)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    compare(dataclasses.replace(SPECS["many tiles"], batch=4), mesh)
+    compare(SPECS["many tiles"], mesh)
 
 
 def test_bfloat16_is_close_to_float32():

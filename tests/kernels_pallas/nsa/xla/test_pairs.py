@@ -10,11 +10,11 @@ from tests.kernels_pallas.nsa.cases import random_selection
 
 def test_pairs_are_sorted_the_same_where_one_integer_does_not_hold_them():
     random = np.random.default_rng(0)
-    length, slots, blocks = 11000, 3, 30
+    length, slots, blocks = 211, 3, 30
     indices = jnp.asarray(random_selection(random, (1, 1, length, slots), blocks), jnp.int32)
     sizes = Sizes(length, 8, 1, length * slots // 8 + blocks)
     plan = jax.jit(plan_pairs, static_argnums=(0, 2, 3))
-    few, many = plan(sizes, indices, blocks, blocks), plan(sizes, indices, 1 << 16, blocks)
+    few, many = plan(sizes, indices, blocks, blocks), plan(sizes, indices, 1 << 22, blocks)
     np.testing.assert_array_equal(few.pair_place, many.pair_place)
     np.testing.assert_array_equal(few.tile_valid, many.tile_valid)
     where = np.asarray(few.tile_valid)
