@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 
 from jaxlab.app import read_metrics
@@ -31,6 +32,7 @@ PAGE = Path(__file__).parent / "real_run.md"
 PICTURES = Path(__file__).parent / "real_run"
 NAMES = {"nsa": "NSA", "full": "full attention"}
 LENGTHS = (128, 256, 512, 1024)
+SIZES = ("block_len", "stride", "block_size", "num_blocks", "window")
 POINTS = 300
 """Of a curve that are kept at most."""
 SHARES = {
@@ -59,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if outputs := arguments.measure or arguments.collect:
         kept |= collect(outputs)
     if arguments.retrofit:
-        kept["retrofit"] = collect_retrofit(read_run(arguments.retrofit))
+        kept["retrofit"] = collect_retrofit(arguments.retrofit)
     if outputs or arguments.retrofit:
         write_json(RESULTS, kept)
     for name, figure in pictures(kept).items():
@@ -204,16 +206,22 @@ def collect_cooled(found: RunFolder, evaluated: Sequence[RunFolder]) -> dict[str
     }
 
 
-def collect_retrofit(found: RunFolder) -> dict[str, Any]:
+def collect_retrofit(folder: Path) -> dict[str, Any]:
+    """What a retrofit has given so far: its measures before the first step, and the loss where it is done."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(folder)
+    done = read_run(folder).get("retrofit") if (folder / "results.json").exists() else None
+    found = done or metrics[0]["retrofit"]
+    curve = [[m["step"], m["loss"]] for m in metrics if "loss" in m]
     return {
-        "env": {name: found.env[name] for name in ("commit", "dirty", "started", "device_kind")},
-        "steps": found.get("steps"),
-        "batch_size": found.setting("batch_size"),
-        "length": found.setting("data", "sequence_length"),
-        "attention": found.setting("model", "attention"),
-        "curve": [[m["step"], m["loss"]] for m in found.metrics if "loss" in m],
-        "held_out": [[m["step"], m["eval_loss"]] for m in found.metrics if "eval_loss" in m],
-        **{name: found.get("retrofit", name) for name in ("loss", "coverage", "choice", "sequences")},
+        "env": {name: env[name] for name in ("commit", "dirty", "started", "device_kind")},
+        "steps": curve[-1][0] if curve else 0,
+        "batch_size": config["batch_size"],
+        "attention": {name: config["model"]["attention"][name] for name in SIZES},
+        "curve": curve,
+        "held_out": [[m["step"], m["eval_loss"]] for m in metrics if "eval_loss" in m],
+        **{name: found[name] for name in ("loss", "coverage", "choice", "sequences", "length")},
     }
 
 
@@ -348,29 +356,34 @@ def cooled_lines(both: Mapping[str, Any]) -> list[str]:
 
 def retrofit_lines(found: Mapping[str, Any]) -> list[str]:
     loss, a = found["loss"], found["attention"]
-    first, last = found["curve"][0], found["curve"][-1]
     lines = [
         "## SmolLM2-135M-Instruct made sparse",
         "",
         "Keys and values of the dense model begin the three branches ([retrofit.md](retrofit.md)): "
         f"{a['num_blocks']} blocks of {a['block_size']} are read and a window of {a['window']}, at "
         f"{found['length']:,} tokens, where {100 * found['choice']:.0f} % of the queries see more than they "
-        f"may read. Then {found['steps']} steps of {found['batch_size']} x {found['length']:,} tokens on the "
-        "same text. The file is dequantised (Q4_1), so these are not figures of the original weights.",
+        f"may read. So far {found['steps']} steps of {found['batch_size']} x {found['length']:,} tokens of the "
+        "same text followed. The file is dequantised (Q4_1): these are not figures of the original weights.",
         "",
         "| loss of one held-out batch, nats per token | |",
         "|---|---|",
         f"| dense | {loss['dense']:.4f} |",
         f"| NSA, made of it | {loss['retrofitted']:.4f} |",
-        f"| NSA after {found['steps']} steps | {loss['trained']:.4f} |",
+        *([f"| NSA after {found['steps']} steps | {loss['trained']:.4f} |"] if "trained" in loss else []),
         "",
-        f"Training loss: {first[1]:.3f} at step {first[0]}, {last[1]:.3f} at step {last[0]}. The dense model "
-        "was not trained on: where the last line lies below the first it says nothing for NSA.",
+        "The dense model was not trained on: that the last line may lie below the first says nothing for",
+        "NSA.",
+        *([trained_so_far(found["curve"])] if found["curve"] else []),
         "",
         "![What the blocks hold of the dense attention, by layer](real_run/coverage.svg)",
         "",
     ]
     return lines
+
+
+def trained_so_far(curve: Sequence[Sequence[float]]) -> str:
+    told = ", ".join(f"{loss:.3f}" for _, loss in curve)
+    return f"Training loss of step {curve[0][0]} to {curve[-1][0]}: {told}."
 
 
 HOW = [

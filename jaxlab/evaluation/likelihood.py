@@ -65,11 +65,8 @@ def together(
     longest = max(len(ids) for several in continuations for ids in several)
     up = lambda n: -(-n // WHOLE) * WHOLE
     if set(prompts[0]) == {"tokens"}:
-        more = rows - len(prompts)
-        prompts, continuations = (
-            [*prompts, *prompts[-1:] * more],
-            [*continuations, *continuations[-1:] * more],
-        )
+        filled = [*range(len(prompts)), *[len(prompts) - 1] * (rows - len(prompts))]
+        prompts, continuations = [prompts[i] for i in filled], [continuations[i] for i in filled]
         texts = [prompt["tokens"][0] for prompt in prompts]
         width = max(len(ids) for ids in texts)
         width = max(width, min(up(width), config.max_length - up(longest)))

@@ -174,7 +174,7 @@ def loss_figure(training: Curves, held_out: Curves, unit: str = "nats per token"
             low, high = min(values), float(np.quantile(values, 0.97))
             grid[0][0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low) + 1e-6)
         if len(training) > 1:
-            grid[0][1].legend(loc="upper right")
+            grid[0][1 if grid[0][1].lines else 0].legend(loc="upper right")
         return figure
 
 

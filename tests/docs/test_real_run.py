@@ -64,9 +64,11 @@ def test_claims_are_judged_by_what_was_measured():
     assert claims.real_run_records({}) == []
 
 
-@pytest.fixture
-def installation(tmp_path, monkeypatch):
-    """A Python with a library of thirty files, a package with an equal one, tests and documentation."""
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Two corpora of one Python: a library of thirty files, a package with an equal one, tests and
+    documentation."""
+    tmp_path = tmp_path_factory.mktemp("python")
     rng = np.random.default_rng(0)
     words = [f"name_{i}" for i in range(200)]
     text = lambda: "\n".join(" ".join(rng.choice(words, 8)) for _ in range(120))
@@ -82,15 +84,16 @@ def installation(tmp_path, monkeypatch):
     (packages / "some" / "binary.py").write_bytes(b"\xff" * 500)
     module = script("real_text")
     paths = {"stdlib": str(library), "purelib": str(packages)}
-    monkeypatch.setattr(module, "HELD_OUT", {"validation": range(0, 20), "test": range(20, 40)})
-    monkeypatch.setattr(module.sysconfig, "get_paths", lambda: paths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "HELD_OUT", {"validation": range(0, 20), "test": range(20, 40)})
+        patch.setattr(module.sysconfig, "get_paths", lambda: paths)
+        for name in ("one", "two"):
+            module.write_corpus(tmp_path / name, 1, [])
     return module, tmp_path
 
 
-def test_a_corpus_of_an_installation(installation):
-    module, root = installation
-    for name in ("one", "two"):
-        module.write_corpus(root / name, 1, [])
+def test_a_corpus_follows_from_the_files(corpora):
+    module, root = corpora
     files = sorted(p.relative_to(root / "one") for p in (root / "one").rglob("*") if p.is_file())
     for path in files:
         assert (root / "one" / path).read_bytes() == (root / "two" / path).read_bytes()
@@ -119,11 +122,10 @@ def test_a_corpus_of_an_installation(installation):
         assert row["prompt"] + row["choices"][row["answer"]] in (root / "one" / "test.txt").read_text()
 
 
-def test_its_tokenizer_is_one_that_data_takes(installation):
+def test_its_tokenizer_is_one_that_data_takes(corpora):
     from jaxlab.checkpoints import describe_model
 
-    module, root = installation
-    module.write_corpus(root / "one", 1, [])
+    module, root = corpora
     module.write_tokenizer(root / "one", 400)
     described = describe_model(root / "one" / "tokenizer")
     tokenizer = described.tokenizer

@@ -26,7 +26,7 @@ _IGNORED = ("do_sample", "until", "max_gen_toks", "max_new_tokens", "max_tokens"
 
 
 @register_model("jaxlab")
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """A language model as the harness asks for it: log-likelihoods and texts.
 
     Prompts are sorted by length and read in batches padded to whole lengths; one that several continuations
