@@ -6,9 +6,11 @@ import inspect
 import typing
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 _with_shapes = jaxtyping.jaxtyped
+_without = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+"""Raises what jaxtyping raises."""
 
 
 def check_types(packages: list[str]):
@@ -32,7 +34,7 @@ def _wrap(function, *, typechecker):
             function.__init__ = _wrap(function.__init__, typechecker=typechecker)
         return function
     if inspect.isfunction(function) and not any(map(_names_a_shape, _annotations(function))):
-        return beartype(function)
+        return _without(function)
     return _with_shapes(function, typechecker=typechecker)
 
 

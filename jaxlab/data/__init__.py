@@ -23,7 +23,6 @@ with epy.lazy_api_imports(globals()):
         check_same_words,
         first_held_out,
         make_source,
-        own_rows,
     )
     from jaxlab.data.tables import Row, TableFormat, is_dataset, read_dataset, read_table
     from jaxlab.data.text import FindModel, TextConfig, TextSource

@@ -110,12 +110,6 @@ def make_source(config: DataConfig, find_model: FindModel = resolve, *, for_shap
             return ImageChatsSource(config, find_model)
 
 
-def own_rows(source: Source, rows: slice) -> slice | None:
-    """What one of several processes asks a source for: its rows, or all of them (None) where a batch numbers
-    its images over all rows."""
-    return None if isinstance(source, ImageChatsSource) else rows
-
-
 def batch_shapes(source: Source, batch_size: int, split: str = "train") -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a training batch, or of the first held-out one of a split; one row at most is built.
 

@@ -21,6 +21,7 @@ from jaxlab.icl.inputs import Targets, check_flag, checked_classes, checked_targ
 from jaxlab.icl.roles import Roles
 from jaxlab.models import Batch, ModelConfig, Params, Probe, forward
 from kernels_pallas.flow import Implementation, NsaEdges, Reduction, check_word
+from kernels_pallas.target import current_target
 
 Loss = Literal["labels", "vocabulary"]
 Remat = Literal["auto", "layer", "elementwise"]
@@ -30,6 +31,11 @@ KEPT_BYTES = 3 << 29
 """With remat "auto" the matrix products of all layers are kept for the backward pass if they take no more."""
 KEPT_LENGTH = 512
 """And if sequences are no longer: from there on memory grows with the layers' inputs alone."""
+PART_BYTES = 1 << 28
+"""On a CPU, a batch of which more would be kept is cut into parts, one after the other: what is kept is paged
+anew in every call, which takes longer than the parts do."""
+PART_TOKENS = 512
+"""Of a part, at least: with fewer, matrix products are slower."""
 
 
 class _Options(NamedTuple):
@@ -41,6 +47,8 @@ class _Options(NamedTuple):
     signed: bool = False
     remat: Literal["layer", "elementwise"] = "layer"
     implementation: str | None = None
+    parts: int = 1
+    """Of the batch, one after the other."""
 
 
 def flows(
@@ -83,7 +91,8 @@ def flows(
       signed: no absolute values.
       remat: what the backward pass recomputes (`ModelConfig.remat`): "layer" takes memory for the inputs of
         layers alone, and more time than "elementwise", which keeps matrix products; "auto" keeps those of
-        sequences up to KEPT_LENGTH where they take up to KEPT_BYTES.
+        sequences up to KEPT_LENGTH where they take up to KEPT_BYTES. On a CPU, batches of text are then
+        cut into parts (PART_BYTES).
       implementation: of full and sliding attention with flows: "xla", or "mosaic_gpu" on a Hopper GPU, in
         bfloat16; None: XLA.
       not_finite: what is done about a sequence whose loss or flows hold NaN or infinity: "refuse" all, or
@@ -213,6 +222,20 @@ def _loss(
 def _flows(
     params: Params, batch: Batch, classes: Array, targets: Targets, config: ModelConfig, options: _Options
 ) -> tuple[Array, Array, Array]:
+    """Sums, counts, and the loss of each sequence."""
+    if options.parts == 1:
+        return _flows_of_part(params, batch, classes, targets, config, options)
+    cut = lambda x: x.reshape(options.parts, -1, *x.shape[1:])
+    parts = jax.tree.map(cut, (batch, classes, targets))
+    of_part = lambda x: _flows_of_part(params, x[0], x[1], x[2], config, options)
+    found = jax.lax.map(of_part, parts)
+    joined: tuple[Array, Array, Array] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    return joined
+
+
+def _flows_of_part(
+    params: Params, batch: Batch, classes: Array, targets: Targets, config: ModelConfig, options: _Options
+) -> tuple[Array, Array, Array]:
     lead = (config.num_layers, classes.shape[0])
     pairs = (options.num_classes, options.num_classes)
     heads = (config.num_heads,) if options.per_head else ()
@@ -304,9 +327,24 @@ def _checked_options(loss: str, remat: str, config: ModelConfig, batch: Batch) -
     except ValueError as error:
         raise UserError(f"flows: {error}") from None
     size, length = batch["tokens"].shape
-    keeps = length <= KEPT_LENGTH and kept_bytes(config, size * length) <= KEPT_BYTES
-    layer = remat == "layer" or (remat == "auto" and not keeps)
-    return _Options(loss, remat="layer" if layer else "elementwise")
+    parts = _parts(batch, config)
+    keeps = length <= KEPT_LENGTH and kept_bytes(config, size // parts * length) <= KEPT_BYTES
+    if remat == "layer" or (remat == "auto" and not keeps):
+        return _Options(loss)
+    return _Options(loss, remat="elementwise", parts=parts)
+
+
+def _parts(batch: Batch, config: ModelConfig) -> int:
+    """Into how many parts a batch is cut: of text alone, on one CPU, where much would be kept of it."""
+    size, length = batch["tokens"].shape
+    on_cpu = jax.default_backend() == "cpu" and current_target() == "device"
+    on_one = jax.sharding.get_abstract_mesh().empty
+    if not (on_cpu and on_one and set(batch) <= {"tokens", "segment_ids"}):
+        return 1
+    if kept_bytes(config, size * length) <= PART_BYTES:
+        return 1
+    counts = (n for n in range(1, size + 1) if size % n == 0)
+    return max((n for n in counts if size // n * length >= PART_TOKENS), default=1)
 
 
 def _check_labels(targets: Targets, loss: str) -> None:

@@ -184,6 +184,8 @@ def prepare(config: Config, *, for_shapes: bool = False) -> tuple[Config, Setup]
     if opened is not None and config.model_is_initial:
         config = with_initial_model(config, opened.config)
     mesh = make_mesh(config.mesh)
+    if mesh.is_multi_process and config.data.kind == "image_chats":
+        raise UserError("data.kind image_chats is read by one process; train in one, over its devices")
     source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)

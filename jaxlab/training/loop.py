@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxlab.data import BatchReader, Source, own_rows
+from jaxlab.data import BatchReader, Source
 from jaxlab.distributed import Agreement, leave
 from jaxlab.models import Batch, Params, place_batch, rows_here
 from jaxlab.training.averages import averaged
@@ -109,7 +109,7 @@ class Loop:
         self._restore = restore
         self._compiled = False
         self._agreement = Agreement()
-        rows = own_rows(setup.source, rows_here(config.batch_size, setup.mesh))
+        rows = rows_here(config.batch_size, setup.mesh)
         self._batches = BatchReader(setup.source, config.seed, config.batch_size, rows=rows)
         self.done: int
         """Steps done."""

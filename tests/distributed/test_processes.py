@@ -9,15 +9,19 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from jaxlab.checkpoints import load_model
+from jaxlab.checkpoints import load_model, save_model
 from jaxlab.config import build
 from jaxlab.distributed import ClusterConfig, ExplicitConfig
 from jaxlab.errors import ConfigError
+from jaxlab.models import ModelConfig
 from jaxlab.tasks import main
 from tests.distributed.launch import ROOT, end, free_port, start
+from tests.models.tiny import make_params
 
 CONFIG = """
 model: {{width: 16, num_layers: 2, num_heads: 2, mlp_width: 16, max_length: 16}}
@@ -224,6 +228,61 @@ def test_a_damaged_newest_checkpoint_is_passed_by(place):
     assert [status for status, _, _ in found] == [0, 0], found
     assert any(f"checkpoints/{step}: damaged, and passed by" in line for line in found[0][2])
     assert_same(place, outputs)
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_of_parameters_that_are_spread(place):
+    """Adapters, the merged model in both forms and samples, of tensors that no process has whole."""
+    model = ModelConfig(width=16, num_layers=2, num_heads=2, mlp_width=16, max_length=16, vocab_size=256)
+    save_model(place / "base", model, make_params(model, jax.random.key(0)), form="huggingface")
+    more = ["--init_from", place / "base", "--steps", 6, "--export", "hf"]
+    more += ["--lora", "{rank: 2, targets: [q_proj, down_proj], also: [final_norm], merge: true}"]
+    more += ["--samples", "{prompts: [x1], max_new_tokens: 3}"]
+    found = end(train(place, "spread", words=lambda _: [*more, "--mesh", "{data: 1, fsdp: 2}"]))
+    assert [status for status, _, _ in found] == [0, 0], found
+    words = ["train", place / "tiny.yaml", "--outputs", place / "together", *more, "--mesh", "{data: 1}"]
+    assert main(list(map(str, words))) == 0
+    ours, alone = folder_of(place, "spread"), folder_of(place, "together")
+    for file in ("adapter/adapter_model.safetensors", "hf/model.safetensors"):
+        one, other = load_file(ours / file), load_file(alone / file)
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            np.testing.assert_allclose(tensor, other[name], atol=2e-5)
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in alone.iterdir())
+    assert (ours / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_three_processes(place):
+    """One of them is killed; then all go on."""
+    more = lambda _: ["--batch_size", 6, "--steps", 24]
+    processes = train(place, "three", 3, words=more)
+    wait_for(lambda: saved(place, "three", 4), processes)
+    processes[2].kill()
+    found = end(processes, seconds=120)
+    assert [status for status, _, _ in found] == [1, 1, -9], found
+    for _, _, said in found[:2]:
+        assert re.search(r"process 2 on \S+ has ended", said[-1]), said
+    found = end(train(place, "three", 3, words=more))
+    assert [status for status, _, _ in found] == [0, 0, 0], found
+    assert "resuming at step" in found[0][1]
+    words = [
+        "train",
+        place / "tiny.yaml",
+        "--outputs",
+        place / "three-alone",
+        "--mesh",
+        "{data: 1}",
+        *more(0),
+    ]
+    assert main(list(map(str, words))) == 0
+    losses = [
+        [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (folder_of(place, "three"), folder_of(place, "three-alone"))
+    ]
+    assert len(losses[0]) == len(losses[1])
+    for ours, alone in zip(*losses, strict=True):
+        assert ours == pytest.approx(alone, rel=2e-6)
 
 
 def alone_of_two(process):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import UserError
-from jaxlab.icl import Roles, flow_shares, flows, saliency_maps
-from jaxlab.icl.inputs import check_flag, checked_classes
+from jaxlab.icl import Roles, flow_shares, flows, saliency, saliency_maps
+from jaxlab.icl.inputs import check_flag, checked_classes, prepared
+from jaxlab.icl.saliency import _checked_options
 from jaxlab.models import (
     LearnedPositions,
     ModelConfig,
@@ -161,6 +162,18 @@ def test_losses_of_several_positions_are_summed(params, prompts):
     np.testing.assert_allclose(both, first + second, rtol=1e-3, atol=1e-6)
     kept = run(places, labels, per_head=True, remat="layer")
     np.testing.assert_allclose(kept, both, rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_in_parts_has_the_same_flows(params, prompts, monkeypatch):
+    """What is kept of all of it would be too much: three parts of one sequence each, not one."""
+    arguments = (params, prompts["batch"], MODEL, prompts["classes"], prompts["targets"])
+    assert _checked_options("labels", "auto", MODEL, prepared(prompts["batch"], MODEL, "")).parts == 1
+    whole = flows(*arguments)
+    monkeypatch.setattr(saliency, "PART_BYTES", 0)
+    monkeypatch.setattr(saliency, "PART_TOKENS", TOKENS)
+    assert _checked_options("labels", "auto", MODEL, prepared(prompts["batch"], MODEL, "")).parts == BATCH
+    for found, expected in zip(flows(*arguments), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_nan_is_told(params, prompts):

@@ -89,8 +89,8 @@ def test_a_run_goes_on_where_it_was_killed(base, text, tmp_path, monkeypatch):
     whole = run(tmp_path / "a", base, text, LORA + "frozen_dtype: bfloat16\n")
     saved = Checkpoints.save
 
-    def killed(self, step, state):
-        saved(self, step, state)
+    def killed(self, step, state, **how):
+        saved(self, step, state)  # not in the background
         if step == 2:
             raise KeyboardInterrupt
 

@@ -23,7 +23,7 @@ from jaxlab.checkpoints.tensor_map import Entry, entries, leaf_at
 from jaxlab.checkpoints.tensor_table import EMBEDDING
 from jaxlab.checkpoints.tokenizer_files import TOKENIZER
 from jaxlab.errors import UserError
-from jaxlab.models import ModelConfig, Params, to_host
+from jaxlab.models import ModelConfig, Params
 
 
 def save(
@@ -172,6 +172,8 @@ def _planned(
 
 
 def _on_host(params: Params, entry: Entry) -> list[np.ndarray]:
+    from jaxlab.models import to_host  # and Flax with it, which a merge of folders has no need of
+
     leaves = [to_host(leaf_at(params, path)) for path in entry.paths]
     return [leaf.reshape(len(entry.names), *leaf.shape[entry.lead :]) for leaf in leaves]
 
