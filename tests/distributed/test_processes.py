@@ -277,12 +277,11 @@ def test_three_processes(place):
     ]
     assert main(list(map(str, words))) == 0
     losses = [
-        [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+        [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").open()) if "loss" in row]
         for run in (folder_of(place, "three"), folder_of(place, "three-alone"))
     ]
-    assert len(losses[0]) == len(losses[1])
-    for ours, alone in zip(*losses, strict=True):
-        assert ours == pytest.approx(alone, rel=2e-6)
+    assert len(losses[0]) > 2
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)
 
 
 def alone_of_two(process):
