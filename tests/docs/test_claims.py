@@ -1,6 +1,5 @@
 """docs/claims.md is what docs/claims.py makes of the committed results, byte for byte."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,19 +8,13 @@ from types import ModuleType
 import pytest
 
 from jaxlab.reporting import CLAIMS
+from tests.docs.scripts import DOCS, load
 from tests.reporting import made
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
 def claims() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("claims", DOCS / "claims.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("claims")
 
 
 @pytest.fixture

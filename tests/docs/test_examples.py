@@ -1,22 +1,15 @@
 """The examples in docs/ run; the benchmarks fit what they import."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.docs.scripts import load
+
 ROOT = Path(__file__).parents[2]
-
-
-def load(name: str, folder: Path = ROOT / "docs" / "examples"):
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLES = ROOT / "docs" / "examples"
 
 
 SHARED = {"shapes"}  # what several benchmarks import: no command of its own
@@ -28,9 +21,9 @@ def test_benchmarks_can_be_imported(name):
 
 
 def test_native_sparse_attention_in_foreign_models():
-    out = load("nsa_in_nnx").main(length=70)
+    out = load("nsa_in_nnx", EXAMPLES).main(length=70)
     assert out.shape == (2, 70, 64)
-    gradient = load("nsa_in_a_function").main(length=70)
+    gradient = load("nsa_in_a_function", EXAMPLES).main(length=70)
     assert gradient.shape == (64, 8, 16)
     for x in (out, gradient):
         assert np.isfinite(x).all()
@@ -49,7 +42,7 @@ def test_the_page_on_foreign_models_shows_the_examples():
 
 
 def test_information_flow():
-    means = load("information_flow").main()
+    means = load("information_flow", EXAMPLES).main()
     assert means.shape == (3, 3, 3)
     assert np.isfinite(means).all()
     assert (
@@ -60,14 +53,14 @@ def test_information_flow():
 
 @pytest.mark.slow
 def test_inject_expert():
-    merged = load("inject_expert").main()
+    merged = load("inject_expert", EXAMPLES).main()
     assert "vision" in merged
 
 
 @pytest.mark.slow
 def test_train_and_generate(tmp_path, monkeypatch):
     """With one layer and short texts: what is tested is that it runs."""
-    module = load("train_and_generate")
+    module = load("train_and_generate", EXAMPLES)
     whole = module.load
 
     def smaller(*args):

@@ -1,23 +1,12 @@
 """docs/icl_results.md is what docs/icl_results.py makes of the committed results, byte for byte."""
 
-import importlib.util
 import json
-from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("icl_results", DOCS / "icl_results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.docs.scripts import DOCS, load
 
 
 def test_the_page_follows_from_the_results(tmp_path):
-    module = script()
+    module = load("icl_results")
     runs = module.committed(DOCS / "results" / "icl")
     assert len(runs) >= 2
     assert module.page(runs) == (DOCS / "icl_results.md").read_text(encoding="utf-8")

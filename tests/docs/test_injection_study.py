@@ -1,7 +1,6 @@
 """docs/injection_study.md is what docs/injection_study.py makes of the committed results, and its rules can
 say no."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,20 +10,15 @@ import pytest
 from jaxlab import config as configs
 from jaxlab.reporting.papers.skill_injection import study
 from jaxlab.tasks.merge_search import Config
+from tests.docs.scripts import DOCS, load
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 SEEDS = (0, 1)
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("injection_study", DOCS / "injection_study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("injection_study")
 
 
 def record(label, scenario, seed, target, kept):

@@ -1,28 +1,16 @@
 """docs/real_run.md is what docs/real_run.py makes of the committed results, byte for byte; and the corpus."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxlab.data.facts import split_keys
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.docs.scripts import load
 
 
 def test_the_page_follows_from_the_results():
-    module = script("real_run")
+    module = load("real_run")
     kept = json.loads(module.RESULTS.read_text(encoding="utf-8"))
     assert module.page(kept) == module.PAGE.read_text(encoding="utf-8")
     assert {path.stem for path in module.PICTURES.glob("*.svg")} == set(module.pictures(kept))
@@ -54,7 +42,7 @@ def measured(loss, worst):
 
 
 def test_claims_are_judged_by_what_was_measured():
-    claims = script("claims")
+    claims = load("claims")
     full, ours = measured(1.3456, 1.0), measured(1.2345, 0.5)
     n1, n2 = claims.real_run_records({"cooled": {"nsa": ours, "full": full}})
     assert (n1["claim"], n1["status"], n2["claim"], n2["status"]) == ("N1", "seen", "N2", "not seen")
@@ -82,7 +70,7 @@ def corpora(tmp_path_factory):
     (packages / "some" / "notes.md").write_text(text())
     (packages / "some" / "short.py").write_text("x = 1\n")
     (packages / "some" / "binary.py").write_bytes(b"\xff" * 500)
-    module = script("real_text")
+    module = load("real_text")
     paths = {"stdlib": str(library), "purelib": str(packages)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "HELD_OUT", {"validation": range(0, 20), "test": range(20, 40)})

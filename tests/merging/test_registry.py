@@ -1,6 +1,5 @@
 """An operator is declared by its signature: what the machinery reads there, and what it refuses."""
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +22,7 @@ from jaxlab.merging import (
 )
 from jaxlab.merging.operators.declarations import Bounds, InMergekit, NotInjected, PerModel, Scalar
 from jaxlab.models import ModelConfig, abstract_params
+from tests.docs.scripts import load
 
 DOCS = Path(__file__).parents[2] / "docs" / "merge_operators.md"
 BASE, X, Y = jnp.array([1.0, 1.0, 1.0]), jnp.array([2.0, -1.0, 4.0]), jnp.array([3.0, 3.0, -2.0])
@@ -49,10 +49,7 @@ def test_the_example_of_the_docs_is_an_operator_everywhere(table):
 
 
 def test_the_list_of_the_docs_is_what_the_declarations_say():
-    spec = importlib.util.spec_from_file_location("list_of_operators", DOCS.with_name("operators.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    page = module.page()
+    page = load("operators").page()
     assert DOCS.with_name("operators.md").read_text() == page, "run python docs/operators.py"
     rows = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
     assert rows == [*OPERATORS, *AFTERWARDS]
