@@ -37,6 +37,7 @@ from kernels_pallas.nsa.xla.tiling import (
     split,
     tile_elements,
     to_chunks,
+    transposed,
 )
 
 KEY_TILE = 256
@@ -196,6 +197,7 @@ def _backward(
         q_chunk, d_chunk, lse_chunk, shift_chunk = map(_rows, chunk[0])
         here, rows = chunk[1], Seen(*(for_each_head(x, groups) for x in chunk[1]))
         floor = softmax_floor(lse_chunk)[..., None]
+        q_turned, d_turned = transposed(q_chunk), transposed(d_chunk)
 
         def one_tile(tile: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
@@ -207,9 +209,9 @@ def _backward(
             d_weights = jnp.einsum("bhrd,bhsd->bhrs", d_chunk, v_tile, preferred_element_type=dtype)
             d_scores = (weights * (d_weights - shift_chunk[..., None]) * interval.scale).astype(q.dtype)
             dq += jnp.einsum("bhrs,bhsd->bhrd", d_scores, k_tile, preferred_element_type=dtype)
-            dk_tile = jnp.einsum("bhrd,bhrs->bhds", q_chunk, d_scores, preferred_element_type=dtype)
+            dk_tile = jnp.einsum("bhdr,bhrs->bhds", q_turned, d_scores, preferred_element_type=dtype)
             dv_tile = jnp.einsum(
-                "bhrd,bhrs->bhds", d_chunk, weights.astype(v.dtype), preferred_element_type=dtype
+                "bhdr,bhrs->bhds", d_turned, weights.astype(v.dtype), preferred_element_type=dtype
             )
             return dq, _add_tile(dk, dk_tile, at), _add_tile(dv, dv_tile, at)
 

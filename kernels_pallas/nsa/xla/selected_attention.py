@@ -43,11 +43,11 @@ from kernels_pallas.nsa.xla.tiling import (
     take_rows,
     tile_elements,
     to_chunks,
+    transposed,
 )
 
 # Elements of the partial results of one chunk (all pairs, all heads of the group).
 PARTIAL_ELEMENTS = 1 << 23
-ROWS_AT_ONCE = 128
 
 
 class _Names(NamedTuple):
@@ -333,12 +333,8 @@ def _backward(block: Block, saved: Residuals, d_out: Array) -> tuple[Array, Arra
 def _over_rows(
     x: Float[Array, "B Hkv X rows D"], y: Float[Array, "B Hkv X rows size"], dtype: jnp.dtype
 ) -> Float[Array, "B Hkv X D size"]:
-    """Sum over the rows of a tile of x * y. In pieces: so long a sum of so small a product takes a CPU twice
-    as long."""
-    rows = x.shape[3]
-    pieces = rows // ROWS_AT_ONCE if rows % ROWS_AT_ONCE == 0 else 1
-    cut = lambda z: split(z, 3, rows // pieces)
-    return jnp.sum(jnp.einsum("bhxprd,bhxprs->bhxpds", cut(x), cut(y), preferred_element_type=dtype), axis=3)
+    """Sum over the rows of a tile of x * y."""
+    return jnp.einsum("bhxdr,bhxrs->bhxds", transposed(x), y, preferred_element_type=dtype)
 
 
 def _gather_sum(plan: Plan, dq: Array) -> Array:
