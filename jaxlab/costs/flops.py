@@ -66,7 +66,8 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
 def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
     """FLOP/s of `devices` together, and where the figure is from.
 
-    A device that is not in the table is measured with a float32 matmul of side 1024, best of five.
+    A device that is not in the table is measured with a float32 matmul of side 1024, best of twenty: other
+    programs take a part of some.
     """
     kind = devices[0].device_kind
     for name, flops in PEAK_FLOPS.items():
@@ -77,7 +78,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
     matmul = jax.jit(lambda a: a @ a)
     matmul(x).block_until_ready()
     seconds = []
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         matmul(x).block_until_ready()
         seconds.append(time.perf_counter() - start)

@@ -68,8 +68,9 @@ def is_dataset(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in names)
 
 
-def open_dataset(name: str, split: str) -> Any:
-    """One split of a folder that `datasets` saved, or of a hub id: a `datasets.Dataset`.
+def open_dataset(name: str, split: str, subset: str = "") -> Any:
+    """One split of a folder that `datasets` saved, of a folder laid out as on the hub, or of a hub id: a
+    `datasets.Dataset`.
 
     Raises:
       UserError: `datasets` is not installed, or cannot read it; no such split.
@@ -82,8 +83,10 @@ def open_dataset(name: str, split: str) -> Any:
             "'jaxlab[datasets]'); or give the folder of the set's text files as data.path"
         ) from None
     try:
-        folder = Path(name)
-        table = datasets.load_from_disk(name) if folder.is_dir() else datasets.load_dataset(name, split=split)
+        if is_dataset(name):
+            table = datasets.load_from_disk(name)
+        else:
+            table = datasets.load_dataset(name, subset or None, split=split)
         if isinstance(table, dict):
             if split not in table:
                 raise UserError(f"{name}: no split {split!r}; there are {', '.join(map(str, table))}")
@@ -95,13 +98,13 @@ def open_dataset(name: str, split: str) -> Any:
     return table
 
 
-def read_dataset(name: str, split: str, columns: Sequence[str | int]) -> list[Row]:
+def read_dataset(name: str, split: str, columns: Sequence[str | int], subset: str = "") -> list[Row]:
     """The rows of one split of a folder that `datasets` saved, or of a hub id.
 
     Raises:
       UserError: as `open_dataset` says, or there is no such column.
     """
-    table = open_dataset(name, split)
+    table = open_dataset(name, split, subset)
     names = list(table.column_names)
     chosen = [_named(column, names, f"{name} {split}") for column in columns]
     lists = [table[column] for column in chosen]

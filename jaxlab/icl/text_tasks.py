@@ -66,6 +66,8 @@ class ClassificationConfig:
     kind: Literal["classification"] = "classification"
     path: str = ""
     """The folder of the files; or a folder that Hugging Face's datasets saved, or a hub id."""
+    subset: str = ""
+    """Of a hub id that has several, such as sst2 of nyu-mll/glue."""
     template: str = ""
     """One demonstration, like "Review: {text}\\nSentiment: {label}"; the query is cut before {label}. Columns
     of `text` may stand in it by their names."""
@@ -256,7 +258,7 @@ def read_examples(config: ClassificationConfig) -> Examples:
         assert form.encoding is not None
         columns = (*form.text, form.label)
         if of_hub:
-            rows = read_dataset(str(path), form.file, columns)
+            rows = read_dataset(str(path), form.file, columns, config.subset)
         else:
             place = path / form.file if path.is_dir() else path
             table = TableFormat(form.delimiter, form.header, form.quotes, form.encoding)

@@ -173,6 +173,13 @@ def test_a_package_that_is_missing_is_one_line(text, monkeypatch):
         ),
         ({"samples": {"prompts": ["ok", ""], **ONE}}, r"samples\.prompts\.1: 0 tokens"),
         (
+            {
+                "samples": {"prompts": ["ok"], **ONE},
+                "model": MODEL | {"attention": {"kind": "nsa", "selector": "auxiliary"}, "max_length": 64},
+            },
+            "auxiliary selector keeps no cache",
+        ),
+        (
             {"evaluations": [{"name": "long", "data": {"sequence_length": 32}}]},
             "sequences of 32 tokens exceed",
         ),

@@ -118,6 +118,7 @@ def make_units(
             "column": data.column,
             "separator": data.separator,
             "split": data.split if files[group[0]].format == "dataset" else None,
+            **({"subset": data.subset} if data.subset else {}),
             "kind": files[group[0]].format,
             "files": [digests[i] for i in group],
         }

@@ -31,7 +31,9 @@ class DataSet:
     separator: str | None = None
     """What ends a document inside a file of plain text; by default a file is one document."""
     split: str = "train"
-    """Of a set that `datasets` saved in several."""
+    """Of a set in several: one that `datasets` reads, or files named by splits, as data/train-*.parquet."""
+    subset: str = ""
+    """Of a set of the hub in several, such as wikitext-2-raw-v1; with format dataset."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -42,6 +44,8 @@ class DataSet:
             raise ConfigError("must not be empty; leave it out: a file is one document", key="separator")
         if self.separator is not None and self.format not in ("auto", "text"):
             raise ConfigError(f"is for plain text, and format is {self.format}", key="separator")
+        if self.subset and self.format != "dataset":
+            raise ConfigError(f"is for format dataset, and format is {self.format}", key="subset")
         if self.content == "chat" and self.format == "text":
             raise ConfigError("conversations are rows of jsonl, parquet or dataset, not text", key="format")
 

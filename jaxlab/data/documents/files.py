@@ -7,6 +7,7 @@ import os
 import re
 import sysconfig
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,17 +18,23 @@ from tqdm import tqdm
 
 from jaxlab.data.documents.config import DataSet
 from jaxlab.data.tables import is_dataset, open_dataset
-from jaxlab.errors import UserError
+from jaxlab.errors import UserError, UserNote
 from jaxlab.files import named, write_json
 
 Format = Literal["text", "jsonl", "parquet", "dataset"]
 TEXT = (".txt", ".text", ".md", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
+_OF_DATASETS = (".arrow", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", *COMPRESSED)
 _SETTLED = 2.0
 """Seconds after which a file that changes gets another time of change."""
 _SHOWN = 1 << 30
 """Bytes to digest that are worth a bar."""
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -41,7 +48,8 @@ class DataFile:
     changed: int
     """Time of its last change (ns)."""
     split: str = ""
-    """Of a set that `datasets` saved, or of the hub."""
+    """Of a set that `datasets` reads."""
+    subset: str = ""
 
 
 def find_files(data: DataSet) -> list[DataFile]:
@@ -51,7 +59,7 @@ def find_files(data: DataSet) -> list[DataFile]:
       UserError: there are none, or they cannot be read.
     """
     if data.format == "dataset" and not named(data.path).exists():
-        return [DataFile(Path(data.path), "dataset", 0, 0, data.split)]  # a hub id
+        return [DataFile(Path(data.path), "dataset", 0, 0, data.split, data.subset)]  # a hub id
     if data.path == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts)]
@@ -59,15 +67,14 @@ def find_files(data: DataSet) -> list[DataFile]:
     root = named(data.path)
     try:
         if root.is_dir():
-            if data.format in ("auto", "dataset") and is_dataset(root):
-                return [_dataset_folder(root, data.split)]
-            if data.format == "dataset":
-                raise UserError(f"{root}: not a folder that datasets saved; set format, or name its files")
+            if data.format == "dataset" or (data.format == "auto" and is_dataset(root)):
+                return [_dataset_folder(root, data)]
             paths = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]
             kinds = {p: _format_of(p, data, None) for p in paths}
             if {"jsonl", "parquet"} & set(kinds.values()) and data.format == "auto":
                 # A text beside tables tells of them.
                 kinds = {p: None if kind == "text" else kind for p, kind in kinds.items()}
+            kinds = _of_split(root, kinds, data)
         elif root.exists():
             kinds = {root: _format_of(root, data, "text")}
         else:
@@ -123,11 +130,53 @@ def _data_file(path: Path, kind: Format) -> DataFile:
     return DataFile(path, kind, found.st_size, found.st_mtime_ns)
 
 
-def _dataset_folder(root: Path, split: str) -> DataFile:
-    inside = [p.stat() for p in sorted(root.rglob("*")) if p.is_file()]
-    return DataFile(
-        root, "dataset", sum(s.st_size for s in inside), max(s.st_mtime_ns for s in inside), split
+def _dataset_folder(root: Path, data: DataSet) -> DataFile:
+    files = [p for p in sorted(root.rglob("*")) if p.is_file()]
+    inside = [p.stat() for p in files]
+    if not any(p.suffix in _OF_DATASETS and not _hidden(p.relative_to(root)) for p in files):
+        raise UserError(
+            f"{root}: not a folder that datasets saved, and holds nothing that it reads; set format, or name "
+            "its files"
+        )
+    if scripts := sorted(root.glob("*.py")):
+        raise UserError(f"{scripts[0]}: the data set comes with code, which is not run; name its files")
+    size, changed = sum(s.st_size for s in inside), max(s.st_mtime_ns for s in inside)
+    return DataFile(root, "dataset", size, changed, data.split, data.subset)
+
+
+def _of_split(root: Path, kinds: dict[Path, Format | None], data: DataSet) -> dict[Path, Format | None]:
+    """Without the files of other splits, where names of tables tell of several: a test set is not trained on
+    because it lies beside."""
+    splits = {p: split_of(p.relative_to(root)) for p, kind in kinds.items() if kind in ("jsonl", "parquet")}
+    there = sorted({split for split in splits.values() if split})
+    wanted = _SPLIT_OF_WORD.get(data.split, data.split)
+    if len(there) < 2:
+        return kinds
+    if wanted not in there:
+        raise UserError(
+            f"{root}: holds no files of the split {data.split}, but of {', '.join(there)}; set split, or "
+            "path to a pattern of files"
+        )
+    kept = {p: kind for p, kind in kinds.items() if splits.get(p) == wanted}
+    others = ", ".join(split for split in there if split != wanted)
+    warnings.warn(
+        f"{root}: reads its files of the split {data.split}, not those of {others}", UserNote, stacklevel=2
     )
+    return kept
+
+
+def split_of(path: Path) -> str:
+    """The split that the name of a file or of a folder around it tells of, as on the hub:
+    train-00000-of-00002, train_sft-00000-of-00001, test.jsonl, validation/a.parquet; empty: none."""
+    if sharded := re.match(r"(.+?)[-._]\d{5}-of-\d{5}", path.name):
+        first, *others = re.split(r"[-._]", sharded[1])
+        if others and first in _SPLIT_OF_WORD:
+            return sharded[1]
+    for part in (path.name, *reversed(path.parts[:-1])):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_OF_WORD:
+                return _SPLIT_OF_WORD[word]
+    return ""
 
 
 class Digests:
@@ -190,7 +239,7 @@ def _key(file: DataFile) -> str:
 
 def _digest(file: DataFile) -> str:
     if file.format == "dataset" and not file.path.is_dir():
-        table = open_dataset(str(file.path), file.split)
+        table = open_dataset(str(file.path), file.split, file.subset)
         return hashlib.sha256(f"{file.path} {table._fingerprint}".encode()).hexdigest()
     try:
         if not file.path.is_dir():

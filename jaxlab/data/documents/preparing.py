@@ -204,7 +204,7 @@ def _reader(unit: Unit, file: DataFile) -> Reader:
             return lambda start, progress: read_parquet(path, start, progress, column, chat=chat)
         case "dataset":
             return lambda start, progress: read_saved(
-                str(path), data.split, start, progress, column, chat=chat
+                str(path), data.split, start, progress, column, subset=data.subset, chat=chat
             )
 
 

@@ -153,14 +153,21 @@ def read_parquet(
 
 
 def read_saved(
-    name: str, split: str, start: Place, progress: Progress, column: str | None, *, chat: bool = False
+    name: str,
+    split: str,
+    start: Place,
+    progress: Progress,
+    column: str | None,
+    *,
+    subset: str = "",
+    chat: bool = False,
 ) -> Iterator[Row]:
-    """What a column of a data set holds that `datasets` saved, or that is on the hub; see `read_json_lines`.
+    """What a column of a data set holds that `datasets` reads; see `read_json_lines`.
 
     Raises:
       UserError: as `open_dataset` says, or there is no such column.
     """
-    table = open_dataset(name, split)
+    table = open_dataset(name, split, subset)
     chosen = _columns(column, list(table.column_names), f"{name} {split}", chat)
     arrow = table.select_columns(chosen).with_format("arrow")
     for at in range(start.offset, len(table), _ROWS):

@@ -5,6 +5,8 @@ import functools
 import gzip
 import json
 import os
+import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 
 from jaxlab.data import DataSet, DocumentsConfig
 from jaxlab.data.documents import preparing, readers
+from jaxlab.data.documents.files import split_of
 from jaxlab.data.documents.readers import Place, Progress, read_text
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
 from tests.data.documents.small import documents, find_model, source, texts, write_lines
 
 TEXTS = ["one", "two lines\nof it", "drei €", "x" * 40]
@@ -213,6 +216,7 @@ def test_configs_that_make_no_sense(changes, key):
         ({"separator": ""}, "separator"),
         ({"separator": "x", "format": "jsonl"}, "separator"),
         ({"content": "chat", "format": "text"}, "format"),
+        ({"subset": "en", "format": "auto"}, "subset"),
     ],
 )
 def test_data_sets_that_make_no_sense(changes, key):
@@ -338,3 +342,50 @@ def test_reading_goes_on_from_any_row(tmp_path):
         assert [row.value for row in whole] == [row["text"] for row in rows]
         for number, row in enumerate(whole):
             assert list(read(start=row.after, progress=Progress())) == whole[number + 1 :]
+
+
+def test_of_a_folder_as_on_the_hub_one_split_is_read(tmp_path, monkeypatch):
+    pa, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    folder = tmp_path / "owner" / "name"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("of the set\n")
+    for split, some in (("train", TEXTS[:1]), ("test", TEXTS[1:2])):
+        table = pa.table({"text": some})
+        parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    for on in ({}, {"format": "dataset"}):
+        for split, expected in (("train", TEXTS[:1]), ("test", TEXTS[1:2])):
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always")
+                found = source(folder, on={"split": split, **on})
+                found.prepare()
+                assert texts(found) == expected
+            told = [str(note.message) for note in notes if note.category is UserNote]
+            assert len(told) == (0 if on else 1)
+            assert all(f"reads its files of the split {split}, not those of t" in note for note in told)
+        with pytest.raises(UserError, match=r"no files of the split dev|name: datasets cannot read it"):
+            source(folder, on={"split": "dev", **on}).prepare()
+    (folder / "name.py").write_text("raise SystemExit")
+    with pytest.raises(UserError, match="comes with code, which is not run"):
+        source(folder, on={"format": "dataset"})
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("data/train-00000-of-00002.parquet", "train"),
+        ("data/train_sft-00000-of-00001.parquet", "train_sft"),
+        ("en/c4-train.00000-of-01024.jsonl.gz", "train"),
+        ("my-dev.jsonl", "validation"),
+        ("test/a.jsonl", "test"),
+        ("latest.jsonl", ""),
+        ("contest/a.parquet", ""),
+        ("val/part-00000-of-00003.parquet", "validation"),
+        ("part-00000-of-00003.parquet", ""),
+    ],
+)
+def test_splits_by_names_of_files(name, split):
+    assert split_of(Path(name)) == split
