@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas.nsa import (
+    NewTokens,
+    attend_to_text,
     compress_blocks,
     compressed_attention,
     debug_checks,
@@ -36,6 +38,13 @@ def whole(**changes):
 
 def swap(x):
     return x.swapaxes(1, 2)
+
+
+def of_text(*, tokens=lambda name, x: x, q=Q, **changes):
+    """`attend_to_text` of six tokens with something changed."""
+    given = NewTokens(*(tokens(name, KV) for name in NewTokens._fields))
+    sizes = {"block_len": 4, "stride": 2, "block_size": 2, "num_blocks": 3, "window": 2}
+    return attend_to_text(q, given, jnp.ones((1, 6, 4, 3)), {}, {}, **(sizes | changes))
 
 
 @pytest.fixture
@@ -111,6 +120,38 @@ def as_users_run_it():
             ),
             "num_init must not be negative",
         ),
+        (lambda: of_text(tokens=lambda _, x: x[:, :5]), "k_cmp has 5 tokens, q 6"),
+        (
+            lambda: of_text(tokens=lambda name, x: x[:, :5] if name.endswith("win") else x),
+            "k_win has 5 tokens, q 6",
+        ),
+        (lambda: of_text(tokens=lambda _, x: swap(x)), r"6 key/value heads of k_slc: .* \[B, H, T, D\]"),
+        (lambda: of_text(segment_ids=jnp.ones((6,), int)), r"segment_ids have shape \(6,\), not \[1, 6\]"),
+        (lambda: of_text(segment_ids=jnp.ones((1, 5), int)), r"segment_ids have shape \(1, 5\), not"),
+        (lambda: of_text(segment_ids=jnp.ones((1, 6))), "segment_ids must be integers, not float32"),
+        (lambda: of_text(positions=jnp.arange(6)), r"positions have shape \(6,\), not \(1, 6\)"),
+        (lambda: of_text(positions=jnp.zeros((1, 5), int)), r"positions have shape \(1, 5\), not \(1, 6\)"),
+        (
+            lambda: of_text(branches=("window", "choice")),
+            "branches must be some of compression, selection, w",
+        ),
+        (lambda: of_text(branches="window"), "branches must be some of .* not 'window'"),
+        (lambda: of_text(branches=()), r"branches must be some of .* not \(\)"),
+        (lambda: window_attention(Q, KV, KV, window=2.0), "window must be a whole number, not 2.0"),
+        (lambda: window_attention(Q[:, :0], KV[:, :0], KV[:, :0], window=2), "q has no tokens"),
+        (
+            lambda: window_attention(Q, KV, KV, window=2, q_positions=jnp.ones((1, 6))),
+            "q_positions must be integers, not float32",
+        ),
+        (
+            lambda: compress_blocks(KV[0], {}, block_len=4, stride=2),
+            r"must have the 4 axes \[B, T, H, D\], not the shape \(6, 2, 3\)",
+        ),
+        (
+            lambda: compress_blocks(KV, {}, block_len=4, stride=2, segment_ids=jnp.ones((1, 5), int)),
+            r"segment_ids have shape \(1, 5\), not \(1, 6\)",
+        ),
+        (lambda: compress_blocks(KV, {}, block_len=0, stride=2), "block_len must be positive, not 0"),
         (
             lambda: compress_blocks(KV, {"position": KV}, block_len=4, stride=2),
             "compression parameters are position, not bias, position, weight",
