@@ -203,6 +203,10 @@ def append_tokens[C: (NsaCache, PagedCache)](
         raise ValueError(f"a chunk of {batch} x {count} tokens for a cache of {cache.length.shape[0]} rows")
     if cache.k_wait.shape[1] != block_len - 1:
         raise ValueError(f"the cache was made for block_len {cache.k_wait.shape[1] + 1}, not {block_len}")
+    for name, x in new._asdict().items():
+        expected = (batch, count, *getattr(cache, name).shape[2:])
+        if x.shape != expected:
+            raise ValueError(f"{name} of the chunk has shape {x.shape}; for this cache it must be {expected}")
     if (k_index is None) != (cache.k_index is None):
         raise ValueError("k_index, an indexer's keys: the cache and the chunk must have them, or neither")
     num_new = jnp.full((batch,), count, jnp.int32) if num_new is None else num_new

@@ -8,10 +8,13 @@ import pytest
 
 from kernels_pallas.nsa import (
     NewTokens,
+    append_tokens,
     attend_to_text,
+    cached_attention,
     compress_blocks,
     compressed_attention,
     debug_checks,
+    init_cache,
     nsa_attention,
     num_compressed,
     select_blocks,
@@ -53,6 +56,19 @@ def as_users_run_it():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def with_cache(*, tokens=lambda name, x: x, q=Q[:, :1], indices=None):
+    """One token over a cache, with something changed."""
+    blocks = {"block_len": 4, "stride": 2}
+    cache = init_cache(
+        1, 8, kv_heads=2, key_dim=3, value_dim=3, dtype=jnp.float32, block_size=2, window=2, **blocks
+    )
+    new = NewTokens(*(tokens(name, KV[:, :1]) for name in NewTokens._fields))
+    compress = lambda k, v, _: tuple(compress_blocks(x, {}, **blocks) for x in (k, v))
+    cache, recent = append_tokens(cache, new, compress, **blocks)
+    sizes = {"block_size": 2, "num_blocks": 3, "window": 2, **blocks}
+    return cached_attention(cache, recent, q, jnp.ones((*q.shape[:3], 3)), indices=indices, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +167,20 @@ def as_users_run_it():
             lambda: compress_blocks(KV, {}, block_len=4, stride=2, segment_ids=jnp.ones((1, 5), int)),
             r"segment_ids have shape \(1, 5\), not \(1, 6\)",
         ),
+        (
+            lambda: with_cache(tokens=lambda name, x: x[:, :, :1] if name == "v_win" else x),
+            r"v_win of the chunk has shape \(1, 1, 1, 3\); for this cache it must be \(1, 1, 2, 3\)",
+        ),
+        (
+            lambda: with_cache(q=Q[:, :1, :3]),
+            "3 query heads cannot share 2 key/value heads of k_win of the c",
+        ),
+        (lambda: with_cache(q=Q[:, :1, :, :2]), "k_win of the cache has head dim 3, q 2"),
+        (
+            lambda: with_cache(q=Q[:, :1].astype(jnp.bfloat16)),
+            "k_win of the cache has dtype float32, q bfloat",
+        ),
+        (lambda: with_cache(indices=jnp.zeros((1, 1, 2, 3), int)), r"indices have shape \(1, 1, 2, 3\)"),
         (lambda: compress_blocks(KV, {}, block_len=0, stride=2), "block_len must be positive, not 0"),
         (
             lambda: compress_blocks(KV, {"position": KV}, block_len=4, stride=2),
