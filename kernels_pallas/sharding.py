@@ -190,6 +190,18 @@ def mesh_of_axes(axes: MeshAxes) -> AbstractMesh | None:
     return mesh
 
 
+def _check_types(axes: MeshAxes) -> None:
+    """Explicit axes would split nothing, or fail deep inside of a loop whose carry has other shardings."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = sorted(name for name in axes.names if kinds.get(name) == AxisType.Explicit)
+    if explicit and mesh.size > 1:
+        raise ValueError(
+            f"mesh axis '{explicit[0]}' is Explicit, what jax.make_mesh takes by default; attention is split "
+            f"over axes of type Auto: make the mesh with axis_types=(AxisType.Auto,) * {len(kinds)}"
+        )
+
+
 def dividing(mesh: AbstractMesh, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     """Those of `names` that the mesh has, if together they divide `size`; None: it stays whole."""
     there = tuple(name for name in names if name in mesh.axis_names)
@@ -229,8 +241,9 @@ def in_parts(
     sequences are not split; without a mesh it is just called.
 
     Raises:
-      ValueError: heads or tokens cannot be split over their mesh axis.
+      ValueError: heads or tokens cannot be split over their mesh axis, or that is of type Explicit.
     """
+    _check_types(axes)
     mesh = mesh_of_axes(axes)
     if mesh is None:
         return core(tokens, rows, weights, blocks, None)

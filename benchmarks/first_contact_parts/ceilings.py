@@ -29,8 +29,14 @@ PACKAGES = (
 
 def items(options: dict[str, Any], part: str) -> list[Item]:
     elements, size = (1 << 16, 64) if options["tiny"] else (1 << 31, 8192)
+    seen = Item("versions", lambda: None, lambda _: [{"name": "versions", "fact": versions()}])
+    platform = jax.devices()[0].platform
+    if platform != "gpu" and not options["tiny"]:
+        why = f"jax sees no GPU here, only {platform}; --tiny is a dry run without one"
+        none = Item("GPU", lambda: None, lambda _: [{"name": "GPU", "failed": why, "stop": why}])
+        return [seen, none]
     return [
-        Item("versions", lambda: None, lambda _: [{"name": "versions", "fact": versions()}]),
+        seen,
         Item("copy", functools.partial(_copy, elements), _run_copy),
         Item("bf16 product", functools.partial(_product, size), _run_product),
     ]

@@ -235,7 +235,10 @@ def run(
     for step in steps:
         left = budget_s - (time.monotonic() - started) - RESERVE_S
         broken = [o.step for o in outcomes if o.step in step.needs and o.broken]
-        if broken and heed_needs:
+        stop = [row["stop"] for o in outcomes for row in o.rows if "stop" in row]
+        if stop:
+            outcome = Outcome(step.name, [], dropped=stop[0])
+        elif broken and heed_needs:
             outcome = Outcome(step.name, [], dropped=f"{', '.join(broken)} found something wrong, or nothing")
         elif left < step.least_s:
             outcome = Outcome(step.name, [], dropped=f"{max(0.0, left):.0f} s of {budget_s:g} s were left")

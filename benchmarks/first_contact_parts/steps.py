@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 """Of results. `name`, and one of: `right` (bool; then `error`, `detail`), `seconds`, `fact`, `reason` (why
-there is nothing)."""
+there is nothing), `failed` (why); `stop` (why no further step is worth running)."""
 
 
 class Item(NamedTuple):

@@ -43,13 +43,14 @@ def retrofit(
 
     Keys, values and their biases are copied into the three branches (with `shared_kv` they stay as they are);
     everything else stays as it is, and what is new takes the dtype of the keys. An indexer is drawn; train it
-    first (`selector_stage: warm_up`). What compresses gives the mean of its block; in an MLP silu(x) -
-    silu(-x) = x, so two units for each dimension pass on the sum of x / block_len; the other units are drawn
-    from `key` (None: key(0)) and do not reach the output before training. Gates do not depend on their
-    input: `gate` for compression and window, 1 - 2 * gate for selection. With one branch and without gates
-    (`gated: false`) nothing is weighed, and the model is the dense one where all blocks are read. Gates sum
-    to one, so that an output is a weighted mean of the same values as the dense one, and where selection
-    covers all that a query sees, it differs from it by at most 4 * gate * max |v| in each component.
+    first (`selector_stage: warm_up`). An auxiliary selector is drawn too. What compresses gives the mean of
+    its block; in an MLP silu(x) - silu(-x) = x, so two units for each dimension pass on the sum of
+    x / block_len; the other units are drawn from `key` (None: key(0)) and do not reach the output before
+    training. Gates do not depend on their input: `gate` for compression and window, 1 - 2 * gate for
+    selection. With one branch and without gates (`gated: false`) nothing is weighed, and the model is the
+    dense one where all blocks are read. Gates sum to one, so that an output is a weighted mean of the same
+    values as the dense one, and where selection covers all that a query sees, it differs from it by at most
+    4 * gate * max |v| in each component.
 
     Raises:
       ConfigError: `retrofitted` refuses the model.
@@ -119,9 +120,10 @@ def _branched(params: Params, config: ModelConfig, key: Key[Array, ""], gate: fl
         new["compress_value"] = _compressor(layers, config.value_dim, config.nsa, of_value, dtype)
     if config.nsa.gated:
         new["gate"] = _gate(layers, config, of_gate, gate, dtype)
-    if config.nsa.selector == "indexer":
-        shapes = abstract_params(config)["layers"]["attention"]["indexer"]
-        new["indexer"] = {
+    part = {"indexer": "indexer", "auxiliary": "selector"}.get(config.nsa.selector)
+    if part is not None:
+        shapes = abstract_params(config)["layers"]["attention"][part]
+        new[part] = {
             name: _drawn(
                 jax.random.fold_in(key, number),
                 (layers, *shape.shape[1:]),

@@ -255,8 +255,10 @@ def block_starts(segment_ids: Int[Array, "B S"], *, block_len: int, stride: int)
     texts want the same slot. M = num_compressed(S, block_len, stride, packed=True).
 
     Raises:
-        ValueError: the stride leaves tokens out.
+        ValueError: the stride leaves tokens out, or segment_ids are not those of a batch.
     """
+    if segment_ids.ndim != 2:
+        raise ValueError(f"segment_ids have shape {segment_ids.shape}, not [B, S]")
     if stride > block_len:
         raise ValueError(f"stride {stride} exceeds block_len {block_len}: packed texts would share blocks")
     length = segment_ids.shape[1]

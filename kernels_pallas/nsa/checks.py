@@ -5,7 +5,7 @@ Shapes are checked at every call, values only where `debug_checks` asks for it.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,27 @@ _LAYOUT = "they look like [B, H, T, D]; these operators take [B, T, H, D]"
 _checks_values: contextvars.ContextVar[bool] = contextvars.ContextVar("checks_values", default=False)
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int | float) -> None:
+    _check_whole(**sizes)
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be positive, not {size}")
 
 
-def check_attention(q: Array, *branches: tuple[tuple[str, Array], tuple[str, Array]], **sizes: int) -> None:
+def _check_whole(**sizes: int | float) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, not {size!r}")
+
+
+def _check_integers(name: str, x: Array) -> None:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(f"{name} must be integers, not {x.dtype}")
+
+
+def check_attention(
+    q: Array, *branches: tuple[tuple[str, Array], tuple[str, Array]], **sizes: int | float
+) -> None:
     """q and one or several pairs of keys and values, each with its name."""
     check_sizes(**sizes)
     arrays = [("q", q), *(named for branch in branches for named in branch)]
@@ -38,6 +52,8 @@ def check_attention(q: Array, *branches: tuple[tuple[str, Array], tuple[str, Arr
             raise ValueError(f"{name} has dtype {x.dtype}, q {q.dtype}; all must have one dtype")
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has batch {x.shape[0]}, q {q.shape[0]}")
+    if q.shape[1] == 0:
+        raise ValueError(f"q has no tokens: its shape is {q.shape}")
     (first_name, first), (_, first_values) = branches[0]
     for (k_name, k), (v_name, v) in branches:
         if k.shape[3] != q.shape[3]:
@@ -82,6 +98,7 @@ def check_queries(q: Array, q_positions: Array | None, segment_ids: Array | None
     batch, length = q.shape[:2]
     keys = None if k is None else k.shape[1]
     if segment_ids is not None:
+        _check_integers("segment_ids", segment_ids)
         if segment_ids.ndim != 2 or segment_ids.shape[0] != batch or keys not in (None, segment_ids.shape[1]):
             expected = f"[{batch}, {'S' if keys is None else keys}]"
             raise ValueError(f"segment_ids have shape {segment_ids.shape}, not {expected}")
@@ -90,12 +107,41 @@ def check_queries(q: Array, q_positions: Array | None, segment_ids: Array | None
         if keys is not None and keys != length:
             more = f"; or {_LAYOUT}" if k is not None and _heads_second(q, k) else ""
             raise ValueError(f"{length} queries against {keys} keys need q_positions{more}")
-    elif q_positions.shape != (batch, length):
-        raise ValueError(f"q_positions have shape {q_positions.shape}, not {(batch, length)}")
+    else:
+        _check_integers("q_positions", q_positions)
+        if q_positions.shape != (batch, length):
+            raise ValueError(f"q_positions have shape {q_positions.shape}, not {(batch, length)}")
+
+
+def check_text(
+    q: Array, tokens: Mapping[str, Array], gates: Array, positions: Array | None, segment_ids: Array | None
+) -> None:
+    """Shapes of whole texts: `tokens` are k_cmp, v_cmp, k_slc, ... of as many tokens as there are queries."""
+    check_gates(gates, q)
+    named = lambda name: (name, tokens[name])
+    check_attention(
+        q,
+        (named("k_slc"), named("v_slc")),
+        (named("k_win"), named("v_win")),
+        (named("k_cmp"), named("v_cmp")),
+    )
+    for name, x in tokens.items():
+        if x.shape[1] != q.shape[1]:
+            more = f": {_LAYOUT}" if _heads_second(q, x) else ""
+            raise ValueError(f"{name} has {x.shape[1]} tokens, q {q.shape[1]}{more}")
+    check_queries(q, None, segment_ids, tokens["k_cmp"])
+    if positions is not None and positions.shape[:2] != q.shape[:2]:
+        raise ValueError(f"positions have shape {positions.shape}, not {q.shape[:2]}")
+
+
+def check_branches(branches: Collection[str], known: tuple[str, ...]) -> None:
+    if isinstance(branches, str) or not branches or not {*branches} <= {*known}:
+        raise ValueError(f"branches must be some of {', '.join(known)}, not {branches!r}")
 
 
 def check_selection(block_size: int, num_blocks: int, num_init: int, num_local: int) -> None:
     check_sizes(block_size=block_size, num_blocks=num_blocks)
+    _check_whole(num_init=num_init, num_local=num_local)
     for name, size in (("num_init", num_init), ("num_local", num_local)):
         if size < 0:
             raise ValueError(f"{name} must not be negative, is {size}")

@@ -203,6 +203,7 @@ def append_tokens[C: (NsaCache, PagedCache)](
         raise ValueError(f"a chunk of {batch} x {count} tokens for a cache of {cache.length.shape[0]} rows")
     if cache.k_wait.shape[1] != block_len - 1:
         raise ValueError(f"the cache was made for block_len {cache.k_wait.shape[1] + 1}, not {block_len}")
+    _check_chunk(cache, new, batch, count)
     if (k_index is None) != (cache.k_index is None):
         raise ValueError("k_index, an indexer's keys: the cache and the chunk must have them, or neither")
     num_new = jnp.full((batch,), count, jnp.int32) if num_new is None else num_new
@@ -232,6 +233,13 @@ def append_tokens[C: (NsaCache, PagedCache)](
     if count == 1:
         return cache, Recent(cache.k_win, cache.v_win, _held(cache.length - 1, ring), num_new)
     return cache, _recent(before, new, jnp.where(valid, rows, -1), num_new)
+
+
+def _check_chunk(cache: Cache, new: NewTokens, batch: int, count: int) -> None:
+    for name, x in new._asdict().items():
+        expected = (batch, count, *getattr(cache, name).shape[2:])
+        if x.shape != expected:
+            raise ValueError(f"{name} of the chunk has shape {x.shape}; for this cache it must be {expected}")
 
 
 def address(cache: Cache, index: Int[Array, "B ..."], size: int) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ from kernels_pallas.nsa.base import (
     weigh,
     where_finite,
 )
-from kernels_pallas.nsa.checks import check_gates, check_selection
+from kernels_pallas.nsa.checks import check_attention, check_gates, check_indices_shape, check_selection
 from kernels_pallas.nsa.decode_cache import Cache, Recent, capacity, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case
@@ -59,7 +59,10 @@ def cached_attention(
             f"cache with {ring} slots of the window"
         )
     check_gates(gates, q)
+    check_attention(q, (("k_win of the cache", cache.k_win), ("v_win of the cache", cache.v_win)))
     check_selection(n.block_size, n.num_blocks, n.num_init, n.num_local)
+    if indices is not None:
+        check_indices_shape(indices, q, cache.k_win)
     grid, window = n.grid(capacity(cache), q.shape[-1]), n.window
     if count == 1:
         case = Case(ONE_TOKEN, q, cache.k_slc, cache.v_slc, n.block_size, cache)

@@ -26,6 +26,7 @@ from kernels_pallas.nsa.base import (
     segment_starts,
     weigh,
 )
+from kernels_pallas.nsa.checks import check_branches, check_text
 from kernels_pallas.nsa.decode_cache import NewTokens
 from kernels_pallas.nsa.implementations import Implementation
 from kernels_pallas.nsa.xla.compression import compress_blocks
@@ -201,6 +202,8 @@ def attend_to_text(
       ValueError: shapes or sizes do not fit, or cannot be split over the mesh.
       NotImplementedError: the named implementation cannot take the case.
     """
+    check_branches(branches, BRANCHES)
+    check_text(q, tokens._asdict(), gates, positions, segment_ids)
     n = NsaSizes(**sizes)
     blocks: dict[str, Any] = {"block_len": n.block_len, "stride": n.stride}
 

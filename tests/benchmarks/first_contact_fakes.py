@@ -53,6 +53,8 @@ def items(options, part):
         raise ImportError("no module of that name")
     if part == "slow":
         return [Item("slow", lambda: time.sleep(3600), process), Item("fine", lambda: None, process)]
+    if part == "stop":
+        return [Item("stop", lambda: None, lambda _: [{"name": "x", "failed": "no GPU", "stop": "no GPU"}])]
     bad = {
         "hang": (hang,),
         "crash": (crash,),

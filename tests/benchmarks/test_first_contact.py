@@ -10,7 +10,7 @@ from pathlib import Path
 
 import first_contact
 import pytest
-from first_contact_parts import report, runner, smoke
+from first_contact_parts import ceilings, report, runner, smoke
 from first_contact_parts.runner import Outcome
 from first_contact_parts.steps import Step
 
@@ -120,6 +120,26 @@ def test_a_small_budget_drops_the_last_steps_and_says_so(tmp_path, monkeypatch):
     assert cut["item"] == "slow"
     assert "s of 5 s were left" in last["dropped"]
     assert "## Dropped" in (out / "summary.md").read_text()
+
+
+def test_without_a_gpu_it_stops_at_once_and_says_so(tmp_path):
+    steps = fake("first", "stop", "fine"), fake("last", "fine")
+    status, out, result = run(tmp_path, *steps)
+    assert status == 1
+    assert result["steps"][1]["dropped"] == "no GPU"
+    assert "- last: no GPU" in (out / "summary.md").read_text()
+    (words,) = ceilings.items({"tiny": False}, "")[1].run(None)
+    assert words["stop"] == "jax sees no GPU here, only cpu; --tiny is a dry run without one"
+
+
+def test_a_record_of_before_goes_where_the_check_runs_anew(tmp_path):
+    run(tmp_path, fake("first", "fine"))
+    record = tmp_path / "out" / "record.json"
+    record.write_text("of an earlier run")
+    run(tmp_path, fake("first", "fine"))
+    assert record.exists()
+    run(tmp_path, fake("correctness", "import"))
+    assert not record.exists()
 
 
 def test_what_was_found_stays_when_the_whole_is_ended(tmp_path):

@@ -121,8 +121,10 @@ def test_all_but_attention_is_left_alone():
         np.testing.assert_array_equal(attention[name], before[name])
 
 
-@pytest.mark.parametrize("gate_width", [0, 3])
-def test_its_parameters_are_those_of_its_config(gate_width):
+@pytest.mark.parametrize(
+    "changes", [{}, {"gate_width": 3}, {"selector": "indexer"}, {"selector": "auxiliary"}]
+)
+def test_its_parameters_are_those_of_its_config(changes):
     config = make_config(
         "other",
         moe=MoEConfig(num_experts=3, width=5, first_dense=1),
@@ -130,7 +132,7 @@ def test_its_parameters_are_those_of_its_config(gate_width):
         mlp="gated",
         mlp_bias=False,
     )
-    nsa = dataclasses.replace(WIDE, gate_width=gate_width)
+    nsa = dataclasses.replace(WIDE, **changes)
     changed = jax.eval_shape(lambda p: retrofit(p, config, nsa)[0], abstract_params(config))
     assert changed == abstract_params(retrofitted(config, nsa))
 

@@ -62,6 +62,7 @@ CASES: tuple[CheckCase, ...] = (
     *_both("1 head a group", heads=2, **EQUAL),
     _packed(4096),
     _packed(4097),
+    *_both("blocks of 128", heads=32, block_size=128, **EQUAL),  # branch by branch too
     *_both("half", dtype="float16"),
     *_both("half, equal head dims", heads=32, dtype="float16", **EQUAL),
 )

@@ -36,8 +36,20 @@ HOW = "python -m kernels_pallas.nsa.checking"
 FORMAT = 1
 _FEATURES = 64
 """Of hopper.py, which imports Pallas."""
-_KERNELS = Path(__file__).parents[1] / "mosaic_gpu"
-_SHARED = Path(__file__).parents[2] / "hopper.py"
+_PACKAGE = Path(__file__).parents[2]
+_HASHED = (
+    "hopper.py",
+    "nsa/mosaic_gpu",
+    "nsa/api.py",
+    "nsa/base.py",
+    "nsa/decode_cache.py",
+    "nsa/decoding.py",
+    "nsa/importance.py",
+    "nsa/support.py",
+    "nsa/xla/query_block_pairs.py",
+    "nsa/xla/tiling.py",
+)
+"""What calls of the kernels run: they themselves, what they import, and what gives them their operands."""
 
 _log = logging.getLogger(__name__)
 
@@ -135,11 +147,13 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Of the kernels' code and tile sizes."""
+    """Of the code that calls of the kernels run, and of tile sizes."""
     digest = hashlib.sha256()
-    files = (p for p in _KERNELS.rglob("*") if p.suffix in (".py", ".json"))
-    for path in sorted([*files, _SHARED]):
-        digest.update(f"{path.relative_to(_SHARED.parent).as_posix()}\0".encode())
+    files: list[Path] = []
+    for path in (_PACKAGE / name for name in _HASHED):
+        files += [p for p in path.rglob("*") if p.suffix in (".py", ".json")] if path.is_dir() else [path]
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 

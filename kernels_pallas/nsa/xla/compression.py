@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.nsa.base import accumulator, block_starts, ceil_div, num_compressed, pad_axis
+from kernels_pallas.nsa.checks import check_sizes
 
 
 def compress_blocks(
@@ -43,6 +44,8 @@ def compress_blocks(
     _check(x, params, block_len, stride)
     batch, length, heads, dim = x.shape
     if segment_ids is not None and starts is None:
+        if segment_ids.shape != (batch, length):
+            raise ValueError(f"segment_ids have shape {segment_ids.shape}, not {(batch, length)}")
         starts = block_starts(segment_ids, block_len=block_len, stride=stride)
     blocks = num_compressed(length, block_len, stride) if starts is None else starts.shape[1]
     if blocks == 0:
@@ -108,8 +111,9 @@ def _piece_at(
 
 
 def _check(x: Array, params: Mapping[str, Array], block_len: int, stride: int) -> None:
-    if block_len < 1 or stride < 1:
-        raise ValueError(f"block_len and stride must be positive, not {block_len} and {stride}")
+    check_sizes(block_len=block_len, stride=stride)
+    if x.ndim != 4:
+        raise ValueError(f"what is compressed must have the 4 axes [B, T, H, D], not the shape {x.shape}")
     dim = x.shape[-1]
     expected: dict[str, tuple[int, ...]] = {}
     if "hidden" in params:

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from kernels_pallas.nsa import (
+    NewTokens,
+    append_tokens,
+    attend_to_text,
+    cached_attention,
     compress_blocks,
     compressed_attention,
     debug_checks,
+    init_cache,
     nsa_attention,
     num_compressed,
     select_blocks,
@@ -38,12 +43,32 @@ def swap(x):
     return x.swapaxes(1, 2)
 
 
+def of_text(*, tokens=lambda name, x: x, q=Q, **changes):
+    """`attend_to_text` of six tokens with something changed."""
+    given = NewTokens(*(tokens(name, KV) for name in NewTokens._fields))
+    sizes = {"block_len": 4, "stride": 2, "block_size": 2, "num_blocks": 3, "window": 2}
+    return attend_to_text(q, given, jnp.ones((1, 6, 4, 3)), {}, {}, **(sizes | changes))
+
+
 @pytest.fixture
 def as_users_run_it():
     """Without the checks of annotations that tests add, which would speak first."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def with_cache(*, tokens=lambda name, x: x, q=Q[:, :1], indices=None):
+    """One token over a cache, with something changed."""
+    blocks = {"block_len": 4, "stride": 2}
+    cache = init_cache(
+        1, 8, kv_heads=2, key_dim=3, value_dim=3, dtype=jnp.float32, block_size=2, window=2, **blocks
+    )
+    new = NewTokens(*(tokens(name, KV[:, :1]) for name in NewTokens._fields))
+    compress = lambda k, v, _: tuple(compress_blocks(x, {}, **blocks) for x in (k, v))
+    cache, recent = append_tokens(cache, new, compress, **blocks)
+    sizes = {"block_size": 2, "num_blocks": 3, "window": 2, **blocks}
+    return cached_attention(cache, recent, q, jnp.ones((*q.shape[:3], 3)), indices=indices, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +136,52 @@ def as_users_run_it():
             ),
             "num_init must not be negative",
         ),
+        (lambda: of_text(tokens=lambda _, x: x[:, :5]), "k_cmp has 5 tokens, q 6"),
+        (
+            lambda: of_text(tokens=lambda name, x: x[:, :5] if name.endswith("win") else x),
+            "k_win has 5 tokens, q 6",
+        ),
+        (lambda: of_text(tokens=lambda _, x: swap(x)), r"6 key/value heads of k_slc: .* \[B, H, T, D\]"),
+        (lambda: of_text(segment_ids=jnp.ones((6,), int)), r"segment_ids have shape \(6,\), not \[1, 6\]"),
+        (lambda: of_text(segment_ids=jnp.ones((1, 5), int)), r"segment_ids have shape \(1, 5\), not"),
+        (lambda: of_text(segment_ids=jnp.ones((1, 6))), "segment_ids must be integers, not float32"),
+        (lambda: of_text(positions=jnp.arange(6)), r"positions have shape \(6,\), not \(1, 6\)"),
+        (lambda: of_text(positions=jnp.zeros((1, 5), int)), r"positions have shape \(1, 5\), not \(1, 6\)"),
+        (
+            lambda: of_text(branches=("window", "choice")),
+            "branches must be some of compression, selection, w",
+        ),
+        (lambda: of_text(branches="window"), "branches must be some of .* not 'window'"),
+        (lambda: of_text(branches=()), r"branches must be some of .* not \(\)"),
+        (lambda: window_attention(Q, KV, KV, window=2.0), "window must be a whole number, not 2.0"),
+        (lambda: window_attention(Q[:, :0], KV[:, :0], KV[:, :0], window=2), "q has no tokens"),
+        (
+            lambda: window_attention(Q, KV, KV, window=2, q_positions=jnp.ones((1, 6))),
+            "q_positions must be integers, not float32",
+        ),
+        (
+            lambda: compress_blocks(KV[0], {}, block_len=4, stride=2),
+            r"must have the 4 axes \[B, T, H, D\], not the shape \(6, 2, 3\)",
+        ),
+        (
+            lambda: compress_blocks(KV, {}, block_len=4, stride=2, segment_ids=jnp.ones((1, 5), int)),
+            r"segment_ids have shape \(1, 5\), not \(1, 6\)",
+        ),
+        (
+            lambda: with_cache(tokens=lambda name, x: x[:, :, :1] if name == "v_win" else x),
+            r"v_win of the chunk has shape \(1, 1, 1, 3\); for this cache it must be \(1, 1, 2, 3\)",
+        ),
+        (
+            lambda: with_cache(q=Q[:, :1, :3]),
+            "3 query heads cannot share 2 key/value heads of k_win of the c",
+        ),
+        (lambda: with_cache(q=Q[:, :1, :, :2]), "k_win of the cache has head dim 3, q 2"),
+        (
+            lambda: with_cache(q=Q[:, :1].astype(jnp.bfloat16)),
+            "k_win of the cache has dtype float32, q bfloat",
+        ),
+        (lambda: with_cache(indices=jnp.zeros((1, 1, 2, 3), int)), r"indices have shape \(1, 1, 2, 3\)"),
+        (lambda: compress_blocks(KV, {}, block_len=0, stride=2), "block_len must be positive, not 0"),
         (
             lambda: compress_blocks(KV, {"position": KV}, block_len=4, stride=2),
             "compression parameters are position, not bias, position, weight",

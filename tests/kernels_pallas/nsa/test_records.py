@@ -4,6 +4,7 @@ else."""
 import dataclasses
 import json
 import logging
+import re
 from types import SimpleNamespace
 
 import jax
@@ -160,14 +161,29 @@ def test_compiling_for_an_absent_gpu_keeps_to_what_is_named(caplog):
 def test_the_hash_is_of_all_that_makes_a_kernel(monkeypatch, tmp_path):
     before = records.kernels_hash.__wrapped__()
     assert before == records.kernels_hash.__wrapped__()
-    folder = tmp_path / "nsa" / "mosaic_gpu"
-    folder.mkdir(parents=True)
-    (tmp_path / "hopper.py").write_text("x")
-    (folder / "forward.py").write_text("x")
-    monkeypatch.setattr(records, "_KERNELS", folder)
-    monkeypatch.setattr(records, "_SHARED", tmp_path / "hopper.py")
-    one = records.kernels_hash.__wrapped__()
-    (folder / "tiles.json").write_text("{}")
-    two = records.kernels_hash.__wrapped__()
-    (tmp_path / "hopper.py").write_text("y")
-    assert len({before, one, two, records.kernels_hash.__wrapped__()}) == 4
+    copies = [tmp_path / name for name in records._HASHED]
+    for path in copies:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x") if path.suffix else path.mkdir()
+    tiles = tmp_path / "nsa" / "mosaic_gpu" / "tiles.json"
+    monkeypatch.setattr(records, "_PACKAGE", tmp_path)
+    seen = {before, records.kernels_hash.__wrapped__()}
+    for path in (tiles, *(path for path in copies if path.suffix)):
+        path.write_text("y")
+        seen.add(records.kernels_hash.__wrapped__())
+    assert len(seen) == 2 + len(copies)
+
+
+def test_the_hash_is_of_what_the_kernels_import():
+    """All of this package, but for types, the checks of arguments and what only asks where things run."""
+    package = records._PACKAGE
+    no_numbers = {"nsa/checks.py", "nsa/implementations.py", "nsa/interface.py", "target.py"}
+    hashed = {package / name for name in records._HASHED}
+    files = {file for path in hashed for file in ([path] if path.suffix else path.rglob("*.py"))}
+    for file in files:
+        for found in re.finditer(r"from (kernels_pallas[\w.]*) import \(?\s*(\w+)", file.read_text()):
+            module = package.parent / found[1].replace(".", "/")
+            names = (module.with_suffix(".py"), module / f"{found[2]}.py", module / "__init__.py")
+            source = next(path for path in names if path.exists())
+            if source.relative_to(package).as_posix() not in no_numbers:
+                assert source in files, (file, source)

@@ -78,6 +78,12 @@ def test_what_a_mesh_cannot_split_is_named():
             jax.eval_shape(functools.partial(attend, axes=AXES), args)
 
 
+def test_a_mesh_of_explicit_axes_is_refused_by_name():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"'data' is Explicit.*Auto,\) \* 2"):
+        jax.eval_shape(functools.partial(attend, axes=AXES), layer_arguments(CASE))
+
+
 def test_shared_keys_and_values_are_those_of_every_branch():
     args = layer_arguments(CASE)
     k, v = args["k_slc"], args["v_slc"]
