@@ -71,7 +71,10 @@ def _check_keys(batch: Mapping[str, Any], config: ModelConfig, who: str) -> None
     )
     others = [name for name in batch if name not in names and name != "images" and batch[name] is not None]
     if config.has_vision and "images" in batch:
-        seen = ("image", "pixel", "video", "aspect_ratio", "batch_num_images", "cross_attention", "mm_")
+        seen = (
+            *("image", "pixel", "video", "aspect_ratio", "batch_num_images", "cross_attention", "mm_"),
+            "window",  # of patches: what preparing a batch of Qwen2.5-VL adds
+        )
         others = [name for name in others if name not in Batch.__annotations__ and not name.startswith(seen)]
     if others:
         raise UserError(
