@@ -9,6 +9,7 @@ import pytest
 from jaxlab.checkpoints import open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.icl import ImagePrompts, ImagePromptsConfig, Part, flows, make_prompts
+from jaxlab.reporting.papers.label_words.plots import prompt_figure
 from jaxlab.tasks import execute
 from jaxlab.tasks import icl as task
 from tests.icl import made
@@ -129,12 +130,15 @@ def test_from_the_command_to_results(place, tmp_path):
     config = task.Config(
         model=str(root / "smolvlm"),
         data=ImagePromptsConfig(path=str(data), file="prompts.jsonl"),
-        analyses=("flows",),
+        analyses=("flows", "figure1"),
         examples=8,
         seeds=(1,),
         batch_size=4,
     )
     found = execute("icl", config, outputs=tmp_path).results
+    assert set(found["figure1"]["parts"]) == {"text", "image", "format"}
+    names = {text.get_text() for text in prompt_figure(found).axes[0].get_legend().get_texts()}
+    assert names == {"from the image", "instruction → last token", "all other flow"}
     assert found["examples"] == 2
     shares = np.array([found["flows"]["share"][name] for name in found["flows"]["share"]])
     assert len(shares) == 16

@@ -237,7 +237,7 @@ def _lines(
     flow /= flow.max()
     of_kind: dict[str, list[tuple[float, int, int]]] = {"ww": [], "wp": [], "pq": []}
     for i, j in zip(*np.nonzero(flow >= FAINTEST), strict=True):
-        kind = _edge_kind(prompt, labels, i, j)
+        kind = _edge_kind(prompt, labels, int(i), int(j))
         of_kind[kind].append((flow[i, j], i, j))
     middle = (left + right) / 2
     edges = [(kind, *edge) for kind, some in of_kind.items() for edge in sorted(some)[-MOST_LINES:]]
