@@ -94,7 +94,8 @@ def open_dataset(name: str, split: str, subset: str = "") -> Any:
     except UserError:
         raise
     except Exception as error:  # it raises whatever its many readers raise
-        raise UserError(f"{name}: datasets cannot read it ({type(error).__name__}: {error})") from error
+        here = "" if Path(name).exists() else "no such folder here, and "
+        raise UserError(f"{name}: {here}datasets cannot read it ({type(error).__name__}: {error})") from error
     return table
 
 

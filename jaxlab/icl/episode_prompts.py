@@ -17,6 +17,9 @@ from jaxlab.icl.prompts import Prompts
 from jaxlab.icl.roles import Part, TokenClasses
 from jaxlab.processing import check_token_ids
 
+LESSON_STEP = 1 << 31
+"""No run has so many batches, so that no lesson is asked with `split: validation` either."""
+
 
 class EpisodePrompts:
     """Held-out prompts of jaxlab.data.episodes, cut after q: what follows cannot flow to it."""
@@ -49,7 +52,7 @@ class EpisodePrompts:
 
     def lessons(self, seed: int, per_class: int) -> Prompts:
         count = per_class * len(self.label_names)
-        return self._prompts(make_episodes(self._config, seed, 0, count, "validation"), 0)
+        return self._prompts(make_episodes(self._config, seed, LESSON_STEP, count, "validation"), 0)
 
     def facts(self) -> dict[str, Any]:
         return {}

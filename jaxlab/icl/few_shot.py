@@ -17,12 +17,11 @@ from jaxlab.checkpoints import OpenModel
 from jaxlab.errors import UserError
 from jaxlab.icl.prompts import Prompts, bucket, in_batches
 from jaxlab.icl.roles import Part, TokenClasses
-from jaxlab.icl.text_tasks import PLACEHOLDER, ClassificationConfig, Example, read_examples
+from jaxlab.icl.text_tasks import PLACEHOLDER, ClassificationConfig, Example, Split, read_examples
 from jaxlab.processing import Encoded, check_token_ids, encode_with_spans, render_chat
 
 Mode = Literal["paper", "released_code"]
 LabelPosition = Literal["first", "last", "mean"]
-Split = Literal["validation", "test"]
 
 
 class Piece(NamedTuple):
@@ -48,6 +47,9 @@ class FewShotPrompts:
 
     Mode `paper`: a seed has one set of demonstrations, in one order, for all queries. `released_code`: they
     are drawn anew for each query, with replacement, in an order of the classes that a seed has.
+
+    Split `validation`: a seed asks one half of each class of `train`, and draws demonstrations and lessons
+    from the other. So queries are the same for any number of shots, and never shown or learned from.
     """
 
     def __init__(
@@ -71,25 +73,45 @@ class FewShotPrompts:
         self.model = opened.config
         self.length = self.limit = min(config.max_tokens or self.model.max_length, self.model.max_length)
         self.label_names = config.label_words
-        self.examples = read_examples(config)
+        self.examples = read_examples(config, split)
         self._check_placeholders()
         self._chat = _Chat(config.system, opened) if config.chat else None
         self._lead, self._tail = _label_affixes(config.template)
         self._facts = {"dropped_demonstrations": 0, "shortened_texts": 0}
         self._made: dict[tuple[int, int, int], list[Prompts]] = {}
+        self._check_shots(config.shots)
+        if not self.count(1):
+            raise UserError("data: no label word has two examples, one of them to be asked")
         self.label_ids = self._label_ids()
         self.roles = self.classes.roles(self.label_names, len(self.label_names) * config.shots)
 
     def count(self, examples: int) -> int:
-        train, test = self.examples.train, self.examples.test
         if self.split == "test":
-            return min(examples, len(test))
-        return min(examples, len(train) - self.config.shots * len(self.label_names))
+            return min(examples, len(self.examples.test))
+        return min(examples, sum(len(same) - self._shown(len(same)) for same in self._by_class()))
+
+    def _by_class(self) -> list[list[Example]]:
+        classes = range(len(self.label_names))
+        return [[e for e in self.examples.train if e.label == number] for number in classes]
+
+    def _shown(self, count: int) -> int:
+        """How many of a class of `train` are there for demonstrations and lessons: but for those asked."""
+        return count if self.split == "test" else count - count // 2
+
+    def _check_shots(self, shots: int, lessons: int = 0) -> None:
+        """
+        Raises:
+          UserError: a class has too few examples for so many demonstrations and lessons.
+        """
+        for word, same in zip(self.label_names, self._by_class(), strict=True):
+            have = self._shown(len(same))
+            if have < shots + lessons:
+                half = "" if self.split == "test" else f", of {len(same)} of which the others are queries"
+                wanted = f"{shots} demonstrations and {lessons} to learn from" if lessons else f"{shots}"
+                raise UserError(f"data: {have} demonstrations of {word}{half}, and {wanted} are asked for")
 
     def with_shots(self, shots: int) -> "FewShotPrompts":
-        for number, word in enumerate(self.label_names):
-            if (have := sum(example.label == number for example in self.examples.train)) < shots:
-                raise UserError(f"data: {have} demonstrations of {word}, and {shots} are asked for")
+        self._check_shots(shots)
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, shots=shots)
         other._facts, other._made = dict.fromkeys(self._facts, 0), {}
@@ -130,16 +152,11 @@ class FewShotPrompts:
         return other
 
     def lessons(self, seed: int, per_class: int) -> Prompts:
-        shots, names = self.config.shots, self.label_names
+        shots = self.config.shots
+        self._check_shots(shots, per_class)
         rng = np.random.default_rng((seed, 0))
         asked = []
-        for label, word in enumerate(names):
-            same = [example for example in self.examples.train if example.label == label]
-            if len(same) < shots + per_class:
-                raise UserError(
-                    f"data: {len(same)} examples of {word}, and {shots} demonstrations and {per_class} to "
-                    "learn from are asked for"
-                )
+        for same in self._by_class():
             asked += [same[n] for n in rng.permutation(len(same))[shots : shots + per_class]]
         shown = self.fixed()._drawn(seed, 1)[1][0]
         prompts = self._annotated(asked, [shown] * len(asked))
@@ -150,14 +167,15 @@ class FewShotPrompts:
     def _drawn(self, seed: int, examples: int) -> tuple[list[Example], list[list[Example]]]:
         """Queries of a seed, and the demonstrations of each."""
         rng = np.random.default_rng((seed, 0))
-        by_class = [[e for e in self.examples.train if e.label == c] for c in range(len(self.label_names))]
-        shots = self.config.shots
-        chosen = [same[n] for same in by_class for n in rng.permutation(len(same))[:shots]]
+        by_class, shots = self._by_class(), self.config.shots
+        drawn = [[same[n] for n in rng.permutation(len(same))] for same in by_class]
+        chosen = [example for same in drawn for example in same[:shots]]
         order = rng.permutation(len(by_class))
         demonstrations = [chosen[n] for n in rng.permutation(len(chosen))]
         pool = self.examples.test
         if self.split == "validation":
-            pool = [example for example in self.examples.train if example not in chosen]
+            pool = [example for same in drawn for example in same[self._shown(len(same)) :]]
+            by_class = [same[: self._shown(len(same))] for same in drawn]
         queries = np.random.default_rng((seed, 2)).permutation(len(pool))[: self.count(examples)]
         asked = [pool[n] for n in queries]
         if self.mode == "paper":

@@ -18,7 +18,7 @@ from jaxlab.checkpoints import OpenModel
 from jaxlab.data import Row, read_table
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import shipped
-from jaxlab.icl.prompts import Prompts
+from jaxlab.icl.prompts import Prompts, bucket
 from jaxlab.icl.roles import Part, Roles
 from jaxlab.models import MllamaVisionConfig, PlainVisionConfig, prepare_batch
 from jaxlab.processing import Message, Placed, as_texts, check_token_ids, encode_with_spans, render_chat
@@ -111,7 +111,8 @@ def _row(row: Row, folder: Path) -> ImagePrompt:
 
 
 class ImagePrompts:
-    """One prompt a batch: images have numbers of tokens of their own."""
+    """One prompt a batch: images have numbers of tokens of their own. Padded to few lengths, on the right: no
+    token sees what follows but those of images and prefixes, and these see none of the padding."""
 
     def __init__(self, config: ImagePromptsConfig, opened: OpenModel) -> None:
         """
@@ -213,7 +214,9 @@ class ImagePrompts:
             batch = self._batch(read, np.concatenate([ids, targets[:-1]]), special)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
-        return self._classes(batch, prompt.spans, len(before), len(instruction), len(ids), targets)
+        prompts = self._classes(batch, prompt.spans, len(before), len(instruction), len(ids), targets)
+        filler = 1 if self.model.image_token == 0 else 0
+        return prompts.padded(min(bucket(prompts.parts.shape[1]), self.length), filler)
 
     def _batch(self, placed: Placed, ids: np.ndarray, special: bool) -> dict[str, Any]:
         batch = self.opened.processor.encode(placed, self.tokenizer, special_tokens=special)

@@ -39,16 +39,26 @@ def prepared(batch: Mapping[str, Any], config: ModelConfig, who: str) -> Batch:
     """Everything that a batch carries, prepared for the model, as arrays; lists are taken too.
 
     Raises:
-      UserError: tokens are missing, no whole numbers or not [B, T]; images for a model without vision; a
-        key that it does not read; what is no number; or the model cannot read it.
+      UserError: it is no dict; tokens are missing, no whole numbers or not [B, T]; segments or positions of
+        another shape; images for a model without vision; a key that it does not read; what is no number; or
+        the model cannot read it.
     """
+    if not isinstance(batch, Mapping):
+        raise UserError(f"{who}: the batch is a dict with tokens, not {type(batch).__name__}")
     if "tokens" not in batch:
         raise UserError(f"{who}: the batch has no tokens, only {', '.join(sorted(batch)) or 'nothing'}")
     _check_keys(batch, config, who)
-    arrays = {name: _array(value, name, who) for name, value in batch.items() if value is not None}
+    arrays = {
+        name: _array(value, f"{name} of the batch", who) for name, value in batch.items() if value is not None
+    }
     tokens = arrays["tokens"]
     if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 2 or 0 in tokens.shape:
         raise UserError(f"{who}: tokens are int[B, T], not {tokens.dtype}{list(tokens.shape)}")
+    for name in ("segment_ids", "positions", "together"):
+        if name in arrays and (shape := arrays[name].shape)[:2] != tokens.shape:
+            raise UserError(f"{who}: {name} are {list(shape)}, tokens {list(tokens.shape)}")
+        if name in arrays and jnp.issubdtype(arrays[name].dtype, jnp.floating):
+            raise UserError(f"{who}: {name} are whole numbers, not {arrays[name].dtype}")
     if "images" in arrays and not config.has_vision:
         raise UserError(f"{who}: the batch holds images, the model has no vision")
     try:
@@ -71,7 +81,10 @@ def _check_keys(batch: Mapping[str, Any], config: ModelConfig, who: str) -> None
     )
     others = [name for name in batch if name not in names and name != "images" and batch[name] is not None]
     if config.has_vision and "images" in batch:
-        seen = ("image", "pixel", "video", "aspect_ratio", "batch_num_images", "cross_attention", "mm_")
+        seen = (
+            *("image", "pixel", "video", "aspect_ratio", "batch_num_images", "cross_attention", "mm_"),
+            "window",  # of patches: what preparing a batch of Qwen2.5-VL adds
+        )
         others = [name for name in others if name not in Batch.__annotations__ and not name.startswith(seen)]
     if others:
         raise UserError(
@@ -88,7 +101,7 @@ def _array(value: Any, name: str, who: str) -> Any:
     except ValueError:  # rows of different lengths
         array = np.asarray(None)
     if array.dtype.kind not in "biuf":
-        raise UserError(f"{who}: {name} of the batch is no array of numbers; pad lists to one length")
+        raise UserError(f"{who}: {name} is no array of numbers; pad lists to one length")
     return array
 
 

@@ -31,7 +31,7 @@ def pack_maps(maps: Float[np.ndarray, "L T T"], most: int = MOST_LETTERS) -> dic
         text = base64.b64encode(zlib.compress(np.where(steps > least, steps, 0).tobytes(), 9)).decode()
         if len(text) <= most or least >= STEPS:
             break
-        least = max(least + 1, least * 3 // 2)
+        least += max(1, min(least // 2, (STEPS - least) // 4))
     return {
         "layers": maps.shape[0],
         "tokens": maps.shape[-1],

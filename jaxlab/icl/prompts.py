@@ -59,14 +59,36 @@ class Prompts(NamedTuple):
         """The batch of one prompt, without its padding."""
         size, length = len(self.rows), int(self.lengths[at])
 
-        def cut(array: np.ndarray) -> np.ndarray:
+        def cut(array: np.ndarray, name: str = "") -> np.ndarray:
             if array.ndim == 0 or len(array) != size:  # images, which count on their own
                 return array
-            whole = array.ndim > 1 and array.shape[1] == self.parts.shape[1]
-            return array[at : at + 1, :length] if whole else array[at : at + 1]
+            return array[at : at + 1, :length] if self._of_tokens(array, name) else array[at : at + 1]
 
         batch, *arrays = self
-        return Prompts({name: cut(array) for name, array in batch.items()}, *map(cut, arrays))
+        return Prompts({name: cut(array, name) for name, array in batch.items()}, *map(cut, arrays))
+
+    def _of_tokens(self, array: np.ndarray, name: str = "") -> bool:
+        """Whether its second axis counts tokens."""
+        of_images = name.startswith(("image", "pixel", "window"))
+        return not of_images and array.ndim > 1 and array.shape[:2] == self.parts.shape
+
+    def padded(self, length: int, token: int = 0) -> "Prompts":
+        """With padding on the right, of that token; positions are as the last one, what else the model reads
+        is 0."""
+        more = length - self.parts.shape[1]
+
+        def pad(array: np.ndarray, name: str = "", fill: int = -1) -> np.ndarray:
+            if not self._of_tokens(array, name):
+                return array
+            widths = [(0, 0), (0, more)] + [(0, 0)] * (array.ndim - 2)
+            if name == "positions":
+                return np.pad(array, widths, mode="edge")
+            return np.pad(array, widths, constant_values=fill)
+
+        fills = {"tokens": token}
+        batch = {name: pad(array, name, fills.get(name, 0)) for name, array in self.batch.items()}
+        of_tokens = ("classes", "parts", "label_words", "demonstrations")
+        return self._replace(batch=batch, **{name: pad(getattr(self, name)) for name in of_tokens})
 
 
 @runtime_checkable

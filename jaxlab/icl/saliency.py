@@ -379,8 +379,14 @@ def check_attention(config: ModelConfig, who: str) -> None:
     """Refuse attention that has neither flows nor blocking.
 
     Raises:
-      UserError: sparsity at inference, or a selector of NSA that does not go by compressed keys.
+      UserError: sparsity at inference, or a selector of NSA that does not go by compressed keys; or it is no
+        config of a model.
     """
+    if not isinstance(config, ModelConfig):
+        raise UserError(
+            f"{who}: the config is a ModelConfig, as load_model gives it, not {type(config).__name__}; the "
+            "order is params, batch, config"
+        )
     if config.sparsity is not None:
         raise UserError(f"{who}: sparsity at inference ({config.sparsity.kind}) has no flows and no blocking")
     if "nsa" in config.kinds and config.nsa.selector != "compressed":

@@ -18,6 +18,7 @@ from jaxlab.data import Row, TableFormat, is_dataset, read_dataset, read_table
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import shipped
 
+Split = Literal["validation", "test"]
 TooLong = Literal["refuse", "drop_demonstrations", "truncate_text"]
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 WHOLE = re.compile(r"(?<=\d)\.0+$")
@@ -129,9 +130,17 @@ class ClassificationConfig:
             raise ConfigError("is for conversations; set chat to true", key="system")
         for part in ("train", "test"):
             values = getattr(self, part).label_values
-            if values is not None and len(values) != len(self.label_words):
+            if values is None:
+                continue
+            if len(values) != len(self.label_words):
                 raise ConfigError(
                     f"has {len(values)} values for {len(self.label_words)} label words",
+                    key=f"{part}.label_values",
+                )
+            written = [str(value).strip() for value in values]
+            if len(set(written)) < len(written):
+                raise ConfigError(
+                    f"stands for one label word each: {list(values)} has one of them twice",
                     key=f"{part}.label_values",
                 )
 
@@ -227,8 +236,11 @@ class Examples(NamedTuple):
     """Names of the columns of the text, for templates that name them."""
 
 
-def read_examples(config: ClassificationConfig) -> Examples:
+def read_examples(config: ClassificationConfig, split: Split = "test") -> Examples:
     """The examples of a task, those that are there twice only once.
+
+    Args:
+      split: of which queries are asked; of `validation` all may stand in one file, and `test` is then empty.
 
     Raises:
       UserError: a file is missing or damaged, or a row has no text or an unknown label; the line says where.
@@ -246,10 +258,13 @@ def read_examples(config: ClassificationConfig) -> Examples:
         }
     parts["test"] = parts["test"].over(parts["train"])
     if parts["test"].file == parts["train"].file:
-        raise UserError(
-            f"data: demonstrations and queries are drawn from one file, {parts['test'].file}; give test.file "
-            "(or --split validation, which takes queries from train that are no demonstrations)"
-        )
+        if split == "test":
+            raise UserError(
+                f"data: demonstrations and queries are drawn from one file, {parts['test'].file}; give "
+                "test.file (or --split validation, which takes queries from train that are no "
+                "demonstrations)"
+            )
+        del parts["test"]
     found = {}
     for name, part in parts.items():
         form = part.over(ExamplesConfig(text=("text",), label="label", encoding="utf-8"))
@@ -264,7 +279,7 @@ def read_examples(config: ClassificationConfig) -> Examples:
             table = TableFormat(form.delimiter, form.header, form.quotes, form.encoding)
             rows = read_table(place, columns, table)
         found[name] = _examples(rows, form, config, name)
-    train, test = _apart(found["train"], found["test"])
+    train, test = _apart(found["train"], found.get("test", []))
     for number, word in enumerate(config.label_words):
         have = sum(example.label == number for example in train)
         if have < config.shots:
@@ -285,7 +300,7 @@ def examples_identity(config: ClassificationConfig) -> str:
     path = shipped(config.path)
     if not path.exists():
         with warnings.catch_warnings(action="ignore", category=UserNote):  # said when the run reads them
-            found = read_examples(config)
+            found = read_examples(config, "validation")
         return hashlib.sha256(json.dumps(found, ensure_ascii=True).encode()).hexdigest()
     digest = hashlib.sha256()
     if is_dataset(path):

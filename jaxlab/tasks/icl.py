@@ -1,9 +1,11 @@
 """Task `icl`: how a model answers few-shot prompts, by the analyses of jaxlab.icl.analyses."""
 
 import dataclasses
+import json
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -40,8 +42,10 @@ from jaxlab.icl import (
     Study,
     TokenClasses,
     make_prompts,
+    pack_maps,
     prompts_identity,
     run_analysis,
+    unpack_maps,
 )
 from jaxlab.models import SplitConfig, model_mesh, using
 from jaxlab.reporting import prompt_page
@@ -62,6 +66,8 @@ Name = Literal[
 
 MOST_PROMPTS = 1 << 20
 """Of a run, and of a batch: they are made before anything is measured."""
+MOST_BYTES = 2_000_000
+"""Of results.json."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Config:
     data: PromptsConfig = EpisodesConfig()
     """Where the prompts come from: a named set, a task of your own (classification), or made-up episodes."""
     split: Split = "test"
-    """Which prompts; validation: queries from what demonstrations are drawn from."""
+    """Which prompts; validation: queries from one half of each class of data.train, demonstrations from the
+    other."""
     analyses: tuple[Name, ...] = ("flows", "blocking", "figure1")
     """flows: S_wp, S_pq, S_ww by layer; blocking: of label words and of random words; figure1: the maps of
     one prompt; baselines: accuracy by number of demonstrations; attention: AUCROC_l and R_l; reweighting of
@@ -167,16 +174,20 @@ def check(config: Config) -> dict[str, Any]:
     """Everything that can be checked, and the memory of the analyses, without reading a parameter."""
     study = _study(config, describe_model(model_folder(config.model)))
     with using(model_mesh(config.mesh)):
-        _check_analyses(config, study)
+        studies = [study]
         if config.after:
-            _check_analyses(config, _after(config, study, describe_model(model_folder(config.after))))
-        temporary = {analysis.name: analysis.memory(study) for analysis in config.chosen}
-    parameters = bytes_per_device(study.params)
-    needed, held = parameters + max(temporary.values()), _device_memory()
+            studies.append(_after(config, study, describe_model(model_folder(config.after))))
+        for one in studies:
+            _check_analyses(config, one)
+        # Of two models that differ in size or dtype the larger one: they are looked at in turn.
+        same = len({(one.config, tuple(map(_kind, jax.tree.leaves(one.params)))) for one in studies}) == 1
+        found = [_memory(config, one) for one in (studies[:1] if same else studies)]
+    parameters, temporary = max(found, key=sum)
+    needed, held = parameters + temporary, _device_memory()
     if held is not None and needed > held:
         warnings.warn(
             f"{needed / 2**30:.1f} GiB are needed on a device and it has {held / 2**30:.1f}; lower "
-            "batch_size, set dtype to bfloat16, or split the model by mesh",
+            f"batch_size, {'' if config.dtype else 'set dtype to bfloat16, '}or split the model by mesh",
             UserNote,
             stacklevel=2,
         )
@@ -187,10 +198,19 @@ def check(config: Config) -> dict[str, Any]:
         **study.source.facts(),
         "parameter_dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(study.params)}),
         "parameter_bytes_per_device": parameters,
-        "temporary_bytes_per_device": max(temporary.values()),
+        "temporary_bytes_per_device": temporary,
         "device_bytes": held,
         "fits": None if held is None else needed <= held,
     }
+
+
+def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
+    return leaf.shape, str(leaf.dtype)
+
+
+def _memory(config: Config, study: Study) -> tuple[int, int]:
+    """Bytes of parameters, and of temporaries, on one device."""
+    return bytes_per_device(study.params), max(analysis.memory(study) for analysis in config.chosen)
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -211,7 +231,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             name = "after" if number else ""
             found.append(_analyse(config, run, one, dataclasses.replace(looked_at, params=params), name))
             del params
-    return found[0] if len(found) == 1 else {**found[0], "after": {"model": config.after, **found[1]}}
+    results = found[0] if len(found) == 1 else {**found[0], "after": {"model": config.after, **found[1]}}
+    return _made_to_fit(results, found)
 
 
 def _after(config: Config, before: Study, opened: OpenModel) -> Study:
@@ -238,10 +259,17 @@ def _after(config: Config, before: Study, opened: OpenModel) -> Study:
 
 
 def _check_analyses(config: Config, study: Study) -> None:
+    first = study.source.batches(study.seeds[0], study.examples, study.batch_size)[0]
+    shown = bool((first.label_words >= 0).any())
     for analysis in config.chosen:
         if analysis.needs_label_words and not study.source.label_names:
             raise UserError(
                 f"analyses: {analysis.name} is about label words, and these prompts have none; leave it out"
+            )
+        if analysis.needs_demonstrations and study.source.label_names and not shown:
+            raise UserError(
+                f"analyses: {analysis.name} is about demonstrations, and data.shots is 0; leave it out or "
+                "set data.shots to 1 or more"
             )
         analysis.check(study)
 
@@ -286,6 +314,43 @@ def _analyse(config: Config, run: Run, opened: OpenModel, study: Study, name: st
         "seconds": seconds,
         **found,
     }
+
+
+def _made_to_fit(results: dict[str, Any], models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results, in place and told where they are smaller: while results.json would be too large, what
+    grows with the square of the token classes goes, and maps lose their weakest flows; `records/` has all.
+
+    Args:
+      models: the parts of the results that are of one model each.
+    """
+    size = lambda: len(json.dumps(jsonable(results), indent=2, ensure_ascii=False).encode())
+    told: list[str] = []
+
+    def leave_out(analysis: str, *names: str) -> None:
+        having = [one[analysis] for one in models if names[0] in one.get(analysis, {})]
+        if having and size() > MOST_BYTES:
+            for part in having:
+                for name in names:
+                    del part[name]
+            told.extend(f"{analysis}.{name}" for name in names)
+
+    leave_out("flows", "pairs")  # drawn nowhere
+    pictures = [one["figure1"] for one in models if "figure1" in one]
+    for again in range(2):
+        if pictures and size() > MOST_BYTES:
+            for one in pictures:
+                maps = one["maps"]
+                packed = pack_maps(unpack_maps(maps), len(maps["data"]) // 2)
+                one["maps"] = packed | {"least": max(packed["least"], maps["least"])}
+            told.extend(["the weakest flows of figure1"] if not again else [])
+    leave_out("faithfulness", "flow", "effect")
+    if told:
+        warnings.warn(
+            f"results.json is kept below {MOST_BYTES / 1e6:g} MB without {', '.join(told)}; records/ has all",
+            UserNote,
+            stacklevel=2,
+        )
+    return results
 
 
 def _check_answers(missing: int, asked: int, opened: OpenModel) -> None:

@@ -22,6 +22,7 @@ from jaxlab.icl import (
     FlowShares,
     ManyShot,
     make_prompts,
+    pack_maps,
     token_texts,
     unpack_maps,
 )
@@ -79,6 +80,39 @@ def test_results_and_pictures(config, tmp_path):
     for draw in (icl_plots.flow_shares_figure, icl_plots.blocking_figure, icl_plots.prompt_figure):
         draw(results).savefig(tmp_path / "figure.svg")
         assert (tmp_path / "figure.svg").stat().st_size > 5000
+
+
+def test_results_stay_small(monkeypatch):
+    """Two models whose maps and pairs of classes alone would take more."""
+    monkeypatch.setattr(analyse, "MOST_BYTES", 20_000)
+    rng = np.random.default_rng(0)
+    maps = [np.tril(rng.random((2, 100, 100))).astype(np.float32) for _ in range(2)]
+    models = [
+        {
+            "flows": {"pairs": rng.random((2, 20, 20)).tolist(), "share": [1.0]},
+            "figure1": {"maps": pack_maps(x)},
+        }
+        for x in maps
+    ]
+    results = {**models[0], "after": models[1]}
+    with pytest.warns(UserNote, match=r"0.02 MB without flows.pairs, the weakest flows of figure1; records/"):
+        analyse._made_to_fit(results, models)
+    assert len(json.dumps(results, indent=2)) < 20_000
+    assert results["flows"] == {"share": [1.0]} == results["after"]["flows"]
+    for one, whole in zip((results, results["after"]), maps, strict=True):
+        found = unpack_maps(one["figure1"]["maps"])
+        assert 0.0 < one["figure1"]["maps"]["least"] < 0.9
+        strong = np.tril(whole, -1) > 0.95 * whole.max()
+        np.testing.assert_allclose(found[strong], whole[strong], rtol=0.02)
+    with warnings.catch_warnings(action="error"):
+        assert analyse._made_to_fit({"flows": {"pairs": [1.0]}}, []) == {"flows": {"pairs": [1.0]}}
+
+
+def test_lessons_of_episodes_are_not_asked(config):
+    source = make_prompts(EPISODES, open_model(config.model), split="validation")
+    lessons = source.lessons(1, per_class=4)
+    (asked,) = source.batches(1, 8, 8)
+    assert not (lessons.batch["tokens"] == asked.batch["tokens"]).all(1).any()
 
 
 def test_check_reads_no_parameters(config, monkeypatch):

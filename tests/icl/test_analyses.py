@@ -14,6 +14,7 @@ from jaxlab.data.episodes import EpisodesConfig, EpisodesSource
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import jsonable
 from jaxlab.icl import (
+    Baselines,
     Blocking,
     Compression,
     Diagnosis,
@@ -30,6 +31,7 @@ from jaxlab.models import ModelConfig, NSAConfig, SlidingAttentionConfig, init_p
 from jaxlab.reporting import build_sections, read_runs
 from jaxlab.tasks import execute, main
 from jaxlab.tasks import icl as analyse
+from tests.icl import made
 
 EPISODES = EpisodesConfig(longer_from=(5,), classes=3, shots=1, sequence_length=16)
 PAPER = ("attention", "reweighting", "compression", "blocking")
@@ -224,6 +226,8 @@ def test_mistakes(config):
         )
     with pytest.raises(UserError, match="2 layers, not 3"):
         analyse.check(study(analyses=("diagnosis",), diagnosis=Diagnosis(layers=(3,))))
+    with pytest.raises(UserError, match="layer: 2, the one at two thirds of the depth, is none"):
+        analyse.check(study(analyses=("diagnosis",), diagnosis=Diagnosis(layers=(1,))))
     with pytest.raises(UserError, match="2 layers, not 4"):
         analyse.check(study(analyses=("faithfulness",), faithfulness=Faithfulness(layers=(4,))))
     for make in (
@@ -232,9 +236,23 @@ def test_mistakes(config):
         lambda: Blocking(edges=()),
         lambda: ManyShot(shots=(0,)),
         lambda: Heads(top=0),
+        lambda: Baselines(shots=(1, 1)),
+        lambda: Reweighting(baseline_shots=(1, 1)),
+        lambda: Blocking(layers=(1, 1)),
+        lambda: Diagnosis(layer=-1),
     ):
         with pytest.raises(ConfigError):
             make()
+
+
+def test_without_demonstrations_there_is_nothing_to_say(config, folder):
+    source = made.prompts_of(folder, made.byte_level(), shots=0)
+    study = Study(source.model, {}, source, (1,), examples=4, batch_size=4, mode="paper", tokenizer=None)
+    check = lambda *analyses: analyse._check_analyses(dataclasses.replace(config, analyses=analyses), study)
+    for name in ("flows", "blocking", "attention", "compression", "diagnosis", "heads"):
+        with pytest.raises(UserError, match=f"{name} is about demonstrations, and data.shots is 0"):
+            check(name)
+    check("many_shot", "reweighting")
 
 
 @pytest.mark.parametrize("analysis", ["attention", "compression", "blocking", "reweighting"])

@@ -138,6 +138,32 @@ def test_validation_asks_what_is_not_shown(folder, tokenizers):
         assert query.partition("\n")[0] not in before
 
 
+@pytest.mark.parametrize("mode", ["paper", "released_code"])
+def test_validation_asks_the_same_with_any_shots_and_never_what_is_learned(folder, tokenizers, mode):
+    source = prompts_of(folder, tokenizers["gpt2"], options={"split": "validation", "mode": mode})
+    asked = lambda source: [text.rpartition("Review: ")[2] for text in source.texts(1, 100)]
+    assert asked(source) == asked(source.with_shots(0)) == asked(source.with_shots(2))
+    queries = {text.partition("\n")[0] for text in asked(source)}
+    shown = {
+        text for seed in (1,) for whole in source.texts(seed, 100) for text in whole.split("Review: ")[1:-1]
+    }
+    assert not queries & {text.partition("\n")[0] for text in shown}
+    lessons = source.lessons(1, per_class=1)
+    for at in range(len(lessons.rows)):
+        text = tokenizers["gpt2"].decode(lessons.select(at).batch["tokens"][0].tolist())
+        assert text.rpartition("Review: ")[2].partition("\n")[0] not in queries
+    with pytest.raises(UserError, match="2 demonstrations of Negative, of 4 of which the others are queries"):
+        source.with_shots(3)
+
+
+def test_one_file_has_demonstrations_and_queries_of_validation(folder, tokenizers):
+    one = {"test": ExamplesConfig()}
+    source = prompts_of(folder, tokenizers["gpt2"], options={"split": "validation"}, **one)
+    assert source.count(100) == 4
+    with pytest.raises(UserError, match=r"from one file, train\.tsv; give test\.file"):
+        prompts_of(folder, tokenizers["gpt2"], **one)
+
+
 def test_batches_are_of_few_lengths_and_filled(folder, tokenizers):
     source = prompts_of(folder, tokenizers["gpt2"])
     chunks = source.batches(1, 8, 3)

@@ -22,6 +22,7 @@ from tests.icl.made import prompts_of
         ({"label_words": ("Yes", " ")}, "must not be empty"),
         ({"train": ExamplesConfig()}, "which file are demonstrations"),
         ({"train": ExamplesConfig("a", label_values=(1, 2, 3))}, "has 3 values for 2 label words"),
+        ({"train": ExamplesConfig("a", label_values=(1, "1"))}, "has one of them twice"),
         ({"shots": -1}, "must be at least 0"),
         ({"max_tokens": 0}, "must be at least 1"),
         ({"system": "Be brief."}, "set chat to true"),

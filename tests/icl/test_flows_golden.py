@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from jaxlab import load_model
-from jaxlab.icl import flows
+from jaxlab.checkpoints import describe_model
+from jaxlab.icl import Prompts, flows
+from jaxlab.icl.inputs import prepared
+from jaxlab.models import prepare_batch
 from tests.checkpoints import folders
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flows"
@@ -68,3 +71,41 @@ def test_flows_are_those_of_transformers_in_float64(tmp_path, case):
     for kind, options in kinds.items():
         if kind == "labels" or case not in DEFAULT:
             assert off(run(**options), expected[kind]).max() < TOLERANCE[kind], kind
+
+
+PREPARED = ("qwen3_vl", "gemma3", "idefics3", "mistral3")
+
+
+@pytest.mark.parametrize(
+    "case", ["qwen2_5_vl", *(pytest.param(case, marks=pytest.mark.slow) for case in PREPARED)]
+)
+def test_a_batch_that_is_prepared_is_read(tmp_path, case):
+    config = describe_model(folders.make(tmp_path / case, case)).config
+    batch = prepare_batch(batch_of(case), config)
+    assert set(batch) == set(prepared(batch, config, "flows"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["paligemma", "gemma3", "qwen2_vl", "qwen2_5_vl"])
+def test_padding_of_prompts_with_images_changes_no_flow(tmp_path, case):
+    """Prefixes and images that see themselves whole, positions that are worked out of sizes of images."""
+    config, params, _ = load_model(folders.make(tmp_path / case, case))
+    batch = {name: np.asarray(x) for name, x in prepare_batch(batch_of(case), config).items()}
+    size, length = batch["tokens"].shape
+    nothing = np.full((size, length), -1, np.int32)
+    prompts = Prompts(
+        batch=batch,
+        classes=np.asarray(_inputs().classes_of(size, length)),
+        positions=np.full(size, length - 1, np.int32),
+        label_tokens=np.tile(np.asarray(_inputs().LABEL_TOKENS, np.int32), (size, 1)),
+        labels=np.asarray(_inputs().labels_of(size)),
+        parts=np.zeros((size, length), np.int32),
+        label_words=nothing,
+        demonstrations=nothing,
+        rows=np.arange(size, dtype=np.int32),
+    )
+    padded = prompts.padded(length + 5)
+    assert padded.batch["tokens"].shape == padded.parts.shape == (size, length + 5)
+    run = lambda one: flows(params, one.batch, config, one.classes, one.targets)
+    for found, expected in zip(run(padded), run(prompts), strict=True):
+        assert off(found, expected).max() < 1e-5

@@ -8,7 +8,8 @@ import pytest
 
 from jaxlab.checkpoints import open_model
 from jaxlab.errors import ConfigError, UserError, UserNote
-from jaxlab.icl import ImagePrompts, ImagePromptsConfig, flows, make_prompts
+from jaxlab.icl import ImagePrompts, ImagePromptsConfig, Part, flows, make_prompts
+from jaxlab.reporting.papers.label_words.plots import prompt_figure
 from jaxlab.tasks import execute
 from jaxlab.tasks import icl as task
 from tests.icl import made
@@ -58,7 +59,7 @@ def test_token_classes(place, chat):
     words = {f"w{n}": n for n in range(77)}
     chunks = source.batches(1, 8, 4)
     assert [chunk.rows.tolist() for chunk in chunks] == [[0], [1]]
-    for chunk in chunks:
+    for chunk in (chunk.select(0) for chunk in chunks):
         tokens, classes = chunk.batch["tokens"][0], chunk.classes[0]
         image = tokens == source.model.image_token
         assert image.sum() > 9  # several tiles of 9 tokens
@@ -79,7 +80,7 @@ def test_token_classes(place, chat):
 
 def test_several_tokens_of_an_answer(place):
     source = prompts_of(place, answer_tokens=2)
-    (chunk,) = (c for c in source.batches(1, 8, 1) if 30 in c.label_tokens)
+    (chunk,) = (c.select(0) for c in source.batches(1, 8, 1) if 30 in c.label_tokens)
     tokens = chunk.batch["tokens"][0]
     assert tokens[-2:].tolist() == [10, 30]
     assert chunk.positions.tolist() == [[len(tokens) - 2, len(tokens) - 1]]
@@ -92,18 +93,52 @@ def test_several_tokens_of_an_answer(place):
     assert (np.asarray(sums)[0, :, 3, 1] > 0).all()
 
 
+def test_prompts_are_of_few_lengths(place, tmp_path):
+    rows = [{**ROWS[1], "prompt": " ".join(["w20"] * count)} for count in range(1, 17)]
+    config = ImagePromptsConfig(path=str(table(tmp_path / "data", rows)), file="prompts.jsonl")
+    chunks = make_prompts(config, open_model(place[0] / "smolvlm")).batches(1, 16, 1)
+    assert len({int(chunk.lengths[0]) for chunk in chunks}) == 16
+    assert len({chunk.parts.shape[1] for chunk in chunks}) <= 2
+    for chunk in chunks:
+        assert chunk.batch["tokens"].shape == chunk.parts.shape == chunk.classes.shape
+        np.testing.assert_array_equal(chunk.parts == Part.PADDING, chunk.classes == -1)
+        assert chunk.positions[0] == chunk.lengths[0] - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["smolvlm", "idefics2", "mistral3"])
+def test_padding_changes_no_flow(tmp_path, case):
+    tiny.make(tmp_path / case, case)
+    opened = open_model(tmp_path / case)
+    config = ImagePromptsConfig(path=str(table(tmp_path / "data")), file="prompts.jsonl", chat=False)
+    for chunk in make_prompts(config, opened).batches(1, 8, 1):
+        assert chunk.parts.shape[1] > chunk.lengths[0]
+        params = opened.read()
+        found = [
+            flows(
+                params, one.batch, opened.config, one.classes, one.targets, loss="vocabulary", num_classes=4
+            )
+            for one in (chunk, chunk.select(0))
+        ]
+        np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4, atol=1e-6 * np.max(found[1][0]))
+        np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 @pytest.mark.slow
 def test_from_the_command_to_results(place, tmp_path):
     root, data = place
     config = task.Config(
         model=str(root / "smolvlm"),
         data=ImagePromptsConfig(path=str(data), file="prompts.jsonl"),
-        analyses=("flows",),
+        analyses=("flows", "figure1"),
         examples=8,
         seeds=(1,),
         batch_size=4,
     )
     found = execute("icl", config, outputs=tmp_path).results
+    assert set(found["figure1"]["parts"]) == {"text", "image", "format"}
+    names = {text.get_text() for text in prompt_figure(found).axes[0].get_legend().get_texts()}
+    assert names == {"from the image", "instruction → last token", "all other flow"}
     assert found["examples"] == 2
     shares = np.array([found["flows"]["share"][name] for name in found["flows"]["share"]])
     assert len(shares) == 16
@@ -154,5 +189,18 @@ def test_models_and_analyses_that_do_not_fit_are_refused(place, tmp_path):
         make_prompts(config, open_model(tmp_path / "mllama"))
     with pytest.raises(ConfigError, match="answer_tokens"):
         ImagePromptsConfig(path="x", answer_tokens=0)
+    for changes in (
+        {"sink": True},
+        {"label_classes": "each"},
+        {"forerunners": True},
+        {"label_position": "last"},
+    ):
+        (name,) = changes
+        with pytest.raises(
+            UserError, match=f"^{name}: is of prompts with label words; those of data.kind im"
+        ):
+            task.check(task.Config(model=str(root / "smolvlm"), data=config, seeds=(1,), **changes))
+    with pytest.raises(UserError, match="split: data of kind images has one table"):
+        make_prompts(config, open_model(root / "smolvlm"), split="validation")
     with pytest.raises(UserError, match="blocking is about label words, and these prompts have none"):
         task.check(task.Config(model=str(root / "smolvlm"), data=config, analyses=("blocking",), seeds=(1,)))

@@ -328,12 +328,14 @@ def prepare(prompts, config, **more):
         ({"attention_mask": PAD, "segment_ids": PAD}, "attention_mask and segment_ids both say"),
         ({"attention_mask": PAD[:, None, :, None]}, "attention_mask is"),
         ({"images": np.zeros((1, 1))}, "the model has no vision"),
+        ({"segment_ids": PAD[:, :3]}, r"segment_ids are \[\d+, 3\], tokens \[\d+, \d+\]"),
+        ({"positions": PAD * 1.0}, "positions are whole numbers, not float64"),
         ({"attention_masks": PAD}, "the model reads no attention_masks of the batch"),
     ],
 )
 def test_padding_and_images_are_checked(prompts, more, message):
     with pytest.raises(UserError, match=message):
         flows({}, **wrong(prompts, batch=prompts["batch"] | more))
-    if "segment_ids" in more and len(more) == 1:
+    if more.get("segment_ids") is PAD and len(more) == 1:
         with pytest.raises(UserError, match=r"classes\[0, 10\] = 2 is of padding"):
             flows({}, **wrong(prompts, batch=prompts["batch"] | more, positions=[9, 9, 9]))

@@ -43,6 +43,7 @@ class Answers(PromptAnalysis):
 
     name: ClassVar[str] = "answers"
     needs_label_words: ClassVar[bool] = False
+    needs_demonstrations: ClassVar[bool] = False
 
     def measure(self, study: Study, chunk: Prompts, rng: np.random.Generator) -> Records:
         positions, label = (x if x.ndim == 1 else x[:, 0] for x in (chunk.positions, chunk.labels))

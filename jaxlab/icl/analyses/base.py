@@ -71,6 +71,9 @@ class Analysis[Chunk](abc.ABC):
     needs_label_words: ClassVar[bool] = True
     """Whether it says nothing of prompts without label words, as those with images are."""
 
+    needs_demonstrations: ClassVar[bool] = True
+    """Whether it looks at the demonstrations of the run's own prompts, and not of others that it makes."""
+
     def check(self, study: Study) -> None:  # noqa: B027
         """Checks what can be known before parameters are read.
 

@@ -21,10 +21,11 @@ class Baselines(Analysis[tuple[int, Prompts]]):
     """Demonstrations of each class; 0: without learning in context."""
 
     name: ClassVar[str] = "baselines"
+    needs_demonstrations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.shots or any(n < 0 for n in self.shots):
-            raise ConfigError(f"needs numbers of at least 0, is {list(self.shots)}", key="shots")
+        if not self.shots or any(n < 0 for n in self.shots) or len(set(self.shots)) < len(self.shots):
+            raise ConfigError(f"needs numbers of at least 0, each once, is {list(self.shots)}", key="shots")
 
     def check(self, study: Study) -> None:
         for seed in study.seeds:

@@ -46,8 +46,9 @@ class Blocking(PromptAnalysis):
     def __post_init__(self) -> None:
         if self.layers is not None and not self.layers:
             raise ConfigError("give the numbers of layers to block", key="layers")
-        if any(n < 1 for n in self.layers or ()):
-            raise ConfigError(f"must be at least 1, are {list(self.layers or ())}", key="layers")
+        layers = self.layers or ()
+        if any(n < 1 for n in layers) or len(set(layers)) < len(layers):
+            raise ConfigError(f"must be at least 1, each once, are {list(layers)}", key="layers")
         if not self.edges or len(set(self.edges)) < len(self.edges):
             raise ConfigError(f"name at least one, and each once: {list(self.edges)}", key="edges")
         if self.top_words < 1:

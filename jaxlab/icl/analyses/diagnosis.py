@@ -45,6 +45,8 @@ class Diagnosis(Analysis[Prompts]):
             raise ConfigError(f"must be at least 1, is {self.directions}", key="directions")
         if len(set(self.layers)) < len(self.layers) or any(n < 1 for n in self.layers):
             raise ConfigError(f"are counted from 1, each once, are {list(self.layers)}", key="layers")
+        if self.layer < 0:
+            raise ConfigError(f"is counted from 1, is {self.layer}", key="layer")
 
     def check(self, study: Study) -> None:
         check_one_softmax(study.config, "diagnosis: queries meet keys")
@@ -53,8 +55,12 @@ class Diagnosis(Analysis[Prompts]):
             raise UserError(
                 f"diagnosis: the model has {layers} layers, not {max((*self.layers, self.layer))}"
             )
-        if self._shown(study) not in self._layers(study):
-            raise UserError(f"diagnosis.layer: {self.layer} is none of the layers {list(self.layers)}")
+        if (shown := self._shown(study)) not in self._layers(study):
+            told = "" if self.layer else ", the one at two thirds of the depth,"
+            raise UserError(
+                f"diagnosis.layer: {shown}{told} is none of diagnosis.layers, {list(self.layers)}; name one "
+                "of them"
+            )
 
     def chunks(self, study: Study, seed: int) -> Sequence[Prompts]:
         return study.source.fixed().batches(seed, study.examples, study.batch_size)

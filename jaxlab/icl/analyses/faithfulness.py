@@ -36,6 +36,7 @@ class Faithfulness(PromptAnalysis):
 
     name: ClassVar[str] = "faithfulness"
     needs_label_words: ClassVar[bool] = False
+    needs_demonstrations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.batches < 1:

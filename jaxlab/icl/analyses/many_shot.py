@@ -25,6 +25,7 @@ class ManyShot(Analysis[tuple[int, Prompts]]):
     """Batches of each seed whose flows are looked at."""
 
     name: ClassVar[str] = "many_shot"
+    needs_demonstrations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.shots or any(n < 1 for n in self.shots) or len(set(self.shots)) < len(self.shots):

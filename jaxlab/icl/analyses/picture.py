@@ -24,6 +24,7 @@ class Picture(Analysis[Prompts]):
 
     name: ClassVar[str] = "figure1"
     needs_label_words: ClassVar[bool] = False
+    needs_demonstrations: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:
         length = self.chunks(study, study.seeds[0])[0].parts.shape[1]
@@ -50,6 +51,7 @@ class Picture(Analysis[Prompts]):
             "maps": np.asarray(maps, np.float32),
             "tokens": one.batch["tokens"],
             "parts": one.parts,
+            "classes": one.classes,
             "query": one.positions.reshape(-1)[:1],
             "answer": names[label[at : at + 1]],
             "prediction": np.array([said if predicted[at] >= 0 else -1], np.int32),
@@ -67,6 +69,15 @@ class Picture(Analysis[Prompts]):
             "query": int(one["query"]),
             "answer": answer,
             "prediction": prediction,
-            "parts": ["text" if part == Part.TEXT else "format" for part in one["parts"]],
+            "parts": self._parts(study, one),
             "maps": pack_maps(one["maps"]),
         }
+
+    def _parts(self, study: Study, one: Records) -> list[str]:
+        """text, image or format of each token."""
+        names = study.source.roles.names
+        classes = one.get("classes", np.full_like(one["parts"], -1))  # runs that were begun before have none
+        image = classes == (names.index("image") if "image" in names else len(names))
+        text = np.where(one["parts"] == Part.TEXT, "text", "format")
+        found: list[str] = np.where(image, "image", text).tolist()
+        return found

@@ -41,13 +41,17 @@ class Reweighting(Analysis[tuple[str, int, Any]]):
     """Cross-entropy among the label words, or over the whole vocabulary."""
 
     name: ClassVar[str] = "reweighting"
+    needs_demonstrations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("shots", "train_per_class", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", key=name)
-        if any(n < 0 for n in self.baseline_shots):
-            raise ConfigError(f"must not be negative, are {list(self.baseline_shots)}", key="baseline_shots")
+        baselines = self.baseline_shots
+        if any(n < 0 for n in baselines) or len(set(baselines)) < len(baselines):
+            raise ConfigError(
+                f"are numbers of at least 0, each once, are {list(baselines)}", key="baseline_shots"
+            )
         if self.learning_rate is not None and self.learning_rate <= 0.0:
             raise ConfigError(f"must be above 0, is {self.learning_rate}", key="learning_rate")
 

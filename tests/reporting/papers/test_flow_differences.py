@@ -7,7 +7,7 @@ import pytest
 
 from jaxlab.reporting.folders import RunFolder
 from jaxlab.reporting.page import run_list
-from jaxlab.reporting.papers.label_words.analysis_plots import difference_figure
+from jaxlab.reporting.papers.label_words.analysis_plots import comparison_figure, difference_figure
 from jaxlab.reporting.papers.label_words.section import _differences
 
 LAYERS = 6
@@ -42,6 +42,17 @@ def test_the_curve_is_the_second_less_the_first(layers):
     figure = difference_figure(run("one", 0.2).results, run("two", 0.5, layers).results)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
     assert lines["words → label words (S_wp)"] == pytest.approx([0.3] * LAYERS)
+
+
+def test_long_names_of_runs_stay_on_the_picture():
+    names = ("my (data.shots 1, label_classes together, model a)", "word " * 40)
+    figure = comparison_figure({name: run("one", 0.2).results for name in names}, "shares")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    place = legend.get_window_extent()
+    assert 0 < place.x0 < place.x1 < figure.bbox.width
+    assert 0 < place.y0 < place.y1 < figure.bbox.height
+    assert len(legend.get_texts()) == 4
 
 
 def test_the_list_of_runs_tells_those_of_one_name_apart():

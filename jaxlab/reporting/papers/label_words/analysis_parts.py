@@ -120,6 +120,8 @@ def _diagnosis(run: RunFolder, number: int) -> list[Markup]:
 def _faithfulness(run: RunFolder, number: int) -> list[Markup]:
     found = run.get("faithfulness")
     of_means, of_prompts = found["of_means"], found["of_prompts"]
+    if "flow" not in found:  # left out of results that would be too large
+        return [note(f"Flow and effect have a rank correlation of {decimal(of_means['spearman'], 2)}.")]
     return [
         figure(
             plots.faithfulness_figure(run.results),

@@ -1,6 +1,7 @@
 """More pictures of the `icl` task, from its results.json alone: attention, re-weighting, compression,
 diagnosis, and what is beyond the paper."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -305,8 +306,18 @@ def comparison_figure(runs: Mapping[str, Results], measure: str) -> Figure:
                 )
         axes.set_xlabel("depth (layer / layers)")
         axes.set_ylabel("AUCROC_l" if measure == "aucroc" else "share of the mean flow")
-        figure.legend(loc="outside upper center", ncols=2, handlelength=2.8)
+        _legend_of_runs(figure)
         return figure
+
+
+def _legend_of_runs(figure: Figure) -> None:
+    """A legend above the curves. Names of runs may be long: each then has a line, or more."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) <= 42 else 1
+    told = ["\n".join(textwrap.wrap(label, 88)) or label for label in labels]
+    rows = -(-sum(1 + label.count("\n") for label in told) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 2))
+    figure.legend(handles, told, loc="outside upper center", ncols=columns, handlelength=2.8)
 
 
 def difference_figure(first: Results, other: Results) -> Figure:
@@ -370,5 +381,5 @@ def cross_modal_figure(runs: Mapping[str, Results], most: int = 4) -> Figure:
                 )
         axes.set_ylabel("mean flow / its largest")
         _layers(axes)
-        figure.legend(loc="outside upper center", ncols=2, handlelength=2.8)
+        _legend_of_runs(figure)
         return figure

@@ -20,6 +20,12 @@ SETS = {
     "pq": ("label words → target (S_pq)", BLUE),
     "ww": ("all other flow (S_ww)", FAINT),
 }
+SETS_OF_IMAGES = {
+    "wp": ("from the image", ORANGE),
+    "pq": ("instruction → last token", BLUE),
+    "ww": ("all other flow", FAINT),
+}
+"""Of prompts without label words, in the same colours."""
 MEASURES = {"accuracy": "Accuracy", "label_loyalty": "Label loyalty", "word_loyalty": "Word loyalty"}
 FAINTEST = 0.03
 """Lines thinner than this part of the thickest are left out of the prompt picture."""
@@ -140,8 +146,9 @@ def prompt_figure(results: Results, layers: int | None = None) -> Figure:
             axes.text((left + right) / 2, -1.6, title, ha="center", va="center", fontsize=10, color=INK)
         for column in columns:
             _words(axes, prompt, column, heights)
+        sets = SETS if prompt["labels"] else SETS_OF_IMAGES
         handles = [
-            axes.plot([], [], color=colour, linewidth=3, label=label)[0] for label, colour in SETS.values()
+            axes.plot([], [], color=colour, linewidth=3, label=label)[0] for label, colour in sets.values()
         ]
         axes.legend(
             handles=handles, loc="lower center", ncols=3, fontsize=8.5, columnspacing=1.6, borderaxespad=0.4
@@ -195,6 +202,14 @@ def _words(axes: Axes, prompt: Results, column: float, heights: np.ndarray) -> N
         )
 
 
+def _edge_kind(prompt: Results, labels: set[int], i: int, j: int) -> str:
+    """To which set the edge from j to i belongs."""
+    if labels:
+        return "wp" if i in labels else "pq" if i == prompt["query"] and j in labels else "ww"
+    part = prompt["parts"][j] if prompt.get("parts") else "text"
+    return "wp" if part == "image" else "pq" if i == prompt["query"] and part == "text" else "ww"
+
+
 def _readable(token: str) -> str:
     """A token as a word: blanks shown where nothing else is."""
     text = token.strip(" ").replace("\n", "↵").replace("\t", "→")
@@ -216,14 +231,13 @@ def _lines(
         for i, row in enumerate(layer):
             flow[i, : len(row)] += row
     labels = set(prompt["labels"])
-    if labels:
-        flow[:, 0] = 0.0  # attention that goes nowhere rests on the first token
+    flow[:, 0] = 0.0  # attention that goes nowhere rests on the first token
     if flow.max() <= 0.0:
         return
     flow /= flow.max()
     of_kind: dict[str, list[tuple[float, int, int]]] = {"ww": [], "wp": [], "pq": []}
     for i, j in zip(*np.nonzero(flow >= FAINTEST), strict=True):
-        kind = "wp" if i in labels else "pq" if i == prompt["query"] and j in labels else "ww"
+        kind = _edge_kind(prompt, labels, int(i), int(j))
         of_kind[kind].append((flow[i, j], i, j))
     middle = (left + right) / 2
     edges = [(kind, *edge) for kind, some in of_kind.items() for edge in sorted(some)[-MOST_LINES:]]

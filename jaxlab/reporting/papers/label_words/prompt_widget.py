@@ -20,8 +20,16 @@ KINDS = {
     "label": "label words",
     "last": "the last token",
     "format": "format",
+    "image": "the image",
     "text": "text",
 }
+SETS = {
+    "wp": "into label words (S_wp)",
+    "pq": "label words to the last token (S_pq)",
+    "ww": "all others (S_ww)",
+}
+SETS_OF_IMAGES = {"wp": "from the image", "pq": "from the instruction to the last token", "ww": "all others"}
+"""Of prompts without label words, in the same colours."""
 
 
 def prompt_widget(results: Results, number: int = 0) -> Markup:
@@ -33,6 +41,7 @@ def prompt_widget(results: Results, number: int = 0) -> Markup:
     """
     data = json.dumps(_data(results["figure1"]), ensure_ascii=True).replace("<", "\\u003c")
     name = f"flow-{number}"
+    sets = SETS if results["figure1"]["labels"] else SETS_OF_IMAGES
     legend = tag(
         "p",
         *(
@@ -47,9 +56,9 @@ def prompt_widget(results: Results, number: int = 0) -> Markup:
                 f" {text}",
             )
             for key, text, on in (
-                ("wp", "into label words (S_wp)", True),
-                ("pq", "label words to the last token (S_pq)", True),
-                ("ww", "all others (S_ww), drawn fainter", True),
+                ("wp", sets["wp"], True),
+                ("pq", sets["pq"], True),
+                ("ww", f"{sets['ww']}, drawn fainter", True),
                 ("first", "from the first token, on which attention rests", False),
             )
         ),
@@ -145,6 +154,7 @@ STYLE = """
 .flow-stage.dense .flow-text { font-size: 0.74rem; line-height: 2.3; }
 .flow-token { white-space: pre-wrap; cursor: pointer; border-radius: 3px; padding: 0.12rem 0.05rem; }
 .flow-token.label { color: var(--orange); font-weight: 700; }
+.flow-token.image { color: var(--orange); }
 .flow-token.last { color: var(--blue); font-weight: 700; }
 .flow-token.format { color: var(--faint); }
 .flow-token.on { outline: 2px solid var(--accent); }
@@ -168,8 +178,10 @@ async function flowFigure(root) {
   const steps = new Uint8Array(await new Response(inflated).arrayBuffer());
   const at = (i, j) => i * (i - 1) / 2 + j;
   const value = (layer, i, j) => (steps[layer * pairs + at(i, j)] / 255) ** 2 * maps.scale[layer];
-  const set = (i, j) => j === 0 ? "first" : kinds[i] === "label" ? "wp"
-    : i === query && kinds[j] === "label" ? "pq" : "ww";
+  const labels = kinds.includes("label");
+  const set = (i, j) => j === 0 ? "first" : labels ? (kinds[i] === "label" ? "wp"
+    : i === query && kinds[j] === "label" ? "pq" : "ww")
+    : kinds[j] === "image" ? "wp" : i === query && kinds[j] === "text" ? "pq" : "ww";
   const quiet = kind => kind === "ww" || kind === "first";
   const stage = root.querySelector(".flow-stage"), text = root.querySelector(".flow-text");
   const told = root.querySelector(".flow-told");

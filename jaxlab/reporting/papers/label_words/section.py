@@ -318,15 +318,20 @@ def _prompt(run: RunFolder, number: int) -> list[Markup]:
     if not run.get("figure1"):
         return []
     right = run.get("figure1", "answer") == run.get("figure1", "prediction")
+    expected = (
+        "in shallow layers words should flow into the label words that follow them, in deep layers label "
+        "words into the end"
+    )
+    if not run.get("figure1", "labels"):
+        expected = "the image should reach the words of the instruction first, and these the answer later"
     return [
         figure(
             plots.prompt_figure(run.results),
             more.name_of("prompt", number),
             "One prompt, after Figure 1 of the paper.",
-            "Lines are flows, thicker where stronger, of each colour the strongest; those of S_ww are drawn "
-            "fainter than the others, those from the first token, on which attention rests, not at all. In "
-            "shallow layers words should flow into the label words that follow them, in deep layers label "
-            "words into the end. The answer is "
+            "Lines are flows, thicker where stronger, of each colour the strongest; grey ones are drawn "
+            "fainter than the others, those from the first token, on which attention rests, not at all; "
+            f"{expected}. The answer is "
             f"{run.get('figure1', 'answer')}, which the model "
             f"{'gives' if right else 'misses: it says ' + str(run.get('figure1', 'prediction'))}.",
         ),
