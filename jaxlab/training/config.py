@@ -133,6 +133,8 @@ class TrainConfig:
             raise ConfigError(f"must be from 0 to {MOST}, is {self.seed}", key="seed")
         if self.lora is not None and self.init_from is None:
             raise ConfigError("adapters stand beside a trained model; give init_from", key="lora")
+        if self.lora is not None and self.export is not None and not self.lora.merge:
+            raise ConfigError("writes the whole model; set lora.merge: true", key="export")
         if self.data.kind == "image_chats" and self.accumulation > 1:
             raise ConfigError("image_chats are read whole; lower batch_size", key="accumulation")
         if not self.model_is_initial:
