@@ -151,7 +151,7 @@ class Loop:
         """One update."""
         config, number, mesh = self.config, self.rollbacks.batch_of(self.done), self.setup.mesh
         batch = place_batch(self._batches.read(number), mesh, config.batch_size)
-        shapes = tuple(x.shape for x in batch.values())
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._shapes:
             self._shapes.add(shapes)
             compile_together(self.setup.update, self.state, self.frozen, batch)
