@@ -1,6 +1,7 @@
 """A tree of arrays as a folder of Orbax, with digests beside its files."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def unreadable(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """What the threads of Orbax say of a disk that takes no more: its reason comes in other classes too."""
+    """What the threads of Orbax say of a disk that takes no more: its reason comes in other classes too, and
+    the traceback that they log of it besides is left out."""
+    log, without = logging.getLogger("absl"), lambda record: not record.exc_info
+    log.addFilter(without)
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -55,3 +59,5 @@ def _one_line(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(f"{path}: cannot be written: {reason}; make room there") from error
+    finally:
+        log.removeFilter(without)

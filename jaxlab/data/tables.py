@@ -82,15 +82,22 @@ def open_dataset(name: str, split: str, subset: str = "") -> Any:
             f"{name}: a data set of the hub's form needs the package datasets (pip install "
             "'jaxlab[datasets]'); or give the folder of the set's text files as data.path"
         ) from None
+    saved = is_dataset(name)
+    if saved and subset:
+        raise UserError(f"{name}: datasets saved it, as one set; leave subset out")
     try:
-        if is_dataset(name):
+        if saved:
             table = datasets.load_from_disk(name)
         else:
             table = datasets.load_dataset(name, subset or None, split=split)
         if isinstance(table, dict):
             if split not in table:
-                raise UserError(f"{name}: no split {split!r}; there are {', '.join(map(str, table))}")
+                raise UserError(
+                    f"{name}: no split {split!r}; there are {', '.join(map(str, table))}; set split"
+                )
             table = table[split]
+        elif saved and split != "train" and table.split is not None and str(table.split) != split:
+            raise UserError(f"{name}: no split {split!r}, but {str(table.split)!r} alone; set split")
     except UserError:
         raise
     except Exception as error:  # it raises whatever its many readers raise

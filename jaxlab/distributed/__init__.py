@@ -10,6 +10,7 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.distributed.config import ClusterConfig, DistributedConfig, ExplicitConfig, OneProcessConfig
     from jaxlab.distributed.environment import Place, expand_nodes, find_place
     from jaxlab.distributed.processes import (
+        compile_together,
         gather,
         is_main,
         joined,

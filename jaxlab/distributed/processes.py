@@ -94,6 +94,14 @@ def wait_for_all(name: str) -> None:
         _here.client.wait_at_barrier(f"jaxlab/{name}/{_count(f'{name}-wait')}", _FOREVER_MS)
 
 
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for its arguments, and goes on when all processes have: one that were sooner
+    would wait in its first exchange with the others, which gives up after 30 seconds (Gloo) or 40 (NCCL)."""
+    if _here is not None:
+        function.lower(*arguments).compile()
+        wait_for_all("compiled")
+
+
 def _count(name: str) -> int:
     _times[name] += 1
     return _times[name] - 1

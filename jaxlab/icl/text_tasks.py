@@ -249,6 +249,10 @@ def read_examples(config: ClassificationConfig, split: Split = "test") -> Exampl
     of_hub = is_dataset(path) or not path.exists()
     if of_hub and not is_dataset(path) and not _is_hub_id(config.path):
         raise UserError(f"{path}: no such folder; set data.path to the folder of the set's files")
+    if config.subset and not of_hub:
+        raise UserError(
+            f"{path}: holds files, of which train.file and test.file name some; leave data.subset out"
+        )
     parts = {"train": config.train, "test": config.test}
     if of_hub and config.hub is not None:
         standard = type(config)

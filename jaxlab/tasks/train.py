@@ -133,7 +133,7 @@ def run(config: Config, run: Run, callbacks: Sequence[Callback] = ()) -> dict[st
             print(f"resuming at step {loop.done} of {config.steps}")
         results = fit(loop, around)
     if setup.initial.dense is not None:
-        results["retrofit"] = _retrofit(setup, loop.whole(loop.state.params), run)
+        results |= _retrofit(setup, loop.whole(loop.state.params), run)
     return results
 
 
@@ -184,8 +184,6 @@ def prepare(config: Config, *, for_shapes: bool = False) -> tuple[Config, Setup]
     if opened is not None and config.model_is_initial:
         config = with_initial_model(config, opened.config)
     mesh = make_mesh(config.mesh)
-    if mesh.is_multi_process and config.data.kind == "image_chats":
-        raise UserError("data.kind image_chats is read by one process; train in one, over its devices")
     source = make_source(config.data, model_folder, for_shapes=for_shapes)
     check_all_tokens(source, config.model)
     batch = batch_shapes(source, config.batch_size)
@@ -331,7 +329,10 @@ def _held_out(setup: Setup) -> Batch:
 
 
 def _retrofit(setup: Setup, params: Params, run: Run) -> dict[str, Any]:
-    """What was measured before the first step, and the loss of the trained model on the same batch."""
-    before = run.records()[0]["retrofit"]
+    """What was measured before the first step, and the loss of the trained model on the same batch; nothing
+    where the line of metrics that told it is damaged."""
+    before = next((r["retrofit"] for r in run.records() if "retrofit" in r), None)
     trained = mean_loss(setup.evaluate(params, _held_out(setup)))
-    return {**before, "loss": {**before["loss"], "trained": trained}}
+    if before is None:
+        return {}
+    return {"retrofit": {**before, "loss": {**before["loss"], "trained": trained}}}

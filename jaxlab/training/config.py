@@ -113,6 +113,8 @@ class TrainConfig:
                 raise ConfigError(f"must be from 1 to {MOST}, is {getattr(self, name)}", key=name)
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
             raise ConfigError(f"two steps, the first and the last, not {list(self.profile)}", key="profile")
+        if self.profile and self.profile[0] > self.steps:
+            raise ConfigError(f"begins after the last step, which is {self.steps}", key="profile")
         names = [evaluation.name for evaluation in self.evaluations]
         if twice := {name for name in names if names.count(name) > 1} | {"validation", "test"} & set(names):
             raise ConfigError(f"the name {min(twice)} is taken; give another", key="evaluations")
@@ -131,6 +133,8 @@ class TrainConfig:
             raise ConfigError(f"must be from 0 to {MOST}, is {self.seed}", key="seed")
         if self.lora is not None and self.init_from is None:
             raise ConfigError("adapters stand beside a trained model; give init_from", key="lora")
+        if self.lora is not None and self.export is not None and not self.lora.merge:
+            raise ConfigError("writes the whole model; set lora.merge: true", key="export")
         if self.data.kind == "image_chats" and self.accumulation > 1:
             raise ConfigError("image_chats are read whole; lower batch_size", key="accumulation")
         if not self.model_is_initial:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,17 @@ class Tasks:
 
     def find(self, name):
         talk()
+
+
+class Slow:
+    """Stands for a jitted function that process 1 compiles more slowly."""
+
+    def lower(self, process):
+        time.sleep(process)
+        return self
+
+    def compile(self):
+        pass
 
 
 def talk():
@@ -46,6 +58,10 @@ def talk():
             everywhere = NamedSharding(mesh, PartitionSpec())
             whole = jax.jit(jnp.copy, out_shardings=everywhere)(batch["tokens"])
             np.testing.assert_array_equal(np.asarray(whole), rows)
+
+        began = time.monotonic()
+        distributed.compile_together(Slow(), process)
+        assert time.monotonic() - began > 0.5
 
         agreement = distributed.Agreement()
         asked = [signal.SIGTERM if process == 1 and step == 2 else 0 for step in range(5)]

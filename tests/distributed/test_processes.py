@@ -22,6 +22,7 @@ from jaxlab.models import ModelConfig
 from jaxlab.tasks import main
 from tests.distributed.launch import ROOT, end, free_port, start
 from tests.models.tiny import make_params
+from tests.training import vlm_cases
 
 CONFIG = """
 model: {{width: 16, num_layers: 2, num_heads: 2, mlp_width: 16, max_length: 16}}
@@ -87,8 +88,10 @@ def place(tmp_path_factory):
     return folder
 
 
-def train(place, outputs, number=2, *, words=lambda process: [], address="127.0.0.1", **how):
-    """Processes of one run of the config."""
+def train(
+    place, outputs, number=2, *, words=lambda process: [], address="127.0.0.1", config="tiny.yaml", **how
+):
+    """Processes of one run of a config."""
     port = free_port()
     told = f"coordinator: '{address}:{port}', num_processes: {number}, heartbeat_timeout: {HEARTBEAT}"
 
@@ -97,7 +100,7 @@ def train(place, outputs, number=2, *, words=lambda process: [], address="127.0.
         return [
             ROOT / "run.py",
             "train",
-            place / "tiny.yaml",
+            place / config,
             *("--outputs", place / outputs),
             *(("--distributed", told_here) if number > 1 else ()),
             *words(process),
@@ -250,6 +253,29 @@ def test_what_a_run_leaves_of_parameters_that_are_spread(place):
             np.testing.assert_allclose(tensor, other[name], atol=2e-5)
     assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in alone.iterdir())
     assert (ours / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_conversations_about_images(place):
+    """Of a family whose images are numbered over all rows; each batch has shapes of its own."""
+    data, model = vlm_cases.write_data(place / "images"), vlm_cases.make(place / "vlm", "qwen2_vl")
+    (place / "vlm.yaml").write_text(
+        f"init_from: {model}\n"
+        f"data: {{kind: image_chats, path: {data}, model: {model}, sequence_length: 64, holdout_every: 3}}\n"
+        "steps: 3\nbatch_size: 2\nlog_every: 1\n"
+    )
+    found = end(train(place, "images2", config="vlm.yaml"))
+    assert [status for status, _, _ in found] == [0, 0], found
+    ((status, _, said),) = end(
+        train(place, "images1", 1, config="vlm.yaml", words=lambda _: ["--mesh", "{data: 1}"])
+    )
+    assert status == 0, said
+    losses = [
+        [row.get("loss", row.get("eval_loss")) for row in map(json.loads, (run / "metrics.jsonl").open())]
+        for run in (folder_of(place, "images2"), folder_of(place, "images1"))
+    ]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)
 
 
 @pytest.mark.slow

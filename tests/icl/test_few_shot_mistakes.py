@@ -81,6 +81,7 @@ def test_a_label_word_that_is_glued_to_the_template_is_refused(tmp_path, tokeniz
         ({}, {"test": ExamplesConfig("train.tsv")}, r"drawn from one file, train\.tsv"),
         ({}, {"train": ExamplesConfig("train.tsv", text=("sentence",))}, r"no column 'sentence'"),
         ({}, {"train": ExamplesConfig("train.tsv", text=(0,), label=1)}, r"line 1: unknown label .*header"),
+        ({}, {"subset": "sst2"}, r"holds files, .* leave data\.subset out"),
         ({}, {"path": "no/such/folder"}, r"no/such/folder: no such folder; set data\.path"),
     ],
 )  # fmt: skip

@@ -1,16 +1,19 @@
 """Checkpoints of a run: damaged ones are passed by, what is not finite is not saved, nothing is left over."""
 
 import errno
+import logging
 import os
 import shutil
 import threading
 import warnings
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.checkpoints import save_tree
 from jaxlab.errors import UserError
 from jaxlab.training import Checkpoints, KeepConfig, State
 from jaxlab.training import checkpoints as module
@@ -180,3 +183,22 @@ def test_what_fails_in_the_background_is_said_once(tmp_path, monkeypatch, notice
         notice()
     made.wait()
     assert list(made.folder.iterdir()) == []
+
+
+def test_the_traceback_of_a_thread_of_orbax_is_left_out(tmp_path, caplog):
+    def write(self, *_):
+        try:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        except ValueError:
+            logging.getLogger("absl").error("in a thread", exc_info=True)
+            logging.getLogger("absl").error("said")
+            raise
+
+    with (
+        mock.patch("orbax.checkpoint.StandardCheckpointer.save", write),
+        pytest.raises(UserError, match="cannot be written: No space left; make room there"),
+    ):
+        save_tree(tmp_path / "state", {})
+    assert [record.message for record in caplog.records] == ["said"]
+    logging.getLogger("absl").error("later", exc_info=True)
+    assert caplog.records[-1].message == "later"

@@ -204,6 +204,8 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text, changes, messag
     [
         ({"profile": [3]}, "profile"),
         ({"profile": [3, 2]}, "profile"),
+        ({"profile": [3, 4], "steps": 2}, "profile"),
+        ({"export": "hf", "lora": {"rank": 2}, "init_from": "x"}, "export"),
         ({"evaluations": [{"name": "a"}, {"name": "a"}]}, "evaluations"),
         ({"evaluations": [{"name": "test"}]}, "evaluations"),
         ({"evaluations": [{"name": "a/b"}]}, "evaluations.0.name"),

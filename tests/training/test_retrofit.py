@@ -18,6 +18,7 @@ from jaxlab.losses import target_losses
 from jaxlab.models import RopeConfig, SlidingAttentionConfig
 from jaxlab.retrofit.convert import retrofit
 from jaxlab.tasks import train
+from jaxlab.training import Setup
 from jaxlab.training.state import find_initial
 from tests.checkpoints import folders
 from tests.models import oracle
@@ -186,3 +187,14 @@ def test_a_gate_that_is_none_is_refused(text, gate):
         make(text, "nowhere", retrofit_gate=gate)
     assert raised.value.key == "retrofit_gate"
     assert np.isnan(gate) or str(gate) in str(raised.value)
+
+
+def test_a_lost_line_of_metrics_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_held_out", lambda setup: {})
+    setup = Setup(*[None] * 8, lambda params, batch: {"loss": 6.0, "targets": 2.0})
+    run = Run(tmp_path, "x")
+    run.log(step=1, loss=3.0)
+    assert train._retrofit(setup, {}, run) == {}
+    run.log(step=2, retrofit={"loss": {"dense": 1.0}, "choice": 0.5})
+    loss = {"dense": 1.0, "trained": 3.0}
+    assert train._retrofit(setup, {}, run) == {"retrofit": {"loss": loss, "choice": 0.5}}

@@ -7,7 +7,7 @@ import os
 import re
 import sysconfig
 import time
-import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxlab.data.documents.config import DataSet
 from jaxlab.data.tables import is_dataset, open_dataset
-from jaxlab.errors import UserError, UserNote
+from jaxlab.errors import UserError
 from jaxlab.files import named, write_json
 
 Format = Literal["text", "jsonl", "parquet", "dataset"]
@@ -35,6 +35,12 @@ _SPLIT_OF_WORD = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+_TABLES = {
+    ".json": "is JSON, and rows are read of JSON Lines, one object a line (.jsonl, or format: jsonl)",
+    ".csv": "is CSV, and rows are read of JSON Lines or Parquet",
+    ".tsv": "is TSV, and rows are read of JSON Lines or Parquet",
+}
+"""By suffix, what is wrong with tables that would be taken for text."""
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -52,29 +58,31 @@ class DataFile:
     subset: str = ""
 
 
-def find_files(data: DataSet) -> list[DataFile]:
-    """The files of a data set, in order of their names.
+def find_files(data: DataSet) -> tuple[list[DataFile], list[str]]:
+    """The files of a data set, in order of their names; and what of its folder is passed by, for notes.
 
     Raises:
       UserError: there are none, or they cannot be read.
     """
+    notes: list[str] = []
     if data.format == "dataset" and not named(data.path).exists():
-        return [DataFile(Path(data.path), "dataset", 0, 0, data.split, data.subset)]  # a hub id
+        return [DataFile(Path(data.path), "dataset", 0, 0, data.split, data.subset)], notes  # a hub id
     if data.path == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts)]
-        return [_data_file(path, "text") for path in sorted(paths)]
+        return [_data_file(path, "text") for path in sorted(paths)], notes
     root = named(data.path)
     try:
         if root.is_dir():
             if data.format == "dataset" or (data.format == "auto" and is_dataset(root)):
-                return [_dataset_folder(root, data)]
+                return [_dataset_folder(root, data)], notes
             paths = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]
             kinds = {p: _format_of(p, data, None) for p in paths}
             if {"jsonl", "parquet"} & set(kinds.values()) and data.format == "auto":
                 # A text beside tables tells of them.
                 kinds = {p: None if kind == "text" else kind for p, kind in kinds.items()}
-            kinds = _of_split(root, kinds, data)
+            notes += _of_other_forms(root, [p for p, kind in kinds.items() if kind is None])
+            kinds = _of_split(root, kinds, data, notes)
         elif root.exists():
             kinds = {root: _format_of(root, data, "text")}
         else:
@@ -83,6 +91,9 @@ def find_files(data: DataSet) -> list[DataFile]:
             if not paths:
                 hint = "" if glob.has_magic(data.path) else _hub_hint(data.path)
                 raise UserError(f"{root}: no such file or folder{hint}; set data.sources path")
+        if data.format == "auto" and not root.is_dir() and all(_suffix(p) in _TABLES for p in kinds):
+            one = min(kinds)
+            raise UserError(f"{one}: {_TABLES[_suffix(one)]}; set format: text to read it as it stands")
         found = [_data_file(path, kind) for path, kind in sorted(kinds.items()) if kind is not None]
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be read: {error.strerror}") from error
@@ -98,7 +109,16 @@ def find_files(data: DataSet) -> list[DataFile]:
     for file in found:
         if data.content == "chat" and file.format == "text":
             raise UserError(f"{file.path}: conversations are rows of JSON Lines or Parquet, not text")
-    return found
+    return found, notes
+
+
+def _of_other_forms(root: Path, passed_by: Sequence[Path]) -> list[str]:
+    """A note on tables that are not read: they may be what is meant, and a text beside them is not."""
+    tables = sorted(path for path in passed_by if _suffix(path) in _TABLES)
+    if not tables:
+        return []
+    more = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+    return [f"{tables[0]}{more}: passed by: {_TABLES[_suffix(tables[0])]}"]
 
 
 def _hub_hint(path: str) -> str:
@@ -113,7 +133,7 @@ def _hidden(path: Path) -> bool:
 def _format_of(path: Path, data: DataSet, otherwise: Format | None) -> Format | None:
     if data.format != "auto":
         return data.format
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    suffix = _suffix(path)
     if suffix in JSON_LINES:
         return "jsonl"
     if path.suffix == ".parquet":
@@ -121,6 +141,11 @@ def _format_of(path: Path, data: DataSet, otherwise: Format | None) -> Format | 
     if path.suffix == ".arrow":
         raise UserError(f"{path}: a file of a saved data set; name its folder, the one with state.json")
     return "text" if suffix in TEXT else otherwise
+
+
+def _suffix(path: Path) -> str:
+    """Of a file's name, without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def _data_file(path: Path, kind: Format) -> DataFile:
@@ -144,25 +169,31 @@ def _dataset_folder(root: Path, data: DataSet) -> DataFile:
     return DataFile(root, "dataset", size, changed, data.split, data.subset)
 
 
-def _of_split(root: Path, kinds: dict[Path, Format | None], data: DataSet) -> dict[Path, Format | None]:
-    """Without the files of other splits, where names of tables tell of several: a test set is not trained on
-    because it lies beside."""
+def _of_split(
+    root: Path, kinds: dict[Path, Format | None], data: DataSet, notes: list[str]
+) -> dict[Path, Format | None]:
+    """Without the files of other splits, where names of tables tell of some: a test set is not trained on
+    because it lies beside. Where no name tells of `train`, it is what tells of none."""
     splits = {p: split_of(p.relative_to(root)) for p, kind in kinds.items() if kind in ("jsonl", "parquet")}
     there = sorted({split for split in splits.values() if split})
+    if "train" not in there and not all(splits.values()):
+        splits = {p: split or "train" for p, split in splits.items()}
     wanted = _SPLIT_OF_WORD.get(data.split, data.split)
-    if len(there) < 2:
-        return kinds
-    if wanted not in there:
+    if wanted not in splits.values():
+        if data.split == "train" and len(there) < 2:
+            return kinds
+        told = f"but of {', '.join(there)}" if there else "by their names"
         raise UserError(
-            f"{root}: holds no files of the split {data.split}, but of {', '.join(there)}; set split, or "
-            "path to a pattern of files"
+            f"{root}: holds no files of the split {data.split}, {told}; set split, or path to a pattern"
         )
-    kept = {p: kind for p, kind in kinds.items() if splits.get(p) == wanted}
-    others = ", ".join(split for split in there if split != wanted)
-    warnings.warn(
-        f"{root}: reads its files of the split {data.split}, not those of {others}", UserNote, stacklevel=2
-    )
-    return kept
+    others = Counter(split for split in splits.values() if split != wanted)
+    if others:
+        told = ", ".join(f"{n} of {split or 'none'}" for split, n in sorted(others.items(), reverse=True))
+        read = len(splits) - others.total()
+        notes.append(
+            f"{root}: reads {read} of {len(splits)} files, of the split {data.split}, and not {told}"
+        )
+    return {p: kind for p, kind in kinds.items() if splits.get(p) == wanted}
 
 
 def split_of(path: Path) -> str:

@@ -69,7 +69,10 @@ class DocumentsSource:
         self.cache = cache_folder()
         """Where tokens are kept."""
         self._encoders = Encoders(config, find_model)
-        self._files = {data: find_files(data) for data in config.all_sets}
+        found = {data: find_files(data) for data in config.all_sets}
+        self._files = {data: files for data, (files, _) in found.items()}
+        self.notes = [note for _, notes in found.values() for note in notes]
+        """What of the folders is passed by."""
         self._layouts: dict[Part, Layout] = {}
         self._order: TrainingOrder | None = None
         self._held_out: dict[str, np.ndarray] = {}
@@ -111,6 +114,8 @@ class DocumentsSource:
                 )
             if text := counts.describe():
                 warnings.warn(f"{title}: {text}", UserNote, stacklevel=2)
+        for note in self.notes:
+            warnings.warn(note, UserNote, stacklevel=2)
         self._ready = True
 
     @property

@@ -20,7 +20,8 @@ class StandIn:
         self.source_names = source.source_names
         self._source = source
         text = "the data is not tokenised yet (prepare CONFIG does it): its amount is not checked"
-        warnings.warn(text, UserNote, stacklevel=3)
+        for note in (*source.notes, text):
+            warnings.warn(note, UserNote, stacklevel=3)
 
     def batch(
         self, seed: int, step: int, batch_size: int, rows: slice | None = None

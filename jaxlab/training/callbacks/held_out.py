@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxlab.distributed import compile_together
 from jaxlab.models import Params, place_batch
 from jaxlab.training.averages import averaged
 from jaxlab.training.loop import Callback, Loop
@@ -41,8 +42,10 @@ class EvaluateHeldOut(Callback):
 
     def _measure_one(self, loop: Loop, trained: Params, split: str) -> dict[str, float]:
         setup, sums, params = loop.setup, dict[str, float](), loop.whole(trained)
-        for batch in setup.source.held_out_batches(loop.config.batch_size, self.batches, split):
-            for name, value in setup.evaluate(params, place_batch(batch, setup.mesh)).items():
+        for rows in setup.source.held_out_batches(loop.config.batch_size, self.batches, split):
+            batch = place_batch(rows, setup.mesh)
+            compile_together(setup.evaluate, params, batch)
+            for name, value in setup.evaluate(params, batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {
             "eval_loss": sums["loss"] / max(sums["targets"], 1.0),

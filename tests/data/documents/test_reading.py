@@ -365,12 +365,75 @@ def test_of_a_folder_as_on_the_hub_one_split_is_read(tmp_path, monkeypatch):
                 assert texts(found) == expected
             told = [str(note.message) for note in notes if note.category is UserNote]
             assert len(told) == (0 if on else 1)
-            assert all(f"reads its files of the split {split}, not those of t" in note for note in told)
+            assert all(f"reads 1 of 2 files, of the split {split}, and not 1 of t" in n for n in told)
         with pytest.raises(UserError, match=r"no files of the split dev|name: datasets cannot read it"):
             source(folder, on={"split": "dev", **on}).prepare()
     (folder / "name.py").write_text("raise SystemExit")
     with pytest.raises(UserError, match="comes with code, which is not run"):
         source(folder, on={"format": "dataset"})
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "read", "said"),
+    [
+        (
+            "train test extra",
+            "train",
+            "train",
+            "reads 1 of 3 files, of the split train, and not 1 of test, 1 of none",
+        ),
+        ("data test", "train", "data", "reads 1 of 2 files, of the split train, and not 1 of test"),
+        ("data test", "test", "test", "of the split test, and not 1 of train"),
+        ("test a-test", "train", "a-test test", None),
+        ("a b", "train", "a b", None),
+    ],
+)
+def test_which_files_of_a_folder_are_read(tmp_path, names, split, read, said):
+    for name in names.split():
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    found = source(tmp_path, on={"split": split})
+    assert sorted(texts_after_preparing(found)) == sorted(read.split())
+    assert [said in note for note in found.notes] == ([] if said is None else [True])
+
+
+def texts_after_preparing(found):
+    with warnings.catch_warnings(action="ignore", category=UserNote):
+        found.prepare()
+    return texts(found)
+
+
+@pytest.mark.parametrize("names", ["train", "a"])
+def test_a_split_that_is_not_there_is_not_replaced(tmp_path, names):
+    write_lines(tmp_path / f"{names}.jsonl", [{"text": "x"}])
+    with pytest.raises(
+        UserError, match=r"holds no files of the split validation, (but of train|by their names)"
+    ):
+        source(tmp_path, on={"split": "validation"})
+
+
+def test_tables_of_other_forms_are_not_taken_for_text(tmp_path):
+    (tmp_path / "data.json").write_text('[{"text": "one"}]')
+    (tmp_path / "c4.json.gz").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    (tmp_path / "README.md").write_text("of the data\n")
+    assert "passed by: is JSON, and rows are read of JSON Lines" in source(tmp_path).notes[0]
+    for path in ("data.json", "c4.json.gz", "*.json"):
+        with pytest.raises(UserError, match=r"is JSON, .* set format: text to read it as it stands"):
+            source(tmp_path / path)
+    assert texts_after_preparing(source(tmp_path / "c4.json.gz", on={"format": "jsonl"})) == ["one"]
+    assert len(texts_after_preparing(source(tmp_path / "data.json", on={"format": "text"}))) == 1
+
+
+def test_a_saved_set_has_no_subsets_and_no_other_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": ["a"]}, split="test").save_to_disk(tmp_path / "one")
+    assert texts_after_preparing(source(tmp_path / "one")) == ["a"]
+    for on, said in (
+        ({"split": "dev"}, "no split 'dev', but 'test' alone"),
+        ({"format": "dataset", "subset": "en"}, "leave subset out"),
+    ):
+        with pytest.raises(UserError, match=said):
+            source(tmp_path / "one", on=on).prepare()
 
 
 @pytest.mark.parametrize(
