@@ -32,7 +32,12 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
-    from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
+    from jaxlab.checkpoints.inspection import (
+        ModelReport,
+        compare_for_merging,
+        inspect_model,
+        wrong_shapes,
+    )
     from jaxlab.checkpoints.locate import resolve, split_adapter
     from jaxlab.checkpoints.named_tensors import (
         ModelTensors,
