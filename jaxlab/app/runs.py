@@ -39,7 +39,7 @@ from jaxlab import distributed
 from jaxlab.app import provenance
 from jaxlab.app.program import program
 from jaxlab.app.registry import Task
-from jaxlab.checkpoints.output_folder import files_below, remove_empty
+from jaxlab.checkpoints import files_below, remove_empty
 from jaxlab.errors import UserError, UserNote
 from jaxlab.files import jsonable, remove_torn, write_atomic, write_json, writing
 

@@ -48,7 +48,7 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.checkpoints.open import describe_model, load_model, open_model
     from jaxlab.checkpoints.orbax_tree import restore_tree, save_tree
-    from jaxlab.checkpoints.output_folder import check_output, write_aside
+    from jaxlab.checkpoints.output_folder import check_output, files_below, remove_empty, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, remove_partial, resumable_folder
     from jaxlab.checkpoints.safetensors_file import Tensor, read_header, read_metadata
     from jaxlab.checkpoints.save import kept_files, save_model
