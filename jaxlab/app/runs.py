@@ -10,6 +10,8 @@ folder belongs to one state of the code:
 - Without results.json the run was interrupted, by the same code on the same config. The folder is kept, so
   that a task which writes checkpoints continues from its own. This holds for changed code too: the hash says
   it is the same change.
+- What is done anew removes what the finished run wrote, by a list of its files; what others put into the
+  folder stays, and a note says so.
 - A lock keeps two processes from writing one folder; it goes with the process, however that ends. Of several
   processes of one run (jaxlab/distributed) process 0 holds it and writes; the others see the folder.
 """
@@ -37,10 +39,13 @@ from jaxlab import distributed
 from jaxlab.app import provenance
 from jaxlab.app.program import program
 from jaxlab.app.registry import Task
+from jaxlab.checkpoints import files_below, remove_empty
 from jaxlab.errors import UserError, UserNote
 from jaxlab.files import jsonable, remove_torn, write_atomic, write_json, writing
 
 _LOCK = ".lock"
+_FILES = ".files.json"
+"""What a finished run wrote, and what others had put there before it began."""
 _SEEN_WITHIN = 60.0
 """Seconds in which a shared disk shows one process what another has written."""
 _CONFIG, _ENV, _METRICS, _RESULTS = "config.yaml", "env.json", "metrics.jsonl", "results.json"
@@ -256,7 +261,7 @@ def _lead(
             _clear(folder)
         else:
             print(f"{'taken up again' if (folder / _ENV).exists() else 'run'}: {folder}")
-            for file in (_CONFIG, _ENV, _METRICS, _RESULTS):
+            for file in (_CONFIG, _ENV, _METRICS, _FILES, _RESULTS):
                 remove_torn(folder / file)
         distributed.share("run", {"name": folder.name, "token": token, "results": None})
         command = command or command_line(task.name, str(folder / _CONFIG))
@@ -316,6 +321,7 @@ def _run(
     command: str,
     work: Callable[[Any, Run], dict[str, Any]],
 ) -> RunResult:
+    foreign = _listed(run.path).get("foreign", [])
     write_atomic(run.path / _CONFIG, f"# {command}\n{configs.dump(config)}")
     started = time.time()
     facts = {"task": task.name, "command": command, "inputs": inputs, **provenance.environment()}
@@ -331,6 +337,8 @@ def _run(
         "seconds": round(before + finished - started, 3),
     }
     write_json(run.path / _ENV, {**facts, **times})
+    written = sorted({*files_below(run.path), _RESULTS} - {_LOCK, _FILES, *foreign})
+    write_json(run.path / _FILES, {"written": written, "foreign": foreign})
     run.finish(results)
     return RunResult(run.path, results)
 
@@ -416,13 +424,49 @@ def _locked(folder: Path) -> Iterator[str]:
 
 
 def _clear(folder: Path) -> None:
+    """Removes what a run wrote; of one that was interrupted, which has no list of it, all but what lay there
+    when it began.
+
+    Raises:
+      UserError: the list is damaged, or something cannot be removed.
+    """
+    listed = _listed(folder)
+    found = files_below(folder) - {_LOCK, _FILES}
+    foreign = sorted(
+        found - set(listed["written"]) if "written" in listed else found & {*listed.get("foreign", [])}
+    )
     with writing(folder):
         (folder / _RESULTS).unlink(missing_ok=True)  # first: half cleared must not look done
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != _LOCK:
-                path.unlink()
+        write_json(folder / _FILES, {"foreign": foreign})  # before the rest goes: who is killed here knows it
+        for name in found - {_RESULTS, *foreign}:
+            (folder / name).unlink()
+        inner = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
+        remove_empty(sorted(inner, reverse=True))
+        if not foreign:
+            (folder / _FILES).unlink()
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        warnings.warn(
+            f"{folder}: kept what this run did not write: {', '.join(foreign[:3])}{more}",
+            UserNote,
+            stacklevel=2,
+        )
+
+
+def _listed(folder: Path) -> dict[str, list[str]]:
+    """The list of a run's files; of a run that has none nothing.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    file = folder / _FILES
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {key: [str(name) for name in found[key]] for key in ("written", "foreign") if key in found}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{file}: damaged; remove the folder, or what of it is not yours") from None
 
 
 def _clock(seconds: float) -> str:

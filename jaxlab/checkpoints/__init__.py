@@ -32,7 +32,12 @@ with epy.lazy_api_imports(globals()):
     from jaxlab.checkpoints.formats.hf_folder import HuggingFaceFolder
     from jaxlab.checkpoints.formats.hf_write import hf_family, huggingface_config, huggingface_form
     from jaxlab.checkpoints.generation_config import OPTIONS, sampling_options, stop_strings
-    from jaxlab.checkpoints.inspection import ModelReport, compare_for_merging, inspect_model
+    from jaxlab.checkpoints.inspection import (
+        ModelReport,
+        compare_for_merging,
+        inspect_model,
+        wrong_shapes,
+    )
     from jaxlab.checkpoints.locate import resolve, split_adapter
     from jaxlab.checkpoints.named_tensors import (
         ModelTensors,
@@ -43,7 +48,7 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.checkpoints.open import describe_model, load_model, open_model
     from jaxlab.checkpoints.orbax_tree import restore_tree, save_tree
-    from jaxlab.checkpoints.output_folder import check_output, write_aside
+    from jaxlab.checkpoints.output_folder import check_output, files_below, remove_empty, write_aside
     from jaxlab.checkpoints.resume import ResumableFolder, remove_partial, resumable_folder
     from jaxlab.checkpoints.safetensors_file import Tensor, read_header, read_metadata
     from jaxlab.checkpoints.save import kept_files, save_model

@@ -68,11 +68,11 @@ def inspect_model(opened: OpenModel, name: str, *, scan: bool = False) -> ModelR
             if is_float(tensor.dtype) and not is_finite(tensor.read())
         ]
         lines.append(("scan", _scanned(bad, len(opened.tensors))))
-    problems = told(found.family, found.missing, found.unmapped, _wrong_shapes(opened.tensors, found, config))
+    problems = told(found.family, found.missing, found.unmapped, wrong_shapes(opened.tensors, found, config))
     return ModelReport(name, config, tuple(lines), tokenizer, problems)
 
 
-def _wrong_shapes(folder: TensorFolder, found: Match, c: ModelConfig) -> list[str]:
+def wrong_shapes(folder: TensorFolder, found: Match, c: ModelConfig) -> list[str]:
     """Tensors whose shape is not the config's, among those whose axes it counts: without jax, not all."""
     if c.latent is not None:
         return []

@@ -70,13 +70,13 @@ def _foreign(folder: Path) -> str | None:
         if marker.is_symlink() or not marker.is_file():
             return f"not a folder that this tool wrote (no {MARKER} in it)"
         written = json.loads(marker.read_text(encoding="utf-8"))["written"]
-        added = sorted(_files(folder) - {MARKER, *map(str, written)})
+        added = sorted(files_below(folder) - {MARKER, *map(str, written)})
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {MARKER} is damaged"
     return f"holds {added[0]}, which this tool did not write" if added else None
 
 
-def _files(folder: Path) -> set[str]:
+def files_below(folder: Path) -> set[str]:
     """All that a folder holds, at any depth, but the folders themselves."""
     return {
         path.relative_to(folder).as_posix()
@@ -133,7 +133,7 @@ def put_in_place(
     Raises:
       UserError: as `check_output`: something came there meanwhile.
     """
-    text = json.dumps({"written": sorted(_files(aside) - {MARKER})}) + "\n"
+    text = json.dumps({"written": sorted(files_below(aside) - {MARKER})}) + "\n"
     (aside / MARKER).write_text(text, encoding="utf-8")
     os.chmod(aside, 0o755)
     _sync(*aside.rglob("*"), aside)

@@ -347,8 +347,8 @@ def _choices(asked: Sequence[Asked], sums: Sequence[np.ndarray], normalize: bool
     right, plain, by_length = [], [], []
     for one, log_p in zip(asked, sums, strict=True):
         sizes = np.asarray([len(choice.encode()) for choice in one.question.choices])
-        plain.append(int(np.argmax(log_p)))
-        by_length.append(int(np.argmax(log_p / sizes)))
+        plain.append(_likeliest(log_p))
+        by_length.append(_likeliest(log_p / sizes))
         right.append(one.question.right)
     hits = [taken == r for taken, r in zip(by_length if normalize else plain, right, strict=True)]
     measures = {
@@ -356,9 +356,14 @@ def _choices(asked: Sequence[Asked], sums: Sequence[np.ndarray], normalize: bool
         "accuracy_by_length": float(np.mean([t == r for t, r in zip(by_length, right, strict=True)])),
     }
     taken = by_length if normalize else plain
-    said = [one.question.choices[i] for one, i in zip(asked, taken, strict=True)]
+    said = [one.question.choices[i] if i >= 0 else "" for one, i in zip(asked, taken, strict=True)]
     name = "accuracy_by_length" if normalize else "accuracy"
     return Measured(name, measures, said, [float(hit) for hit in hits])
+
+
+def _likeliest(log_p: np.ndarray) -> int:
+    """The first of the largest; -1, which is never right, where one is NaN."""
+    return -1 if np.isnan(log_p).any() else int(np.argmax(log_p))
 
 
 def normalized(text: str) -> list[str]:

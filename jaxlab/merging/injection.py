@@ -29,7 +29,7 @@ from jaxlab.merging.method import Numbers
 from jaxlab.merging.numbers import Rule, Scalar, Setting
 from jaxlab.merging.numerics import Mode, difference
 from jaxlab.merging.random_masks import tensor_key
-from jaxlab.merging.schedules import Place, value_at
+from jaxlab.merging.schedules import Place, check_rules, value_at
 from jaxlab.merging.vocabulary import CommonRows
 from jaxlab.models import Params
 
@@ -146,6 +146,10 @@ def inject_tensor(
 def layer_weights(plan: InjectionPlan, value: Lambda) -> TensorWeights:
     """A lambda of a recipe as one weight for each tensor to be merged, by pattern; a number may be traced."""
     if isinstance(value, list | tuple):
+        names = [name for entry in plan.merged for name in entry.names]
+        kept = [leaf for leaf in plan.leaves if leaf.action != "merged"]
+        copied = {name: leaf.reason for leaf in kept for name in leaf.entry.names}
+        check_rules("the lambda", Setting.of(value), names, copied, {}, "vlm")
         return {entry.pattern: jnp.asarray(_listed(plan, entry, value), jnp.float32) for entry in plan.merged}
     number = jnp.asarray(value).astype(jnp.float32)
     return {entry.pattern: jnp.broadcast_to(number, (len(entry.names),)) for entry in plan.merged}

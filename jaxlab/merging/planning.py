@@ -195,9 +195,10 @@ def _plan(inputs: Sequence[Input], rules: _Rules, seed: int) -> MergePlan:
         role, names = next((role, names) for role, names in left.items() if names)
         raise ValueError(f"unaccounted tensors of the {role}: {sorted(names)[:3]}")
     merged = [t.name for t in planned.values() if t.merging is not None]
+    copied = {t.name: t.reason for t in planned.values() if t.merging is None}
     others = {one.role: one.found.tensors for one in inputs[1:]}
     for what, setting in rules.settings():
-        check_rules(what, setting, merged, others, first.role)
+        check_rules(what, setting, merged, copied, others, first.role)
     order = {name: i for i, name in enumerate(first.found.tensors)}
     tensors = sorted(planned.values(), key=lambda t: _place(first, t.name, order))
     return MergePlan(tuple(tensors), tuple(refused), seed, layers)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from tokenizers import Tokenizer
 
 from jaxlab import config as configs
-from jaxlab.checkpoints import OpenModel, SameTokens, same_tokens
+from jaxlab.checkpoints import NotFinite, OpenModel, SameTokens, same_tokens
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import shipped
 from jaxlab.merging.account import MergeAccount
@@ -323,23 +323,29 @@ class Trio(NamedTuple):
 
 
 def read_trio(
-    vlm: OpenModel, expert: OpenModel, base: OpenModel, *, differences: Collection[str] = ()
+    vlm: OpenModel,
+    expert: OpenModel,
+    base: OpenModel,
+    *,
+    differences: Collection[str] = (),
+    not_finite: NotFinite = "take",
 ) -> Trio:
     """Reads the three.
 
     Args:
       differences: settings that may differ; see `check_same_architecture`.
+      not_finite: what to do about NaN and infinities.
 
     Raises:
-      UserError: one is damaged or their language models differ in kind.
+      UserError: one is damaged, or not finite though that is refused; their language models differ in kind.
     """
     check_same_architecture([vlm, expert, base], differences)
     return Trio(
         config=vlm.config,
         tokenizer=vlm.tokenizer,
-        vlm=vlm.read(),
-        expert=expert.read(),
-        base=base.read(),
+        vlm=vlm.read(not_finite=not_finite),
+        expert=expert.read(not_finite=not_finite),
+        base=base.read(not_finite=not_finite),
         common_rows=same_tokens([vlm.tokenizer, expert.tokenizer, base.tokenizer]),
         expert_config=expert.config,
         base_config=base.config,

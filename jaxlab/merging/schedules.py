@@ -84,26 +84,41 @@ def scalars_of(setting: Setting) -> Iterator[Any]:
 
 
 def check_rules(
-    what: str, setting: Setting, names: Sequence[str], others: Mapping[str, Iterable[str]], first: str
+    what: str,
+    setting: Setting,
+    names: Sequence[str],
+    copied: Mapping[str, str],
+    others: Mapping[str, Iterable[str]],
+    first: str,
 ) -> None:
-    """Whether every rule of a number fits a tensor that is merged.
+    """Whether every rule of a number decides for a tensor that is merged; one for all tensors need not.
 
     Args:
       what: its name, for messages.
       names: of the tensors that are merged.
+      copied: why the other tensors of the input whose names count are not, by name.
       others: the names of the other inputs' tensors, by role.
       first: the role of the input whose names count.
 
     Raises:
-      UserError: one fits none.
+      UserError: one fits none, or those that it fits have an earlier rule.
     """
+    deciding = {next((rule for rule in setting.rules if rule.fits(name)), None) for name in names}
     for rule in setting.rules:
-        if any(map(rule.fits, names)) or (rule.filter in (None, "*") and rule.pattern is None):
+        if rule in deciding or (rule.filter in (None, "*") and rule.pattern in (None, "*")):
             continue
+        said = f"the pattern {rule.pattern or rule.filter!r} of {what}"
+        if any(map(rule.fits, names)):
+            raise UserError(
+                f"{said} decides nothing: rules before it fit all that it fits; put it before them"
+            )
         hint = "" if not names else f"; tensors that are merged are named as {names[0]}"
-        for role, known in others.items():
-            if names and any(map(rule.fits, known)):
-                hint = f": it has names of the {role}; those of the {first} count, as {names[0]}"
-                break
-        condition = rule.pattern or rule.filter
-        raise UserError(f"the pattern {condition!r} of {what} matches no tensor that is merged{hint}")
+        own = next(filter(rule.fits, copied), None)
+        if own is not None:
+            hint = f": {own} is copied ({copied[own]})"
+        else:
+            for role, known in others.items():
+                if names and any(map(rule.fits, known)):
+                    hint = f": it has names of the {role}; those of the {first} count, as {names[0]}"
+                    break
+        raise UserError(f"{said} matches no tensor that is merged{hint}")

@@ -96,7 +96,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     journal = Journal(run.path)
     models = _models(config)
     note_dequantized(models)
-    trio = read_trio(*models, differences=config.differences)
+    trio = read_trio(*models, differences=config.differences, not_finite="refuse")
     sources = {name: make_source(data, model_folder) for name, data in config.token_sets.items()}
     validation, test = (read_data(sources, split, config.batch_size, config.batches) for split in SPLITS)
     plan = plan_injection(

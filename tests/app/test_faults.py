@@ -115,7 +115,11 @@ def test_leftovers_of_killed_writes_go(capsys: pytest.CaptureFixture[str]) -> No
     (folder / ".results.json.of-mine").mkdir()
     (folder / "counter").write_text("2")
     assert main([*RUN, "--stop", "killed"]) == 0
-    assert sorted(path.name for path in folder.glob(".*")) == [".lock", ".results.json.of-mine"]
+    assert sorted(path.name for path in folder.glob(".*")) == [
+        ".files.json",
+        ".lock",
+        ".results.json.of-mine",
+    ]
 
 
 def test_only_what_was_written_aside_is_removed(tmp_path: Path) -> None:

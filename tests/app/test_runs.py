@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlab.app import provenance, runs
-from jaxlab.errors import UserError
+from jaxlab.errors import UserError, UserNote
 from jaxlab.files import jsonable, write_atomic
 from jaxlab.tasks import execute
 from tests.app import fake_task
@@ -73,6 +73,32 @@ def test_overwrite_begins_from_nothing() -> None:
         execute("fake", "small.yaml", {"stop": "killed"}, overwrite=True)
     (folder,) = Path("outputs/fake").iterdir()
     assert [record["step"] for record in runs.read_metrics(folder)] == [0, 1]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.usefixtures("changed_code")
+def test_what_a_run_did_not_write_stays(overwrite: bool) -> None:
+    """Changed code does a run anew without being asked for it, too."""
+    folder = execute("fake", "small.yaml").path
+    (folder / "plots" / "mine").mkdir(parents=True)
+    for name in ("notes.txt", "plots/mine/a.svg"):
+        (folder / name).write_text(name)
+    (folder / "link").symlink_to(folder / "notes.txt")
+    before = {path.name for path in folder.iterdir()}
+    for _ in range(2):
+        with pytest.warns(
+            UserNote, match=r"kept what this run did not write: link, notes\.txt, plots/mine/a"
+        ):
+            assert not execute("fake", "small.yaml", overwrite=overwrite).reused
+        assert {path.name for path in folder.iterdir()} == before
+        assert (folder / "notes.txt").read_text() == "notes.txt"
+    listed = json.loads((folder / ".files.json").read_text())
+    assert listed["foreign"] == ["link", "notes.txt", "plots/mine/a.svg"]
+    assert {"results.json", "config.yaml", "env.json"} <= set(listed["written"])
+    (folder / ".files.json").write_text("{")
+    with pytest.raises(UserError, match=r"\.files\.json: damaged; remove the folder"):
+        execute("fake", "small.yaml", overwrite=overwrite)
+    assert (folder / "notes.txt").exists()
 
 
 @pytest.mark.multiprocess

@@ -71,6 +71,14 @@ def test_a_stray_tensor_is_named_and_ignored_on_request(tmp_path):
     assert main(["inspect", str(path)]) == 2
 
 
+def test_a_task_that_cannot_leave_a_tensor_out_is_told_who_can(tmp_path, capsys):
+    write(tmp_path / "in", {**folders.weights(CASE), "score.weight": np.zeros((1, 32), np.float32)})
+    recipe = {"kind": "merge", "operator": "linear", "models": [{"model": str(tmp_path / "in")}] * 2}
+    (tmp_path / "m.yaml").write_text(json.dumps(recipe))
+    assert main(["merge", str(tmp_path / "m.yaml"), "--out", str(tmp_path / "out"), "--check"]) == 2
+    assert "a task without this option takes what convert writes with it" in capsys.readouterr().err
+
+
 def test_a_head_of_its_own_in_a_tied_model_is_refused_or_left_out(tmp_path):
     table = folders.weights(CASE)[EMBEDDING]
     path = write(tmp_path / "in", {**folders.weights(CASE), "lm_head.weight": table + 1})

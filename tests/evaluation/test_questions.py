@@ -10,9 +10,11 @@ from PIL import Image
 
 from jaxlab.checkpoints import open_model, save_model
 from jaxlab.errors import UserError
-from jaxlab.evaluation import QuestionsConfig, prepare_questions
+from jaxlab.evaluation import QuestionsConfig, prepare_questions, questions
+from jaxlab.evaluation.question_files import Question
 from jaxlab.evaluation.questions import exactly, token_f1
 from jaxlab.models import continuation_log_probs, forward
+from jaxlab.processing import Prompt
 from jaxlab.tasks import main
 from tests.evaluation.chat_models import write_chat_model
 from tests.models.tiny import VISION, draw_params, make_config
@@ -250,3 +252,13 @@ def test_questions_about_images(tmp_path):
     assert [set(one.batch) >= {"images"} for one in questions.asked] == [True, True, False]
     found = questions.measure(opened.read())
     assert len(found.each) == 3
+
+
+def test_a_model_without_numbers_chooses_nothing():
+    """The first choice would be right by chance."""
+    question = Question(Prompt("x:1", "x"), choices=("a", "b"), right=0)
+    asked = [questions.Asked(question, {"tokens": np.zeros((1, 1), np.int32)})] * 2
+    sums = [np.array([np.nan, -1.0]), np.array([-1.0, -2.0])]
+    found = questions._choices(asked, sums, normalize=True)
+    assert found.measures == {"accuracy": 0.5, "accuracy_by_length": 0.5}
+    assert found.answers == ["", "a"]

@@ -403,6 +403,10 @@ def test_models_that_differ_are_refused_by_name(change, message):
         ({"operator": "ties", "density": 1.5}, "between 0 and 1"),
         ({"operator": "ties", "density": [0.1, 0.2, 0.3]}, "not 3"),
         ({"gamma": 0.5}, "gamma: task_arithmetic has none"),
+        (
+            {"lambda_e": [{"pattern": "*mlpp*", "value": 1.0}, {"pattern": "*", "value": 0.5}]},
+            r"the pattern '\*mlpp\*' of the lambda matches no tensor that is merged",
+        ),
     ],
 )
 def test_mistakes(options, message):

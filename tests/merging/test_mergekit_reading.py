@@ -257,6 +257,18 @@ def test_what_a_config_cannot_say_is_noted(at_desk, tmp_path):
         assert run(tmp_path / "m.yaml", "--out", tmp_path / "out", "--check")[0] == 0
 
 
+def test_layers_of_two_vocabularies_are_noted(at_desk, tmp_path):
+    """The embedding of the first slice and the head of the last have other rows: nothing loads that."""
+    slices = "slices:\n"
+    for name, layers in (("a", "[0, 2]"), ("b", "[2, 4]")):
+        slices += f"- sources: [{{model: models/words_f32/{name}, layer_range: {layers}}}]\n"
+    (tmp_path / "m.yaml").write_text(f"merge_method: passthrough\n{slices}")
+    said = r"no model can be read from it: lm_head\.weight is \[29, 8\], expected \[30, 8\]"
+    with pytest.warns(UserNote, match=said):
+        status, _, _ = run(tmp_path / "m.yaml", "--out", tmp_path / "out", "--check")
+    assert status == 0
+
+
 def test_a_head_stays_tied_where_it_is_made_as_the_embedding(at_desk, tmp_path):
     for number, (extra, tied) in enumerate({"": True, ", tokenizer_source: base": True}.items()):
         text = (

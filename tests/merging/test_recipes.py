@@ -349,6 +349,19 @@ def test_a_pattern_that_matches_nothing(place):
         planned(recipe)
 
 
+def test_a_rule_that_decides_nothing(place):
+    mlp, rest = {"filter": "mlp", "value": 0.1}, {"value": 0.5}
+    for rules in ([rest, mlp], [mlp, {"pattern": "*.mlp.*", "value": 0.2}, rest]):
+        with pytest.raises(UserError, match=r"mlp.*' of lambda_e decides nothing: rules before it fit all"):
+            planned(injection(place, lambda_e=rules))
+    planned(
+        injection(place, lambda_e=[mlp, {"pattern": "*", "value": 0.2}, rest])
+    )  # nothing is left for the last
+    table = {"filter": "embed_tokens", "value": 0.1}
+    with pytest.raises(UserError, match=r"merged: .*embed_tokens\.weight is copied \(embeddings: vlm\)"):
+        planned(injection(place, lambda_e=[table, rest]))
+
+
 def test_settings_that_cannot_be_averaged_are_decided_by_the_recipe(tmp_path, capsys):
     """The refusal names the line that is missing; what was kept is in the account and on the card."""
     for seed, (role, theta) in enumerate({"base": 1e4, "vlm": 1e6, "expert": 1e4}.items()):

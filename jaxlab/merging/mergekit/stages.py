@@ -33,6 +33,7 @@ from jaxlab.checkpoints import (
     model_tensors,
     read_json,
     remove_partial,
+    wrong_shapes,
 )
 from jaxlab.errors import UserError
 from jaxlab.merging.mergekit.config import output_config
@@ -54,6 +55,7 @@ _OF_VOCABULARY = (
     "vocab.json",
 )
 """Files that say again what is in tokenizer.json, and would be wrong beside another one."""
+_UNREADABLE = "written as mergekit does, but no model can be read from it"
 _STAGE = re.compile(r"\.?(\d+-[\w.-]+?)(?:\.partial|\.json)?")
 """What there is of a stage: a folder, one that is not complete, what the folder was made from."""
 
@@ -255,11 +257,13 @@ def _unreadable(stage: Stage) -> list[str]:
     """Why no model could be read from what will be written, if that is so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said of the inputs already
+        folder = PlannedFolder(Path("output"), stage)
         try:
-            model_tensors(PlannedFolder(Path("output"), stage))
+            model_tensors(folder)
+            wrong = wrong_shapes(folder.tensors, folder.matched, folder.described)
         except UserError as error:
-            return [f"written as mergekit does, but no model can be read from it: {error}"]
-    return []
+            return [f"{_UNREADABLE}: {error}"]
+    return [f"{_UNREADABLE}: {'; '.join(wrong[:3])}"] if wrong else []
 
 
 def _input(role: str, model: OpenModel) -> Input:

@@ -173,12 +173,19 @@ class Space:
         Raises:
           ConfigError: they do not.
         """
-        known = open_parameters(named_operator(self.operator, injected=True), injected=True)
+        operator = named_operator(self.operator, injected=True)
+        if operator.needs_statistics:
+            raise ConfigError(
+                f"{operator.name} takes statistics of data, which a search does not measure; merge does",
+                key="operator",
+            )
+        known = open_parameters(operator, injected=True)
         for name, values in self.dimensions.items():
             if name in LAMBDAS:
                 continue
             if name not in known:
-                hint = suggestion(name, [*fields_of(Space), *known])
+                own = [field for field in fields_of(Space) if field != "density"]  # no word for itself
+                hint = suggestion(name, [*own, *known])
                 raise ConfigError(f"{self.operator} has none{hint}", key=name)
             whole = known[name].is_switch or known[name].is_count
             if isinstance(values, Interval) and whole:

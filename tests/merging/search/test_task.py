@@ -303,6 +303,18 @@ def test_a_journal_of_another_search_is_refused(place, capsys):
     assert "holds other points than this search asks for" in capsys.readouterr().err
 
 
+def test_a_model_with_nan_is_not_searched(place, capsys):
+    config, params, _ = load_model(place / "expert")
+    up = params["layers"]["mlp"]["up"]
+    params = {**params, "layers": {**params["layers"], "mlp": {**params["layers"]["mlp"]}}}
+    params["layers"]["mlp"]["up"] = up.at[0, 0, 0].set(jnp.nan)
+    save_model(place / "expert", config, params, overwrite=True)
+    assert main(["merge-search", write_config(place, "  task_arithmetic: {}\n")]) == 2
+    error = capsys.readouterr().err
+    assert "expert: layers.mlp.up holds NaN or infinities" in error
+    assert error.count("\n") == 1
+
+
 MODELS = {"vlm": "v", "expert": "e", "base": "b", "evaluate": {"text": {"kind": "text"}}}
 FREE = {"low": 0.0, "high": 1.0}
 
@@ -320,6 +332,8 @@ FREE = {"low": 0.0, "high": 1.0}
             r"task_arithmetic\.gamma: task_arithmetic has none",
         ),
         ({"task_arithmetic": {"lamda_v": [0.1]}}, {}, r"has none; did you mean lambda_v"),
+        ({"task_arithmetic": {"density": [0.5]}}, {}, r"density: task_arithmetic has none$"),
+        ({"fisher": {}}, {}, r"fisher\.operator: fisher takes statistics of data, which a search"),
         ({"dare_linear": {"density": [0.5], "rescale": [0.5]}}, {}, r"rescale: is a list of true and false"),
         ({"task_arithmetic": {"lambda_e": FREE}}, {}, r"lambda_e: method grid takes a list"),
         ({"task_arithmetic": {"lambda_e": FREE}}, {"method": "random"}, r"evaluations: missing"),
