@@ -3,7 +3,9 @@
 import ctypes
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 from first_contact_parts.steps import Item
 
@@ -25,8 +27,19 @@ def items(options, part):
     def killed(_):
         os.kill(os.getpid(), signal.SIGKILL)
 
+    was_lost = Path(tempfile.gettempdir()) / f"lost_{os.getppid()}"  # of the script whose steps these are
+
     def lost(_):
-        raise type("JaxRuntimeError", (RuntimeError,), {})("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS")
+        was_lost.touch()
+        error = type("JaxRuntimeError", (RuntimeError,), {})
+        raise error(f"INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS in {os.getpid()}")
+
+    def after_lost():
+        for _ in range(400):
+            if was_lost.exists():
+                return
+            time.sleep(0.05)
+        raise TimeoutError("the device was never lost")
 
     def bad_compile():
         raise ValueError("no such layout")
@@ -68,4 +81,5 @@ def items(options, part):
     }
     run, *prepare = bad[part]
     middle = Item(part, *(prepare or [lambda: None]), run)
-    return [Item("before", lambda: None, process), middle, Item("after", lambda: None, process)]
+    last = Item("after", after_lost if part == "lost" else lambda: None, process)
+    return [Item("before", lambda: None, process), middle, last]

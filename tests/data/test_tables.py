@@ -119,7 +119,7 @@ def test_a_saved_data_set(tmp_path, monkeypatch):
     asked = []
     stand_in = SimpleNamespace(
         load_from_disk=lambda name: {"train": Table()},
-        load_dataset=lambda name, split: asked.append((name, split)) or Table(),
+        load_dataset=lambda name, subset, split: asked.append((name, subset, split)) or Table(),
     )
     (tmp_path / "dataset_dict.json").write_text("{}")
     assert is_dataset(tmp_path)
@@ -131,7 +131,8 @@ def test_a_saved_data_set(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no split 'test'; there are train"):
         read_dataset(str(tmp_path), "test", ("text", "label"))
     assert len(read_dataset("owner/name", "test", ("label", "text"))) == 2
-    assert asked == [("owner/name", "test")]
+    assert len(read_dataset("owner/name", "test", ("label", "text"), "en")) == 2
+    assert asked == [("owner/name", None, "test"), ("owner/name", "en", "test")]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the package datasets .*jaxlab\[datasets\]"):
         read_dataset("owner/name", "test", ("text", "label"))
