@@ -124,7 +124,7 @@ def init_cache(
     length = ceil_div(length, block_size) * block_size
     sizes = {
         "slc": (batch, length),
-        "cmp": (batch, max(1, ceil_div(num_compressed(length, block_len, stride, packed=True), TILE)) * TILE),
+        "cmp": (batch, _compressed_slots(length, block_len, stride)),
         "win": (batch, window),
         "wait": (batch, block_len - 1),
     }
@@ -201,8 +201,7 @@ def append_tokens[C: (NsaCache, PagedCache)](
     batch, count = new.k_slc.shape[:2]
     if count == 0 or batch != cache.length.shape[0]:
         raise ValueError(f"a chunk of {batch} x {count} tokens for a cache of {cache.length.shape[0]} rows")
-    if cache.k_wait.shape[1] != block_len - 1:
-        raise ValueError(f"the cache was made for block_len {cache.k_wait.shape[1] + 1}, not {block_len}")
+    check_cache(cache, block_len, stride)
     _check_chunk(cache, new, batch, count)
     if (k_index is None) != (cache.k_index is None):
         raise ValueError("k_index, an indexer's keys: the cache and the chunk must have them, or neither")
@@ -233,6 +232,35 @@ def append_tokens[C: (NsaCache, PagedCache)](
     if count == 1:
         return cache, Recent(cache.k_win, cache.v_win, _held(cache.length - 1, ring), num_new)
     return cache, _recent(before, new, jnp.where(valid, rows, -1), num_new)
+
+
+def check_cache(cache: Cache, block_len: int, stride: int, block_size: int = 1) -> None:
+    """Whether a cache was made for these sizes, as far as its shapes tell.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if cache.k_wait.shape[1] != block_len - 1:
+        raise ValueError(f"the cache was made for block_len {cache.k_wait.shape[1] + 1}, not {block_len}")
+    length, blocks = cache.k_slc.shape[1], cache.k_cmp.shape[1]
+    if isinstance(cache, NsaCache):
+        expected = _compressed_slots(length, block_len, stride)
+    else:
+        expected = length // stride
+    if blocks != expected:
+        raise ValueError(
+            f"the cache was made for another stride than {stride}: it has {blocks} compressed blocks for "
+            f"{length} tokens, not {expected}"
+        )
+    if length % block_size:
+        raise ValueError(
+            f"the cache was made for another block_size than {block_size}: it holds {length} tokens"
+        )
+
+
+def _compressed_slots(length: int, block_len: int, stride: int) -> int:
+    """Of a cache that is not paged: whole tiles."""
+    return max(1, ceil_div(num_compressed(length, block_len, stride, packed=True), TILE)) * TILE
 
 
 def _check_chunk(cache: Cache, new: NewTokens, batch: int, count: int) -> None:

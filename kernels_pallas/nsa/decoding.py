@@ -24,7 +24,7 @@ from kernels_pallas.nsa.base import (
     where_finite,
 )
 from kernels_pallas.nsa.checks import check_attention, check_gates, check_indices_shape, check_selection
-from kernels_pallas.nsa.decode_cache import Cache, Recent, capacity, compressed_keys, whole
+from kernels_pallas.nsa.decode_cache import Cache, Recent, capacity, check_cache, compressed_keys, whole
 from kernels_pallas.nsa.implementations import Implementation, operators_for
 from kernels_pallas.nsa.interface import Case
 
@@ -58,6 +58,7 @@ def cached_attention(
             f"{count} queries and a window of {n.window} do not fit {recent.k.shape[1]} recent keys and a "
             f"cache with {ring} slots of the window"
         )
+    check_cache(cache, n.block_len, n.stride, n.block_size)
     check_gates(gates, q)
     check_attention(q, (("k_win of the cache", cache.k_win), ("v_win of the cache", cache.v_win)))
     check_selection(n.block_size, n.num_blocks, n.num_init, n.num_local)

@@ -214,3 +214,30 @@ def test_errors():
     cache, recent = jax.eval_shape(lambda c: append_tokens(c, new(1), compress, **BLOCKS), cache)
     with pytest.raises(ValueError, match="2 queries and a window of 6 do not fit 6 recent keys"):
         cached_attention(cache, recent, x["q"][:, :2], x["gates"][:, :2], **CASE.sizes)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_sizes_that_a_cache_was_not_made_for_are_named(paged):
+    """What they would read is not what the cache holds, and nothing else would tell."""
+    shapes = SHAPES | {"key_dim": 6, "value_dim": 4}
+    if paged:
+        make = lambda: init_paged_cache(jnp.zeros((1, 1), jnp.int32), num_pages=1, page_size=520, **shapes)
+    else:
+        make = lambda: init_cache(1, 520, **shapes)
+    cache = jax.eval_shape(make)
+    x = whole()[0]
+    new = NewTokens(**{name: x[name][:1, :1] for name in NewTokens._fields})
+    append = lambda c, **sizes: append_tokens(c, new, compress, **(BLOCKS | sizes))
+    with pytest.raises(ValueError, match="made for another stride than 2"):
+        jax.eval_shape(lambda c: append(c, stride=2), cache)
+    cache, recent = jax.eval_shape(append, cache)
+    attend = lambda **sizes: cached_attention(
+        cache, recent, x["q"][:1, :1], x["gates"][:1, :1], **(CASE.sizes | sizes)
+    )
+    for sizes, message in (
+        ({"stride": 2}, "made for another stride than 2"),
+        ({"block_len": 12}, "was made for block_len 8, not 12"),
+        ({"block_size": 12}, "made for another block_size than 12: it holds 520 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(**sizes)
