@@ -32,6 +32,18 @@ KERNELS = {
 SMALL = {"data.sequence_length": 128}
 """Of a dry run."""
 SHORT = {"steps": 2, "eval_batches": 1}
+_POINT = {"lambda_v": [0.8], "lambda_e": [1.0]}
+ONE_POINT = {
+    "operators": {
+        "task_arithmetic": _POINT,
+        "slerp": _POINT,
+        "ties": _POINT | {"density": [0.5]},
+        "dare_linear": _POINT | {"density": [0.5]},
+    },
+    "batches": 1,
+    "batch_size": 8,
+}
+"""Of each operator that the config searches over, as its rule of equal numbers asks."""
 
 
 def items(options: dict[str, Any], part: str) -> list[Item]:
@@ -117,8 +129,7 @@ def _search(folder: Path) -> None:
     vlm = _stage("train", "digits_vlm", folder, SHORT | grown)
     expert = _stage("train", "digits_expert_french", folder, SHORT | grown)
     names = {"vlm": str(vlm), "expert": str(expert), "base": str(base)}
-    one = {"operators": {"task_arithmetic": {"lambda_v": [0.8], "lambda_e": [1.0]}}}
-    _stage("merge-search", "digits_search_french", folder, {**names, **one, "batches": 1, "batch_size": 8})
+    _stage("merge-search", "digits_search_french", folder, names | ONE_POINT)
 
 
 def _flows_of_model(folder: Path) -> None:

@@ -294,17 +294,18 @@ def test_wrong_arguments_are_told_before_anything_runs(tmp_path, capsys, words, 
 
 
 @pytest.mark.parametrize(
-    ("config", "more"),
+    ("task", "config", "more"),
     [
-        ("nsa_sparse", smoke.KERNELS | smoke.SHORT),
-        ("nsa_sparse", smoke.SMALL | smoke.SHORT),
-        ("nsa_full", smoke.SMALL | smoke.SHORT),
-        ("digits_base", smoke.SHORT),
+        ("train", "nsa_sparse", smoke.KERNELS | smoke.SHORT),
+        ("train", "nsa_sparse", smoke.SMALL | smoke.SHORT),
+        ("train", "nsa_full", smoke.SMALL | smoke.SHORT),
+        ("train", "digits_base", smoke.SHORT),
+        ("merge-search", "digits_search_french", smoke.ONE_POINT),
     ],
 )
-def test_what_the_smoke_changes_in_a_config_is_valid(monkeypatch, config, more):
+def test_what_the_smoke_changes_in_a_config_is_valid(monkeypatch, task, config, more):
     monkeypatch.chdir(ROOT)
-    schema = TASKS.find("train").schema()
+    schema = TASKS.find(task).schema()
     configs.load(schema, f"{smoke.QUICKSTART}/{config}.yaml", from_mapping(schema, more))
 
 
