@@ -6,7 +6,8 @@ same load.
 The model is a Llama: by default 6 layers of width 256, 4.2 M parameters, fp32, 8 texts of 512 tokens, AdamW.
 Ours is a step of the task `train`, with each of the `--attention` kinds; torch's is transformers' Llama with
 torch's AdamW in a process of its own. Figures are medians over the rounds after the first one, and ratios of
-the medians; on a busy machine the ratios of processor seconds are what can be compared.
+the medians; on a busy machine the ratios of processor seconds are what can be compared. With several
+`--lengths` the texts of a step are fewer as they are longer, so that tokens per second can be compared.
 """
 
 import functools
@@ -39,8 +40,10 @@ class Options:
     """Implementations of full attention, and nsa."""
     torch_python: str | None = None
     """A Python that has torch and transformers."""
-    rows: int = 8
-    length: int = 512
+    tokens: int = 4096
+    """Of a step; at least one text."""
+    lengths: tuple[int, ...] = (512,)
+    """Of the texts, in tokens; one after the other."""
     width: int = 256
     mlp_width: int = 512
     layers: int = 6
@@ -53,7 +56,11 @@ class Options:
     out: str | None = None
 
 
-def model_of(options: Options, attention: str) -> ModelConfig:
+def rows_of(options: Options, length: int) -> int:
+    return max(1, options.tokens // length)
+
+
+def model_of(options: Options, length: int, attention: str) -> ModelConfig:
     kinds = {"nsa": NSAConfig()}
     return ModelConfig(
         vocab_size=options.vocabulary,
@@ -61,7 +68,7 @@ def model_of(options: Options, attention: str) -> ModelConfig:
         num_layers=options.layers,
         num_heads=options.heads,
         mlp_width=options.mlp_width,
-        max_length=options.length,
+        max_length=length,
         tie_embeddings=False,
         attention=kinds.get(attention) or FullAttentionConfig(implementation=attention),
     )
@@ -70,13 +77,13 @@ def model_of(options: Options, attention: str) -> ModelConfig:
 class Ours:
     """Steps of one kind of attention."""
 
-    def __init__(self, options: Options, attention: str) -> None:
-        model = model_of(options, attention)
+    def __init__(self, options: Options, length: int, attention: str) -> None:
+        model = model_of(options, length, attention)
         optimizer = make_optimizer(OptimizerConfig(), model, 1000)
         params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
         self.parameters = count_params(params)
         self.state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-        shape = (options.rows, options.length)
+        shape = (rows_of(options, length), length)
         tokens = np.random.default_rng(0).integers(0, options.vocabulary, shape).astype(np.int32)
         self.batch = {"tokens": jnp.asarray(tokens), "loss_mask": jnp.ones(shape, bool)}
         step = functools.partial(train_step, config=model, optimizer=optimizer)
@@ -94,8 +101,9 @@ class Ours:
 class Torch:
     """The steps of the other process."""
 
-    def __init__(self, options: Options) -> None:
-        command = [options.torch_python or "", str(TORCH), json.dumps(asdict(options))]
+    def __init__(self, options: Options, length: int) -> None:
+        sizes = {**asdict(options), "rows": rows_of(options, length), "length": length}
+        command = [options.torch_python or "", str(TORCH), json.dumps(sizes)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.told = self._read()
         self.parameters = self.told["parameters"]
@@ -106,6 +114,11 @@ class Torch:
         self.process.stdin.flush()
         return self._read()
 
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -114,20 +127,17 @@ class Torch:
         return json.loads(line)
 
 
-def main(options: Options) -> None:
-    # Before the first computation, whose thread pool has the size of this; the other process inherits it.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    runners: dict[str, Any] = {name: Ours(options, name) for name in options.attention}
+def measure(options: Options, length: int) -> dict[str, dict[str, float]]:
+    runners: dict[str, Any] = {name: Ours(options, length, name) for name in options.attention}
     if options.torch_python:
-        runners["torch"] = Torch(options)
+        runners["torch"] = Torch(options, length)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
     for number in range(options.rounds + 1):  # the first one compiles
         for name, runner in runners.items():
             taken = runner.step()
-            print(f"{name}: {taken['wall']:.2f} s, {taken['cpu']:.2f} processor s", flush=True)
+            print(f"{length}, {name}: {taken['wall']:.2f} s, {taken['cpu']:.2f} processor s", flush=True)
             if number:
                 found[name].append(taken)
-    tokens = options.rows * options.length
     results = {}
     for name, steps in found.items():
         wall, cpu = (statistics.median(step[clock] for step in steps) for clock in ("wall", "cpu"))
@@ -135,12 +145,20 @@ def main(options: Options) -> None:
             "parameters": runners[name].parameters,
             "wall_seconds": wall,
             "cpu_seconds": cpu,
-            "tokens_per_second": tokens / wall,
+            "tokens_per_second": rows_of(options, length) * length / wall,
         }
     if "torch" in results:
+        runners["torch"].close()
         for of in results.values():
             for clock in ("wall_seconds", "cpu_seconds"):
                 of[f"{clock}_over_torch"] = of[clock] / results["torch"][clock]
+    return results
+
+
+def main(options: Options) -> None:
+    # Before the first computation, whose thread pool has the size of this; the other process inherits it.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    results = {str(length): measure(options, length) for length in options.lengths}
     print(json.dumps(results, indent=2))
     if options.out:
         told = {name: value for name, value in asdict(options).items() if name not in ("out", "torch_python")}
