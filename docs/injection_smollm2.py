@@ -107,7 +107,8 @@ def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
     small = [f"--{name}={value}" for name, value in {**short, "batch_size": 2}.items()]
     start, there = outputs / "start", ["--outputs", str(outputs)]
     data = lambda name: ["--data.path", str(outputs / "data" / name)]
-    found = {"start": ["build-vlm", base, str(start), "--family", "llava", "--overwrite"]}
+    tower = ["--tower.patch_size", "16"]  # 16 tokens an image, of 2 x 2 of the scan's pixels each
+    found = {"start": ["build-vlm", base, str(start), "--family", "llava", *tower, "--overwrite"]}
     vlm = ["--init_from", str(start), "--data.model", str(start), *data("vlm.jsonl")]
     found["vlm"] = ["train", str(CONFIGS / "vlm.yaml"), *vlm, *there, *(small if mini else [])]
     for skill in SKILLS:

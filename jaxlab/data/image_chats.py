@@ -27,7 +27,7 @@ from jaxlab.processing import One, Turns, as_texts, encode_with_spans, render_tu
 BEGIN, END = "\ue010", "\ue011"
 """Around the assistant's turns while images are placed; of private use in Unicode."""
 SHORTEST = 64
-"""The least length of a row, which is a power of two."""
+"""The least length that rows are padded to, a power of two, unless `sequence_length` is less."""
 _ORIENTATION = 0x0112
 _SHOWN = 10
 
@@ -59,8 +59,8 @@ class ImageChatsConfig:
             raise ConfigError("which file of conversations?", key="path")
         if not self.model:
             raise ConfigError("whose processor and chat template? usually as init_from", key="model")
-        if not SHORTEST <= self.sequence_length < 1 << 31:
-            raise ConfigError(f"must be at least {SHORTEST}, and an int32", key="sequence_length")
+        if not 2 <= self.sequence_length < 1 << 31:
+            raise ConfigError("must be at least 2, and an int32", key="sequence_length")
         if self.holdout_every < 2:
             raise ConfigError("must be at least 2: something has to be left to train on", key="holdout_every")
 

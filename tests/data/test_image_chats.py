@@ -129,6 +129,18 @@ def test_a_batch_has_images_of_one_shape_and_an_epoch_every_row(tmp_path, data):
     np.testing.assert_array_equal(one["tokens"], made.batch(3, 1, 2)["tokens"][1:2])
 
 
+def test_short_rows_are_padded_to_no_more_than_the_length(tmp_path, data):
+    whole = source(tmp_path, data)
+    longest = max(len(row.tokens) for row in whole.training)
+    assert longest < 64
+    short = source(tmp_path, data, sequence_length=longest)
+    batch = short.batch(0, 0, 2)
+    assert batch["tokens"].shape[1] == longest
+    np.testing.assert_array_equal(batch["tokens"], whole.batch(0, 0, 2)["tokens"][:, :longest])
+    with pytest.raises(ConfigError, match="at least 2"):
+        source(tmp_path, data, sequence_length=1)
+
+
 def test_what_is_left_out_is_told(tmp_path, data):
     with data.open("a") as file:
         file.write('{"image": "none.png", "conversations": []}\n{"image": "0.png"}\n')
