@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlab.checkpoints.families.base import Json
+from jaxlab.checkpoints.families.settings import CONVERT_FIRST
 from jaxlab.checkpoints.gguf_header import GGUFHeader
 from jaxlab.errors import UserError
 from jaxlab.models import ModelConfig
@@ -138,7 +139,7 @@ class Metadata:
             told = str(self.header.metadata[key])[:60]
             raise UserError(
                 f"{self.where}: {key} {told} is not known; if it does not change what the model computes, "
-                f"leave it out: --ignore-keys {key}"
+                f"leave it out: --ignore-keys {key}{CONVERT_FIRST}"
             )
         idle = [key for key in self.ignore_keys if key not in unread]
         if idle:

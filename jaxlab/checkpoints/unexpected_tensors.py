@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlab.checkpoints import families
+from jaxlab.checkpoints.families.settings import CONVERT_FIRST
 from jaxlab.checkpoints.safetensors_file import Tensor
 from jaxlab.checkpoints.tensor_kinds import TensorKind, kind_of
 from jaxlab.checkpoints.tensor_table import EMBEDDING, HEAD, Row
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # names are matched without jax
     from jaxlab.models import Params
 
 _SHOWN = 8
-_FIRST = " (a task without this option takes what convert writes with it)"
 _ROWS_BYTES = 1 << 26
 _PARTS = ("gate", "up", "down")
 _LATENT_QUERY = tuple(f"attention.{leaf}" for leaf in ("query_down", "query_latent_norm.scale", "query_up"))
@@ -96,7 +96,7 @@ def _hint(family: str, missing: Sequence[str], unmapped: Sequence[str], wrong: S
         return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
     if unmapped and not missing and not wrong:
         names = unmapped[0] if len(unmapped) == 1 else "NAME ... (* stands for anything)"
-        return f"; if the model computes without, pass --ignore-tensors {names}{_FIRST}"
+        return f"; if the model computes without, pass --ignore-tensors {names}{CONVERT_FIRST}"
     return ""
 
 
@@ -179,7 +179,7 @@ def check_tied_head(head: Tensor, embedding: Tensor) -> None:
         raise UserError(
             f"{head.name} differs from {embedding.name}, but config.json ties the two; set "
             "tie_word_embeddings to false if the head is one of its own, or pass --ignore-tensors "
-            f"{head.name}{_FIRST}"
+            f"{head.name}{CONVERT_FIRST}"
         )
 
 

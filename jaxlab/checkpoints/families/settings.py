@@ -18,6 +18,10 @@ IGNORED_KEYS = "_jaxlab_ignored_keys"
 """The key under which a config.json that was written here names those that were ignored on request."""
 
 
+CONVERT_FIRST = " (a task without this option takes what convert writes with it)"
+"""After a hint at --ignore-keys or --ignore-tensors."""
+
+
 @dataclasses.dataclass
 class Reading:
     """One reading of a config.json: what it may leave out, and what it has to say."""
@@ -154,7 +158,7 @@ class Settings:
             if key not in NOT_APPLIED:
                 raise UserError(
                     f"config.json: {path} {_shown(value)} is not known to the family {self.family}; if it "
-                    f"does not change what the model computes, pass --ignore-keys {path}"
+                    f"does not change what the model computes, pass --ignore-keys {path}{CONVERT_FIRST}"
                 )
             self.note(f"{key} is not applied: {NOT_APPLIED[key]}")
 
