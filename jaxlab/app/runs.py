@@ -10,8 +10,9 @@ folder belongs to one state of the code:
 - Without results.json the run was interrupted, by the same code on the same config. The folder is kept, so
   that a task which writes checkpoints continues from its own. This holds for changed code too: the hash says
   it is the same change.
-- What is done anew removes what the finished run wrote, by a list of its files; what others put into the
-  folder stays, and a note says so.
+- What is done anew removes what the run before wrote, by a list of its files; what others put into the
+  folder stays, and a note says so. A run that was killed outright has no list: what was put there before it
+  began stays.
 - A lock keeps two processes from writing one folder; it goes with the process, however that ends. Of several
   processes of one run (jaxlab/distributed) process 0 holds it and writes; the others see the folder.
 """
@@ -30,7 +31,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from jaxlab.files import jsonable, remove_torn, write_atomic, write_json, writin
 
 _LOCK = ".lock"
 _FILES = ".files.json"
-"""What a finished run wrote, and what others had put there before it began."""
+"""What a run had written when it ended, and what others had put there before it began."""
 _SEEN_WITHIN = 60.0
 """Seconds in which a shared disk shows one process what another has written."""
 _CONFIG, _ENV, _METRICS, _RESULTS = "config.yaml", "env.json", "metrics.jsonl", "results.json"
@@ -321,13 +322,20 @@ def _run(
     command: str,
     work: Callable[[Any, Run], dict[str, Any]],
 ) -> RunResult:
-    foreign = _listed(run.path).get("foreign", [])
+    foreign = _foreign(run.path)
+    if foreign or (run.path / _FILES).exists():  # what an earlier start wrote is no longer all of it
+        write_json(run.path / _FILES, {"foreign": foreign})
     write_atomic(run.path / _CONFIG, f"# {command}\n{configs.dump(config)}")
     started = time.time()
     facts = {"task": task.name, "command": command, "inputs": inputs, **provenance.environment()}
     facts["interrupted"], before = _earlier_starts(run.path)
     write_json(run.path / _ENV, {**facts, "seconds_before": round(before, 3), "started": _clock(started)})
-    results = jsonable(work(config, run))
+    try:
+        results = jsonable(work(config, run))
+    except BaseException:
+        with suppress(UserError, OSError):  # a full disk, say: then it is as after a kill
+            _list_written(run.path, foreign)
+        raise
     if not isinstance(results, dict):
         raise TypeError(f"{task.module}.run returned {type(results).__name__}, not a dict")
     finished = time.time()
@@ -337,10 +345,23 @@ def _run(
         "seconds": round(before + finished - started, 3),
     }
     write_json(run.path / _ENV, {**facts, **times})
-    written = sorted({*files_below(run.path), _RESULTS} - {_LOCK, _FILES, *foreign})
-    write_json(run.path / _FILES, {"written": written, "foreign": foreign})
+    _list_written(run.path, foreign, _RESULTS)
     run.finish(results)
     return RunResult(run.path, results)
+
+
+def _list_written(folder: Path, foreign: Sequence[str], *coming: str) -> None:
+    written = sorted({*files_below(folder), *coming} - {_LOCK, _FILES, *foreign})
+    write_json(folder / _FILES, {"written": written, "foreign": list(foreign)})
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What others put into a folder, as far as its list tells."""
+    listed = _listed(folder)
+    found = files_below(folder) - {_LOCK, _FILES}
+    return sorted(
+        found - {*listed["written"]} if "written" in listed else found & {*listed.get("foreign", [])}
+    )
 
 
 def _earlier_starts(folder: Path) -> tuple[list[str], float]:
@@ -364,7 +385,7 @@ def _earlier_starts(folder: Path) -> tuple[list[str], float]:
 
 def _remove_unused(folder: Path) -> None:
     """Removes the folder of a run that failed before it had written anything of its own."""
-    if {path.name for path in folder.iterdir()} <= {_LOCK, _CONFIG, _ENV}:
+    if {path.name for path in folder.iterdir()} <= {_LOCK, _CONFIG, _ENV, _FILES}:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -424,17 +445,14 @@ def _locked(folder: Path) -> Iterator[str]:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what a run wrote; of one that was interrupted, which has no list of it, all but what lay there
-    when it began.
+    """Removes what a run wrote; of one that was killed, which has no list of it, all but what lay there when
+    it began.
 
     Raises:
       UserError: the list is damaged, or something cannot be removed.
     """
-    listed = _listed(folder)
+    foreign = _foreign(folder)
     found = files_below(folder) - {_LOCK, _FILES}
-    foreign = sorted(
-        found - set(listed["written"]) if "written" in listed else found & {*listed.get("foreign", [])}
-    )
     with writing(folder):
         (folder / _RESULTS).unlink(missing_ok=True)  # first: half cleared must not look done
         write_json(folder / _FILES, {"foreign": foreign})  # before the rest goes: who is killed here knows it

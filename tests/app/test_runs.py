@@ -101,6 +101,27 @@ def test_what_a_run_did_not_write_stays(overwrite: bool) -> None:
     assert (folder / "notes.txt").exists()
 
 
+@pytest.mark.parametrize("taken_up", [False, True])
+def test_what_is_put_into_an_interrupted_run_stays(taken_up: bool) -> None:
+    interrupt = lambda **options: execute("fake", "small.yaml", {"stop": "killed"}, **options)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    (folder,) = Path("outputs/fake").iterdir()
+    written = {path.name for path in folder.iterdir()}
+    (folder / "notes.txt").write_text("mine")
+    if taken_up:
+        (folder / "counter").write_text("1")
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    kept = pytest.warns(UserNote, match=r"kept what this run did not write: notes\.txt")
+    with kept, pytest.raises(KeyboardInterrupt):
+        interrupt(overwrite=True)
+    assert [record["step"] for record in runs.read_metrics(folder)] == [0, 1]
+    assert {path.name for path in folder.iterdir()} == {*written, "notes.txt"}
+    listed = json.loads((folder / ".files.json").read_text())
+    assert listed["foreign"] == ["notes.txt"]
+
+
 @pytest.mark.multiprocess
 def test_two_processes_do_not_write_one_folder() -> None:
     folder = execute("fake", "small.yaml").path

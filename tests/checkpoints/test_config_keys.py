@@ -155,7 +155,9 @@ def test_a_key_that_nobody_knows_is_ignored_on_request_only(tmp_path):
     folder = folders.write(
         tmp_path / "in", {**folders.config("llama2"), "text_scale": 2.0}, folders.weights("llama2")
     )
-    with pytest.raises(UserError, match=r"text_scale 2\.0 is not known .* pass --ignore-keys text_scale .*convert"):
+    with pytest.raises(
+        UserError, match=r"text_scale 2\.0 is not known .* pass --ignore-keys text_scale .*convert"
+    ):
         _ = open_model(folder).config
     with pytest.raises(UserError, match=r"--ignore-keys hidden_size: .* or llama reads it"):
         _ = open_model(folder, ignore_keys=("text_scale", "hidden_size")).config
