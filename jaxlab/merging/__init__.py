@@ -70,4 +70,5 @@ with epy.lazy_api_imports(globals()):
     )
     from jaxlab.merging.search.space import Interval, Point, SearchMethod, Space
     from jaxlab.merging.search.task_vectors import compare_task_vectors
+    from jaxlab.merging.streams import count_not_finite
     from jaxlab.merging.sweep import load_recipes

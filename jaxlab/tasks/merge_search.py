@@ -5,6 +5,7 @@ evaluations, unless the config says otherwise. Every point is a line of points.j
 which a search that was killed goes on.
 """
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from jaxlab import config as configs
 from jaxlab.app import Run, command_line, model_folder
 from jaxlab.checkpoints import OpenModel, open_model
 from jaxlab.data import Source, make_source
-from jaxlab.errors import ConfigError, UserError
+from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.evaluation import Questions, prepare_questions
 from jaxlab.files import write_atomic, write_json
 from jaxlab.icl import flows
@@ -39,6 +40,7 @@ from jaxlab.merging import (
     answered,
     check_same_architecture,
     compare_task_vectors,
+    count_not_finite,
     learned_on,
     note_dequantized,
     own_answers,
@@ -329,6 +331,10 @@ def _save(
         out.parent.mkdir(exist_ok=True)
         space = config.entries[label]
         params = evaluator.merged(space.operator, space.point_of_row(found[label]["best"]))
+        if bad := sum(count_not_finite(np.asarray(leaf)) for leaf in jax.tree.leaves(params)):
+            text = f"{out}: not written: {bad:,} values of the merged model are NaN or infinite"
+            warnings.warn(text, UserNote, stacklevel=2)
+            continue
         _write(out, recipes[label], models, params, evaluator)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from jaxlab.checkpoints import host_tensors, load_model, open_model, save_model
 from jaxlab.config import build
-from jaxlab.errors import UserError
+from jaxlab.errors import UserError, UserNote
 from jaxlab.merging import write_merge
 from jaxlab.tasks import main, merge_search
 from jaxlab.tasks.merge_search import Config
@@ -101,6 +101,16 @@ def test_search_and_merge_agree(place, capsys):
     }
     assert set(results["unmerged"]) == {"vlm", "expert", "base"}
     assert {row["module"] for row in results["task_vectors"]} >= {"attention", "mlp"}
+
+
+def test_a_model_that_overflows_is_not_written(place):
+    operators = "  task_arithmetic: {lambda_e: [1.0]}\n"
+    operators += "  far: {operator: task_arithmetic, lambda_e: [3.0e+38]}\n"
+    config = write_config(place, operators, "save: each\n")
+    with pytest.warns(UserNote, match=r"models/far: not written: [\d,]+ values .* NaN or infinite"):
+        assert main(["merge-search", config]) == 0
+    run, _ = results_of(place)
+    assert [path.name for path in (run / "models").iterdir()] == ["task_arithmetic"]
 
 
 @pytest.mark.slow
