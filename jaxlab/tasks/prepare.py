@@ -32,6 +32,7 @@ def check(config: Config) -> dict[str, Any]:
 def run(config: Config, run: Run) -> dict[str, Any]:
     source = _source(config)
     source.prepare()
+    source.training_rows()  # or there is nothing to train on: said now, not by `train`
     splits = source.describe()
     training = splits["train"].values()
     places = sum(one["rows"] for one in training) * source.config.sequence_length

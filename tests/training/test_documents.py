@@ -101,6 +101,8 @@ def test_what_prepare_and_train_refuse(config, tmp_path, capsys):
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+    assert main(["prepare", str(config), "--data.held_out", "0.999", "--outputs", str(tmp_path / "o")]) == 2
+    assert "a.jsonl: 0 rows of 32 tokens to train on; give more data, or" in capsys.readouterr().err
     assert main(["train", str(config), "--model.vocab_size", "60", "--outputs", str(tmp_path / "o")]) == 2
     assert "the model's vocab_size is 60" in capsys.readouterr().err
     assert main(["train", str(config), "--batch_size", "400", "--outputs", str(tmp_path / "o")]) == 2

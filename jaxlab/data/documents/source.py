@@ -202,17 +202,25 @@ class DocumentsSource:
             self._layouts[part] = found
         return self._layouts[part]
 
+    def training_rows(self) -> dict[str, int]:
+        """How many rows each data set has to train on.
+
+        Raises:
+          UserError: one has none, or more than can be numbered.
+        """
+        rows = {part.data.title: self._layout(part).rows for part in parts_of(self.config, "train")}
+        for title, count in rows.items():
+            if not 0 < count < 1 << 32:
+                raise UserError(
+                    f"{title}: {count} rows of {self.config.sequence_length} tokens to train on; give "
+                    "more data, or change data.held_out or sequence_length"
+                )
+        return rows
+
     def _training_order(self, seed: int) -> TrainingOrder:
         if self._order is None or self._order.seed != seed:
-            parts = parts_of(self.config, "train")
-            rows = {part.data.title: self._layout(part).rows for part in parts}
-            for title, count in rows.items():
-                if not 0 < count < 1 << 32:
-                    raise UserError(
-                        f"{title}: {count} rows of {self.config.sequence_length} tokens to train on; give "
-                        "more data, or change data.held_out or sequence_length"
-                    )
-            self._order = TrainingOrder(seed, rows, [part.data.weight for part in parts])
+            weights = [part.data.weight for part in parts_of(self.config, "train")]
+            self._order = TrainingOrder(seed, self.training_rows(), weights)
         return self._order
 
     def _held_out_order(self, split: str) -> Int[np.ndarray, "rows 2"]:
