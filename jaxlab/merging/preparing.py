@@ -64,7 +64,7 @@ class Prepared:
 
 
 def prepare_merge(
-    recipe: Recipe, models: Sequence[OpenModel], *, to: Literal["huggingface", "orbax"] = "huggingface"
+    recipe: Recipe, models: Sequence[OpenModel], *, to: Literal["hf", "orbax"] = "hf"
 ) -> Prepared:
     """Opens the tensors of the models, in the order of `recipe.references()`, and plans the merge.
 

@@ -30,9 +30,9 @@ class Arguments:
     """Folder to write the model to; of several recipes the folder that holds theirs."""
     sweep: Annotated[tuple[str, ...], REPEATED] = ()
     """lambda_e=[0.2,0.4]: a model for each value, of several sweeps for each combination, in one pass."""
-    to: Literal["auto", "huggingface", "orbax"] = "auto"
-    """A folder of Hugging Face, or ours; auto: of Hugging Face, but for models of ours that no family there
-    can describe."""
+    to: Literal["hf", "orbax"] | None = None
+    """Hugging Face's form or ours; by default Hugging Face's, but for models of ours that no family there can
+    describe."""
     check: bool = False
     """Make all checks, print the account and what the merge takes; read headers alone, write nothing."""
     verify: bool = False
@@ -78,8 +78,8 @@ def run(arguments: Arguments) -> None:
     models = [open_model(folder, adapter=adapter) for folder, adapter in folders]
     note_dequantized(models)
     to = arguments.to
-    if to == "auto":
-        to = "huggingface"
+    if to is None:
+        to = "hf"
         if models[0].form not in ("huggingface", "gguf"):
             try:
                 hf_family(models[0].config, models[0].source_files)
