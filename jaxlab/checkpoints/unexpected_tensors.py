@@ -74,7 +74,7 @@ class TensorAccount:
 def told(family: str, missing: Sequence[str], unmapped: Sequence[str], wrong: Sequence[str] = ()) -> str:
     """What makes tensors no model of a family, and how to mend it; "": nothing."""
     prefix = _common_prefix(missing, unmapped)
-    if prefix:
+    if prefix and not _adapter(unmapped):
         return f"names begin with {prefix!r}, which the family does not have; take it off them"
     said = []
     if missing:
@@ -87,17 +87,21 @@ def told(family: str, missing: Sequence[str], unmapped: Sequence[str], wrong: Se
 
 
 def _hint(family: str, missing: Sequence[str], unmapped: Sequence[str], wrong: Sequence[str]) -> str:
+    if _adapter(unmapped):
+        return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
     head = families.head_name(family)
     if head in missing and any(name.endswith("score.weight") for name in unmapped):
         return f" (a classifier or reward model: it has a head of its own in place of {head})"
     if head in missing:
         return f" ({head} may be absent only where config.json says tie_word_embeddings)"
-    if any(".lora_" in name for name in unmapped):
-        return " (an adapter that was not merged: merge it with PEFT's merge_and_unload)"
     if unmapped and not missing and not wrong:
         names = unmapped[0] if len(unmapped) == 1 else "NAME ... (* stands for anything)"
         return f"; if the model computes without, pass --ignore-tensors {names}{CONVERT_FIRST}"
     return ""
+
+
+def _adapter(names: Sequence[str]) -> bool:
+    return any(".lora_" in name for name in names)
 
 
 def _common_prefix(missing: Sequence[str], unmapped: Sequence[str]) -> str:

@@ -96,6 +96,10 @@ def test_an_adapter_that_was_not_merged_is_said(tmp_path):
     }
     with pytest.raises(UserError, match="an adapter that was not merged"):
         open_model(write(tmp_path / "in", tensors)).read()
+    # As PEFT's model saves all of itself.
+    wrapped = {f"base_model.model.{name}": value for name, value in tensors.items()}
+    with pytest.raises(UserError, match=r"^\S+wrapped: not the family .*an adapter that was not merged"):
+        open_model(write(tmp_path / "wrapped", wrapped)).read()
 
 
 def split(path: Path, tensors: dict[str, np.ndarray], overlay: dict[str, np.ndarray], name: str) -> Path:

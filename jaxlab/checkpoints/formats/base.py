@@ -116,9 +116,9 @@ class OpenModel(abc.ABC):
         from jaxlab.checkpoints import families
         from jaxlab.processing import load_processor
 
-        source = self.source_files
+        source, family = self.source_files, self.config.family
         try:
-            kinds = families.processor_kinds(self.config.family)
+            kinds = families.processor_kinds(family)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
         return load_processor(self.companion_folder, kinds, config=None if source is None else source.config)
@@ -172,8 +172,9 @@ class OpenModel(abc.ABC):
         """
         from jaxlab.models import param_shardings
 
+        config = self.config
         try:
-            return None if mesh is None else param_shardings(self.config, mesh)
+            return None if mesh is None else param_shardings(config, mesh)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
 

@@ -162,11 +162,12 @@ class HuggingFaceFolder(OpenModel):
     def _read(self, shardings: "Params | None", dtype: np.dtype | None, not_finite: NotFinite) -> "Params":
         from jaxlab.checkpoints.sharded_read import read_params
 
+        tensors, found, template = self.tensors, self.account, self.template  # their errors name the folder
         try:
             return read_params(
-                self.tensors,
-                self.account,
-                self.template,
+                tensors,
+                found,
+                template,
                 shardings=shardings,
                 dtype=dtype,
                 not_finite=not_finite,
