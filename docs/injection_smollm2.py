@@ -4,9 +4,11 @@
     python docs/injection_smollm2.py --until vlm                # up to a point
     python docs/injection_smollm2.py --base MODEL.gguf --mini   # a few steps of each, to see that it runs
 
-The pictures are scikit-learn's scans of handwritten digits in four colors. The VLM is asked about them in
-English words; the experts are taught on text alone, which tells digit and color in words: another language,
-an output format, sums. Whether a skill has reached pictures is asked about pictures that no training saw.
+The pictures are scikit-learn's scans of handwritten digits in four colors. As a VLM's usually is, the vision
+tower is trained on pictures first: the mean of an image's tokens is drawn to the embeddings of the words that
+name its digit and its color. The VLM is then asked about pictures in English words; the experts are taught on
+text alone, which tells digit and color in words: another language, an output format, sums. Whether a skill
+has reached pictures is asked about pictures that no training saw.
 """
 
 import argparse
@@ -26,10 +28,11 @@ FRENCH = ("zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "white": (235, 235, 235)}
 SIDE = 64
 """Pixels a side."""
+TOWER_STEPS = 1000
 HELD_OUT = 200
 """Pictures that are asked about at the end, half of them in each split."""
 SKILLS = ("french", "format", "arithmetic")
-POINTS = ("data", "start", "vlm", *(f"expert_{s}" for s in SKILLS), *(f"search_{s}" for s in SKILLS))
+POINTS = ("data", "start", "tower", "vlm", *(f"expert_{s}" for s in SKILLS), *(f"search_{s}" for s in SKILLS))
 
 
 def question(skill: str, digit: int, color: str, number: int) -> tuple[str, str]:
@@ -101,6 +104,75 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
+def train_tower(start: Path, folder: Path, out: Path, steps: int) -> float:
+    """Tower and projector of `start` before the language model reads them, written to `out` with the rest.
+
+    Returns:
+      How many of the last 200 pictures to learn from, which were kept from it, are told right, digit and
+      color.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from jaxlab.checkpoints import open_model, save_model
+    from jaxlab.models import encode_images
+
+    opened = open_model(start)
+    config, tokenizer, params = opened.config, opened.tokenizer, opened.read()
+    seen = [json.loads(line) for line in (folder / "vlm.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = list(dict.fromkeys(row["image"] for row in seen))
+    said = [row["conversations"][1]["value"] for row in seen]  # of each picture its digit, then its color
+    labels = np.asarray(
+        [[DIGITS.index(d), list(COLORS).index(c)] for d, c in zip(said[::2], said[1::2], strict=True)]
+    )
+    images = [opened.processor("<image>", [folder / name], tokenizer)["images"] for name in names]
+    images, kept = np.concatenate(images), 200
+    words = [np.asarray([tokenizer.encode(f" {w}").ids[0] for w in group]) for group in (DIGITS, COLORS)]
+    table = params["embedding"]["table"]
+    tables = [table[group] / jnp.linalg.norm(table[group], axis=1, keepdims=True) for group in words]
+    eyes = {name: params[name] for name in ("vision", "projector")}
+    optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=0.05)
+
+    def logits(eyes, images):
+        tokens = encode_images(eyes, {"images": images}, config).tokens
+        mean = tokens.reshape(len(images), -1, config.width).mean(1)
+        return [10 * (mean / jnp.linalg.norm(mean, axis=1, keepdims=True)) @ t.T for t in tables]
+
+    def loss(eyes, images, labels):
+        found = logits(eyes, images)
+        return sum(
+            optax.softmax_cross_entropy_with_integer_labels(f, labels[:, i]).mean()
+            for i, f in enumerate(found)
+        )
+
+    @jax.jit
+    def step(eyes, state, images, labels):
+        updates, state = optimizer.update(jax.grad(loss)(eyes, images, labels), state, eyes)
+        return optax.apply_updates(eyes, updates), state
+
+    rng, state = np.random.default_rng(0), optimizer.init(eyes)
+    pixel = SIDE // 8
+    for _ in range(steps):
+        chosen = rng.integers(len(images) - kept, size=64)
+        moved = [np.roll(images[i], rng.integers(-1, 2, 2) * pixel, axis=(-2, -1)) for i in chosen]
+        eyes, state = step(eyes, state, np.stack(moved), labels[chosen])
+    right = np.ones(kept, bool)
+    for i, found in enumerate(jax.jit(logits)(eyes, images[-kept:])):
+        right &= np.asarray(found).argmax(1) == labels[-kept:, i]
+    save_model(
+        out,
+        config,
+        {**params, **eyes},
+        tokenizer,
+        form="huggingface",
+        source_files=opened.source_files,
+        inputs=opened.inputs,
+        overwrite=True,
+    )
+    return float(right.mean())
+
+
 def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
     """The words after `python run.py` of each point but the first."""
     short = {"steps": 3, "log_every": 1, "eval_every": 3, "eval_batches": 1, "checkpoint_every": 3}
@@ -109,7 +181,8 @@ def commands(base: str, outputs: Path, mini: bool) -> dict[str, list[str]]:
     data = lambda name: ["--data.path", str(outputs / "data" / name)]
     tower = ["--tower.patch_size", "16"]  # 16 tokens an image, of 2 x 2 of the scan's pixels each
     found = {"start": ["build-vlm", base, str(start), "--family", "llava", *tower, "--overwrite"]}
-    vlm = ["--init_from", str(start), "--data.model", str(start), *data("vlm.jsonl")]
+    seeing = str(outputs / "tower")
+    vlm = ["--init_from", seeing, "--data.model", seeing, *data("vlm.jsonl")]
     found["vlm"] = ["train", str(CONFIGS / "vlm.yaml"), *vlm, *there, *(small if mini else [])]
     for skill in SKILLS:
         source = f"[{{path: {outputs / 'data' / f'{skill}.jsonl'}, content: chat}}]"
@@ -155,8 +228,12 @@ def main() -> None:
         began = time.monotonic()
         if point == "data":
             write_data(outputs / "data")
-        elif point == "start" and (outputs / "start" / "config.json").exists():
+        elif point in ("start", "tower") and (outputs / point / "config.json").exists():
             pass
+        elif point == "tower":
+            steps = 3 if arguments.mini else TOWER_STEPS
+            right = train_tower(outputs / "start", outputs / "data", outputs / "tower", steps)
+            print(f"tower: {right:.0%} of pictures it did not learn from are told right")
         else:
             line = words[point]
             if point.startswith("search_"):

@@ -181,7 +181,8 @@ def page(study: Study) -> str:
         "",
         *figure(
             "pareto",
-            "The chosen setting of every operator, mean over seeds and scenarios; the front is marked.",
+            "The chosen setting of every operator, mean over seeds and scenarios; the front is marked. Names "
+            "that found no room are in the tables.",
         ),
         "## Does only task arithmetic gain reliably?",
         "",
@@ -442,18 +443,64 @@ def draw_pareto(study: Study) -> Any:
         label for label, (kept, target) in points.items()
         if not any(k >= kept and t >= target and (k, t) != (kept, target) for k, t in points.values())
     ]  # fmt: skip
-    figure, grid = canvas(9.6, 4.6)
-    axes = grid[0, 0]
-    for label, (kept, target) in points.items():
-        colour = next((c for name, c in FAMILY.items() if label.startswith(name)), FAINT)
-        axes.plot(kept, target, "o", color=colour, markersize=7 if label in front else 4)
-        if label in front or label.startswith(tuple(FAMILY)) or len(points) < 12:
-            axes.annotate(label, (kept, target), (5, 3), textcoords="offset points", fontsize=7.5)
-    steps = sorted(points[label] for label in front)
-    axes.plot([k for k, _ in steps], [t for _, t in steps], color=GREEN, linewidth=1, linestyle=(0, (3, 2)))
-    axes.axvline(100 * mean(study.alone("kept")), color=INK, linewidth=1, linestyle=(0, (1, 2)))
-    axes.set(xlabel="VLM's own skill kept, % (dotted: before)", ylabel="injected skill on images, %")
+    best = max(target for _, target in points.values())
+    near = {label: point for label, point in points.items() if point[1] >= best - 10}
+    figure, grid = canvas(9.6, 4.6, 2)
+    for axes, shown, titled in (
+        (grid[0, 0], points, {k: v for k, v in points.items() if k not in near}),
+        (grid[0, 1], near, near),
+    ):
+        for label, (kept, target) in shown.items():
+            axes.plot(kept, target, "o", color=_family(label), markersize=7 if label in front else 4)
+        steps = sorted(points[label] for label in front)
+        axes.plot(*zip(*steps, strict=True), color=GREEN, linewidth=1, linestyle=(0, (3, 2)))
+        axes.axvline(100 * mean(study.alone("kept")), color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        axes.set_xlabel("VLM's own skill kept, % (dotted: before)")
+        axes.margins(0.12, 0.08)
+        _name_points(axes, titled)
+    grid[0, 0].set(ylabel="injected skill on images, %", title="all operators")
+    grid[0, 1].set_title("those within 10 points of the best")
     return figure
+
+
+def _family(label: str) -> str:
+    return next((colour for name, colour in FAMILY.items() if label.startswith(name)), FAINT)
+
+
+def _name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside points, each in the nearest place where it covers neither a name nor a point; the higher
+    a point, the earlier it chooses."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    dots = [axes.transData.transform(point) for point in points.values()]
+    taken: list[Any] = []
+    for label, point in sorted(points.items(), key=lambda item: -item[1][1]):
+        for (x, y), side in _PLACES:
+            text = axes.annotate(
+                label, point, (x, y), textcoords="offset points", fontsize=6.5, ha=side, va="center",
+                color=_family(label) if _family(label) != FAINT else INK,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": FAINT} if abs(y) > 6 else None,
+            )  # fmt: skip
+            box = text.get_window_extent()
+            free = not any(box.overlaps(other) for other in taken) and axes.bbox.contains(box.x1, box.y1)
+            if free and axes.bbox.contains(box.x0, box.y0) and not any(box.contains(*dot) for dot in dots):
+                taken.append(box)
+                break
+            text.remove()
+
+
+_PLACES = tuple(
+    ((side * (5 + reach), y), "left" if side > 0 else "right")
+    for reach, heights in (
+        (0, (0, 5, -5)),
+        (6, (10, -10)),
+        (10, (16, -16, 23, -23)),
+        (16, (31, -31, 40, -40)),
+    )
+    for y in heights
+    for side in (1, -1)
+)
+"""Where a name may go, nearest first: points to the right and up, and the side of it that is fixed."""
 
 
 FIGURES: Mapping[str, Callable[[Study], Any]] = {
