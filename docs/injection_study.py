@@ -138,35 +138,16 @@ def find(seed: int, folder: Path) -> dict[str, str]:
 
 def take_over(scenario: str, seed: int, results: Json, origin: str) -> None:
     """Puts a search into the committed results, in place of what they had of it."""
-    names = {f"image_{scenario}": "target", "image_words": "kept", f"text_{scenario}": "donor"}
-    told = lambda measures: {names[k]: round(v, 4) for k, v in measures.items() if k in names}
-    unmerged = {role: told(splits["test"]) for role, splits in results["unmerged"].items()}
-    records = []
-    for label, found in results["operators"].items():
-        tried = found["points"]
-        keys = [k for k, v in tried[0].items() if k != "score" and isinstance(v, bool | int | float)]
-        measured = [told(row["validation"]) for row in tried]
-        points = [
-            [*(row[key] for key in keys), measures["target"], measures["kept"]]
-            for row, measures in zip(tried, measured, strict=True)
-        ]
-        best = {key: found["best"][key] for key in keys}
-        test = told(found["best"]["test"])
-        records.append({"label": label, "best": best, "test": test, "keys": keys, "points": points})
-    store(scenario, seed, unmerged, records, origin)
+    from jaxlab.reporting.papers.skill_injection.study import records_of
 
-
-def store(scenario: str, seed: int, unmerged: Json, records: Sequence[Json], origin: str) -> None:
-    """Writes records of one scenario and seed."""
+    unmerged, records = records_of(scenario, seed, results, origin)
     known: Json = {"title": "Injection study", "unmerged": [], "records": []}
     if RESULTS.exists():
         known = json.loads(RESULTS.read_text(encoding="utf-8"))
-    here = {"scenario": scenario, "seed": seed}
     mine = lambda record: record["scenario"] == scenario and record["seed"] == seed
     labels = {record["label"] for record in records}
-    known["unmerged"] = [r for r in known["unmerged"] if not mine(r)] + [{**here, **unmerged}]
-    known["records"] = [r for r in known["records"] if not (mine(r) and r["label"] in labels)]
-    known["records"] += [{**here, **record, "origin": origin} for record in records]
+    known["unmerged"] = [r for r in known["unmerged"] if not mine(r)] + [unmerged]
+    known["records"] = [r for r in known["records"] if not (mine(r) and r["label"] in labels)] + records
     order = lambda r: (SCENARIOS.index(r["scenario"]), r.get("label", ""), r["seed"])
     for key in ("unmerged", "records"):
         known[key].sort(key=order)

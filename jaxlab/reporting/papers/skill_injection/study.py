@@ -23,6 +23,35 @@ FAMILY = {"task_arithmetic": BLUE, "dare": ORANGE}
 Json = dict[str, Any]
 
 
+def records_of(scenario: str, seed: int, results: Json, origin: str) -> tuple[Json, list[Json]]:
+    """What a search of one scenario found, for a study: the models before it, and a record for each
+    operator.
+
+    Args:
+      results: the search's results.json, of data sets named image_<scenario>, image_words and
+        text_<scenario>.
+      origin: what made it, in words.
+    """
+    names = {f"image_{scenario}": "target", "image_words": "kept", f"text_{scenario}": "donor"}
+    told = lambda measures: {names[k]: round(v, 4) for k, v in measures.items() if k in names}
+    here = {"scenario": scenario, "seed": seed}
+    unmerged = {role: told(splits["test"]) for role, splits in results["unmerged"].items()}
+    records = []
+    for label, found in results["operators"].items():
+        tried = found["points"]
+        keys = [k for k, v in tried[0].items() if k != "score" and isinstance(v, bool | int | float)]
+        measured = [told(row["validation"]) for row in tried]
+        points = [
+            [*(row[key] for key in keys), measures["target"], measures["kept"]]
+            for row, measures in zip(tried, measured, strict=True)
+        ]
+        best = {key: found["best"][key] for key in keys}
+        test = told(found["best"]["test"])
+        record = {"label": label, "best": best, "test": test, "keys": keys, "points": points}
+        records.append({**here, **record, "origin": origin})
+    return {**here, **unmerged}, records
+
+
 class Study:
     """The records of operators that were searched in every scenario with every seed."""
 
@@ -150,19 +179,8 @@ def page(study: Study) -> str:
         ),
         "## Operators and scenarios",
         "",
-        "| operator | instruction following | cross-lingual | mathematical | mean | VLM's own skill kept |",
-        "|---|---|---|---|---|---|",
+        *scenario_table(study),
     ]
-    alone = [band(study.alone("target", s)) for s in SCENARIOS]
-    lines.append(
-        f"| VLM alone | {' | '.join(alone)} | {band(study.alone('target'))} | {band(study.alone('kept'))} |"
-    )
-    for label in labels:
-        cells = [band(study.values(label, "target", s)) for s in SCENARIOS]
-        whole = f"{100 * mean(study.values(label, 'target')):.1f}"
-        lines.append(f"| `{label}` | {' | '.join(cells)} | {whole} | {band(study.values(label, 'kept'))} |")
-    donors = [band(study.donors(s)) for s in SCENARIOS]
-    lines += [f"| the expert itself, on text | {' | '.join(donors)} | | |", ""]
     lines += ["## The claims", "", *claims(study), ""]
     lines += [
         *figure(
@@ -199,6 +217,24 @@ def page(study: Study) -> str:
             + ".",
         ]
     return "\n".join(lines) + "\n"
+
+
+def scenario_table(study: Study) -> list[str]:
+    """Accuracy on images by operator and scenario, beside the VLM alone and the expert itself."""
+    lines = [
+        "| operator | instruction following | cross-lingual | mathematical | mean | VLM's own skill kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    alone = [band(study.alone("target", s)) for s in SCENARIOS]
+    lines.append(
+        f"| VLM alone | {' | '.join(alone)} | {band(study.alone('target'))} | {band(study.alone('kept'))} |"
+    )
+    for label in study.ranked():
+        cells = [band(study.values(label, "target", s)) for s in SCENARIOS]
+        whole = f"{100 * mean(study.values(label, 'target')):.1f}"
+        lines.append(f"| `{label}` | {' | '.join(cells)} | {whole} | {band(study.values(label, 'kept'))} |")
+    donors = [band(study.donors(s)) for s in SCENARIOS]
+    return [*lines, f"| the expert itself, on text | {' | '.join(donors)} | | |", ""]
 
 
 def verdicts(study: Study) -> dict[str, list[Verdict]]:
@@ -269,10 +305,10 @@ def claim_records(told: Json) -> list[Json]:
     for name, found in verdicts(study).items():
         evidence = " ".join(f"Seed {s}: {v.evidence}" for s, v in zip(study.seeds, found, strict=True))
         rule = found[0].rule
-        setting = f"injection study: {len(study.records)} operators on digits"
+        setting = f"injection study: {len(study.records)} operators on {told.get('models', 'digits')}"
         records.append(
             {"claim": name, "status": summed_up(found), "rule": rule, "evidence": evidence,
-             "seeds": study.seeds, "setting": setting, "command": COMMAND}
+             "seeds": study.seeds, "setting": setting, "command": told.get("command", COMMAND)}
         )  # fmt: skip
     return records
 
