@@ -69,17 +69,20 @@ class Told:
     """A fake of the package wandb: it notes what it is told."""
 
     def __init__(self):
-        self.inits, self.logged, self.finished = [], [], 0
+        self.inits, self.logged, self.axes, self.finished = [], [], [], 0
 
     def module(self):
         def init(**options):
             self.inits.append(options)
-            return types.SimpleNamespace(log=self.log, finish=self.finish)
+            return types.SimpleNamespace(log=self.log, finish=self.finish, define_metric=self.define_metric)
 
         return types.SimpleNamespace(init=init, __spec__=types.SimpleNamespace())
 
-    def log(self, metrics, step):
-        self.logged.append((step, metrics))
+    def define_metric(self, name, step_metric=None):
+        self.axes.append((name, step_metric))
+
+    def log(self, metrics):
+        self.logged.append((metrics["step"], metrics))
 
     def finish(self):
         self.finished += 1

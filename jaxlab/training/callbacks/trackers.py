@@ -71,8 +71,12 @@ class WriteWandb(Callback):
                 config=self.described,
             )
 
+        # Against a metric of ours: of W&B's own steps it drops those that a rolled-back run does again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
     def on_log(self, loop: Loop, metrics: dict[str, Any]) -> None:
-        self._run.log(dict(numbers(metrics)), step=loop.done)
+        self._run.log({**dict(numbers(metrics)), "step": loop.done})
 
     def close(self) -> None:
         if self._run is not None:
