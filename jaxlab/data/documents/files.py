@@ -41,6 +41,8 @@ _TABLES = {
     ".tsv": "is TSV, and rows are read of JSON Lines or Parquet",
 }
 """By suffix, what is wrong with tables that would be taken for text."""
+_ABOUT = {"readme", "license", "licence"}
+"""Texts that tell of those beside them."""
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -173,8 +175,14 @@ def _of_split(
     root: Path, kinds: dict[Path, Format | None], data: DataSet, notes: list[str]
 ) -> dict[Path, Format | None]:
     """Without the files of other splits, where names of tables tell of some: a test set is not trained on
-    because it lies beside. Where no name tells of `train`, it is what tells of none."""
+    because it lies beside. Where no name tells of `train`, it is what tells of none. Of texts every name has
+    to tell of a split, `train` among them: in a tree of code or pages `test` is a word like others."""
     splits = {p: split_of(p.relative_to(root)) for p, kind in kinds.items() if kind in ("jsonl", "parquet")}
+    if not splits:
+        splits = {p: split_of(Path(p.name)) for p, kind in kinds.items() if kind == "text"}
+        telling = {split for p, split in splits.items() if p.stem.lower() not in _ABOUT}
+        if "train" not in telling or "" in telling or len(telling) < 2:
+            splits = {}
     there = sorted({split for split in splits.values() if split})
     if "train" not in there and not all(splits.values()):
         splits = {p: split or "train" for p, split in splits.items()}

@@ -396,6 +396,25 @@ def test_which_files_of_a_folder_are_read(tmp_path, names, split, read, said):
     assert [said in note for note in found.notes] == ([] if said is None else [True])
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "read", "said"),
+    [
+        ("Stories-train Stories-valid", "train", "Stories-train", "reads 1 of 2 files, of the split train"),
+        ("Stories-train Stories-valid", "validation", "Stories-valid", "and not 1 of train"),
+        ("train test README", "train", "train", "reads 1 of 3 files, of the split train, and not 1 of test"),
+        ("train test notes", "train", "notes test train", None),  # pages, of which one is called test
+        ("train-1 train-2", "train", "train-1 train-2", None),
+        ("test_a test_b", "train", "test_a test_b", None),
+    ],
+)
+def test_which_texts_of_a_folder_are_read(tmp_path, names, split, read, said):
+    for name in names.split():
+        (tmp_path / f"{name}.txt").write_text(name)
+    found = source(tmp_path, on={"split": split})
+    assert sorted(texts_after_preparing(found)) == sorted(read.split())
+    assert [said in note for note in found.notes] == ([] if said is None else [True])
+
+
 def texts_after_preparing(found):
     with warnings.catch_warnings(action="ignore", category=UserNote):
         found.prepare()
