@@ -12,7 +12,9 @@ from jaxlab.merging import OPERATORS, merge_tensors
 from jaxlab.merging.numerics import (
     F32,
     Share,
+    exponential,
     fold_sum,
+    hyperbolic_tangent,
     kept_count,
     largest,
     round_to,
@@ -46,6 +48,41 @@ def test_a_product_and_a_sum_are_rounded_apart(times):
 
     np.testing.assert_array_equal(jax.jit(add)(a, b, c), want)
     np.testing.assert_array_equal(by_zero(np.uint32(0), a, b, c), want)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["barriers", "one loop"])
+@pytest.mark.parametrize(
+    ("function", "exact"), [(exponential, np.exp), (hyperbolic_tangent, np.tanh)], ids=["exp", "tanh"]
+)
+def test_functions_are_the_same_in_every_program(function, exact, known):
+    """Alone, as the rest of a loop, in vectors, stacked, and beside other work; and right."""
+
+    def of(x):
+        if not known:
+            return function(x)
+        with rounding_by(jnp.asarray(zero)):
+            return function(x)
+
+    zero, rng = np.uint32(0), np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=2048), rng.uniform(-103, 88.7, 1024), rng.normal(size=1024) * 1e-5])
+    x = x.astype(np.float32)
+    whole = np.asarray(jax.jit(of)(x))
+    for size in (1, 3, 7, 8, 15, 17, 33):
+        parts = [np.asarray(jax.jit(of)(x[i : i + size])) for i in range(0, 4 * size, size)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole[: 4 * size])
+    np.testing.assert_array_equal(np.asarray(jax.jit(of)(x.reshape(8, 16, 32))).ravel(), whole)
+    beside = jax.jit(lambda v: (of(v) * jnp.float32(3), of(v)))(x)[1]
+    np.testing.assert_array_equal(np.asarray(beside), whole)
+    wanted = exact(x.astype(np.float64))
+    normal = np.abs(wanted) > 2.0**-126
+    error = np.abs(whole.astype(np.float64) - wanted)[normal]
+    assert (error / np.spacing(np.abs(wanted[normal]).astype(np.float32))).max() < 2
+    ends = np.asarray([0.0, -0.0, -np.inf, np.inf, np.nan, 89.0, -105.0, -1e30, 1e30], np.float32)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(
+            np.asarray(jax.jit(of)(ends)), np.where(ends == -105, exact(-np.inf), exact(ends))
+        )
+    assert np.isfinite(np.asarray(jax.jit(of)(np.asarray([88.7], np.float32)))).all()
 
 
 def test_key_is_the_digest_of_seed_and_name():

@@ -11,6 +11,7 @@ from jaxlab.merging.numerics import (
     F32,
     Mode,
     divide,
+    exponential,
     fold_sum,
     multiply,
     order_statistic,
@@ -117,7 +118,7 @@ def arcee_fusion(
 
 
 def _softmax(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    powers = round_to(jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)), F32)
+    powers = exponential(x - jnp.max(x, axis=-1, keepdims=True))
     return round_to(powers / fold_sum(powers, powers.ndim - 1)[..., None], dtype)
 
 

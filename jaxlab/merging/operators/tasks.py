@@ -13,7 +13,9 @@ from jaxlab.merging.numerics import (
     Density,
     as_count,
     divide,
+    exponential,
     floor_count,
+    hyperbolic_tangent,
     multiply,
     order_statistic,
     round_to,
@@ -162,8 +164,8 @@ def pcb(
         magnitude = jnp.clip(magnitude, *bounds)
         clipped.append(jnp.sign(d) * magnitude)
         share = _to_unit(magnitude)
-        within = jnp.exp(count * round_to(share * share, F32))
-        score = round_to(within, F32) * round_to(jnp.tanh(round_to(d * together, F32)), F32)
+        within = exponential(count * round_to(share * share, F32))
+        score = within * hyperbolic_tangent(round_to(d * together, F32))
         score = round_to(score, F32)
         kept = as_count(floor_count(ratio, size))
         least = order_statistic(score, jnp.uint32(size) - jnp.clip(kept, 1, size))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.merging.numerics import F32, divide, fold_sum, multiply, round_to, total, tree_sum
+from jaxlab.merging.numerics import F32, divide, exponential, fold_sum, multiply, round_to, total, tree_sum
 from jaxlab.merging.operators.declarations import Scalar, Vectors, Weights
 from jaxlab.merging.operators.registry import operator
 
@@ -65,7 +65,7 @@ def _rank(x: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def _scores(ranks: Vectors, above_average: Scalar, calibration: Scalar) -> list[Float[Array, " n"]]:
-    powers = [round_to(jnp.exp(r - _greatest(ranks)), F32) for r in ranks]
+    powers = [exponential(r - _greatest(ranks)) for r in ranks]
     whole = total(powers, F32)
     scores = []
     for r, p in zip(ranks, powers, strict=True):
