@@ -106,7 +106,11 @@ def resolve(cls: type, dotted: str) -> tuple[Path, Any]:
     for index, part in enumerate(parts):
         mapping = next((member for member in members(kind) if typing.get_origin(member) is dict), None)
         if mapping is not None:  # its keys are free, and may hold dots
-            return (*path, ".".join(parts[index:])), typing.get_args(mapping)[1]
+            value = typing.get_args(mapping)[1]
+            if parts[index + 1 :] and parts[index + 1].replace("-", "_") in inner_fields(value):
+                path, kind = (*path, part), value  # a field of the group under this key
+                continue
+            return (*path, ".".join(parts[index:])), value
         key, fields = part.replace("-", "_"), inner_fields(kind)
         if key not in fields:
             raise ConfigError(f"unknown option{_hint(cls, dotted)}", dotted, COMMAND_LINE)

@@ -388,3 +388,31 @@ def test_keys_that_no_field_has_may_go_to_one(file: Any) -> None:
     }.items():
         with pytest.raises(ConfigError, match=message):
             configs.load(Free, file(text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A set of questions."""
+
+    path: str
+    limit: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A config with groups under names of one's own."""
+
+    sets: dict[str, Asked]
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def test_fields_of_groups_under_free_names_from_the_command_line(file: Any) -> None:
+    text = "sets: {one: {path: a}, t.w.o: {path: b, limit: 3}}\n"
+    words = ["--sets.one.limit=5", "--sets.one.path", "c", "--sets.three.path=d", "--scores.a.limit=0.5"]
+    config = configs.load(Named, file(text), words)
+    assert config.sets == {"one": Asked("c", 5), "t.w.o": Asked("b", 3), "three": Asked("d")}
+    assert config.scores == {"a.limit": 0.5}  # a name, of what has no fields
+    config = configs.load(Named, file(text), ["--sets.t.w.o={path: e}"])
+    assert config.sets["t.w.o"] == Asked("e", 3)
+    with pytest.raises(ConfigError, match=r"sets\.one\.limit: expected int, found many"):
+        configs.load(Named, file(text), ["--sets.one.limit=many"])
