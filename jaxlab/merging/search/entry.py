@@ -114,8 +114,10 @@ def _by_sampler(
 ) -> list[dict[str, Any]]:
     sampler = make_sampler(space, effort.evaluations, evaluator.plan.num_layers, effort.seed, effort.profile)
     known, rows = journal.rows(label, "point"), list[dict[str, Any]]()
-    # Those that learn from a score are asked for one point after the other.
-    at_once = evaluator.chunk if space.method in ("grid", "random") else 1
+    # Those that learn from a score are asked for one point after the other; without a program that measures
+    # several, a point is minutes that a kill shall not lose.
+    together = measuring.measure is not None and space.method in ("grid", "random")
+    at_once = evaluator.chunk if together else 1
     while len(rows) < effort.evaluations:
         points = sampler.ask(min(at_once, effort.evaluations - len(rows)))
         done = [_known_row(journal, known, len(rows) + i, point, measuring) for i, point in enumerate(points)]

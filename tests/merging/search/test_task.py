@@ -17,7 +17,7 @@ import pytest
 from jaxlab.checkpoints import host_tensors, load_model, open_model, save_model
 from jaxlab.config import build
 from jaxlab.errors import UserError, UserNote
-from jaxlab.merging import write_merge
+from jaxlab.merging import Journal, write_merge
 from jaxlab.tasks import main, merge_search
 from jaxlab.tasks.merge_search import Config
 from tests.checkpoints import folders
@@ -142,8 +142,12 @@ def test_questions_of_folders_of_hugging_face(tmp_path, monkeypatch, capsys):
     text += "evaluate:\n  asked: {kind: questions, path: q.jsonl, measure: multiple_choice}\n"
     text += "choose_by: [labels, entropy, neighbours]\n"
     (tmp_path / "search.yaml").write_text(text)
+    kept, add = [], Journal.add
+    noted = lambda self, entry, kind, rows: kept.append(len(rows)) or add(self, entry, kind, rows)
+    monkeypatch.setattr(Journal, "add", noted)
     assert main(["merge-search", "search.yaml", "--check"]) == 0
     assert main(["merge-search", "search.yaml"]) == 0
+    assert set(kept) == {1}  # questions take long: each point is kept as it comes
     run, results = results_of(tmp_path)
     entry = results["operators"]["dare_ties"]
     assert entry["points"][0]["details"]["asked"]["accuracy"] == 0.0
