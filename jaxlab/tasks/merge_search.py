@@ -5,6 +5,7 @@ evaluations, unless the config says otherwise. Every point is a line of points.j
 which a search that was killed goes on.
 """
 
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -113,7 +114,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         plan, trio, mode=config.mode, seed=config.seed, chunk=config.chunk, in_forward=config.in_forward
     )
     asked = _prepared_questions(config, models)
-    unmerged = _unmerged(config, trio, (validation, test), asked)
+    unmerged = _unmerged(config, trio, (validation, test), asked, journal, run.name)
     measuring = _measuring(config, trio, (validation, test), asked["vlm"], unmerged)
     spaces = config.entries
     profile = None
@@ -187,21 +188,35 @@ def with_questions(data: Data, asked: Asked, config: Config) -> Data:
 
 
 def _unmerged(
-    config: Config, trio: Trio, data: tuple[Data, Data], asked: Mapping[str, Asked]
+    config: Config,
+    trio: Trio,
+    data: tuple[Data, Data],
+    asked: Mapping[str, Asked],
+    journal: Journal,
+    title: str,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """What each of the three models can do by itself: language models on texts only."""
+    """What each of the three models can do by itself: language models on texts only. What the journal has of
+    it is not measured again."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for role, params, model in (
+    rows = {row.get("role"): row for row in journal.rows("unmerged", "model")}
+    roles = (
         ("vlm", trio.vlm, trio.config),
         ("expert", trio.expert, trio.expert_config),
         ("base", trio.base, trio.base_config),
-    ):
-        found[role] = {}
-        for split, batches in zip(SPLITS, data, strict=True):
-            scores = score_tokens(params, model, batches if role == "vlm" else text_only(batches))
-            for name, questions in asked[role][split].items():
-                scores[name] = questions.measure(params, batch_size=config.batch_size).score
-            found[role][split] = scores
+    )
+    for role, params, model in tqdm(roles, desc=f"{title} unmerged", unit="model"):
+        if role not in rows:
+            scores = {}
+            for split, batches in zip(SPLITS, data, strict=True):
+                scores[split] = score_tokens(params, model, batches if role == "vlm" else text_only(batches))
+                for name, questions in asked[role][split].items():
+                    scores[split][name] = questions.measure(params, batch_size=config.batch_size).score
+            (rows[role],) = journal.add("unmerged", "model", [{"role": role, "scores": scores}])
+        number = lambda value: math.nan if value is None else float(value)  # JSON has no NaN
+        found[role] = {
+            split: {name: number(value) for name, value in measured.items()}
+            for split, measured in rows[role]["scores"].items()
+        }
     return found
 
 
