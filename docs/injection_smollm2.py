@@ -236,16 +236,13 @@ def collect(outputs: Path) -> dict:
 
 def write_page(told: dict, docs: Path) -> None:
     """Writes injection_smollm2.md and its figures."""
-    from jaxlab.reporting.papers.skill_injection import study as studies
-    from jaxlab.reporting.plots import style
+    from jaxlab.reporting.papers.skill_injection import study_page as pages
+    from jaxlab.reporting.papers.skill_injection.study import Study
 
-    study = studies.Study(told)
+    study = Study(told)
     folder = docs / "injection_smollm2"
     folder.mkdir(exist_ok=True)
-    with style():
-        figure = studies.draw_weights(study)
-        figure.set_facecolor("#fdfcfa")
-        figure.savefig(folder / "weights.svg", metadata={"Date": None, "Creator": None})
+    pages.save_figure(study, "weights", folder)
     settings = len(told["records"][0]["points"])
     weights = "Task arithmetic: accuracy in per cent by both weights, validation split."
     lines = [
@@ -253,7 +250,7 @@ def write_page(told: dict, docs: Path) -> None:
         "",
         "<!-- Written by `python docs/injection_smollm2.py --page` from docs/results. -->",
         "",
-        *studies.wrapped(
+        *pages.wrapped(
             f"""SmolLM2-135M-Instruct becomes a VLM that sees handwritten digits in four colors and answers in
             English words; three experts are fine-tuned from SmolLM2 by LoRA on text alone. Each is injected
             into the VLM by {len(study.records)} operators with {settings} settings each. The setting that is
@@ -263,10 +260,10 @@ def write_page(told: dict, docs: Path) -> None:
         ),
         "## Operators and scenarios",
         "",
-        *studies.scenario_table(study),
+        *pages.scenario_table(study),
         "## The claims",
         "",
-        *studies.claims(study),
+        *pages.claims(study),
         "",
         f"![{weights}](injection_smollm2/weights.svg)",
         "",

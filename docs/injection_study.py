@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.run:
         run(arguments.seeds, arguments.only, arguments.outputs, arguments.trained)
     from jaxlab import config as configs
-    from jaxlab.reporting.papers.skill_injection.study import write
+    from jaxlab.reporting.papers.skill_injection.study_page import write
     from jaxlab.tasks.merge_search import Config
 
     told = json.loads(RESULTS.read_text(encoding="utf-8"))

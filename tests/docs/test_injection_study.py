@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from jaxlab import config as configs
-from jaxlab.reporting.papers.skill_injection import study
+from jaxlab.reporting.papers.skill_injection import study, study_figures, study_page
 from jaxlab.tasks.merge_search import Config
 from tests.docs.scripts import DOCS, load
 
@@ -53,11 +53,11 @@ def statuses(told):
 
 def test_the_page_is_made_of_the_committed_results() -> None:
     told = json.loads((DOCS / "results" / "injection_study.json").read_text(encoding="utf-8"))
-    page = study.page(study.Study(told))
+    page = study_page.page(study.Study(told))
     assert (DOCS / "injection_study.md").read_text(encoding="utf-8") == page, (
         "run: python docs/injection_study.py"
     )
-    for name in study.FIGURES:
+    for name in study_figures.FIGURES:
         assert f"injection_study/{name}.svg" in page
         assert (DOCS / "injection_study" / f"{name}.svg").is_file()
 
@@ -79,18 +79,18 @@ def test_verdicts_follow_from_the_numbers() -> None:
 
 
 def test_who_gains_reliably_can_be_either() -> None:
-    lone = study.page(study.Study(made(task_arithmetic=0.8, dare_linear=0.05, ties=0.05)))
+    lone = study_page.page(study.Study(made(task_arithmetic=0.8, dare_linear=0.05, ties=0.05)))
     assert "**Seen here: no other operator gains in every cell.**" in lone
-    both = study.page(study.Study(made(task_arithmetic=0.8, dare_linear=0.8, ties=0.05)))
+    both = study_page.page(study.Study(made(task_arithmetic=0.8, dare_linear=0.8, ties=0.05)))
     assert "**Not seen here: 1 of 2 other operators gain in every cell too.**" in both
-    none = study.page(study.Study(made(task_arithmetic=0.05, dare_linear=0.8, ties=0.05)))
+    none = study_page.page(study.Study(made(task_arithmetic=0.05, dare_linear=0.8, ties=0.05)))
     assert "task arithmetic itself does not gain" in none
 
 
 def test_an_operator_without_all_seeds_is_not_in_the_tables() -> None:
     told = made(task_arithmetic=0.8, dare_linear=0.8, ties=0.5)
     told["records"].pop()
-    page = study.page(study.Study(told))
+    page = study_page.page(study.Study(told))
     assert "| `ties` |" not in page
     assert "not run here in every scenario with every seed: `ties`." in page
 
