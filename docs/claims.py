@@ -128,10 +128,10 @@ def page(folder: Path) -> str:
     for record in quickstart["records"]:
         setting = "quickstart: small models, minutes of training"
         found[record["claim"]].append({"setting": setting, "command": quickstart["command"], **record})
-    if (folder / "injection_study.json").exists():
-        told = json.loads((folder / "injection_study.json").read_text(encoding="utf-8"))
-        for record in claim_records(told):
-            found[record["claim"]].append(record)
+    for name in ("injection_study.json", "injection_smollm2.json"):
+        if (folder / name).exists():
+            for record in claim_records(json.loads((folder / name).read_text(encoding="utf-8"))):
+                found[record["claim"]].append(record)
     for record in real_records(real):
         found[record["claim"]].append({"setting": real["title"], "real": True, **record})
     for record in analysis_records(folder / "icl"):

@@ -92,3 +92,12 @@ def test_a_quickstart_is_taken_over(claims: ModuleType, results: Path, tmp_path:
         with pytest.raises(SystemExit, match="not kept"):
             claims.collect(whole)
         (whole / name).write_text(before)
+
+
+def test_every_study_of_injection_speaks(claims: ModuleType, results: Path) -> None:
+    told = json.loads((results / "injection_study.json").read_text())
+    told |= {"models": "another model", "command": "python other.py"}
+    (results / "injection_smollm2.json").write_text(json.dumps(told))
+    page = claims.page(results)
+    assert page.count("operators on another model") == 5
+    assert page.count("operators on digits") == 5
