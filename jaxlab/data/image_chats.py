@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,7 @@ from jaxlab.data.documents.chats import said
 from jaxlab.data.image_rows import ImageRow, read_image_rows
 from jaxlab.data.text import FindModel
 from jaxlab.errors import ConfigError, UserError, UserNote
-from jaxlab.models import ModelConfig, PlainVisionConfig, ViTConfig, prepare_batch
+from jaxlab.models import Batch, ModelConfig, PlainVisionConfig, prepare_batch, stack_rows
 from jaxlab.processing import One, Turns, as_texts, encode_with_spans, render_turns
 
 BEGIN, END = "\ue010", "\ue011"
@@ -228,37 +228,26 @@ class ImageChatsSource:
         """A batch of rows from one bucket, prepared for `forward`."""
         tokenizer = self.opened.tokenizer
         assert tokenizer is not None
-        length = rows[0].length
-        parts = [self._of_row(row, tokenizer) for row in rows]
-        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        fill = lambda x: np.pad(x, (0, length - len(x)))
-        batch["segment_ids"] = np.stack([fill(np.ones(len(row.tokens), np.int32)) for row in rows])
-        batch["loss_mask"] = np.stack([fill(row.targets) for row in rows])
+        batch = stack_rows([self._of_row(row, tokenizer) for row in rows], rows[0].length, self.model)
+        batch.setdefault("segment_ids", np.ones_like(batch["tokens"]))
         prepared: dict[str, Any] = {**prepare_batch(batch, self.model)}
         return prepared
 
-    def _of_row(self, row: Row, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        processor, length = self.opened.processor, row.length
-        padding = length - len(row.tokens)
-        filler = 1 if self.model.image_token == 0 else 0
-        tokens = np.pad(row.tokens, (0, padding), constant_values=filler)[None]
+    def _of_row(self, row: Row, tokenizer: Tokenizer) -> Batch:
+        processor = self.opened.processor
+        made: Batch = {"tokens": row.tokens[None], "loss_mask": row.targets[None]}
         if not row.images:
-            return {"tokens": tokens}
+            return made
         try:
             ones = [processor.one(path, len(row.images) == 1) for path in row.images]
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         if _shapes(ones) != row.bucket[1:]:
             raise UserError(f"{row.where}: its images changed since training began")
-        made = {
-            **processor.images.together(ones),
-            **processor.text.of_tokens(row.tokens.tolist(), self.model.image_token, ones),
-        }
-        if _has_prefix(self.model):
-            made["token_type_ids"] = _after(row.targets)[None].astype(np.int32)
-        wide = lambda x: x.shape[:2] == (1, len(row.tokens)) and x is not made["images"]
-        pad = lambda x: np.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
-        return {"tokens": tokens, **{n: pad(x) if wide(x) else x for n, x in made.items()}}
+        of_tokens = processor.text.of_tokens(row.tokens.tolist(), self.model.image_token, ones)
+        if self.model.has_prefix:
+            of_tokens["token_type_ids"] = _after(row.targets)[None].astype(np.int32)
+        return cast(Batch, {**made, **processor.images.together(ones), **of_tokens})
 
 
 class Encoder:
@@ -402,10 +391,6 @@ def check_model(opened: OpenModel) -> ModelConfig:
         raise UserError(f"{opened.path}: has no tokenizer; set data.model")
     opened.processor.mark(opened.tokenizer)
     return config
-
-
-def _has_prefix(model: ModelConfig) -> bool:
-    return isinstance(model.vision, ViTConfig) and model.vision.together == "prefix"
 
 
 def _after(targets: np.ndarray) -> np.ndarray:

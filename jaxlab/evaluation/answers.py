@@ -1,21 +1,19 @@
 """Answers to prompts as they are made: in batches, until each has ended, with the text that is certain."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Key
 from tokenizers import Tokenizer
 
-from jaxlab.models import Batch, ModelConfig, Params, stream
+from jaxlab.evaluation.likelihood import WHOLE
+from jaxlab.models import Batch, ModelConfig, Params, shapes_of, stack_rows, stream
 from jaxlab.processing import StopTexts, TextStream
-
-_WHOLE = 64
-"""Prompts of several batches are padded to a multiple of so many tokens."""
 
 
 @dataclass
@@ -27,7 +25,7 @@ class Answer:
     sample: int
     """Which of several answers to it."""
     batch: Batch
-    """The prompt, one row."""
+    """The prompt, one row, not prepared."""
     budget: int
     """Most tokens."""
     ends: frozenset[int]
@@ -93,15 +91,17 @@ def fill_all(
 
     Args:
       sampling: options of `jaxlab.models.stream`.
-      batch_size: most prompts that are read together; those with images are read alone.
+      batch_size: most prompts that are read together: texts, or prompts whose images have one shape.
 
     Yields:
       The answers of a batch, and the text of the first one as it comes; they are whole when that has ended.
     """
     groups = _groups(answers, batch_size, config)
-    # Batches of one shape share a program.
-    rows, whole = (batch_size, _WHOLE) if len(groups) > 1 else (len(answers), 1)
+    kinds = Counter(shapes_of(members[0].batch) for members in groups)
     for members in groups:
+        # Batches of one shape share a program.
+        several = kinds[shapes_of(members[0].batch)] > 1
+        rows, whole = (batch_size, WHOLE) if several else (len(members), 1)
         yield members, _fill(members, params, config, sampling, key, rows, whole, prefill_chunk)
 
 
@@ -121,7 +121,7 @@ def answer_texts(
     """An answer to each prompt, made in batches of like lengths.
 
     Args:
-      prompts: one row each.
+      prompts: one row each, not prepared.
       tokenizer: None: tokens are bytes.
       max_new_tokens: of an answer, as far as the model's context allows.
       ends: tokens that end it.
@@ -134,7 +134,9 @@ def answer_texts(
         budget = min(max_new_tokens, config.max_length - len(ids))
         stream = TextStream(tokenizer, ids)
         answers.append(Answer(index, 0, batch, budget, ends, stream, StopTexts(list(stops))))
-    answers.sort(key=lambda answer: (set(answer.batch) != {"tokens"}, answer.length))
+    kinds: dict[Hashable, int] = {}
+    kind = lambda answer: kinds.setdefault(shapes_of(answer.batch), len(kinds))
+    answers.sort(key=lambda answer: (set(answer.batch) != {"tokens"}, kind(answer), answer.length))
     key = jax.random.key(0) if key is None else key
     texts = [""] * len(answers)
     for made, pieces in fill_all(answers, params, config, sampling or {}, key, batch_size=batch_size):
@@ -146,13 +148,13 @@ def answer_texts(
 
 
 def _groups(answers: Sequence[Answer], size: int, config: ModelConfig) -> list[list[Answer]]:
-    """Answers in their order, cut into batches that the model's context takes; those with images alone."""
+    """Answers in their order, cut into batches that the model's context takes, with images of one shape."""
     groups: list[list[Answer]] = []
     for answer in answers:
         together = [*(groups[-1] if groups else ()), answer]
         fits = max(a.length for a in together) + max(a.budget for a in together) <= config.max_length
-        texts = all(set(a.batch) == {"tokens"} for a in together)
-        if groups and len(together) <= size and fits and texts:
+        alike = shapes_of(together[0].batch) == shapes_of(answer.batch)
+        if groups and len(together) <= size and fits and alike:
             groups[-1].append(answer)
         else:
             groups.append([answer])
@@ -176,12 +178,10 @@ def _fill(
       whole: prompts are padded to a multiple of so many tokens, as far as the model's context allows.
     """
     budget = max(answer.budget for answer in answers)
-    batch, filled = answers[0].batch, list(answers)
-    if set(batch) == {"tokens"}:
-        filled += [answers[-1]] * (rows - len(answers))
-        longest = max(answer.length for answer in answers)
-        length = max(longest, min(-(-longest // whole) * whole, config.max_length - budget))
-        batch = _padded([answer.batch["tokens"][0] for answer in filled], length)
+    filled = [*answers, *[answers[-1]] * (rows - len(answers))]
+    longest = max(answer.length for answer in answers)
+    length = max(longest, min(-(-longest // whole) * whole, config.max_length - budget))
+    batch = stack_rows([answer.batch for answer in filled], length, config)
     keys = jnp.stack([jax.random.fold_in(key, answer.sample) for answer in filled])
     for tokens in stream(
         params, batch, config, max_new_tokens=budget, key=keys, prefill_chunk=prefill_chunk, **sampling
@@ -190,12 +190,3 @@ def _fill(
         yield added[0]
         if all(answer.finish_reason is not None for answer in answers):
             return
-
-
-def _padded(prompts: Sequence[np.ndarray], length: int) -> Batch:
-    """Prompts as rows of one length, with segment_ids where that took padding."""
-    tokens = np.zeros((len(prompts), length), np.int32)
-    segment_ids = np.zeros_like(tokens)
-    for row, ids in enumerate(prompts):
-        tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
-    return {"tokens": tokens} if segment_ids.all() else {"tokens": tokens, "segment_ids": segment_ids}

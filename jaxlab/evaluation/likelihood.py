@@ -1,11 +1,11 @@
 """How likely continuations of prompts are, in batches of like lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxlab.models import Batch, ModelConfig, Params, continuation_log_probs
+from jaxlab.models import Batch, ModelConfig, Params, continuation_log_probs, shapes_of, stack_rows
 
 WHOLE = 32
 """Lengths are padded to a multiple of so many tokens: batches of like lengths share a program."""
@@ -31,13 +31,13 @@ def likelihoods(
     """How likely the continuations of each prompt are; each prompt is read once.
 
     Args:
-      prompts: one row each.
+      prompts: one row each, not prepared.
       continuations: of each prompt at least one, token ids int32[C], C >= 1.
     """
     found: dict[int, Likelihood] = {}
-    for members in groups(prompts, batch_size):
+    for members, rows in groups(prompts, batch_size):
         batch, tokens, mask = together(
-            [prompts[i] for i in members], [continuations[i] for i in members], batch_size, config
+            [prompts[i] for i in members], [continuations[i] for i in members], rows, config
         )
         log_p, likeliest, _ = continuation_log_probs(params, batch, tokens, mask, config)
         sums = np.asarray(log_p, np.float64).sum(2)
@@ -48,12 +48,30 @@ def likelihoods(
     return [found[i] for i in range(len(prompts))]
 
 
-def groups(prompts: Sequence[Batch], batch_size: int) -> list[list[int]]:
-    """The places of prompts of like lengths; of those with images each alone."""
-    texts = [i for i, prompt in enumerate(prompts) if set(prompt) == {"tokens"}]
-    texts.sort(key=lambda i: prompts[i]["tokens"].shape[1])
-    of_texts = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-    return of_texts + [[i] for i, prompt in enumerate(prompts) if set(prompt) != {"tokens"}]
+class Group(NamedTuple):
+    """Prompts that are read together."""
+
+    members: list[int]
+    """Their places."""
+    rows: int
+    """Of their batch: as many as those of other groups like it have."""
+
+
+def groups(prompts: Sequence[Batch], batch_size: int) -> list[Group]:
+    """Prompts of like lengths, with images of one shape.
+
+    Args:
+      prompts: one row each, not prepared.
+    """
+    kinds: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        kinds.setdefault(shapes_of(prompt), []).append(i)
+    found = []
+    for members in kinds.values():
+        members.sort(key=lambda i: prompts[i]["tokens"].shape[1])
+        rows = min(batch_size, len(members))
+        found += [Group(members[i : i + rows], rows) for i in range(0, len(members), rows)]
+    return found
 
 
 def together(
@@ -64,19 +82,11 @@ def together(
     count = max(map(len, continuations))
     longest = max(len(ids) for several in continuations for ids in several)
     up = lambda n: -(-n // WHOLE) * WHOLE
-    if set(prompts[0]) == {"tokens"}:
-        filled = [*range(len(prompts)), *[len(prompts) - 1] * (rows - len(prompts))]
-        prompts, continuations = [prompts[i] for i in filled], [continuations[i] for i in filled]
-        texts = [prompt["tokens"][0] for prompt in prompts]
-        width = max(len(ids) for ids in texts)
-        width = max(width, min(up(width), config.max_length - up(longest)))
-        tokens = np.zeros((len(texts), width), np.int32)
-        segments = np.zeros_like(tokens)
-        for row, ids in enumerate(texts):
-            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-        batch: Batch = {"tokens": tokens, "segment_ids": segments}
-    else:
-        batch = prompts[0]
+    filled = [*range(len(prompts)), *[len(prompts) - 1] * (rows - len(prompts))]
+    prompts, continuations = [prompts[i] for i in filled], [continuations[i] for i in filled]
+    width = max(prompt["tokens"].shape[1] for prompt in prompts)
+    width = max(width, min(up(width), config.max_length - up(longest)))
+    batch = stack_rows(prompts, width, config)
     width = max(longest, min(up(longest), config.max_length - batch["tokens"].shape[1]))
     made = np.zeros((count, len(prompts), width), np.int32)
     mask = np.zeros(made.shape, bool)

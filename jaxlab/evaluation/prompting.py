@@ -126,9 +126,10 @@ def _with_images(prompt: Prompt, opened: OpenModel, chat: bool, special: bool) -
     batch = processor(prompt.text, prompt.images, opened.tokenizer, special_tokens=None if special else False)
     check_token_ids(batch["tokens"], opened.config, opened.tokenizer, where=prompt.where)
     try:
-        return prepare_batch(batch, opened.config)
+        prepare_batch(batch, opened.config)
     except ValueError as error:
         raise UserError(f"{opened.path}: its processor does not fit its model: {error}") from error
+    return cast(Batch, batch)  # as it is: several are stacked before they are prepared
 
 
 def find_ends(

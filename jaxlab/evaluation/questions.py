@@ -21,7 +21,15 @@ from jaxlab.evaluation.likelihood import WHOLE, groups, likelihoods, together
 from jaxlab.evaluation.prompting import find_ends, read_prompt, render_prompts
 from jaxlab.evaluation.question_files import Measure, Question, read_questions
 from jaxlab.evaluation.rules import obeys
-from jaxlab.models import Batch, ModelConfig, Params, continuation_log_probs
+from jaxlab.models import (
+    OF_TOKENS,
+    Batch,
+    ModelConfig,
+    Params,
+    continuation_log_probs,
+    prepare_batch,
+    stack_rows,
+)
 from jaxlab.processing import check_token_ids, encode
 
 
@@ -147,46 +155,44 @@ class Questions:
         """The mean entropy (nats) of what a model would say first, without a look at what is right."""
         config, found = model or self.opened.config, []
         nothing = (np.zeros(1, np.int32),)
-        for members in groups(self._prompts, batch_size):
+        for members, rows in groups(self._prompts, batch_size):
             prompts = [self._prompts[i] for i in members]
-            batch, tokens, mask = together(prompts, [nothing] * len(prompts), batch_size, config)
+            batch, tokens, mask = together(prompts, [nothing] * len(prompts), rows, config)
             _, _, spread = continuation_log_probs(params, batch, tokens, mask, config)
             found += np.asarray(spread, np.float64)[: len(members)].tolist()
         return float(np.mean(found))
 
     def batches(self, batch_size: int = 8) -> list[Batch]:
         """The questions with their right answers, which `loss_mask` marks, for losses and flows: tokens,
-        segment_ids and loss_mask [B, T], of like lengths; those with an image alone. The first answer of
-        several; its end belongs to it. Without those that rules alone judge, that are too long, or whose
-        processor numbers the positions.
+        segment_ids and loss_mask [B, T], of like lengths, with images of one shape, prepared. The first
+        answer of several; its end belongs to it. Without those that rules alone judge or that are too long.
         """
-        end, most, found = sorted(self.ends)[:1], self.opened.config.max_length, []
-        for members in groups(self._prompts, batch_size):
-            rows = []
-            for one in (self.asked[i] for i in members):
-                asked = one.batch["tokens"][0]
-                if one.right is None or "positions" in one.batch:
-                    continue
-                answer = np.concatenate([one.right, np.asarray(end, np.int32)])
-                if len(asked) + len(answer) <= most:
-                    rows.append((one, asked, answer))
+        model, found = self.opened.config, []
+        for members, _ in groups(self._prompts, batch_size):
+            rows = [self._with_answer(self.asked[i]) for i in members if self.asked[i].right is not None]
+            rows = [row for row in rows if row["tokens"].shape[1] <= model.max_length]
             if not rows:
                 continue
-            width = max(len(asked) + len(answer) for _, asked, answer in rows)
-            width = min(-(-width // WHOLE) * WHOLE, most)
-            tokens, segments = (np.zeros((len(rows), width), np.int32) for _ in range(2))
-            mask = np.zeros(tokens.shape, bool)
-            for row, (_, asked, answer) in enumerate(rows):
-                text = np.concatenate([asked, answer])
-                tokens[row, : len(text)], segments[row, : len(text)] = text, 1
-                mask[row, len(asked) : len(text)] = True
-            beside: dict[str, Any] = {n: x for n, x in rows[0][0].batch.items() if n != "tokens"}
-            if "together" in beside:  # tokens of images, which the answer has none of
-                more = width - beside["together"].shape[1]
-                beside["together"] = np.pad(beside["together"], ((0, 0), (0, more)))
-            whole = {**beside, "tokens": tokens, "segment_ids": segments, "loss_mask": mask}
-            found.append(cast(Batch, whole))
+            width = max(row["tokens"].shape[1] for row in rows)
+            batch = stack_rows(rows, min(-(-width // WHOLE) * WHOLE, model.max_length), model)
+            batch.setdefault("segment_ids", np.ones_like(batch["tokens"]))
+            found.append(prepare_batch(batch, model))
         return found
+
+    def _with_answer(self, one: Asked) -> Batch:
+        """A question and its right answer, which no token of the question sees."""
+        assert one.right is not None
+        end = np.asarray(sorted(self.ends)[:1], np.int32)
+        asked, answer = one.batch["tokens"][0], np.concatenate([one.right, end])
+        row: dict[str, Any] = dict(one.batch)
+        for name in set(row) & set(OF_TOKENS):
+            x = np.asarray(row[name])
+            row[name] = np.pad(x, ((0, 0), (0, len(answer)), *[(0, 0)] * (x.ndim - 2)), mode="edge")
+        is_answer = np.arange(len(asked) + len(answer))[None] >= len(asked)
+        row |= {"tokens": np.concatenate([asked, answer])[None], "loss_mask": is_answer}
+        if self.opened.config.has_prefix and "images" in row:
+            row["token_type_ids"] = is_answer.astype(np.int32)
+        return cast(Batch, row)
 
     def _generate(self, params: Params, config: ModelConfig, batch_size: int) -> list[str]:
         """An answer to each question, greedily, made in batches of like lengths."""

@@ -3,7 +3,7 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxlab.models.batch import Batch, Params, check_tokens
+    from jaxlab.models.batch import OF_TOKENS, Batch, Params, check_tokens, shapes_of, stack_rows
     from jaxlab.models.block import Block
     from jaxlab.models.compressor import linear_mean_compressor, mean_compressor
     from jaxlab.models.config import (

@@ -1,7 +1,7 @@
 """What a model reads, and what it computes with."""
 
-from collections.abc import Mapping
-from typing import Any, Required, TypedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Required, TypedDict, cast
 
 import jax
 import numpy as np
@@ -52,6 +52,59 @@ class Batch(TypedDict, total=False):
     """int[B, T, n, tiles]: 1 on tiles that a token sees (Mllama)."""
     token_type_ids: Any
     """int[B, T]: 0 on the prompt (PaliGemma)."""
+
+
+OF_TOKENS = (
+    *("tokens", "segment_ids", "attention_mask", "positions", "together", "loss_mask"),
+    *("token_type_ids", "cross_attention_mask"),
+)
+"""What has an entry for each token of a row."""
+
+
+def shapes_of(row: Batch) -> Hashable:
+    """What two batches of one row share where `stack_rows` takes both: their images have the same shapes,
+    grids and masks. Texts without images all share it.
+
+    Args:
+      row: a batch of one row, before `prepare_batch`.
+    """
+    found = []
+    for name, value in sorted(row.items()):
+        array = np.asarray(value)
+        if name not in OF_TOKENS:
+            numbers = array.tobytes() if array.dtype.kind in "biu" else b""
+            found.append((name, array.shape, array.dtype.str, numbers))
+        elif name != "tokens":
+            found.append((name, array.shape[2:], "", b""))
+    return tuple(found)
+
+
+def stack_rows(rows: Sequence[Batch], length: int, config: ModelConfig) -> Batch:
+    """One batch of several, each of one row; its tokens are padded at the right.
+
+    Args:
+      rows: batches that share `shapes_of`, without segments.
+      length: T of the batch, at least that of each row.
+
+    Returns:
+      The batch, with segment_ids that are 0 on padding where there is any.
+    """
+    # A placeholder in padding would stand for an image.
+    filler = 1 if config.has_vision and config.image_token == 0 else 0
+    lengths = np.asarray([np.shape(row["tokens"])[1] for row in rows])
+    batch: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [np.asarray(cast(Mapping[str, Any], row)[name]) for row in rows]
+        if name in OF_TOKENS:
+            fill = filler if name == "tokens" else 0
+            values = [
+                np.pad(x, ((0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+                for x in values
+            ]
+        batch[name] = np.concatenate(values)
+    if (lengths < length).any():
+        batch["segment_ids"] = (np.arange(length)[None] < lengths[:, None]).astype(np.int32)
+    return cast(Batch, batch)
 
 
 def check_tokens(tokens: Any, config: ModelConfig) -> None:

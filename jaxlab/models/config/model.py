@@ -15,7 +15,7 @@ from jaxlab.models.config.attention import (
 from jaxlab.models.config.moe import MoEConfig
 from jaxlab.models.config.position import PositionConfig, RopeConfig
 from jaxlab.models.config.sparsity import SparsityConfig
-from jaxlab.models.config.vision import QwenVisionConfig, VisionConfig
+from jaxlab.models.config.vision import QwenVisionConfig, VisionConfig, ViTConfig
 
 _INT32 = (1 << 31) - 1
 _MOST = {"num_layers": 1 << 16, "max_length": 1 << 62}
@@ -343,6 +343,11 @@ class ModelConfig:
     @property
     def has_vision(self) -> bool:
         return self.vision is not None
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether tokens of a prompt with images see each other whatever their order (PaliGemma)."""
+        return isinstance(self.vision, ViTConfig) and self.vision.together == "prefix"
 
     @property
     def language(self) -> "ModelConfig":

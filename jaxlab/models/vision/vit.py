@@ -221,8 +221,11 @@ def _together(batch: Mapping[str, Any], config: ModelConfig) -> Any:
     """int32[B, T]: numbers of groups that see themselves whole, from 1 on; 0 elsewhere."""
     tokens = batch["tokens"]
     xp: Any = jnp if isinstance(tokens, jax.core.Tracer) else np
-    if config.vision_as(ViTConfig).together == "prefix":
-        return (xp.asarray(batch.get("token_type_ids", xp.zeros_like(tokens))) == 0).astype(np.int32)
+    if config.has_prefix:
+        prefix = xp.asarray(batch.get("token_type_ids", xp.zeros_like(tokens))) == 0
+        if "segment_ids" in batch:  # a cache knows no segments: padding would be seen
+            prefix &= xp.asarray(batch["segment_ids"]) != 0
+        return prefix.astype(np.int32)
     is_image = xp.asarray(tokens) == config.image_token
     before = xp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
     return xp.where(is_image, xp.cumsum(is_image & ~before, axis=1), 0).astype(np.int32)
