@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.distributed import compile_together
 from jaxlab.errors import ConfigError
 from jaxlab.models import Batch, ModelConfig, Params, forward, vocabulary_is_split
 
@@ -130,6 +131,7 @@ def loss_sum(params: Params, batch: Batch, config: ModelConfig) -> tuple[Float[A
     return total, measures.targets
 
 
+@compile_together
 @partial(jax.jit, static_argnames="config")
 def evaluate_step(params: Params, batch: Batch, config: ModelConfig) -> dict[str, Array]:
     """Sums over a batch: loss and number of targets, exact matches and number of rows."""

@@ -6,14 +6,15 @@ Every process calls `share`, `gather` and `wait_for_all` of a name equally often
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, cast
 
 from jaxlab.distributed.config import ClusterConfig, DistributedConfig, ExplicitConfig
 from jaxlab.distributed.environment import Place, find_place
@@ -94,12 +95,43 @@ def wait_for_all(name: str) -> None:
         _here.client.wait_at_barrier(f"jaxlab/{name}/{_count(f'{name}-wait')}", _FOREVER_MS)
 
 
-def compile_together(function: Any, *arguments: Any) -> None:
-    """Compiles a jitted function for its arguments, and goes on when all processes have: one that were sooner
-    would wait in its first exchange with the others, which gives up after 30 seconds (Gloo) or 40 (NCCL)."""
-    if _here is not None:
-        function.lower(*arguments).compile()
-        wait_for_all("compiled")
+def compile_together[F: Callable[..., Any]](function: F) -> F:
+    """A jitted function that no process runs before all have compiled it for its arguments: one that were
+    sooner would wait in its first exchange with the others, which gives up after 30 seconds (Gloo) or 40
+    (NCCL). Inside of another jitted function, and where there is one process, it is the function itself.
+    """
+    return cast(F, _CompiledTogether(function))
+
+
+class _CompiledTogether:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled: set[Hashable] = set()
+        functools.update_wrapper(self, function)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _here is not None and not _left:
+            self._compile(args, kwargs)
+        return self._function(*args, **kwargs)
+
+    def _compile(self, args: Any, kwargs: Any) -> None:
+        import jax
+
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return
+        kinds = tuple(
+            (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) if hasattr(leaf, "dtype") else leaf
+            for leaf in leaves
+        )
+        # Whether this was compiled is the same on all processes, which compute the same.
+        if (tree, kinds) not in self._compiled:
+            self._compiled.add((tree, kinds))
+            self._function.lower(*args, **kwargs).compile()  # type: ignore[attr-defined]
+            wait_for_all("compiled")
 
 
 def _count(name: str) -> int:

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from jaxlab.costs import attended_tokens
 from jaxlab.data import Source
+from jaxlab.distributed import compile_together
 from jaxlab.evaluation.chosen_blocks import decoding_reads, describe_chosen_blocks
 from jaxlab.evaluation.needle import ByDepth
 from jaxlab.losses import exact_match, target_losses
-from jaxlab.models import Batch, ModelConfig, Params, forward, place_batch, positions_of, using
+from jaxlab.models import Batch, ModelConfig, Params, forward, place_batch, positions_of, to_host, using
 
 
 def measure_held_out(
@@ -46,9 +47,10 @@ def measure_held_out(
         with using(mesh):
             placed = batch if mesh is None else place_batch(batch, mesh)
             loss, count, match, chosen = measure_batch(params, placed, model)
+        loss, count, match = to_host((loss, count, match))
         losses.append(np.asarray(loss, np.float64))
-        counts.append(np.asarray(count))
-        matches.append(np.asarray(match))
+        counts.append(count)
+        matches.append(match)
         needles.add(batch, matches[-1])
         blocks.append(chosen)
     loss, count = np.sum(losses, axis=0), np.sum(counts, axis=0)
@@ -66,7 +68,7 @@ def measure_held_out(
     if (found := needles.results()) is not None:
         results["needle"] = found
     if blocks[0] is not None:
-        described = describe_chosen_blocks(np.asarray(blocks[0]), model.nsa)
+        described = describe_chosen_blocks(to_host(blocks[0]), model.nsa)
         results["nsa"] = described | {"decoding": decoding_reads(model, len(loss) + 1)}
     return results
 
@@ -85,6 +87,7 @@ def by_position(
     return ranges
 
 
+@compile_together
 @partial(jax.jit, static_argnames="model")
 def measure_batch(
     params: Params, batch: Batch, model: ModelConfig

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlab.models import Batch, ModelConfig, Params, continuation_log_probs, shapes_of, stack_rows
+from jaxlab.models import Batch, ModelConfig, Params, continuation_log_probs, shapes_of, stack_rows, to_host
 
 WHOLE = 32
 """Lengths are padded to a multiple of so many tokens: batches of like lengths share a program."""
@@ -40,8 +40,8 @@ def likelihoods(
             [prompts[i] for i in members], [continuations[i] for i in members], rows, config
         )
         log_p, likeliest, _ = continuation_log_probs(params, batch, tokens, mask, config)
-        sums = np.asarray(log_p, np.float64).sum(2)
-        greedy = np.all(np.asarray(likeliest) | ~mask, axis=2)
+        sums = np.asarray(to_host(log_p), np.float64).sum(2)
+        greedy = np.all(to_host(likeliest) | ~mask, axis=2)
         for row, i in enumerate(members):
             count = len(continuations[i])
             found[i] = Likelihood(sums[:count, row], greedy[:count, row])

@@ -29,6 +29,7 @@ from jaxlab.models import (
     continuation_log_probs,
     prepare_batch,
     stack_rows,
+    to_host,
 )
 from jaxlab.processing import check_token_ids, encode
 
@@ -159,7 +160,7 @@ class Questions:
             prompts = [self._prompts[i] for i in members]
             batch, tokens, mask = together(prompts, [nothing] * len(prompts), rows, config)
             _, _, spread = continuation_log_probs(params, batch, tokens, mask, config)
-            found += np.asarray(spread, np.float64)[: len(members)].tolist()
+            found += np.asarray(to_host(spread), np.float64)[: len(members)].tolist()
         return float(np.mean(found))
 
     def batches(self, batch_size: int = 8) -> list[Batch]:

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxlab.distributed import compile_together
 from jaxlab.models.batch import Batch, Params, check_tokens
 from jaxlab.models.config import ModelConfig, RopeConfig
 from jaxlab.models.decoder import forward, real_tokens
 from jaxlab.models.kv_cache import Cache, init_cache
 from jaxlab.models.mesh import on_several_devices
 from jaxlab.models.sampling import Sampling, fold_in, sample, seen_tokens
+from jaxlab.models.sharding import to_host
 from jaxlab.models.vision.encoders import prepare_batch
 
 
@@ -86,7 +88,7 @@ def stream(
         seen = jnp.asarray(seen_tokens(tokens, segments, config.vocab_size))
     token = sample(logits, fold_in(key, 0), values, seen)
     for i in range(1, max_new_tokens):
-        made.append(np.asarray(token))
+        made.append(to_host(token))
         yield made[-1]
         if longest + i == limit + 1:  # wavelengths change: what was kept is read anew with the others
             settled = _settled(config, longest + i)
@@ -98,7 +100,7 @@ def stream(
             params, {"tokens": token[:, None]}, cache, fold_in(key, i), values, seen, settled
         )
     if max_new_tokens > 0:
-        yield np.asarray(token)
+        yield to_host(token)
 
 
 def generate(
@@ -213,6 +215,7 @@ def _empty_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     return make(config, batch_size, length)
 
 
+@compile_together
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "logits"))
 def prefill(
     params: Params, batch: Batch, cache: Cache, logits: Float[Array, "B V"], config: ModelConfig
@@ -228,6 +231,7 @@ def prefill(
     return jnp.where((read > 0)[:, None], new[:, 0], logits), intermediates["cache"]
 
 
+@compile_together
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "seen"))
 def decode_step(
     params: Params,

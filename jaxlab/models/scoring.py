@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.distributed import compile_together
 from jaxlab.models.batch import Batch, Params, check_tokens
 from jaxlab.models.config import ModelConfig
 from jaxlab.models.decoder import forward
@@ -51,6 +52,7 @@ def continuation_log_probs(
     return found
 
 
+@compile_together
 @partial(jax.jit, static_argnames="config")
 def _log_probs(
     params: Params,

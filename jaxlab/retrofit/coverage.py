@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.distributed import compile_together
 from jaxlab.errors import ConfigError
 from jaxlab.models import (
     AttentionContext,
@@ -47,6 +48,7 @@ class Coverage(NamedTuple):
     in each of the above."""
 
 
+@compile_together
 @partial(jax.jit, static_argnames=("config", "nsa", "query_chunk"))
 def attention_coverage(
     params: Params,

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from jaxlab.distributed import compile_together
 from jaxlab.losses import evaluate_step
 from jaxlab.models import Batch, ModelConfig, Params, forward
 from jaxlab.retrofit.coverage import attention_coverage
@@ -40,6 +41,7 @@ def measure_retrofit(
     }
 
 
+@compile_together
 @partial(jax.jit, static_argnames="config")
 def _chosen_blocks(params: Params, batch: Batch, config: ModelConfig) -> Array:
     chosen = forward(params, batch, config).chosen_blocks

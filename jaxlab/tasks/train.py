@@ -18,7 +18,7 @@ from jaxlab.data import (
     first_held_out,
     make_source,
 )
-from jaxlab.distributed import is_main
+from jaxlab.distributed import compile_together, is_main
 from jaxlab.errors import UserError
 from jaxlab.losses import evaluate_step
 from jaxlab.models import (
@@ -226,8 +226,8 @@ def prepare(config: Config, *, for_shapes: bool = False) -> tuple[Config, Setup]
         join = None if trainable.everything else lambda trained, key: trainable.join(trained, frozen, key)
         return one_step(state, batch, join=join)
 
-    update = jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
-    evaluate = jax.jit(on_mesh(functools.partial(evaluate_step, config=config.model), mesh))
+    update = compile_together(jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(shardings, None)))
+    evaluate = compile_together(jax.jit(on_mesh(functools.partial(evaluate_step, config=config.model), mesh)))
     return config, Setup(mesh, source, batch, initial, trainable, optimizer, shardings, update, evaluate)
 
 

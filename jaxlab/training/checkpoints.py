@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxlab import distributed
 from jaxlab.checkpoints import DIGESTS, find_damage, restore_tree, save_tree
+from jaxlab.distributed import compile_together
 from jaxlab.errors import ConfigError, UserError, UserNote
 from jaxlab.files import writing
 from jaxlab.training.step import State
@@ -236,6 +237,7 @@ def _detached(state: State) -> State:
     return _copy(state)
 
 
+@compile_together
 @jax.jit
 def _copy(state: State) -> State:
     return jax.tree.map(jnp.copy, state)
@@ -256,6 +258,7 @@ def not_finite(tree: Any) -> list[str]:
     ]
 
 
+@compile_together
 @jax.jit
 def _are_finite(leaves: list[Any]) -> list[Any]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxlab.data import BatchReader, Source
-from jaxlab.distributed import Agreement, compile_together, leave
+from jaxlab.distributed import Agreement, leave
 from jaxlab.models import Batch, Params, place_batch, rows_here
 from jaxlab.training.averages import averaged
 from jaxlab.training.checkpoints import Checkpoints
@@ -108,8 +108,6 @@ class Loop:
         self.callbacks: Sequence[Callback] = ()
         self._restore = restore
         self._compiled = False
-        self._shapes: set[tuple[Any, ...]] = set()
-        """Of the batches that a step was compiled for."""
         self._agreement = Agreement()
         # What images have besides is numbered over all rows, so each process reads these.
         rows = None if config.data.kind == "image_chats" else rows_here(config.batch_size, setup.mesh)
@@ -151,10 +149,6 @@ class Loop:
         """One update."""
         config, number, mesh = self.config, self.rollbacks.batch_of(self.done), self.setup.mesh
         batch = place_batch(self._batches.read(number), mesh, config.batch_size)
-        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
-        if shapes not in self._shapes:
-            self._shapes.add(shapes)
-            compile_together(self.setup.update, self.state, self.frozen, batch)
         self.state, self.measured = self.setup.update(self.state, self.frozen, batch)
         self._values = None
         self.done += 1

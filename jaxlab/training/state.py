@@ -12,6 +12,7 @@ from jaxtyping import Array, Key
 
 from jaxlab.checkpoints import OpenModel, check_same_tree, differences
 from jaxlab.data import Source, check_same_words
+from jaxlab.distributed import compile_together
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.models import ModelConfig, Params, RopeConfig, abstract_params, init_params, param_shardings
 from jaxlab.retrofit import GATE, retrofit, retrofitted
@@ -125,7 +126,7 @@ def init_state(
             params = trainable.begin(params, jax.random.fold_in(key, _ADAPTERS))
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed), loaded)
+    return compile_together(jax.jit(make, out_shardings=shardings))(jax.random.key(seed), loaded)
 
 
 def init_frozen(
@@ -148,7 +149,7 @@ def init_frozen(
         params = _all_params(trainable.model, key, loaded, dense, gate)
         return jax.tree.map(lambda x: x.astype(dtype), trainable.frozen(params))
 
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed), loaded)
+    return compile_together(jax.jit(make, out_shardings=shardings))(jax.random.key(seed), loaded)
 
 
 _ADAPTERS = 2

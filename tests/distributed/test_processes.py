@@ -279,6 +279,33 @@ def test_conversations_about_images(place):
 
 
 @pytest.mark.slow
+def test_evaluations_and_samples_of_two_processes_are_those_of_one(place):
+    """Over parameters and rows that are spread over both."""
+    rows = [{"prompt": f"x{i} =", "choices": [" 1", " 22"], "answer": 0} for i in range(6)]
+    (place / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = f"{{kind: text, path: {place / 'text.py'}, sequence_length: 16}}"
+    asked = f"{{kind: questions, path: {place / 'questions.jsonl'}, measure: multiple_choice}}"
+    (place / "evaluated.yaml").write_text(
+        CONFIG.format(text=place / "text.py").replace("steps: 60", "steps: 4")
+        + "samples: {prompts: ['x1 ='], max_new_tokens: 3}\n"
+        + f"evaluations: [{{name: own, data: {own}}}, {{name: asked, data: {asked}}}]\n"
+    )
+    found = []
+    for number, mesh in ((2, "{data: 1, fsdp: 2}"), (1, "{data: 1}")):
+        words = lambda process, mesh=mesh: ["--mesh", mesh]
+        ended = end(train(place, f"evaluated{number}", number, config="evaluated.yaml", words=words))
+        assert [status for status, _, _ in ended] == [0] * number, ended
+        run = folder_of(place, f"evaluated{number}")
+        results = json.loads((run / "results.json").read_text())
+        found.append((results["evaluations"], (run / "samples.jsonl").read_text()))
+    (two, samples), (one, alone) = found
+    assert samples == alone
+    assert two["own"]["loss"] == pytest.approx(one["own"]["loss"], rel=2e-6)
+    assert two["own"]["by_position"] == [pytest.approx(row, rel=2e-5) for row in one["own"]["by_position"]]
+    assert two["asked"] == pytest.approx(one["asked"], rel=2e-5)
+
+
+@pytest.mark.slow
 def test_three_processes(place):
     """One of them is killed; then all go on."""
     more = lambda _: ["--batch_size", 6, "--steps", 24]

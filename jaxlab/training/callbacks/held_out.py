@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from jaxlab.distributed import compile_together
 from jaxlab.models import Params, place_batch
 from jaxlab.training.averages import averaged
 from jaxlab.training.loop import Callback, Loop
@@ -44,7 +43,6 @@ class EvaluateHeldOut(Callback):
         setup, sums, params = loop.setup, dict[str, float](), loop.whole(trained)
         for rows in setup.source.held_out_batches(loop.config.batch_size, self.batches, split):
             batch = place_batch(rows, setup.mesh)
-            compile_together(setup.evaluate, params, batch)
             for name, value in setup.evaluate(params, batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {
