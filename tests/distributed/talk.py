@@ -32,6 +32,9 @@ class Slow:
     def compile(self):
         pass
 
+    def __call__(self, process):
+        return time.monotonic()
+
 
 def talk():
     port, process = sys.argv[1], int(sys.argv[2])
@@ -60,8 +63,12 @@ def talk():
             np.testing.assert_array_equal(np.asarray(whole), rows)
 
         began = time.monotonic()
-        distributed.compile_together(Slow(), process)
-        assert time.monotonic() - began > 0.5
+        together = distributed.compile_together(Slow())
+        first = together(process)
+        assert first - began > 0.5
+        assert together(process) - first < 0.5  # it is compiled
+        double = distributed.compile_together(jax.jit(lambda x: 2 * x))
+        assert jax.jit(lambda x: double(x) + 1)(process) == 2 * process + 1  # of another jitted function
 
         agreement = distributed.Agreement()
         asked = [signal.SIGTERM if process == 1 and step == 2 else 0 for step in range(5)]
