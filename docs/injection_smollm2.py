@@ -18,7 +18,9 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -221,6 +223,7 @@ def collect(outputs: Path) -> dict:
         "command": "python docs/injection_smollm2.py",
         "unmerged": [],
         "records": [],
+        "examples": [],
     }
     for skill in SKILLS:
         run = trained(outputs, f"search_{skill}", "merge-search")
@@ -231,6 +234,9 @@ def collect(outputs: Path) -> dict:
         unmerged, records = records_of(skill, 0, results, origin)
         told["unmerged"].append(unmerged)
         told["records"] += records
+        said = [[e["question"], e["expected"], *e["answers"].values()] for e in results["examples"]]
+        said = [row for i, row in enumerate(said) if row not in said[:i]]
+        told["examples"].append({"skill": skill, "operator": results["best"]["operator"], "said": said})
     return told
 
 
@@ -244,6 +250,7 @@ def write_page(told: dict, docs: Path) -> None:
     folder.mkdir(exist_ok=True)
     pages.save_figure(study, "weights", folder)
     settings = len(told["records"][0]["points"])
+    at_edges = ", ".join(f"`{label}` {study.at_an_edge(label)}" for label in study.ranked())
     weights = "Task arithmetic: accuracy in per cent by both weights, validation split."
     lines = [
         "# Skill injection on a real language model",
@@ -261,6 +268,11 @@ def write_page(told: dict, docs: Path) -> None:
         "## Operators and scenarios",
         "",
         *pages.scenario_table(study),
+        *pages.wrapped(
+            f"""The chosen weights are the least or the greatest of their list, so that better ones may lie
+            beyond it, in so many of {len(study.cells)} scenarios: {at_edges}. One digit in ten, six, is
+            the same word in French and in English."""
+        ),
         "## The claims",
         "",
         *pages.claims(study),
@@ -269,11 +281,25 @@ def write_page(told: dict, docs: Path) -> None:
         "",
         f"*{weights}*",
         "",
+        "## What it says",
+        "",
+        *examples(told["examples"]),
         "## How it was made",
         "",
         f"`{told['command']}`. {'; '.join(study.origins)}.",
     ]
     write_atomic(docs / "injection_smollm2.md", "\n".join(lines) + "\n")
+
+
+def examples(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each skill some questions about pictures, what was expected and what was said."""
+    lines = ["| question about a picture | expected | the VLM alone | injected |", "|---|---|---|---|"]
+    plain = lambda text: " ".join(text.replace("|", "/").replace("`", "'").split())
+    for one in found:
+        for question, *texts in one["said"]:
+            told = f"{plain(question.replace('<image>', ''))} (`{one['operator']}`)"
+            lines.append(f"| {told} | {' | '.join(f'`{plain(text)}`' for text in texts)} |")
+    return [*lines, ""]
 
 
 def trained(outputs: Path, point: str, task: str = "train") -> Path:

@@ -28,7 +28,13 @@ def search(outputs: Path, skill: str) -> None:
     operators = dict.fromkeys(("task_arithmetic", "dare_linear", "ties"), found)
     run = outputs / "merge-search" / f"search_{skill}-00000000"
     run.mkdir(parents=True)
-    results = {"unmerged": {"vlm": both, "expert": both, "base": both}, "operators": operators}
+    answers = {"VLM alone": "four", "injected": "a | b\n`c`"}
+    results = {
+        "unmerged": {"vlm": both, "expert": both, "base": both},
+        "operators": operators,
+        "best": {"operator": "ties"},
+        "examples": [{"question": f"<image>\nIn {skill}?", "expected": "d", "answers": answers}],
+    }
     (run / "results.json").write_text(json.dumps(results))
     env = {"commit": "c0ffee0123456", "dirty": False, "device_kind": "cpu"}
     (run / "env.json").write_text(json.dumps(env))
@@ -43,6 +49,10 @@ def test_searches_become_a_page(script: ModuleType, tmp_path: Path) -> None:
     assert "| `ties` | 60 | 60 | 60 | 60.0 | 80 |" in page
     assert re.search(r"- M1, seed 0: seen\. On images 0\s% without and 60\s% with injection", page)
     assert "Commit c0ffee0123, cpu" in page
+    assert "in so many of 3 scenarios: `task_arithmetic` 3, `dare_linear` 3, `ties` 3." in page.replace(
+        "\n", " "
+    )
+    assert "| In french? (`ties`) | `d` | `four` | `a / b 'c'` |" in page
     assert (tmp_path / "injection_smollm2" / "weights.svg").stat().st_size > 10_000
     with pytest.raises(SystemExit, match=r"search_french is not done in .*empty"):
         script.collect(tmp_path / "empty")
