@@ -45,7 +45,8 @@ def test_searches_become_a_page(script: ModuleType, tmp_path: Path) -> None:
         search(tmp_path, skill)
     script.write_page(script.collect(tmp_path), tmp_path)
     page = (tmp_path / "injection_smollm2.md").read_text()
-    assert "by 3 operators with 4 settings each" in page.replace("\n", " ")
+    prose = page.replace("\n", " ")
+    assert "by 3 operators with 4 settings each" in prose
     assert "| `ties` | 60 | 60 | 60 | 60.0 | 80 |" in page
     assert re.search(r"- M1, seed 0: seen\. On images 0\s% without and 60\s% with injection", page)
     assert "Commit c0ffee0123, cpu" in page
