@@ -17,6 +17,7 @@ TEXT = "".join(f"x{i} = {i} * {i}\n" for i in range(400))
 TRAIN = """
 model: {width: 16, num_layers: 2, num_heads: 2, mlp_width: 16, max_length: 16}
 data: {path: text.py, sequence_length: 16, holdout_every: 4}
+optimizer: {muon: {}, ema: {decay: 0.9, evaluate: true}}
 steps: 4
 batch_size: 4
 eval_batches: 1
@@ -56,6 +57,28 @@ def lowest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     what = f"{ROOT}[demo,hf,search]"
     run(uv, "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct", what, cwd=folder)
     return folder / "venv" / "bin"
+
+
+IMPORTS = """
+import importlib, pkgutil, jaxlab, kernels_pallas
+for package in (jaxlab, kernels_pallas):
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if found.name.endswith("__main__"):
+            continue
+        try:
+            module = importlib.import_module(found.name)
+            for name in getattr(module, "__all__", dir(module)):
+                getattr(module, name)  # those of packages are imported when they are asked for
+        except ModuleNotFoundError as error:
+            if error.name not in ("lm_eval", "wandb", "tensorboardX", "pyarrow", "datasets", "tyro"):
+                raise
+            print(found.name, "needs", error.name)
+print("all are imported")
+"""
+
+
+def test_every_module_is_imported(lowest: Path, tmp_path: Path) -> None:
+    assert "all are imported" in run(lowest / "python", "-c", IMPORTS, cwd=tmp_path)
 
 
 def test_train_merge_icl_and_the_rest(lowest: Path, tmp_path: Path) -> None:
