@@ -48,12 +48,11 @@ def questions(tmp_path, case):
 @pytest.mark.parametrize(
     "case",
     [
-        "llava",
         "qwen2_vl",
-        "mllama",
+        "paligemma",
         *(
             pytest.param(case, marks=pytest.mark.slow)
-            for case in ("llava_next", "idefics3", "paligemma", "mistral3", "idefics2")
+            for case in ("llava", "llava_next", "idefics3", "mistral3", "mllama", "idefics2")
         ),
     ],
 )
