@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,8 +21,9 @@ latents."""
 LENGTH = 13
 TOLERANCE = {"labels": 1e-5, "vocabulary": 2e-5, "heads": 1e-5}
 """Of the largest flow of a layer."""
-UNSTEADY = {"deepseek_v3": 3}
-"""Times as much where half an ulp in the parameters moves flows by up to 1e-5: kinds of processors differ."""
+UNSTEADY = ("deepseek_v3",)
+"""Half an ulp in the parameters moves these flows by up to 1e-5: programs without optimizations, which add in
+another order on each kind of processor, are not near enough on all."""
 
 
 def _inputs():
@@ -58,6 +60,7 @@ def off(found, expected):
 
 @pytest.mark.parametrize("case", _cases())
 def test_flows_are_those_of_transformers_in_float64(tmp_path, case):
+    jax.config.update("jax_disable_most_optimizations", case not in UNSTEADY)
     config, params, _ = load_model(folders.make(tmp_path / case, case))
     given, batch = _inputs(), batch_of(case)
     size, length = batch["tokens"].shape
@@ -72,8 +75,7 @@ def test_flows_are_those_of_transformers_in_float64(tmp_path, case):
     kinds = {"labels": {}, "heads": {"per_head": True, "signed": True}, "vocabulary": {"loss": "vocabulary"}}
     for kind, options in kinds.items():
         if kind == "labels" or case not in DEFAULT:
-            bound = TOLERANCE[kind] * UNSTEADY.get(case, 1)
-            assert off(run(**options), expected[kind]).max() < bound, kind
+            assert off(run(**options), expected[kind]).max() < TOLERANCE[kind], kind
 
 
 PREPARED = ("qwen3_vl", "gemma3", "idefics3", "mistral3")
