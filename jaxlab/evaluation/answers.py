@@ -1,5 +1,6 @@
 """Answers to prompts as they are made: in batches, until each has ended, with the text that is certain."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -42,6 +43,11 @@ class Answer:
     def length(self) -> int:
         """Tokens of the prompt."""
         return int(self.batch["tokens"].shape[1])
+
+    @functools.cached_property
+    def shapes(self) -> Hashable:
+        """What it shares with prompts that may be read with it."""
+        return shapes_of(self.batch)
 
     def add(self, token: int) -> str:
         """The text that a token adds for certain; nothing once the answer has ended.
@@ -97,10 +103,10 @@ def fill_all(
       The answers of a batch, and the text of the first one as it comes; they are whole when that has ended.
     """
     groups = _groups(answers, batch_size, config)
-    kinds = Counter(shapes_of(members[0].batch) for members in groups)
+    kinds = Counter(members[0].shapes for members in groups)
     for members in groups:
         # Batches of one shape share a program.
-        several = kinds[shapes_of(members[0].batch)] > 1
+        several = kinds[members[0].shapes] > 1
         rows, whole = (batch_size, WHOLE) if several else (len(members), 1)
         yield members, _fill(members, params, config, sampling, key, rows, whole, prefill_chunk)
 
@@ -135,7 +141,7 @@ def answer_texts(
         stream = TextStream(tokenizer, ids)
         answers.append(Answer(index, 0, batch, budget, ends, stream, StopTexts(list(stops))))
     kinds: dict[Hashable, int] = {}
-    kind = lambda answer: kinds.setdefault(shapes_of(answer.batch), len(kinds))
+    kind = lambda answer: kinds.setdefault(answer.shapes, len(kinds))
     answers.sort(key=lambda answer: (set(answer.batch) != {"tokens"}, kind(answer), answer.length))
     key = jax.random.key(0) if key is None else key
     texts = [""] * len(answers)
@@ -153,7 +159,7 @@ def _groups(answers: Sequence[Answer], size: int, config: ModelConfig) -> list[l
     for answer in answers:
         together = [*(groups[-1] if groups else ()), answer]
         fits = max(a.length for a in together) + max(a.budget for a in together) <= config.max_length
-        alike = shapes_of(together[0].batch) == shapes_of(answer.batch)
+        alike = together[0].shapes == answer.shapes
         if groups and len(together) <= size and fits and alike:
             groups[-1].append(answer)
         else:
